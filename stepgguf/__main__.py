@@ -1,0 +1,5 @@
+"""python -m stepgguf"""
+
+from stepgguf.cli.main import run
+
+run()

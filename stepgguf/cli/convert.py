@@ -1,0 +1,56 @@
+"""stepgguf convert: safetensors in, quantized GGUF out, one pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stepgguf.cli import arguments
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Directory with config.json and *.safetensors.")],
+    dest: Annotated[Path, typer.Argument(metavar="DEST", help="The GGUF to write; in a directory it is named SRC-TYPE.gguf.")],
+    type: arguments.Type = "Q4_K_S",
+    mtp: Annotated[str, typer.Option(metavar="include|separate|drop", help="Where the MTP (multi-token prediction) blocks go.")] = "include",
+    mtp_type: arguments.MtpType = None,
+    chat_template: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, metavar="FILE", help="Use this template and not the checkpoint's.")] = None,
+    name: Annotated[str | None, typer.Option(help="general.name. Default: the directory's name.")] = None,
+    split_max_size: arguments.SplitMaxSize = None,
+    threads: arguments.Threads = None,
+    memory: arguments.Memory = 2 * 2**30,
+    dry_run: arguments.DryRun = False,
+    restart: arguments.Restart = False,
+    overwrite: arguments.Overwrite = False,
+    quiet: arguments.Quiet = False,
+    json: arguments.Json = False,
+) -> None:  # fmt: skip
+    """Convert a published Step-3.5 / Step-3.7 checkpoint (BF16 or FP8) to a quantized GGUF in one pass.
+
+    No intermediate file is written. Interrupt it as you like: the same command goes on where it stopped, and the
+    result is the same to the byte.
+
+    Examples:
+
+    - `stepgguf convert Step-3.5-Flash/ step-q4_k_s.gguf --type Q4_K_S`
+    - `stepgguf convert Step-3.5-Flash-FP8/ models/ --type IQ4_XS --split-max-size 50G`
+    - `stepgguf convert Step-3.5-Flash/ step.gguf --type Q4_K_M --dry-run`
+    """
+    from stepgguf.cli.converting import Run
+    from stepgguf.convert.checkpoint import Checkpoint
+    from stepgguf.convert.plan import MTP_MODES, Options, plan_checkpoint
+    from stepgguf.quants.mixtures import check_name
+
+    if mtp not in MTP_MODES:
+        raise typer.BadParameter(f"{mtp!r} is not one of {', '.join(MTP_MODES)}", param_hint="--mtp")
+    options = Options(check_name(type), mtp, mtp_type, split_max_size, chat_template, name)
+    if dest.is_dir():
+        dest = dest / f"{name or source.resolve().name}-{options.type_name}.gguf"
+    with Checkpoint(source) as checkpoint:
+        run = Run(plan_checkpoint(checkpoint, dest, options), checkpoint, quiet=quiet, json=json)
+        if dry_run:
+            run.show_plan()
+        else:
+            run.execute(restart=restart, overwrite=overwrite, threads=threads, memory=memory)

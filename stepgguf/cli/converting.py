@@ -1,0 +1,94 @@
+"""Carrying out a plan in the terminal: what convert, quantize and demo share."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from typing import Any
+
+import typer
+
+from stepgguf.cli import output
+from stepgguf.convert import pipeline
+from stepgguf.convert.fold import Line, fold
+from stepgguf.convert.plan import Plan
+from stepgguf.convert.source import TensorSource
+from stepgguf.convert.writer import Writer
+
+
+class Run:
+    """A plan, its source and how to show them."""
+
+    def __init__(self, plan: Plan, source: TensorSource, *, quiet: bool = False, json: bool = False) -> None:
+        self.plan, self.source, self.quiet, self.json = plan, source, quiet, json
+        output.warn(plan.warnings)
+
+    def lines(self) -> list[Line]:
+        return fold((t.name, t.ggml_type.name, t.n_bytes, t.n_values, t.reason) for t in self.plan.tensors)
+
+    def plan_text(self) -> str:
+        total = (
+            f"{len(self.plan.tensors)} tensors, {self.plan.n_bytes / 2**30:.2f} GiB ({self.plan.n_bytes / 1e9:.2f} GB), "
+            f"{self.plan.bpw:.3f} bpw in {len(self.plan.files)} file{'s' * (len(self.plan.files) > 1)}"
+        )
+        return f"{output.table(self.lines())}\n{total}"
+
+    def show_plan(self) -> None:
+        """--dry-run."""
+        if self.json:
+            output.data(self._report() | {"plan": [_line(line) for line in self.lines()]})
+        else:
+            sys.stdout.write(self.plan_text() + "\n")
+
+    def execute(self, *, restart: bool, overwrite: bool, threads: int | None, memory: int) -> None:
+        """Make the files. Ctrl+C commits what is done and exits with 130."""
+        started = time.monotonic()
+        writer = Writer(self.plan, self.source.identity(), restart=restart, overwrite=overwrite)
+        resumed = len(writer.digests)
+        if resumed and not self.quiet:
+            output.note(f"resuming: {resumed} of {len(writer.units)} units are done")
+        layers: dict[str, int] = {}
+        for tensor in self.plan.tensors:
+            layer = output.layer_name(tensor.name)
+            layers[layer] = layers.get(layer, 0) + tensor.n_bytes
+        try:
+            with output.Meter(self.plan.type_name, self.plan.n_bytes, quiet=self.quiet, layers=layers) as meter:
+                pipeline.run(self.source, writer, progress=meter.unit, threads=threads, memory=memory)
+        except KeyboardInterrupt:
+            share = meter.done / self.plan.n_bytes
+            output.note(f"interrupted at {share:.0%}; repeat the command to go on from there")
+            raise typer.Exit(130) from None
+        seconds = time.monotonic() - started
+        if self.json:
+            output.data(self._report() | {"seconds": round(seconds, 3), "peak_rss_bytes": peak_rss(), "resumed_units": resumed})
+        elif not self.quiet:
+            for file in self.plan.files:
+                output.note(f"wrote {file.path} ({file.size / 2**30:.2f} GiB)")
+            rate = (self.plan.n_bytes - meter.resumed) / seconds / 1e6
+            output.note(
+                f"{self.plan.bpw:.3f} bpw, {seconds:.1f} s, {rate:.0f} MB/s out, peak memory {output.size(peak_rss())}"
+            )
+
+    def _report(self) -> dict[str, Any]:
+        return {
+            "type": self.plan.type_name,
+            "files": [{"path": str(file.path), "bytes": file.size} for file in self.plan.files],
+            "tensors": len(self.plan.tensors),
+            "tensor_bytes": self.plan.n_bytes,
+            "bpw": round(self.plan.bpw, 4),
+            "warnings": list(self.plan.warnings),
+        }
+
+
+def peak_rss() -> int:
+    """The most memory this process has held, in bytes (ru_maxrss is KiB on Linux, bytes on macOS)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _line(line: Line) -> dict[str, Any]:
+    return {
+        "layers": line.layers, "role": line.role, "count": line.count, "type": line.type, "bytes": line.n_bytes,
+        "reason": line.reason,
+    }  # fmt: skip

@@ -1,0 +1,68 @@
+"""The command tree and the error boundary. Commands import what they need when they run, so --help is instant."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from stepgguf import __version__
+from stepgguf.cli import chat, convert, demo, inspect, quantize, template, verify
+from stepgguf.errors import StepggufError
+
+app = typer.Typer(
+    name="stepgguf",
+    help="Step-3.5-Flash on your workstation: convert the published safetensors to a quantized GGUF in one pass, "
+    "check it, and chat with it.",
+    epilog="Try it without any download: stepgguf demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+app.command("convert")(convert.convert)
+app.command("quantize")(quantize.quantize)
+app.command("inspect")(inspect.inspect)
+app.command("verify")(verify.verify)
+app.command("template")(template.template)
+app.command("chat")(chat.chat)
+app.command("demo")(demo.demo)
+
+
+def _version(value: bool) -> None:
+    if value:
+        sys.stdout.write(f"stepgguf {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    pass
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl+C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments  # accepted anywhere on the line
+    try:
+        app(args=[a for a in arguments if a != "--debug"], prog_name="stepgguf")
+    except SystemExit as exit:
+        return exit.code if isinstance(exit.code, int) else 0 if exit.code is None else 1
+    except StepggufError as error:
+        if debug:
+            raise
+        from stepgguf.cli import output
+
+        output.error(error.message, error.hint)
+        return 1
+    return 0
+
+
+def run() -> None:
+    """The console script."""
+    sys.exit(main())

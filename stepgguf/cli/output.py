@@ -1,0 +1,151 @@
+"""What the terminal shows. stdout is data, stderr is everything else.
+
+On a terminal: two live lines, the whole (bytes, rate, time left) and the current layer. Piped: a plain line now and
+then. --quiet: neither.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+if TYPE_CHECKING:
+    from stepgguf.convert.fold import Line
+    from stepgguf.convert.pipeline import Done
+
+stderr = Console(stderr=True, highlight=False)
+PLAIN_SECONDS = 5.0  # between two plain progress lines
+
+
+def error(message: str, hint: str | None) -> None:
+    stderr.print(f"[bold red]error:[/] {_escape(message)}", soft_wrap=True)
+    if hint:
+        stderr.print(f"[bold]hint:[/] {_escape(hint)}", soft_wrap=True)
+
+
+def warn(messages: Iterable[str]) -> None:
+    for message in messages:
+        stderr.print(f"[yellow]warning:[/] {_escape(message)}", soft_wrap=True)
+
+
+def note(message: str) -> None:
+    stderr.print(_escape(message), soft_wrap=True)
+
+
+def data(value: Any) -> None:
+    """JSON to stdout."""
+    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def size(n: int) -> str:
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if n >= scale:
+            return f"{n / scale:.1f} {unit}" if n >= 10 * scale else f"{n / scale:.2f} {unit}"
+    return f"{n} B"
+
+
+def table(lines: Iterable[Line]) -> str:
+    """Folded tensors as aligned text: label, count, type, size, bits per weight, reason."""
+    rows = [
+        (line.label, f"{line.count}x", line.type, size(line.n_bytes), f"{line.n_bytes * 8 / line.n_values:.2f}", line.reason)
+        for line in lines
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    return "\n".join(
+        f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:<{widths[2]}}  {d:>{widths[3]}}  {e:>{widths[4]}}  {f}".rstrip()
+        for a, b, c, d, e, f in rows
+    )
+
+
+class Meter:
+    """Progress over a known number of output bytes. Use as a context manager; call `unit` or `step`."""
+
+    def __init__(self, title: str, total: int, *, quiet: bool = False, layers: dict[str, int] | None = None) -> None:
+        self._title, self._total, self._quiet, self._layers = title, total, quiet, layers
+        self._live = None if quiet or not stderr.is_terminal else _live()
+        self._whole: TaskID | None = None
+        self._layer: TaskID | None = None
+        self._layer_name = ""
+        self._seen: dict[str, int] = {}
+        self.done = self.resumed = 0
+        self.started = self._last_line = time.monotonic()
+
+    def __enter__(self) -> Meter:
+        if self._live is not None:
+            self._live.start()
+            self._whole = self._live.add_task(self._title, total=self._total)
+            if self._layers:
+                self._layer = self._live.add_task("", total=None)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def unit(self, done: Done) -> None:
+        """A finished unit of a conversion."""
+        self.resumed += done.n_bytes if done.resumed else 0
+        layer = layer_name(done.tensor.name)
+        self._seen[layer] = self._seen.get(layer, 0) + done.n_bytes
+        if self._live is not None and self._layer is not None and self._layers:
+            if layer != self._layer_name and not done.resumed:
+                self._layer_name = layer
+                self._live.reset(self._layer, total=self._layers[layer], description=f"  {layer}")
+            self._live.update(self._layer, completed=self._seen.get(self._layer_name, 0))
+        self.step(done.n_bytes)
+
+    def step(self, n_bytes: int) -> None:
+        self.done += n_bytes
+        if self._live is not None and self._whole is not None:
+            self._live.update(self._whole, completed=self.done)
+        elif not self._quiet:
+            self._plain()
+
+    def _plain(self) -> None:
+        now = time.monotonic()
+        if now - self._last_line < PLAIN_SECONDS:
+            return
+        self._last_line = now
+        rate = max(1.0, (self.done - self.resumed) / (now - self.started))
+        left = (self._total - self.done) / rate
+        note(
+            f"{self._title}: {self.done / self._total:.0%} of {size(self._total)}, {rate / 1e6:.0f} MB/s, "
+            f"{int(left // 60)}:{int(left % 60):02d} left"
+        )
+
+
+def layer_name(tensor: str) -> str:
+    """ "blk.7", or "other tensors" outside the layers."""
+    return ".".join(tensor.split(".")[:2]) if tensor.startswith("blk.") else "other tensors"
+
+
+def _live() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        console=stderr,
+        transient=True,
+    )
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")

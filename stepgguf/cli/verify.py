@@ -1,0 +1,62 @@
+"""stepgguf verify: is this file what was made?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stepgguf.cli import arguments
+
+
+def verify(
+    path: arguments.Gguf,
+    against: Annotated[Path | None, typer.Option(exists=True, metavar="SRC", help="Make the tensors again from this checkpoint or GGUF and compare.")] = None,
+    all: Annotated[bool, typer.Option("--all", help="With --against: every row and not a sample.")] = False,
+    sample: Annotated[float, typer.Option(min=0.0, max=1.0, help="With --against: the share of each tensor to compare, at least one unit.")] = 0.01,
+    quiet: arguments.Quiet = False,
+    json: arguments.Json = False,
+) -> None:  # fmt: skip
+    """Check a file's bytes against the manifest that convert wrote beside it, or against the source.
+
+    The exit code is 0 if all is well and 1 if not; what differs is named down to the expert.
+
+    Examples:
+
+    - `stepgguf verify step-q4_k_s.gguf`
+    - `stepgguf verify step-q4_k_s.gguf --against Step-3.5-Flash/`
+    - `stepgguf verify step-q4_k_s.gguf --against Step-3.5-Flash/ --all`
+    """
+    from stepgguf.cli import output
+    from stepgguf.convert import header as gguf_header
+    from stepgguf.convert.checkpoint import Checkpoint
+    from stepgguf.convert.ggufsource import GGUFSource, split_files
+    from stepgguf.convert.plan import Options, plan_checkpoint, plan_gguf
+    from stepgguf.convert.verify import verify_manifest, verify_source
+
+    total = sum(tensor.n_bytes for file in split_files(path) for tensor in gguf_header.read(file).tensors)
+    with output.Meter("verify", total, quiet=quiet) as meter:
+        if against is None:
+            report = verify_manifest(path, meter.step)
+        elif against.is_dir():
+            with Checkpoint(against) as checkpoint:
+                plan = plan_checkpoint(checkpoint, path, Options("F32"))
+                report = verify_source(path, plan, checkpoint, 1.0 if all else sample, meter.step)
+        else:
+            with GGUFSource(against) as gguf:
+                plan = plan_gguf(gguf, path, Options("F32", allow_requantize=True))
+                report = verify_source(path, plan, gguf, 1.0 if all else sample, meter.step)
+    if json:
+        output.data({"ok": not report.problems, "tensors": report.tensors, "units": report.units,
+                     "bytes": report.n_bytes, "problems": list(report.problems)})  # fmt: skip
+    else:
+        for problem in report.problems[:20]:
+            output.error(problem, None)
+        if not quiet:
+            output.note(
+                f"{report.tensors} tensors, {output.size(report.n_bytes)} compared: "
+                + (f"{len(report.problems)} differences" if report.problems else "all as it should be")
+            )
+    if report.problems:
+        raise typer.Exit(1)

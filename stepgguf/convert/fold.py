@@ -1,0 +1,57 @@
+"""Tensor lists for people: the same role in the same type becomes one line over its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from stepgguf.model.tensors import layer_of
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """`layers` is "3-44" or "3-4,7,10"; empty outside the layers."""
+
+    layers: str
+    role: str
+    count: int
+    type: str
+    n_bytes: int
+    n_values: int
+    reason: str
+
+    @property
+    def label(self) -> str:
+        return f"blk.{self.layers} {self.role}" if self.layers else self.role
+
+
+def fold(tensors: Iterable[tuple[str, str, int, int, str]]) -> list[Line]:
+    """Lines from (name, type, bytes, values, reason), in order of first appearance."""
+    groups: dict[tuple[str, str, str, bool], list[tuple[str, int, int]]] = {}
+    for name, kind, n_bytes, n_values, reason in tensors:
+        in_layer = name.startswith("blk.")
+        role = ".".join(name.split(".")[2 if in_layer else 0 : -1])
+        groups.setdefault((role, kind, reason, in_layer), []).append((name, n_bytes, n_values))
+    return [
+        Line(
+            layers=ranges([layer_of(name) for name, _, _ in members]) if in_layer else "",
+            role=role,
+            count=len(members),
+            type=kind,
+            n_bytes=sum(n for _, n, _ in members),
+            n_values=sum(n for _, _, n in members),
+            reason=reason,
+        )
+        for (role, kind, reason, in_layer), members in groups.items()
+    ]
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """[3, 4, 5, 7] -> "3-5,7"."""
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in parts)

@@ -1,0 +1,100 @@
+"""A GGUF file, whole or split, as a TensorSource."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stepgguf.convert import header as gguf_header
+from stepgguf.convert.checkpoint import advise, read_exactly
+from stepgguf.convert.header import Header, Key, TensorInfo
+from stepgguf.convert.source import SourceTensor
+from stepgguf.errors import BadMetadata, MissingShard, UnsupportedModel
+from stepgguf.quants import codec
+from stepgguf.quants.ggml import row_size
+
+SPLIT_NAME = re.compile(r"^(.*)-(\d{5})-of-(\d{5})\.gguf$")
+ARCHITECTURE = "step35"
+
+
+class GGUFSource:
+    """An opened GGUF. For a split one, give any of its files. `keys` are those of the first file, less split.*."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.headers = [gguf_header.read(file) for file in split_files(path)]
+        self.keys: dict[str, Key] = {
+            name: key for name, key in self.headers[0].keys.items() if not name.startswith("split.")
+        }
+        architecture = self.headers[0].get("general.architecture")
+        if architecture != ARCHITECTURE:
+            raise UnsupportedModel(
+                f"{path}: general.architecture is {architecture!r}, expected {ARCHITECTURE!r}",
+                hint="stepgguf quantizes Step-3.5 and Step-3.7 files only.",
+            )
+        self._where: dict[str, tuple[Header, TensorInfo]] = {t.name: (h, t) for h in self.headers for t in h.tensors}
+        promised = self.headers[0].get("split.tensors.count")
+        if promised is not None and promised != len(self._where):
+            raise BadMetadata(f"{path}: split.tensors.count is {promised}, the files hold {len(self._where)} tensors")
+        self._files = {h.path: os.open(h.path, os.O_RDONLY) for h in self.headers}
+        self.tensors = {
+            name: SourceTensor(name, t.shape, t.ggml_type.name, t.ggml_type) for name, (_, t) in self._where.items()
+        }
+
+    def close(self) -> None:
+        for fd in self._files.values():
+            os.close(fd)
+        self._files.clear()
+
+    def __enter__(self) -> GGUFSource:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def identity(self) -> dict[str, str]:
+        result = {}
+        for header in self.headers:
+            status = header.path.stat()
+            text = gguf_header.encode(header.keys.values(), header.tensors)
+            mark = f"{status.st_size} {status.st_mtime_ns}".encode()
+            result[header.path.name] = hashlib.sha256(text + mark).hexdigest()
+        return result
+
+    def prefetch(self, name: str, start: int, stop: int) -> None:
+        fd, offset, size = self._locate(name, start, stop)
+        advise(fd, offset, size)
+
+    def raw(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
+        fd, offset, size = self._locate(name, start, stop)
+        return read_exactly(fd, size, offset, name).reshape(stop - start, -1)
+
+    def floats(self, name: str, start: int, stop: int, out: NDArray[np.float32]) -> None:
+        codec.dequantize(self._where[name][1].ggml_type, self.raw(name, start, stop), out)
+
+    def _locate(self, name: str, start: int, stop: int) -> tuple[int, int, int]:
+        header, tensor = self._where[name]
+        size = row_size(tensor.ggml_type, tensor.shape[-1])
+        return self._files[header.path], header.data_start + tensor.offset + start * size, (stop - start) * size
+
+
+def split_files(path: Path) -> list[Path]:
+    """The files of a split GGUF in order, or the file itself."""
+    match = SPLIT_NAME.match(path.name)
+    if match is None:
+        return [path]
+    files = [split_path(path.with_name(match[1] + ".gguf"), i, int(match[3])) for i in range(int(match[3]))]
+    for file in files:
+        if not file.exists():
+            raise MissingShard(f"{file} is missing ({path.name} is one of {len(files)} splits)")
+    return files
+
+
+def split_path(path: Path, index: int, count: int) -> Path:
+    """llama.cpp's name of split `index` (from 0) of `count`."""
+    return path.with_name(f"{path.stem}-{index + 1:05d}-of-{count:05d}.gguf")

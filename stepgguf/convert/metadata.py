@@ -1,0 +1,222 @@
+"""GGUF keys, in the order and with the types of the GGUFs that StepFun publishes.
+
+rope.dimension_count is left out on purpose: llama.cpp takes the head size and halves it on full-attention layers by
+itself (step35.cpp), so writing 64 would give 32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf import ExpertGatingFuncType, GGUFValueType, Keys
+
+from stepgguf import __version__
+from stepgguf.convert.checkpoint import Checkpoint, read_json
+from stepgguf.convert.ggufsource import ARCHITECTURE
+from stepgguf.convert.header import Key
+from stepgguf.errors import BadConfig
+from stepgguf.model.hparams import HParams
+from stepgguf.model.tokenizer import MODEL, PRE, vocabulary
+from stepgguf.quants import mixtures
+
+V = GGUFValueType
+CHAT_TEMPLATE = Keys.Tokenizer.CHAT_TEMPLATE
+RESERVE, RESERVE_BYTES = "stepgguf.reserve", 16384  # room for a longer chat template later: rewrite.py
+SHARED_BY_MTP_FILE = ("token_embd.weight", "output.weight", "output_norm.weight")
+
+# The model card's recommended settings. llama.cpp's own defaults (0.8, 40, 0.95, min_p 0.05) do not fit this model.
+SAMPLING: dict[str, tuple[float | int, GGUFValueType]] = {
+    Keys.General.SAMPLING_TEMP: (1.0, V.FLOAT32),
+    Keys.General.SAMPLING_TOP_K: (40, V.INT32),
+    Keys.General.SAMPLING_TOP_P: (0.95, V.FLOAT32),
+    Keys.General.SAMPLING_MIN_P: (0.0, V.FLOAT32),
+}
+_GENERATION_CONFIG = {
+    "temperature": Keys.General.SAMPLING_TEMP,
+    "top_k": Keys.General.SAMPLING_TOP_K,
+    "top_p": Keys.General.SAMPLING_TOP_P,
+    "min_p": Keys.General.SAMPLING_MIN_P,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Vocab:
+    """The keys about tokens, made once for all files of a conversion."""
+
+    keys: tuple[Key, ...]
+    warnings: tuple[str, ...]
+
+
+def model_keys(hp: HParams, name: str, size_label: str, *, with_mtp: bool) -> list[Key]:
+    """general.* and step35.*. `with_mtp` extends the per-layer arrays over the MTP blocks."""
+    layers = hp.layers if with_mtp else hp.trunk
+    llm, attention, rope = Keys.LLM, Keys.Attention, Keys.Rope
+    leading_dense = next((layer.index for layer in hp.trunk if layer.is_moe), hp.n_layer)
+    keys = [
+        _key(Keys.General.ARCHITECTURE, ARCHITECTURE),
+        _key(Keys.General.TYPE, "model"),
+        _key(Keys.General.NAME, name),
+        _key(Keys.General.SIZE_LABEL, size_label),
+        *(Key.of(key, value, type) for key, (value, type) in SAMPLING.items()),
+        _key(llm.BLOCK_COUNT, len(layers)),
+        _key(llm.CONTEXT_LENGTH, hp.max_position),
+        _key(llm.EMBEDDING_LENGTH, hp.hidden_size),
+        _key(llm.FEED_FORWARD_LENGTH, hp.intermediate_size),
+        _key(attention.HEAD_COUNT, [layer.n_head for layer in layers]),
+        _key(rope.FREQ_BASE, hp.rope_theta_full),
+        _key(rope.FREQ_BASE_SWA, hp.rope_theta_sliding),
+        _key(llm.EXPERT_GATING_FUNC, int(ExpertGatingFuncType.SIGMOID)),
+        _key(attention.KEY_LENGTH, hp.head_dim),
+        _key(attention.VALUE_LENGTH, hp.head_dim),
+        _key(attention.HEAD_COUNT_KV, [layer.n_head_kv for layer in layers]),
+        _key(attention.SLIDING_WINDOW, hp.sliding_window),
+        _key(attention.SLIDING_WINDOW_PATTERN, [layer.is_sliding for layer in layers]),
+        _key(llm.EXPERT_COUNT, hp.n_expert),
+        _key(llm.EXPERT_USED_COUNT, hp.n_expert_used),
+        _key(llm.EXPERT_FEED_FORWARD_LENGTH, hp.expert_size),
+        _key(llm.EXPERT_SHARED_FEED_FORWARD_LENGTH, hp.shared_expert_size),
+        _key(llm.EXPERT_WEIGHTS_SCALE, hp.router_scale),
+        _key(llm.EXPERT_WEIGHTS_NORM, hp.router_norm),
+        _key(llm.LEADING_DENSE_BLOCK_COUNT, leading_dense),
+        _key(llm.MOE_EVERY_N_LAYERS, 1),
+        _key(attention.LAYERNORM_RMS_EPS, hp.rms_norm_eps),
+        _key(llm.SWIGLU_CLAMP_EXP, [layer.clamp for layer in layers]),
+        _key(llm.SWIGLU_CLAMP_SHEXP, [layer.clamp_shared for layer in layers]),
+    ]
+    if with_mtp and hp.n_mtp:
+        keys.append(_key(llm.NEXTN_PREDICT_LAYERS, hp.n_mtp))
+    return keys
+
+
+def vocab_keys(checkpoint: Checkpoint, chat_template: Path | None) -> Vocab:
+    """tokenizer.*: every id that ends a generation is written, so that no engine depends on guessing by name."""
+    hp, tok, warnings = checkpoint.hparams, Keys.Tokenizer, []
+    words = vocabulary(read_json(checkpoint.path / "tokenizer.json"), hp.vocab_size)
+    settings = _optional_json(checkpoint.path / "tokenizer_config.json")
+    eos = _token_id(settings, "eos_token", words.id, hp.eos_token_ids[-1])
+    padding = _token_id(settings, "pad_token", words.id, hp.eos_token_ids[0])
+    for i in (hp.bos_token_id, eos, padding, *hp.eos_token_ids):
+        if i >= hp.vocab_size:
+            raise BadConfig(f"token id {i} does not fit config.json's vocab_size {hp.vocab_size}")
+    keys = [
+        _key(tok.MODEL, MODEL),
+        _key(tok.PRE, PRE),
+        Key.of(tok.LIST, words.tokens, V.ARRAY, V.STRING),
+        Key.of(tok.TOKEN_TYPE, words.types, V.ARRAY, V.INT32),
+        Key.of(tok.MERGES, words.merges, V.ARRAY, V.STRING),
+        _key(tok.BOS_ID, hp.bos_token_id),
+        _key(tok.EOS_ID, eos),
+        _key(tok.PAD_ID, padding),
+        _key(tok.ADD_BOS, True),
+        _key(tok.ADD_SEP, False),
+        _key(tok.ADD_EOS, False),
+    ]
+    others = [i for i in hp.eos_token_ids if i != eos]
+    keys += [_key(name, i) for name, i in zip((tok.EOT_ID, tok.EOM_ID), others, strict=False)]
+    if len(others) > 2:
+        warnings.append(f"config.json names {len(hp.eos_token_ids)} end tokens; GGUF has room for 3, {others[2:]} are lost")
+    template = chat_template.read_text(encoding="utf-8") if chat_template else _template(checkpoint.path, settings)
+    if template is None:
+        warnings.append("the checkpoint has no chat template; add one with --chat-template FILE")
+    else:
+        keys.append(_key(CHAT_TEMPLATE, template))
+    return Vocab(tuple(keys), tuple(warnings))
+
+
+def sampling_keys(checkpoint: Checkpoint) -> dict[str, Key]:
+    """general.sampling.* that the checkpoint's generation_config.json sets otherwise than the model card."""
+    settings = _optional_json(checkpoint.path / "generation_config.json")
+    return {
+        key: Key.of(key, settings[name], SAMPLING[key][1])
+        for name, key in _GENERATION_CONFIG.items()
+        if isinstance(settings.get(name), (int, float))
+    }
+
+
+def provenance_keys(type_name: str, mtp_type: str | None, source: str) -> list[Key]:
+    """Which tool made the file, how and of what; then the two keys that llama-quantize writes last."""
+    keys = [
+        _key(Keys.General.QUANTIZED_BY, f"stepgguf {__version__}"),
+        _key("stepgguf.version", __version__),
+        _key("stepgguf.type", type_name),
+        _key("stepgguf.source", source),
+    ]
+    if mtp_type is not None:
+        keys.append(_key("stepgguf.mtp_type", mtp_type))
+    keys.append(reserve(RESERVE_BYTES))
+    keys.append(_key(Keys.General.QUANTIZATION_VERSION, gguf.GGML_QUANT_VERSION))
+    keys.append(_key(Keys.General.FILE_TYPE, int(mixtures.file_type(type_name))))
+    return keys
+
+
+def reserve(n: int) -> Key:
+    """n spaces that rewrite.py may turn into something else."""
+    return _key(RESERVE, " " * n)
+
+
+def split_keys(index: int, count: int, n_tensors: int) -> list[Key]:
+    return [
+        Key.of(Keys.Split.LLM_KV_SPLIT_NO, index, V.UINT16),
+        Key.of(Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT, n_tensors, V.INT32),
+        Key.of(Keys.Split.LLM_KV_SPLIT_COUNT, count, V.UINT16),
+    ]
+
+
+def size_label(shapes: Sequence[tuple[str, tuple[int, ...]]], n_expert: int) -> str:
+    """gguf-py's label ("288x7.4B") from (role, shape) of the file's tensors: experts count once."""
+    expert = sum(math.prod(shape) // n_expert for role, shape in shapes if role.endswith("_exps"))
+    total = sum(math.prod(shape) for _, shape in shapes)
+    shared = sum(math.prod(shape) for role, shape in shapes if not role.endswith("_exps"))
+    return gguf.size_label(total, shared, expert, n_expert if expert else 0)
+
+
+def rope_freqs(hp: HParams) -> bytes | None:
+    """rope_freqs.weight: what llama3 scaling divides each frequency of full-attention layers by, float32 [e / 2].
+
+    Only the first n_rot / 2 count; the rest are 1. None without scaling. Formula: reference/model.py.
+    """
+    if hp.rope_scaling is None:
+        return None
+    s, n_rot = hp.rope_scaling, hp.head_dim // 2
+    exponents = np.arange(0, n_rot, 2, dtype=np.float32) / np.float32(n_rot)
+    turns = s.original_max_position / (2 * math.pi) / np.power(np.float32(hp.rope_theta_full), exponents).astype(float)
+    smooth = np.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0.0, 1.0)
+    factors = np.ones(hp.head_dim // 2, np.float32)
+    factors[: n_rot // 2] = 1.0 / ((1.0 - smooth) / s.factor + smooth)
+    return factors.tobytes()
+
+
+def _key(name: str, value: Any) -> Key:
+    """A key with the GGUF type that StepFun's files use for such a value."""
+    name = name.format(arch=ARCHITECTURE)
+    kinds = {bool: V.BOOL, int: V.UINT32, float: V.FLOAT32, str: V.STRING}
+    if isinstance(value, list):
+        return Key.of(name, value, V.ARRAY, V.INT32 if type(value[0]) is int else kinds[type(value[0])])
+    return Key.of(name, value, kinds[type(value)])
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
+
+
+def _token_id(settings: dict[str, Any], key: str, find: Any, default: int) -> int:
+    token = settings.get(key)
+    found = find(token.get("content") if isinstance(token, dict) else token) if token else None
+    return default if found is None else int(found)
+
+
+def _template(path: Path, settings: dict[str, Any]) -> str | None:
+    """chat_template.jinja, or the one inside tokenizer_config.json."""
+    file = path / "chat_template.jinja"
+    if file.exists():
+        return file.read_text(encoding="utf-8")
+    inside = settings.get("chat_template")
+    if isinstance(inside, list):
+        inside = next((t.get("template") for t in inside if t.get("name") == "default"), None)
+    return inside if isinstance(inside, str) else None

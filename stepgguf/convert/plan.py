@@ -1,0 +1,365 @@
+"""The plan: every output tensor with its type, size, offset and the reason. No tensor data is read here.
+
+Sizes follow from types and shapes, so header, offsets, splits, progress and resume are known before the first byte.
+A file's data is cut into units: runs of rows inside one expert, at most UNIT_VALUES values. The cut depends on shapes
+alone, so that another number of threads or another memory limit can resume the same file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from gguf import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, Keys
+
+from stepgguf.convert import header as gguf_header
+from stepgguf.convert import metadata
+from stepgguf.convert.checkpoint import Checkpoint
+from stepgguf.convert.ggufsource import ARCHITECTURE, GGUFSource, split_path
+from stepgguf.convert.header import Key, TensorInfo
+from stepgguf.convert.source import SourceTensor
+from stepgguf.errors import OutputError, RecipeError
+from stepgguf.model.tensors import ROPE_FREQS, TensorSpec, file_order, layer_of
+from stepgguf.quants import codec, mixtures
+from stepgguf.quants.ggml import row_size
+from stepgguf.quants.mixtures import Candidate, Choice, Facts
+
+F32 = GGMLQuantizationType.F32
+UNIT_VALUES = 8 * 2**20
+MTP_MODES = ("include", "separate", "drop")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the user chose. mtp_type None: Q8_0 in a quantized file, else the file's own type."""
+
+    type_name: str
+    mtp: str = "include"
+    mtp_type: str | None = None
+    split_max_size: int | None = None
+    chat_template: Path | None = None
+    name: str | None = None
+    allow_requantize: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """One output tensor. Its values come from `source` in the TensorSource, or are `constant` bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    ggml_type: GGMLQuantizationType
+    reason: str
+    source: str | None
+    plus_one: bool = False
+    constant: bytes | None = None
+
+    @property
+    def role(self) -> str:
+        return self.name.split(".")[-2]
+
+    @property
+    def n_values(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def row_bytes(self) -> int:
+        return row_size(self.ggml_type, self.shape[-1])
+
+    @property
+    def n_bytes(self) -> int:
+        return self.n_values // self.shape[-1] * self.row_bytes
+
+    @property
+    def rows_per_expert(self) -> int:
+        return self.shape[-2] if len(self.shape) > 1 else 1
+
+    @property
+    def rows_per_unit(self) -> int:
+        return min(self.rows_per_expert, max(1, UNIT_VALUES // self.shape[-1]))
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Rows [start, stop) of tensor number `tensor` in file number `file`; what is redone as a whole."""
+
+    file: int
+    tensor: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """One output file. Offsets of tensors are relative to its data section."""
+
+    path: Path
+    keys: tuple[Key, ...]
+    tensors: tuple[PlannedTensor, ...]
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        offsets, end = [], 0
+        for tensor in self.tensors:
+            offsets.append(end)
+            end += tensor.n_bytes + -tensor.n_bytes % GGUF_DEFAULT_ALIGNMENT
+        return tuple(offsets)
+
+    @cached_property
+    def header(self) -> bytes:
+        infos = [TensorInfo(t.name, t.shape, t.ggml_type, o) for t, o in zip(self.tensors, self.offsets, strict=True)]
+        return gguf_header.encode(self.keys, infos)
+
+    @property
+    def data_size(self) -> int:
+        return sum(t.n_bytes + -t.n_bytes % GGUF_DEFAULT_ALIGNMENT for t in self.tensors)
+
+    @property
+    def size(self) -> int:
+        return len(self.header) + self.data_size
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All files of one conversion, in the order in which they are written."""
+
+    type_name: str
+    mtp: str
+    files: tuple[PlannedFile, ...]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def tensors(self) -> list[PlannedTensor]:
+        return [tensor for file in self.files for tensor in file.tensors]
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(tensor.n_bytes for tensor in self.tensors)
+
+    @property
+    def bpw(self) -> float:
+        return self.n_bytes * 8 / sum(tensor.n_values for tensor in self.tensors)
+
+    def units(self) -> Iterator[Unit]:
+        for f, file in enumerate(self.files):
+            for t, tensor in enumerate(file.tensors):
+                yield from (Unit(f, t, start, stop) for start, stop in unit_rows(tensor))
+
+
+def unit_rows(tensor: PlannedTensor) -> Iterator[tuple[int, int]]:
+    """The row ranges of a tensor's units, in order; none crosses an expert's end."""
+    for first in range(0, tensor.n_values // tensor.shape[-1], tensor.rows_per_expert):
+        for start in range(0, tensor.rows_per_expert, tensor.rows_per_unit):
+            yield first + start, first + min(start + tensor.rows_per_unit, tensor.rows_per_expert)
+
+
+# from a checkpoint ----------------------------------------------------------------------------------------------
+
+
+def select_checkpoint(
+    specs: Sequence[TensorSpec], facts: Facts, rope_freqs: bytes | None, options: Options
+) -> tuple[list[PlannedTensor], list[PlannedTensor]]:
+    """The tensors of the main file and of the separate MTP file (empty unless asked for), with types and reasons."""
+    mtp_type = _mtp_type(options)
+    trunk = [spec for spec in specs if not spec.is_mtp]
+    quantizable = [spec for spec in trunk if not spec.float32]
+    candidates = [Candidate(s.name, s.role, s.shape, s.layer) for s in quantizable]
+    choices = dict(zip(quantizable, _choose(options.type_name, candidates, facts), strict=True))
+    planned = [_planned(spec, choices.get(spec)) for spec in trunk]
+    if rope_freqs is not None:
+        n = len(rope_freqs) // 4
+        planned.append(PlannedTensor(ROPE_FREQS, (n,), F32, "llama3 RoPE scaling", None, constant=rope_freqs))
+    mtp = [_planned(spec, None if spec.float32 else _fitting(mtp_type, spec.shape)) for spec in specs if spec.is_mtp]
+    if options.mtp == "include":
+        return _ordered(planned + mtp), []
+    if options.mtp == "drop" or not mtp:
+        return _ordered(planned), []
+    shared = [
+        t if t.ggml_type == F32 else replace(t, ggml_type=_fitting(mtp_type, t.shape).ggml_type, reason="MTP file")
+        for t in planned
+        if t.name in (*metadata.SHARED_BY_MTP_FILE, ROPE_FREQS)
+    ]
+    return _ordered(planned), _ordered(shared + mtp)
+
+
+def plan_checkpoint(checkpoint: Checkpoint, dest: Path, options: Options) -> Plan:
+    """The plan of `stepgguf convert`."""
+    hp = checkpoint.hparams
+    main, mtp = select_checkpoint(checkpoint.specs, model_facts(checkpoint), metadata.rope_freqs(hp), options)
+    vocab = metadata.vocab_keys(checkpoint, options.chat_template)
+    sampling = metadata.sampling_keys(checkpoint)
+    name = options.name or checkpoint.path.resolve().name
+    has_mtp = options.mtp == "include" and hp.n_mtp > 0
+    files = []
+    for path, tensors, with_mtp in ((dest, main, has_mtp), (mtp_path(dest), mtp, True)):
+        if not tensors:
+            continue
+        label = metadata.size_label([(t.role, t.shape) for t in tensors], hp.n_expert)
+        type_name = options.type_name if tensors is main else _mtp_type(options)
+        keys = [
+            *(sampling.get(key.name, key) for key in metadata.model_keys(hp, name, label, with_mtp=with_mtp)),
+            *vocab.keys,
+            *metadata.provenance_keys(type_name, _mtp_type(options) if with_mtp else None, _source_name(checkpoint)),
+        ]
+        files += _split(PlannedFile(path, tuple(keys), tuple(tensors)), options.split_max_size)
+    plan = Plan(options.type_name, options.mtp, tuple(files), (*checkpoint.warnings, *vocab.warnings))
+    _check_encoders(plan, checkpoint.tensors)
+    return plan
+
+
+def model_facts(checkpoint: Checkpoint) -> Facts:
+    hp = checkpoint.hparams
+    return Facts(hp.n_layer, hp.n_expert, hp.layers[0].n_head // hp.layers[0].n_head_kv)
+
+
+def mtp_path(dest: Path) -> Path:
+    """Where `--mtp separate` puts the MTP file of dest."""
+    return dest.with_name(f"mtp-{dest.name}")
+
+
+# from a GGUF ----------------------------------------------------------------------------------------------------
+
+
+def plan_gguf(source: GGUFSource, dest: Path, options: Options) -> Plan:
+    """The plan of `stepgguf quantize`: the keys of the source, its tensors in new types."""
+    n_mtp = _int_key(source, Keys.LLM.NEXTN_PREDICT_LAYERS, 0)
+    n_layer = _int_key(source, Keys.LLM.BLOCK_COUNT) - n_mtp
+    heads, kv_heads = (_first(source, key) for key in (Keys.Attention.HEAD_COUNT, Keys.Attention.HEAD_COUNT_KV))
+    facts = Facts(n_layer, _int_key(source, Keys.LLM.EXPERT_COUNT, 0), heads // max(1, kv_heads))
+    names = sorted(source.tensors, key=file_order)
+    layers = {name: layer_of(name) if name.startswith("blk.") else None for name in names}
+    quantizable = [name for name in names if is_quantizable(name, source.tensors[name].shape)]
+    trunk = [name for name in quantizable if (layers[name] or 0) < n_layer]
+    candidates = [Candidate(n, n.split(".")[-2], source.tensors[n].shape, layers[n]) for n in trunk]
+    choices = dict(zip(trunk, _choose(options.type_name, candidates, facts), strict=True))
+    mtp_type = _mtp_type(options)
+    choices |= {n: _fitting(mtp_type, source.tensors[n].shape) for n in quantizable if n not in choices}
+    tensors = [_requantized(source.tensors[name], choices.get(name), options) for name in names]
+    replaced = metadata.provenance_keys(options.type_name, mtp_type if n_mtp else None, source.path.name)
+    kept = [key for name, key in source.keys.items() if name not in {k.name for k in replaced}]
+    files = _split(PlannedFile(dest, (*kept, *replaced), tuple(tensors)), options.split_max_size)
+    plan = Plan(options.type_name, options.mtp, tuple(files))
+    _check_encoders(plan, source.tensors)
+    return plan
+
+
+def is_quantizable(name: str, shape: tuple[int, ...]) -> bool:
+    """llama-quantize's rule: weights with two or more dimensions, but no norms and no router."""
+    matrix = any(size > 1 for size in shape[:-1])
+    return matrix and name.endswith(".weight") and not name.endswith(("_norm.weight", ".ffn_gate_inp.weight"))
+
+
+def _requantized(tensor: SourceTensor, choice: Choice | None, options: Options) -> PlannedTensor:
+    assert tensor.ggml_type is not None
+    if choice is None or choice.ggml_type == tensor.ggml_type:
+        reason = "kept as it is" if choice is None else choice.reason
+        return PlannedTensor(tensor.name, tensor.shape, tensor.ggml_type, reason, tensor.name)
+    if tensor.dtype not in ("F32", "F16", "BF16") and not options.allow_requantize:
+        raise RecipeError(
+            f"{tensor.name} is already {tensor.dtype}; quantizing it again to {choice.ggml_type.name} adds its error",
+            hint="Start from the BF16 file or the checkpoint, or accept the loss with --allow-requantize.",
+        )
+    return PlannedTensor(tensor.name, tensor.shape, choice.ggml_type, choice.reason, tensor.name)
+
+
+def _int_key(source: GGUFSource, key: str, default: int | None = None) -> int:
+    name = key.format(arch=ARCHITECTURE)
+    value = source.headers[0].get(name, default)
+    if not isinstance(value, int):
+        raise RecipeError(f"{source.path}: key {name} is {value!r}, expected an integer")
+    return value
+
+
+def _first(source: GGUFSource, key: str) -> int:
+    """A per-layer key's value at layer 0; it may be one number for all layers."""
+    name = key.format(arch=ARCHITECTURE)
+    value = source.headers[0].get(name)
+    value = value[0] if isinstance(value, list) and value else value
+    if not isinstance(value, int):
+        raise RecipeError(f"{source.path}: key {name} is {value!r}, expected an integer")
+    return value
+
+
+# shared ---------------------------------------------------------------------------------------------------------
+
+
+def replan(target: Iterable[TensorInfo], plan: Plan) -> list[PlannedTensor]:
+    """The plan's tensors with the types that an existing file has: what `verify --against` makes again."""
+    planned = {tensor.name: tensor for tensor in plan.tensors}
+    return [replace(planned[t.name], ggml_type=t.ggml_type) for t in target if t.name in planned]
+
+
+def _mtp_type(options: Options) -> str:
+    """The MTP blocks' type: one type for all of their matrices, no mixture."""
+    if options.mtp_type is not None:
+        name = mixtures.check_name(options.mtp_type)
+        if name not in GGMLQuantizationType.__members__:
+            raise RecipeError(f"--mtp-type {name} is a mixture", hint="Give one type, such as Q8_0, Q6_K or BF16.")
+        return name
+    return options.type_name if options.type_name in ("F32", "F16", "BF16") else "Q8_0"
+
+
+def _choose(type_name: str, candidates: Sequence[Candidate], facts: Facts) -> list[Choice]:
+    choices = mixtures.choose(type_name, candidates, facts)
+    for candidate, choice in zip(candidates, choices, strict=True):
+        if mixtures.requires_imatrix(type_name, candidate, choice.ggml_type):
+            raise RecipeError(
+                f"{type_name} makes {candidate.name} {choice.ggml_type.name}, which needs an importance matrix",
+                hint="Without one use a type from IQ3_S, Q2_K or Q3_K_S upwards.",
+            )
+    return choices
+
+
+def _fitting(type_name: str, shape: tuple[int, ...]) -> Choice:
+    return Choice(mixtures.fallback(GGMLQuantizationType[type_name], shape[-1]), f"MTP {type_name}")
+
+
+def _planned(spec: TensorSpec, choice: Choice | None) -> PlannedTensor:
+    kind, reason = (F32, "never quantized") if choice is None else (choice.ggml_type, choice.reason)
+    return PlannedTensor(spec.name, spec.shape, kind, reason, spec.source, spec.plus_one)
+
+
+def _ordered(tensors: Iterable[PlannedTensor]) -> list[PlannedTensor]:
+    return sorted(tensors, key=lambda tensor: file_order(tensor.name))
+
+
+def _source_name(checkpoint: Checkpoint) -> str:
+    dtypes = sorted({t.dtype for t in checkpoint.tensors.values()} - {"F32"})
+    return f"{checkpoint.path.resolve().name} ({checkpoint.hparams.architecture}, {' and '.join(dtypes) or 'F32'})"
+
+
+def _check_encoders(plan: Plan, sources: Mapping[str, SourceTensor]) -> None:
+    """Refuse types that cannot be encoded here, before anything is written."""
+    for kind in {t.ggml_type for t in plan.tensors if t.source and sources[t.source].ggml_type != t.ggml_type}:
+        codec.check_encoder(kind)
+
+
+def _split(file: PlannedFile, max_size: int | None) -> list[PlannedFile]:
+    """The file, or llama.cpp's splits of it: the first has all keys, each has the split keys."""
+    if max_size is None or file.data_size <= max_size:
+        return [file]
+    groups: list[list[PlannedTensor]] = [[]]
+    size = 0
+    for tensor in file.tensors:
+        if tensor.n_bytes > max_size:
+            raise OutputError(
+                f"--split-max-size {max_size:,}: {tensor.name} alone has {tensor.n_bytes:,} bytes",
+                hint="A tensor cannot be split; give at least its size.",
+            )
+        if groups[-1] and size + tensor.n_bytes > max_size:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += tensor.n_bytes
+    architecture = file.keys[:1]
+    return [
+        PlannedFile(
+            split_path(file.path, i, len(groups)),
+            (*(file.keys if i == 0 else architecture), *metadata.split_keys(i, len(groups), len(file.tensors))),
+            tuple(group),
+        )
+        for i, group in enumerate(groups)
+    ]

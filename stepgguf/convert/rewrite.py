@@ -1,0 +1,107 @@
+"""Change a finished file's metadata without touching its tensors.
+
+`stepgguf convert` leaves a key of spaces at the end of the metadata (metadata.RESERVE). A new chat template takes its
+room from there: the header keeps its length, the data its place, and 100 GB need not be copied. A file without enough
+room is copied once and then has it.
+
+The header is replaced in place after a copy of the old one has reached the disk as FILE.header; if that file exists
+when we start, a crash has come between, and the old header is put back first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from gguf import GGUFValueType
+
+from stepgguf.convert import header as gguf_header
+from stepgguf.convert.ggufsource import split_files
+from stepgguf.convert.header import Header, Key
+from stepgguf.convert.metadata import CHAT_TEMPLATE, RESERVE, RESERVE_BYTES, reserve
+from stepgguf.convert.writer import disk_errors, manifest_path, write_all
+from stepgguf.errors import BadMetadata
+
+_COPY = 64 * 2**20
+
+
+def chat_template(path: Path) -> str:
+    """The chat template of a GGUF."""
+    text = gguf_header.read(split_files(path)[0]).get(CHAT_TEMPLATE)
+    if not isinstance(text, str):
+        raise BadMetadata(f"{path} has no chat template", hint="Give one: stepgguf template FILE.gguf NEW.jinja")
+    return text
+
+
+def replace_chat_template(path: Path, text: str) -> None:
+    """Put another chat template into a GGUF (the first file, if it is split)."""
+    path = split_files(path)[0]
+    backup = path.with_name(path.name + ".header")
+    with disk_errors(path):
+        if backup.exists():
+            _overwrite(path, backup.read_bytes())
+        old = gguf_header.read(path)
+        keys = {name: key for name, key in old.keys.items() if name != RESERVE}
+        keys[CHAT_TEMPLATE] = Key.of(CHAT_TEMPLATE, text, GGUFValueType.STRING)
+        new = _fitted(keys, old)
+        if new is None:
+            new = gguf_header.encode([*keys.values(), reserve(RESERVE_BYTES)], old.tensors, old.alignment)
+            _copy(path, old.data_start, new)
+        else:
+            with path.open("rb") as file:
+                _durable(backup, file.read(old.data_start))
+            _overwrite(path, new)
+        backup.unlink(missing_ok=True)
+        _update_manifest(path, new)
+
+
+def _fitted(keys: dict[str, Key], old: Header) -> bytes | None:
+    """The header at exactly the old length, or None if it does not fit."""
+    with_none = len(gguf_header.encode([*keys.values(), reserve(0)], old.tensors, 1))
+    room = old.data_start - with_none
+    if room < 0:
+        return None
+    return gguf_header.encode([*keys.values(), reserve(room)], old.tensors, old.alignment)
+
+
+def _overwrite(path: Path, header: bytes) -> None:
+    fd = os.open(path, os.O_RDWR)
+    try:
+        write_all(fd, header, 0)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _durable(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _copy(path: Path, data_start: int, header: bytes) -> None:
+    """A new file with another header and the same data, renamed over the old one."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with path.open("rb") as source, part.open("wb") as target:
+            target.write(header)
+            source.seek(data_start)
+            while block := source.read(_COPY):
+                target.write(block)
+            target.flush()
+            os.fsync(target.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _update_manifest(path: Path, header: bytes) -> None:
+    manifest = manifest_path(path)
+    if manifest.exists():
+        content = json.loads(manifest.read_text())
+        content["header_sha256"] = hashlib.sha256(header).hexdigest()
+        content["bytes"] = path.stat().st_size
+        manifest.write_text(json.dumps(content, indent=1) + "\n")

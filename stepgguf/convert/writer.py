@@ -1,0 +1,267 @@
+"""Output files that survive anything: written in place, journaled, resumed, renamed at the end.
+
+    DEST.part      the GGUF itself, full size from the start: header first, tensors at their final offsets
+    DEST.journal   line 1: JSON, what is being made of what; then 40 bytes for each finished unit:
+                   number u32, crc32 of number and digest u32, sha256 of the unit's bytes
+    DEST.manifest.json   the digests, kept beside the finished file for `stepgguf verify`
+
+A unit enters the journal only after its bytes are on the disk (fdatasync), so neither kill -9 nor a power cut leaves
+an entry without its bytes. Resuming redoes exactly the units that are not in the journal; since each unit's bytes are
+a function of source and plan, the end is byte-identical. The final name appears by rename, when all is there.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import struct
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from stepgguf import __version__
+from stepgguf.convert.plan import Plan, PlannedFile, Unit
+from stepgguf.errors import OutputError
+
+_RECORD = struct.Struct("<II32s")
+_VERSION = 1
+
+
+class Writer:
+    """The output of one plan. `digests` holds the finished units' sha256, also those of an interrupted run."""
+
+    def __init__(self, plan: Plan, identity: Mapping[str, str], *, restart: bool = False, overwrite: bool = False) -> None:
+        self.plan = plan
+        self.units = list(plan.units())
+        self.digests: dict[int, bytes] = {}
+        self._journal_path = _beside(plan.files[0].path, ".journal")
+        self._fds: list[int] = []
+        self._label = _label(plan, identity)
+        if restart:
+            self._forget()
+        resumed = self._resume()
+        if not resumed:
+            self._refuse_existing(overwrite)
+            self._check_space()
+        self._open(resumed)
+
+    # opening ----------------------------------------------------------------------------------------------------
+
+    def _forget(self) -> None:
+        for file in self.plan.files:
+            _beside(file.path, ".part").unlink(missing_ok=True)
+        self._journal_path.unlink(missing_ok=True)
+
+    def _resume(self) -> bool:
+        """Read the journal of an interrupted run. A different run's journal is refused."""
+        if not self._journal_path.exists():
+            return False
+        first, _, records = self._journal_path.read_bytes().partition(b"\n")
+        try:
+            found = json.loads(first)
+        except ValueError:
+            return False  # killed while the first line was being written: nothing is lost
+        changed = [key for key in self._label if found.get(key) != self._label[key]]
+        if changed:
+            raise OutputError(
+                f"{self._journal_path} belongs to an interrupted run with another {_named(changed, found, self._label)}",
+                hint="Repeat that command to finish it, or start anew with --restart.",
+            )
+        for file in self.plan.files:
+            if not _beside(file.path, ".part").exists() and not _is_whole(file):
+                return False  # somebody removed the data
+        for number, check, digest in _RECORD.iter_unpack(records[: len(records) // _RECORD.size * _RECORD.size]):
+            if check != _check(number, digest) or number >= len(self.units):
+                break  # torn by a crash: this and what follows is redone
+            self.digests[number] = digest
+        return True
+
+    def _refuse_existing(self, overwrite: bool) -> None:
+        for file in self.plan.files:
+            if file.path.exists() and not overwrite:
+                raise OutputError(f"{file.path} exists", hint="Choose another name or replace it with --overwrite.")
+
+    def _check_space(self) -> None:
+        folder = self.plan.files[0].path.parent
+        if not folder.is_dir():
+            raise OutputError(f"{folder} is not a directory", hint="Create it first.")
+        self._forget()
+        need, free = sum(file.size for file in self.plan.files), shutil.disk_usage(folder).free
+        if need > free:
+            raise OutputError(
+                f"{folder} has {gib(free)} free, the output needs {gib(need)}",
+                hint="Free some space, choose another disk or a smaller type.",
+            )
+
+    def _open(self, resumed: bool) -> None:
+        with disk_errors(self.plan.files[0].path):
+            for file in self.plan.files:
+                part = _beside(file.path, ".part")
+                target = part if part.exists() or not (resumed and _is_whole(file)) else file.path
+                fd = os.open(target, os.O_RDWR | os.O_CREAT, 0o644)
+                self._fds.append(fd)
+                os.ftruncate(fd, file.size)
+                write_all(fd, file.header, 0)
+            self._journal = os.open(self._journal_path, os.O_RDWR | os.O_CREAT, 0o644)
+            head = json.dumps(self._label).encode() + b"\n"
+            records = b"".join(self._record(number) for number in self.digests)
+            os.ftruncate(self._journal, 0)
+            write_all(self._journal, head + records, 0)
+            self._journal_end = len(head) + len(records)
+            os.fsync(self._journal)
+
+    # writing ----------------------------------------------------------------------------------------------------
+
+    def write(self, number: int, data: memoryview) -> bytes:
+        """Put a unit's bytes in their place and return their sha256. Called from many threads."""
+        unit = self.units[number]
+        file = self.plan.files[unit.file]
+        offset = len(file.header) + file.offsets[unit.tensor] + unit.start * file.tensors[unit.tensor].row_bytes
+        write_all(self._fds[unit.file], data, offset)
+        return hashlib.sha256(data).digest()
+
+    def commit(self, finished: Mapping[int, bytes]) -> None:
+        """Make finished units (number -> digest) durable, then enter them in the journal."""
+        for index in {self.units[number].file for number in finished}:
+            os.fdatasync(self._fds[index]) if hasattr(os, "fdatasync") else os.fsync(self._fds[index])
+        self.digests.update(finished)
+        records = b"".join(self._record(number) for number in finished)
+        write_all(self._journal, records, self._journal_end)
+        self._journal_end += len(records)
+        os.fsync(self._journal)
+
+    def _record(self, number: int) -> bytes:
+        digest = self.digests[number]
+        return _RECORD.pack(number, _check(number, digest), digest)
+
+    def finish(self) -> None:
+        """Manifests, final names, and the journal's end."""
+        assert len(self.digests) == len(self.units)
+        with disk_errors(self.plan.files[0].path):
+            for index, file in enumerate(self.plan.files):
+                os.fsync(self._fds[index])
+                manifest = json.dumps(self._manifest(index), indent=1) + "\n"
+                _beside(file.path, ".manifest.json").write_text(manifest)
+            self.close()
+            for file in self.plan.files:
+                part = _beside(file.path, ".part")
+                if part.exists():
+                    part.replace(file.path)
+            _sync_directory(self.plan.files[0].path.parent)
+            self._journal_path.unlink()
+
+    def close(self) -> None:
+        for fd in (*self._fds, self._journal):
+            os.close(fd)
+        self._fds = []
+
+    def _manifest(self, index: int) -> dict[str, Any]:
+        file = self.plan.files[index]
+        digests: dict[int, list[str]] = {}
+        for number, unit in enumerate(self.units):
+            if unit.file == index:
+                digests.setdefault(unit.tensor, []).append(self.digests[number].hex())
+        return {
+            "made_by": f"stepgguf {__version__}",
+            "file": file.path.name,
+            "bytes": file.size,
+            "header_sha256": hashlib.sha256(file.header).hexdigest(),
+            "tensors": {
+                tensor.name: {
+                    "type": tensor.ggml_type.name,
+                    "shape": list(tensor.shape),
+                    "rows_per_unit": tensor.rows_per_unit,
+                    "sha256": digests[i],
+                }
+                for i, tensor in enumerate(file.tensors)
+            },
+        }
+
+
+class disk_errors:
+    """Turns the system's errors into OutputError: a full disk says how to go on."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, OSError):
+            raise self.translate(error) from error
+
+    def translate(self, error: OSError) -> OutputError:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return OutputError(
+                f"{self.path.parent}: the disk is full", hint="Free some space and repeat the command; it resumes."
+            )
+        return OutputError(f"{error.filename or self.path}: {error.strerror or error}", hint="Repeat the command; it resumes.")
+
+
+def manifest_path(path: Path) -> Path:
+    """The manifest of a finished file."""
+    return _beside(path, ".manifest.json")
+
+
+def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
+    view = memoryview(data).cast("B")
+    while view:
+        n = os.pwrite(fd, view, offset)
+        view, offset = view[n:], offset + n
+
+
+def gib(n: int) -> str:
+    return f"{n / 2**30:.2f} GiB"
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
+
+
+def _is_whole(file: PlannedFile) -> bool:
+    """Whether this file of an interrupted run had already been renamed."""
+    return file.path.exists() and file.path.stat().st_size == file.size
+
+
+def _check(number: int, digest: bytes) -> int:
+    return zlib.crc32(digest, number)
+
+
+def _label(plan: Plan, identity: Mapping[str, str]) -> dict[str, Any]:
+    """What must be the same for a run to be resumed. The header's digest covers types, shapes and metadata."""
+    return {
+        "journal": _VERSION,
+        "type": plan.type_name,
+        "mtp": plan.mtp,
+        "files": [file.path.name for file in plan.files],
+        "source": dict(sorted(identity.items())),
+        "header": hashlib.sha256(b"".join(file.header for file in plan.files)).hexdigest(),
+    }
+
+
+def _named(changed: Iterable[str], found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """The first difference in words."""
+    key = next(iter(changed))
+    if key == "source":
+        before, now = found.get(key) or {}, wanted[key]
+        files = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+        return f"source: {', '.join(files[:3])} changed"
+    if key == "header":
+        return "version, name, chat template or other metadata"
+    return f"{key}: {found.get(key)} then, {wanted[key]} now"
+
+
+def _sync_directory(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+__all__ = ["Unit", "Writer", "disk_errors", "gib", "manifest_path", "write_all"]

@@ -1,0 +1,300 @@
+"""Train the embedded model: `python -m stepgguf.demo.train OUT_DIR`. CPU, seeded, about an hour on two cores.
+
+    1. tokenizer from the tasks' own text
+    2. trunk, loss on the assistant's tokens, learning rate constant, then linearly down to zero
+    3. the three MTP heads, trunk frozen
+    4. written as a published checkpoint: block-FP8 experts, BF16 rest, F32 router bias, norms minus one
+
+The reference model is trained as it is; nothing here knows the architecture except `config`. Router load is balanced
+without an auxiliary loss, by nudging the selection bias (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from stepgguf.chat.template import ChatTemplate
+from stepgguf.demo import tasks, tokenizer
+from stepgguf.model.hparams import HParams
+from stepgguf.reference.model import MoE, Step35
+
+MODEL = Path(__file__).parent / "model"
+ROW, ROWS = 512, 4  # tokens in a packed row, rows in a step
+IGNORE = -100
+BIAS_STEP = 1e-3  # router bias nudge per step
+
+
+def config(vocab_size: int, eos: list[int]) -> dict[str, Any]:
+    """The real architecture in small: every mechanism of Step-3.5-Flash is there, widths are multiples of 256."""
+    n_layer, n_mtp = 5, 3
+    types = ["sliding_attention" if i % 4 else "full_attention" for i in range(n_layer + n_mtp)]
+    types[n_layer:] = ["sliding_attention"] * n_mtp
+    sliding = [kind == "sliding_attention" for kind in types]
+    return {
+        "architectures": ["Step3p5ForCausalLM"],
+        "model_type": "step3p5",
+        "rope_scaling": {"rope_type": "llama3", "factor": 2.0, "original_max_position_embeddings": 2048,
+                         "low_freq_factor": 1.0, "high_freq_factor": 32.0},
+        "yarn_only_types": ["full_attention"],
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": n_layer,
+        "max_seq_len": 4096,
+        "vocab_size": vocab_size,
+        "torch_dtype": "bfloat16",
+        "use_qk_norm": True,
+        "moe_layers_enum": "2,3,4",
+        "num_attention_heads": 4,
+        "num_attention_groups": 2,
+        "head_dim": 64,
+        "use_moe": True,
+        "moe_num_experts": 6,
+        "moe_top_k": 2,
+        "moe_intermediate_size": 256,
+        "share_expert_dim": 256,
+        "moe_layer_offset": 0,
+        "moe_every_n_layer": 1,
+        "norm_expert_weight": True,
+        "moe_router_activation": "sigmoid",
+        "moe_router_scaling_factor": 3.0,
+        "att_impl_type": "GQA",
+        "tie_word_embeddings": False,
+        "rope_theta": [10000.0 if s else 5000000.0 for s in sliding],
+        "use_head_wise_attn_gate": True,
+        "sliding_window": 64,
+        "use_moe_router_bias": True,
+        "need_fp32_gate": True,
+        "sink": False,
+        "layer_types": types,
+        "use_rope_layers": [],
+        "num_nextn_predict_layers": n_mtp,
+        "partial_rotary_factors": [1.0 if s else 0.5 for s in sliding],
+        "eos_token_id": eos,
+        "bos_token_id": 0,
+        "attention_other_setting": {"attention_type": "sliding_attention", "num_attention_heads": 6,
+                                    "num_attention_groups": 2, "head_dim": 64, "true_head_dim": 64},
+        "swiglu_limits": [0.0, 0.0, 0.0, 7, 7, 0.0, 0.0, 0.0],
+        "swiglu_limits_shared": [0.0, 0.0, 0.0, 0.0, 16, 0.0, 0.0, 0.0],
+        "zero_centered": True,
+        "max_position_embeddings": 4096,
+    }  # fmt: skip
+
+
+class Encoder:
+    """Conversations to token ids and labels: only what an assistant turn after the last question writes is learnt."""
+
+    def __init__(self, tokenizer_json: str) -> None:
+        self.tokenizer = Tokenizer.from_str(tokenizer_json)
+        self.template = ChatTemplate((MODEL / "chat_template.jinja").read_text(), bos_token=tokenizer.BOS)
+        self.think, self.end, self.start = (self.id(t) for t in ("<think>", "<|im_end|>", "<|im_start|>"))
+
+    def id(self, token: str) -> int:
+        found = self.tokenizer.token_to_id(token)
+        assert found is not None
+        return int(found)
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def example(self, messages: list[tasks.Message], tools: list[dict[str, Any]] | None) -> tuple[list[int], list[int]]:
+        """Token ids and, at the same positions, the labels (the token itself, or IGNORE)."""
+        ids = self.encode(self.template.render(messages, tools=tools, add_generation_prompt=False))
+        labels, learn = [], False
+        for i, token in enumerate(ids):
+            labels.append(token if learn else IGNORE)
+            if token == self.end:
+                learn = False
+            elif i and ids[i - 1] == self.think:  # the prompt ends with "<think>\n"
+                learn = True
+        return ids, labels
+
+
+def rows(encoder: Encoder, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """An endless stream of packed batches: tokens, labels and document ids, each [ROWS, ROW]."""
+    rng = random.Random(seed)
+    waiting: list[tuple[list[int], list[int]]] = []
+    while True:
+        batch = []
+        for _ in range(ROWS):
+            tokens, labels, document, n = [], [], [], 0
+            while len(waiting) < 32:
+                example = encoder.example(*tasks.conversation(rng))
+                if len(example[0]) <= ROW:
+                    waiting.append(example)
+            while (fit := next((i for i, e in enumerate(waiting) if len(tokens) + len(e[0]) <= ROW), None)) is not None:
+                example = waiting.pop(fit)
+                tokens += example[0]
+                labels += example[1]
+                document += [n] * len(example[0])
+                n += 1
+            fill = ROW - len(tokens)
+            batch.append((tokens + [2] * fill, labels + [IGNORE] * fill, document + [n] * fill))
+        yield tuple(torch.tensor(part) for part in zip(*batch, strict=True))  # type: ignore[misc]
+
+
+def initialize(model: Step35) -> None:
+    """Small embeddings, and zero in what writes to the residual stream, so that each layer starts as the identity."""
+    nn.init.normal_(model.model.embed_tokens.weight, std=0.05)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            nn.init.zeros_(parameter)
+
+
+def schedule(step: int, steps: int, warmup: int = 100, decay: float = 0.4) -> float:
+    return min(1.0, (step + 1) / warmup, (steps - step) / (steps * decay))
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, shift: int) -> Tensor:
+    """Mean loss of logits at i against the token at i + shift."""
+    return F.cross_entropy(logits[:, :-shift].flatten(0, 1).float(), labels[:, shift:].flatten(), ignore_index=IGNORE)
+
+
+def optimize(parameters: list[nn.Parameter], lr: float) -> torch.optim.AdamW:
+    matrices = [p for p in parameters if p.dim() > 1]
+    vectors = [p for p in parameters if p.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-10, fused=True)
+
+
+def train(model: Step35, encoder: Encoder, steps: int, lr: float, seed: int, mtp: bool) -> None:
+    """Train the trunk, or with `mtp` the MTP blocks over a frozen trunk."""
+    trunk = {id(p) for name, p in model.named_parameters() if not _is_mtp(model.hp, name)}
+    parameters = [p for p in model.parameters() if (id(p) not in trunk) == mtp and p.dtype.is_floating_point]
+    for p in model.parameters():
+        p.requires_grad_(False)
+    for p in parameters:
+        p.requires_grad_(True)
+    routers = [module for module in model.modules() if isinstance(module, MoE)]
+    for router in routers:
+        router.router_bias.requires_grad_(False)
+    parameters = [p for p in parameters if p.requires_grad]
+    optimizer = optimize(parameters, lr)
+    started, seen = time.time(), 0
+    for step, (tokens, labels, document) in zip(range(steps), rows(encoder, seed), strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * schedule(step, steps)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            if mtp:
+                with torch.no_grad():
+                    hidden = model.hidden(tokens, document)
+                losses = [cross_entropy(d, labels, k + 2) for k, d in enumerate(model.mtp(tokens, hidden, document))]
+                loss = torch.stack(losses).mean()
+            else:
+                loss = cross_entropy(model.logits(model.hidden(tokens, document)), labels, 1)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if not mtp:
+            for router in routers:
+                router.router_bias += BIAS_STEP * torch.sign(router.load.mean() - router.load)
+        seen += tokens.numel()
+        if step % 100 == 99:
+            speed = seen / (time.time() - started)
+            print(f"{'mtp' if mtp else 'trunk'} {step + 1}/{steps} loss {loss.item():.4f} {speed:.0f} tok/s", flush=True)
+        if step % 1000 == 999:
+            print(json.dumps(evaluate(model, encoder, 100)), flush=True)
+
+
+def _is_mtp(hp: HParams, name: str) -> bool:
+    parts = name.split(".")
+    return parts[:2] == ["model", "layers"] and int(parts[2]) >= hp.n_layer
+
+
+@torch.no_grad()
+def evaluate(model: Step35, encoder: Encoder, n: int) -> dict[str, float]:
+    """Share of held-out questions whose whole turn is the argmax at every token, and how often MTP heads agree.
+
+    An MTP head is right where it names the token that the trunk itself would have chosen.
+    """
+    result: dict[str, float] = {}
+    agree, total = torch.zeros(model.hp.n_mtp), torch.zeros(model.hp.n_mtp)
+    for name, cases in (("letters", tasks.held_out_letters(n)), ("sums", tasks.held_out_sums(n))):
+        right = 0
+        for messages in cases:
+            ids, labels = encoder.example(messages, None)
+            tokens, wanted = torch.tensor([ids]), torch.tensor([labels])
+            hidden = model.hidden(tokens)
+            best = model.logits(hidden).argmax(-1)
+            right += bool(((best[:, :-1] == wanted[:, 1:]) | (wanted[:, 1:] == IGNORE)).all())
+            for k, draft in enumerate(model.mtp(tokens, hidden)):
+                asked = wanted[:, 2 + k :] != IGNORE
+                same = draft.argmax(-1)[:, : -2 - k] == best[:, 1 + k : -1]
+                agree[k] += (same & asked).sum()
+                total[k] += asked.sum()
+        result[name] = right / n
+    return result | {f"mtp{k + 1}": round(float(a / t), 4) for k, (a, t) in enumerate(zip(agree, total, strict=True))}
+
+
+def quantize_fp8(weight: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
+    """[n, rows, cols] -> float8_e4m3fn of the same shape and the float32 scale of each block x block tile."""
+    n, height, width = weight.shape
+    tiles = weight.view(n, height // block, block, width // block, block)
+    scale = (tiles.abs().amax(dim=(2, 4), keepdim=True) / 448.0).clamp(min=1e-12)
+    return (tiles / scale).to(torch.float8_e4m3fn).view_as(weight), scale[:, :, 0, :, 0].contiguous()
+
+
+def save(model: Step35, settings: dict[str, Any], tokenizer_json: str, out: Path) -> None:
+    """Write the checkpoint as the published block-FP8 repositories are: three shards, no index."""
+    shards: list[dict[str, Tensor]] = [{}, {}, {}]
+    for name, tensor in model.state_dict().items():
+        mtp, experts = _is_mtp(model.hp, name), ".moe." in name and name.endswith("_proj.weight")
+        shard = shards[2 if mtp or "layers" not in name else 1 if experts else 0]
+        if experts:
+            shard[name], shard[f"{name}_scale_inv"] = quantize_fp8(tensor)
+        else:
+            shard[name] = tensor if name.endswith("router_bias") else tensor.bfloat16()
+    out.mkdir(parents=True, exist_ok=True)
+    for i, shard in enumerate(shards):
+        save_file(shard, out / f"model-{i + 1:05d}.safetensors", metadata={"format": "pt"})
+    quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    (out / "config.json").write_text(json.dumps({**settings, "quantization_config": quantization}, indent=1) + "\n")
+    (out / "tokenizer.json").write_text(tokenizer_json + "\n")
+    tokenizer_config = {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True, "add_eos_token": False,
+                        "bos_token": tokenizer.BOS, "eos_token": "<|im_end|>", "pad_token": tokenizer.END_OF_SENTENCE}  # fmt: skip
+    (out / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, ensure_ascii=False, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path, help="directory of the checkpoint")
+    parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--mtp-steps", type=int, default=2500)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--vocab", type=int, default=768)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+
+    rng = random.Random(args.seed)
+    template = ChatTemplate((MODEL / "chat_template.jinja").read_text(), bos_token=tokenizer.BOS)
+    texts = [template.render(m, tools=t, add_generation_prompt=False)
+             for m, t in (tasks.conversation(rng) for _ in range(4000))]  # fmt: skip
+    tokenizer_json = tokenizer.build(texts, args.vocab)
+    encoder = Encoder(tokenizer_json)
+    settings = config(args.vocab, [1, 2, encoder.end])
+    model = Step35(HParams.from_config(settings))
+    initialize(model)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+
+    train(model, encoder, args.steps, args.lr, args.seed, mtp=False)
+    save(model, settings, tokenizer_json, args.out)
+    train(model, encoder, args.mtp_steps, args.lr, args.seed + 1, mtp=True)
+    save(model, settings, tokenizer_json, args.out)
+    print(json.dumps(evaluate(model, encoder, 200)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

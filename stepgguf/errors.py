@@ -1,0 +1,123 @@
+"""Everything that can go wrong, as one tree.
+
+    StepggufError
+    ├── CheckpointError          the safetensors side
+    │   ├── BadConfig            config.json or tokenizer.json: a key is missing or has a value that cannot be
+    │   ├── MissingShard         a file that the index names is not there
+    │   ├── TruncatedShard       the header promises more bytes than the file has
+    │   ├── CorruptShard         the header is not a safetensors header
+    │   ├── TensorNotFound       the architecture needs it, no shard has it
+    │   ├── UnexpectedTensor     a shard has it, the architecture does not know it (or has it twice)
+    │   ├── ShapeMismatch        the shape or dtype is not the one that config.json implies
+    │   └── CorruptTensor        non-finite values
+    ├── UnsupportedModel         a checkpoint of another architecture
+    ├── GGUFError                the GGUF side
+    │   ├── BadMagic             not a GGUF
+    │   ├── TruncatedFile        shorter than its own header says
+    │   └── BadMetadata          a key is missing or wrong
+    ├── RecipeError              a type that does not exist or cannot be had
+    ├── QuantError               ggml refused
+    ├── OutputError              the destination: exists, differs, no space
+    ├── VerifyError              bytes are not what the manifest or the source says
+    └── EngineError              running a model
+        ├── ModelLoadFailed
+        └── ContextLengthExceeded
+
+An error carries the object, what was found, what was expected; `hint` says what to do. Prose is made here, once, and
+shown at the boundaries (cli/boundary.py).
+"""
+
+from __future__ import annotations
+
+
+class StepggufError(Exception):
+    """Base of all errors that a user can cause or fix. `hint` is one imperative sentence."""
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class CheckpointError(StepggufError):
+    pass
+
+
+class BadConfig(CheckpointError):
+    pass
+
+
+class MissingShard(CheckpointError):
+    pass
+
+
+class TruncatedShard(CheckpointError):
+    pass
+
+
+class CorruptShard(CheckpointError):
+    pass
+
+
+class TensorNotFound(CheckpointError):
+    pass
+
+
+class UnexpectedTensor(CheckpointError):
+    pass
+
+
+class ShapeMismatch(CheckpointError):
+    pass
+
+
+class CorruptTensor(CheckpointError):
+    pass
+
+
+class UnsupportedModel(StepggufError):
+    pass
+
+
+class GGUFError(StepggufError):
+    pass
+
+
+class BadMagic(GGUFError):
+    pass
+
+
+class TruncatedFile(GGUFError):
+    pass
+
+
+class BadMetadata(GGUFError):
+    pass
+
+
+class RecipeError(StepggufError):
+    pass
+
+
+class QuantError(StepggufError):
+    pass
+
+
+class OutputError(StepggufError):
+    pass
+
+
+class VerifyError(StepggufError):
+    pass
+
+
+class EngineError(StepggufError):
+    pass
+
+
+class ModelLoadFailed(EngineError):
+    pass
+
+
+class ContextLengthExceeded(EngineError):
+    pass
