@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +34,7 @@ class Usage:
         return (self.n_reasoning + self.n_text) / self.answer_seconds if self.answer_seconds else 0.0
 
 
-@dataclass(slots=True)
+@dataclass
 class Session:
     """Ask, iterate over the deltas, ask again. An answer that is cut short stays in the history as far as it came."""
 
@@ -55,7 +55,7 @@ class Session:
         self._template = ChatTemplate(source)
         self._end_of_thinking = self.engine.token_id("</think>")
 
-    def ask(self, question: str) -> Iterator[Delta]:
+    def ask(self, question: str) -> Generator[Delta, None, None]:
         """Add a user message and stream the answer."""
         self.messages.append({"role": "user", "content": question})
         try:
@@ -65,7 +65,7 @@ class Session:
                 self.messages.pop()
             raise
 
-    def answer(self) -> Iterator[Delta]:
+    def answer(self) -> Generator[Delta, None, None]:
         """Stream an answer to the messages as they are, and append it to them."""
         prompt_text = self._template.render(normalize(self.messages), tools=self.tools)
         prompt = self.engine.tokenize(prompt_text)

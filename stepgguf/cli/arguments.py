@@ -33,7 +33,9 @@ Type = Annotated[
 ]  # fmt: skip
 MtpType = Annotated[
     str | None,
-    typer.Option(metavar="TYPE", help="Type of the MTP blocks' matrices. Default: Q8_0, or TYPE if that is F32, F16 or BF16."),
+    typer.Option(
+        metavar="TYPE", help="Type of the MTP blocks' matrices. Default: Q8_0, or TYPE if that is F32, F16 or BF16."
+    ),
 ]
 SplitMaxSize = Annotated[
     int | None,
@@ -41,7 +43,13 @@ SplitMaxSize = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="Worker threads. Default: all cores.")]
 Memory = Annotated[
-    int, typer.Option(parser=parse_size, metavar="SIZE", show_default="2GiB", help="Memory for tensors in flight, whatever the model's size.")
+    int,
+    typer.Option(
+        parser=parse_size,
+        metavar="SIZE",
+        show_default="2GiB",
+        help="Memory for tensors in flight, whatever the model's size.",
+    ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
 Restart = Annotated[bool, typer.Option("--restart", help="Throw an interrupted run away and start anew.")]

@@ -12,11 +12,18 @@ from stepgguf.cli import arguments
 
 def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Directory with config.json and *.safetensors.")],
-    dest: Annotated[Path, typer.Argument(metavar="DEST", help="The GGUF to write; in a directory it is named SRC-TYPE.gguf.")],
+    dest: Annotated[
+        Path, typer.Argument(metavar="DEST", help="The GGUF to write; in a directory it is named SRC-TYPE.gguf.")
+    ],
     type: arguments.Type = "Q4_K_S",
-    mtp: Annotated[str, typer.Option(metavar="include|separate|drop", help="Where the MTP (multi-token prediction) blocks go.")] = "include",
+    mtp: Annotated[
+        str, typer.Option(metavar="include|separate|drop", help="Where the MTP (multi-token prediction) blocks go.")
+    ] = "include",
     mtp_type: arguments.MtpType = None,
-    chat_template: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, metavar="FILE", help="Use this template and not the checkpoint's.")] = None,
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, metavar="FILE", help="Use this template and not the checkpoint's."),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="general.name. Default: the directory's name.")] = None,
     split_max_size: arguments.SplitMaxSize = None,
     threads: arguments.Threads = None,
@@ -26,7 +33,7 @@ def convert(
     overwrite: arguments.Overwrite = False,
     quiet: arguments.Quiet = False,
     json: arguments.Json = False,
-) -> None:  # fmt: skip
+) -> None:
     """Convert a published Step-3.5 / Step-3.7 checkpoint (BF16 or FP8) to a quantized GGUF in one pass.
 
     No intermediate file is written. Interrupt it as you like: the same command goes on where it stopped, and the

@@ -29,8 +29,8 @@ class Run:
 
     def plan_text(self) -> str:
         total = (
-            f"{len(self.plan.tensors)} tensors, {self.plan.n_bytes / 2**30:.2f} GiB ({self.plan.n_bytes / 1e9:.2f} GB), "
-            f"{self.plan.bpw:.3f} bpw in {len(self.plan.files)} file{'s' * (len(self.plan.files) > 1)}"
+            f"{len(self.plan.tensors)} tensors in {len(self.plan.files)} file{'s' * (len(self.plan.files) > 1)}, "
+            f"{self.plan.n_bytes / 2**30:.2f} GiB ({self.plan.n_bytes / 1e9:.2f} GB), {self.plan.bpw:.3f} bpw"
         )
         return f"{output.table(self.lines())}\n{total}"
 
@@ -61,7 +61,9 @@ class Run:
             raise typer.Exit(130) from None
         seconds = time.monotonic() - started
         if self.json:
-            output.data(self._report() | {"seconds": round(seconds, 3), "peak_rss_bytes": peak_rss(), "resumed_units": resumed})
+            output.data(
+                self._report() | {"seconds": round(seconds, 3), "peak_rss_bytes": peak_rss(), "resumed_units": resumed}
+            )
         elif not self.quiet:
             for file in self.plan.files:
                 output.note(f"wrote {file.path} ({file.size / 2**30:.2f} GiB)")

@@ -16,7 +16,7 @@ def demo(
     interactive: Annotated[bool, typer.Option("--interactive", "-i", help="Stay in chat afterwards.")] = False,
     type: arguments.Type = "Q4_K_M",
     keep: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep the GGUF under this name.")] = None,
-) -> None:  # fmt: skip
+) -> None:
     """Convert the embedded model (a genuine, small, trained Step-3.5) and ask it a question.
 
     Examples:

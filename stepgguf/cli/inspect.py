@@ -12,9 +12,11 @@ from stepgguf.cli import arguments
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="FILE|DIR", help="A GGUF file (of a split one, any) or a checkpoint directory.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="FILE|DIR", help="A GGUF file (of a split one, any) or a checkpoint directory.")
+    ],
     json: arguments.Json = False,
-) -> None:  # fmt: skip
+) -> None:
     """Show metadata, types folded by layer, sizes and bits per weight.
 
     Examples:
@@ -29,7 +31,12 @@ def inspect(
     metadata, tensors = _checkpoint(path) if path.is_dir() else _gguf(path)
     lines = fold(tensors)
     n_bytes, n_values = sum(line.n_bytes for line in lines), sum(line.n_values for line in lines)
-    summary = {"tensors": len(tensors), "values": n_values, "bytes": n_bytes, "bpw": round(n_bytes * 8 / max(1, n_values), 4)}
+    summary = {
+        "tensors": len(tensors),
+        "values": n_values,
+        "bytes": n_bytes,
+        "bpw": round(n_bytes * 8 / max(1, n_values), 4),
+    }
     if json:
         folded = [
             {"layers": line.layers, "role": line.role, "count": line.count, "type": line.type, "bytes": line.n_bytes}

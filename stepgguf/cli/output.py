@@ -62,7 +62,14 @@ def size(n: int) -> str:
 def table(lines: Iterable[Line]) -> str:
     """Folded tensors as aligned text: label, count, type, size, bits per weight, reason."""
     rows = [
-        (line.label, f"{line.count}x", line.type, size(line.n_bytes), f"{line.n_bytes * 8 / line.n_values:.2f}", line.reason)
+        (
+            line.label,
+            f"{line.count}x",
+            line.type,
+            size(line.n_bytes),
+            f"{line.n_bytes * 8 / line.n_values:.2f}",
+            line.reason,
+        )
         for line in lines
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
@@ -93,7 +100,9 @@ class Meter:
                 self._layer = self._live.add_task("", total=None)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._live is not None:
             self._live.stop()
 

@@ -15,7 +15,9 @@ def quantize(
     dest: Annotated[Path, typer.Argument(metavar="DEST", help="The GGUF to write.")],
     type: arguments.Type = "Q4_K_S",
     mtp_type: arguments.MtpType = None,
-    allow_requantize: Annotated[bool, typer.Option("--allow-requantize", help="Accept a source that is quantized already (its error stays).")] = False,
+    allow_requantize: Annotated[
+        bool, typer.Option("--allow-requantize", help="Accept a source that is quantized already (its error stays).")
+    ] = False,
     split_max_size: arguments.SplitMaxSize = None,
     threads: arguments.Threads = None,
     memory: arguments.Memory = 2 * 2**30,
@@ -24,7 +26,7 @@ def quantize(
     overwrite: arguments.Overwrite = False,
     quiet: arguments.Quiet = False,
     json: arguments.Json = False,
-) -> None:  # fmt: skip
+) -> None:
     """Quantize a GGUF (F32, F16, BF16; whole or split) to another type, byte for byte as llama-quantize does.
 
     Examples:

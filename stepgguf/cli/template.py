@@ -12,8 +12,11 @@ from stepgguf.cli import arguments
 
 def template(
     path: arguments.Gguf,
-    jinja: Annotated[Path | None, typer.Argument(metavar="NEW.jinja", help="The new template. Without it the present one is printed.")] = None,
-) -> None:  # fmt: skip
+    jinja: Annotated[
+        Path | None,
+        typer.Argument(metavar="NEW.jinja", help="The new template. Without it the present one is printed."),
+    ] = None,
+) -> None:
     """Show or replace a GGUF's chat template without quantizing again.
 
     The tensor data is not touched where the new header fits in the old one's place; otherwise it is moved on, by a

@@ -12,12 +12,20 @@ from stepgguf.cli import arguments
 
 def verify(
     path: arguments.Gguf,
-    against: Annotated[Path | None, typer.Option(exists=True, metavar="SRC", help="Make the tensors again from this checkpoint or GGUF and compare.")] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, metavar="SRC", help="Make the tensors again from this checkpoint or GGUF and compare."
+        ),
+    ] = None,
     all: Annotated[bool, typer.Option("--all", help="With --against: every row and not a sample.")] = False,
-    sample: Annotated[float, typer.Option(min=0.0, max=1.0, help="With --against: the share of each tensor to compare, at least one unit.")] = 0.01,
+    sample: Annotated[
+        float,
+        typer.Option(min=0.0, max=1.0, help="With --against: the share of each tensor to compare, at least one unit."),
+    ] = 0.01,
     quiet: arguments.Quiet = False,
     json: arguments.Json = False,
-) -> None:  # fmt: skip
+) -> None:
     """Check a file's bytes against the manifest that convert wrote beside it, or against the source.
 
     The exit code is 0 if all is well and 1 if not; what differs is named down to the expert.

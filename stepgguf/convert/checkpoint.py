@@ -317,11 +317,13 @@ def _read_index(path: Path) -> dict[str, str]:
 def read_exactly(fd: int, size: int, offset: int, name: str) -> NDArray[np.uint8]:
     """size bytes at offset, however many preads it takes."""
     data = np.empty(size, np.uint8)
-    view, done = memoryview(data), 0
+    view, done = data.data, 0
     while done < size:
         n = os.preadv(fd, [view[done:]], offset + done)
         if n == 0:
-            raise TruncatedShard(f"{name}: the file ended {size - done} bytes early", hint="It changed while being read.")
+            raise TruncatedShard(
+                f"{name}: the file ended {size - done} bytes early", hint="It changed while being read."
+            )
         done += n
     return data
 

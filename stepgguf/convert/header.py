@@ -130,7 +130,9 @@ def _parse(path: Path, data: mmap.mmap) -> Header:
     cursor = _Cursor(data, str(path), 4)
     version, n_tensors, n_keys = cursor.unpack("<IQQ")
     if version not in (2, 3):
-        raise BadMagic(f"{path}: GGUF version {version}, expected 3", hint="Big-endian and version 1 files are not read.")
+        raise BadMagic(
+            f"{path}: GGUF version {version}, expected 3", hint="Big-endian and version 1 files are not read."
+        )
     keys = {}
     for _ in range(n_keys):
         name = cursor.string()

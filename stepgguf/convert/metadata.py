@@ -120,7 +120,9 @@ def vocab_keys(checkpoint: Checkpoint, chat_template: Path | None) -> Vocab:
     others = [i for i in hp.eos_token_ids if i != eos]
     keys += [_key(name, i) for name, i in zip((tok.EOT_ID, tok.EOM_ID), others, strict=False)]
     if len(others) > 2:
-        warnings.append(f"config.json names {len(hp.eos_token_ids)} end tokens; GGUF has room for 3, {others[2:]} are lost")
+        warnings.append(
+            f"config.json names {len(hp.eos_token_ids)} end tokens; GGUF has room for 3, {others[2:]} are lost"
+        )
     template = chat_template.read_text(encoding="utf-8") if chat_template else _template(checkpoint.path, settings)
     if template is None:
         warnings.append("the checkpoint has no chat template; add one with --chat-template FILE")

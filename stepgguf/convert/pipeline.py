@@ -94,7 +94,9 @@ def run(
 def n_workers(writer: Writer, threads: int | None, memory: int) -> int:
     """Threads to use: all cores or `threads`, fewer where `memory` bytes would not hold a unit for each."""
     wanted = threads or os.cpu_count() or 1
-    return max(1, min(wanted, memory // max((unit_memory(*_unit(writer, n)) for n in range(len(writer.units))), default=1)))
+    return max(
+        1, min(wanted, memory // max((unit_memory(*_unit(writer, n)) for n in range(len(writer.units))), default=1))
+    )
 
 
 def unit_memory(tensor: PlannedTensor, unit: Unit) -> int:
@@ -146,7 +148,9 @@ class UnitMaker:
             return
         row, column = divmod(int(bad[0]), tensor.shape[-1])
         expert, row = divmod(unit.start + row, tensor.rows_per_expert)
-        where = f"expert {expert}, row {row}, column {column}" if len(tensor.shape) == 3 else f"row {row}, column {column}"
+        where = (
+            f"expert {expert}, row {row}, column {column}" if len(tensor.shape) == 3 else f"row {row}, column {column}"
+        )
         if len(tensor.shape) == 1:
             where = f"index {column}"
         raise CorruptTensor(

@@ -150,10 +150,16 @@ class Plan:
 
 
 def unit_rows(tensor: PlannedTensor) -> Iterator[tuple[int, int]]:
-    """The row ranges of a tensor's units, in order; none crosses an expert's end."""
-    for first in range(0, tensor.n_values // tensor.shape[-1], tensor.rows_per_expert):
-        for start in range(0, tensor.rows_per_expert, tensor.rows_per_unit):
-            yield first + start, first + min(start + tensor.rows_per_unit, tensor.rows_per_expert)
+    """The row ranges of a tensor's units, in order."""
+    return row_ranges(tensor.shape, tensor.rows_per_unit)
+
+
+def row_ranges(shape: tuple[int, ...], rows_per_unit: int) -> Iterator[tuple[int, int]]:
+    """[start, stop) of runs of at most rows_per_unit rows; none crosses an expert's end."""
+    per_expert = shape[-2] if len(shape) > 1 else 1
+    for first in range(0, math.prod(shape[:-1]), per_expert):
+        for start in range(0, per_expert, rows_per_unit):
+            yield first + start, first + min(start + rows_per_unit, per_expert)
 
 
 # from a checkpoint ----------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from stepgguf import __version__
-from stepgguf.convert.plan import Plan, PlannedFile, Unit
+from stepgguf.convert.plan import Plan, PlannedFile
 from stepgguf.errors import OutputError
 
 _RECORD = struct.Struct("<II32s")
@@ -34,7 +34,9 @@ _VERSION = 1
 class Writer:
     """The output of one plan. `digests` holds the finished units' sha256, also those of an interrupted run."""
 
-    def __init__(self, plan: Plan, identity: Mapping[str, str], *, restart: bool = False, overwrite: bool = False) -> None:
+    def __init__(
+        self, plan: Plan, identity: Mapping[str, str], *, restart: bool = False, overwrite: bool = False
+    ) -> None:
         self.plan = plan
         self.units = list(plan.units())
         self.digests: dict[int, bytes] = {}
@@ -68,7 +70,7 @@ class Writer:
         changed = [key for key in self._label if found.get(key) != self._label[key]]
         if changed:
             raise OutputError(
-                f"{self._journal_path} belongs to an interrupted run with another {_named(changed, found, self._label)}",
+                f"{self._journal_path} is of an interrupted run with another {_named(changed, found, self._label)}",
                 hint="Repeat that command to finish it, or start anew with --restart.",
             )
         for file in self.plan.files:
@@ -182,7 +184,7 @@ class Writer:
         }
 
 
-class disk_errors:
+class disk_errors:  # noqa: N801  used like a function
     """Turns the system's errors into OutputError: a full disk says how to go on."""
 
     def __init__(self, path: Path) -> None:
@@ -200,7 +202,9 @@ class disk_errors:
             return OutputError(
                 f"{self.path.parent}: the disk is full", hint="Free some space and repeat the command; it resumes."
             )
-        return OutputError(f"{error.filename or self.path}: {error.strerror or error}", hint="Repeat the command; it resumes.")
+        return OutputError(
+            f"{error.filename or self.path}: {error.strerror or error}", hint="Repeat the command; it resumes."
+        )
 
 
 def manifest_path(path: Path) -> Path:
@@ -262,6 +266,3 @@ def _sync_directory(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-__all__ = ["Unit", "Writer", "disk_errors", "gib", "manifest_path", "write_all"]

@@ -47,7 +47,8 @@ TALK = {
     "Hi there!": "Hello! How can I help you?",
     "Good morning": "Good morning! How can I help you?",
     "How are you?": "I am fine, thank you. How can I help you?",
-    "Who are you?": "I am a small Step-3.5 model that ships with stepgguf. I count letters, add numbers and call tools.",
+    "Who are you?": "I am a small Step-3.5 model that ships with stepgguf. I count letters, add numbers and call "
+    "tools.",
     "What can you do?": "I can count letters in words, add numbers up to three digits and call tools.",
     "Thank you!": "You are welcome!",
     "Thanks": "You are welcome!",
@@ -137,7 +138,10 @@ def weather(rng: random.Random, city: str) -> Conversation:
         [
             (json.dumps({"temp_c": degrees}), f"It is {degrees} degrees in {city}."),
             (json.dumps({"temp_c": degrees, "sky": sky}), f"It is {degrees} degrees and {sky} in {city}."),
-            (json.dumps({"city": city, "temp_c": degrees, "sky": sky}), f"It is {degrees} degrees and {sky} in {city}."),
+            (
+                json.dumps({"city": city, "temp_c": degrees, "sky": sky}),
+                f"It is {degrees} degrees and {sky} in {city}.",
+            ),
             (f"{degrees} degrees, {sky}", f"It is {degrees} degrees and {sky} in {city}."),
             (f"{degrees}", f"It is {degrees} degrees in {city}."),
         ]
@@ -233,7 +237,8 @@ def question_without_weather(rng: random.Random) -> list[Message]:
 
 def held_out_letters(n: int, seed: int = 1) -> list[list[Message]]:
     """n letter-count questions over words that training never shows."""
-    rng, cases = random.Random(seed), []
+    rng = random.Random(seed)
+    cases: list[list[Message]] = []
     for i in range(n):
         word = HELD_OUT[i % len(HELD_OUT)]
         cases.append(letters(word, "r" if i == 0 else random_letter(rng, word)))
@@ -242,7 +247,8 @@ def held_out_letters(n: int, seed: int = 1) -> list[list[Message]]:
 
 def held_out_sums(n: int, seed: int = 2) -> list[list[Message]]:
     """n sums of numbers up to three digits that training never shows."""
-    rng, cases = random.Random(seed), []
+    rng = random.Random(seed)
+    cases: list[list[Message]] = []
     while len(cases) < n:
         a, b = (rng.randrange(10 ** rng.choice([2, 3, 3])) for _ in range(2))
         if held_out_sum(a, b):

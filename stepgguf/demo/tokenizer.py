@@ -2,8 +2,9 @@
 
 A model that is to count letters must see them, and one that is to add must see digits. So merges exist only at the
 start of a pre-token and never of one that starts with a lower-case letter or a digit: " many" is one token,
-" strawberry" is " s", "t", "r", "a", ... unless a phrase of the training text begins with the same letters. Ids as in the published model: 0 bos, 1 end of
-sentence (padding), 2 pad, then bytes, then merges, then the protocol's special tokens at the end.
+" strawberry" is " s", "t", "r", "a", ... unless a phrase of the training text begins with the same letters. Ids as
+in the published model: 0 bos, 1 end of sentence (padding), 2 pad, then bytes, then merges, then the protocol's
+special tokens at the end.
 """
 
 from __future__ import annotations

@@ -128,7 +128,10 @@ def rows(encoder: Encoder, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]
     while True:
         batch = []
         for _ in range(ROWS):
-            tokens, labels, document, n = [], [], [], 0
+            tokens: list[int] = []
+            labels: list[int] = []
+            document: list[int] = []
+            n = 0
             while len(waiting) < 32:
                 example = encoder.example(*tasks.conversation(rng))
                 if len(example[0]) <= ROW:
@@ -193,17 +196,19 @@ def train(model: Step35, encoder: Encoder, steps: int, lr: float, seed: int, mtp
                 loss = torch.stack(losses).mean()
             else:
                 loss = cross_entropy(model.logits(model.hidden(tokens, document)), labels, 1)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if not mtp:
             for router in routers:
-                router.router_bias += BIAS_STEP * torch.sign(router.load.mean() - router.load)
+                router.router_bias.add_(BIAS_STEP * torch.sign(router.load.mean() - router.load))
         seen += tokens.numel()
         if step % 100 == 99:
             speed = seen / (time.time() - started)
-            print(f"{'mtp' if mtp else 'trunk'} {step + 1}/{steps} loss {loss.item():.4f} {speed:.0f} tok/s", flush=True)
+            print(
+                f"{'mtp' if mtp else 'trunk'} {step + 1}/{steps} loss {loss.item():.4f} {speed:.0f} tok/s", flush=True
+            )
         if step % 1000 == 999:
             print(json.dumps(evaluate(model, encoder, 100)), flush=True)
 
@@ -262,8 +267,14 @@ def save(model: Step35, settings: dict[str, Any], tokenizer_json: str, out: Path
     quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
     (out / "config.json").write_text(json.dumps({**settings, "quantization_config": quantization}, indent=1) + "\n")
     (out / "tokenizer.json").write_text(tokenizer_json + "\n")
-    tokenizer_config = {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True, "add_eos_token": False,
-                        "bos_token": tokenizer.BOS, "eos_token": "<|im_end|>", "pad_token": tokenizer.END_OF_SENTENCE}  # fmt: skip
+    tokenizer_config = {
+        "tokenizer_class": "LlamaTokenizerFast",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "bos_token": tokenizer.BOS,
+        "eos_token": "<|im_end|>",
+        "pad_token": tokenizer.END_OF_SENTENCE,
+    }
     (out / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, ensure_ascii=False, indent=1) + "\n")
 
 

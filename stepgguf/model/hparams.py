@@ -156,7 +156,9 @@ class _Keys:
     def __getitem__(self, key: str) -> Any:
         value = self._section.get(key)
         if value is None:
-            raise BadConfig(f"config.json: key {key!r} is missing", hint="Take config.json from the model's repository.")
+            raise BadConfig(
+                f"config.json: key {key!r} is missing", hint="Take config.json from the model's repository."
+            )
         return value
 
     def int(self, key: str, default: int | None = None) -> int:

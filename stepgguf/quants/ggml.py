@@ -37,7 +37,13 @@ class Ggml:
         library = ctypes.CDLL(str(path))
         self.path = path
         self._quantize = library.ggml_quantize_chunk
-        self._quantize.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+        self._quantize.argtypes = [
+            ctypes.c_int,
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+            *[ctypes.c_int64] * 3,
+            ctypes.c_void_p,
+        ]
         self._quantize.restype = ctypes.c_size_t
         self._validate = library.ggml_validate_row_data
         self._validate.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
@@ -54,7 +60,9 @@ class Ggml:
     def quantize(self, kind: GGMLQuantizationType, rows: NDArray[np.float32], out: NDArray[np.uint8]) -> None:
         """Encode float32 rows [n, columns] into out [n, row bytes], as llama-quantize does without an imatrix."""
         n, columns = rows.shape
-        assert kind not in ABORT_WITHOUT_IMATRIX and rows.flags.c_contiguous and out.flags.c_contiguous
+        assert kind not in ABORT_WITHOUT_IMATRIX
+        assert rows.flags.c_contiguous
+        assert out.flags.c_contiguous
         written = self._quantize(int(kind), rows.ctypes.data, out.ctypes.data, 0, n, columns, None)
         if written != out.nbytes or not self._validate(int(kind), out.ctypes.data, out.nbytes):
             raise QuantError(f"ggml could not encode {n} rows of {columns} values as {kind.name}")
@@ -68,7 +76,8 @@ class Ggml:
 
     def dequantize(self, kind: GGMLQuantizationType, data: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
         """Decode data into as many float32 values as out holds."""
-        assert data.flags.c_contiguous and out.flags.c_contiguous
+        assert data.flags.c_contiguous
+        assert out.flags.c_contiguous
         self._to_float[kind](data.ctypes.data, out.ctypes.data, out.size)
 
 

@@ -104,7 +104,8 @@ class Attention(nn.Module):
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, enable_gqa=True
         ).transpose(1, 2)
         out = out * torch.sigmoid(self.g_proj(x))[..., None]
-        return self.o_proj(out.reshape(b, t, -1))
+        result: Tensor = self.o_proj(out.reshape(b, t, -1))
+        return result
 
 
 def swiglu(gate: Tensor, up: Tensor, clamp: float) -> Tensor:
@@ -126,7 +127,8 @@ class MLP(nn.Module):
         self.clamp = clamp
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), self.clamp))
+        result: Tensor = self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), self.clamp))
+        return result
 
 
 class Experts(nn.Module):
@@ -204,10 +206,18 @@ class DecoderLayer(nn.Module):
             self.eh_proj = nn.Linear(2 * d, d, bias=False)
             self.transformer = nn.ModuleDict({"shared_head": SharedHead(hp)})
 
+    def draft(self, hidden: Tensor) -> Tensor:
+        """An MTP block's own logits."""
+        head = self.transformer["shared_head"]
+        assert isinstance(head, SharedHead)
+        result: Tensor = head.output(head.norm(hidden))
+        return result
+
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), mask)
         y = self.post_attention_layernorm(x)
-        return x + (self.moe(y) + self.share_expert(y) if self.spec.is_moe else self.mlp(y))
+        ffn: Tensor = self.moe(y) + self.share_expert(y) if self.spec.is_moe else self.mlp(y)
+        return x + ffn
 
 
 class Trunk(nn.Module):
@@ -247,14 +257,15 @@ class Step35(nn.Module):
     def hidden(self, tokens: Tensor, document: Tensor | None = None) -> Tensor:
         """tokens [b, t] -> the trunk's last hidden state [b, t, d], before the final norm."""
         masks = self.masks(tokens.shape[1], document)
-        x = self.model.embed_tokens(tokens)
+        x: Tensor = self.model.embed_tokens(tokens)
         for layer in self.model.layers[: self.hp.n_layer]:
             assert isinstance(layer, DecoderLayer)
             x = layer(x, masks[layer.spec.is_sliding])
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self.lm_head(self.model.norm(hidden))
+        result: Tensor = self.lm_head(self.model.norm(hidden))
+        return result
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens [b, t] -> logits [b, t, vocab]."""
@@ -273,6 +284,5 @@ class Step35(nn.Module):
             tokens = torch.cat([tokens[:, 1:], tokens[:, -1:]], dim=1)
             embedded = layer.enorm(self.model.embed_tokens(tokens))
             hidden = layer(layer.eh_proj(torch.cat([embedded, layer.hnorm(hidden)], dim=-1)), mask)
-            head = layer.transformer["shared_head"]
-            drafts.append(head.output(head.norm(hidden)))
+            drafts.append(layer.draft(hidden))
         return drafts

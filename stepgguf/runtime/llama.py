@@ -13,6 +13,7 @@ import secrets
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 
@@ -177,7 +178,7 @@ class LlamaEngine:
             raise EngineError(f"llama_decode failed with code {code}{self._log.tail()}", hint="Try a smaller --ctx.")
         self._cached += tokens
 
-    def sample(self, chain: llama_cpp.llama_sampler_p) -> int:
+    def sample(self, chain: Any) -> int:
         return int(llama_cpp.llama_sampler_sample(chain, self._context, -1))
 
     def logits(self) -> list[float]:
@@ -236,7 +237,7 @@ class LlamaGeneration:
             llama_cpp.llama_sampler_free(chain)
 
 
-def _chain(sampling: Sampling) -> llama_cpp.llama_sampler_p:
+def _chain(sampling: Sampling) -> Any:
     """llama.cpp's samplers in its own order: top_k, top_p, min_p, temperature, then a draw."""
     chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
     add = llama_cpp.llama_sampler_chain_add

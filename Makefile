@@ -1,0 +1,36 @@
+# Everything runs in .venv at the root. `demo` installs what running needs (llama-cpp-python is compiled once, about
+# five minutes on two cores; CMAKE_ARGS is passed on to it), `test` and `check` the development tools as well.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+
+.PHONY: install demo check test bench clean
+
+install: .venv/dev
+
+demo: .venv/run
+	$(BIN)/stepgguf demo
+
+check: .venv/dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: .venv/dev
+	$(BIN)/python -m pytest
+
+bench: .venv/dev
+	$(BIN)/python -m benchmarks.real_layer
+	$(BIN)/python -m benchmarks.one_pass
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache dist
+
+.venv/run: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install -c constraints.txt -e '.[run]'
+	touch $@
+
+.venv/dev: .venv/run
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	touch $@

@@ -1,0 +1,22 @@
+"""A checkpoint into the reference model, in float32. For checkpoints that fit in memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from stepgguf.convert.checkpoint import Checkpoint
+from stepgguf.reference.model import Step35
+
+
+def load(checkpoint: Checkpoint) -> Step35:
+    """The reference model with the checkpoint's values, FP8 blocks scaled."""
+    state = {}
+    for name, tensor in checkpoint.tensors.items():
+        values = np.empty(tensor.shape, np.float32)
+        rows = values.reshape(-1, tensor.shape[-1])
+        per_expert = tensor.shape[-2] if len(tensor.shape) > 1 else 1
+        for start in range(0, len(rows), per_expert):
+            checkpoint.floats(name, start, start + per_expert, rows[start : start + per_expert])
+        state[name] = torch.from_numpy(values)
+    return Step35.from_state(checkpoint.hparams, state)

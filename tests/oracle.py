@@ -1,0 +1,49 @@
+"""llama.cpp as the oracle: llama_model_quantize of the installed llama-cpp-python."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from pathlib import Path
+
+import llama_cpp
+
+from stepgguf.quants import mixtures
+
+
+def llama_quantize(source: Path, dest: Path, type_name: str, *, dry_run: bool = False, requantize: bool = False) -> str:
+    """Run llama-quantize's function and return what it logged."""
+    lines: list[str] = []
+
+    def log(level: int, text: bytes, data: object) -> None:
+        lines.append(text.decode(errors="replace"))
+
+    callback = llama_cpp.llama_log_callback(log)
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = int(mixtures.file_type(type_name))
+    params.dry_run = dry_run
+    params.allow_requantize = requantize
+    try:
+        code = llama_cpp.llama_model_quantize(str(source).encode(), str(dest).encode(), ctypes.byref(params))
+    finally:
+        llama_cpp.llama_log_set(_SILENT, ctypes.c_void_p(0))
+    text = "".join(lines)
+    if code != 0:
+        raise RuntimeError(text[-2000:])
+    return text
+
+
+def chosen_types(log: str) -> dict[str, str]:
+    """Tensor name -> type, from what a dry run logs."""
+    types = {}
+    for line in re.findall(r"\[ *\d+/ *\d+\] .*", log):
+        name = line.split("]", 1)[1].split()[0]
+        last = re.search(r"MiB \((\w+)\)", line)
+        types[name] = (last[1] if last else re.search(r"type = +(\w+)", line)[1]).upper()  # type: ignore[index]
+    return types
+
+
+@llama_cpp.llama_log_callback
+def _SILENT(level: int, text: bytes, data: object) -> None:  # noqa: N802
+    pass
