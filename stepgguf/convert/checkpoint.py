@@ -78,7 +78,6 @@ class Checkpoint:
         self.specs = tensor_specs(self.hparams)
         self.warnings: list[str] = []
         self._entries: dict[str, _Entry] = {}
-        self._files: dict[Path, int] = {}
         self._digests: dict[str, str] = {}
         shards = sorted(path.glob("*.safetensors"))
         for shard in shards:
@@ -88,6 +87,7 @@ class Checkpoint:
         self._check(index, n_shards=len(shards))
         self._scales = {s.source: scale for s in self.specs if (scale := self._entries.get(s.source + _SCALE))}
         self.tensors = {spec.source: self._source_tensor(spec) for spec in self.specs}
+        self._files = {shard: os.open(shard, os.O_RDONLY) for shard in shards}
 
     def close(self) -> None:
         for fd in self._files.values():
@@ -104,7 +104,6 @@ class Checkpoint:
 
     def _read_shard(self, shard: Path) -> None:
         header, data_start, digest = read_shard_header(shard)
-        self._files[shard] = os.open(shard, os.O_RDONLY)
         self._digests[shard.name] = digest
         for name, entry in header.items():
             if name in self._entries:

@@ -1,0 +1,31 @@
+"""Fixtures that many tests share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.generate import Shape, write_checkpoint
+
+DATA = Path(__file__).parent / "data"
+
+
+def real_config(version: str = "3.5") -> dict[str, Any]:
+    """The published config.json of Step-3.5-Flash or Step-3.7-Flash."""
+    config: dict[str, Any] = json.loads((DATA / f"step-{version}-flash-config.json").read_text())
+    return config
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BF16 checkpoint of 5 layers and 3 MTP blocks. Read-only: copy it to change it."""
+    return write_checkpoint(tmp_path_factory.mktemp("small") / "small", Shape(n_mtp=3))
+
+
+@pytest.fixture(scope="session")
+def small_fp8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as block-FP8, with an index as stale as the official one. Read-only."""
+    return write_checkpoint(tmp_path_factory.mktemp("small-fp8") / "small", Shape(n_mtp=3), fp8=True, index=True)

@@ -1,0 +1,284 @@
+"""Interrupted in every way, a conversion ends byte-identical to an uninterrupted one."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stepgguf.cli.main import main
+from stepgguf.convert import pipeline
+from stepgguf.convert.checkpoint import Checkpoint
+from stepgguf.convert.pipeline import Done
+from stepgguf.convert.plan import Options, Plan, plan_checkpoint
+from stepgguf.convert.writer import Writer
+from stepgguf.errors import CorruptTensor, OutputError
+from tests.generate import Shape, write_checkpoint
+
+# Commits are seconds apart in earnest; here they must be frequent for a kill to fall between two of them.
+FAST_COMMITS = "import stepgguf.convert.pipeline as p; p.COMMIT_SECONDS = 0.02\n"
+COMMAND = FAST_COMMITS + "import sys; from stepgguf.cli.main import main; sys.exit(main(sys.argv[1:]))"
+
+
+def plan_for(checkpoint: Checkpoint, dest: Path, **options: object) -> Plan:
+    return plan_checkpoint(checkpoint, dest, Options("Q4_K_M", name="x", **options))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def whole(small: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("whole") / "whole.gguf"
+    assert main(["convert", str(small), str(path), "-t", "Q4_K_M", "--name", "x", "-q"]) == 0
+    return path.read_bytes()
+
+
+def interrupt_after(n: int) -> pipeline.Progress:
+    seen = 0
+
+    def progress(done: Done) -> None:
+        nonlocal seen
+        seen += 1
+        if seen > n:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def interrupted(checkpoint: Checkpoint, dest: Path, n: int, **options: object) -> None:
+    writer = Writer(plan_for(checkpoint, dest, **options), checkpoint.identity())
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(checkpoint, writer, progress=interrupt_after(n))
+    writer.close()
+
+
+@pytest.mark.parametrize("n", [0, 1, 20, 100])
+def test_ctrl_c_loses_nothing_that_was_done(small: Path, tmp_path: Path, whole: bytes, n: int) -> None:
+    dest = tmp_path / "out.gguf"
+    with Checkpoint(small) as checkpoint:
+        interrupted(checkpoint, dest, n)
+        assert not dest.exists()
+        writer = Writer(plan_for(checkpoint, dest), checkpoint.identity())
+        assert len(writer.digests) > n
+        seen: list[Done] = []
+        pipeline.run(checkpoint, writer, progress=seen.append)
+    assert sum(done.resumed for done in seen) > n
+    assert dest.read_bytes() == whole
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.gguf", "out.gguf.manifest.json"]
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_a_torn_journal_and_half_written_units_are_redone(small: Path, tmp_path: Path, whole: bytes, seed: int) -> None:
+    """What a crash leaves: a journal cut anywhere, and garbage wherever the journal does not vouch for the bytes."""
+    rng = random.Random(seed)
+    dest, journal, part = (tmp_path / f"out.gguf{suffix}" for suffix in ("", ".journal", ".part"))
+    with Checkpoint(small) as checkpoint:
+        interrupted(checkpoint, dest, rng.randrange(1, 140))
+        content = journal.read_bytes()
+        first = content.index(b"\n") + 1
+        content = content[: rng.randrange(first - 2, len(content) + 1)]
+        if rng.random() < 0.5 and len(content) > first:  # and a flipped bit in what is left
+            at = rng.randrange(first, len(content))
+            content = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+        journal.write_bytes(content)
+        plan = plan_for(checkpoint, dest)
+        vouched = Writer(plan, checkpoint.identity())
+        scribble(part, plan, set(vouched.digests), rng)
+        vouched.close()
+        pipeline.run(checkpoint, Writer(plan, checkpoint.identity()))
+    assert dest.read_bytes() == whole
+
+
+def scribble(part: Path, plan: Plan, keep: set[int], rng: random.Random) -> None:
+    data = np.memmap(part, np.uint8, "r+")
+    for number, unit in enumerate(plan.units()):
+        file = plan.files[unit.file]
+        row_bytes = file.tensors[unit.tensor].row_bytes
+        start = len(file.header) + file.offsets[unit.tensor] + unit.start * row_bytes
+        if number not in keep:
+            data[start : start + min(64, (unit.stop - unit.start) * row_bytes)] = rng.randrange(256)
+    data.flush()
+
+
+def kill_until_done(command: list[str], rng: random.Random, longest: float) -> Iterator[int]:
+    """Run a command, SIGKILL it at a random moment, run it again, until it ends by itself. Yields the exit codes."""
+    while True:
+        process = subprocess.Popen([sys.executable, "-c", COMMAND, *command], stderr=subprocess.DEVNULL)
+        try:
+            yield process.wait(timeout=rng.uniform(0.4, longest))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            yield process.wait()
+            continue
+        return
+
+
+@pytest.mark.parametrize("split", [[], ["--split-max-size", "30M"]], ids=["whole", "split"])
+def test_kill_minus_9_at_random_moments(tmp_path: Path, split: list[str]) -> None:
+    checkpoint = write_checkpoint(tmp_path / "c", Shape(n_layer=5, n_dense=3, n_expert=288, n_used=8))
+    plain, killed = tmp_path / "plain", tmp_path / "killed"
+    plain.mkdir()
+    killed.mkdir()
+    command = ["convert", str(checkpoint), "-t", "Q3_K_S", "-q", *split]
+    started = time.monotonic()
+    assert main([*command, str(plain / "out.gguf")]) == 0
+    longest = 1.0 + 0.4 * (time.monotonic() - started)
+    codes = list(kill_until_done([*command, str(killed / "out.gguf")], random.Random(7), longest))
+    assert codes[-1] == 0
+    assert codes[:-1] == [-signal.SIGKILL] * (len(codes) - 1)
+    assert len(codes) > 3, "it was not killed often enough for this test to mean something"
+    files = sorted(p.name for p in plain.iterdir())
+    assert sorted(p.name for p in killed.iterdir()) == files
+    for name in files:
+        assert (killed / name).read_bytes() == (plain / name).read_bytes(), name
+
+
+def test_ctrl_c_in_the_terminal_exits_130_and_says_how_to_go_on(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "c", Shape(n_layer=5, n_dense=3, n_expert=288, n_used=8))
+    command = [sys.executable, "-m", "stepgguf", "convert", str(checkpoint), str(tmp_path / "out.gguf"), "-t", "Q3_K_S"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "out.gguf.journal").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "repeat the command to go on from there" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out.gguf").exists()
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "resuming: " in done.stderr
+    assert main(["verify", str(tmp_path / "out.gguf"), "-q"]) == 0
+
+
+CHANGES = {
+    "type": (["-t", "Q5_K_M"], "type: Q4_K_M then, Q5_K_M now"),
+    "mtp": (["-t", "Q4_K_M", "--mtp", "drop"], "mtp: include then, drop now"),
+    "name": (["-t", "Q4_K_M", "--name", "other"], "version, name, chat template or other metadata"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_command_does_not_continue_an_interrupted_one(
+    small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], change: str
+) -> None:
+    options, text = CHANGES[change]
+    dest = tmp_path / "out.gguf"
+    with Checkpoint(small) as checkpoint:
+        interrupted(checkpoint, dest, 5)
+    command = ["convert", str(small), str(dest), "--name", "x", "-q", *options]
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert main(command) == 1
+    err = capfd.readouterr().err
+    assert text in err
+    assert "--restart" in err
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    assert main([*command, "--restart"]) == 0
+    assert dest.exists()
+
+
+def test_a_changed_source_is_refused(small: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(small, tmp_path / "copy"))
+    dest = tmp_path / "out.gguf"
+    with Checkpoint(copy) as checkpoint:
+        interrupted(checkpoint, dest, 5)
+    with (copy / "model-00002.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x01")
+    with Checkpoint(copy) as checkpoint, pytest.raises(OutputError, match=r"source: model-00002\.safetensors changed"):
+        Writer(plan_for(checkpoint, dest), checkpoint.identity())
+
+
+def test_an_existing_file_is_not_replaced_unasked(
+    small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    dest = tmp_path / "out.gguf"
+    dest.write_text("precious")
+    assert main(["convert", str(small), str(dest), "-q"]) == 1
+    assert "--overwrite" in capfd.readouterr().err
+    assert dest.read_text() == "precious"
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 12 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", folder], capture_output=True, check=False
+    )
+    if mount.returncode != 0:
+        pytest.skip("mounting needs root")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_too_little_space_is_found_before_the_start(small: Path, tiny_disk: Path) -> None:
+    with (tiny_disk / "filler").open("wb") as filler:
+        filler.write(bytes(8 * 2**20))
+    with Checkpoint(small) as checkpoint:
+        plan = plan_for(checkpoint, tiny_disk / "out.gguf")
+        with pytest.raises(OutputError, match=r"has 0\.00 GiB free, the output needs 0\.01 GiB"):
+            Writer(plan, checkpoint.identity())
+    assert [p.name for p in tiny_disk.iterdir()] == ["filler"]
+
+
+def test_a_disk_that_fills_up_on_the_way_can_be_resumed(small: Path, tiny_disk: Path, whole: bytes) -> None:
+    dest, filler = tiny_disk / "out.gguf", tiny_disk / "filler"
+
+    def fill(done: Done) -> None:
+        if not filler.exists():
+            with filler.open("wb") as file:
+                try:
+                    while file.write(bytes(65536)):
+                        file.flush()
+                except OSError:
+                    pass
+
+    with Checkpoint(small) as checkpoint:
+        writer = Writer(plan_for(checkpoint, dest), checkpoint.identity())
+        with pytest.raises(OutputError, match="the disk is full") as caught:
+            pipeline.run(checkpoint, writer, progress=fill)
+        assert "repeat the command; it resumes" in (caught.value.hint or "")
+        writer.close()
+        assert not dest.exists()
+        filler.unlink()
+        pipeline.run(checkpoint, Writer(plan_for(checkpoint, dest), checkpoint.identity()))
+    assert dest.read_bytes() == whole
+
+
+NOT_FINITE = {
+    "nan in an expert": ("blk.3.ffn_up_exps.weight", (4, 200, 17), float("nan"), "expert 4, row 200, column 17 is nan"),
+    "inf in a norm": ("blk.1.attn_norm.weight", (9,), float("inf"), "index 9 is inf"),
+    "-inf in a matrix": ("blk.0.attn_q.weight", (3, 5), float("-inf"), "row 3, column 5 is -inf"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_FINITE)
+@pytest.mark.parametrize("kind", ["Q4_K_M", "BF16"])
+def test_values_that_are_not_finite_are_named(small: Path, tmp_path: Path, case: str, kind: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    name, index, value, text = NOT_FINITE[case]
+    copy = Path(shutil.copytree(small, tmp_path / "copy"))
+    with Checkpoint(copy) as checkpoint:
+        source = next(spec.source for spec in checkpoint.specs if spec.name == name)
+    for shard in copy.glob("*.safetensors"):
+        tensors = load_file(shard)
+        if source in tensors:
+            tensors[source][index] = value
+            save_file(tensors, shard)
+    with Checkpoint(copy) as checkpoint:
+        writer = Writer(plan_checkpoint(checkpoint, tmp_path / "o.gguf", Options(kind)), checkpoint.identity())
+        with pytest.raises(CorruptTensor, match=f"{source}: {text}"):
+            pipeline.run(checkpoint, writer)
+        writer.close()
+    assert not (tmp_path / "o.gguf").exists()

@@ -1,0 +1,117 @@
+"""Stock mixtures against llama-quantize itself, for the real 45-layer shapes and without a byte of weights.
+
+llama-quantize's dry run only reads a GGUF's header, so a sparse file with the header of the real 394 GB model will do.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from stepgguf.convert import header as gguf_header
+from stepgguf.convert.metadata import model_keys, rope_freqs
+from stepgguf.convert.plan import Options, PlannedFile, PlannedTensor, select_checkpoint
+from stepgguf.errors import RecipeError
+from stepgguf.model.hparams import HParams
+from stepgguf.model.tensors import tensor_specs
+from stepgguf.quants import mixtures
+from stepgguf.quants.ggml import row_size
+from stepgguf.quants.mixtures import BASE, Candidate, Facts
+from tests.conftest import real_config
+from tests.oracle import chosen_types, llama_quantize
+
+HP = HParams.from_config(real_config())
+FACTS = Facts(n_layer=45, n_expert=288, gqa=8)
+TRUNK = [spec for spec in tensor_specs(HP) if not spec.is_mtp]
+CANDIDATES = [Candidate(s.name, s.role, s.shape, s.layer) for s in TRUNK if not s.float32]
+
+# Tensor data of the real trunk in GB, without and with an importance matrix where that changes the mixture.
+GIGABYTES = {
+    "IQ1_S": 39.41, "IQ1_M": 43.90, "IQ2_XXS": 51.40, "IQ2_XS": 57.47, "IQ2_S": 57.98, "IQ2_M": 63.98, "Q2_K_S": 65.86,
+    "Q2_K": 71.80, "IQ3_XXS": 79.16, "IQ3_XS": 80.10, "Q3_K_S": 85.01, "IQ3_S": 85.04, "IQ3_M": 85.73, "Q3_K_M": 93.80,
+    "Q3_K_L": 102.04, "IQ4_XS": 105.48, "MXFP4_MOE": 108.34, "Q4_0": 111.10, "Q4_K_S": 111.49, "IQ4_NL": 111.52,
+    "Q4_K_M": 118.58, "Q5_K_S": 135.64, "Q5_K_M": 139.50, "Q6_K": 161.72, "Q8_0": 209.41, "BF16": 394.01,
+}  # fmt: skip
+WITH_IMATRIX = {"IQ4_XS": 104.99, "IQ3_XXS": 75.75}
+
+
+def gigabytes(name: str, *, has_imatrix: bool = False) -> float:
+    choices = mixtures.choose(name, CANDIDATES, FACTS, has_imatrix=has_imatrix)
+    n = sum(
+        math.prod(c.shape[:-1]) * row_size(choice.ggml_type, c.shape[-1])
+        for c, choice in zip(CANDIDATES, choices, strict=True)
+    )
+    return (n + sum(4 * math.prod(s.shape) for s in TRUNK if s.float32) + 256) / 1e9
+
+
+@pytest.mark.parametrize("name", GIGABYTES)
+def test_sizes_of_the_real_trunk(name: str) -> None:
+    assert round(gigabytes(name), 2) == GIGABYTES[name]
+
+
+@pytest.mark.parametrize("name", WITH_IMATRIX)
+def test_sizes_with_an_importance_matrix(name: str) -> None:
+    assert round(gigabytes(name, has_imatrix=True), 2) == WITH_IMATRIX[name]
+
+
+@pytest.fixture(scope="module")
+def real_header(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real model's BF16 GGUF as a sparse file: its header, and nothing but holes after it."""
+    tensors, _ = select_checkpoint(tensor_specs(HP), FACTS, rope_freqs(HP), Options("BF16", mtp="drop"))
+    return sparse(tmp_path_factory.mktemp("real") / "bf16.gguf", tensors)
+
+
+def sparse(path: Path, tensors: list[PlannedTensor]) -> Path:
+    file = PlannedFile(path, tuple(model_keys(HP, "real", "288x7.4B", with_mtp=False)), tuple(tensors))
+    with path.open("wb") as out:
+        out.write(file.header)
+        out.truncate(file.size)
+    return path
+
+
+@pytest.mark.parametrize("name", [n for n in BASE if n != "F32"])
+def test_every_type_of_the_real_model_is_llama_quantizes(name: str, real_header: Path, tmp_path: Path) -> None:
+    log = llama_quantize(real_header, tmp_path / "unused.gguf", name, dry_run=True)
+    theirs = chosen_types(log)
+    choices = mixtures.choose(name, CANDIDATES, FACTS)
+    ours = {c.name: choice.ggml_type.name for c, choice in zip(CANDIDATES, choices, strict=True)}
+    assert len(theirs) == 754
+    assert {name: theirs[name] for name in ours} == ours
+    assert {theirs[spec.name] for spec in TRUNK if spec.float32} == {"F32"}
+    assert ("will require an imatrix" in log) == any(
+        mixtures.requires_imatrix(name, c, choice.ggml_type) for c, choice in zip(CANDIDATES, choices, strict=True)
+    )
+
+
+def test_the_trunks_types_do_not_depend_on_mtp() -> None:
+    specs = tensor_specs(HP)
+    with_mtp, _ = select_checkpoint(specs, FACTS, None, Options("Q4_K_M", mtp="include"))
+    without, _ = select_checkpoint(specs, FACTS, None, Options("Q4_K_M", mtp="drop"))
+    types = {tensor.name: tensor.ggml_type for tensor in with_mtp}
+    assert all(types[tensor.name] == tensor.ggml_type for tensor in without)
+    mtp = {t.ggml_type.name for t in with_mtp if t not in without}
+    assert mtp == {"Q8_0", "F32"}
+
+
+@pytest.mark.parametrize("name", ["IQ2_XXS", "IQ2_M", "IQ1_S", "IQ3_XXS", "IQ3_XS", "Q2_K_S"])
+def test_types_that_need_an_importance_matrix_are_refused_by_name(name: str) -> None:
+    with pytest.raises(RecipeError, match=rf"{name} makes \S+ \S+, which needs an importance matrix"):
+        select_checkpoint(tensor_specs(HP), FACTS, None, Options(name))
+
+
+def test_an_unknown_type_is_refused_with_the_list() -> None:
+    with pytest.raises(RecipeError, match="unknown type 'Q4_K_X'") as caught:
+        mixtures.check_name("Q4_K_X")
+    assert "Q4_K_M" in (caught.value.hint or "")
+
+
+def test_rows_that_blocks_do_not_divide_fall_back() -> None:
+    assert mixtures.fallback(BASE["Q4_K_M"], 96).name == "Q5_0"
+    assert mixtures.fallback(BASE["IQ4_XS"], 96).name == "IQ4_NL"
+    assert mixtures.fallback(BASE["Q6_K"], 100).name == "F16"
+
+
+def test_the_sparse_file_is_read_like_a_real_one(real_header: Path) -> None:
+    assert len(gguf_header.read(real_header).tensors) == 754

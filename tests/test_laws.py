@@ -1,0 +1,99 @@
+"""Rules that the code keeps everywhere."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "stepgguf"
+
+# package -> the packages of ours that it may import (itself and errors always)
+MAY_IMPORT = {
+    "errors": set(),
+    "model": set(),
+    "quants": set(),
+    "convert": {"model", "quants"},
+    "reference": {"model", "quants", "convert"},
+    "runtime": set(),
+    "chat": {"runtime.engine"},
+    "demo": {"chat.template", "model", "reference"},
+    "cli": {"model", "quants", "convert", "reference", "runtime", "chat", "demo"},
+}
+# foreign module -> the only files that may import it
+ONLY_IN = {
+    "ctypes": ("quants/ggml.py", "runtime/llama.py"),
+    "llama_cpp": ("runtime/llama.py",),
+    "torch": ("reference/", "demo/train.py"),
+    "safetensors": ("demo/train.py",),
+    "tokenizers": ("demo/",),
+    "jinja2": ("chat/template.py",),
+    "typer": ("cli/",),
+    "rich": ("cli/",),
+    "gguf": ("quants/", "convert/"),
+}
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_imports_only_what_its_package_may(path: Path) -> None:
+    relative = path.relative_to(PACKAGE)
+    if len(relative.parts) == 1 and relative.stem != "errors":
+        return  # __init__ and __main__
+    package = relative.parts[0].removesuffix(".py")
+    allowed = MAY_IMPORT[package] | {package, "errors"}
+    for name in imports(path):
+        root, _, rest = name.partition(".")
+        if root == "stepgguf" and rest and rest != "__version__":
+            assert any(rest == a or rest.startswith(a + ".") for a in allowed), f"{relative} imports {name}"
+        for foreign, places in ONLY_IN.items():
+            if root == foreign:
+                assert str(relative).startswith(places), f"{relative} imports {name}"
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom stepgguf.cli.main import main\nmain(['--help'])\n"
+        "heavy = {'numpy', 'torch', 'numba', 'llama_cpp', 'gguf', 'jinja2'} & set(sys.modules)\n"
+        "sys.exit(f'loaded: {heavy}' if heavy else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_no_file_is_a_drawer() -> None:
+    assert not [path for path in modules() if re.search(r"util|helper|common|misc", path.stem)]
+
+
+def test_no_file_is_longer_than_500_lines() -> None:
+    assert not [path for path in modules() if len(path.read_text().splitlines()) > 500]
+
+
+def test_the_readme_maps_every_package() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for folder in sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py")):
+        assert re.search(rf"^\s*{folder}/", readme, re.MULTILINE), f"README's map lacks {folder}/"
+
+
+def test_the_changelog_has_this_version() -> None:
+    from stepgguf import __version__
+
+    assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text()
