@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.generate import Shape, write_checkpoint
+from tests.oracle import silence
 
 DATA = Path(__file__).parent / "data"
 
@@ -17,6 +18,11 @@ def real_config(version: str = "3.5") -> dict[str, Any]:
     """The published config.json of Step-3.5-Flash or Step-3.7-Flash."""
     config: dict[str, Any] = json.loads((DATA / f"step-{version}-flash-config.json").read_text())
     return config
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _silent_llama() -> None:
+    silence()
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ def llama_quantize(source: Path, dest: Path, type_name: str, *, dry_run: bool = 
     try:
         code = llama_cpp.llama_model_quantize(str(source).encode(), str(dest).encode(), ctypes.byref(params))
     finally:
-        llama_cpp.llama_log_set(_SILENT, ctypes.c_void_p(0))
+        silence()
     text = "".join(lines)
     if code != 0:
         raise RuntimeError(text[-2000:])
@@ -42,6 +42,11 @@ def chosen_types(log: str) -> dict[str, str]:
         last = re.search(r"MiB \((\w+)\)", line)
         types[name] = (last[1] if last else re.search(r"type = +(\w+)", line)[1]).upper()  # type: ignore[index]
     return types
+
+
+def silence() -> None:
+    """No messages: llama-cpp-python's own printer fails on tokens that llama.cpp cuts in mid-character."""
+    llama_cpp.llama_log_set(_SILENT, ctypes.c_void_p(0))
 
 
 @llama_cpp.llama_log_callback

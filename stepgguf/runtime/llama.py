@@ -8,6 +8,7 @@ cache still holds it, and with this model that silently corrupts every second tu
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import secrets
 from collections import deque
@@ -39,7 +40,7 @@ class LlamaEngine:
     ) -> None:
         """Load a GGUF. n_ctx None: what the model was trained for, at most 32768. ModelLoadFailed says why not."""
         self._closed = True
-        self._log = _Log()
+        self._log = _log()
         _check_magic(path)
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
@@ -257,7 +258,7 @@ def _chain(sampling: Sampling) -> Any:
 
 
 class _Log:
-    """llama.cpp's messages: kept for error reports instead of printed. One per process, the last engine's wins."""
+    """llama.cpp's messages: kept for error reports instead of printed. llama.cpp has one log for the process."""
 
     def __init__(self) -> None:
         self._lines: deque[str] = deque(maxlen=20)
@@ -283,6 +284,12 @@ class _Log:
             else "Check the file with `stepgguf verify`, and that llama-cpp-python is recent enough for step35."
         )
         return ModelLoadFailed(message + text, hint=hint)
+
+
+@functools.cache
+def _log() -> _Log:
+    """The log, installed on first use; llama.cpp keeps a pointer to its callback, so it must never go away."""
+    return _Log()
 
 
 def _check_magic(path: Path) -> None:

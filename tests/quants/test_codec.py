@@ -1,0 +1,77 @@
+"""codec against gguf-py's independent encoders and decoders."""
+
+from __future__ import annotations
+
+import gguf.quants
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+
+from stepgguf.errors import QuantError
+from stepgguf.quants import codec, ggml
+from stepgguf.quants.ggml import row_size
+
+T = GGMLQuantizationType
+BOTH = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4"]
+
+
+def rows(seed: int = 0) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    rng = np.random.default_rng(seed)
+    values = rng.standard_normal((16, 1024), np.float32) * rng.uniform(1e-3, 30, (16, 1)).astype(np.float32)
+    values[3, :256] = 0.0
+    values[5, 7] = 1000.0
+    return values
+
+
+def encode(kind: T, values: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+    out = np.empty((len(values), row_size(kind, values.shape[1])), np.uint8)
+    codec.check_encoder(kind)
+    codec.quantize(kind, values, out)
+    return out
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_ggml_and_gguf_py_encode_the_same_bytes(name: str) -> None:
+    kind, values = T[name], rows()
+    assert ggml.load() is not None
+    theirs = gguf.quants.quantize(values, kind).view(np.uint8).reshape(len(values), -1)
+    np.testing.assert_array_equal(encode(kind, values), theirs)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_without_the_library_the_bytes_are_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, values = T[name], rows(1)
+    with_library = encode(kind, values)
+    monkeypatch.setattr(ggml, "load", lambda: None)
+    np.testing.assert_array_equal(encode(kind, values), with_library)
+
+
+@pytest.mark.parametrize("name", [*BOTH, "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "IQ3_S"])
+def test_decoding_is_gguf_pys(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, values = T[name], rows(2)
+    data = encode(kind, values)
+    theirs = gguf.quants.dequantize(data, kind).reshape(values.shape)
+    out = np.empty_like(values)
+    codec.dequantize(kind, data, out)
+    np.testing.assert_array_equal(out, theirs)
+    monkeypatch.setattr(ggml, "load", lambda: None)
+    out[:] = 0
+    codec.dequantize(kind, data, out)
+    np.testing.assert_array_equal(out, theirs)
+
+
+def test_types_that_abort_the_process_are_refused() -> None:
+    with pytest.raises(QuantError, match="IQ2_XXS cannot be encoded without an importance matrix"):
+        codec.check_encoder(T.IQ2_XXS)
+
+
+def test_k_types_without_the_library_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ggml, "load", lambda: None)
+    with pytest.raises(QuantError, match="Q4_K is encoded by ggml's library") as caught:
+        codec.check_encoder(T.Q4_K)
+    assert "stepgguf[run]" in (caught.value.hint or "")
+
+
+def test_a_row_that_does_not_divide_is_named() -> None:
+    with pytest.raises(QuantError, match="rows of 100 values do not divide into Q4_K blocks of 256"):
+        row_size(T.Q4_K, 100)
