@@ -48,7 +48,7 @@ class ChatTemplate:
             return self._template.render(
                 messages=messages, tools=tools, add_generation_prompt=add_generation_prompt, bos_token=self._bos_token
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+        except (jinja2.TemplateError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
             raise BadMetadata(f"the chat template cannot render these messages: {error}") from error
 
 
