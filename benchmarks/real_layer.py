@@ -74,10 +74,13 @@ def main() -> None:
             args.type,
             "--overwrite",
         ]
-        report = json.loads(subprocess.run([*command, "--json"], stdout=subprocess.PIPE, check=True).stdout)
+        report = json.loads(
+            subprocess.run([*command, "-t", args.type, "--json"], stdout=subprocess.PIPE, check=True).stdout
+        )
         n_in = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
         print(
-            f"{args.type}: {n_in / 1e9:.2f} GB in, {report['tensor_bytes'] / 1e9:.2f} GB out, {report['seconds']:.0f} s, "
+            f"{args.type}: {n_in / 1e9:.2f} GB in, {report['tensor_bytes'] / 1e9:.2f} GB out, "
+            f"{report['seconds']:.0f} s, "
             f"{n_in / report['seconds'] / 1e6:.0f} MB/s in, peak RSS {report['peak_rss_bytes'] / 2**20:.0f} MiB"
         )
     finally:

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "reference": {"model", "quants", "convert"},
     "runtime": set(),
     "chat": {"runtime.engine"},
-    "demo": {"chat.template", "model", "reference"},
+    "demo": {"chat.template", "convert.checkpoint", "model", "reference"},
     "cli": {"model", "quants", "convert", "reference", "runtime", "chat", "demo"},
 }
 # foreign module -> the only files that may import it

@@ -162,18 +162,25 @@ def no_tool(city: str) -> list[Message]:
     ]
 
 
+CLUSTERS = """bl br ch cl cr dr fl fr gl gr kn ph pl pr qu sc sh sk sl sm sn sp squ st str sw th thr tr tw wh wr ex
+un re de con com pro per for""".split()
+LETTERS = "eeeeeeaaaaiiiiooooutttnnnsssrrrhhllldddccmmffppggwybvkxjqz"  # roughly as often as in English
+
+
 def random_word(rng: random.Random) -> str:
-    """A real training word, or a pronounceable one with the doubled letters that make counting hard."""
-    if rng.random() < 0.3:
+    """A real training word, a pronounceable one, or a string of letters; doubled letters make counting hard."""
+    kind, length = rng.random(), rng.randint(3, 13)
+    if kind < 0.3:
         return rng.choice(WORDS)
-    word = ""
-    while len(word) < rng.randint(3, 11):
-        word += rng.choice("bcdfghjklmnpqrstvwxyz") + rng.choice("aaeeioou")
-        if rng.random() < 0.35:
-            word += rng.choice("lnrstpmcb")
-        if rng.random() < 0.3:
-            word += word[-1]
-    return random_word(rng) if word in HELD_OUT else word[:12]
+    word = rng.choice(CLUSTERS) if rng.random() < 0.4 else ""
+    while len(word) < length:
+        if kind < 0.65:
+            word += rng.choice("bcdfghjklmnpqrstvwxyz") + rng.choice("aaeeioou")
+            word += rng.choice("lnrstpmcb") if rng.random() < 0.35 else ""
+        else:
+            word += rng.choice(LETTERS)
+        word += word[-1] if rng.random() < 0.2 else ""
+    return random_word(rng) if word in HELD_OUT else word[:14]
 
 
 def random_city(rng: random.Random) -> str:

@@ -26,8 +26,10 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from stepgguf.chat.template import ChatTemplate
+from stepgguf.convert.checkpoint import Checkpoint
 from stepgguf.demo import tasks, tokenizer
 from stepgguf.model.hparams import HParams
+from stepgguf.reference.load import load
 from stepgguf.reference.model import MoE, Step35
 
 MODEL = Path(__file__).parent / "model"
@@ -145,6 +147,15 @@ def rows(encoder: Encoder, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]
             fill = ROW - len(tokens)
             batch.append((tokens + [2] * fill, labels + [IGNORE] * fill, document + [n] * fill))
         yield tuple(torch.tensor(part) for part in zip(*batch, strict=True))  # type: ignore[misc]
+
+
+def train_tokenizer(vocab_size: int) -> str:
+    """The text of tokenizer.json, from what the tasks say."""
+    rng = random.Random(0)
+    template = ChatTemplate((MODEL / "chat_template.jinja").read_text(), bos_token=tokenizer.BOS)
+    conversations = (tasks.conversation(rng) for _ in range(4000))
+    texts = [template.render(m, tools=t, add_generation_prompt=False) for m, t in conversations]
+    return tokenizer.build(texts, vocab_size)
 
 
 def initialize(model: Step35) -> None:
@@ -281,6 +292,7 @@ def save(model: Step35, settings: dict[str, Any], tokenizer_json: str, out: Path
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, help="directory of the checkpoint")
+    parser.add_argument("--start", type=Path, help="go on from this checkpoint, with its tokenizer, and not from noise")
     parser.add_argument("--steps", type=int, default=9000)
     parser.add_argument("--mtp-steps", type=int, default=2500)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -289,15 +301,15 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(args.seed)
 
-    rng = random.Random(args.seed)
-    template = ChatTemplate((MODEL / "chat_template.jinja").read_text(), bos_token=tokenizer.BOS)
-    texts = [template.render(m, tools=t, add_generation_prompt=False)
-             for m, t in (tasks.conversation(rng) for _ in range(4000))]  # fmt: skip
-    tokenizer_json = tokenizer.build(texts, args.vocab)
+    tokenizer_json = (args.start / "tokenizer.json").read_text().strip() if args.start else train_tokenizer(args.vocab)
     encoder = Encoder(tokenizer_json)
     settings = config(args.vocab, [1, 2, encoder.end])
-    model = Step35(HParams.from_config(settings))
-    initialize(model)
+    if args.start:
+        with Checkpoint(args.start) as checkpoint:
+            model = load(checkpoint).train()
+    else:
+        model = Step35(HParams.from_config(settings))
+        initialize(model)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
 
     train(model, encoder, args.steps, args.lr, args.seed, mtp=False)
