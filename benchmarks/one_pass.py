@@ -95,9 +95,8 @@ def main() -> None:
                 f"{max(c.peak for c in costs) / 2**20:.0f} MiB, written {costs[0].written / 1e6:.0f} MB"
             )
         ratios = sorted(a.seconds / b.seconds for a, b in pairs)
-        print(
-            f"wall ratio one pass / two steps: median {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-        )
+        middle, low, high = statistics.median(ratios), ratios[0], ratios[-1]
+        print(f"wall ratio one pass / two steps: median {middle:.2f} ({low:.2f} to {high:.2f})")
     finally:
         shutil.rmtree(folder)
 

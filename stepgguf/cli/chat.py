@@ -55,9 +55,10 @@ def chat(
 
     if reasoning not in REASONING:
         raise typer.BadParameter(f"{reasoning!r} is not one of {', '.join(REASONING)}", param_hint="--reasoning")
-    piped = None if sys.stdin.isatty() else sys.stdin.read().strip()
+    interactive = sys.stdin is not None and sys.stdin.isatty()
+    piped = sys.stdin.read().strip() if sys.stdin is not None and not interactive else None
     question = "\n\n".join(part for part in (prompt, piped) if part)
-    if not question and (prompt is not None or not sys.stdin.isatty()):
+    if not question and (prompt is not None or not interactive):
         raise typer.BadParameter("there is nothing to answer", param_hint="--prompt")
     with load(path, ctx=ctx, gpu_layers=gpu_layers, threads=threads, quiet=quiet) as engine:
         default = engine.info.sampling

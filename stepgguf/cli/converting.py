@@ -44,7 +44,10 @@ class Run:
     def execute(self, *, restart: bool, overwrite: bool, threads: int | None, memory: int) -> None:
         """Make the files. Ctrl+C commits what is done and exits with 130."""
         started = time.monotonic()
-        writer = Writer(self.plan, self.source.identity(), restart=restart, overwrite=overwrite)
+        with Writer(self.plan, self.source.identity(), restart=restart, overwrite=overwrite) as writer:
+            self._run(writer, started, threads, memory)
+
+    def _run(self, writer: Writer, started: float, threads: int | None, memory: int) -> None:
         resumed = len(writer.digests)
         if resumed and not self.quiet:
             output.note(f"resuming: {resumed} of {len(writer.units)} units are done")

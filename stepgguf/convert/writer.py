@@ -13,6 +13,7 @@ a function of source and plan, the end is byte-identical. The final name appears
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -41,22 +42,42 @@ class Writer:
         self.units = list(plan.units())
         self.digests: dict[int, bytes] = {}
         self._journal_path = _beside(plan.files[0].path, ".journal")
+        self._journal: int | None = None
         self._fds: list[int] = []
         self._label = _label(plan, identity)
-        if restart:
-            self._forget()
-        resumed = self._resume()
-        if not resumed:
-            self._refuse_existing(overwrite)
-            self._check_space()
-        self._open(resumed)
+        try:
+            if self._journal_path.exists():
+                self._lock()
+            if restart:
+                self._forget()
+            resumed = self._resume()
+            if not resumed:
+                self._refuse_existing(overwrite)
+                self._check_space()
+            self._open(resumed)
+        except BaseException:
+            self.close()
+            raise
 
     # opening ----------------------------------------------------------------------------------------------------
+
+    def _lock(self) -> None:
+        """Hold the journal, so that no second process writes the same files."""
+        if self._journal is None:
+            with disk_errors(self._journal_path):
+                self._journal = os.open(self._journal_path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                f"{self._journal_path} is in use: another stepgguf is writing this file", hint="Wait for it to end."
+            ) from None
 
     def _forget(self) -> None:
         for file in self.plan.files:
             _beside(file.path, ".part").unlink(missing_ok=True)
         self._journal_path.unlink(missing_ok=True)
+        self.close()
 
     def _resume(self) -> bool:
         """Read the journal of an interrupted run. A different run's journal is refused."""
@@ -100,6 +121,8 @@ class Writer:
             )
 
     def _open(self, resumed: bool) -> None:
+        self._lock()
+        assert self._journal is not None
         with disk_errors(self.plan.files[0].path):
             for file in self.plan.files:
                 part = _beside(file.path, ".part")
@@ -108,7 +131,6 @@ class Writer:
                 self._fds.append(fd)
                 os.ftruncate(fd, file.size)
                 write_all(fd, file.header, 0)
-            self._journal = os.open(self._journal_path, os.O_RDWR | os.O_CREAT, 0o644)
             head = json.dumps(self._label).encode() + b"\n"
             records = b"".join(self._record(number) for number in self.digests)
             os.ftruncate(self._journal, 0)
@@ -132,6 +154,7 @@ class Writer:
             os.fdatasync(self._fds[index]) if hasattr(os, "fdatasync") else os.fsync(self._fds[index])
         self.digests.update(finished)
         records = b"".join(self._record(number) for number in finished)
+        assert self._journal is not None
         write_all(self._journal, records, self._journal_end)
         self._journal_end += len(records)
         os.fsync(self._journal)
@@ -157,9 +180,16 @@ class Writer:
             self._journal_path.unlink()
 
     def close(self) -> None:
-        for fd in (*self._fds, self._journal):
+        """Let go of the files. What is committed can be resumed."""
+        for fd in (*self._fds, *([] if self._journal is None else [self._journal])):
             os.close(fd)
-        self._fds = []
+        self._fds, self._journal = [], None
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
     def _manifest(self, index: int) -> dict[str, Any]:
         file = self.plan.files[index]

@@ -197,6 +197,16 @@ def test_a_changed_source_is_refused(small: Path, tmp_path: Path) -> None:
         Writer(plan_for(checkpoint, dest), checkpoint.identity())
 
 
+def test_two_processes_do_not_write_one_file(small: Path, tmp_path: Path) -> None:
+    with Checkpoint(small) as checkpoint:
+        plan = plan_for(checkpoint, tmp_path / "out.gguf")
+        with Writer(plan, checkpoint.identity()) as writer:
+            for restart in (False, True):
+                with pytest.raises(OutputError, match="another stepgguf is writing this file"):
+                    Writer(plan, checkpoint.identity(), restart=restart)
+            pipeline.run(checkpoint, writer)
+
+
 def test_an_existing_file_is_not_replaced_unasked(
     small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -169,10 +169,12 @@ class Terminal:
     """A process on a pseudo-terminal."""
 
     def __init__(self, *command: str) -> None:
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            os.environ["TERM"] = "xterm"
-            os.execv(sys.executable, [sys.executable, "-m", "stepgguf", *command])
+        self.fd, other = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "stepgguf", *command],
+            stdin=other, stdout=other, stderr=other, env={**os.environ, "TERM": "xterm"},
+        )  # fmt: skip
+        os.close(other)
         self.seen = ""
 
     def until(self, text: str, seconds: float = 60) -> str:
@@ -188,12 +190,9 @@ class Terminal:
         os.write(self.fd, text.encode())
 
     def wait(self) -> int:
-        try:
-            while os.read(self.fd, 4096):
-                pass
-        except OSError:
-            pass  # the other end is closed
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        code = self.process.wait(timeout=60)
+        os.close(self.fd)
+        return code
 
 
 def test_a_session_in_a_terminal(q4: Path) -> None:
@@ -207,7 +206,7 @@ def test_a_session_in_a_terminal(q4: Path) -> None:
     terminal.until("> ")
     terminal.type("How many times does the letter e appear in the word refrigerator?\n")
     terminal.until("Looking")
-    os.kill(terminal.pid, signal.SIGINT)
+    terminal.process.send_signal(signal.SIGINT)
     terminal.until("> ")
     terminal.type("/nonsense\n")
     terminal.until("unknown command /nonsense")
