@@ -94,13 +94,16 @@ class Writer:
                 f"{self._journal_path} is of an interrupted run with another {_named(changed, found, self._label)}",
                 hint="Repeat that command to finish it, or start anew with --restart.",
             )
-        for file in self.plan.files:
-            if not _beside(file.path, ".part").exists() and not _is_whole(file):
-                return False  # somebody removed the data
+        digests: dict[int, bytes] = {}
         for number, check, digest in _RECORD.iter_unpack(records[: len(records) // _RECORD.size * _RECORD.size]):
             if check != _check(number, digest) or number >= len(self.units):
                 break  # torn by a crash: this and what follows is redone
-            self.digests[number] = digest
+            digests[number] = digest
+        complete = len(digests) == len(self.units)  # then some files may have their final names already
+        for file in self.plan.files:
+            if not _beside(file.path, ".part").exists() and not (complete and _is_whole(file)):
+                return False  # somebody removed the data
+        self.digests = digests
         return True
 
     def _refuse_existing(self, overwrite: bool) -> None:
