@@ -12,6 +12,15 @@ from stepgguf import __version__
 from stepgguf.cli import chat, convert, demo, inspect, quantize, template, verify
 from stepgguf.errors import StepggufError
 
+# Packages that come with an extra and not with stepgguf itself.
+EXTRAS = {
+    "jinja2": "run",
+    "llama_cpp": "run",
+    "safetensors": "reference",
+    "tokenizers": "reference",
+    "torch": "reference",
+}
+
 app = typer.Typer(
     name="stepgguf",
     help="Step-3.5-Flash on your workstation: convert the published safetensors to a quantized GGUF in one pass, "
@@ -61,6 +70,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         from stepgguf.cli import output
 
         output.error(error.message, error.hint)
+        return 1
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get(error.name or "")
+        if debug or extra is None:
+            raise
+        from stepgguf.cli import output
+
+        output.error(f"this needs {error.name}, which is not installed", f"pip install 'stepgguf[{extra}]'")
         return 1
     return 0
 

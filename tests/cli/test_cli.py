@@ -105,6 +105,39 @@ def test_quantize_does_not_overwrite_its_source(small: Path, tmp_path: Path) -> 
     assert path.read_bytes() == before
 
 
+def without(packages: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process where some packages are not installed."""
+    code = f"import sys\nfor name in {packages.split()}: sys.modules[name] = None\n"
+    code += "from stepgguf.cli.main import main\nsys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+
+
+def test_a_machine_that_only_converts_needs_no_llama_cpp_python(small: Path, tmp_path: Path) -> None:
+    lean = "llama_cpp torch safetensors tokenizers transformers jinja2"
+    options = ["-t", "Q8_0", "--name", "x", "-q"]
+    result = without(lean, "convert", str(small), str(tmp_path / "a.gguf"), *options)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert main(["convert", str(small), str(tmp_path / "b.gguf"), *options]) == 0
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+    result = without(lean, "convert", str(small), str(tmp_path / "c.gguf"), "-t", "Q4_K_M")
+    assert result.returncode == 1
+    assert "pip install 'stepgguf[run]'" in result.stderr
+    assert not list(tmp_path.glob("c.gguf*"))
+
+
+def test_what_is_not_installed_is_named(tmp_path: Path) -> None:
+    result = without("llama_cpp", "chat", "x.gguf", "-p", "hi")
+    assert result.returncode == 1
+    assert result.stderr == "error: this needs llama_cpp, which is not installed\nhint: pip install 'stepgguf[run]'\n"
+
+
+def test_a_machine_that_only_runs_needs_no_torch() -> None:
+    result = without("torch safetensors tokenizers transformers", "demo")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "There are 3 'r's.\n"
+
+
 def test_a_directory_as_destination_names_the_file(small: Path, tmp_path: Path) -> None:
     assert main(["convert", str(small), str(tmp_path), "-t", "q8_0", "-q"]) == 0
     assert (tmp_path / "small-Q8_0.gguf").exists()
