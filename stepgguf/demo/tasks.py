@@ -165,12 +165,12 @@ def no_tool(city: str) -> list[Message]:
 # Words that the prompts themselves use. Their first letters are merged into one token (tokenizer.py), so a word that
 # begins like one of them must be spelled out of that token; training has to show all of those.
 OPENINGS = """access and an answer answered appear are ask be block call calls can choose city count degrees does else
-example fine following follow for format found function functions get greet greets have helpful how in inner into is it
-letter leaves like lines look looking many message multiple must my name need nested numbers of only parameter parameters
-please reply required second ship small span specified spelling step suffix sum tags tell thank that the there they this
-three times to tool tools two up user value values weather welcome what will with within word words write you
-your bl br ch cl cr dr fl fr gl gr kn ph pl pr qu sc sh sk sl sm sn sp squ st str sw th thr tr tw wh wr ex un re de con
-pro per""".split()
+example fine following follow for format found function functions get greet greets have helpful how in inner into is
+it letter leaves like lines look looking many message multiple must my name need nested numbers of only parameter
+parameters please reply required second ship small span specified spelling step suffix sum tags tell thank that the
+there they this three times to tool tools two up user value values weather welcome what will with within word words
+write you your bl br ch cl cr dr fl fr gl gr kn ph pl pr qu sc sh sk sl sm sn sp squ st str sw th thr tr tw wh wr ex
+un re de con pro per""".split()
 LETTERS = "eeeeeeaaaaiiiiooooutttnnnsssrrrhhllldddccmmffppggwybvkxjqz"  # roughly as often as in English
 
 
