@@ -34,7 +34,7 @@ from stepgguf.convert.checkpoint import Checkpoint
 from stepgguf.demo import tasks, tokenizer
 from stepgguf.model.hparams import HParams
 from stepgguf.reference.load import load
-from stepgguf.reference.model import MoE, Step35
+from stepgguf.reference.model import DecoderLayer, MoE, Step35
 
 MODEL = Path(__file__).parent / "model"
 ROW, ROWS = 512, 4  # tokens in a packed row, rows in a step
@@ -207,7 +207,9 @@ def train(model: Step35, encoder: Encoder, steps: int, lr: float, seed: int, mtp
             if mtp:
                 with torch.no_grad():
                     hidden = model.hidden(tokens, document)
-                losses = [cross_entropy(d, labels, k + 2) for k, d in enumerate(model.mtp(tokens, hidden, document))]
+                losses = [
+                    cross_entropy(d, labels, k + 2) for k, d in enumerate(mtp_logits(model, tokens, hidden, document))
+                ]
                 loss = torch.stack(losses).mean()
             else:
                 loss = cross_entropy(model.logits(model.hidden(tokens, document)), labels, 1)
@@ -226,6 +228,24 @@ def train(model: Step35, encoder: Encoder, steps: int, lr: float, seed: int, mtp
             )
         if step % 1000 == 999:
             print(json.dumps(evaluate(model, encoder, 100)), flush=True)
+
+
+def mtp_logits(model: Step35, tokens: Tensor, hidden: Tensor, document: Tensor) -> list[Tensor]:
+    """Step35.mtp, but each position of a later head sees, by a coin, the head before it or the trunk one token on.
+
+    Both stand for the same prefix. Engines feed the trunk's state wherever they have it (llama.cpp fills each head's
+    cache for the prompt with it) and the chain's only for what they draft, so a head must understand either.
+    """
+    mask = model.masks(tokens.shape[1], document)[1]
+    trunk, drafts = hidden, []
+    for layer in model.model.layers[model.hp.n_layer :]:
+        assert isinstance(layer, DecoderLayer)
+        tokens = torch.cat([tokens[:, 1:], tokens[:, -1:]], dim=1)
+        hidden = layer(layer.combine(model.model.embed_tokens(tokens), hidden), mask)
+        drafts.append(layer.draft(hidden))
+        trunk = torch.cat([trunk[:, 1:], trunk[:, -1:]], dim=1)
+        hidden = torch.where(torch.rand(*tokens.shape, 1) < 0.5, hidden, trunk.to(hidden.dtype))
+    return drafts
 
 
 def _is_mtp(hp: HParams, name: str) -> bool:

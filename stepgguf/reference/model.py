@@ -206,6 +206,11 @@ class DecoderLayer(nn.Module):
             self.eh_proj = nn.Linear(2 * d, d, bias=False)
             self.transformer = nn.ModuleDict({"shared_head": SharedHead(hp)})
 
+    def combine(self, embedded: Tensor, hidden: Tensor) -> Tensor:
+        """An MTP block's input from a token's embedding and the hidden state before it. Embedding half first."""
+        result: Tensor = self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(hidden)], dim=-1))
+        return result
+
     def draft(self, hidden: Tensor) -> Tensor:
         """An MTP block's own logits."""
         head = self.transformer["shared_head"]
@@ -282,7 +287,6 @@ class Step35(nn.Module):
         for layer in self.model.layers[self.hp.n_layer :]:
             assert isinstance(layer, DecoderLayer)
             tokens = torch.cat([tokens[:, 1:], tokens[:, -1:]], dim=1)
-            embedded = layer.enorm(self.model.embed_tokens(tokens))
-            hidden = layer(layer.eh_proj(torch.cat([embedded, layer.hnorm(hidden)], dim=-1)), mask)
+            hidden = layer(layer.combine(self.model.embed_tokens(tokens), hidden), mask)
             drafts.append(layer.draft(hidden))
         return drafts
