@@ -177,11 +177,12 @@ LETTERS = "eeeeeeaaaaiiiiooooutttnnnsssrrrhhllldddccmmffppggwybvkxjqz"  # roughl
 def random_word(rng: random.Random) -> str:
     """A real training word, a pronounceable one, or a string of letters; doubled letters make counting hard."""
     kind, length = rng.random(), rng.randint(3, 13)
-    if kind < 0.3:
+    if kind < 0.2:
         return rng.choice(WORDS)
-    word = rng.choice(OPENINGS)[: rng.randint(1, 6)] if rng.random() < 0.6 else ""
+    opening = rng.choice(OPENINGS)
+    word = opening[: rng.randint(1, len(opening))] if rng.random() < 0.8 else ""
     while len(word) < length:
-        if kind < 0.65:
+        if kind < 0.6:
             word += rng.choice("bcdfghjklmnpqrstvwxyz") + rng.choice("aaeeioou")
             word += rng.choice("lnrstpmcb") if rng.random() < 0.35 else ""
         else:
