@@ -45,6 +45,7 @@ class LlamaEngine:
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
+        params.use_extra_bufts = not _has_amx()
         if progress is not None:
             report = progress
 
@@ -284,6 +285,16 @@ class _Log:
             else "Check the file with `stepgguf verify`, and that llama-cpp-python is recent enough for step35."
         )
         return ModelLoadFailed(message + text, hint=hint)
+
+
+def _has_amx() -> bool:
+    """Whether the library uses AMX, which crashes it where GCC 12 compiled it.
+
+    GCC 12's _tile_loadconfig tells the compiler of 8 of the 64 bytes that it reads (amxtileintrin.h), so ggml's tile
+    configuration is optimized away and the first quantized matrix kills the process. Without ggml's "extra" buffer
+    types weights stay as they are in the file and the AVX-512 code runs.
+    """
+    return b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info()
 
 
 @functools.cache
