@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks.embedded_model import right
 from stepgguf.chat.session import Session
