@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,12 @@ import pytest
 from tests.generate import Shape, write_checkpoint
 from tests.oracle import silence
 
+# The command line in a process that Ctrl+C reaches even if the tests run in the background, where shells ignore it.
+INTERRUPTIBLE = [
+    sys.executable,
+    "-c",
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from stepgguf.cli.main import run; run()",
+]
 DATA = Path(__file__).parent / "data"
 
 

@@ -22,6 +22,7 @@ from stepgguf.convert.pipeline import Done
 from stepgguf.convert.plan import Options, Plan, plan_checkpoint
 from stepgguf.convert.writer import Writer
 from stepgguf.errors import CorruptTensor, OutputError
+from tests.conftest import INTERRUPTIBLE
 from tests.generate import Shape, write_checkpoint
 
 # Commits are seconds apart in earnest; here they must be frequent for a kill to fall between two of them.
@@ -146,7 +147,7 @@ def test_kill_minus_9_at_random_moments(tmp_path: Path, split: list[str]) -> Non
 
 def test_ctrl_c_in_the_terminal_exits_130_and_says_how_to_go_on(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "c", Shape(n_layer=5, n_dense=3, n_expert=288, n_used=8))
-    command = [sys.executable, "-m", "stepgguf", "convert", str(checkpoint), str(tmp_path / "out.gguf"), "-t", "Q2_K"]
+    command = [*INTERRUPTIBLE, "convert", str(checkpoint), str(tmp_path / "out.gguf"), "-t", "Q2_K"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 30
     while not (tmp_path / "out.gguf.journal").exists() and time.monotonic() < deadline:

@@ -24,6 +24,7 @@ from stepgguf.demo.train import Encoder, evaluate
 from stepgguf.reference.load import load
 from stepgguf.runtime.engine import Sampling
 from stepgguf.runtime.llama import LlamaEngine
+from tests.conftest import INTERRUPTIBLE
 
 GREEDY = Sampling(temperature=0.0)
 WEATHER = {
@@ -168,20 +169,22 @@ class Terminal:
     def __init__(self, *command: str) -> None:
         self.fd, other = pty.openpty()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "stepgguf", *command],
+            [*INTERRUPTIBLE, *command],
             stdin=other, stdout=other, stderr=other, env={**os.environ, "TERM": "xterm"},
         )  # fmt: skip
         os.close(other)
         self.seen = ""
 
     def until(self, text: str, seconds: float = 60) -> str:
-        """Read until text appears; returns what came since the last call."""
-        deadline, start = time.monotonic() + seconds, len(self.seen)
-        while text not in self.seen[start:]:
+        """Read until text appears; returns what came after the last such text, this one included."""
+        deadline = time.monotonic() + seconds
+        while text not in self.seen:
             ready, _, _ = select.select([self.fd], [], [], max(0.0, deadline - time.monotonic()))
-            assert ready, f"{text!r} did not come: {self.seen[start:]!r}"
+            assert ready, f"{text!r} did not come: {self.seen!r}"
             self.seen += os.read(self.fd, 4096).decode(errors="replace")
-        return self.seen[start:]
+        end = self.seen.index(text) + len(text)
+        shown, self.seen = self.seen[:end], self.seen[end:]
+        return shown
 
     def type(self, text: str) -> None:
         os.write(self.fd, text.encode())
@@ -203,7 +206,7 @@ def test_a_session_in_a_terminal(q4: Path) -> None:
     terminal.until("> ")
     terminal.type("How many times does the letter e appear in the word refrigerator?\n")
     terminal.until("Looking")
-    terminal.process.send_signal(signal.SIGINT)
+    terminal.process.send_signal(signal.SIGINT)  # within the answer, or at the prompt if the answer was quicker
     terminal.until("> ")
     terminal.type("/nonsense\n")
     terminal.until("unknown command /nonsense")
