@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -87,9 +88,16 @@ class Run:
 
 
 def peak_rss() -> int:
-    """The most memory this process has held, in bytes (ru_maxrss is KiB on Linux, bytes on macOS)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    """The most memory this process has held, in bytes.
+
+    Linux counts what the parent held before exec in ru_maxrss, so its own figure is read there; elsewhere (macOS)
+    ru_maxrss is right, and in bytes.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _line(line: Line) -> dict[str, Any]:
