@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -68,9 +69,8 @@ def _gguf(path: Path) -> tuple[dict[str, Any], Tensors]:
 
 def _checkpoint(path: Path) -> tuple[dict[str, Any], Tensors]:
     from stepgguf.cli import output
-    from stepgguf.convert.checkpoint import Checkpoint
+    from stepgguf.convert.checkpoint import DTYPE_BYTES, Checkpoint
 
-    sizes = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1}
     with Checkpoint(path) as checkpoint:
         output.warn(checkpoint.warnings)
         hp = checkpoint.hparams
@@ -82,10 +82,8 @@ def _checkpoint(path: Path) -> tuple[dict[str, Any], Tensors]:
         ]
         tensors = []
         for spec in checkpoint.specs:
-            stored, n = checkpoint.tensors[spec.source], 1
-            for extent in spec.shape:
-                n *= extent
-            tensors.append((spec.name, stored.dtype, n * sizes[stored.dtype], n, ""))
+            dtype, n = checkpoint.tensors[spec.source].dtype, math.prod(spec.shape)
+            tensors.append((spec.name, dtype, n * DTYPE_BYTES[dtype], n, ""))
     return metadata, tensors
 
 

@@ -46,7 +46,7 @@ from stepgguf.quants import codec
 
 INDEX = "model.safetensors.index.json"
 _MAX_HEADER = 100_000_000  # safetensors' own limit
-_DTYPES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1}
+DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1}
 _GGML = {"BF16": GGMLQuantizationType.BF16, "F16": GGMLQuantizationType.F16, "F32": GGMLQuantizationType.F32}
 _SCALE = "_scale_inv"
 _BLOCK = 128
@@ -61,7 +61,7 @@ class _Entry:
 
     @property
     def row_bytes(self) -> int:
-        return (self.shape[-1] if self.shape else 1) * _DTYPES[self.dtype]
+        return (self.shape[-1] if self.shape else 1) * DTYPE_BYTES[self.dtype]
 
 
 class Checkpoint:
@@ -163,9 +163,9 @@ class Checkpoint:
             raise ShapeMismatch(
                 f"{entry.shard.name}: {name} has shape {list(entry.shape)}, config.json implies {list(shape)}"
             )
-        if entry.dtype not in _DTYPES:
+        if entry.dtype not in DTYPE_BYTES:
             raise ShapeMismatch(
-                f"{entry.shard.name}: {name} has dtype {entry.dtype}, expected one of {', '.join(_DTYPES)}",
+                f"{entry.shard.name}: {name} has dtype {entry.dtype}, expected one of {', '.join(DTYPE_BYTES)}",
                 hint="Convert from the BF16 or the FP8 checkpoint.",
             )
         if entry.dtype == "F8_E4M3" and name + _SCALE not in self._entries:
@@ -293,7 +293,7 @@ def _check_offsets(header: dict[str, Any]) -> int:
     end = 0
     for name, entry in sorted(header.items(), key=lambda item: tuple(item[1]["data_offsets"])):
         begin, stop = entry["data_offsets"]
-        size = _DTYPES.get(entry["dtype"])
+        size = DTYPE_BYTES.get(entry["dtype"])
         for extent in entry["shape"]:
             if not isinstance(extent, int) or extent < 0:
                 raise ValueError(f"{name} has shape {entry['shape']}")

@@ -13,6 +13,7 @@ takes seconds). Tests hold both directions against gguf-py.
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from collections.abc import Iterable, Sequence
@@ -64,10 +65,7 @@ class TensorInfo:
 
     @property
     def n_values(self) -> int:
-        n = 1
-        for size in self.shape:
-            n *= size
-        return n
+        return math.prod(self.shape)
 
     @property
     def n_bytes(self) -> int:

@@ -94,15 +94,13 @@ def run(
 def n_workers(writer: Writer, threads: int | None, memory: int) -> int:
     """Threads to use: all cores or `threads`, fewer where `memory` bytes would not hold a unit for each."""
     wanted = threads or os.cpu_count() or 1
-    return max(
-        1, min(wanted, memory // max((unit_memory(*_unit(writer, n)) for n in range(len(writer.units))), default=1))
-    )
+    largest = max((unit_memory(tensor) for tensor in writer.plan.tensors), default=1)
+    return max(1, min(wanted, memory // largest))
 
 
-def unit_memory(tensor: PlannedTensor, unit: Unit) -> int:
-    """The most bytes that making a unit holds: stored (at most 4 bytes a value), float32, encoded."""
-    rows = unit.stop - unit.start
-    return rows * (tensor.shape[-1] * 8 + tensor.row_bytes)
+def unit_memory(tensor: PlannedTensor) -> int:
+    """The most bytes that making a unit of it holds: stored (at most 4 bytes a value), float32, encoded."""
+    return tensor.rows_per_unit * (tensor.shape[-1] * 8 + tensor.row_bytes)
 
 
 class UnitMaker:

@@ -75,7 +75,7 @@ class PlannedTensor:
 
     @property
     def rows_per_expert(self) -> int:
-        return self.shape[-2] if len(self.shape) > 1 else 1
+        return rows_per_expert(self.shape)
 
     @property
     def rows_per_unit(self) -> int:
@@ -154,9 +154,14 @@ def unit_rows(tensor: PlannedTensor) -> Iterator[tuple[int, int]]:
     return row_ranges(tensor.shape, tensor.rows_per_unit)
 
 
+def rows_per_expert(shape: tuple[int, ...]) -> int:
+    """Rows of one expert; of a tensor without experts, all its rows."""
+    return shape[-2] if len(shape) > 1 else 1
+
+
 def row_ranges(shape: tuple[int, ...], rows_per_unit: int) -> Iterator[tuple[int, int]]:
     """[start, stop) of runs of at most rows_per_unit rows; none crosses an expert's end."""
-    per_expert = shape[-2] if len(shape) > 1 else 1
+    per_expert = rows_per_expert(shape)
     for first in range(0, math.prod(shape[:-1]), per_expert):
         for start in range(0, per_expert, rows_per_unit):
             yield first + start, first + min(start + rows_per_unit, per_expert)
@@ -233,7 +238,7 @@ def plan_gguf(source: GGUFSource, dest: Path, options: Options) -> Plan:
     """The plan of `stepgguf quantize`: the keys of the source, its tensors in new types."""
     n_mtp = _int_key(source, Keys.LLM.NEXTN_PREDICT_LAYERS, 0)
     n_layer = _int_key(source, Keys.LLM.BLOCK_COUNT) - n_mtp
-    heads, kv_heads = (_first(source, key) for key in (Keys.Attention.HEAD_COUNT, Keys.Attention.HEAD_COUNT_KV))
+    heads, kv_heads = (_int_key(source, key) for key in (Keys.Attention.HEAD_COUNT, Keys.Attention.HEAD_COUNT_KV))
     facts = Facts(n_layer, _int_key(source, Keys.LLM.EXPERT_COUNT, 0), heads // max(1, kv_heads))
     names = sorted(source.tensors, key=file_order)
     layers = {name: layer_of(name) if name.startswith("blk.") else None for name in names}
@@ -272,17 +277,9 @@ def _requantized(tensor: SourceTensor, choice: Choice | None, options: Options) 
 
 
 def _int_key(source: GGUFSource, key: str, default: int | None = None) -> int:
+    """An integer key; of a per-layer one, which may also be one number for all layers, the value at layer 0."""
     name = key.format(arch=ARCHITECTURE)
     value = source.headers[0].get(name, default)
-    if not isinstance(value, int):
-        raise RecipeError(f"{source.path}: key {name} is {value!r}, expected an integer")
-    return value
-
-
-def _first(source: GGUFSource, key: str) -> int:
-    """A per-layer key's value at layer 0; it may be one number for all layers."""
-    name = key.format(arch=ARCHITECTURE)
-    value = source.headers[0].get(name)
     value = value[0] if isinstance(value, list) and value else value
     if not isinstance(value, int):
         raise RecipeError(f"{source.path}: key {name} is {value!r}, expected an integer")

@@ -25,7 +25,7 @@ from stepgguf.convert.checkpoint import read_exactly
 from stepgguf.convert.ggufsource import split_files
 from stepgguf.convert.header import Header, TensorInfo
 from stepgguf.convert.pipeline import UnitMaker
-from stepgguf.convert.plan import Plan, PlannedTensor, Unit, replan, row_ranges, unit_rows
+from stepgguf.convert.plan import Plan, PlannedTensor, Unit, replan, row_ranges, rows_per_expert, unit_rows
 from stepgguf.convert.source import TensorSource
 from stepgguf.convert.writer import manifest_path
 from stepgguf.errors import VerifyError
@@ -120,7 +120,7 @@ def _same_as_made(maker: UnitMaker, tensor: PlannedTensor, start: int, stop: int
 
 def _where(info: TensorInfo, start: int, stop: int) -> str:
     """A unit in words: tensor, expert, rows."""
-    rows = info.shape[-2] if len(info.shape) > 1 else 1
+    rows = rows_per_expert(info.shape)
     expert = f" expert {start // rows}" if len(info.shape) == 3 else ""
     return f"{info.name}{expert} rows {start % rows}-{(stop - 1) % rows}"
 

@@ -20,7 +20,8 @@ import os
 import shutil
 import struct
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -217,27 +218,17 @@ class Writer:
         }
 
 
-class disk_errors:  # noqa: N801  used like a function
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
     """Turns the system's errors into OutputError: a full disk says how to go on."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, OSError):
-            raise self.translate(error) from error
-
-    def translate(self, error: OSError) -> OutputError:
+    try:
+        yield
+    except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return OutputError(
-                f"{self.path.parent}: the disk is full", hint="Free some space and repeat the command; it resumes."
-            )
-        return OutputError(
-            f"{error.filename or self.path}: {error.strerror or error}", hint="Repeat the command; it resumes."
-        )
+            message, remedy = f"{path.parent}: the disk is full", "Free some space and repeat the command; it resumes."
+        else:
+            message, remedy = f"{error.filename or path}: {error.strerror or error}", "Repeat the command; it resumes."
+        raise OutputError(message, hint=remedy) from error
 
 
 def manifest_path(path: Path) -> Path:

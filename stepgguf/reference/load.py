@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from stepgguf.convert.checkpoint import Checkpoint
+from stepgguf.convert.plan import rows_per_expert
 from stepgguf.reference.model import Step35
 
 
@@ -15,7 +16,7 @@ def load(checkpoint: Checkpoint) -> Step35:
     for name, tensor in checkpoint.tensors.items():
         values = np.empty(tensor.shape, np.float32)
         rows = values.reshape(-1, tensor.shape[-1])
-        per_expert = tensor.shape[-2] if len(tensor.shape) > 1 else 1
+        per_expert = rows_per_expert(tensor.shape)
         for start in range(0, len(rows), per_expert):
             checkpoint.floats(name, start, start + per_expert, rows[start : start + per_expert])
         state[name] = torch.from_numpy(values)
