@@ -85,16 +85,17 @@ def test_a_torn_journal_and_half_written_units_are_redone(small: Path, tmp_path:
         content = journal.read_bytes()
         first = content.index(b"\n") + 1
         content = content[: rng.randrange(first - 2, len(content) + 1)]
+        records = content[first:]  # the truth: whatever else a damaged journal says is a lie
+        written = {int.from_bytes(records[i : i + 4], "little") for i in range(0, len(records) // 40 * 40, 40)}
         if rng.random() < 0.5 and len(content) > first:  # and a flipped bit in what is left
             at = rng.randrange(first, len(content))
             content = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
         journal.write_bytes(content)
         plan = plan_for(checkpoint, dest)
-        vouched = Writer(plan, checkpoint.identity())
-        scribble(part, plan, set(vouched.digests), rng)
-        vouched.close()
+        scribble(part, plan, written, rng)
         pipeline.run(checkpoint, Writer(plan, checkpoint.identity()))
     assert dest.read_bytes() == whole
+    assert main(["verify", str(dest), "-q"]) == 0  # the digests of earlier runs are right too
 
 
 def scribble(part: Path, plan: Plan, keep: set[int], rng: random.Random) -> None:
