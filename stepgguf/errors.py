@@ -19,12 +19,16 @@
     ├── QuantError               ggml refused
     ├── OutputError              the destination: exists, differs, no space
     ├── VerifyError              bytes are not what the manifest or the source says
+    ├── RequestError             a request that cannot be served as it is; `param` names its field
+    │   └── BadGrammar           a grammar or a JSON schema that cannot be used, or is too large
     └── EngineError              running a model
         ├── ModelLoadFailed
-        └── ContextLengthExceeded
+        ├── ContextLengthExceeded  `n_prompt` tokens do not fit into `n_ctx`
+        ├── EngineBusy           the queue is full; try again after `retry_after` seconds
+        └── EngineDied           it failed under a request; whether that can be tried again is `recovered`
 
 An error carries the object, what was found, what was expected; `hint` says what to do. Prose is made here, once, and
-shown at the boundaries (cli/boundary.py).
+shown at the boundaries (cli/main.py, server/problems.py).
 """
 
 from __future__ import annotations
@@ -111,6 +115,16 @@ class VerifyError(StepggufError):
     pass
 
 
+class RequestError(StepggufError):
+    def __init__(self, message: str, *, param: str | None = None, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.param = param
+
+
+class BadGrammar(RequestError):
+    pass
+
+
 class EngineError(StepggufError):
     pass
 
@@ -120,4 +134,19 @@ class ModelLoadFailed(EngineError):
 
 
 class ContextLengthExceeded(EngineError):
-    pass
+    def __init__(self, n_prompt: int, n_ctx: int, *, hint: str | None = None) -> None:
+        super().__init__(f"the prompt has {n_prompt} tokens, the context {n_ctx}", hint=hint)
+        self.n_prompt = n_prompt
+        self.n_ctx = n_ctx
+
+
+class EngineBusy(EngineError):
+    def __init__(self, message: str, *, retry_after: int) -> None:
+        super().__init__(message, hint=f"Try again in {retry_after} s.")
+        self.retry_after = retry_after
+
+
+class EngineDied(EngineError):
+    def __init__(self, message: str, *, recovered: bool, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.recovered = recovered

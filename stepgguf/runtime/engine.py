@@ -1,59 +1,229 @@
-"""What runs a model: the protocol that the chat layer uses, without any engine behind it."""
+"""What runs a model: tokens in, tokens out. The protocol that everything above uses, without any engine behind it.
+
+    submit(Request, sink) -> Ticket         sink(Queued)? sink(Prefill)* sink(Tokens)* sink(Finished)
+
+An engine calls `sink` from its own thread, in order, and ends every request that it took with exactly one Finished,
+also after a cancel and after its own death. A sink must be quick and must not raise.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+import queue
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from stepgguf.errors import StepggufError
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is chosen. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch a filter off."""
+    """How the next token is chosen. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch a filter off.
+
+    The frequency and presence penalties (0 is off) count generated tokens, as OpenAI defines them; the repetition
+    penalty (1 is off) counts the prompt's too, as its paper and every server do. logit_bias: (token id, bias) pairs,
+    added to the logits. The same seed gives the same tokens.
+    """
 
     temperature: float = 1.0
     top_k: int = 40
     top_p: float = 0.95
     min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
+class Grammar:
+    """GBNF text (llama.cpp's). It holds from the first token on, starting with the rule `root`.
+
+    With `starts`, pairs (token id, rule), generation is free until one of these tokens comes; the grammar holds from
+    the token after it, starting with that rule. It must have been completed before an end token is allowed.
+    """
+
+    gbnf: str
+    starts: tuple[tuple[int, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    """The prompt ends inside the model's thinking. Any token of `ends` closes it.
+
+    After `budget` tokens of thinking (None: no limit) `closing` is forced: an optional message and an end. With
+    `break_loops` the same happens when the thinking repeats itself.
+    """
+
+    ends: frozenset[int]
+    closing: tuple[int, ...]
+    budget: int | None = None
+    break_loops: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to generate. `turns`: positions in the prompt where a user message starts, which later prompts may share.
+
+    max_tokens None: as many as the context holds. top_logprobs None: no log probabilities; 0: the chosen token's;
+    k: also the k most likely. ignore_end: go on after an end token (to measure speed).
+    """
+
+    prompt: tuple[int, ...]
+    sampling: Sampling = Sampling()
+    max_tokens: int | None = None
+    grammar: Grammar | None = None
+    reasoning: Reasoning | None = None
+    turns: tuple[int, ...] = ()
+    top_logprobs: int | None = None
+    ignore_end: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    token_id: int
+    piece: bytes
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
-    """One generated token. `forced`: put in by the caller and not sampled."""
+    """One generated token. `forced`: put in by the engine and not sampled. End tokens are not reported.
+
+    logprob: natural log of the model's own probability, before penalties, grammar and temperature; with `top` if the
+    request asked for it.
+    """
 
     token_id: int
     piece: bytes
-    forced: bool
+    forced: bool = False
+    logprob: float | None = None
+    top: tuple[Logprob, ...] = ()
 
 
-class Generation(Protocol):
-    """A running generation: iterate over it, stop iterating to cancel. It ends with the token before the end token.
+@dataclass(slots=True)
+class Timings:
+    """Counts and seconds of one request. Its engine fills it in while it runs.
 
-    finish_reason is "stop" after an end token, "length" when max_tokens or the context is used up, None while it runs.
+    drafted, accepted: MTP tokens by head, first head first. n_steps: decodes of the model that made tokens.
     """
 
-    @property
-    def finish_reason(self) -> str | None: ...
+    n_prompt: int = 0
+    n_cached: int = 0
+    n_generated: int = 0
+    n_steps: int = 0
+    queue_seconds: float = 0.0
+    prompt_seconds: float = 0.0
+    generation_seconds: float = 0.0
+    drafted: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    budget_reached: bool = False
+    loop_broken: bool = False
 
-    def __iter__(self) -> Iterator[Step]: ...
 
-    def force(self, token_ids: Sequence[int]) -> None:
-        """Make these the next tokens, before any more is sampled."""
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """Other requests are served first; so many."""
+
+    n_ahead: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """The prompt is being read: n_done of n_prompt tokens, n_cached of them without work."""
+
+    n_done: int
+    n_prompt: int
+    n_cached: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What one decode brought: one token, more with MTP."""
+
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """ "stop": an end token; "length": max_tokens or the context is used up; "error": see `error`."""
+
+    reason: FinishReason
+    timings: Timings
+    error: StepggufError | None = None
+
+
+Event = Queued | Prefill | Tokens | Finished
+Sink = Callable[[Event], None]
 
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What the chat layer needs from the model file."""
+    """What the layers above need from the model file. n_ctx: the longest prompt and answer of one request, tokens.
+
+    engine names what runs it, e.g. "llama.cpp 0.3.36".
+    """
 
     name: str
     chat_template: str | None
     sampling: Sampling
     n_ctx: int
     n_ctx_train: int
+    n_vocab: int
+    engine: str
+
+
+@dataclass(slots=True)
+class Stats:
+    """Totals since the start, and how it is now. Bytes are of host memory."""
+
+    n_requests: int = 0
+    n_failed: int = 0
+    n_running: int = 0
+    n_queued: int = 0
+    n_prompt_tokens: int = 0
+    n_cached_tokens: int = 0
+    n_generated_tokens: int = 0
+    n_steps: int = 0
+    drafted: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    prompt_seconds: float = 0.0
+    generation_seconds: float = 0.0
+    n_context_used: int = 0
+    cache_bytes: int = 0
+    n_recoveries: int = 0
+    alive: bool = True
+
+    def add(self, timings: Timings, *, failed: bool) -> None:
+        """Count a request that has ended."""
+        self.n_failed += failed
+        self.n_prompt_tokens += timings.n_prompt
+        self.n_cached_tokens += timings.n_cached
+        self.n_generated_tokens += timings.n_generated
+        self.prompt_seconds += timings.prompt_seconds
+        self.generation_seconds += timings.generation_seconds
+        for total, counts in ((self.drafted, timings.drafted), (self.accepted, timings.accepted)):
+            total.extend([0] * (len(counts) - len(total)))
+            for i, count in enumerate(counts):
+                total[i] += count
+
+
+class Ticket(Protocol):
+    """A request that was taken. Both methods return at once, from any thread, and do nothing after the end."""
+
+    def cancel(self) -> None:
+        """End it within one decode; what it has read stays in the cache."""
+
+    def end_reasoning(self) -> None:
+        """Close the thinking now, as if its budget were used up."""
 
 
 class Engine(Protocol):
+    """Thread-safe."""
+
     @property
     def info(self) -> ModelInfo: ...
 
@@ -64,13 +234,44 @@ class Engine(Protocol):
         """The same without bos: text that goes on from other tokens."""
 
     def token_id(self, text: str) -> int | None:
-        """The id of a special token, None if this text is not one token."""
+        """The id of a token by its text, None if this text is not one token."""
 
-    def generate(self, prompt: Sequence[int], sampling: Sampling, max_tokens: int | None = None) -> Generation:
-        """Start a generation after a prompt. ContextLengthExceeded if the prompt leaves no room."""
+    def piece(self, token_id: int) -> bytes:
+        """The bytes that a token stands for; special tokens are written out."""
 
-    @property
-    def n_cached(self) -> int:
-        """How many tokens of the last prompt did not have to be read again."""
+    def submit(self, request: Request, sink: Sink) -> Ticket:
+        """Take a request. Raises, and never calls the sink: ContextLengthExceeded, BadGrammar, EngineBusy if the queue
+        is full, EngineDied."""
 
-    def close(self) -> None: ...
+    def stats(self) -> Stats: ...
+
+    def close(self) -> None:
+        """End everything that runs and free the model."""
+
+
+class Stream:
+    """A request as an iterator of events, for callers that may block. Closing it cancels; it ends after Finished."""
+
+    def __init__(self, engine: Engine, request: Request) -> None:
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._ticket = engine.submit(request, self._events.put)
+        self.finished: Finished | None = None
+
+    def __iter__(self) -> Iterator[Event]:
+        while self.finished is None:
+            event = self._events.get()
+            if isinstance(event, Finished):
+                self.finished = event
+            yield event
+
+    def end_reasoning(self) -> None:
+        self._ticket.end_reasoning()
+
+    def close(self) -> Finished:
+        """Cancel it if it still runs, and wait for its end."""
+        self._ticket.cancel()
+        while self.finished is None:
+            event = self._events.get()
+            if isinstance(event, Finished):
+                self.finished = event
+        return self.finished

@@ -1,0 +1,159 @@
+"""A loaded GGUF: weights, vocabulary, metadata, and llama.cpp's log."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+
+from stepgguf.errors import BadMagic, ModelLoadFailed, UnsupportedModel
+from stepgguf.runtime.engine import Sampling
+from stepgguf.runtime.llama_build import probe
+
+ARCHITECTURE = "step35"
+_LOG_ERROR = 4  # ggml_log_level
+
+
+class Model:
+    """The weights. `mtp`: load the MTP blocks too, if the file has them; `mmap` False reads the file instead."""
+
+    def __init__(
+        self, path: Path, *, gpu_layers: int, mtp: bool, mmap: bool, progress: Callable[[float], None] | None
+    ) -> None:
+        self.path = path
+        self.log = _log()
+        self.log.install()
+        self.handle: Any = None
+        _check_magic(path)
+        llama_cpp.llama_backend_init()
+        params = llama_cpp.llama_model_default_params()
+        params.n_gpu_layers = gpu_layers
+        # ggml's AMX code needs its "extra" buffer types; without them weights stay as they are and AVX-512 code runs.
+        params.use_extra_bufts = not probe().amx_is_broken
+        params.load_mtp = mtp
+        params.load_mode = llama_cpp.LLAMA_LOAD_MODE_AUTO if mmap else llama_cpp.LLAMA_LOAD_MODE_NONE
+        if progress is not None:
+            report = progress
+
+            def on_progress(share: float, _: ctypes.c_void_p) -> bool:
+                report(share)
+                return True
+
+            params.progress_callback = self._progress = llama_cpp.llama_progress_callback(on_progress)
+        self.handle = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+        if not self.handle:
+            raise self.failure(f"{path} could not be loaded")
+        architecture = self.metadata("general.architecture")
+        if architecture != ARCHITECTURE:
+            self.close()
+            raise UnsupportedModel(
+                f"{path}: general.architecture is {architecture!r}, expected {ARCHITECTURE!r}",
+                hint="stepgguf runs Step-3.5 and Step-3.7 models only.",
+            )
+        self.vocab = llama_cpp.llama_model_get_vocab(self.handle)
+        self.n_vocab = int(llama_cpp.llama_vocab_n_tokens(self.vocab))
+        self.n_embd = int(llama_cpp.llama_model_n_embd(self.handle))
+        self.n_ctx_train = int(llama_cpp.llama_model_n_ctx_train(self.handle))
+        self.n_swa = int(llama_cpp.llama_model_n_swa(self.handle))
+        self.n_heads = int(llama_cpp.llama_model_n_layer_nextn(self.handle)) if mtp else 0
+        ends = (t for t in range(self.n_vocab) if llama_cpp.llama_vocab_is_eog(self.vocab, t))
+        self.ends = frozenset(ends)
+        self.piece = functools.cache(self._piece)
+
+    def close(self) -> None:
+        if self.handle:
+            llama_cpp.llama_model_free(self.handle)
+            self.handle = None
+
+    def failure(self, message: str) -> ModelLoadFailed:
+        text = self.log.tail()
+        memory = any(word in text.lower() for word in ("alloc", "out of memory", "oom"))
+        hint = (
+            "There is not enough memory: try a smaller --ctx, fewer --gpu-layers or a smaller type."
+            if memory
+            else "Check the file with `stepgguf verify`, and that llama-cpp-python is recent enough for step35."
+        )
+        return ModelLoadFailed(message + text, hint=hint)
+
+    # tokens -----------------------------------------------------------------------------------------------------
+
+    def tokenize(self, text: str, *, add_special: bool) -> list[int]:
+        """Special tokens that are written in the text become their ids; add_special puts bos in front, once."""
+        data = text.encode("utf-8", errors="replace")
+        room = len(data) + 2
+        buffer = (llama_cpp.llama_token * room)()
+        n = llama_cpp.llama_tokenize(self.vocab, data, len(data), buffer, room, add_special, True)
+        assert 0 <= n <= room  # a token covers at least one byte
+        ids = list(buffer[:n])
+        bos = llama_cpp.llama_vocab_bos(self.vocab)
+        return ids[1:] if add_special and ids[:2] == [bos, bos] else ids
+
+    def _piece(self, token_id: int) -> bytes:
+        buffer = ctypes.create_string_buffer(256)
+        n = llama_cpp.llama_token_to_piece(self.vocab, token_id, buffer, 256, 0, True)
+        return buffer.raw[: max(0, n)]
+
+    # metadata ---------------------------------------------------------------------------------------------------
+
+    def metadata(self, key: str) -> str | None:
+        name = key.encode()
+        n = llama_cpp.llama_model_meta_val_str(self.handle, name, None, 0)
+        if n < 0:
+            return None
+        buffer = ctypes.create_string_buffer(n + 1)
+        llama_cpp.llama_model_meta_val_str(self.handle, name, buffer, n + 1)
+        return buffer.value.decode("utf-8", errors="replace")
+
+    def sampling(self) -> Sampling:
+        """What the file recommends, the model card's values for the rest."""
+        default = Sampling()
+        values = {
+            field: float(text) if (text := self.metadata(f"general.sampling.{key}")) else getattr(default, field)
+            for field, key in (("temperature", "temp"), ("top_k", "top_k"), ("top_p", "top_p"), ("min_p", "min_p"))
+        }
+        return Sampling(values["temperature"], int(values["top_k"]), values["top_p"], values["min_p"])
+
+
+class Log:
+    """llama.cpp's messages: kept for error reports instead of printed. llama.cpp has one log for the process."""
+
+    def __init__(self) -> None:
+        self._lines: deque[str] = deque(maxlen=20)
+        self._level = 0
+        self._callback = llama_cpp.llama_log_callback(self._on_message)
+
+    def install(self) -> None:
+        """Take the messages from whoever had them, and forget those of before."""
+        self._lines.clear()
+        llama_cpp.llama_log_set(self._callback, ctypes.c_void_p(0))
+
+    def _on_message(self, level: int, text: bytes, _: ctypes.c_void_p) -> None:
+        self._level = level if level < 5 else self._level  # 5 continues the line before
+        if self._level >= _LOG_ERROR:
+            self._lines.append(text.decode("utf-8", errors="replace").strip())
+
+    def tail(self) -> str:
+        lines = [line for line in self._lines if line]
+        return f": {'; '.join(lines[-3:])}" if lines else ""
+
+
+@functools.cache
+def _log() -> Log:
+    """The one log. llama.cpp keeps a pointer to its callback, so it must never go away."""
+    return Log()
+
+
+def _check_magic(path: Path) -> None:
+    """Names what llama.cpp would only hint at: no file, not a GGUF."""
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise ModelLoadFailed(f"{path}: {error.strerror}", hint="Give a GGUF file.") from error
+    if magic != b"GGUF":
+        raise BadMagic(f"{path}: starts with {magic!r}, not b'GGUF'", hint="Give a file that `stepgguf convert` wrote.")

@@ -1,0 +1,197 @@
+"""Logits to a token.
+
+    logits + bias - penalties -> [grammar] -> top_k -> top_p -> min_p -> temperature -> draw
+
+The filters and the draw are llama.cpp's samplers. Bias and penalties touch a few entries of the logits and are
+written into them here: llama.cpp's penalties walk all 128,896 candidates. A grammar is asked about the drawn token
+alone; only if it refuses, about all candidates, and the draw is made again (as llama.cpp's own tools do it).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import secrets
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import llama_cpp
+import numpy as np
+
+from stepgguf.errors import BadGrammar
+from stepgguf.runtime.engine import Grammar, Logprob, Sampling
+from stepgguf.runtime.llama.context import Context, Floats
+from stepgguf.runtime.llama.model import Model
+
+# A grammar whose parse states multiply would hold up every other request; a sane one needs milliseconds a token.
+_SLOW_SECONDS = 2.0
+_CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
+
+
+class Sampler:
+    """The state of one request: its random numbers, its counts, its place in the grammar."""
+
+    def __init__(
+        self, model: Model, sampling: Sampling, prompt: Sequence[int], grammar: Grammar | None, *, ignore_end: bool
+    ) -> None:
+        self._model, self._sampling = model, sampling
+        self._greedy = sampling.temperature <= 0
+        self._grammars = _Grammars(model, grammar)
+        self._chain = None if self._greedy else _chain(sampling)
+        ends = sorted(model.ends) if ignore_end else []
+        self._bias_ids = np.array([t for t, _ in sampling.logit_bias] + ends, np.int64)
+        self._bias = np.array([b for _, b in sampling.logit_bias] + [-np.inf] * len(ends), np.float32)
+        self._generated: Counter[int] = Counter()
+        self._seen = set(prompt) if sampling.repetition_penalty != 1 else set()
+
+    def close(self) -> None:
+        if self._chain is not None:
+            llama_cpp.llama_sampler_free(self._chain)
+            self._chain = None
+        self._grammars.close()
+
+    def sample(self, context: Context, row: int) -> int:
+        """The next token after a row of the last decode. BadGrammar if the request's grammar takes too long."""
+        logits = context.logits(row)
+        self._adjust(logits)
+        if self._chain is None:
+            token = int(logits.argmax())
+        else:
+            token = int(llama_cpp.llama_sampler_sample(self._chain, context.handle, row))
+        return token if self._grammars.allows(token) else self._sample_allowed(logits)
+
+    def accept(self, token: int) -> None:
+        """Count a token that comes next, sampled or forced."""
+        self._grammars.accept(token)
+        if self._sampling.frequency_penalty or self._sampling.presence_penalty:
+            self._generated[token] += 1
+        if self._sampling.repetition_penalty != 1:
+            self._seen.add(token)
+
+    def _adjust(self, logits: Floats) -> None:
+        sampling = self._sampling
+        if self._bias_ids.size:
+            logits[self._bias_ids] += self._bias
+        if self._seen:
+            ids = np.fromiter(self._seen, np.int64)
+            values = logits[ids]
+            factor = sampling.repetition_penalty
+            logits[ids] = np.where(values > 0, values / factor, values * factor)
+        if self._generated:
+            ids = np.fromiter(self._generated.keys(), np.int64)
+            counts = np.fromiter(self._generated.values(), np.float32)
+            logits[ids] -= counts * sampling.frequency_penalty + sampling.presence_penalty
+
+    def _sample_allowed(self, logits: Floats) -> int:
+        candidates = np.empty(self._model.n_vocab, _CANDIDATE)
+        candidates["id"], candidates["logit"], candidates["p"] = np.arange(self._model.n_vocab), logits, 0
+        array = _token_array(candidates)
+        self._grammars.apply(array)
+        if not np.isfinite(candidates["logit"]).any():  # llama.cpp would throw at what is drawn now
+            raise BadGrammar(
+                "the grammar allows no token here", param="grammar", hint="Every rule needs a way to its end."
+            )
+        if self._chain is None:
+            return int(candidates["id"][candidates["logit"].argmax()])
+        llama_cpp.llama_sampler_apply(self._chain, ctypes.byref(array))
+        token = int(candidates["id"][array.selected])
+        llama_cpp.llama_sampler_accept(self._chain, token)
+        return token
+
+
+class _Grammars:
+    """The grammar that holds now, or those that wait for their token."""
+
+    def __init__(self, model: Model, grammar: Grammar | None) -> None:
+        self._active: Any = None
+        self._waiting: dict[int, Any] = {}
+        if grammar is None:
+            return
+        if not grammar.starts:
+            self._active = _compile(model, grammar.gbnf, "root")
+        for token, rule in grammar.starts:
+            self._waiting[token] = _compile(model, grammar.gbnf, rule)
+
+    def close(self) -> None:
+        for compiled in (self._active, *self._waiting.values()):
+            if compiled is not None:
+                llama_cpp.llama_sampler_free(compiled)
+        self._active, self._waiting = None, {}
+
+    def allows(self, token: int) -> bool:
+        if self._active is None:
+            return True
+        candidates = np.array([(token, 0.0, 0.0)], _CANDIDATE)
+        self.apply(_token_array(candidates))
+        return bool(np.isfinite(candidates["logit"][0]))
+
+    def apply(self, array: Any) -> None:
+        started = time.monotonic()
+        llama_cpp.llama_sampler_apply(self._active, ctypes.byref(array))
+        _check_time(started)
+
+    def accept(self, token: int) -> None:
+        if self._active is not None:
+            started = time.monotonic()
+            llama_cpp.llama_sampler_accept(self._active, token)
+            _check_time(started)
+        elif token in self._waiting:
+            self._active = self._waiting.pop(token)
+
+
+def logprobs(model: Model, logits: Floats, token: int, n_top: int) -> tuple[float, tuple[Logprob, ...]]:
+    """Natural log of the model's probability of a token, and of its n_top most likely ones."""
+    values = logits.astype(np.float64)
+    values -= values.max()
+    values -= np.log(np.exp(values).sum())
+    if n_top == 0:
+        return float(values[token]), ()
+    best = np.argpartition(values, -n_top)[-n_top:]
+    best = best[np.argsort(-values[best], kind="stable")]
+    return float(values[token]), tuple(Logprob(int(t), model.piece(int(t)), float(values[t])) for t in best)
+
+
+def _compile(model: Model, gbnf: str, rule: str) -> Any:
+    started = time.monotonic()
+    compiled = llama_cpp.llama_sampler_init_grammar(model.vocab, gbnf.encode(), rule.encode())
+    if not compiled:
+        raise BadGrammar(
+            f"the grammar does not compile{model.log.tail()}",
+            param="grammar",
+            hint="It must be GBNF as llama.cpp reads it, without left recursion, with a rule named root.",
+        )
+    _check_time(started)
+    return compiled
+
+
+def _check_time(started: float) -> None:
+    seconds = time.monotonic() - started
+    if seconds > _SLOW_SECONDS:
+        raise BadGrammar(
+            f"the grammar needs {seconds:.1f} s for one token",
+            param="grammar",
+            hint="Make it unambiguous: every text should be readable in one way only.",
+        )
+
+
+def _chain(sampling: Sampling) -> Any:
+    chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
+    add = llama_cpp.llama_sampler_chain_add
+    if sampling.top_k > 0:
+        add(chain, llama_cpp.llama_sampler_init_top_k(sampling.top_k))
+    if sampling.top_p < 1:
+        add(chain, llama_cpp.llama_sampler_init_top_p(sampling.top_p, 1))
+    if sampling.min_p > 0:
+        add(chain, llama_cpp.llama_sampler_init_min_p(sampling.min_p, 1))
+    add(chain, llama_cpp.llama_sampler_init_temp(sampling.temperature))
+    seed = secrets.randbits(32) if sampling.seed is None else sampling.seed & 0xFFFFFFFF
+    add(chain, llama_cpp.llama_sampler_init_dist(seed))
+    return chain
+
+
+def _token_array(candidates: np.ndarray[Any, Any]) -> Any:
+    array: Any = llama_cpp.llama_token_data_array()
+    array.data = candidates.ctypes.data_as(llama_cpp.llama_token_data_p)
+    array.size, array.selected, array.sorted = len(candidates), -1, False
+    return array

@@ -1,0 +1,103 @@
+"""How the installed llama-cpp-python was built: what it can use of the machine.
+
+ggml's list of devices is not part of llama-cpp-python's API: its functions are looked up in the library that it has
+loaded, and where they cannot be found there are no devices.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stepgguf.errors import EngineError
+from stepgguf.runtime.machine import Gpu
+
+_GPU_TYPES = (1, 2)  # ggml_backend_dev_type: GPU, IGPU
+_AMX_GCC = (14, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaBuild:
+    """compiler: of the CPU code, as (name, version), where the library says it. features: "AVX2", "AMX_INT8", ..."""
+
+    version: str
+    features: frozenset[str]
+    gpu_offload: bool
+    gpus: tuple[Gpu, ...]
+    mtp: bool
+    compiler: tuple[str, tuple[int, ...]] | None
+
+    @property
+    def has_amx(self) -> bool:
+        return "AMX_INT8" in self.features
+
+    @property
+    def amx_is_broken(self) -> bool:
+        """Whether AMX code crashes: the compiler must know that _tile_loadconfig reads all 64 bytes of its argument.
+
+        GCC's amxtileintrin.h used to tell it of 8, and is right from 14.2 on. An unknown compiler is not trusted.
+        """
+        return self.has_amx and (self.compiler is None or (self.compiler[0] == "GCC" and self.compiler[1] < _AMX_GCC))
+
+
+@functools.cache
+def probe() -> LlamaBuild:
+    """EngineError says why there is none."""
+    try:
+        import llama_cpp
+    except ModuleNotFoundError as error:
+        raise EngineError("llama-cpp-python is not installed", hint="pip install 'stepgguf[run]'") from error
+    except (OSError, RuntimeError) as error:
+        raise EngineError(
+            f"llama-cpp-python cannot be loaded: {error}",
+            hint="pip install --force-reinstall --no-cache-dir 'llama-cpp-python>=0.3.36'",
+        ) from error
+    from stepgguf.runtime.llama import hooks
+
+    return LlamaBuild(
+        version=llama_cpp.__version__,
+        features=parse_features(llama_cpp.llama_print_system_info().decode()),
+        gpu_offload=bool(llama_cpp.llama_supports_gpu_offload()),
+        gpus=_gpus(llama_cpp.llama_cpp._lib),
+        mtp=hooks.AVAILABLE,
+        compiler=_compiler(Path(str(llama_cpp.__file__)).parent / "lib"),
+    )
+
+
+def parse_features(system_info: str) -> frozenset[str]:
+    """From llama_print_system_info: "CPU : AVX2 = 1 | AVX512 = 0 | CUDA : ARCHS = 900 | "."""
+    return frozenset(re.findall(r"(\w+) = (?!0\b)\w+", system_info))
+
+
+def _gpus(library: Any) -> tuple[Gpu, ...]:
+    try:
+        count, get = library.ggml_backend_dev_count, library.ggml_backend_dev_get
+        kind, text = library.ggml_backend_dev_type, library.ggml_backend_dev_description
+        memory = library.ggml_backend_dev_memory
+    except AttributeError:
+        return ()
+    count.restype = ctypes.c_size_t
+    get.argtypes, get.restype = [ctypes.c_size_t], ctypes.c_void_p
+    kind.argtypes, text.argtypes, text.restype = [ctypes.c_void_p], [ctypes.c_void_p], ctypes.c_char_p
+    memory.argtypes, memory.restype = [ctypes.c_void_p, *[ctypes.POINTER(ctypes.c_size_t)] * 2], None
+    gpus = []
+    for device in (get(i) for i in range(count())):
+        if kind(device) in _GPU_TYPES:
+            free, total = ctypes.c_size_t(), ctypes.c_size_t()
+            memory(device, ctypes.byref(free), ctypes.byref(total))
+            gpus.append(Gpu(text(device).decode(errors="replace"), total.value, free.value))
+    return tuple(gpus)
+
+
+def _compiler(folder: Path) -> tuple[str, tuple[int, ...]] | None:
+    """From the .comment section that GCC and clang leave in ELF files."""
+    for library in sorted(folder.glob("libggml-cpu*.so")):
+        found = re.search(rb"(GCC): \([^)\0]*\) (\d+(?:\.\d+)+)|(clang) version (\d+(?:\.\d+)+)", library.read_bytes())
+        if found:
+            name, version = (part.decode() for part in found.groups() if part)
+            return name, tuple(map(int, version.split(".")))
+    return None

@@ -1,0 +1,252 @@
+"""LlamaServerEngine: takes requests, lets as many run as llama-server has slots, one thread each."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from stepgguf.errors import ContextLengthExceeded, EngineBusy, EngineDied, EngineError, StepggufError
+from stepgguf.runtime.engine import Finished, FinishReason, ModelInfo, Queued, Request, Sampling, Sink, Stats
+from stepgguf.runtime.llamaserver.client import Client, ConnectionLost
+from stepgguf.runtime.llamaserver.gbnf import check_rules
+from stepgguf.runtime.llamaserver.process import ForeignServer, LlamaProcess, Server
+from stepgguf.runtime.llamaserver.run import Backend, Run
+from stepgguf.runtime.llamaserver.vocabulary import Vocabulary
+
+A = TypeVar("A")
+R = TypeVar("R")
+
+# llama.cpp's own values, shown where the file recommends none (common.h, common_params_sampling)
+_LLAMA_DEFAULTS = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
+_PATIENCE_SECONDS = 60.0  # for a server that starts again
+_STOP_SECONDS = 10.0
+
+
+class LlamaServerEngine:
+    """Make it with `spawn` or `attach`."""
+
+    def __init__(self, server: Server, client: Client, *, name: str | None, queue_limit: int) -> None:
+        self._server, self._client, self._queue_limit = server, client, queue_limit
+        props, meta = client.get("/props"), client.get("/v1/models")["data"][0]["meta"]
+        settings = props["default_generation_settings"]
+        self._info = ModelInfo(
+            name=name or Path(props["model_path"]).stem,
+            chat_template=props["chat_template"] or None,
+            sampling=_sampling(settings["params"]),
+            n_ctx=settings["n_ctx"],
+            n_ctx_train=meta["n_ctx_train"],
+            n_vocab=meta["n_vocab"],
+            engine=f"llama-server {props['build_info']}",
+        )
+        self._vocabulary = Vocabulary(client)
+        self._n_parallel: int = props["total_slots"]
+        speculates = False
+        with contextlib.suppress(EngineError):  # a server without /slots
+            speculates = any(slot["speculative"] for slot in client.get("/slots"))
+        self._backend = Backend(server, client, self._vocabulary, self._info.n_ctx, self._n_parallel, speculates)
+        self._changed = threading.Condition()
+        self._waiting: list[Run] = []
+        self._running: list[Run] = []
+        self._stats = Stats()
+        self._closed = False
+
+    @classmethod
+    def spawn(
+        cls,
+        model: Path,
+        *,
+        binary: str | None,
+        n_ctx: int | None,
+        n_parallel: int,
+        gpu_layers: int,
+        threads: int | None,
+        mtp: bool,
+        rpc: Sequence[str] = (),
+        extra: Sequence[str] = (),
+        queue_limit: int,
+        progress: Callable[[float], None] | None = None,
+    ) -> LlamaServerEngine:
+        """Start llama-server for a GGUF and wait until it is loaded. ModelLoadFailed has its last lines.
+
+        n_ctx None and gpu_layers < 0: llama-server fits them into the memory that is free. rpc: host:port of machines
+        that run llama.cpp's rpc-server and take a share of the weights. progress is told 0 and 1: llama-server does
+        not say how far it is.
+        """
+        if progress is not None:
+            progress(0.0)
+        arguments = ["--parallel", str(n_parallel), "--no-webui"]
+        if n_ctx is not None:  # a share for each request: in a common pool that runs full llama-server ends them all
+            arguments += ["--ctx-size", str(n_ctx * n_parallel)]
+        if gpu_layers >= 0:
+            arguments += ["--gpu-layers", str(gpu_layers)]
+        if threads is not None:
+            arguments += ["--threads", str(threads)]
+        if mtp:
+            arguments += ["--spec-type", "draft-mtp"]
+        if rpc:
+            arguments += ["--rpc", ",".join(rpc)]
+        process = LlamaProcess(model, binary, [*arguments, *extra])
+        with contextlib.ExitStack() as undo:
+            undo.callback(process.close)
+            if progress is not None:
+                progress(1.0)
+            try:
+                engine = cls(process, process.client, name=model.stem, queue_limit=queue_limit)
+            except ConnectionLost:
+                raise process.death() from None
+            undo.pop_all()
+        return engine
+
+    @classmethod
+    def attach(cls, url: str, *, api_key: str | None, model: Path | None, queue_limit: int) -> LlamaServerEngine:
+        """Use a llama-server that runs already. `model` only names it. EngineError if it does not answer."""
+        client = Client(url, api_key)
+        try:
+            return cls(ForeignServer(client), client, name=model.stem if model else None, queue_limit=queue_limit)
+        except ConnectionLost as error:
+            raise EngineError(f"no llama-server answers: {error}", hint="Start it, or check the address.") from error
+
+    @property
+    def info(self) -> ModelInfo:
+        return self._info
+
+    # tokens -----------------------------------------------------------------------------------------------------
+
+    def tokenize(self, text: str) -> list[int]:
+        return self._ask(self._vocabulary.tokenize, text)
+
+    def tokenize_piece(self, text: str) -> list[int]:
+        return self._ask(self._vocabulary.tokenize_piece, text)
+
+    def token_id(self, text: str) -> int | None:
+        ids = self.tokenize_piece(text)
+        return ids[0] if len(ids) == 1 else None
+
+    def piece(self, token_id: int) -> bytes:
+        return self._ask(self._vocabulary.piece, token_id)
+
+    def _ask(self, question: Callable[[A], R], argument: A) -> R:
+        self._server.is_ready(_PATIENCE_SECONDS)
+        try:
+            return question(argument)
+        except ConnectionLost:
+            raise self._server.death() from None
+
+    # requests ---------------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request, sink: Sink) -> LlamaServerTicket:
+        n_prompt, n_ctx = len(request.prompt), self._info.n_ctx
+        if n_prompt >= n_ctx:
+            raise ContextLengthExceeded(n_prompt, n_ctx, hint="Start with a larger --ctx or a new chat.")
+        if request.grammar is not None:
+            check_rules(request.grammar)
+        run = Run(self._backend, request, sink)
+        with self._changed:
+            if self._closed or not self._server.alive:
+                raise EngineDied("llama-server has stopped", recovered=False, hint="Start it again.")
+            if len(self._waiting) + len(self._running) >= self._n_parallel + self._queue_limit:
+                raise self._busy()
+            self._stats.n_requests += 1
+            self._waiting.append(run)
+        threading.Thread(target=self._serve, args=(run,), name="llama-server request", daemon=True).start()
+        return LlamaServerTicket(run, self._changed)
+
+    def stats(self) -> Stats:
+        with self._changed:
+            return replace(
+                self._stats,
+                drafted=list(self._stats.drafted),
+                accepted=list(self._stats.accepted),
+                n_running=len(self._running),
+                n_queued=len(self._waiting),
+                n_recoveries=self._server.n_recoveries,
+                alive=self._server.alive and not self._closed,
+            )
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._server.close()
+        with self._changed:
+            for run in self._running:
+                run.interrupt()
+            self._changed.wait_for(lambda: not self._running and not self._waiting, _STOP_SECONDS)
+
+    def _serve(self, run: Run) -> None:
+        """The thread of a request."""
+        reason: FinishReason = "error"
+        error: StepggufError | None = None
+        try:
+            self._await_turn(run)
+            reason = run.serve()
+        except StepggufError as caught:
+            error = caught
+        except (LookupError, TypeError, ValueError) as caught:
+            error = EngineError(f"llama-server answers what we do not know: {caught!r}", hint="Is it very old or new?")
+        last = run.finished(reason, error)
+        with self._changed:
+            (self._running if run in self._running else self._waiting).remove(run)
+            _add(self._stats, last)
+            self._changed.notify_all()
+        run.emit(last)
+
+    def _await_turn(self, run: Run) -> None:
+        """First come, first served. EngineDied if the engine is closed meanwhile."""
+        told = None
+        with self._changed:
+            while not run.cancelled and (self._waiting[0] is not run or len(self._running) >= self._n_parallel):
+                if self._closed:
+                    raise EngineDied("the engine was stopped", recovered=False)
+                if told != (n_ahead := self._waiting.index(run)):
+                    run.emit(Queued(n_ahead))
+                    told = n_ahead
+                self._changed.wait()
+            self._waiting.remove(run)
+            self._running.append(run)
+            self._changed.notify_all()
+
+    def _busy(self) -> EngineBusy:
+        seconds = self._stats.generation_seconds / max(1, self._stats.n_requests)
+        return EngineBusy(
+            f"{self._n_parallel} requests are running and {self._queue_limit} are waiting",
+            retry_after=max(1, min(60, round(seconds))),
+        )
+
+
+class LlamaServerTicket:
+    def __init__(self, run: Run, changed: threading.Condition) -> None:
+        self._run, self._changed = run, changed
+
+    def cancel(self) -> None:
+        self._run.cancel()
+        with self._changed:  # it may be waiting for its turn
+            self._changed.notify_all()
+
+    def end_reasoning(self) -> None:
+        self._run.end_reasoning()
+
+
+def _add(stats: Stats, last: Finished) -> None:
+    timings = last.timings
+    stats.n_failed += last.reason == "error"
+    stats.n_prompt_tokens += timings.n_prompt
+    stats.n_cached_tokens += timings.n_cached
+    stats.n_generated_tokens += timings.n_generated
+    stats.n_steps += timings.n_steps
+    stats.prompt_seconds += timings.prompt_seconds
+    stats.generation_seconds += timings.generation_seconds
+    stats.drafted = [sum(stats.drafted) + sum(timings.drafted)] if timings.drafted else stats.drafted
+    stats.accepted = [sum(stats.accepted) + sum(timings.accepted)] if timings.accepted else stats.accepted
+
+
+def _sampling(params: dict[str, Any]) -> Sampling:
+    """What the file recommends; llama-server shows its own values, in float32, where it recommends nothing."""
+    chosen = {
+        name: round(params[name], 6) for name, llama in _LLAMA_DEFAULTS.items() if round(params[name], 6) != llama
+    }
+    return replace(Sampling(), **chosen)

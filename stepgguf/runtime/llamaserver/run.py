@@ -1,0 +1,283 @@
+"""One request as one or more completions.
+
+llama-server knows no forced tokens and no grammar that waits for a token id. So a request runs in legs, each a
+completion of everything so far, whose prompt llama-server has in its cache:
+
+    prompt ──leg──> thinking ──budget, loop or end_reasoning──> closing tokens ──leg──> answer
+    prompt ──leg──> ... start token ──leg, with the grammar──> ...
+
+A leg ends by itself where that can be told beforehand: n_predict is the budget, the start tokens' texts are stop
+strings. Otherwise its connection is closed.
+
+The stream has one event a token, but none for a token that leaves a character unfinished (its text comes with the
+token that completes it), and the text of a control token is empty. So tokens are held until text comes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from stepgguf.errors import BadGrammar, EngineError, RequestError, StepggufError
+from stepgguf.runtime.engine import Finished, FinishReason, Logprob, Prefill, Request, Sink, Step, Timings, Tokens
+from stepgguf.runtime.llamaserver.client import Client, Completion, ConnectionLost, Json
+from stepgguf.runtime.llamaserver.gbnf import rooted
+from stepgguf.runtime.llamaserver.process import Server
+from stepgguf.runtime.llamaserver.settings import settings
+from stepgguf.runtime.llamaserver.vocabulary import Vocabulary
+from stepgguf.runtime.thinking import Thinking
+
+_CHARACTER = 4  # bytes, so tokens, that a character can have
+_RELEASE_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """What serves. `speculates`: it drafts tokens, which come without log probabilities."""
+
+    server: Server
+    client: Client
+    vocabulary: Vocabulary
+    n_ctx: int
+    n_parallel: int
+    speculates: bool
+    open_legs: list[Completion] = field(default_factory=list)
+
+
+class Run:
+    """Served by one thread; `cancel`, `end_reasoning` and `interrupt` come from any."""
+
+    def __init__(self, backend: Backend, request: Request, sink: Sink) -> None:
+        self.emit = sink
+        self.cancelled = False
+        self.timings = Timings(n_prompt=len(request.prompt))
+        self._backend, self._request = backend, request
+        self._tokens = list(request.prompt)
+        room = backend.n_ctx - len(request.prompt)
+        self._max_tokens = room if request.max_tokens is None else min(room, request.max_tokens)
+        self._thinking = Thinking(request.reasoning) if request.reasoning is not None else None
+        self._answer_now = False  # end_reasoning was called
+        self._forced: list[int] = []
+        self._starts = dict(request.grammar.starts) if request.grammar is not None else {}
+        self._rule = "root" if request.grammar is not None and not self._starts else None
+        self._lock = threading.RLock()
+        self._completion: Completion | None = None
+        self._settings: Json = {}
+        self._nothing_came = False  # in the last leg, because a character was cut
+        self._unreported: list[Step] = []  # forced before the prompt was read
+        self._submitted = time.monotonic()
+        self._admitted = self._prompt_read = 0.0
+
+    # from any thread --------------------------------------------------------------------------------------------
+
+    def cancel(self) -> None:
+        self.cancelled = True
+        self.interrupt()
+
+    def end_reasoning(self) -> None:
+        with self._lock:
+            if self._thinking is None or not self._thinking.is_open:
+                return
+            self._answer_now = True
+            self.interrupt()
+
+    def interrupt(self) -> None:
+        """Break off the completion that runs."""
+        with self._lock:
+            if self._completion is not None:
+                self._completion.interrupt()
+
+    # from its thread --------------------------------------------------------------------------------------------
+
+    def serve(self) -> FinishReason:
+        """Leg after leg, to the end."""
+        self._admitted = time.monotonic()
+        self.timings.queue_seconds = self._admitted - self._submitted
+        if self._thinking is not None:
+            self._forced.extend(self._thinking.check_budget(self.timings))
+        reason: FinishReason | None = None
+        while reason is None:
+            while not self.cancelled and not self._backend.server.is_ready(0.2):
+                pass
+            try:
+                reason = "cancelled" if self.cancelled else self._go_on()
+            except ConnectionLost:
+                if not self.cancelled and not self._answer_now:
+                    raise self._backend.server.death() from None
+        return reason
+
+    def finished(self, reason: FinishReason, error: StepggufError | None) -> Finished:
+        """Its last event. Everything else has been emitted then."""
+        if self._unreported:
+            self.emit(Tokens(tuple(self._unreported)))
+        timings, now = self.timings, time.monotonic()
+        timings.n_generated = len(self._tokens) - len(self._request.prompt)
+        if self._prompt_read:
+            timings.generation_seconds = now - self._prompt_read
+        elif self._admitted:
+            timings.prompt_seconds = now - self._admitted
+        return Finished(reason, timings, error)
+
+    @property
+    def _n_left(self) -> int:
+        return len(self._request.prompt) + self._max_tokens - len(self._tokens)
+
+    def _go_on(self) -> FinishReason | None:
+        """Put what is forced, then a leg. Why the request has ended; None: it has not."""
+        if self._answer_now and self._thinking is not None:
+            self._answer_now = False
+            self._forced.extend(self._thinking.close())
+        if self._forced:
+            forced, self._forced = self._forced[: self._n_left], []
+            self._take([Step(token, self._backend.vocabulary.piece(token), forced=True) for token in forced])
+        return self._leg() if self._n_left else "length"
+
+    def _leg(self) -> FinishReason | None:
+        with self._backend.client.completion() as completion:
+            with self._lock:
+                if self.cancelled or self._answer_now:
+                    return None
+                self._completion = completion
+            self._backend.open_legs.append(completion)
+            try:
+                return self._read(completion)
+            except RequestError as error:
+                if self._rule is None:
+                    raise
+                raise BadGrammar(error.message, param="grammar") from error
+            finally:
+                self._backend.open_legs.remove(completion)
+                with self._lock:
+                    self._completion = None
+
+    def _read(self, completion: Completion) -> FinishReason | None:
+        limit = self._limit()
+        self._nothing_came = True
+        held: list[Json] = []  # events of tokens whose text has not come
+        n_seen, counts = 0, None
+        try:
+            for event in completion.events(self._body(limit)):
+                counts = event.get("timings", counts)
+                if event["stop"]:
+                    return self._end(event, held, limit)
+                if "prompt_progress" in event:
+                    self._on_progress(event["prompt_progress"])
+                    continue
+                held.append(event)
+                if not event["content"]:
+                    continue
+                steps = self._steps(held, whole=event["tokens_predicted"] - n_seen == len(held))
+                held, n_seen = [], event["tokens_predicted"]
+                if not self._take(steps) and n_seen < limit:
+                    break
+            completion.interrupt()
+            self._await_release()
+            return None
+        finally:
+            self._count(counts or {})
+
+    def _end(self, event: Json, held: list[Json], limit: int) -> FinishReason | None:
+        """The last event of a leg. The end token is the last of those before it."""
+        at_end = event["stop_type"] == "eos"
+        if not self._take(self._steps(held[:-1] if at_end else held, whole=True)):
+            return None
+        if at_end:
+            return "stop"
+        if event["stop_type"] == "limit" and (event["truncated"] or event["tokens_predicted"] < limit):
+            return "length"
+        return "length" if self._nothing_came and limit >= self._n_left else None
+
+    def _take(self, steps: Sequence[Step]) -> bool:
+        """Add tokens and report them. False: the leg must end here; what it made after that does not count."""
+        steps = steps[: self._n_left]  # more, if a character was spelled anew in more tokens
+        going_on = True
+        for n, step in enumerate(steps, 1):
+            self._tokens.append(step.token_id)
+            if self._thinking is not None:
+                self._forced.extend(self._thinking.feed(step.token_id, self.timings))
+            if self._rule is None and step.token_id in self._starts:
+                self._rule = self._starts[step.token_id]
+                going_on = step.forced
+            if self._forced or not going_on:
+                steps, going_on = steps[:n], False
+                break
+        if steps and not steps[-1].forced and not self._prompt_read:
+            self._prompt_read = time.monotonic()
+            self.timings.prompt_seconds = self._prompt_read - self._admitted
+        self._nothing_came &= not steps
+        self._unreported += steps
+        if self._unreported and self._prompt_read:
+            self.emit(Tokens(tuple(self._unreported)))
+            self._unreported = []
+        return going_on
+
+    def _steps(self, events: list[Json], *, whole: bool) -> list[Step]:
+        """The tokens of events, whose text is there now. Not `whole`: there were more, which made no event."""
+        text = "".join(event["content"] for event in events)
+        if not whole:
+            return [Step(token, piece) for token, piece in self._backend.vocabulary.spell(text)]
+        return [self._step(event, text if len(events) == 1 else "") for event in events]
+
+    def _step(self, event: Json, text: str) -> Step:
+        (token,) = event["tokens"]
+        piece = text.encode() or self._backend.vocabulary.piece(token)
+        if self._request.top_logprobs is None or "completion_probabilities" not in event:
+            return Step(token, piece)
+        (entry,) = event["completion_probabilities"]
+        top = tuple(
+            Logprob(one["id"], bytes(one["bytes"]) or self._backend.vocabulary.piece(one["id"]), one["logprob"])
+            for one in entry["top_logprobs"][: self._request.top_logprobs]
+        )
+        return Step(token, piece, False, entry["logprob"], top)
+
+    # a leg's request --------------------------------------------------------------------------------------------
+
+    def _limit(self) -> int:
+        """n_predict. Single tokens where drafted ones would come without their log probabilities."""
+        limit = self._n_left
+        if self._thinking is not None and self._thinking.n_left is not None:
+            limit = min(limit, self._thinking.n_left)
+        if self._request.top_logprobs is not None and self._backend.speculates and self._rule is None:
+            limit = 1
+        return max(limit, _CHARACTER) if self._nothing_came else limit
+
+    def _body(self, limit: int) -> Json:
+        request = self._request
+        self._settings = self._settings or settings(request, self._backend.vocabulary, self._backend.n_ctx)
+        body = {**self._settings, "prompt": self._tokens, "n_predict": limit}
+        if request.sampling.seed is not None:  # no leg may draw again what the one before drew
+            body["seed"] = (request.sampling.seed + len(self._tokens) - len(request.prompt)) & 0x7FFFFFFF
+        if request.grammar is not None and self._rule is not None:
+            body["grammar"] = rooted(request.grammar.gbnf, self._rule)
+        elif self._starts:
+            body["stop"] = [self._backend.vocabulary.piece(token).decode() for token in self._starts]
+        return body
+
+    # around it --------------------------------------------------------------------------------------------------
+
+    def _on_progress(self, progress: Json) -> None:
+        if not self._prompt_read:
+            self.timings.n_cached = progress["cache"]
+            self.emit(Prefill(progress["processed"], progress["total"], progress["cache"]))
+
+    def _count(self, counts: Json) -> None:
+        """Add up a leg's numbers. llama-server does not tell the drafts of one head from another's."""
+        timings, drafted, accepted = self.timings, counts.get("draft_n", 0), counts.get("draft_n_accepted", 0)
+        timings.n_steps += counts.get("predicted_n", 0) - accepted
+        if drafted:
+            timings.drafted = [sum(timings.drafted) + drafted]
+            timings.accepted = [sum(timings.accepted) + accepted]
+
+    def _await_release(self) -> None:
+        """A slot notices a closed connection with its next token. Until then the next leg would get another slot,
+        without the cache."""
+        deadline = time.monotonic() + _RELEASE_SECONDS
+        with contextlib.suppress(EngineError):  # a server without /slots
+            while self._backend.n_parallel > 1 and time.monotonic() < deadline:
+                n_busy = sum(slot["is_processing"] for slot in self._backend.client.get("/slots"))
+                if n_busy < len(self._backend.open_legs):
+                    return
+                time.sleep(0.01)

@@ -1,0 +1,42 @@
+"""Text to token ids and back, as llama-server does it.
+
+llama-server sends text as JSON strings, which cannot hold a part of a character. Only /tokenize with pieces gives the
+bytes of a token that is one; so where a character came in several tokens, its text is tokenized again.
+"""
+
+from __future__ import annotations
+
+from stepgguf.runtime.llamaserver.client import Client
+
+
+class Vocabulary:
+    """Thread-safe. Every method may raise ConnectionLost."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._pieces: dict[int, bytes] = {}
+        self._bos = self._ids("", add_special=True)
+
+    def tokenize(self, text: str) -> list[int]:
+        ids = self._ids(text, add_special=True)
+        return ids[1:] if ids[:2] == self._bos * 2 else ids
+
+    def tokenize_piece(self, text: str) -> list[int]:
+        return self._ids(text, add_special=False)
+
+    def piece(self, token_id: int) -> bytes:
+        """A token that is a part of a character comes as U+FFFD."""
+        if token_id not in self._pieces:
+            content = self._client.post("/detokenize", {"tokens": [token_id]})["content"]
+            self._pieces[token_id] = content.encode()
+        return self._pieces[token_id]
+
+    def spell(self, text: str) -> list[tuple[int, bytes]]:
+        """The tokens of a text with their exact bytes."""
+        tokens = self._client.post("/tokenize", {"content": text, "with_pieces": True})["tokens"]
+        return [(t["id"], t["piece"].encode() if isinstance(t["piece"], str) else bytes(t["piece"])) for t in tokens]
+
+    def _ids(self, text: str, *, add_special: bool) -> list[int]:
+        answer = self._client.post("/tokenize", {"content": text, "add_special": add_special, "parse_special": True})
+        ids: list[int] = answer["tokens"]
+        return ids

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from stepgguf.cli.main import main
+from stepgguf.demo import CHECKPOINT
+from stepgguf.runtime.engine import Engine, Event, Finished, Request, Sampling, Stream, Tokens
+from stepgguf.runtime.llama import LlamaEngine
+from tests.generate import Shape, write_checkpoint
+
+GREEDY = Sampling(temperature=0.0)
+
+
+@pytest.fixture(scope="session")
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights in F32, window 32, 3 MTP blocks: it babbles, and every token of the window matters.
+
+    Each token uses every expert: which are chosen can then not hang by a hair, and logits are comparable closely.
+    """
+    folder = tmp_path_factory.mktemp("random")
+    checkpoint = write_checkpoint(folder / "checkpoint", Shape(n_mtp=3, n_expert=4, n_used=4))
+    assert main(["convert", str(checkpoint), str(folder / "f32.gguf"), "-t", "F32", "-q"]) == 0
+    return folder / "f32.gguf"
+
+
+@pytest.fixture(scope="session")
+def trained_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model, window 64."""
+    path = tmp_path_factory.mktemp("trained") / "bf16.gguf"
+    assert main(["convert", str(CHECKPOINT), str(path), "-t", "BF16", "-q"]) == 0
+    return path
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., LlamaEngine]]:
+    """Starts engines that end with the test."""
+    engines: list[LlamaEngine] = []
+
+    def start(path: Path, **options: object) -> LlamaEngine:
+        engines.append(LlamaEngine(path, **{"threads": 1, **options}))  # type: ignore[arg-type]
+        return engines[-1]
+
+    yield start
+    for engine in engines:
+        engine.close()
+
+
+def run(engine: Engine, prompt: list[int], sampling: Sampling = GREEDY, **more: object) -> tuple[list[int], Finished]:
+    """The generated tokens of one request."""
+    events = list(Stream(engine, Request(tuple(prompt), sampling, **more)))  # type: ignore[arg-type]
+    return tokens_of(events), events[-1]  # type: ignore[return-value]
+
+
+def tokens_of(events: list[Event]) -> list[int]:
+    return [step.token_id for event in events if isinstance(event, Tokens) for step in event.steps]
+
+
+def question(text: str, reasoning: str = "") -> str:
+    return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n<think>\n{reasoning}"

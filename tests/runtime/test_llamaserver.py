@@ -1,0 +1,496 @@
+"""The llama-server engine against llama.cpp's own server, as a process: see llama_server.py beside this file."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import stepgguf.demo
+from stepgguf.cli.main import main
+from stepgguf.errors import BadGrammar, ContextLengthExceeded, EngineBusy, EngineDied, EngineError, ModelLoadFailed
+from stepgguf.runtime.engine import (
+    Event,
+    Finished,
+    Grammar,
+    Prefill,
+    Queued,
+    Reasoning,
+    Request,
+    Sampling,
+    Step,
+    Stream,
+    Tokens,
+)
+from stepgguf.runtime.llamaserver import LlamaServerEngine
+from stepgguf.runtime.llamaserver.gbnf import rooted
+from stepgguf.runtime.llamaserver.process import RESTARTS
+
+GREEDY = Sampling(temperature=0.0)
+QUESTION = "<|im_start|>user\nHow many 'r's are in the word strawberry?<|im_end|>\n<|im_start|>assistant\n<think>\n"
+ANSWER = b"</think>\nThere are 3 'r's."
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("demo") / "demo.gguf"
+    assert main(["convert", str(stepgguf.demo.CHECKPOINT), str(path), "-t", "BF16", "-q"]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def binary(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("bin") / "llama-server"
+    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{Path(__file__).parent / "llama_server.py"}" "$@"\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def spawn(model: Path, binary: str) -> Iterator[Callable[..., LlamaServerEngine]]:
+    """Starts engines; all of them are closed in the end."""
+    engines = []
+
+    def start(path: Path = model, **changed: Any) -> LlamaServerEngine:
+        options: dict[str, Any] = {
+            "binary": binary, "n_ctx": 2048, "n_parallel": 2, "gpu_layers": 0, "threads": 1, "mtp": False,
+            "queue_limit": 1,
+        }  # fmt: skip
+        engines.append(LlamaServerEngine.spawn(path, **{**options, **changed}))
+        return engines[-1]
+
+    yield start
+    for engine in engines:
+        engine.close()
+
+
+@pytest.fixture(scope="module")
+def engine(spawn: Callable[..., LlamaServerEngine]) -> LlamaServerEngine:
+    return spawn()
+
+
+@pytest.fixture(scope="module")
+def prompt(engine: LlamaServerEngine) -> tuple[int, ...]:
+    return tuple(engine.tokenize(QUESTION))
+
+
+@pytest.fixture(scope="module")
+def end(engine: LlamaServerEngine) -> int:
+    token = engine.token_id("</think>")
+    assert token is not None
+    return token
+
+
+def run(engine: LlamaServerEngine, request: Request) -> tuple[list[Step], Finished]:
+    stream = Stream(engine, request)
+    steps = [step for event in stream if isinstance(event, Tokens) for step in event.steps]
+    assert stream.finished is not None
+    return steps, stream.finished
+
+
+def text(steps: list[Step]) -> bytes:
+    return b"".join(step.piece for step in steps)
+
+
+def long(prompt: tuple[int, ...]) -> Request:
+    """It does not end for a second or more."""
+    return Request(prompt, GREEDY, ignore_end=True)
+
+
+def eventually(condition: Callable[[], bool]) -> bool:
+    """Within five seconds."""
+    for _ in range(100):
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def is_gone(pid: int) -> bool:
+    """Also if nobody has asked yet for its exit code."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
+    return not state.strip() or state.startswith("Z")
+
+
+# what the model is --------------------------------------------------------------------------------------------------
+
+
+def test_it_says_what_the_model_is(engine: LlamaServerEngine) -> None:
+    info = engine.info
+    assert (info.name, info.n_ctx, info.n_ctx_train, info.n_vocab) == ("demo", 2048, 4096, 768)
+    assert info.sampling == Sampling(), "what the file recommends"
+    assert info.chat_template is not None
+    assert "<|im_start|>" in info.chat_template
+    assert info.engine.startswith("llama-server b")
+
+
+def test_special_tokens_and_bos(engine: LlamaServerEngine) -> None:
+    ids = engine.tokenize("<|im_start|>user\n")
+    assert ids[0] == 0
+    assert ids[1] == engine.token_id("<|im_start|>")
+    assert engine.tokenize("<｜begin▁of▁sentence｜>x")[:2].count(0) == 1
+    assert engine.tokenize_piece("x") == engine.tokenize("x")[1:]
+    assert engine.token_id("no such token") is None
+    assert engine.piece(ids[1]) == b"<|im_start|>"
+
+
+# one answer ---------------------------------------------------------------------------------------------------------
+
+
+def test_it_answers(engine: LlamaServerEngine, prompt: tuple[int, ...]) -> None:
+    steps, finished = run(engine, Request(prompt, GREEDY))
+    assert text(steps).endswith(ANSWER)
+    assert finished.reason == "stop"
+    assert finished.timings.n_generated == len(steps) == len(engine.tokenize_piece(text(steps).decode()))
+
+
+def test_events_come_in_order_and_the_cache_is_told(engine: LlamaServerEngine, prompt: tuple[int, ...]) -> None:
+    run(engine, Request(prompt, GREEDY, turns=(1,)))
+    seen: list[Event] = list(Stream(engine, Request(prompt, GREEDY, turns=(1,))))
+    kinds = [type(event) for event in seen]
+    assert kinds == sorted(kinds, key=[Prefill, Tokens, Finished].index)
+    assert kinds.count(Finished) == 1
+    prefills = [event for event in seen if isinstance(event, Prefill)]
+    assert prefills[-1].n_done == prefills[-1].n_prompt == len(prompt)
+    assert isinstance(seen[-1], Finished)
+    assert seen[-1].timings.n_cached == prefills[-1].n_cached > 0
+
+
+def test_max_tokens_and_the_context_end_an_answer(engine: LlamaServerEngine, prompt: tuple[int, ...]) -> None:
+    steps, finished = run(engine, Request(prompt, GREEDY, max_tokens=7))
+    assert (len(steps), finished.reason) == (7, "length")
+    full = (*prompt, *(prompt[1],) * (2040 - len(prompt)))
+    steps, finished = run(engine, Request(full, GREEDY, ignore_end=True))
+    assert finished.reason == "length"
+    assert 6 <= len(steps) <= 8
+    with pytest.raises(ContextLengthExceeded):
+        engine.submit(Request((5,) * 2048), lambda event: None)
+
+
+def test_the_same_seed_gives_the_same_tokens(engine: LlamaServerEngine, prompt: tuple[int, ...]) -> None:
+    def ids(seed: int) -> list[int]:
+        return [s.token_id for s in run(engine, Request(prompt, Sampling(2.5, 0, 1.0, seed=seed), max_tokens=20))[0]]
+
+    assert ids(3) == ids(3) != ids(4)
+
+
+def test_characters_of_several_tokens_come_whole(engine: LlamaServerEngine, prompt: tuple[int, ...]) -> None:
+    """llama-server makes no event for a token that ends inside a character."""
+    steps, _ = run(engine, Request(prompt, GREEDY, grammar=Grammar('root ::= "a\u00e9\U0001f600z"')))
+    assert text(steps) == "a\u00e9\U0001f600z".encode()
+    assert [step.token_id for step in steps] == engine.tokenize_piece("a\u00e9\U0001f600z")
+    assert [len(step.piece) for step in steps] == [1] * 8, "bytes, not characters"
+    cut, finished = run(engine, Request(prompt, GREEDY, grammar=Grammar('root ::= "\U0001f600"'), max_tokens=2))
+    assert (text(cut), finished.reason) == (b"", "length")
+
+
+def test_penalties_do_not_count_the_prompt(engine: LlamaServerEngine) -> None:
+    """The answer begins "Looking for r", which the prompt has too."""
+    prompt = tuple(engine.tokenize("<|im_start|>system\nLooking for r.<|im_end|>\n" + QUESTION))
+    for penalties in ({}, {"frequency_penalty": 20.0}, {"presence_penalty": 20.0}):
+        steps, _ = run(engine, Request(prompt, Sampling(0.0, **penalties), max_tokens=3))
+        assert text(steps) == b"Looking for r"
+    biased = Sampling(0.0, frequency_penalty=2.0, logit_bias=((67, 30.0),))
+    letters = [step.token_id for step in run(engine, Request(prompt, biased, max_tokens=30))[0]]
+    assert letters[:5] == [67] * 5, "+30 is more than everything else"
+    assert set(letters) != {67}, "each use in the answer costs 2"
+
+
+def test_log_probabilities_are_the_models_own(engine: LlamaServerEngine, prompt: tuple[int, ...]) -> None:
+    plain, _ = run(engine, Request(prompt, GREEDY, max_tokens=3, top_logprobs=2))
+    for step in plain:
+        assert step.top[0].token_id == step.token_id
+        assert step.logprob == step.top[0].logprob <= 0
+        assert step.top[1].logprob < step.top[0].logprob
+        assert step.top[0].piece == step.piece
+    only_chosen, _ = run(engine, Request(prompt, GREEDY, max_tokens=3, top_logprobs=0))
+    assert [(s.logprob, s.top) for s in only_chosen] == [(pytest.approx(s.logprob, abs=1e-3), ()) for s in plain]
+    ((step,), _) = run(engine, Request(prompt, Sampling(0.0, logit_bias=((67, 100.0),)), max_tokens=1, top_logprobs=1))
+    assert step.token_id == 67
+    assert step.logprob is not None
+    assert step.logprob < -5, "before the bias"
+    assert step.top[0].token_id == plain[0].token_id
+
+
+# thinking and grammars ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [0, 1, 5])
+def test_the_budget_closes_the_thinking(
+    engine: LlamaServerEngine, prompt: tuple[int, ...], end: int, budget: int
+) -> None:
+    closing = (*engine.tokenize_piece("Enough.\n"), end)
+    steps, finished = run(engine, Request(prompt, GREEDY, reasoning=Reasoning(frozenset([end]), closing, budget)))
+    assert [step.forced for step in steps[:budget]] == [False] * budget
+    assert tuple(step.token_id for step in steps if step.forced) == closing
+    assert tuple(step.token_id for step in steps[budget:][: len(closing)]) == closing
+    assert finished.timings.budget_reached
+    assert finished.reason == "stop"
+    assert len(steps) > budget + len(closing)
+
+
+def test_a_budget_may_end_inside_a_character(engine: LlamaServerEngine, prompt: tuple[int, ...], end: int) -> None:
+    reasoning = Reasoning(frozenset([end]), (end,), budget=1)
+    grammar = Grammar('root ::= "\U0001f600" [a-z]')
+    steps, finished = run(engine, Request(prompt, GREEDY, max_tokens=20, grammar=grammar, reasoning=reasoning))
+    assert text(steps).startswith(b"\xf0</think>"), "the first of its four bytes, though llama-server shows none alone"
+    assert finished.timings.budget_reached
+    assert finished.reason == "stop"
+
+
+def test_forced_tokens_count_and_come_after_the_prefill(
+    engine: LlamaServerEngine, prompt: tuple[int, ...], end: int
+) -> None:
+    reasoning = Reasoning(frozenset([end]), (end,) * 3, 0)
+    kinds = [type(event) for event in list(Stream(engine, Request(prompt, GREEDY, reasoning=reasoning)))]
+    assert kinds == sorted(kinds, key=[Prefill, Tokens, Finished].index)
+    steps, finished = run(engine, Request(prompt, GREEDY, max_tokens=2, reasoning=reasoning))
+    assert [step.forced for step in steps] == [True, True]
+    assert finished.reason == "length"
+
+
+def test_thinking_that_ends_by_itself_is_left_alone(
+    engine: LlamaServerEngine, prompt: tuple[int, ...], end: int
+) -> None:
+    plain, _ = run(engine, Request(prompt, GREEDY))
+    n_thinking = [step.token_id for step in plain].index(end)
+    for budget in (n_thinking + 1, 1000):  # the first ends a leg in the answer's first token
+        steps, finished = run(engine, Request(prompt, GREEDY, reasoning=Reasoning(frozenset([end]), (end,), budget)))
+        assert [step.token_id for step in steps] == [step.token_id for step in plain]
+        assert not finished.timings.budget_reached
+
+
+def test_a_loop_is_broken(engine: LlamaServerEngine, prompt: tuple[int, ...], end: int) -> None:
+    stuck = Sampling(0.0, logit_bias=((67, 100.0),))
+    steps, finished = run(engine, Request(prompt, stuck, max_tokens=400, reasoning=Reasoning(frozenset([end]), (end,))))
+    assert finished.timings.loop_broken
+    assert [step.token_id for step in steps if step.forced] == [end]
+
+
+def test_end_reasoning_closes_it_live(engine: LlamaServerEngine, prompt: tuple[int, ...], end: int) -> None:
+    stuck = Sampling(0.0, logit_bias=((67, 100.0),))
+    reasoning = Reasoning(frozenset([end]), (end,), break_loops=False)
+    stream = Stream(engine, Request(prompt, stuck, max_tokens=1500, reasoning=reasoning))
+    steps: list[Step] = []
+    for event in stream:
+        if isinstance(event, Tokens):
+            steps += event.steps
+            if len(steps) == 5:
+                stream.end_reasoning()
+    stream.end_reasoning()  # nothing, now
+    assert [step.token_id for step in steps if step.forced] == [end]
+    assert 5 <= [step.forced for step in steps].index(True) < 1000
+    assert not steps[-1].forced, "the answer went on"
+
+
+@pytest.mark.parametrize("budget", [None, 3])
+def test_a_grammar_starts_after_its_token(
+    engine: LlamaServerEngine, prompt: tuple[int, ...], end: int, budget: int | None
+) -> None:
+    grammar = Grammar('answer ::= "\\nRoot: " root\nroot ::= [0-9] "!"', ((end, "answer"),))
+    reasoning = Reasoning(frozenset([end]), (end,), budget)
+    steps, finished = run(engine, Request(prompt, GREEDY, grammar=grammar, reasoning=reasoning))
+    thinking, answer = text(steps).split(b"</think>")
+    assert thinking.startswith(b"Looking for r")
+    assert answer.startswith(b"\nRoot: ")
+    assert answer[-2:-1].isdigit()
+    assert answer.endswith(b"!")
+    assert finished.reason == "stop"
+
+
+def test_another_root_takes_the_rules_place_and_nothing_else() -> None:
+    gbnf = 'root ::= "root" [root\\]] my-root # root\nmy-root ::= root | "\\"root"'
+    assert rooted(gbnf, "root") == gbnf
+    assert rooted(gbnf, "my-root") == (
+        'root ::= my-root\nformer-root ::= "root" [root\\]] my-root # root\nmy-root ::= former-root | "\\"root"'
+    )
+
+
+def test_a_bad_grammar_is_refused(engine: LlamaServerEngine, prompt: tuple[int, ...]) -> None:
+    with pytest.raises(BadGrammar, match="no rule 'answer'"):
+        engine.submit(Request(prompt, grammar=Grammar('root ::= "a"', ((5, "answer"),))), lambda event: None)
+    _, finished = run(engine, Request(prompt, grammar=Grammar("root ::= nothing")))
+    assert finished.reason == "error"
+    assert isinstance(finished.error, BadGrammar)
+    assert text(run(engine, Request(prompt, GREEDY))[0]).endswith(ANSWER), "the others go on"
+
+
+# MTP ----------------------------------------------------------------------------------------------------------------
+
+
+def test_mtp_drafts_and_changes_nothing(
+    spawn: Callable[..., LlamaServerEngine], engine: LlamaServerEngine, prompt: tuple[int, ...], end: int
+) -> None:
+    fast = spawn(mtp=True, n_parallel=1)
+    plain, _ = run(engine, Request(prompt, GREEDY))
+    steps, finished = run(fast, Request(prompt, GREEDY))
+    assert steps == plain
+    timings = finished.timings
+    assert timings.drafted[0] >= timings.accepted[0] > 10
+    assert timings.n_steps < len(steps) / 2
+    assert fast.stats().accepted == timings.accepted
+    steps, _ = run(fast, Request(prompt, GREEDY, top_logprobs=1, max_tokens=6))
+    assert [step.token_id for step in steps] == [step.token_id for step in plain[:6]]
+    assert all(step.logprob is not None for step in steps), "also of tokens that could have been drafted"
+
+
+# several requests ---------------------------------------------------------------------------------------------------
+
+
+def test_two_run_a_third_waits_a_fourth_is_refused(engine: LlamaServerEngine, prompt: tuple[int, ...]) -> None:
+    streams = [Stream(engine, long(prompt)) for _ in range(3)]
+    with pytest.raises(EngineBusy) as caught:
+        engine.submit(Request(prompt), lambda event: None)
+    assert 1 <= caught.value.retry_after <= 60
+    stats = engine.stats()
+    assert (stats.n_running, stats.n_queued) == (2, 1)
+    waited = iter(streams[2])
+    assert next(waited) == Queued(0)
+    streams[0].close()
+    assert isinstance(next(waited), Prefill), "its turn has come"
+    for stream in streams[1:]:
+        assert stream.close().reason == "cancelled"
+    assert engine.stats().n_running == 0
+
+
+def test_two_that_fill_their_contexts_do_not_end_each_other(
+    spawn: Callable[..., LlamaServerEngine], prompt: tuple[int, ...]
+) -> None:
+    engine = spawn(n_ctx=256)
+    for stream in [Stream(engine, long(prompt)) for _ in range(2)]:
+        *_, last = stream
+        assert isinstance(last, Finished)
+        assert last.reason == "length"
+        assert 256 - 2 <= len(prompt) + last.timings.n_generated <= 256
+
+
+def test_cancel_frees_the_slot(engine: LlamaServerEngine, prompt: tuple[int, ...]) -> None:
+    before = engine.stats().n_generated_tokens
+    for _ in range(4):  # more than there are slots
+        stream = Stream(engine, long(prompt))
+        assert any(isinstance(event, Tokens) for event in stream)
+        assert stream.close().reason == "cancelled"
+    assert 4 <= engine.stats().n_generated_tokens - before < 4 * 1500
+    assert text(run(engine, Request(prompt, GREEDY))[0]).endswith(ANSWER)
+
+
+def test_a_queued_request_can_be_cancelled(engine: LlamaServerEngine, prompt: tuple[int, ...]) -> None:
+    running = [Stream(engine, long(prompt)) for _ in range(2)]
+    queued = Stream(engine, long(prompt))
+    finished = queued.close()
+    assert (finished.reason, finished.timings.n_generated) == ("cancelled", 0)
+    for stream in running:
+        stream.close()
+
+
+# life and death -----------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_server_is_reported_and_started_again(
+    spawn: Callable[..., LlamaServerEngine], prompt: tuple[int, ...]
+) -> None:
+    engine = spawn()
+    stream = Stream(engine, long(prompt))
+    for event in stream:
+        if isinstance(event, Tokens):
+            os.kill(engine._server._process.pid, signal.SIGKILL)  # type: ignore[attr-defined]
+            break
+    finished = next(event for event in stream if isinstance(event, Finished))
+    assert finished.reason == "error"
+    assert isinstance(finished.error, EngineDied)
+    assert finished.error.recovered
+    assert "killed by SIGKILL" in finished.error.message
+    assert "listening on http://127.0.0.1" in finished.error.message, "its last lines"
+    assert text(run(engine, Request(prompt, GREEDY))[0]).endswith(ANSWER)
+    assert engine.stats().n_recoveries == 1
+    assert engine.stats().alive
+
+
+def test_a_server_that_dies_again_and_again_is_given_up(
+    spawn: Callable[..., LlamaServerEngine], prompt: tuple[int, ...]
+) -> None:
+    engine = spawn()
+    for n in range(RESTARTS + 1):
+        assert eventually(lambda n=n: engine.stats().n_recoveries == n)
+        assert engine.tokenize("x"), "it is there again"
+        os.kill(engine._server._process.pid, signal.SIGKILL)  # type: ignore[attr-defined]
+    assert eventually(lambda: not engine.stats().alive)
+    with pytest.raises(EngineDied, match="killed by SIGKILL") as caught:
+        engine.tokenize("x")
+    assert not caught.value.recovered
+    with pytest.raises(EngineDied):
+        engine.submit(Request(prompt), lambda event: None)
+
+
+def test_what_cannot_be_loaded_is_said_with_its_last_lines(
+    spawn: Callable[..., LlamaServerEngine], tmp_path: Path, model: Path
+) -> None:
+    (tmp_path / "cut.gguf").write_bytes(model.read_bytes()[:-100000])
+    with pytest.raises(ModelLoadFailed, match=r"cut\.gguf could not be loaded: .*exited with code 1.*\n.*\n"):
+        spawn(tmp_path / "cut.gguf")
+    with pytest.raises(ModelLoadFailed, match="there is no such program"):
+        spawn(binary=str(tmp_path / "absent"))
+    with pytest.raises(ModelLoadFailed, match="RPC not supported in this build"):
+        spawn(rpc=["127.0.0.1:1", "127.0.0.1:2"])
+
+
+def test_nothing_is_left_after_close(spawn: Callable[..., LlamaServerEngine], prompt: tuple[int, ...]) -> None:
+    engine = spawn()
+    server = engine._server
+    pids = (server._process.pid, server._guard.pid)  # type: ignore[attr-defined]
+    running = Stream(engine, long(prompt))
+    next(iter(running))
+    engine.close()
+    assert eventually(lambda: all(map(is_gone, pids)))
+    finished = running.close()
+    assert finished.reason == "error"
+    assert isinstance(finished.error, EngineDied)
+    with pytest.raises(EngineDied):
+        engine.submit(Request(prompt), lambda event: None)
+    engine.close()
+
+
+def test_the_server_does_not_outlive_us_even_if_we_are_killed(model: Path, binary: str) -> None:
+    code = f"""
+import os, signal
+from pathlib import Path
+from stepgguf.runtime.llamaserver import LlamaServerEngine
+engine = LlamaServerEngine.spawn(Path({str(model)!r}), binary={binary!r}, n_ctx=256, n_parallel=1, gpu_layers=0,
+                                 threads=1, mtp=False, queue_limit=1)
+print(engine._server._process.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    assert eventually(lambda: is_gone(int(result.stdout)))
+
+
+def test_a_running_server_can_be_used(engine: LlamaServerEngine, prompt: tuple[int, ...]) -> None:
+    process = engine._server
+    url = process.client.url  # type: ignore[attr-defined]
+    key = process._environment["LLAMA_API_KEY"]  # type: ignore[attr-defined]
+    guest = LlamaServerEngine.attach(url, api_key=key, model=None, queue_limit=1)
+    assert guest.info.name == "demo"
+    assert text(run(guest, Request(prompt, GREEDY))[0]).endswith(ANSWER)
+    stream = Stream(guest, long(prompt))
+    next(iter(stream))
+    guest.close()
+    assert isinstance(stream.close().error, EngineDied)
+    assert engine.tokenize("x"), "closing the guest leaves the server alone"
+    with pytest.raises(EngineError, match="Invalid API Key"):
+        LlamaServerEngine.attach(url, api_key="wrong", model=None, queue_limit=1)
+    with pytest.raises(EngineError, match="no llama-server answers"):
+        LlamaServerEngine.attach("http://127.0.0.1:1", api_key=None, model=None, queue_limit=1)
+    with pytest.raises(EngineError, match="is not the address of a server"):
+        LlamaServerEngine.attach("localhost:8080", api_key=None, model=None, queue_limit=1)
