@@ -1,105 +1,306 @@
-"""A conversation with one engine: messages, prompt, deltas, and what was counted."""
+"""A conversation: what was said, how answers are to be made, and one answer after the other. No terminal in here.
+
+    ask(text) -> Queued? Prefill* Delta* Usage         with `tick`: None whenever nothing came for so long
+
+A Backend makes the answers: a model in this process (inprocess.py) or a running server (remote.py). What happens is
+told to the transcript at once, and an answer that was cut short stays as far as it came: nothing that was read is lost.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Protocol, TypeVar
 
-from stepgguf.chat.output import Delta, OutputMachine
-from stepgguf.chat.template import ChatTemplate, normalize
-from stepgguf.errors import BadMetadata
-from stepgguf.runtime.engine import Engine, Generation, Sampling
+from stepgguf.chat.output import Delta
+from stepgguf.chat.transcript import Entry, Origin, Saved, Transcript
+from stepgguf.errors import StepggufError
+from stepgguf.runtime.engine import Prefill, Queued, Sampling
 
-_CLOSE_THINKING = "\n</think>\n"
+PART_SECONDS = 5.0  # an answer under way is saved so often
+_STANDARD = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How answers are made. sampling: fields of Sampling that are not to be the backend's default.
+
+    json: the answer is any JSON object (True) or what this schema allows. The rest is ChatRequest's.
+    """
+
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    system: str | None = None
+    max_tokens: int | None = None
+    reasoning_budget: int | None = None
+    tools: tuple[Mapping[str, Any], ...] = ()
+    json: Mapping[str, Any] | bool = False
 
 
 @dataclass(slots=True)
 class Usage:
-    """Tokens and seconds of one answer. n_context: how much of the context is in use after it."""
+    """Tokens and seconds of one answer, filled in while it comes. n_steps, n_drafted: 0 where they are not known.
+
+    finish_reason: stop, length, tool_calls, cancelled or error; "" until the end. n_ctx: None if it is not known.
+    """
 
     n_prompt: int = 0
     n_cached: int = 0
     n_reasoning: int = 0
     n_text: int = 0
-    n_context: int = 0
+    n_steps: int = 0
+    n_drafted: int = 0
+    n_accepted: int = 0
+    n_ctx: int | None = None
     prompt_seconds: float = 0.0
-    answer_seconds: float = 0.0
-    finish_reason: str | None = None
+    thinking_seconds: float = 0.0
+    generation_seconds: float = 0.0
+    finish_reason: str = ""
     budget_reached: bool = False
+    loop_broken: bool = False
+
+    @property
+    def n_generated(self) -> int:
+        return self.n_reasoning + self.n_text
+
+    @property
+    def n_context(self) -> int:
+        """Tokens of the context that are in use after the answer."""
+        return self.n_prompt + self.n_generated
+
+    @property
+    def context_is_full(self) -> bool:
+        return self.n_ctx is not None and self.n_context >= self.n_ctx
 
     @property
     def tokens_per_second(self) -> float:
-        return (self.n_reasoning + self.n_text) / self.answer_seconds if self.answer_seconds else 0.0
+        return self.n_generated / self.generation_seconds if self.generation_seconds else 0.0
 
 
-@dataclass
+Update = Queued | Prefill | Delta | Usage
+
+
+class Generation(Protocol):
+    """One answer under way. The methods are quick and may be called after the end."""
+
+    @property
+    def usage(self) -> Usage: ...
+
+    def next(self, seconds: float | None) -> list[Queued | Prefill | Delta] | None:
+        """What came; nothing if it did not come within so many seconds (None: wait); None after the end.
+
+        Raises what ended the answer, if that was an error."""
+
+    def end_reasoning(self) -> bool:
+        """Have the model answer now. False: this backend cannot."""
+
+    def cancel(self) -> None:
+        """Have it end soon."""
+
+    def close(self) -> None:
+        """Cancel it if it still runs, and wait for its end. `usage` is final then."""
+
+
+class Backend(Protocol):
+    """What answers. n_ctx and default: None if the backend does not tell."""
+
+    @property
+    def origin(self) -> Origin: ...
+
+    @property
+    def n_ctx(self) -> int | None: ...
+
+    @property
+    def default(self) -> Sampling | None: ...
+
+    def count(self, text: str) -> int | None:
+        """Tokens of a text, None if it cannot be told."""
+
+    def start(self, messages: Sequence[Mapping[str, Any]], settings: Settings) -> Generation:
+        """Raises what can be refused before anything runs."""
+
+
 class Session:
-    """Ask, iterate over the deltas, ask again. An answer that is cut short stays in the history as far as it came."""
+    """Ask, iterate over the updates, ask again. `usage`: of the answer that came last or is coming."""
 
-    engine: Engine
-    sampling: Sampling
-    max_tokens: int | None = None
-    reasoning_budget: int | None = None
-    tools: list[dict[str, Any]] | None = None
-    messages: list[dict[str, Any]] = field(default_factory=list)
-    usage: Usage = field(default_factory=Usage)
+    def __init__(self, backend: Backend, settings: Settings = Settings(), transcript: Transcript | None = None) -> None:
+        self.backend, self.settings, self.transcript = backend, settings, transcript
+        self.entries: list[Entry] = []
+        self.usage = Usage(n_ctx=backend.n_ctx)
+        self._generation: Generation | None = None
+        self._record(self.settings_record())
 
-    def __post_init__(self) -> None:
-        source = self.engine.info.chat_template
-        if source is None:
-            raise BadMetadata(
-                f"{self.engine.info.name} has no chat template", hint="Add one: stepgguf template FILE.gguf NEW.jinja"
-            )
-        self._template = ChatTemplate(source)
-        self._end_of_thinking = self.engine.token_id("</think>")
+    @classmethod
+    def resume(cls, backend: Backend, saved: Saved, transcript: Transcript | None) -> Session:
+        """Go on where a saved session stopped, with its settings."""
+        session = cls(backend, _known(Settings, {**saved.settings, "tools": tuple(saved.settings.get("tools", ()))}))
+        session.entries, session.transcript = list(saved.entries), transcript
+        if usage := next((entry.usage for entry in reversed(saved.entries) if entry.usage), None):
+            session.usage = _known(Usage, {**usage, "n_ctx": backend.n_ctx})
+        return session
 
-    def ask(self, question: str) -> Generator[Delta, None, None]:
-        """Add a user message and stream the answer."""
-        self.messages.append({"role": "user", "content": question})
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """As the model gets them, the system message included."""
+        system = [{"role": "system", "content": self.settings.system}] if self.settings.system else []
+        return [*system, *({k: v for k, v in e.message.items() if k in _STANDARD} for e in self.entries)]
+
+    @property
+    def open_calls(self) -> list[dict[str, Any]]:
+        """Tool calls of the last answer that have no result yet."""
+        for i in range(len(self.entries) - 1, -1, -1):
+            message = self.entries[i].message
+            if message["role"] == "assistant":
+                done = {entry.message.get("tool_call_id") for entry in self.entries[i + 1 :]}
+                return [call for call in message.get("tool_calls", ()) if call["id"] not in done]
+            if message["role"] != "tool":
+                break
+        return []
+
+    def set(self, settings: Settings) -> None:
+        self.settings = settings
+        self._record(self.settings_record())
+
+    def ask(self, question: str, tick: float | None = None) -> Iterator[Update | None]:
+        """Add a user message and stream the answer. If none comes at all, the question is taken back."""
+        n = len(self.entries)
+        self._add(Entry({"role": "user", "content": question}))
         try:
-            yield from self.answer()
-        except BaseException:
-            if self.messages[-1]["role"] == "user":  # nothing was answered: the question can be asked again
-                self.messages.pop()
-            raise
-
-    def answer(self) -> Generator[Delta, None, None]:
-        """Stream an answer to the messages as they are, and append it to them."""
-        prompt_text = self._template.render(normalize(self.messages), tools=self.tools)
-        prompt = self.engine.tokenize(prompt_text)
-        thinking = prompt_text.rstrip().endswith("<think>")
-        machine = OutputMachine(self._end_of_thinking if thinking else None)
-        generation = self.engine.generate(prompt, self.sampling, self.max_tokens)
-        usage = self.usage = Usage(n_prompt=len(prompt))
-        parts: dict[str, list[str]] = {"reasoning": [], "text": []}
-        started = first = time.monotonic()
-        try:
-            if thinking and self.reasoning_budget == 0:
-                self._stop_thinking(generation, usage)
-            for step in generation:
-                if not machine.n_reasoning and not machine.n_text:
-                    first = time.monotonic()
-                for delta in machine.feed(step.token_id, step.piece):
-                    parts[delta.kind].append(delta.text)
-                    yield delta
-                if machine.kind == "reasoning" and machine.n_reasoning == self.reasoning_budget:
-                    self._stop_thinking(generation, usage)
-            for delta in machine.close():
-                parts[delta.kind].append(delta.text)
-                yield delta
+            yield from self.answer(tick)
         finally:
-            usage.n_cached = self.engine.n_cached
-            usage.n_reasoning, usage.n_text = machine.n_reasoning, machine.n_text
-            usage.n_context = usage.n_prompt + usage.n_reasoning + usage.n_text
-            usage.prompt_seconds, usage.answer_seconds = first - started, time.monotonic() - first
-            usage.finish_reason = generation.finish_reason
-            if parts["reasoning"] or parts["text"]:
-                text, reasoning = "".join(parts["text"]), "".join(parts["reasoning"])
-                self.messages.append({"role": "assistant", "content": text, "reasoning_content": reasoning})
+            if len(self.entries) == n + 1:
+                self._cut(n)
 
-    def _stop_thinking(self, generation: Generation, usage: Usage) -> None:
-        if not usage.budget_reached:
-            usage.budget_reached = True
-            generation.force(self.engine.tokenize_piece(_CLOSE_THINKING))
+    def answer(self, tick: float | None = None) -> Iterator[Update | None]:
+        """Stream an answer to the messages as they are. Closing the iterator ends the answer as `stop` does."""
+        self.usage = Usage(n_ctx=self.backend.n_ctx)
+        generation = self._generation = self.backend.start(self.messages, self.settings)
+        self.usage = generation.usage
+        collected = _Collected()
+        saved = time.monotonic()
+        try:
+            while (updates := generation.next(tick)) is not None:
+                for update in updates:
+                    if isinstance(update, Delta):
+                        collected.add(update)
+                yield from updates
+                if not updates and tick is not None:
+                    yield None
+                if time.monotonic() - saved > PART_SECONDS:
+                    saved = time.monotonic()
+                    part = collected.part()
+                    if any(part.values()):
+                        self._record({"type": "part", **part})
+        except StepggufError:
+            self.usage.finish_reason = "error"
+            raise
+        finally:
+            self._end(generation, collected)
+        yield self.usage
+
+    def _end(self, generation: Generation, collected: _Collected) -> None:
+        self._generation = None
+        generation.close()
+        self.usage.thinking_seconds = collected.thinking_seconds
+        self.usage.finish_reason = self.usage.finish_reason or "cancelled"
+        if collected:
+            interrupted = self.usage.finish_reason in ("cancelled", "error")
+            self._add(Entry(collected.message(), asdict(self.usage), interrupted))
+
+    def end_reasoning(self) -> bool:
+        """Have the model stop thinking and answer. False: nothing is being answered, or the backend cannot."""
+        return self._generation is not None and self._generation.end_reasoning()
+
+    def stop(self) -> None:
+        """End the answer that is coming; its updates end soon."""
+        if self._generation is not None:
+            self._generation.cancel()
+
+    def give_result(self, call_id: str, text: str) -> None:
+        """The result of a tool call. When all have theirs, `answer` goes on."""
+        self._add(Entry({"role": "tool", "tool_call_id": call_id, "content": text}))
+
+    def undo(self) -> str | None:
+        """Take the last question and what came after it back; returns the question."""
+        n = self._last_question()
+        if n is None:
+            return None
+        question: str = self.entries[n].message["content"]
+        self._cut(n)
+        return question
+
+    def regenerate(self, tick: float | None = None) -> Iterator[Update | None]:
+        """Answer the last question anew."""
+        n = self._last_question()
+        if n is not None:
+            self._cut(n + 1)
+            yield from self.answer(tick)
+
+    def _last_question(self) -> int | None:
+        questions = [i for i, entry in enumerate(self.entries) if entry.message["role"] == "user"]
+        return questions[-1] if questions else None
+
+    def _cut(self, n: int) -> None:
+        del self.entries[n:]
+        self._record({"type": "cut", "n": n})
+
+    def _add(self, entry: Entry) -> None:
+        self.entries.append(entry)
+        self._record(entry.record())
+
+    def _record(self, record: dict[str, Any]) -> None:
+        if self.transcript is not None:
+            self.transcript.append(record)
+
+    def settings_record(self) -> dict[str, Any]:
+        """The settings as they are saved."""
+        return {"type": "settings", **asdict(self.settings)}
+
+
+T = TypeVar("T", Settings, Usage)
+
+
+def _known(kind: type[T], values: Mapping[str, Any]) -> T:
+    """Of a record what this version knows."""
+    return kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
+
+
+class _Collected:
+    """The deltas of an answer as one message."""
+
+    def __init__(self) -> None:
+        self.thinking_seconds = 0.0
+        self._parts: dict[str, list[str]] = {"reasoning": [], "text": []}
+        self._saved = {"reasoning": 0, "text": 0}
+        self._calls: list[dict[str, Any]] = []
+        self._started: float | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self._parts["reasoning"] or self._parts["text"] or self._calls)
+
+    def add(self, delta: Delta) -> None:
+        now = time.monotonic()
+        self._started = self._started or now
+        if delta.kind == "reasoning":
+            self.thinking_seconds = now - self._started
+        if delta.kind == "call":
+            function = {"name": delta.text, "arguments": ""}
+            self._calls.append({"id": f"call_{time.time_ns():x}", "type": "function", "function": function})
+        elif delta.kind == "arguments":
+            self._calls[-1]["function"]["arguments"] += delta.text
+        else:
+            self._parts[delta.kind].append(delta.text)
+
+    def part(self) -> dict[str, str]:
+        """What came since the last part."""
+        part = {kind: "".join(texts[self._saved[kind] :]) for kind, texts in self._parts.items()}
+        self._saved = {kind: len(texts) for kind, texts in self._parts.items()}
+        return part
+
+    def message(self) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": "".join(self._parts["text"])}
+        if self._parts["reasoning"]:
+            message["reasoning_content"] = "".join(self._parts["reasoning"])
+        if self._calls:
+            message["tool_calls"] = self._calls
+        return message

@@ -57,23 +57,44 @@ def normalize(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
     Contents and reasoning are trimmed: stray whitespace in the history drives this model into reasoning loops
     (llama.cpp issue 24181). Tool arguments given as a JSON string, as OpenAI clients send them back, become a
-    mapping, because the 3.5 template iterates over its items. `reasoning` is read where `reasoning_content` is
-    missing; the two are never joined.
+    mapping, because the 3.5 template iterates over its items. Old reasoning may come as `reasoning_content`,
+    `reasoning`, `reasoning_details` or inside <think> in the content; the first that says something counts, they are
+    never joined. The role `developer` is `system` to this model.
     """
     result = []
     for message in messages:
-        item = {key: value for key, value in message.items() if key != "reasoning"}
-        if item.get("reasoning_content") is None and isinstance(message.get("reasoning"), str):
-            item["reasoning_content"] = message["reasoning"]
-        for key in ("content", "reasoning_content"):
-            if isinstance(item.get(key), str):
-                item[key] = item[key].strip()
-        if isinstance(item.get("content"), list):
-            item["content"] = [_trimmed(part) for part in item["content"]]
+        item = {key: value for key, value in message.items() if key not in ("reasoning", "reasoning_details")}
+        if item.get("role") == "developer":
+            item["role"] = "system"
+        content = item.get("content")
+        if isinstance(content, str):
+            item["content"] = content.strip()
+        elif isinstance(content, list):
+            item["content"] = [_trimmed(part) for part in content]
+        else:
+            item["content"] = ""
+        if item.get("role") == "assistant":
+            _separate_reasoning(item, message)
         if item.get("tool_calls"):
             item["tool_calls"] = [_parsed(call) for call in item["tool_calls"]]
         result.append(item)
     return result
+
+
+def _separate_reasoning(item: dict[str, Any], message: Message) -> None:
+    """Put the reasoning of an assistant's message into reasoning_content, and only there."""
+    inline = ""
+    if isinstance(item["content"], str) and "</think>" in item["content"] and item["content"].startswith("<think>"):
+        inline, _, item["content"] = item["content"].removeprefix("<think>").partition("</think>")
+        item["content"] = item["content"].strip()
+    details = message.get("reasoning_details")
+    texts = [d.get("text") for d in details if isinstance(d, Mapping)] if isinstance(details, list) else []
+    told = "".join(text for text in texts if isinstance(text, str))
+    spellings = (message.get("reasoning_content"), message.get("reasoning"), told, inline)
+    item.pop("reasoning_content", None)
+    reasoning = next((s.strip() for s in spellings if isinstance(s, str) and s.strip()), None)
+    if reasoning is not None:
+        item["reasoning_content"] = reasoning
 
 
 def _trimmed(part: Any) -> Any:

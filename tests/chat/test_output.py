@@ -1,52 +1,268 @@
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass, field
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepgguf.chat.output import OutputMachine
+from stepgguf.chat.output import Delta, Markers, OutputMachine
+from stepgguf.chat.request import Tool
+from stepgguf.runtime.engine import Step
 
-END = 99
-SCRIPT = "Let me see.\n\n</think> spelled out is text: ｜é🙂\n"
-ANSWER = "\n3 r's: naïve 🙂\n</think>\ndone"
-
-
-def run(reasoning: list[bytes], answer: list[bytes], close: bool = True) -> dict[str, str]:
-    machine = OutputMachine(END)
-    parts = {"reasoning": "", "text": ""}
-    tokens = [(1, p) for p in reasoning] + ([(END, b"</think>")] if close else []) + [(1, p) for p in answer]
-    for token_id, piece in tokens:
-        for delta in machine.feed(token_id, piece):
-            assert delta.text
-            parts[delta.kind] += delta.text
-    for delta in machine.close():
-        parts[delta.kind] += delta.text
-    assert machine.n_reasoning == len(reasoning) + close
-    assert machine.n_text == len(answer)
-    return parts
+END, CALL, END_CALL = 97, 98, 99
+MARKERS = Markers(END, CALL, END_CALL)
+SPECIAL = {"⟨end⟩": (END, b"</think>"), "⟨call⟩": (CALL, b"<tool_call>"), "⟨/call⟩": (END_CALL, b"</tool_call>")}
+TOOLS = (
+    Tool("write", None, {"type": "object", "properties": {"path": {"type": "string"}, "text": {"type": "string"}}}),
+    Tool("add", None, {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": ["number", "null"]}}}),
+)
+WRITE = "\n<function=write>\n<parameter=path>\na/é.py\n</parameter>\n<parameter=text>\nif 🙂:\n\n    </parameter>\n</parameter>\nx\n\n</parameter>\n</function>\n"  # noqa: E501
+WRITTEN = {"path": "a/é.py", "text": "if 🙂:\n\n    </parameter>\n</parameter>\nx\n"}
+ADD = "\n<function=add>\n<parameter=a>\n5\n</parameter>\n<parameter=b>\nNone\n</parameter>\n</function>\n"
+ADDED = {"a": 5, "b": None}
 
 
-def pieces(text: str, cuts: list[int]) -> list[bytes]:
-    data = text.encode()
-    edges = sorted({0, len(data), *(c % (len(data) + 1) for c in cuts)})
-    return [data[a:b] for a, b in pairwise(edges)]
+@dataclass
+class Answer:
+    machine: OutputMachine
+    reasoning: str = ""
+    text: str = ""
+    calls: list[tuple[str, str]] = field(default_factory=list)
+    order: str = ""
+    steps: list[Step] = field(default_factory=list)
 
 
-@given(st.lists(st.integers(0, 500)), st.lists(st.integers(0, 500)))
-def test_every_split_into_tokens_gives_the_same_text(a: list[int], b: list[int]) -> None:
-    parts = run(pieces(SCRIPT, a), pieces(ANSWER, b))
-    assert parts == {"reasoning": SCRIPT.removesuffix("\n"), "text": ANSWER.removeprefix("\n")}
+def steps(script: str, cuts: list[int]) -> list[Step]:
+    """A script as tokens: markers are ⟨...⟩, the rest is cut at these bytes."""
+    result: list[Step] = []
+    for i, part in enumerate(_parts(script)):
+        if part in SPECIAL:
+            result.append(Step(*SPECIAL[part]))
+            continue
+        data = part.encode()
+        edges = sorted({0, len(data), *((c + i) % (len(data) + 1) for c in cuts)})
+        result += [Step(n, data[a:b]) for n, (a, b) in enumerate(pairwise(edges))]
+    return result
+
+
+def _parts(script: str) -> list[str]:
+    parts = [script]
+    for marker in SPECIAL:
+        parts = [p for part in parts for p in _split(part, marker)]
+    return [part for part in parts if part]
+
+
+def _split(part: str, marker: str) -> list[str]:
+    if part in SPECIAL:
+        return [part]
+    pieces = part.split(marker)
+    return [p for piece in pieces for p in (marker, piece)][1:]
+
+
+def run(
+    script: str, cuts: list[int], *, thinking: bool = True, tools: tuple[Tool, ...] = TOOLS, stops: tuple[str, ...] = ()
+) -> Answer:
+    machine = OutputMachine(MARKERS, thinking=thinking, tools=tools, stops=stops)
+    answer = Answer(machine)
+    deltas = [delta for step in steps(script, cuts) for delta in machine.feed(step)] + machine.close()
+    for delta in deltas:
+        assert delta.text
+        add(answer, delta)
+    assert len(answer.calls) == machine.n_calls
+    for _, arguments in answer.calls:
+        json.loads(arguments)
+    return answer
+
+
+def add(answer: Answer, delta: Delta) -> None:
+    if delta.kind == "call":
+        assert delta.index == len(answer.calls)
+        answer.calls.append((delta.text, ""))
+    elif delta.kind == "arguments":
+        name, arguments = answer.calls[-1]
+        assert delta.index == len(answer.calls) - 1
+        answer.calls[-1] = name, arguments + delta.text
+    else:
+        setattr(answer, delta.kind, getattr(answer, delta.kind) + delta.text)
+    assert not delta.steps or delta.kind == "text"
+    answer.steps += delta.steps
+    if not answer.order.endswith(delta.kind[0]):
+        answer.order += delta.kind[0]
+
+
+CUTS = st.one_of(st.lists(st.integers(0, 300)), st.just(list(range(300))))
+SCRIPT = (
+    "Let me see.\n\n</think> <tool_call> spelled out is text: ｜é🙂\n⟨end⟩\n3 r's: naïve 🙂\n⟨end⟩ <tool_call> ⟨/call⟩"
+    f" \n\n⟨call⟩{WRITE}⟨/call⟩\n \n⟨call⟩{ADD}⟨/call⟩\n\nDone. 🙂\n"
+)
+
+
+@given(CUTS)
+def test_every_split_into_tokens_gives_the_same_answer(cuts: list[int]) -> None:
+    answer = run(SCRIPT, cuts)
+    assert answer.reasoning == "Let me see.\n\n</think> <tool_call> spelled out is text: ｜é🙂"
+    assert answer.text == "3 r's: naïve 🙂\n</think> <tool_call> </tool_call>Done. 🙂\n"
+    assert [(name, json.loads(arguments)) for name, arguments in answer.calls] == [("write", WRITTEN), ("add", ADDED)]
+    assert answer.order == "rtcacat"
+    assert answer.machine.warnings == []
+
+
+@given(CUTS)
+def test_tokens_are_counted_and_text_tokens_come_once(cuts: list[int]) -> None:
+    script = "why\n⟨end⟩\nbecause é🙂\n\n of it\n"
+    answer = run(script, cuts, tools=())
+    all_steps = steps(script, cuts)
+    n = all_steps.index(Step(*SPECIAL["⟨end⟩"])) + 1
+    assert (answer.machine.n_reasoning, answer.machine.n_text) == (n, len(all_steps) - n)
+    assert answer.steps == all_steps[n:]
+    assert run(script, cuts).steps == all_steps[n:]
+
+
+def test_tokens_of_a_call_count_as_text_and_have_no_place_in_it() -> None:
+    script = f"x⟨end⟩ab \n⟨call⟩{ADD}⟨/call⟩"
+    answer = run(script, [0])
+    assert answer.machine.n_reasoning == 2
+    assert answer.machine.n_text == len(steps(script, [0])) - 2
+    assert b"".join(step.piece for step in answer.steps) == b"ab"
+
+
+@given(CUTS)
+def test_a_call_in_the_thinking_ends_it(cuts: list[int]) -> None:
+    answer = run(f"Let me\n⟨call⟩{ADD}⟨/call⟩", cuts)
+    assert (answer.reasoning, answer.text) == ("Let me", "")
+    assert json.loads(answer.calls[0][1]) == ADDED
+
+
+def test_without_tools_the_markers_of_calls_are_text() -> None:
+    answer = run(f"a ⟨call⟩ b⟨end⟩\n⟨call⟩{ADD}⟨/call⟩\n", [], tools=())
+    assert answer.reasoning == "a <tool_call> b"
+    assert answer.text == f"<tool_call>{ADD}</tool_call>\n"
+
+
+def test_markers_inside_of_a_value_are_its_text() -> None:
+    value = "<tool_call>\n<function=f>\n</tool_call></think>"
+    script = WRITE.replace("a/é.py", "⟨call⟩\n<function=f>\n⟨/call⟩⟨end⟩")
+    answer = run(f"⟨end⟩⟨call⟩{script}⟨/call⟩after", [])
+    assert json.loads(answer.calls[0][1])["path"] == value
+    assert answer.text == "after"
 
 
 def test_reasoning_that_never_ends_is_all_there() -> None:
-    assert run(pieces(SCRIPT, [5, 9]), [], close=False) == {"reasoning": SCRIPT, "text": ""}
+    assert run("so\n\n", [1]).reasoning == "so\n\n"
 
 
 def test_without_thinking_everything_is_text() -> None:
-    machine = OutputMachine(None)
-    assert [d.kind for d in machine.feed(1, b"x")] == ["text"]
+    assert run("\nx⟨end⟩\n", [], thinking=False).text == "x</think>\n"
 
 
 def test_bytes_that_are_no_text_are_replaced_and_not_lost() -> None:
-    assert run([b"\xff"], [b"a\xf0\x9f"]) == {"reasoning": "�", "text": "a�"}
+    for tools in ((), TOOLS):
+        machine = OutputMachine(MARKERS, thinking=True, tools=tools)
+        tokens = [Step(1, b"a\n"), Step(1, b"\xff"), Step(1, b"\xf0"), Step(*SPECIAL["⟨end⟩"]), Step(1, b"b\xf0\x9f")]
+        deltas = [d for step in tokens for d in machine.feed(step)] + machine.close()
+        assert "".join(d.text for d in deltas) == "a\n\ufffd\ufffdb\ufffd"
+    broken = [Step(1, b"\n\xf0"), Step(CALL, b"<tool_call>"), Step(1, b"\xf0"), Step(END_CALL, b"</tool_call>")]
+    machine = OutputMachine(MARKERS, thinking=True, tools=TOOLS)
+    deltas = [d for step in broken for d in machine.feed(step)] + machine.close()
+    assert [(d.kind, d.text) for d in deltas if d.kind == "reasoning"] == [("reasoning", "\n\ufffd")]
+    assert "".join(d.text for d in deltas if d.kind == "text") == "<tool_call>\ufffd</tool_call>"
+
+
+# stops ---------------------------------------------------------------------------------------------------------------
+
+
+@given(CUTS, st.lists(st.sampled_from(["STOP", "TOP SECRET", "é🙂", "\n\n", "abab", "b", "End"]), max_size=3))
+def test_a_stop_is_found_across_tokens_and_not_shown(cuts: list[int], stops: list[str]) -> None:
+    text = "ST STO é aba \n ababx TOP SECRE ST🙂OP é🙂 the\n\nEnd STOP"
+    ends = sorted((text.find(stop) + len(stop), -len(stop), stop) for stop in stops if stop in text)
+    for tools in ((), TOOLS):
+        answer = run(f"thinks STOP b\n\nEnd⟨end⟩\n{text}", cuts, stops=tuple(stops), tools=tools)
+        assert answer.reasoning == "thinks STOP b\n\nEnd"
+        assert answer.text == (text[: ends[0][0] + ends[0][1]] if ends else text)
+        assert answer.machine.stopped == (ends[0][2] if ends else None)
+
+
+def test_nothing_comes_after_a_stop() -> None:
+    machine = OutputMachine(MARKERS, thinking=False, stops=("b",))
+    assert [d.text for d in machine.feed(Step(1, b"abc"))] == ["a"]
+    assert machine.feed(Step(1, b"d")) == []
+    assert machine.close() == []
+    assert machine.n_text == 1
+
+
+def test_no_more_is_held_back_than_may_be_a_stop() -> None:
+    machine = OutputMachine(MARKERS, thinking=False, stops=("STOP", "TOAST"))
+    shown = [[d.text for d in machine.feed(Step(1, piece.encode()))] for piece in ("a ST", "O", "A", "S", "S")]
+    assert shown == [["a "], [], ["S"], [], ["TOAS"]]
+    assert [d.text for d in machine.close()] == ["S"]
+
+
+def test_stops_are_not_looked_for_in_calls() -> None:
+    answer = run(f"⟨end⟩⟨call⟩{ADD}⟨/call⟩", [3], stops=("parameter", "5", "\n"))
+    assert json.loads(answer.calls[0][1]) == ADDED
+    assert answer.machine.stopped is None
+
+
+def test_what_might_have_been_a_stop_is_shown_before_a_call() -> None:
+    answer = run(f"⟨end⟩a ST \n\n⟨call⟩{ADD}⟨/call⟩", [2], stops=("ST \n\nX",))
+    assert answer.text == "a ST"
+    assert len(answer.calls) == 1
+
+
+# malformed calls -----------------------------------------------------------------------------------------------------
+
+MALFORMED = [
+    "",
+    "hello",
+    "\n",
+    "\n<functi",
+    "\n<function=nope>\n</function>\n",
+    '\n{"name": "add", "arguments": {"a": 1}}\n',
+    "\n<function=add\n",
+    "\n<parameter=a>\n5\n</parameter>\n",
+    "🙂",
+]
+
+
+@given(st.sampled_from(MALFORMED), CUTS, st.booleans())
+def test_a_call_that_is_none_is_text_to_its_last_character(body: str, cuts: list[int], closed: bool) -> None:
+    end = ("⟨/call⟩ and\n", "</tool_call> and\n") if closed else ("", "")
+    answer = run(f"⟨end⟩\nOK: \n\n⟨call⟩{body}{end[0]}", cuts)
+    assert answer.text == f"OK: \n\n<tool_call>{body}{end[1]}"
+    assert answer.calls == []
+    assert len(answer.machine.warnings) == 1
+
+
+@given(CUTS)
+def test_a_call_that_breaks_off_is_closed_and_the_rest_is_text(cuts: list[int]) -> None:
+    head = "\n<function=add>\n<parameter=a>\n5\n</parameter>\n"
+    for body, rest in [
+        (f"{head}</function>\nso it is⟨/call⟩!", "so it is</tool_call>!"),
+        ("\n<function=add>\nwhat⟨/call⟩!", "what</tool_call>!"),
+        (f"{head}<parameter=\n", "<parameter=\n"),
+    ]:
+        answer = run(f"⟨end⟩⟨call⟩{body}", cuts)
+        assert json.loads(answer.calls[0][1]) == ({} if "what" in body else {"a": 5})
+        assert answer.text == rest
+        assert len(answer.machine.warnings) == 1
+
+
+@pytest.mark.parametrize("n", range(1, len(WRITE)))
+def test_a_call_cut_by_the_end_of_generation_is_valid_and_complete_as_far_as_it_came(n: int) -> None:
+    answer = run(f"⟨end⟩⟨call⟩{WRITE[:n]}", list(range(0, 300, 3)))
+    ended = WRITE[:n].rstrip().endswith("</function>")
+    assert bool(answer.machine.warnings) != ended
+    if not answer.calls:
+        assert answer.text == "<tool_call>" + WRITE[:n]
+    else:
+        shown = "".join(json.loads(answer.calls[0][1]).values())
+        assert shown[:3] in WRITE[:n]
+        assert not ended or (json.loads(answer.calls[0][1]), answer.text) == (WRITTEN, "")
+
+
+def test_a_call_may_follow_one_that_lacks_its_end() -> None:
+    answer = run(f"⟨end⟩⟨call⟩{ADD}⟨call⟩{ADD}⟨/call⟩", [])
+    assert [json.loads(arguments) for _, arguments in answer.calls] == [ADDED, ADDED]

@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 FIRST_STEPS = 4  # at each depth before any comparison
-BETWEEN_TRIALS = 96
-TRIAL_STEPS = 4
-FORGET = 0.05  # weight of a new step in the averages
+BETWEEN_TRIALS = 90
+TRIAL_STEPS = 6
+FORGET = 0.1  # weight of a new step in the averages
 MARGIN = 1.02  # by so much must another depth be better
 
 
@@ -41,7 +41,7 @@ class _Tuner:
         self._best = deepest
         self._steps = 0
         self._trial: int | None = None
-        self._next_trial = 0
+        self._n_trials = 0
         self._last: int | None = None
 
     def record(self, depth: int, tokens: int, seconds: float) -> None:
@@ -62,20 +62,21 @@ class _Tuner:
                 self._best = best
             return self._best
         if self._trial is None:
-            self._next_trial = (self._next_trial + 1) % len(self.rates)
-            self._trial = self._next_trial
+            others = [d for d in range(len(self.rates)) if d != self._best]
+            self._n_trials += 1
+            self._trial = others[self._n_trials % len(others)]
         return self._trial
 
 
 class DepthTuner:
-    """`depth` before a step of n requests, `record` after it."""
+    """`depth` before a step of n requests, `record` after it. With `fixed` the depth is always that."""
 
-    def __init__(self, deepest: int) -> None:
-        self._deepest = deepest
+    def __init__(self, deepest: int, fixed: int | None = None) -> None:
+        self._deepest, self._fixed = deepest, fixed
         self._tuners: dict[int, _Tuner] = {}
 
     def depth(self, n_requests: int) -> int:
-        return self._tuner(n_requests).depth()
+        return self._tuner(n_requests).depth() if self._fixed is None else min(self._fixed, self._deepest)
 
     def record(self, n_requests: int, depth: int, tokens: int, seconds: float) -> None:
         self._tuner(n_requests).record(depth, tokens, seconds)

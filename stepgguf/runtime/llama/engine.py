@@ -16,11 +16,13 @@ from pathlib import Path
 import llama_cpp
 
 from stepgguf.errors import ContextLengthExceeded, EngineBusy, EngineDied, EngineError
-from stepgguf.runtime.engine import FinishReason, ModelInfo, Queued, Request, Sink, Stats
+from stepgguf.runtime.engine import FinishReason, ModelInfo, Request, Sink, Stats
 from stepgguf.runtime.llama import hooks
 from stepgguf.runtime.llama.context import Context
+from stepgguf.runtime.llama.depth import DepthTuner
 from stepgguf.runtime.llama.model import Model
 from stepgguf.runtime.llama.mtp import Drafter
+from stepgguf.runtime.llama.prefix import Prefixes
 from stepgguf.runtime.llama.run import Run
 from stepgguf.runtime.llama.scheduler import DecodeFailed, Scheduler
 from stepgguf.runtime.llama.store import Store
@@ -41,7 +43,7 @@ class LlamaEngine:
         n_parallel: int = 1,
         gpu_layers: int = -1,
         threads: int | None = None,
-        mtp: bool = True,
+        draft: int | None = None,
         mmap: bool = True,
         queue_limit: int = 64,
         cache_ram: int = 2 * 2**30,
@@ -52,11 +54,13 @@ class LlamaEngine:
         """Load a GGUF. ModelLoadFailed says why not.
 
         n_ctx: tokens that all requests share; None is what the model was trained for, at most 32768. n_parallel: so
-        many requests are decoded at once, queue_limit more wait. mtp: draft with the MTP heads if the file has them.
+        many requests are decoded at once, queue_limit more wait. draft: MTP tokens to draft; None finds the best
+        number, 0 is off.
         cache_ram, cache_folder, cache_disk: bytes and place for conversations that are not in the context.
         """
-        self._mtp = mtp and hooks.AVAILABLE
-        self._model = Model(path, gpu_layers=gpu_layers, mtp=self._mtp, mmap=mmap, progress=progress)
+        self._draft = draft
+        mtp = draft != 0 and hooks.AVAILABLE
+        self._model = Model(path, gpu_layers=gpu_layers, mtp=mtp, mmap=mmap, progress=progress)
         self._n_ctx = n_ctx or min(self._model.n_ctx_train, MAX_CTX)
         self._n_parallel, self._queue_limit = n_parallel, queue_limit
         self._threads = threads or os.cpu_count() or 1
@@ -130,7 +134,7 @@ class LlamaEngine:
                 self._check_open()
                 self._open[run] = None
                 self._stats.n_requests += 1
-                self._commands.put(lambda: self._add(run))
+                self._commands.put(lambda: self._scheduler.waiting.append(run))
         except EngineError:
             run.close()
             raise
@@ -184,12 +188,6 @@ class LlamaEngine:
             idle = False
         self._scheduler.drop_cancelled()
 
-    def _add(self, run: Run) -> None:
-        n_ahead = len(self._scheduler.waiting)
-        if n_ahead or len(self._scheduler.running) >= self._n_parallel:
-            run.emit(Queued(n_ahead))
-        self._scheduler.waiting.append(run)
-
     def _ended(self, run: Run, reason: FinishReason) -> None:
         """The one place where a request is told its end."""
         with self._lock:
@@ -230,7 +228,9 @@ class LlamaEngine:
         )
         if model.n_heads:
             self._drafter = Drafter(model, self._context, n_seq=n_seq, threads=self._threads)
-        return Scheduler(self._context, self._drafter, self._store, self._stats, model.n_swa, self._ended)
+        tuner = DepthTuner(model.n_heads, self._draft) if self._drafter else None
+        prefixes = Prefixes(self._context, self._drafter, model.n_swa)
+        return Scheduler(prefixes, tuner, self._store, self._stats, self._ended)
 
     def _describe(self) -> ModelInfo:
         model = self._model

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as Tokens
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -97,14 +97,12 @@ class Start:
     restore: Checkpoint | None = None
 
 
-@dataclass
 class Prefixes:
     """The sequences of one context and its drafter's."""
 
-    context: Context
-    drafter: Drafter | None
-    n_swa: int
-    sequences: list[Sequence] = field(default_factory=list)
+    def __init__(self, context: Context, drafter: Drafter | None, n_swa: int) -> None:
+        self.context, self.drafter, self.n_swa = context, drafter, n_swa
+        self.sequences = [Sequence(i) for i in range(context.n_seq)]
 
     def start(self, sequence: Sequence, prompt: TokenArray) -> Start:
         """Where in the prompt a sequence can go on. The prompt's last token is always read, for its logits."""

@@ -7,7 +7,7 @@ import time
 from collections import deque
 
 from stepgguf.errors import StepggufError
-from stepgguf.runtime.engine import Finished, FinishReason, Prefill, Request, Sink, Step, Timings
+from stepgguf.runtime.engine import Finished, FinishReason, Prefill, Queued, Request, Sink, Step, Timings
 from stepgguf.runtime.llama.context import Context
 from stepgguf.runtime.llama.model import Model
 from stepgguf.runtime.llama.prefix import Sequence
@@ -39,6 +39,7 @@ class Run:
         self.cancelled = self.ended = False
         self.error: StepggufError | None = None
         self.last_taken = 0
+        self._told_queued = False
         self._queued = time.monotonic()
         self._admitted = self._first_token = 0.0
 
@@ -56,6 +57,12 @@ class Run:
         return len(self.request.prompt) + self._max_tokens
 
     # in a sequence ----------------------------------------------------------------------------------------------
+
+    def tell_queued(self, n_ahead: int) -> None:
+        """Once, if it could not start at once."""
+        if not self._told_queued:
+            self._told_queued = True
+            self.emit(Queued(n_ahead))
 
     def admit(self, sequence: Sequence) -> None:
         """Start, or go on, in a sequence that holds a prefix of `tokens`."""

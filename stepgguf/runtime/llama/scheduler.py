@@ -23,9 +23,8 @@ import numpy as np
 
 from stepgguf.errors import BadGrammar
 from stepgguf.runtime.engine import FinishReason, Prefill, Stats, Step, Tokens
-from stepgguf.runtime.llama.context import NO_ROOM, Context, Rows
+from stepgguf.runtime.llama.context import NO_ROOM, Rows
 from stepgguf.runtime.llama.depth import DepthTuner
-from stepgguf.runtime.llama.mtp import Drafter
 from stepgguf.runtime.llama.prefix import Prefixes, Sequence, TokenArray, common_prefix
 from stepgguf.runtime.llama.run import Run
 from stepgguf.runtime.llama.store import Entry, Store
@@ -59,17 +58,14 @@ class Scheduler:
 
     def __init__(
         self,
-        context: Context,
-        drafter: Drafter | None,
+        prefixes: Prefixes,
+        tuner: DepthTuner | None,
         store: Store,
         stats: Stats,
-        n_swa: int,
         ended: Callable[[Run, FinishReason], None],
     ) -> None:
-        self._context, self._drafter, self._store, self._stats = context, drafter, store, stats
-        self._ended = ended
-        self._prefixes = Prefixes(context, drafter, n_swa, [Sequence(i) for i in range(context.n_seq)])
-        self._tuner = DepthTuner(drafter.n_heads) if drafter else None
+        self._prefixes, self._context, self._drafter = prefixes, prefixes.context, prefixes.drafter
+        self._tuner, self._store, self._stats, self._ended = tuner, store, stats, ended
         self.waiting: list[Run] = []
         self.running: list[Run] = []
 
@@ -108,14 +104,20 @@ class Scheduler:
     # letting in -------------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        while self.waiting:
-            run = min(self.waiting, key=lambda r: r.serial)
-            prompt = np.array(run.tokens, np.int32)
-            if all(s.busy for s in self._prefixes.sequences) or not self._fits(run) or self._another_reads(prompt):
-                return
-            run.admit(self._choose_sequence(prompt))
-            self.waiting.remove(run)
-            self.running.append(run)
+        while self.waiting and self._admit_oldest():
+            pass
+        for n_ahead, run in enumerate(sorted(self.waiting, key=lambda r: r.serial)):
+            run.tell_queued(n_ahead)
+
+    def _admit_oldest(self) -> bool:
+        run = min(self.waiting, key=lambda r: r.serial)
+        prompt = np.array(run.tokens, np.int32)
+        if all(s.busy for s in self._prefixes.sequences) or not self._fits(run) or self._another_reads(prompt):
+            return False
+        run.admit(self._choose_sequence(prompt))
+        self.waiting.remove(run)
+        self.running.append(run)
+        return True
 
     def _fits(self, run: Run) -> bool:
         """Whether the tokens of the run fit beside the other runs, if every idle sequence gives way."""

@@ -58,7 +58,9 @@ def divergences(engine: LlamaEngine, fresh: Fresh, seed: int, n_jumps: int) -> t
         prompt = text[:n] + [rng.randrange(3, 700) for _ in range(rng.randrange(1, 20))]
         turns = tuple(sorted(rng.randrange(1, n + 1) for _ in range(3)))
         n_top = engine.info.n_vocab
-        request = Request(tuple(prompt), GREEDY, rng.choice([1, 5, 40]), turns=turns, top_logprobs=n_top, ignore_end=True)
+        request = Request(
+            tuple(prompt), GREEDY, rng.choice([1, 5, 40]), turns=turns, top_logprobs=n_top, ignore_end=True
+        )
         events = list(Stream(engine, request))
         first = next(e for e in events if isinstance(e, Tokens)).steps[0]
         q = np.empty(engine.info.n_vocab)
@@ -75,7 +77,7 @@ def divergences(engine: LlamaEngine, fresh: Fresh, seed: int, n_jumps: int) -> t
 def test_going_on_from_any_position_gives_what_a_fresh_run_gives(
     random_model: Path, start: Callable[..., LlamaEngine], n_parallel: int, mtp: bool
 ) -> None:
-    engine, fresh = start(random_model, n_ctx=N_CTX, n_parallel=n_parallel, mtp=mtp), Fresh(random_model)
+    engine, fresh = start(random_model, n_ctx=N_CTX, n_parallel=n_parallel, draft=3 if mtp else 0), Fresh(random_model)
     result, cached, total = divergences(engine, fresh, n_parallel, 40)
     fresh.close()
     assert max(result) < SAME
@@ -89,7 +91,7 @@ def test_without_the_check_the_same_jumps_corrupt(
         return Start(common_prefix(sequence.tokens, prompt[:-1]))  # type: ignore[attr-defined]
 
     monkeypatch.setattr(Prefixes, "start", naive)
-    engine, fresh = start(random_model, n_ctx=N_CTX, n_parallel=1, mtp=False), Fresh(random_model)
+    engine, fresh = start(random_model, n_ctx=N_CTX, n_parallel=1, draft=0), Fresh(random_model)
     result, _, _ = divergences(engine, fresh, 1, 20)
     fresh.close()
     assert max(result) > 4 * SAME
@@ -99,7 +101,7 @@ def test_without_the_check_the_same_jumps_corrupt(
 def test_ten_turns_read_only_what_is_new(trained_model: Path, start: Callable[..., LlamaEngine], mtp: bool) -> None:
     """The template drops the thinking of earlier turns, so each prompt departs from the last one where its answer
     began. Only what follows is read: the answer without thinking, the next question, the opening of the answer."""
-    engine = start(trained_model, n_ctx=4096, n_parallel=2, mtp=mtp)
+    engine = start(trained_model, n_ctx=4096, n_parallel=2, draft=3 if mtp else 0)
     opening = engine.token_id("<|im_start|>")
     history, known = "", 0
     for turn in range(10):

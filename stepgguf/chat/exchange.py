@@ -1,0 +1,160 @@
+"""From a ChatRequest to an engine's Request, and from the engine's events back to deltas.
+
+    ChatRequest -template-> text -tokenize-> Request -engine-> events -Reply-> deltas
+
+Everything that can be refused is refused in `prepare`, before anything runs. Terminal, streams and whole answers are
+folds over the same deltas.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stepgguf.chat.grammar import constrain
+from stepgguf.chat.output import Delta, Markers, OutputMachine
+from stepgguf.chat.request import ChatRequest, Tool
+from stepgguf.chat.template import ChatTemplate, normalize
+from stepgguf.errors import BadMetadata
+from stepgguf.runtime.engine import Engine, Event, Finished, Reasoning, Request, Timings, Tokens
+
+CLOSE_THINKING = "\n</think>\n"
+ANSWER_SHARE = 4  # with a budget for thinking, a quarter of max_tokens stays for the answer
+
+
+class ChatModel:
+    """An engine and the template that its model file carries.
+
+    closing_message: what the model is made to think last when its thinking is cut off.
+    """
+
+    def __init__(self, engine: Engine, *, closing_message: str = "") -> None:
+        source = engine.info.chat_template
+        if source is None:
+            raise BadMetadata(
+                f"{engine.info.name} has no chat template", hint="Add one: stepgguf template FILE.gguf NEW.jinja"
+            )
+        self.engine = engine
+        self._template = ChatTemplate(source)
+        end = engine.token_id("</think>")
+        if end is None:
+            raise BadMetadata(f"{engine.info.name} has no token </think>", hint="It is not a Step-3.5 model's file.")
+        self.markers = Markers(end, engine.token_id("<tool_call>"), engine.token_id("</tool_call>"))
+        self._turn = engine.token_id("<|im_start|>")
+        self._user = engine.tokenize_piece("user")[0]
+        self._closing = tuple(engine.tokenize_piece(closing_message + CLOSE_THINKING))
+
+    def prompt(self, request: ChatRequest) -> tuple[list[int], bool]:
+        """Token ids of the prompt, and whether it ends inside the model's thinking."""
+        tools = [_as_json(tool) for tool in request.tools] if request.tool_choice.mode != "none" else []
+        text = self._template.render(normalize(request.messages), tools=tools or None)
+        thinking = text.rstrip().endswith("<think>")
+        if thinking and request.reasoning_budget == 0:
+            return self.engine.tokenize(text + CLOSE_THINKING), False
+        return self.engine.tokenize(text), thinking
+
+    def prepare(self, request: ChatRequest) -> Prepared:
+        """RequestError or BadMetadata say what cannot be done."""
+        prompt, thinking = self.prompt(request)
+        tools = request.tools if request.tool_choice.mode != "none" else ()
+        grammar = constrain(
+            self.markers,
+            thinking=thinking,
+            format=request.format,
+            tools=tools,
+            choice=request.tool_choice,
+            parallel=request.parallel_tool_calls,
+        )
+        return Prepared(
+            Request(
+                prompt=tuple(prompt),
+                sampling=request.sampling,
+                max_tokens=request.max_tokens,
+                grammar=grammar,
+                reasoning=self._reasoning(request, tools) if thinking else None,
+                turns=self._turns(prompt),
+                top_logprobs=request.top_logprobs,
+            ),
+            self.markers,
+            thinking,
+            tools,
+            request.stops,
+        )
+
+    def _reasoning(self, request: ChatRequest, tools: tuple[Tool, ...]) -> Reasoning:
+        budget = request.reasoning_budget
+        if budget is not None and request.max_tokens is not None:
+            budget = max(1, min(budget, request.max_tokens - request.max_tokens // ANSWER_SHARE))
+        call = self.markers.call if tools else None
+        ends = {self.markers.end_of_thinking} | ({call} if call is not None else set())
+        return Reasoning(frozenset(ends), self._closing, budget, request.break_loops)
+
+    def _turns(self, prompt: list[int]) -> tuple[int, ...]:
+        """Where user messages start, and the answer. The next prompt departs from this one at one of these."""
+        starts = [i for i, token in enumerate(prompt[:-1]) if token == self._turn]
+        return tuple(i for i in starts if prompt[i + 1] == self._user or i == starts[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Ready to submit: `request`; and what is needed to read the answer."""
+
+    request: Request
+    markers: Markers
+    thinking: bool
+    tools: tuple[Tool, ...]
+    stops: tuple[str, ...]
+
+
+class Reply:
+    """Reads the events of one request. When `stopped`, a stop text was found: cancel the request."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self._machine = OutputMachine(
+            prepared.markers, thinking=prepared.thinking, tools=prepared.tools, stops=prepared.stops
+        )
+        self.finished: Finished | None = None
+
+    def feed(self, event: Event) -> list[Delta]:
+        if isinstance(event, Tokens):
+            return [delta for step in event.steps for delta in self._machine.feed(step)]
+        if isinstance(event, Finished):
+            self.finished = event
+            return self._machine.close()
+        return []
+
+    @property
+    def stopped(self) -> str | None:
+        return self._machine.stopped
+
+    @property
+    def warnings(self) -> list[str]:
+        return self._machine.warnings
+
+    @property
+    def n_reasoning(self) -> int:
+        return self._machine.n_reasoning
+
+    @property
+    def timings(self) -> Timings:
+        assert self.finished is not None
+        return self.finished.timings
+
+    @property
+    def finish_reason(self) -> str:
+        """OpenAI's: stop, length, tool_calls; after an error: error."""
+        assert self.finished is not None
+        if self._machine.stopped is not None:
+            return "stop"
+        if self.finished.reason == "stop" and self._machine.n_calls:
+            return "tool_calls"
+        return "stop" if self.finished.reason == "cancelled" else self.finished.reason
+
+
+def _as_json(tool: Tool) -> dict[str, object]:
+    """As the template shows it to the model, which learned OpenAI's form."""
+    function: dict[str, object] = {"name": tool.name}
+    if tool.description is not None:
+        function["description"] = tool.description
+    if tool.parameters:
+        function["parameters"] = tool.parameters
+    return {"type": "function", "function": function}

@@ -1,0 +1,276 @@
+"""A session's Backend over a running server: streamed Chat Completions, read with the standard library.
+
+    POST /v1/chat/completions   data: {"choices": [{"delta": {...}, "finish_reason": null}]}  ...  data: [DONE]
+
+A thread reads the socket and leaves what it read in a queue, so the terminal stays awake; a cancel shuts the socket,
+which servers take as a cancel. The server counts tokens at the end, until then a delta counts as one. Speeds are
+measured here and include the way.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import queue
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+from urllib.parse import urlsplit
+
+from stepgguf.chat.output import Delta
+from stepgguf.chat.session import Settings, Usage
+from stepgguf.chat.transcript import Origin
+from stepgguf.errors import EngineBusy, EngineError, RequestError, StepggufError
+from stepgguf.runtime.engine import Prefill, Queued, Sampling
+
+_CONNECT_SECONDS = 10.0
+_MOST_ERROR = 2**16  # bytes of an error's body that are read
+
+
+class Remote:
+    """EngineError: there is no server at this address, or it is not one of these."""
+
+    def __init__(self, url: str, api_key: str | None = None) -> None:
+        parts = urlsplit(url if "//" in url else f"http://{url}")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise EngineError(f"{url}: not a server's address", hint="Write for example http://127.0.0.1:8080.")
+        self._tls, self._host, self._port = parts.scheme == "https", parts.hostname, parts.port
+        self._base = parts.path.rstrip("/").removesuffix("/v1")
+        self._url = f"{parts.scheme}://{parts.netloc}{self._base}"
+        self._headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
+        if api_key:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        models = self._ask("GET", "/v1/models")
+        model = (models.get("data") or [{}])[0]
+        if "id" not in model:
+            raise EngineError(f"{self._url}/v1/models lists no model", hint="Is it a server of Chat Completions?")
+        self._model: str = model["id"]
+        self.origin = Origin(self._model, self._url)
+        self.n_ctx: int | None = model.get("context_length")
+        self.default: Sampling | None = None
+
+    def count(self, text: str) -> int | None:
+        try:
+            n = self._ask("POST", "/tokenize", {"text": text}).get("count")
+        except StepggufError:
+            return None
+        return n if isinstance(n, int) else None
+
+    def start(self, messages: Sequence[Mapping[str, Any]], settings: Settings) -> RemoteGeneration:
+        body: dict[str, Any] = {
+            "model": self._model,
+            "messages": [*messages],
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **settings.sampling,
+        }
+        if settings.max_tokens is not None:
+            body["max_tokens"] = settings.max_tokens
+        if settings.reasoning_budget is not None:
+            body["thinking_budget_tokens"] = settings.reasoning_budget
+        if settings.tools:
+            body["tools"] = list(settings.tools)
+        if settings.json is True:
+            body["response_format"] = {"type": "json_object"}
+        elif settings.json:
+            schema = {"name": "answer", "schema": settings.json}
+            body["response_format"] = {"type": "json_schema", "json_schema": schema}
+        connection, response = self._send("POST", "/v1/chat/completions", body)
+        return RemoteGeneration(connection, response, Usage(n_ctx=self.n_ctx))
+
+    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        connection, response = self._send(method, path, body)
+        with connection:
+            try:
+                answer = json.loads(response.read())
+            except (ValueError, http.client.HTTPException, OSError) as error:
+                raise EngineError(
+                    f"{self._url}{path} did not answer with JSON", hint="Is it the right port?"
+                ) from error
+        return answer if isinstance(answer, dict) else {}
+
+    def _send(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None
+    ) -> tuple[_Connection, http.client.HTTPResponse]:
+        """The head of the answer has been read, and its status is 200."""
+        connection = _Connection(self._host, self._port, tls=self._tls)
+        data = None if body is None else json.dumps(body)
+        try:
+            response = connection.request(method, self._base + path, data, self._headers)
+            if response.status == 200:
+                return connection, response
+            with connection:
+                raise _refusal(response.status, response.read(_MOST_ERROR))
+        except (OSError, http.client.HTTPException) as error:
+            connection.close()
+            raise EngineError(
+                f"{self._url}: {error or type(error).__name__}", hint="Start a server: stepgguf serve FILE.gguf"
+            ) from error
+
+
+class _Connection:
+    """An HTTP connection for one request. `shut` may come from another thread; readers see the end then."""
+
+    def __init__(self, host: str, port: int | None, *, tls: bool) -> None:
+        kind = http.client.HTTPSConnection if tls else http.client.HTTPConnection
+        self._http = kind(host, port, timeout=_CONNECT_SECONDS)
+        self._socket: socket.socket | None = None
+
+    def __enter__(self) -> _Connection:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def request(self, method: str, path: str, data: str | None, headers: dict[str, str]) -> http.client.HTTPResponse:
+        self._http.connect()
+        self._socket = self._http.sock
+        assert self._socket is not None
+        self._socket.settimeout(None)  # a prompt may be long, and the user has Ctrl+C
+        self._http.request(method, path, data, headers)
+        return self._http.getresponse()
+
+    def shut(self) -> None:
+        if self._socket is not None:
+            with suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._http.close()
+
+
+class RemoteGeneration:
+    def __init__(self, connection: _Connection, response: http.client.HTTPResponse, usage: Usage) -> None:
+        self.usage = usage
+        self._connection = connection
+        self._cancelled = self._ended = False
+        self._started = time.monotonic()
+        self._first = 0.0
+        self._chunks: queue.SimpleQueue[dict[str, Any] | StepggufError | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._read, args=(response,), name="stepgguf-remote", daemon=True)
+        self._thread.start()
+
+    def next(self, seconds: float | None) -> list[Queued | Prefill | Delta] | None:
+        if self._ended:
+            return None
+        try:
+            chunk = self._chunks.get(timeout=seconds)
+        except queue.Empty:
+            return []
+        if isinstance(chunk, dict):
+            return self._deltas(chunk)
+        self._ended = True
+        if isinstance(chunk, StepggufError) and not self._cancelled:
+            raise chunk
+        if self._cancelled:
+            self.usage.finish_reason = "cancelled"
+        return None
+
+    def end_reasoning(self) -> bool:
+        return False
+
+    def cancel(self) -> None:
+        self._cancelled = not self._ended or self._cancelled
+        self._connection.shut()
+
+    def close(self) -> None:
+        self.cancel()
+        self._thread.join()
+        self._connection.close()
+        self._ended = True
+
+    def _deltas(self, chunk: dict[str, Any]) -> list[Queued | Prefill | Delta]:
+        if usage := chunk.get("usage"):
+            self._take_usage(usage)
+        deltas: list[Queued | Prefill | Delta] = []
+        for choice in chunk.get("choices") or ():
+            delta = choice.get("delta") or {}
+            if thinking := delta.get("reasoning_content") or delta.get("reasoning"):
+                deltas.append(Delta("reasoning", thinking))
+            if text := delta.get("content"):
+                deltas.append(Delta("text", text))
+            for call in delta.get("tool_calls") or ():
+                deltas += _call(call)
+            if reason := choice.get("finish_reason"):
+                self.usage.finish_reason = reason
+        self._count(deltas)
+        return deltas
+
+    def _count(self, deltas: list[Queued | Prefill | Delta]) -> None:
+        if not deltas:
+            return
+        now = time.monotonic()
+        if not self._first:
+            self._first = now
+            self.usage.prompt_seconds = now - self._started
+        self.usage.generation_seconds = now - self._first
+        n_reasoning = sum(isinstance(delta, Delta) and delta.kind == "reasoning" for delta in deltas)
+        self.usage.n_reasoning += n_reasoning
+        self.usage.n_text += len(deltas) - n_reasoning
+
+    def _take_usage(self, told: Mapping[str, Any]) -> None:
+        usage = self.usage
+        usage.n_prompt = told.get("prompt_tokens") or 0
+        usage.n_cached = (told.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        n_reasoning = (told.get("completion_tokens_details") or {}).get("reasoning_tokens")
+        usage.n_reasoning = usage.n_reasoning if n_reasoning is None else n_reasoning
+        usage.n_text = max(0, (told.get("completion_tokens") or 0) - usage.n_reasoning)
+
+    def _read(self, response: http.client.HTTPResponse) -> None:
+        """In a thread of its own: every event into the queue, then an error or None."""
+        end: StepggufError | None = EngineError("the server broke the answer off", hint="Its log may say why.")
+        try:
+            for event in _events(response):
+                if event == "[DONE]":
+                    end = None
+                    break
+                chunk = json.loads(event)
+                if "error" in chunk:
+                    end = _error(500, chunk)
+                    break
+                self._chunks.put(chunk)
+        except (OSError, ValueError, http.client.HTTPException, AttributeError) as error:
+            # AttributeError: http.client's, when the socket is closed under its reader
+            end = EngineError(f"the answer broke off: {error}", hint="The server's log may say why.")
+        self._chunks.put(end)
+
+
+def _events(response: http.client.HTTPResponse) -> Iterator[str]:
+    """The data of server-sent events; every event of this dialect is one line."""
+    while line := response.readline():
+        field, _, value = line.decode(errors="replace").rstrip("\r\n").partition(":")
+        if field == "data":
+            yield value.removeprefix(" ")
+
+
+def _call(call: Mapping[str, Any]) -> Iterator[Delta]:
+    function, index = call.get("function") or {}, call.get("index") or 0
+    if name := function.get("name"):
+        yield Delta("call", name, index)
+    if arguments := function.get("arguments"):
+        yield Delta("arguments", arguments, index)
+
+
+def _refusal(status: int, body: bytes) -> StepggufError:
+    try:
+        value = json.loads(body)
+    except ValueError:
+        value = {}
+    return _error(status, value)
+
+
+def _error(status: int, body: Any) -> StepggufError:
+    """An error body of OpenAI's, as ours."""
+    error = body.get("error") if isinstance(body, dict) else None
+    message = error.get("message") if isinstance(error, dict) else error if isinstance(error, str) else None
+    message = message or f"the server answered with status {status}"
+    if status == 401:
+        return RequestError(message, hint="Give the server's key: --api-key, or STEPGGUF_API_KEY.")
+    if status == 429:
+        return EngineBusy(message, retry_after=10)
+    if 400 <= status < 500:
+        return RequestError(message)
+    return EngineError(message, hint="The server's log may say why.")

@@ -1,0 +1,77 @@
+"""What a client asks for, whatever dialect it speaks: each becomes a ChatRequest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from stepgguf.runtime.engine import Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that the model may call. `parameters` is a JSON schema of type object."""
+
+    name: str
+    description: str | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class JsonObject:
+    """The answer is any JSON object."""
+
+
+@dataclass(frozen=True, slots=True)
+class JsonSchema:
+    """The answer is JSON that this schema allows."""
+
+    schema: Mapping[str, Any] | bool
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The answer is one of these texts."""
+
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Gbnf:
+    """The answer is what this GBNF grammar allows."""
+
+    text: str
+
+
+Format = JsonObject | JsonSchema | Choice | Gbnf
+ToolMode = Literal["auto", "none", "required"]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """auto: text or calls; none: text; required: at least one call, of `name` if that is given."""
+
+    mode: ToolMode = "auto"
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest:
+    """Messages are OpenAI's (role, content, reasoning_content, tool_calls, tool_call_id); see template.normalize.
+
+    reasoning_budget: at most so many tokens of thinking; 0 is none, None no limit. stops: texts that end the answer;
+    they are not looked for in the thinking.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    sampling: Sampling
+    tools: tuple[Tool, ...] = ()
+    tool_choice: ToolChoice = ToolChoice()
+    parallel_tool_calls: bool = True
+    format: Format | None = None
+    reasoning_budget: int | None = None
+    break_loops: bool = True
+    max_tokens: int | None = None
+    stops: tuple[str, ...] = ()
+    top_logprobs: int | None = None

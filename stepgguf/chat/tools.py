@@ -1,0 +1,286 @@
+r"""The text of one tool call, read while it arrives, as a function's name and the JSON of its arguments.
+
+    call  := \s* "<function=" NAME ">" (\s* value)* \s* "</function>" \s*
+    value := "<parameter=" K ">" \n? TEXT \n "</parameter>" \n
+
+A value ends at the first line `</parameter>` that is followed by a line starting with `<parameter=` or `</function>`.
+The protocol has no escapes, and agents write files: a `</parameter>` within a line, or on a line of its own before
+anything else, and the tokens <tool_call> and </tool_call> are part of the value. Only a value that quotes this very
+protocol at the start of its lines cannot be told from the protocol. grammar.py forbids the model just that.
+
+A parameter that can only be a string is passed on, JSON-escaped, as it arrives; for any other the text is kept to its
+end and then becomes JSON by its schema. Text that is not a call stays in `rest`, and `problem` says why: nothing is
+dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from stepgguf.chat.request import Tool
+from stepgguf.chat.schema import ALL_TYPES, resolve, type_of, widen
+
+VALUE_ENDS = ("\n</parameter>\n<parameter=", "\n</parameter>\n</function>")
+_END = re.compile(r"\n</parameter>\n(?=<parameter=|</function>)")
+_FUNCTION = re.compile(r"\s*<function=([^>\n]*)>")
+_PARAMETER = re.compile(r"\s*<parameter=([^>\n]*)>")
+_CLOSE = re.compile(r"\s*</function>")
+PYTHON_LITERALS = {"True": "true", "False": "false", "None": "null"}  # how the template writes them in the history
+
+
+class CallReader:
+    """feed the text, then finish. Both return the next fragment of the arguments' JSON; `name` is set before the first.
+
+    problem: why this is no call, or no longer one. Then the arguments are complete JSON as far as they came, `rest` is
+    the text that was not read (all of it if `name` is None), and feeding is over.
+    """
+
+    def __init__(self, tools: Mapping[str, Tool]) -> None:
+        self.name: str | None = None
+        self.problem: str | None = None
+        self.rest = ""
+        self.warnings: list[str] = []
+        self._tools = tools
+        self._read: Callable[[], bool] = self._read_function
+        self._out: list[str] = []
+        self._keys: set[str] = set()
+        self._value: _Value | None = None
+
+    @property
+    def in_value(self) -> bool:
+        return self._value is not None
+
+    @property
+    def ended(self) -> bool:
+        return self._read == self._read_end
+
+    def feed(self, text: str) -> str:
+        self.rest += text
+        while self._read():
+            pass
+        return self._taken()
+
+    def finish(self) -> str:
+        """The text is over: </tool_call>, or the end of generation."""
+        if self._value is not None:
+            text, _, self.rest = self.rest.partition("\n</parameter>")  # what was held back
+            self._end_value(text)
+            self._fail("ends inside a parameter")
+        elif self._read == self._read_function:
+            self._fail("has no <function=NAME>")
+        elif self._read == self._read_body:
+            self._fail("has no </function>")
+        return self._taken()
+
+    def _taken(self) -> str:
+        fragment, self._out = "".join(self._out), []
+        return fragment
+
+    def _fail(self, problem: str) -> bool:
+        self.problem = problem
+        if self.name is not None and not self.ended:
+            self._close()
+        self._read = self._read_nothing
+        return False
+
+    def _close(self) -> None:
+        self._out.append("}" if self._keys else "{}")
+
+    # states: each reads what it can of `rest` and says whether it changed the state ----------------------------------
+
+    def _read_function(self) -> bool:
+        match = _FUNCTION.match(self.rest)
+        if match is None:
+            return self._wait_for(("<function=",), "does not start with <function=NAME>")
+        if match[1] not in self._tools:
+            return self._fail(f"names the function {match[1]!r}, which was not offered")
+        self.name = match[1]
+        self.rest = self.rest[match.end() :]
+        self._read = self._read_body
+        return True
+
+    def _read_body(self) -> bool:
+        if match := _PARAMETER.match(self.rest):
+            self._start_value(match[1])
+            self._read = self._read_value
+        elif match := _CLOSE.match(self.rest):
+            self._close()
+            self._read = self._read_end
+        else:
+            return self._wait_for(("<parameter=", "</function>"), "has text outside of its parameters")
+        self.rest = self.rest[match.end() :]
+        return True
+
+    def _read_value(self) -> bool:
+        assert self._value is not None
+        match = _END.search(self.rest)
+        if match is None:
+            cut = held_from(self.rest, VALUE_ENDS)
+            self._out.append(self._value.feed(self.rest[:cut]))
+            self.rest = self.rest[cut:]
+            return False
+        self._end_value(self.rest[: match.start()])
+        self.rest = self.rest[match.end() :]
+        self._read = self._read_body
+        return True
+
+    def _read_end(self) -> bool:
+        return bool(self.rest.strip()) and self._fail("goes on after </function>")
+
+    def _read_nothing(self) -> bool:
+        return False
+
+    def _wait_for(self, tags: tuple[str, ...], problem: str) -> bool:
+        """Read nothing yet, if the text can still become one of the tags."""
+        text = self.rest.lstrip()
+        if "\n" not in text and any(tag.startswith(text[: len(tag)]) for tag in tags):
+            return False
+        return self._fail(problem)
+
+    def _start_value(self, key: str) -> None:
+        assert self.name is not None
+        if key in self._keys:
+            self.warnings.append(f"the call of {self.name} has {key!r} twice; the first one counts")
+            self._value = _Value(None)
+            return
+        self._out.append(("," if self._keys else "{") + json.dumps(key, ensure_ascii=False) + ":")
+        self._keys.add(key)
+        self._value = _Value(parameter_types(self._tools[self.name].parameters, key))
+
+    def _end_value(self, text: str) -> None:
+        assert self._value is not None
+        self._out.append(self._value.feed(text) + self._value.finish())
+        if self._value.misfit:
+            self.warnings.append(f"a parameter of {self.name} is {self._value.misfit}")
+        self._value = None
+
+
+class _Value:
+    """One parameter's text as JSON. types: what it may be; None: it is read and ignored."""
+
+    def __init__(self, types: frozenset[str] | None) -> None:
+        self.misfit = ""
+        self._types = types
+        self._streams = types == frozenset({"string"})
+        self._kept: list[str] = []
+        self._started = False
+
+    def feed(self, text: str) -> str:
+        if text and not self._started:
+            self._started = True
+            text = text.removeprefix("\n")
+            if self._streams:
+                return '"' + _escaped(text)
+        if self._streams:
+            return _escaped(text)
+        self._kept.append(text)
+        return ""
+
+    def finish(self) -> str:
+        if self._streams:
+            return '"' if self._started else '""'
+        if self._types is None:
+            return ""
+        text, self.misfit = as_json("".join(self._kept), self._types)
+        return text
+
+
+def as_json(text: str, types: frozenset[str]) -> tuple[str, str]:
+    """A value's text as JSON of one of these types, and what is wrong with it.
+
+    JSON wins over text where both are allowed ("5" is the number if there may be one; models do not quote strings).
+    Text that may not be a string is one all the same if it is no JSON: better than nothing.
+    """
+    stripped = text.strip()
+    stripped = PYTHON_LITERALS.get(stripped, stripped)
+    try:
+        found = type_of(json.loads(stripped, parse_constant=_refuse))
+    except (ValueError, RecursionError):
+        found = ""
+    if found and found != "string" and found in widen(types):
+        return stripped, ""
+    expected = " or ".join(sorted(types))
+    if found and "string" not in types:
+        return stripped, f"{found}, not {expected}"
+    return json.dumps(text, ensure_ascii=False), "" if "string" in types else f"no JSON, but should be {expected}"
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _escaped(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)[1:-1]
+
+
+def held_from(text: str, ends: Iterable[str]) -> int:
+    """Where a suffix of text begins that may become one of `ends`; the length of text if there is none."""
+    ends = tuple(ends)
+    longest = max(map(len, ends), default=0)
+    for i in range(max(0, len(text) - longest + 1), len(text)):
+        if any(end.startswith(text[i:]) for end in ends):
+            return i
+    return len(text)
+
+
+# types ------------------------------------------------------------------------------------------------------------
+
+
+def parameter_types(parameters: Any, key: str) -> frozenset[str]:
+    """The JSON types that a parameter of a function may have; all of them if nothing is said."""
+    types = [allowed_types(schema, parameters) for schema in _declared(parameters, parameters, key, set())]
+    return frozenset().union(*types) if types else ALL_TYPES
+
+
+def _declared(schema: Any, root: Any, key: str, seen: set[int]) -> Iterator[Any]:
+    """The schemas of a property, wherever an object's schema may have it."""
+    if not isinstance(schema, Mapping) or id(schema) in seen:
+        return
+    seen.add(id(schema))
+    properties = schema.get("properties")
+    if isinstance(properties, Mapping) and key in properties:
+        yield properties[key]
+    elif isinstance(schema.get("additionalProperties"), Mapping):
+        yield schema["additionalProperties"]
+    for part in _combined(schema, root, ("allOf", "anyOf", "oneOf")):
+        yield from _declared(part, root, key, seen)
+
+
+def _combined(schema: Mapping[str, Any], root: Any, keys: Iterable[str]) -> Iterator[Any]:
+    for name in keys:
+        parts = schema.get(name)
+        yield from parts if isinstance(parts, list) else ()
+    found = resolve(root, schema.get("$ref"))
+    if found is not None and "allOf" in keys:
+        yield found[0]
+
+
+def allowed_types(schema: Any, root: Any) -> frozenset[str]:
+    """The JSON types that a schema allows; all of them if it does not say, or makes no sense."""
+    return _allowed(schema, root, {}) or ALL_TYPES
+
+
+def _allowed(schema: Any, root: Any, known: dict[int, frozenset[str]]) -> frozenset[str]:
+    """known: the answers so far, by id; a schema inside itself allows all."""
+    if not isinstance(schema, Mapping):
+        return frozenset() if schema is False else ALL_TYPES
+    if id(schema) in known:
+        return known[id(schema)]
+    known[id(schema)] = ALL_TYPES
+    types = ALL_TYPES
+    if "type" in schema:
+        names = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+        types &= widen(name for name in names if isinstance(name, str)) & ALL_TYPES or ALL_TYPES
+    members = [schema["const"]] if "const" in schema else schema.get("enum")
+    if isinstance(members, list):
+        types &= frozenset(map(type_of, members))
+    for part in _combined(schema, root, ("allOf",)):
+        types &= _allowed(part, root, known)
+    for name in ("anyOf", "oneOf"):
+        branches = [_allowed(part, root, known) for part in _combined(schema, root, (name,))]
+        types &= frozenset().union(*branches) if branches else ALL_TYPES
+    known[id(schema)] = types
+    return types

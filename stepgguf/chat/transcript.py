@@ -1,0 +1,228 @@
+"""Saved sessions: a file of JSON lines that is only ever appended to, so that a kill leaves all but the last moment.
+
+    {"type": "session", "version": 1, "created": ..., "origin": {"model": ..., "file": ..., "size": ..., "digest": ...}}
+    {"type": "settings", "sampling": {...}, "system": ..., ...}                       from here on
+    {"type": "message", "message": {...}, "usage": {...}?, "interrupted": true?}      OpenAI's message, with reasoning
+    {"type": "part", "reasoning": ..., "text": ...}     of an answer under way; counts only if its message never came
+    {"type": "cut", "n": 2}                  messages from number 2 on were taken back
+
+Reading folds the lines. A last line that was not written whole is passed over. The file appears with its first
+message and is locked while a session writes to it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from stepgguf.errors import OutputError
+
+VERSION = 1
+_SUFFIX = ".jsonl"
+_SAMPLE = 2**20  # bytes at each end of a model file that its digest covers: reading 100 GB to start a chat is too slow
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What answered. digest: SHA-256 over the size and both ends of the model file; file may be a server's URL."""
+
+    model: str
+    file: str
+    size: int | None = None
+    digest: str | None = None
+
+    @classmethod
+    def of(cls, model: str, path: Path) -> Origin:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            digest = hashlib.sha256(b"%d " % size + file.read(_SAMPLE))
+            file.seek(max(_SAMPLE, size - _SAMPLE))
+            digest.update(file.read())
+        return cls(model, str(path.resolve()), size, digest.hexdigest())
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A message of the conversation; on an answer, its session.Usage as a mapping, and whether it was cut short."""
+
+    message: dict[str, Any]
+    usage: Mapping[str, Any] | None = None
+    interrupted: bool = False
+
+    def record(self) -> dict[str, Any]:
+        record: dict[str, Any] = {"type": "message", "message": self.message}
+        if self.usage is not None:
+            record["usage"] = dict(self.usage)
+        return record | ({"interrupted": True} if self.interrupted else {})
+
+
+@dataclass(slots=True)
+class Saved:
+    """A session as it was when its last line was written."""
+
+    path: Path
+    origin: Origin = Origin("", "")
+    settings: dict[str, Any] = field(default_factory=dict)
+    entries: list[Entry] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    @property
+    def title(self) -> str:
+        """The first line of the first question."""
+        questions = (entry.message["content"] for entry in self.entries if entry.message["role"] == "user")
+        return next((line for question in questions for line in question.splitlines() if line.strip()), "")
+
+
+class Transcript:
+    """Writes one session. Without `path` it gets a name in `folder` when the first message comes."""
+
+    def __init__(self, folder: Path, origin: Origin, path: Path | None = None) -> None:
+        self._folder, self.path = folder, path
+        self._file: TextIO | None = None
+        self._first: dict[str, dict[str, Any]] = {}
+        if path is not None:
+            self._file = _locked(path)
+            if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+                self._file.write("\n")
+        created = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        self.append({"type": "session", "version": VERSION, "created": created, "origin": asdict(origin)})
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write a line and have it on the disk. Before the first message the last of each type is kept instead."""
+        if self._file is None and record["type"] != "message":
+            self._first[record["type"]] = dict(record)
+            return
+        if self._file is None:
+            self.path, self._file = self._create()
+        lines = [*self._first.values(), record]
+        self._first = {}
+        self._file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def rename(self, name: str) -> Path:
+        """Give the session a name to find it by. OutputError: there is one of this name, or nothing was said yet."""
+        if self.path is None:
+            raise OutputError("there is nothing to save yet", hint="A session is saved from its first message on.")
+        path = session_path(self._folder, name)
+        if path.exists():
+            raise OutputError(f"there is a session {path.stem}", hint="Take another name.")
+        self.path = self.path.rename(path)
+        return path
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _create(self) -> tuple[Path, TextIO]:
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        stem = time.strftime("%Y%m%d-%H%M%S")
+        for i in range(1, 1000):
+            path = self._folder / f"{stem}{f'-{i}' if i > 1 else ''}{_SUFFIX}"
+            try:
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
+            except FileExistsError:
+                continue
+            return path, _locked(path)
+        raise OutputError(f"{self._folder}: no free name for a session")
+
+
+def _locked(path: Path) -> TextIO:
+    file = path.open("a", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise OutputError(f"{path.stem} is open in another chat", hint="Leave that one first.") from None
+    return file
+
+
+def session_path(folder: Path, name: str) -> Path:
+    if not name or name.startswith(".") or "/" in name:
+        raise OutputError(f"{name!r} cannot be the name of a session", hint="Take a word, without slashes.")
+    return folder / f"{name.removesuffix(_SUFFIX)}{_SUFFIX}"
+
+
+def read(path: Path) -> Saved:
+    """OutputError: there is no such session, or it is not one."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise OutputError(f"{path.stem}: {error.strerror}", hint="/list shows the sessions that there are.") from error
+    saved, part = Saved(path), {"reasoning": "", "text": ""}
+    for record in _records(path, text):
+        kind = record["type"]
+        if kind == "session":
+            if record["version"] > VERSION:
+                raise OutputError(
+                    f"{path.stem} has version {record['version']}, expected {VERSION}", hint="Update stepgguf."
+                )
+            saved.origin = Origin(**record["origin"])
+        elif kind == "settings":
+            saved.settings = record
+        elif kind == "message":
+            saved.entries.append(Entry(record["message"], record.get("usage"), record.get("interrupted", False)))
+        elif kind == "cut":
+            del saved.entries[record["n"] :]
+        part = {key: part[key] + record[key] if kind == "part" else "" for key in part}
+    if any(part.values()):
+        message = {"role": "assistant", "content": part["text"], "reasoning_content": part["reasoning"]}
+        saved.entries.append(Entry(message, interrupted=True))
+    return saved
+
+
+def _records(path: Path, text: str) -> Iterator[dict[str, Any]]:
+    for i, line in enumerate(text.split("\n")):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            if i == 0:
+                raise OutputError(f"{path}: line 1 is not JSON", hint="It is not a session.") from error
+            continue  # a kill cut it off
+        yield record
+
+
+def sessions(folder: Path) -> list[Path]:
+    """Newest first."""
+    files = [path for path in folder.glob(f"*{_SUFFIX}") if path.is_file()]
+    return sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+
+
+def as_json(origin: Origin, settings: Mapping[str, Any], entries: list[Entry]) -> str:
+    """The whole session as one JSON document."""
+    kept = {key: value for key, value in settings.items() if key != "type"}
+    messages = [entry.record() for entry in entries]
+    for record in messages:
+        del record["type"]
+    document = {"origin": asdict(origin), "settings": kept, "messages": messages}
+    return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+
+
+def as_markdown(origin: Origin, settings: Mapping[str, Any], entries: list[Entry]) -> str:
+    """For people: questions as headings' texts, thinking folded away."""
+    parts = [f"*{origin.model}*"]
+    if settings.get("system"):
+        parts.append(f"## System\n\n{settings['system']}")
+    for entry in entries:
+        message = entry.message
+        parts.append({"user": "## You", "assistant": "## Answer", "tool": "## Tool result"}[message["role"]])
+        if reasoning := message.get("reasoning_content"):
+            parts.append(f"<details><summary>Thinking</summary>\n\n{reasoning}\n\n</details>")
+        if message["content"]:
+            parts.append(message["content"])
+        for call in message.get("tool_calls", ()):
+            function = call["function"]
+            parts.append(f"Call of `{function['name']}`:\n\n```json\n{function['arguments']}\n```")
+        if entry.interrupted:
+            parts.append("*interrupted*")
+    return "\n\n".join(parts) + "\n"
