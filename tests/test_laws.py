@@ -37,7 +37,7 @@ ONLY_IN = {
     "fastapi": ("server/",),
     "starlette": ("server/",),
     "pydantic": ("server/",),
-    "uvicorn": ("server/", "cli/serve.py"),
+    "uvicorn": ("server/",),
     "prometheus_client": ("server/metrics.py",),
     "prompt_toolkit": ("cli/",),
     "typer": ("cli/",),

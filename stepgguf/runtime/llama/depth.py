@@ -72,11 +72,11 @@ class DepthTuner:
     """`depth` before a step of n requests, `record` after it. With `fixed` the depth is always that."""
 
     def __init__(self, deepest: int, fixed: int | None = None) -> None:
-        self._deepest, self._fixed = deepest, fixed
+        self._deepest, self.fixed = deepest, fixed
         self._tuners: dict[int, _Tuner] = {}
 
     def depth(self, n_requests: int) -> int:
-        return self._tuner(n_requests).depth() if self._fixed is None else min(self._fixed, self._deepest)
+        return self._tuner(n_requests).depth() if self.fixed is None else min(self.fixed, self._deepest)
 
     def record(self, n_requests: int, depth: int, tokens: int, seconds: float) -> None:
         self._tuner(n_requests).record(depth, tokens, seconds)

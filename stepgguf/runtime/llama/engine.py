@@ -99,6 +99,11 @@ class LlamaEngine:
         """MTP heads that draft; 0 if the file has none, they are switched off, or the library lacks the functions."""
         return self._drafter.n_heads if self._drafter else 0
 
+    def set_draft(self, depth: int | None) -> None:
+        """Draft so many tokens from the next step on; None: what is fastest. Without heads it changes nothing."""
+        self._draft = depth
+        self._commands.put(lambda: self._scheduler.set_draft(depth))
+
     def tokenize(self, text: str) -> list[int]:
         return self._model.tokenize(text, add_special=True)
 

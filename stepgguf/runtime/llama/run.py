@@ -7,7 +7,7 @@ import time
 from collections import deque
 
 from stepgguf.errors import StepggufError
-from stepgguf.runtime.engine import Finished, FinishReason, Prefill, Queued, Request, Sink, Step, Timings
+from stepgguf.runtime.engine import Event, Finished, FinishReason, Prefill, Queued, Request, Sink, Step, Timings
 from stepgguf.runtime.llama.context import Context
 from stepgguf.runtime.llama.model import Model
 from stepgguf.runtime.llama.prefix import Sequence
@@ -25,7 +25,8 @@ class Run:
     """`tokens` is the prompt and all that was generated; the model has read the first n_read of them."""
 
     def __init__(self, model: Model, request: Request, sink: Sink, n_ctx: int) -> None:
-        self.request, self.emit, self._model = request, sink, model
+        self.request, self._sink, self._model = request, sink, model
+        self._outbox: list[Event] = []
         self.serial = next(_serial)  # older runs go first
         self.tokens = list(request.prompt)
         self.sequence: Sequence | None = None
@@ -42,6 +43,16 @@ class Run:
         self._told_queued = False
         self._queued = time.monotonic()
         self._admitted = self._first_token = 0.0
+
+    def emit(self, event: Event) -> None:
+        """Tell the caller with the next `deliver`."""
+        self._outbox.append(event)
+
+    def deliver(self) -> None:
+        """Whoever is told wakes up and takes the interpreter: do it when a decode is about to give it up anyway."""
+        outbox, self._outbox = self._outbox, []
+        for event in outbox:
+            self._sink(event)
 
     @property
     def n_generated(self) -> int:
@@ -158,6 +169,7 @@ class Run:
             timings.prompt_seconds = now - self._admitted
         self.close()
         self.emit(Finished(reason, timings, self.error))
+        self.deliver()
         return timings
 
     def close(self) -> None:

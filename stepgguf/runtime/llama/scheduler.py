@@ -78,9 +78,14 @@ class Scheduler:
             self.waiting.remove(run)
             self._ended(run, "cancelled")
 
+    def set_draft(self, depth: int | None) -> None:
+        if self._tuner:
+            self._tuner.fixed = depth
+
     def step(self) -> None:
         """Let requests in, decode once, hand out tokens. DecodeFailed: the context is lost."""
         self._admit()
+        self._deliver()
         if not self.running:
             return
         started = time.monotonic()
@@ -94,6 +99,11 @@ class Scheduler:
             parts = self._make_room(parts)
         self._advance(parts)
         self._measure(parts, time.monotonic() - started)
+        self._deliver()
+
+    def _deliver(self) -> None:
+        for run in [*self.running, *self.waiting]:
+            run.deliver()
 
     def put_all_away(self) -> None:
         """Save the idle sequences, before the context goes."""
