@@ -24,16 +24,17 @@ ANSWER_SHARE = 4  # with a budget for thinking, a quarter of max_tokens stays fo
 class ChatModel:
     """An engine and the template that its model file carries.
 
-    closing_message: what the model is made to think last when its thinking is cut off.
+    closing_message: what the model is made to think last when its thinking is cut off. break_loops: end thinking that
+    repeats itself.
     """
 
-    def __init__(self, engine: Engine, *, closing_message: str = "") -> None:
+    def __init__(self, engine: Engine, *, closing_message: str = "", break_loops: bool = True) -> None:
         source = engine.info.chat_template
         if source is None:
             raise BadMetadata(
                 f"{engine.info.name} has no chat template", hint="Add one: stepgguf template FILE.gguf NEW.jinja"
             )
-        self.engine = engine
+        self.engine, self._break_loops = engine, break_loops
         self._template = ChatTemplate(source)
         end = engine.token_id("</think>")
         if end is None:
@@ -86,7 +87,7 @@ class ChatModel:
             budget = max(1, min(budget, request.max_tokens - request.max_tokens // ANSWER_SHARE))
         call = self.markers.call if tools else None
         ends = {self.markers.end_of_thinking} | ({call} if call is not None else set())
-        return Reasoning(frozenset(ends), self._closing, budget, request.break_loops)
+        return Reasoning(frozenset(ends), self._closing, budget, self._break_loops)
 
     def _turns(self, prompt: list[int]) -> tuple[int, ...]:
         """Where user messages start, and the answer. The next prompt departs from this one at one of these."""

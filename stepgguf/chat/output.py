@@ -67,7 +67,8 @@ class OutputMachine:
         self._stops = tuple(stop for stop in stops if stop)
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""  # text that may belong to the protocol or to a stop
-        self._dropped = "\n"  # what of the text's start belongs to the protocol: a line break, or all white space
+        # What of the text's start belongs to the protocol: the line break after </think>, or all white space.
+        self._dropped = "\n" if thinking else ""
         self._steps: list[Step] = []  # since the last delta that is not reasoning
         self._call: CallReader | None = None
         self._opener = ""  # what stands before the call's text, should it turn out to be none
@@ -122,13 +123,14 @@ class OutputMachine:
         if not text:
             return []
         self._held += text
-        if self._dropped == "\n":
-            self._held = self._held.removeprefix("\n")
-        elif self._dropped:
-            self._held = self._held.lstrip(self._dropped)
+        if self._dropped:
+            one = self._dropped == "\n"
+            self._held = self._held.removeprefix("\n") if one else self._held.lstrip(self._dropped)
+            if one or self._held:
+                self._dropped = ""
             if not self._held:
+                self._steps.clear()
                 return []
-        self._dropped = ""
         ends = [(self._held.find(stop) + len(stop), -len(stop), stop) for stop in self._stops if stop in self._held]
         if ends:
             end, _, self.stopped = min(ends)

@@ -71,7 +71,6 @@ class ChatRequest:
     parallel_tool_calls: bool = True
     format: Format | None = None
     reasoning_budget: int | None = None
-    break_loops: bool = True
     max_tokens: int | None = None
     stops: tuple[str, ...] = ()
     top_logprobs: int | None = None
