@@ -1,0 +1,149 @@
+"""One answer as a message of Anthropic's: from deltas to the stream's events, and to the whole message.
+
+    message_start  block*  message_delta  message_stop
+    block := content_block_start content_block_delta* content_block_stop        index 0, 1, 2, ... one at a time
+
+A thinking block ends with a signature_delta, because the schema demands a signature; see sealed.py for what it holds. A
+tool_use block starts with an empty input and spells it out as fragments of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from stepgguf.chat.exchange import Reply
+from stepgguf.chat.output import Delta
+from stepgguf.server.sealed import seal
+
+Event = dict[str, Any]  # its "type" is also the event's name
+Display = Literal["shown", "omitted", "hidden"]
+PING: Event = {"type": "ping"}
+STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+BLOCK_TYPES = {"reasoning": "thinking", "text": "text"}
+
+
+@dataclass(slots=True)
+class _Open:
+    """The block that is being written: as it will be in the whole message, and its text so far."""
+
+    block: dict[str, Any]
+    parts: list[str]
+
+
+class MessageWriter:
+    """start, feed..., finish. display: thinking blocks with their text, with a sealed signature only, or no blocks."""
+
+    def __init__(self, trace_id: str, model: str, display: Display) -> None:
+        self._trace_id = trace_id
+        self._display = display
+        self._open: _Open | None = None
+        self.message: dict[str, Any] = {
+            "id": f"msg_{trace_id}",
+            "type": "message",
+            "role": "assistant",
+            "model": model,
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
+            "usage": {},
+        }
+
+    def start(self, n_prompt: int) -> list[Event]:
+        """How much of the prompt was cached is only known later: message_delta corrects the counts, as it may."""
+        message = {**self.message, "content": [], "usage": usage(n_prompt)}
+        return [{"type": "message_start", "message": message}, PING]
+
+    def feed(self, deltas: Iterable[Delta]) -> list[Event]:
+        return [event for delta in deltas for event in self._write(delta)]
+
+    def finish(self, reply: Reply) -> list[Event]:
+        """After the last delta of a reply that did not fail."""
+        timings = reply.timings
+        end = {
+            "stop_reason": "stop_sequence" if reply.stopped is not None else STOP_REASONS[reply.finish_reason],
+            "stop_sequence": reply.stopped,
+        }
+        self.message |= end
+        self.message["usage"] = usage(timings.n_prompt, timings.n_cached, timings.n_generated, reply.n_reasoning)
+        return [
+            *self._close(),
+            {"type": "message_delta", "delta": end, "usage": self.message["usage"]},
+            {"type": "message_stop"},
+        ]
+
+    def _write(self, delta: Delta) -> list[Event]:
+        if delta.kind == "reasoning" and self._display == "hidden":
+            return []
+        events: list[Event] = []
+        if delta.kind == "call" or (delta.kind != "arguments" and not self._in_block(delta)):
+            events += [*self._close(), self._start(delta)]
+        if delta.kind == "call":
+            return events
+        assert self._open is not None
+        self._open.parts.append(delta.text)
+        if delta.kind != "reasoning" or self._display == "shown":
+            events.append(self._delta(_fragment(delta)))
+        return events
+
+    def _in_block(self, delta: Delta) -> bool:
+        return self._open is not None and self._open.block["type"] == BLOCK_TYPES[delta.kind]
+
+    def _start(self, delta: Delta) -> Event:
+        block: dict[str, Any]
+        if delta.kind == "reasoning":
+            block = {"type": "thinking", "thinking": "", "signature": ""}
+        elif delta.kind == "text":
+            block = {"type": "text", "text": ""}
+        else:
+            call_id = f"toolu_{self._trace_id}_{delta.index}"
+            block = {"type": "tool_use", "id": call_id, "name": delta.text, "input": {}}
+        self._open = _Open(block, [])
+        return {"type": "content_block_start", "index": self._index, "content_block": dict(block)}
+
+    def _close(self) -> list[Event]:
+        if self._open is None:
+            return []
+        block, text = self._open.block, "".join(self._open.parts)
+        events: list[Event] = []
+        if block["type"] == "thinking":
+            shown = self._display == "shown"
+            block["thinking"] = text if shown else ""
+            block["signature"] = self._trace_id if shown else seal(text)
+            events.append(self._delta({"type": "signature_delta", "signature": block["signature"]}))
+        elif block["type"] == "text":
+            block["text"] = text
+        else:
+            block["input"] = json.loads(text)
+        events.append({"type": "content_block_stop", "index": self._index})
+        self.message["content"].append(block)
+        self._open = None
+        return events
+
+    def _delta(self, delta: dict[str, str]) -> Event:
+        return {"type": "content_block_delta", "index": self._index, "delta": delta}
+
+    @property
+    def _index(self) -> int:
+        return len(self.message["content"])
+
+
+def _fragment(delta: Delta) -> dict[str, str]:
+    if delta.kind == "reasoning":
+        return {"type": "thinking_delta", "thinking": delta.text}
+    if delta.kind == "text":
+        return {"type": "text_delta", "text": delta.text}
+    return {"type": "input_json_delta", "partial_json": delta.text}
+
+
+def usage(n_prompt: int, n_cached: int = 0, n_generated: int = 0, n_reasoning: int = 0) -> dict[str, Any]:
+    """Anthropic's input_tokens are those that were not in the cache; the sum of the three counts is the prompt."""
+    return {
+        "input_tokens": n_prompt - n_cached,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": n_cached,
+        "output_tokens": n_generated,
+        "output_tokens_details": {"thinking_tokens": n_reasoning},
+    }

@@ -1,0 +1,92 @@
+"""The application: which routes there are, and what stands before them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import FileResponse
+
+from stepgguf import __version__
+from stepgguf.chat.exchange import ChatModel
+from stepgguf.server import chat as chat_completions
+from stepgguf.server import completions, guard, messages, models, responses, tokens
+from stepgguf.server.config import ServerConfig
+from stepgguf.server.metrics import Metrics
+from stepgguf.server.problems import AnthropicError, OpenAIError, Refusal
+from stepgguf.server.service import Service, now
+
+HERE = Path(__file__).parent
+# The pages load nothing from elsewhere. Their scripts and styles are inline.
+PAGE_HEADERS = {
+    "content-security-policy": "default-src 'self'; script-src 'self' 'unsafe-inline'; "
+    "style-src 'self' 'unsafe-inline'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+}
+
+
+def create_app(chat: ChatModel, config: ServerConfig) -> FastAPI:
+    """One model behind all dialects. The caller closes the engine."""
+    metrics = Metrics(chat.engine)
+    app = FastAPI(
+        title="stepgguf",
+        version=__version__,
+        summary=f"{chat.engine.info.name}, in the dialects of OpenAI and Anthropic",
+        docs_url=None,
+        redoc_url=None,
+        middleware=_middleware(config, metrics),
+    )
+    app.state.service = Service(chat, config, metrics, now())
+    for kind in (HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, _leave_to_guard)
+    for module in (chat_completions, completions, responses, models, tokens):
+        app.include_router(module.router, responses=_errors(OpenAIError))
+    app.include_router(messages.router, responses=_errors(AnthropicError))
+    _add_page(app, "/", HERE / "static" / "index.html")
+    _add_page(app, "/docs", HERE / "docs.html")
+    return app
+
+
+def _errors(model: object) -> dict[int | str, dict[str, Any]]:
+    """For the OpenAPI document: every answer that is not a success has this form."""
+    return {"default": {"model": model, "description": "What is wrong, and with which field."}}
+
+
+def _add_page(app: FastAPI, path: str, file: Path) -> None:
+    async def page() -> FileResponse:
+        return FileResponse(file, headers=PAGE_HEADERS)
+
+    app.get(path, include_in_schema=False)(page)
+
+
+def _middleware(config: ServerConfig, metrics: Metrics) -> list[Middleware]:
+    """Outermost first; see guard.py."""
+    layers = [Middleware(guard.Trace, metrics=metrics)]
+    if config.cors_origins:
+        layers.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=config.cors_origins,
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+                expose_headers=["x-request-id"],
+            )
+        )
+    layers += [Middleware(guard.Errors), Middleware(guard.Host, config=config)]
+    if config.api_key is not None:
+        layers.append(Middleware(guard.Key, key=config.api_key))
+    return [*layers, Middleware(guard.Size, config=config)]
+
+
+async def _leave_to_guard(request: Request, error: Exception) -> Response:
+    """FastAPI's own handlers would answer in its own form."""
+    if isinstance(error, HTTPException) and error.status_code in (404, 405) and not isinstance(error, Refusal):
+        asked = f"{request.method} {request.url.path}"
+        raise Refusal(error.status_code, f"there is no {asked}; /docs lists what there is", headers=error.headers)
+    raise error

@@ -1,0 +1,89 @@
+"""What all routes share: the model, the configuration, the counters."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+from fastapi import Depends, Request
+from starlette.concurrency import run_in_threadpool
+
+from stepgguf import __version__
+from stepgguf.chat.exchange import ChatModel, Prepared
+from stepgguf.chat.request import ChatRequest
+from stepgguf.runtime.engine import Engine
+from stepgguf.server.config import ServerConfig
+from stepgguf.server.metrics import Metrics
+from stepgguf.server.problems import Refusal
+from stepgguf.server.stream import Exchange
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """started: seconds since the epoch."""
+
+    chat: ChatModel
+    config: ServerConfig
+    metrics: Metrics
+    started: int
+
+    @property
+    def engine(self) -> Engine:
+        return self.chat.engine
+
+    @property
+    def fingerprint(self) -> str:
+        return f"stepgguf-{__version__}-{self.engine.info.engine.replace(' ', '-')}"
+
+    def model(self, asked: str | None) -> str:
+        """The id to answer under: the one that was asked for. 404 if it is none of ours."""
+        known = self.config.known_ids
+        if asked is None:
+            return known[0]
+        if asked not in known:
+            raise Refusal(
+                404,
+                f"there is no model {asked!r}; this server has {', '.join(known)}",
+                code="model_not_found",
+                param="model",
+            )
+        return asked
+
+    async def prepare(self, request: ChatRequest) -> Prepared:
+        """Rendering and tokenizing a long conversation and building a grammar take time: off the event loop."""
+        return await run_in_threadpool(self.chat.prepare, request)
+
+    async def start(self, prepared: Sequence[Prepared], request: Request) -> Exchange:
+        """Submit. From here on tokens are made, unless this raises."""
+        exchange = await Exchange.start(self.engine, prepared, self.metrics)
+        request.state.exchange = exchange  # for the log
+        return exchange
+
+
+def copies(prepared: Prepared, n: int) -> list[Prepared]:
+    """n answers to one prompt, which the engine reads once. With a seed each gets its own, the first the given one."""
+    request, seed = prepared.request, prepared.request.sampling.seed
+    if seed is None:
+        return [prepared] * n
+    samplings = [replace(request.sampling, seed=seed + i) for i in range(n)]
+    return [replace(prepared, request=replace(request, sampling=sampling)) for sampling in samplings]
+
+
+def trace(request: Request) -> str:
+    """The id of this request: in its answer's header and body, and in the log."""
+    value: str = request.state.trace
+    return value
+
+
+def now() -> int:
+    return int(time.time())
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+TheService = Annotated[Service, Depends(_service)]

@@ -1,0 +1,367 @@
+"""OpenAI's Responses dialect: its events, and OpenAI's own client against a real server."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import openai
+import pytest
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import BaseModel, TypeAdapter
+
+from stepgguf.chat.exchange import ChatModel
+from stepgguf.chat.request import ChatRequest
+from stepgguf.server.config import ServerConfig
+from stepgguf.server.metrics import Metrics
+from stepgguf.server.problems import Problem
+from stepgguf.server.responses_request import ResponseBody, conversation
+from stepgguf.server.responses_writer import ResponseWriter
+from stepgguf.server.sealed import seal
+from stepgguf.server.service import Service
+from tests.server.conftest import Serve, Server
+from tests.server.scripted import CALL, answer
+from tests.server.test_stream import Dying
+
+QUESTION = "How many 'r's are in the word strawberry?"
+WEATHER: dict[str, Any] = {
+    "type": "function",
+    "name": "get_weather",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    "strict": False,
+}
+COLD: dict[str, Any] = {"model": "demo", "temperature": 0}
+ECHO = {"parallel_tool_calls": True, "tool_choice": "auto", "tools": []}
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+def written(pieces: list[str], *, sealed: bool = False, **how: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    deltas, reply = answer(pieces, **how)
+    writer = ResponseWriter("abc", "demo", 1763600000, ECHO, sealed=sealed)
+    return writer.start() + writer.feed(deltas) + writer.finish(reply), writer.response
+
+
+# the writer -------------------------------------------------------------------------------------------------------
+
+
+def test_reasoning_text_and_a_call_are_items_one_after_the_other() -> None:
+    events, response = written(["Hm", ".", "</think>", "Let me ", "look.", *CALL, "</tool_call>"], n_cached=4)
+    assert [(event["type"].removeprefix("response."), event.get("output_index")) for event in events] == [
+        ("created", None),
+        ("in_progress", None),
+        ("output_item.added", 0),
+        ("content_part.added", 0),
+        ("reasoning_text.delta", 0),
+        ("reasoning_text.delta", 0),
+        ("reasoning_text.done", 0),
+        ("content_part.done", 0),
+        ("output_item.done", 0),
+        ("output_item.added", 1),
+        ("content_part.added", 1),
+        ("output_text.delta", 1),
+        ("output_text.delta", 1),
+        ("output_text.done", 1),
+        ("content_part.done", 1),
+        ("output_item.done", 1),
+        ("output_item.added", 2),
+        ("function_call_arguments.delta", 2),
+        ("function_call_arguments.delta", 2),
+        ("function_call_arguments.delta", 2),
+        ("function_call_arguments.delta", 2),
+        ("function_call_arguments.done", 2),
+        ("output_item.done", 2),
+        ("completed", None),
+    ]
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    assert events[0]["response"]["output"] == []
+    reasoning = {"type": "reasoning_text", "text": "Hm."}
+    text = {"type": "output_text", "text": "Let me look.", "annotations": [], "logprobs": []}
+    output = [
+        {"id": "rs_abc_0", "type": "reasoning", "status": "completed", "summary": [], "content": [reasoning]},
+        {"id": "msg_abc_1", "type": "message", "status": "completed", "role": "assistant", "content": [text]},
+        {
+            "id": "fc_abc_2",
+            "type": "function_call",
+            "status": "completed",
+            "call_id": "call_abc_2",
+            "name": "get_weather",
+            "arguments": '{"city":"Paris"}',
+        },
+    ]
+    assert response["output"] == events[-1]["response"]["output"] == output
+    assert [event["item"] for event in events if event["type"] == "response.output_item.done"] == output
+    assert response["usage"] == {
+        "input_tokens": 10,
+        "input_tokens_details": {"cached_tokens": 4, "cache_write_tokens": 0},
+        "output_tokens": 12,
+        "output_tokens_details": {"reasoning_tokens": 3},
+        "total_tokens": 22,
+    }
+
+
+def test_every_event_is_one_that_the_client_library_knows() -> None:
+    known: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
+    events, response = written(["Hm", "</think>", "Look.", *CALL, "</tool_call>", *CALL, "</tool_call>", "So."])
+    for event in events:
+        assert known.validate_python(event).type == event["type"]
+    Response.model_validate(response)
+
+
+def test_an_answer_that_was_cut_is_incomplete_and_says_why() -> None:
+    events, response = written(["</think>", "one, ", "two"], reason="length")
+    assert events[-1]["type"] == "response.incomplete"
+    assert (response["status"], response["output"][0]["status"]) == ("incomplete", "incomplete")
+    assert response["incomplete_details"] == {"reason": "max_output_tokens"}
+
+
+def test_an_answer_that_failed_ends_with_what_was_finished() -> None:
+    deltas, _ = answer(["Hm", "</think>", "one, "])
+    writer = ResponseWriter("abc", "demo", 1763600000, ECHO, sealed=False)
+    events = writer.start() + writer.feed(deltas) + writer.fail(Problem(500, "it died", "server_error", "x"))
+    assert events[-1]["type"] == "response.failed"
+    response = events[-1]["response"]
+    assert (response["status"], response["error"]) == ("failed", {"code": "server_error", "message": "it died"})
+    assert [item["type"] for item in response["output"]] == ["reasoning"]
+    TypeAdapter(ResponseStreamEvent).validate_python(events[-1])
+
+
+def test_reasoning_is_also_sealed_if_the_client_asks_for_it() -> None:
+    assert written(["Hm", "</think>"], sealed=True)[1]["output"][0]["encrypted_content"] == seal("Hm")
+
+
+# the request ------------------------------------------------------------------------------------------------------
+
+
+def messages_of(items: Any) -> list[dict[str, Any]]:
+    return conversation(ResponseBody.model_validate({"input": items}).input)
+
+
+def test_items_of_the_assistant_make_one_message_and_reasoning_starts_the_next() -> None:
+    text = {"type": "output_text", "text": "Let me look.", "annotations": []}
+    items = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "input_text", "text": "Weather?"}]},
+        {"type": "reasoning", "id": "rs", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm."}]},
+        {"type": "message", "id": "msg", "role": "assistant", "status": "completed", "content": [text]},
+        {"type": "function_call", "id": "fc", "call_id": "a", "name": "f", "arguments": "{}"},
+        {"type": "reasoning", "id": "rs", "summary": [], "encrypted_content": seal("More.")},
+        {"type": "function_call", "call_id": "b", "name": "f", "arguments": '{"x":1}'},
+        {"type": "function_call_output", "call_id": "a", "output": "21"},
+        {"type": "function_call_output", "call_id": "b", "output": [{"type": "input_text", "text": "22"}]},
+    ]
+
+    def call(id: str, arguments: str) -> dict[str, Any]:
+        return {"id": id, "type": "function", "function": {"name": "f", "arguments": arguments}}
+
+    assert messages_of(items) == [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": "Weather?"},
+        {
+            "role": "assistant",
+            "content": "Let me look.",
+            "reasoning_content": "Hm.",
+            "tool_calls": [call("a", "{}")],
+        },
+        {"role": "assistant", "content": "", "reasoning_content": "More.", "tool_calls": [call("b", '{"x":1}')]},
+        {"role": "tool", "tool_call_id": "a", "content": "21"},
+        {"role": "tool", "tool_call_id": "b", "content": "22"},
+    ]
+
+
+def test_a_string_is_a_message_of_the_user() -> None:
+    assert messages_of("Hello") == [{"role": "user", "content": "Hello"}]
+
+
+def test_fields_become_those_of_the_request(chat_model: ChatModel) -> None:
+    service = Service(chat_model, ServerConfig(("demo",)), Metrics(chat_model.engine), 0)
+
+    def request_of(**fields: Any) -> ChatRequest:
+        return ResponseBody.model_validate({"input": "Hello", **fields}).chat_request(service)
+
+    plain = request_of()
+    assert (plain.parallel_tool_calls, plain.reasoning_budget, plain.max_tokens) == (True, None, None)
+    told = request_of(instructions="Be brief.", parallel_tool_calls=False, reasoning={"effort": "low"}, temperature=0.5)
+    assert told.messages == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    assert (told.parallel_tool_calls, told.reasoning_budget, told.sampling.temperature) == (False, 2048, 0.5)
+
+
+# a real server and OpenAI's client --------------------------------------------------------------------------------
+
+
+def test_an_answer_is_reasoning_and_a_message(client: openai.OpenAI) -> None:
+    response = client.responses.create(input=QUESTION, **COLD)
+    assert [item.type for item in response.output] == ["reasoning", "message"]
+    assert response.output[0].content[0].text  # type: ignore[union-attr,index]
+    assert response.output_text == "There are 3 'r's."
+    assert response.status == "completed"
+    assert response.usage is not None
+    assert response.usage.output_tokens_details.reasoning_tokens > 0
+    assert response._request_id in response.id  # type: ignore[operator]
+
+
+def test_the_stream_says_the_same_as_the_whole_response(client: openai.OpenAI) -> None:
+    with client.responses.stream(input=QUESTION, **COLD) as stream:
+        text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+        streamed = stream.get_final_response()
+    whole = client.responses.create(input=QUESTION, **COLD)
+    assert text == streamed.output_text == whole.output_text == "There are 3 'r's."
+    assert streamed.output[0].content[0].text == whole.output[0].content[0].text  # type: ignore[union-attr,index]
+    assert streamed.usage.output_tokens == whole.usage.output_tokens  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("sealed", [False, True])
+def test_a_tool_is_called_and_its_result_read(client: openai.OpenAI, streamed: bool, sealed: bool) -> None:
+    items: list[Any] = [{"role": "user", "content": "What is the weather in Paris?"}]
+    asked: dict[str, Any] = {"tools": [WEATHER], **COLD}
+    if sealed:
+        asked |= {"include": ["reasoning.encrypted_content"], "store": False}
+
+    def ask() -> Any:
+        if not streamed:
+            return client.responses.create(input=items, **asked)
+        with client.responses.stream(input=items, **asked) as stream:
+            return stream.get_final_response()
+
+    first = ask()
+    call = first.output[-1]
+    assert (call.type, call.name, json.loads(call.arguments)) == ("function_call", "get_weather", {"city": "Paris"})
+    for item in first.output:
+        data = item.to_dict()
+        if sealed and item.type == "reasoning":
+            data.pop("content")  # as clients do that keep only what is sealed
+        data.pop("parsed_arguments", None)
+        items.append(data)
+    output = json.dumps({"temp_c": 21, "sky": "sunny"})
+    items.append({"type": "function_call_output", "call_id": call.call_id, "output": output})
+    second = ask()
+    assert second.output_text == "It is 21 degrees and sunny in Paris."
+    # the reasoning came back: all but the last tokens of the first exchange are found in the cache
+    assert second.usage.input_tokens_details.cached_tokens > first.usage.input_tokens
+
+
+def test_a_tool_can_be_forced_and_forbidden(client: openai.OpenAI) -> None:
+    forced = client.responses.create(
+        input="Hello", tools=[WEATHER], tool_choice={"type": "function", "name": "get_weather"}, **COLD
+    )
+    assert forced.output[-1].type == "function_call"
+    assert forced.tool_choice.name == "get_weather"  # type: ignore[union-attr]
+    asked: dict[str, Any] = {"input": "What is the weather in Paris?", "tools": [WEATHER], **COLD}
+    forbidden = client.responses.create(tool_choice="none", **asked)
+    assert "function_call" not in [item.type for item in forbidden.output]
+
+
+class Count(BaseModel):
+    n: int
+
+
+def test_an_answer_keeps_to_a_schema(client: openai.OpenAI) -> None:
+    response = client.responses.parse(input=QUESTION, text_format=Count, **COLD)
+    assert isinstance(response.output_parsed, Count)
+    assert response.text.format.type == "json_schema"  # type: ignore[union-attr]
+    some: Any = {"format": {"type": "json_object"}}
+    free = client.responses.create(input=QUESTION, text=some, max_output_tokens=60, **COLD)
+    assert free.output_text.startswith("{")
+
+
+def test_effort_none_is_no_reasoning(client: openai.OpenAI) -> None:
+    plain = client.responses.create(input=QUESTION, reasoning={"effort": "none"}, **COLD)
+    assert [item.type for item in plain.output] == ["message"]
+
+
+def test_max_output_tokens_cuts_and_says_so(client: openai.OpenAI) -> None:
+    response = client.responses.create(input=QUESTION, max_output_tokens=2, **COLD)
+    assert response.status == "incomplete"
+    assert response.incomplete_details.reason == "max_output_tokens"  # type: ignore[union-attr]
+    assert response.usage.output_tokens == 2  # type: ignore[union-attr]
+
+
+def test_the_bytes_of_a_stream_are_named_events_with_one_line_of_data(server: Server) -> None:
+    body = {"input": QUESTION, "temperature": 0, "stream": True}
+    records = server.client.post("/v1/responses", json=body).text.split("\n\n")
+    assert records.pop() == ""
+    for number, record in enumerate(records):
+        event, data = record.split("\n")
+        value = json.loads(data.removeprefix("data: "))
+        assert (event, number) == (f"event: {value['type']}", value["sequence_number"])
+
+
+def test_a_stream_that_has_nothing_to_say_sends_comments(serve: Serve) -> None:
+    with serve(keep_alive_seconds=0.001) as server:
+        text = server.client.post("/v1/responses", json={"input": QUESTION, "temperature": 0, "stream": True}).text
+        assert ": keep-alive\n\n" in text
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        with client.responses.stream(input=QUESTION, **COLD) as stream:
+            assert stream.get_final_response().output_text == "There are 3 'r's."
+
+
+def test_an_engine_that_dies_in_a_stream_fails_the_response(
+    server: Server, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit = Dying(server.engine, recovered=True).submit
+    monkeypatch.setattr(type(server.engine), "submit", lambda self, request, sink: submit(request, sink))
+    *_, last = client.responses.create(input=QUESTION, stream=True, **COLD)
+    assert last.type == "response.failed"
+    assert last.response.error.message.startswith("it broke")  # type: ignore[union-attr]
+    with pytest.raises(openai.InternalServerError, match="it broke"):
+        client.responses.create(input=QUESTION, **COLD)
+
+
+# refusals ---------------------------------------------------------------------------------------------------------
+
+IMAGE = [{"role": "user", "content": [{"type": "input_image", "image_url": "http://x/y.png"}]}]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "said"),
+    [
+        ({"input": IMAGE}, "input[0].content[0]", "the model reads text only, it cannot take input_image"),
+        ({"input": []}, "input", "at least 1 item"),
+        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input[0]", "send the whole conversation"),
+        ({"input": [{"type": "shell_call"}]}, "input[0]", "items of type shell_call"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id", "send the whole conversation as `input`"),
+        ({"background": True}, "background", "use `stream`"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0]", "there is no tool web_search here"),
+        ({"include": ["message.output_text.logprobs"]}, "include", "/v1/chat/completions"),
+        ({"top_logprobs": 3}, "top_logprobs", "/v1/chat/completions"),
+        ({"max_tokens": 5}, "max_tokens", "did you mean max_output_tokens?"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_and_named(
+    server: Server, fields: dict[str, Any], param: str, said: str
+) -> None:
+    response = server.client.post("/v1/responses", json={"input": "Hello", **fields})
+    error = response.json()["error"]
+    assert response.status_code == 400
+    assert error["param"] == param
+    assert said in error["message"]
+
+
+def test_what_means_nothing_here_is_accepted(server: Server) -> None:
+    ignored = {
+        "store": True,
+        "metadata": {"a": "b"},
+        "user": "u",
+        "truncation": "auto",
+        "previous_response_id": None,
+        "background": False,
+        "top_logprobs": 0,
+        "include": ["reasoning.encrypted_content"],
+        "prompt_cache_key": "k",
+        "text": {"verbosity": "low"},
+        "reasoning": {"effort": "none", "summary": "auto"},
+    }
+    answered = server.client.post("/v1/responses", json={"input": "Hello", "max_output_tokens": 2, **ignored})
+    assert answered.status_code == 200
+    assert answered.json()["store"] is False
+    assert answered.json()["metadata"] == {"a": "b"}
+
+
+@pytest.mark.parametrize("verb", ["retrieve", "delete"])
+def test_nothing_is_stored_and_the_error_says_so(client: openai.OpenAI, verb: str) -> None:
+    with pytest.raises(openai.NotFoundError, match="nothing is stored here"):
+        getattr(client.responses, verb)("resp_1")
