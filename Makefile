@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
 .PHONY: install demo check test bench clean
 
-install: .venv/dev
+install: .venv/dev tests/clients/node_modules
 
 demo: .venv/run
 	$(BIN)/stepgguf demo
@@ -16,15 +16,17 @@ check: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: .venv/dev
+test: .venv/dev tests/clients/node_modules
 	$(BIN)/python -m pytest
 
 bench: .venv/dev
 	$(BIN)/python -m benchmarks.real_layer
 	$(BIN)/python -m benchmarks.one_pass
+	$(BIN)/python -m benchmarks.serving
+	$(BIN)/python -m benchmarks.load
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache dist
+	rm -rf .venv tests/clients/node_modules .mypy_cache .pytest_cache .ruff_cache dist
 
 .venv/run: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -33,4 +35,8 @@ clean:
 
 .venv/dev: .venv/run
 	$(PIP) install -c constraints.txt -e '.[dev]'
+	touch $@
+
+tests/clients/node_modules: tests/clients/package-lock.json
+	npm ci --prefix tests/clients --no-audit --no-fund --loglevel=error
 	touch $@

@@ -51,6 +51,7 @@ class Side:
     name: str
     port: int
     ends: list[int]
+    pid: int = 0
 
     async def ask(self, prompt: list[int], tokens: int) -> Answer:
         """One streamed completion of exactly so many tokens."""
@@ -83,13 +84,14 @@ class Side:
 def running(name: str, command: list[str], ends: list[int]) -> Iterator[Side]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        side = Side(name, free.getsockname()[1], ends)
+        port = free.getsockname()[1]
     process = subprocess.Popen(
-        [*command, "--host", "127.0.0.1", "--port", str(side.port)],
+        [*command, "--host", "127.0.0.1", "--port", str(port)],
         env={**os.environ, "LLAMA_API_KEY": KEY, "STEPGGUF_API_KEY": KEY},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
+    side = Side(name, port, ends, process.pid)
     try:
         for _ in range(600):
             assert process.poll() is None, f"{name} has ended with {process.returncode}"
@@ -136,7 +138,7 @@ def compare(title: str, sides: list[Side], rounds: int, measure: Callable[[Side,
 
 
 def make_model(folder: Path) -> Path:
-    write_checkpoint(folder / "checkpoint", Shape(n_mtp=3, vocab=128_896, n_expert=32, n_used=8, original_context=8192))
+    write_checkpoint(folder / "checkpoint", Shape(n_mtp=3, vocab=128_896, n_expert=32, n_used=8, context=16384))
     assert stepgguf(["convert", str(folder / "checkpoint"), str(folder / "model.gguf"), "-t", "Q8_0", "-q"]) == 0
     return folder / "model.gguf"
 

@@ -36,6 +36,7 @@ class Shape:
     vocab: int = 768
     window: int = 32
     original_context: int = 2048
+    context: int = 4096
 
 
 def config(shape: Shape, *, cut_lists: bool = False) -> dict[str, Any]:
@@ -88,7 +89,7 @@ def config(shape: Shape, *, cut_lists: bool = False) -> dict[str, Any]:
         "swiglu_limits": [0.5 if last - 1 <= i <= last else 0.0 for i in range(n)],
         "swiglu_limits_shared": [0.6 if i == last else 0.0 for i in range(n)],
         "zero_centered": True,
-        "max_position_embeddings": 4096,
+        "max_position_embeddings": shape.context,
     }  # fmt: skip
 
 

@@ -9,13 +9,17 @@ from typing import Annotated
 import typer
 
 from stepgguf import __version__
-from stepgguf.cli import chat, convert, demo, inspect, quantize, template, verify
+from stepgguf.cli import bench, chat, convert, demo, doctor, inspect, quantize, serve, template, verify
 from stepgguf.errors import StepggufError
 
 # Packages that come with an extra and not with stepgguf itself.
 EXTRAS = {
+    "fastapi": "run",
     "jinja2": "run",
     "llama_cpp": "run",
+    "prometheus_client": "run",
+    "prompt_toolkit": "run",
+    "uvicorn": "run",
     "safetensors": "reference",
     "tokenizers": "reference",
     "torch": "reference",
@@ -24,7 +28,7 @@ EXTRAS = {
 app = typer.Typer(
     name="stepgguf",
     help="Step-3.5-Flash on your workstation: convert the published safetensors to a quantized GGUF in one pass, "
-    "check it, and chat with it.",
+    "check it, chat with it and serve it.",
     epilog="Try it without any download: stepgguf demo",
     no_args_is_help=True,
     add_completion=False,
@@ -37,6 +41,9 @@ app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
 app.command("template")(template.template)
 app.command("chat")(chat.chat)
+app.command("serve")(serve.serve)
+app.command("doctor")(doctor.doctor)
+app.command("bench")(bench.bench)
 app.command("demo")(demo.demo)
 
 

@@ -52,6 +52,11 @@ def data(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
+def lines(texts: Iterable[str]) -> None:
+    """Text to stdout."""
+    sys.stdout.write("".join(f"{text}\n" for text in texts))
+
+
 def size(n: int) -> str:
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if n >= scale:

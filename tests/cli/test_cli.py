@@ -28,7 +28,7 @@ def _no_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
 
 
-COMMANDS = ["convert", "quantize", "inspect", "verify", "template", "chat", "demo"]
+COMMANDS = ["convert", "quantize", "inspect", "verify", "template", "chat", "serve", "doctor", "bench", "demo"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -57,7 +57,7 @@ def test_version(capfd: pytest.CaptureFixture[str]) -> None:
         (["convert", "a", "b", "--split-max-size", "big"], "'big' is not a size"),
         (["convert", "a", "b", "--memory", "0"], "a size must be positive"),
         (["chat", "x.gguf", "-p", ""], "there is nothing to answer"),
-        (["chat", "x.gguf", "-p", "a", "--reasoning", "loud"], "'loud' is not one of show, hide"),
+        (["chat", "x.gguf", "-p", "a", "--thinking", "loud"], "'loud' is not one of full, fold, hide"),
         (["nonsense"], "No such command"),
     ],
 )

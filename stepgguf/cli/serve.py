@@ -1,0 +1,122 @@
+"""stepgguf serve: one model behind the APIs of OpenAI and Anthropic."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import socket
+from typing import Annotated
+
+import typer
+
+from stepgguf.cli import arguments, loading
+
+
+def serve(
+    path: arguments.Gguf,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any free port.")] = 8080,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="STEPGGUF_API_KEY", help="Clients must send it, as Bearer or x-api-key.")
+    ] = None,
+    no_key: Annotated[
+        bool,
+        typer.Option("--no-key", help="Serve other machines without a key. Anyone who reaches the port may use it."),
+    ] = False,
+    alias: Annotated[
+        list[str] | None, typer.Option(metavar="ID", help="Another model id that clients may ask for.")
+    ] = None,
+    cors: Annotated[
+        list[str] | None, typer.Option(metavar="ORIGIN", help="Let web pages of this origin use it.")
+    ] = None,
+    parallel: Annotated[int, typer.Option(min=1, max=64, help="Requests that are decoded at the same time.")] = 4,
+    queue: Annotated[int, typer.Option(min=0, help="Requests that may wait besides; more are refused with 429.")] = 64,
+    ctx: loading.Ctx = None,
+    gpu_layers: loading.GpuLayers = -1,
+    threads: arguments.Threads = None,
+    draft: loading.Draft = None,
+    mmap: loading.Mmap = True,
+    cache_ram: loading.CacheRam = 2 * 2**30,
+    cache_folder: loading.CacheFolder = None,
+    engine: loading.EngineName = loading.IN_PROCESS,
+    rpc: loading.Rpc = None,
+    low: Annotated[int, typer.Option("--effort-low", min=0, help="Tokens of thinking for effort low.")] = 2048,
+    medium: Annotated[int, typer.Option("--effort-medium", min=0, help="Tokens of thinking for effort medium.")] = 8192,
+    closing_message: Annotated[
+        str, typer.Option(metavar="TEXT", help="What the model thinks last when its thinking is cut off.")
+    ] = "",
+    loop_breaker: Annotated[
+        bool, typer.Option("--loop-breaker/--no-loop-breaker", help="End thinking that repeats itself.")
+    ] = True,
+    quiet: arguments.Quiet = False,
+) -> None:
+    """Serve a GGUF to everything that speaks to OpenAI's, StepFun's, OpenRouter's, NVIDIA's or Anthropic's API.
+
+    Point a client's base URL at it: http://127.0.0.1:8080/v1 for OpenAI's, http://127.0.0.1:8080 for Anthropic's.
+    A small chat is at /, the API's description at /docs, Prometheus' figures at /metrics.
+
+    Examples:
+
+    - `stepgguf serve step-q4_k_s.gguf`
+    - `STEPGGUF_API_KEY=... stepgguf serve step-q4_k_s.gguf --host 0.0.0.0 --ctx 131072`
+    - `stepgguf serve step-q4_k_s.gguf --cache-folder ~/.cache/stepgguf --parallel 2`
+    - `stepgguf serve step-q8_0.gguf --engine llama-server --rpc 192.168.7.2:50052`
+    """
+    from stepgguf.chat.exchange import ChatModel
+    from stepgguf.cli import output
+    from stepgguf.server import listen
+    from stepgguf.server.app import create_app
+    from stepgguf.server.config import EFFORTS, ServerConfig
+
+    if not _is_loopback(host) and api_key is None and not no_key:
+        raise typer.BadParameter(
+            f"{host} can be reached from other machines: set --api-key or STEPGGUF_API_KEY, or say --no-key",
+            param_hint="--host",
+        )
+    if api_key == "":
+        raise typer.BadParameter("the key is empty", param_hint="--api-key")
+    options = loading.EngineOptions(
+        ctx, parallel, queue, gpu_layers, threads, draft, mmap, cache_ram, cache_folder, engine, tuple(rpc or ())
+    )
+    with _bound(host, port) as listener, loading.engine(path, options, quiet=quiet) as opened:
+        config = ServerConfig(
+            model_ids=(path.stem, *(alias or ())),
+            host=host,
+            api_key=api_key,
+            cors_origins=tuple(cors or ()),
+            efforts={**EFFORTS, "low": low, "medium": medium},
+        )
+        app = create_app(ChatModel(opened, closing_message=closing_message, break_loops=loop_breaker), config)
+        address = listener.getsockname()
+        shown = f"[{address[0]}]" if ":" in address[0] else address[0]
+        if not quiet:
+            output.note(
+                f"{opened.info.name} at http://{shown}:{address[1]}, {parallel} at once in {opened.info.n_ctx} tokens"
+            )
+        logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(asctime)s %(message)s")
+        listen.serve(app, listener, opened, host=host)
+        if not opened.stats().alive:
+            raise typer.Exit(1)
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """The port, taken before a large file is loaded. Connections are refused until it is."""
+    from stepgguf.errors import EngineError
+
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise EngineError(f"cannot listen on {host}:{port}: {error.strerror}", hint="Choose another --port.") from error
+    return listener
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
