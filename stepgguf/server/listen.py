@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import signal
 import socket
+from collections.abc import Iterator
 
 import uvicorn
 from fastapi import FastAPI
@@ -52,4 +55,17 @@ def serve(app: FastAPI, listener: socket.socket, engine: Engine, *, host: str) -
         await server.serve(sockets=[listener])
         watching.cancel()
 
-    asyncio.run(both())
+    with _signals_taken():
+        asyncio.run(both())
+
+
+@contextlib.contextmanager
+def _signals_taken() -> Iterator[None]:
+    """uvicorn sends itself the signal again when it has ended. What comes after it, saving conversations to disk, must
+    still happen."""
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

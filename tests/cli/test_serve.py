@@ -1,0 +1,144 @@
+"""stepgguf serve and bench as processes, as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from stepgguf.cli.main import main
+from stepgguf.demo import CHECKPOINT
+from tests.conftest import INTERRUPTIBLE
+
+STAND_IN = Path(__file__).parents[1] / "runtime" / "llama_server.py"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("serve") / "demo.gguf"
+    assert main(["convert", str(CHECKPOINT), str(path), "-t", "BF16", "-q"]) == 0
+    return path
+
+
+@contextmanager
+def serving(demo: Path, *options: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The process and its URL, read from what it says when it is ready."""
+    process = subprocess.Popen(
+        [*INTERRUPTIBLE, "serve", str(demo), "--port", "0", "--threads", "1", *options],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    try:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        found = re.search(r"http://\S+?:\d+", line)
+        assert found, line + process.stderr.read()
+        transport = httpx.HTTPTransport(retries=20)  # it is bound, and listens in a moment
+        with httpx.Client(transport=transport) as client:
+            client.get(found[0] + "/health")
+        yield process, found[0]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def ask(url: str, **headers: str) -> httpx.Response:
+    body = {"messages": [{"role": "user", "content": "How many 'r's are in the word strawberry?"}], "temperature": 0}
+    return httpx.post(url + "/v1/chat/completions", json=body, headers=headers, timeout=30)
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+def test_it_answers_and_ends_when_told(demo: Path, sign: signal.Signals) -> None:
+    with serving(demo) as (process, url):
+        assert ask(url).json()["choices"][0]["message"]["content"] == "There are 3 'r's."
+        assert next(m["id"] for m in httpx.get(url + "/v1/models").json()["data"]) == "demo"
+        process.send_signal(sign)
+        _, log = process.communicate(timeout=20)
+        assert process.returncode == 0
+        assert "strawberry" not in log, "the log has what was asked"
+        assert "42+50 tokens" in log
+
+
+def test_the_key_comes_from_the_environment_and_is_never_shown(demo: Path) -> None:
+    with serving(demo, STEPGGUF_API_KEY="s3cret") as (process, url):
+        assert ask(url).status_code == 401
+        assert ask(url, authorization="Bearer s3cret").status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert "s3cret" not in process.communicate(timeout=20)[1]
+
+
+def test_other_machines_are_served_only_with_a_key(demo: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", str(demo), "--host", "0.0.0.0"]) == 2
+    assert "can be reached from other machines" in " ".join(capfd.readouterr().err.split())
+
+
+def test_a_taken_port_is_said_before_the_model_is_loaded(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", str(tmp_path / "absent.gguf"), "--port", str(port)]) == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in capfd.readouterr().err
+
+
+def test_conversations_outlive_a_restart(demo: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    cached = []
+    for _ in range(2):
+        with serving(demo, "--cache-folder", str(folder)) as (process, url):
+            text = "Please tell me: " + "and then " * 80 + "what is 347 + 286?"
+            body = {"messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 5}
+            usage = httpx.post(url + "/v1/chat/completions", json=body, timeout=30).json()["usage"]
+            cached.append(usage["prompt_tokens_details"]["cached_tokens"])
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=20)
+    assert cached[0] == 0
+    assert cached[1] > 80
+
+
+def test_the_same_over_a_llama_server(demo: Path, tmp_path: Path) -> None:
+    program = tmp_path / "llama-server"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{STAND_IN}" "$@"\n')
+    program.chmod(0o755)
+    with serving(demo, "--engine", f"llama-server={program}", "--ctx", "1024", "--parallel", "1") as (_, url):
+        reply = ask(url).json()
+        assert reply["choices"][0]["message"]["content"] == "There are 3 'r's."
+        assert reply["choices"][0]["message"]["reasoning"].startswith("Looking for r.")
+        assert reply["usage"]["completion_tokens_details"]["reasoning_tokens"] == 41
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--engine", "vllm"], "'vllm' is not llama-cpp-python or llama-server"),
+        (["--rpc", "192.168.7.2:50052"], "only a llama-server that is started here"),
+        (["--api-key", ""], "the key is empty"),
+        (["--port", "70000"], "less than or equal to 65535"),
+    ],
+)
+def test_what_cannot_be_is_said(demo: Path, capfd: pytest.CaptureFixture[str], options: list[str], text: str) -> None:
+    assert main(["serve", str(demo), "--port", "0", *options]) == 2
+    assert text in re.sub(r"[\s│]+", " ", capfd.readouterr().err)
+
+
+def test_bench_measures_depths_batches_and_drafts(demo: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    options = ["--depths", "0,600", "--batches", "1,2", "-n", "8", "--threads", "1"]
+    assert main(["bench", str(demo), *options, "--json"]) == 0
+    report = json.loads(capfd.readouterr().out)
+    assert [(r["depth"], r["batch"]) for r in report["speed"]] == [(0, 1), (0, 2), (600, 1), (600, 2)]
+    assert all(r["prompt_tps"] > 0 and r["generation_tps"] > 0 for r in report["speed"])
+    assert [len(r["drafted"]) for r in report["mtp"]] == [0, 1, 2, 3]
+    assert report["mtp"][0]["tokens_per_step"] == pytest.approx(1, abs=0.05)
+    assert report["mtp"][1]["tokens_per_step"] > 1
+    assert main(["bench", str(demo), *options]) == 0
+    assert "tokens/step" in capfd.readouterr().out
+    assert main(["bench", str(demo), "--depths", "zero"]) == 2
