@@ -214,7 +214,7 @@ def examine(
     if build is not None:
         yield from _engine(machine, build)
     if build is None or not build.gpus:
-        yield from _processor(machine, build, model)
+        yield from _processor(machine, build)
     if model is not None and context is not None:
         yield from _file(model, build)
         needed = need(model.footprint, context)
@@ -252,7 +252,7 @@ def _engine(machine: Machine, build: LlamaBuild) -> Iterator[Finding]:
         yield Finding("warn", "mtp", f"{name} lacks what MTP needs: tokens come one at a time", _UPGRADE)
 
 
-def _processor(machine: Machine, build: LlamaBuild | None, model: Model | None) -> Iterator[Finding]:
+def _processor(machine: Machine, build: LlamaBuild | None) -> Iterator[Finding]:
     """What matters only where the CPU computes."""
     if build is not None and build.amx_is_broken:
         compiler = f"{build.compiler[0]} {'.'.join(map(str, build.compiler[1]))}" if build.compiler else "unknown"
@@ -264,10 +264,6 @@ def _processor(machine: Machine, build: LlamaBuild | None, model: Model | None) 
     if lacking:
         message = f"the CPU has {', '.join(lacking)}, which llama-cpp-python is built without"
         yield Finding("warn", "cpu", message, f'CMAKE_ARGS="-DGGML_NATIVE=on" {_REBUILD}')
-    if machine.threads > machine.cores:
-        message = f"{machine.threads} hardware threads on {machine.cores} cores: llama.cpp is fastest with one per core"
-        options = f"--threads {machine.cores}"
-        yield Finding("warn", "threads", message, model.command(options) if model else options)
 
 
 def _file(model: Model, build: LlamaBuild | None) -> Iterator[Finding]:

@@ -104,13 +104,14 @@ def engine(path: Path, options: EngineOptions, *, quiet: bool) -> Iterator[Engin
 
 def _in_process(path: Path, options: EngineOptions, progress: Callable[[float], None]) -> Engine:
     from stepgguf.runtime.llama import LlamaEngine
+    from stepgguf.runtime.machine import probe
 
     return LlamaEngine(
         path,
         n_ctx=options.ctx,
         n_parallel=options.parallel,
         gpu_layers=options.gpu_layers,
-        threads=options.threads,
+        threads=options.threads or probe().cores,  # hyper-threads only get in each other's way
         draft=options.draft,
         mmap=options.mmap,
         queue_limit=options.queue,

@@ -240,12 +240,6 @@ def test_what_the_cpu_has_and_the_engine_does_not_use_is_a_warning() -> None:
     assert "cpu" not in findings(LINUX, CPU_BUILD)
 
 
-def test_more_threads_than_cores_is_a_warning_where_the_cpu_computes(flash: Model) -> None:
-    machine = replace(LINUX, threads=32)
-    assert fix(findings(machine, CPU_BUILD, flash)["threads"]).endswith(" --threads 16")
-    assert "threads" not in findings(machine, CUDA_BUILD, flash)
-
-
 def test_mtp_needs_the_blocks_and_the_engine(flash: Model, tmp_path: Path) -> None:
     assert "mtp" not in findings(LINUX, CPU_BUILD, flash)
     assert "lacks what MTP needs" in findings(LINUX, replace(CPU_BUILD, mtp=False), flash)["mtp"].message

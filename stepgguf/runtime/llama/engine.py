@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,8 @@ from stepgguf.runtime.llama.store import Store
 
 BATCH = 512  # rows of a decode: what a cancel may have to wait for
 MAX_CTX = 32768  # the default's limit: memory for more should be asked for
-MOST_RECOVERIES = 3
+MOST_RECOVERIES = 3  # within RECOVERY_SECONDS; after that something is wrong for good
+RECOVERY_SECONDS = 600.0
 
 
 class LlamaEngine:
@@ -71,6 +73,7 @@ class LlamaEngine:
         self._lock = threading.Lock()
         self._open: dict[Run, None] = {}  # every run that has not been told its end, in order
         self._stopping = False
+        self._failures: list[float] = []
         try:
             self._store = Store(cache_ram, cache_folder, cache_disk, self._fingerprint())
             self._scheduler = self._start()
@@ -159,8 +162,6 @@ class LlamaEngine:
     def close(self) -> None:
         """End what runs, save what the disk cache should keep, free the model."""
         with self._lock:
-            if self._stopping:
-                return
             self._stopping = True
         self._commands.put(lambda: None)
         self._thread.join()
@@ -182,7 +183,8 @@ class LlamaEngine:
             with self._lock:
                 self._stopping = True
             self._fail(list(self._open), EngineDied("the engine was stopped", recovered=False))
-        self._scheduler.put_all_away()
+        if self._context is not None:  # else it was lost, and with it what the sequences held
+            self._scheduler.put_all_away()
         self._store.close()
 
     def _run_commands(self) -> None:
@@ -208,15 +210,20 @@ class LlamaEngine:
         """The context is lost: tell who was in it, make a new one."""
         message = f"{cause}{self._model.log.tail()}"
         self._stats.n_recoveries += 1
-        again = self._stats.n_recoveries <= MOST_RECOVERIES
+        now = time.monotonic()
+        self._failures = [*(t for t in self._failures if t > now - RECOVERY_SECONDS), now]
+        again = len(self._failures) <= MOST_RECOVERIES
         hint = "A smaller --ctx or --parallel needs less memory."
         self._fail(self._scheduler.running, EngineDied(message, recovered=again, hint=hint))
         waiting = self._scheduler.waiting
         self._free()
-        if again:
-            self._scheduler = self._start()
-            self._scheduler.waiting = waiting
-        else:
+        try:
+            if again:
+                self._scheduler = self._start()
+                self._scheduler.waiting = waiting
+        except EngineError:  # no memory for another context
+            self._free()
+        if self._context is None:
             self._stopping = True
 
     def _start(self) -> Scheduler:

@@ -106,10 +106,9 @@ class Scheduler:
             run.deliver()
 
     def put_all_away(self) -> None:
-        """Save the idle sequences, before the context goes."""
+        """Save what all sequences hold, before the context goes."""
         for sequence in self._prefixes.sequences:
-            if not sequence.busy:
-                self._put_away(sequence)
+            self._put_away(sequence)
 
     # letting in -------------------------------------------------------------------------------------------------
 

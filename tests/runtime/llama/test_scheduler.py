@@ -171,6 +171,21 @@ def test_an_engine_that_fails_again_and_again_gives_up_and_says_so(
         submit(engine, [5] * 10)
 
 
+def test_an_engine_that_cannot_be_set_up_again_stops_and_can_be_closed(
+    trained_model: Path, start: Callable[..., LlamaEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start(trained_model, n_ctx=1024)
+    run(engine, engine.tokenize(QUESTIONS[0]))  # something is in the context that is lost
+    monkeypatch.setattr(llama_cpp, "llama_decode", lambda *a: -2)
+    monkeypatch.setattr(llama_cpp, "llama_init_from_model", lambda *a: None)
+    sinks = [submit(engine, [5] * 10) for _ in range(2)]
+    assert all(isinstance(s.finished.error, EngineDied) for s in sinks)
+    engine._thread.join(10)
+    assert not engine.stats().alive
+    engine.close()
+    assert engine._model.handle is None
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_bug_in_the_engine_leaves_nobody_waiting(
     trained_model: Path, start: Callable[..., LlamaEngine], monkeypatch: pytest.MonkeyPatch
