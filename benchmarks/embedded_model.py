@@ -1,4 +1,4 @@
-"""How often the embedded model is right: held-out letter counts and sums, greedy, through llama.cpp.
+"""How often the embedded model is right, and its MTP heads: held-out letter counts and sums, greedy, in llama.cpp.
 
 python -m benchmarks.embedded_model [--n 200] [--types BF16 Q4_K_M]
 """
@@ -9,21 +9,35 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from stepgguf.chat.session import Session
+from stepgguf.chat.exchange import ChatModel, Reply
+from stepgguf.chat.request import ChatRequest
 from stepgguf.cli.main import main as stepgguf
 from stepgguf.demo import CHECKPOINT, tasks
-from stepgguf.runtime.engine import Sampling
+from stepgguf.runtime.engine import Sampling, Stream, Timings
 from stepgguf.runtime.llama import LlamaEngine
 
 
-def right(engine: LlamaEngine, cases: list[list[tasks.Message]]) -> list[bool]:
+def answers(chat: ChatModel, cases: list[list[tasks.Message]]) -> tuple[list[bool], list[Timings]]:
     """Whether each question gets its answer, word for word. The reasoning is the model's own affair."""
-    result = []
+    right, timings = [], []
     for question, answer in cases:
-        session = Session(engine, Sampling(temperature=0.0), max_tokens=300)
-        text = "".join(delta.text for delta in session.ask(question["content"]) if delta.kind == "text")
-        result.append(text.strip() == answer["content"])
-    return result
+        prepared = chat.prepare(ChatRequest([question], Sampling(temperature=0.0), max_tokens=300))
+        reply = Reply(prepared)
+        deltas = [delta for event in Stream(chat.engine, prepared.request) for delta in reply.feed(event)]
+        right.append("".join(delta.text for delta in deltas if delta.kind == "text").strip() == answer["content"])
+        timings.append(reply.timings)
+    return right, timings
+
+
+def drafts(timings: list[Timings]) -> str:
+    """Tokens a step, and what share of each head's drafts was accepted."""
+    heads = [
+        sum(t.accepted[i] for t in timings if len(t.accepted) > i)
+        / sum(t.drafted[i] for t in timings if len(t.drafted) > i)
+        for i in range(max(len(t.drafted) for t in timings))
+    ]
+    steps = sum(t.n_generated for t in timings) / sum(t.n_steps for t in timings)
+    return f"{steps:.2f} tokens a step, accepted by head {', '.join(f'{share:.0%}' for share in heads)}"
 
 
 def main() -> None:
@@ -36,12 +50,16 @@ def main() -> None:
         for kind in args.types:
             path = Path(folder) / f"{kind}.gguf"
             assert stepgguf(["convert", str(args.checkpoint), str(path), "-t", kind, "-q"]) == 0
-            with LlamaEngine(path, n_ctx=1024) as engine:
+            with LlamaEngine(path, n_ctx=1024, draft=3) as engine:
+                chat = ChatModel(engine)
                 for name, cases in (("letters", tasks.held_out_letters(args.n)), ("sums", tasks.held_out_sums(args.n))):
-                    results = right(engine, cases)
+                    results, timings = answers(chat, cases)
                     wrong = [case[0]["content"] for case, ok in zip(cases, results, strict=True) if not ok]
                     share = sum(results) / len(results)
-                    print(f"{kind} {name}: {share:.1%} of {len(results)}; wrong: {wrong[:4]}", flush=True)
+                    print(
+                        f"{kind} {name}: {share:.1%} of {len(results)}; wrong: {wrong[:4]}; {drafts(timings)}",
+                        flush=True,
+                    )
 
 
 if __name__ == "__main__":

@@ -101,6 +101,7 @@ class Exchange:
                 part = self._read(index, [event for i, event in arrived if i == index])
                 if part.deltas or part.finish_reason:
                     yield part
+                self._raise_error(index)
             if self._overrun:
                 raise RequestError(f"the client lags by more than {MOST_WAITING} events", hint="Read faster.")
 
@@ -121,11 +122,15 @@ class Exchange:
         deltas = join([delta for event in events for delta in reply.feed(event)])
         if reply.stopped is not None:
             self._tickets[index].cancel()
-        if reply.finished is None or not events:
+        if reply.finished is None or reply.finished.error is not None or not events:
             return Part(index, deltas, None)
-        if reply.finished.error is not None:
-            raise reply.finished.error
         return Part(index, deltas, reply.finish_reason)
+
+    def _raise_error(self, index: int) -> None:
+        """After what came before it was handed out."""
+        finished = self.replies[index].finished
+        if finished is not None and finished.error is not None:
+            raise finished.error
 
     def _submit(self, engine: Engine) -> None:
         try:

@@ -127,8 +127,11 @@ def test_a_full_queue_is_429_with_the_time_to_wait(server: Server) -> None:
 
 
 def test_a_client_that_does_not_read_is_let_go(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
-    with serve(slow_client_seconds=0.5) as server, caplog.at_level(logging.WARNING):
-        connection = socket.socket()
+    with (
+        serve(slow_client_seconds=0.5) as server,
+        socket.socket() as connection,
+        caplog.at_level(logging.WARNING),
+    ):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", server.port))
         body = endless(server, stream=True, logprobs=True, top_logprobs=20)
@@ -139,7 +142,6 @@ def test_a_client_that_does_not_read_is_let_go(serve: Serve, caplog: pytest.LogC
             time.sleep(0.05)
         assert "has read nothing for 0.5 s" in caplog.text
         assert server.idle_within(2)
-        connection.close()
 
 
 def test_a_reader_that_lags_too_far_is_given_up(chat_model: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,6 +220,7 @@ def test_an_engine_that_dies_in_a_stream_is_an_error_and_an_end(
         text = own.chat(stream=True).text
         events = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
         assert events[-1] == "[DONE]"
+        assert json.loads(events[1])["choices"][0]["delta"]["reasoning"] == "Well", "what came before the error"
         error, end = json.loads(events[-3]), json.loads(events[-2])
         assert error["error"]["message"].startswith("it broke")
         assert error["error"]["object"] == "error"
