@@ -79,7 +79,8 @@ def test_a_module_imports_only_what_its_package_may(path: Path) -> None:
 def test_help_loads_nothing_heavy() -> None:
     code = (
         "import sys\nfrom stepgguf.cli.main import main\nmain(['--help'])\n"
-        "heavy = {'numpy', 'torch', 'numba', 'llama_cpp', 'gguf', 'jinja2', 'fastapi', 'prompt_toolkit'} & set(sys.modules)\n"
+        "heavy = {'numpy', 'torch', 'numba', 'llama_cpp', 'gguf', 'jinja2', 'fastapi', 'prompt_toolkit'}\n"
+        "heavy &= set(sys.modules)\n"
         "sys.exit(f'loaded: {heavy}' if heavy else 0)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

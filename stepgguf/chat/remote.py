@@ -15,8 +15,8 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -43,7 +43,7 @@ class Remote:
         self._headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
-        models = self._ask("GET", "/v1/models")
+        models = self._ask("/v1/models")
         model = (models.get("data") or [{}])[0]
         if "id" not in model:
             raise EngineError(f"{self._url}/v1/models lists no model", hint="Is it a server of Chat Completions?")
@@ -54,7 +54,7 @@ class Remote:
 
     def count(self, text: str) -> int | None:
         try:
-            n = self._ask("POST", "/tokenize", {"text": text}).get("count")
+            n = self._ask("/tokenize", {"text": text}).get("count")
         except StepggufError:
             return None
         return n if isinstance(n, int) else None
@@ -78,59 +78,48 @@ class Remote:
         elif settings.json:
             schema = {"name": "answer", "schema": settings.json}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
-        connection, response = self._send("POST", "/v1/chat/completions", body)
-        return RemoteGeneration(connection, response, Usage(n_ctx=self.n_ctx))
+        connection = self._connection()
+        usage = Usage(n_ctx=self.n_ctx)
+        return RemoteGeneration(connection, lambda: self._send(connection, "/v1/chat/completions", body), usage)
 
-    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        connection, response = self._send(method, path, body)
-        with connection:
+    def _ask(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        with closing(self._connection()) as connection:
             try:
-                answer = json.loads(response.read())
+                answer = json.loads(self._send(connection, path, body).read())
             except (ValueError, http.client.HTTPException, OSError) as error:
-                raise EngineError(
-                    f"{self._url}{path} did not answer with JSON", hint="Is it the right port?"
-                ) from error
+                raise EngineError(f"{self._url}{path} did not answer with JSON", hint="Is the port right?") from error
         return answer if isinstance(answer, dict) else {}
 
-    def _send(
-        self, method: str, path: str, body: Mapping[str, Any] | None = None
-    ) -> tuple[_Connection, http.client.HTTPResponse]:
-        """The head of the answer has been read, and its status is 200."""
-        connection = _Connection(self._host, self._port, tls=self._tls)
-        data = None if body is None else json.dumps(body)
+    def _connection(self) -> _Connection:
+        return _Connection(self._host, self._port, tls=self._tls)
+
+    def _send(self, connection: _Connection, path: str, body: Mapping[str, Any] | None) -> http.client.HTTPResponse:
+        """POST a body, GET without one. The head of the answer has been read, and its status is 200."""
         try:
-            response = connection.request(method, self._base + path, data, self._headers)
+            response = connection.request(self._base + path, None if body is None else json.dumps(body), self._headers)
             if response.status == 200:
-                return connection, response
-            with connection:
+                return response
+            with response:
                 raise _refusal(response.status, response.read(_MOST_ERROR))
         except (OSError, http.client.HTTPException) as error:
-            connection.close()
-            raise EngineError(
-                f"{self._url}: {error or type(error).__name__}", hint="Start a server: stepgguf serve FILE.gguf"
-            ) from error
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise EngineError(f"{self._url}: {reason}", hint="Start a server: stepgguf serve FILE.gguf") from error
 
 
 class _Connection:
-    """An HTTP connection for one request. `shut` may come from another thread; readers see the end then."""
+    """An HTTP connection for one request. `shut` may come from another thread; whoever reads sees the end then."""
 
     def __init__(self, host: str, port: int | None, *, tls: bool) -> None:
         kind = http.client.HTTPSConnection if tls else http.client.HTTPConnection
         self._http = kind(host, port, timeout=_CONNECT_SECONDS)
         self._socket: socket.socket | None = None
 
-    def __enter__(self) -> _Connection:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def request(self, method: str, path: str, data: str | None, headers: dict[str, str]) -> http.client.HTTPResponse:
+    def request(self, path: str, data: str | None, headers: dict[str, str]) -> http.client.HTTPResponse:
         self._http.connect()
         self._socket = self._http.sock
         assert self._socket is not None
         self._socket.settimeout(None)  # a prompt may be long, and the user has Ctrl+C
-        self._http.request(method, path, data, headers)
+        self._http.request("GET" if data is None else "POST", path, data, headers)
         return self._http.getresponse()
 
     def shut(self) -> None:
@@ -143,14 +132,16 @@ class _Connection:
 
 
 class RemoteGeneration:
-    def __init__(self, connection: _Connection, response: http.client.HTTPResponse, usage: Usage) -> None:
+    """`request` sends the request and returns the answer; some servers say nothing before the first token."""
+
+    def __init__(self, connection: _Connection, request: Callable[[], http.client.HTTPResponse], usage: Usage) -> None:
         self.usage = usage
         self._connection = connection
         self._cancelled = self._ended = False
         self._started = time.monotonic()
         self._first = 0.0
         self._chunks: queue.SimpleQueue[dict[str, Any] | StepggufError | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._read, args=(response,), name="stepgguf-remote", daemon=True)
+        self._thread = threading.Thread(target=self._read, args=(request,), name="stepgguf-remote", daemon=True)
         self._thread.start()
 
     def next(self, seconds: float | None) -> list[Queued | Prefill | Delta] | None:
@@ -178,7 +169,7 @@ class RemoteGeneration:
 
     def close(self) -> None:
         self.cancel()
-        self._thread.join()
+        self._thread.join(timeout=_CONNECT_SECONDS)
         self._connection.close()
         self._ended = True
 
@@ -219,19 +210,22 @@ class RemoteGeneration:
         usage.n_reasoning = usage.n_reasoning if n_reasoning is None else n_reasoning
         usage.n_text = max(0, (told.get("completion_tokens") or 0) - usage.n_reasoning)
 
-    def _read(self, response: http.client.HTTPResponse) -> None:
+    def _read(self, request: Callable[[], http.client.HTTPResponse]) -> None:
         """In a thread of its own: every event into the queue, then an error or None."""
         end: StepggufError | None = EngineError("the server broke the answer off", hint="Its log may say why.")
         try:
-            for event in _events(response):
-                if event == "[DONE]":
-                    end = None
-                    break
-                chunk = json.loads(event)
-                if "error" in chunk:
-                    end = _error(500, chunk)
-                    break
-                self._chunks.put(chunk)
+            with request() as response:
+                for event in _events(response):
+                    if event == "[DONE]":
+                        end = None
+                        break
+                    chunk = json.loads(event)
+                    if not isinstance(chunk, dict) or "error" in chunk:
+                        end = _error(500, chunk)
+                        break
+                    self._chunks.put(chunk)
+        except StepggufError as error:
+            end = error
         except (OSError, ValueError, http.client.HTTPException, AttributeError) as error:
             # AttributeError: http.client's, when the socket is closed under its reader
             end = EngineError(f"the answer broke off: {error}", hint="The server's log may say why.")

@@ -44,6 +44,18 @@ class Gbnf:
     text: str
 
 
+# Tokens of thinking by effort. The model has no switch; cuts from 2048 tokens on leave it coherent (llama.cpp issue
+# 24181). None is no limit, 0 no thinking.
+EFFORTS: Mapping[str, int | None] = {
+    "none": 0,
+    "minimal": 0,
+    "low": 2048,
+    "medium": 8192,
+    "high": None,
+    "xhigh": None,
+    "max": None,
+}
+
 Format = JsonObject | JsonSchema | Choice | Gbnf
 ToolMode = Literal["auto", "none", "required"]
 

@@ -9,13 +9,13 @@ told to the transcript at once, and an answer that was cut short stays as far as
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Protocol, TypeVar
 
 from stepgguf.chat.output import Delta
 from stepgguf.chat.transcript import Entry, Origin, Saved, Transcript
-from stepgguf.errors import StepggufError
+from stepgguf.errors import OutputError, StepggufError
 from stepgguf.runtime.engine import Prefill, Queued, Sampling
 
 PART_SECONDS = 5.0  # an answer under way is saved so often
@@ -157,55 +157,57 @@ class Session:
                 break
         return []
 
+    def close(self) -> None:
+        """Let others write to its transcript."""
+        if self.transcript is not None:
+            self.transcript.close()
+
     def set(self, settings: Settings) -> None:
         self.settings = settings
         self._record(self.settings_record())
 
-    def ask(self, question: str, tick: float | None = None) -> Iterator[Update | None]:
+    def ask(self, question: str, tick: float | None = None) -> Generator[Update | None, None, None]:
         """Add a user message and stream the answer. If none comes at all, the question is taken back."""
         n = len(self.entries)
-        self._add(Entry({"role": "user", "content": question}))
         try:
+            self._add(Entry({"role": "user", "content": question}))
             yield from self.answer(tick)
         finally:
             if len(self.entries) == n + 1:
                 self._cut(n)
 
-    def answer(self, tick: float | None = None) -> Iterator[Update | None]:
+    def answer(self, tick: float | None = None) -> Generator[Update | None, None, None]:
         """Stream an answer to the messages as they are. Closing the iterator ends the answer as `stop` does."""
         self.usage = Usage(n_ctx=self.backend.n_ctx)
         generation = self._generation = self.backend.start(self.messages, self.settings)
         self.usage = generation.usage
         collected = _Collected()
-        saved = time.monotonic()
+        saved, end = time.monotonic(), "cancelled"  # unless it ends otherwise; the engine may be done before its reader
         try:
             while (updates := generation.next(tick)) is not None:
                 for update in updates:
                     if isinstance(update, Delta):
                         collected.add(update)
-                yield from updates
-                if not updates and tick is not None:
-                    yield None
                 if time.monotonic() - saved > PART_SECONDS:
                     saved = time.monotonic()
                     part = collected.part()
                     if any(part.values()):
                         self._record({"type": "part", **part})
+                yield from updates
+                if not updates and tick is not None:
+                    yield None
+            end = self.usage.finish_reason
         except StepggufError:
-            self.usage.finish_reason = "error"
+            end = "error"
             raise
         finally:
-            self._end(generation, collected)
+            self._generation = None
+            generation.close()
+            self.usage.thinking_seconds = collected.thinking_seconds
+            self.usage.finish_reason = end
+            if collected:
+                self._add(Entry(collected.message(), asdict(self.usage), end in ("cancelled", "error")))
         yield self.usage
-
-    def _end(self, generation: Generation, collected: _Collected) -> None:
-        self._generation = None
-        generation.close()
-        self.usage.thinking_seconds = collected.thinking_seconds
-        self.usage.finish_reason = self.usage.finish_reason or "cancelled"
-        if collected:
-            interrupted = self.usage.finish_reason in ("cancelled", "error")
-            self._add(Entry(collected.message(), asdict(self.usage), interrupted))
 
     def end_reasoning(self) -> bool:
         """Have the model stop thinking and answer. False: nothing is being answered, or the backend cannot."""
@@ -229,7 +231,7 @@ class Session:
         self._cut(n)
         return question
 
-    def regenerate(self, tick: float | None = None) -> Iterator[Update | None]:
+    def regenerate(self, tick: float | None = None) -> Generator[Update | None, None, None]:
         """Answer the last question anew."""
         n = self._last_question()
         if n is not None:
@@ -249,8 +251,15 @@ class Session:
         self._record(entry.record())
 
     def _record(self, record: dict[str, Any]) -> None:
-        if self.transcript is not None:
+        """OutputError: it could not be written. Then nothing is, from there on, and the conversation can go on."""
+        if self.transcript is None:
+            return
+        try:
             self.transcript.append(record)
+        except OutputError:
+            self.close()
+            self.transcript = None
+            raise
 
     def settings_record(self) -> dict[str, Any]:
         """The settings as they are saved."""

@@ -18,6 +18,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -92,23 +93,30 @@ class Transcript:
         self._first: dict[str, dict[str, Any]] = {}
         if path is not None:
             self._file = _locked(path)
-            if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-                self._file.write("\n")
+            self._file.write("\n")  # ends a line that a kill cut off
         created = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         self.append({"type": "session", "version": VERSION, "created": created, "origin": asdict(origin)})
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write a line and have it on the disk. Before the first message the last of each type is kept instead."""
+        """Write a line and have it on the disk. Before the first message the last of each type is kept instead.
+
+        OutputError says why it cannot be written."""
         if self._file is None and record["type"] != "message":
             self._first[record["type"]] = dict(record)
             return
-        if self._file is None:
-            self.path, self._file = self._create()
-        lines = [*self._first.values(), record]
-        self._first = {}
-        self._file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            if self._file is None:
+                self.path, self._file = self._create()
+            lines = [*self._first.values(), record]
+            self._first = {}
+            self._file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise OutputError(
+                f"{self.path or self._folder}: the session cannot be saved: {error.strerror}",
+                hint="From here on nothing is saved; /export writes the conversation to another place.",
+            ) from error
 
     def rename(self, name: str) -> Path:
         """Give the session a name to find it by. OutputError: there is one of this name, or nothing was said yet."""
@@ -122,7 +130,8 @@ class Transcript:
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # what could not be written has been told
+                self._file.close()
 
     def _create(self) -> tuple[Path, TextIO]:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -2,31 +2,53 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import Annotated
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stepgguf.cli import arguments
+from stepgguf.cli import arguments, loading
 
-REASONING = ("show", "hide")
-_HELP = "/new starts over, /exit or Ctrl+D leaves, Ctrl+C stops an answer"
+if TYPE_CHECKING:
+    from stepgguf.chat.session import Backend
+
+_THINKING = ("full", "fold", "hide")
 
 
 def chat(
-    path: arguments.Gguf,
+    path: Annotated[
+        Path | None, typer.Argument(metavar="[FILE.gguf]", help="A GGUF file; of a split one, any of its files.")
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option(metavar="URL", help="Chat with a running server instead, e.g. http://127.0.0.1:8080.")
+    ] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="STEPGGUF_API_KEY", help="The server's key.")] = None,
     prompt: Annotated[
         str | None,
         typer.Option("--prompt", "-p", help="Ask this, print the answer, leave. Piped input is added to it."),
     ] = None,
+    continue_: Annotated[bool, typer.Option("--continue", "-c", help="Go on with the last session.")] = False,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, reasoning included.")] = None,
-    ctx: Annotated[
-        int | None, typer.Option(min=64, help="Context in tokens. Default: the model's, at most 32768.")
-    ] = None,
-    gpu_layers: Annotated[int, typer.Option(help="Layers on the GPU; -1 is all.")] = -1,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, thinking included.")] = None,
+    ctx: loading.Ctx = None,
+    gpu_layers: loading.GpuLayers = -1,
     threads: arguments.Threads = None,
-    reasoning: Annotated[str, typer.Option(metavar="show|hide", help="What becomes of the model's thinking.")] = "show",
+    draft: loading.Draft = None,
+    mmap: loading.Mmap = True,
+    cache_folder: loading.CacheFolder = None,
+    engine: loading.EngineName = loading.IN_PROCESS,
+    rpc: loading.Rpc = None,
+    thinking: Annotated[
+        str | None,
+        typer.Option(
+            metavar="full|fold|hide",
+            help="How the thinking is shown. Default: fold on a terminal, hide elsewhere; full goes to stderr there.",
+        ),
+    ] = None,
     reasoning_budget: Annotated[
         int | None, typer.Option(min=0, help="At most so many tokens of thinking; 0 is none.")
     ] = None,
@@ -37,46 +59,93 @@ def chat(
     top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
     min_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Show Markdown as it is written.")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="With -p or piped input: answer, thinking and usage as JSON on stdout.")
+    ] = False,
+    no_save: Annotated[bool, typer.Option("--no-save", help="Do not keep this session.")] = False,
     quiet: arguments.Quiet = False,
 ) -> None:
-    """Chat with a GGUF. Thinking is shown dim, the answer normal.
+    """Chat with a GGUF, or with a running server. /help lists what can be done in it.
 
-    With -p or piped input the answer alone goes to stdout, thinking to stderr.
+    Sessions are saved as they go; -c goes on with the last one. With -p or piped input the answer alone goes to stdout,
+    and it is saved only with -c.
 
     Examples:
 
     - `stepgguf chat step-q4_k_s.gguf`
-    - `stepgguf chat step-q4_k_s.gguf -p "What is 347 + 286?" --reasoning hide`
+    - `stepgguf chat step-q4_k_s.gguf -p "What is 347 + 286?" --thinking full`
     - `git diff | stepgguf chat step-q4_k_s.gguf -p "Review this change" --reasoning-budget 2000`
+    - `stepgguf chat --url http://127.0.0.1:8080 -c`
     """
-    from stepgguf.chat.session import Session
-    from stepgguf.cli.dialogue import converse, load, one_shot
-    from stepgguf.runtime.engine import Sampling
-
-    if reasoning not in REASONING:
-        raise typer.BadParameter(f"{reasoning!r} is not one of {', '.join(REASONING)}", param_hint="--reasoning")
+    if thinking is not None and thinking not in _THINKING:
+        raise typer.BadParameter(f"{thinking!r} is not one of {', '.join(_THINKING)}", param_hint="--thinking")
+    if (path is None) == (url is None):
+        raise typer.BadParameter("give a GGUF file or --url", param_hint="FILE.gguf")
     interactive = sys.stdin is not None and sys.stdin.isatty()
     piped = sys.stdin.read().strip() if sys.stdin is not None and not interactive else None
     question = "\n\n".join(part for part in (prompt, piped) if part)
-    if not question and (prompt is not None or not interactive):
+    if not question and (prompt is not None or json or not interactive):
         raise typer.BadParameter("there is nothing to answer", param_hint="--prompt")
-    with load(path, ctx=ctx, gpu_layers=gpu_layers, threads=threads, quiet=quiet) as engine:
-        default = engine.info.sampling
-        sampling = Sampling(
-            default.temperature if temperature is None else temperature,
-            default.top_k if top_k is None else top_k,
-            default.top_p if top_p is None else top_p,
-            default.min_p if min_p is None else min_p,
-            seed,
-        )
-        session = Session(
-            engine,
-            sampling,
-            max_tokens=max_tokens,
-            reasoning_budget=reasoning_budget,
-            messages=[{"role": "system", "content": system}] if system else [],
-        )
+
+    from dataclasses import replace
+
+    from stepgguf.chat.session import Session, Settings
+    from stepgguf.chat.transcript import Transcript, sessions
+    from stepgguf.cli.dialogue import Dialogue, one_shot, resume, view
+    from stepgguf.cli.terminal.view import Pipe, Screen
+
+    screen: Screen | Pipe = view(thinking=thinking, plain=plain, silent=json)  # type: ignore[arg-type]
+    folder = _data_folder() / "sessions"
+    last = sessions(folder)[:1] if continue_ else []
+    if continue_ and not last:
+        raise typer.BadParameter(f"there is no session in {folder}", param_hint="--continue")
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
+    sampling = {key: value for key, value in given.items() if value is not None}
+    changes: dict[str, Any] = {"system": system, "max_tokens": max_tokens, "reasoning_budget": reasoning_budget}
+    options = loading.EngineOptions(
+        ctx, 1, 0, gpu_layers, threads, draft, mmap, cache_folder=cache_folder, engine=engine, rpc=tuple(rpc or ())
+    )
+    with _backend(path, url, api_key, options, quiet=quiet) as backend:
+        session = Session(backend, Settings())
+        if last:
+            session = resume(session, last[0])
+        elif not no_save and not question:
+            session.transcript = Transcript(folder, backend.origin)
+        settings = replace(session.settings, **{k: v for k, v in changes.items() if v is not None})
+        session.set(replace(settings, sampling={**settings.sampling, **sampling}))
         if question:
-            one_shot(session, question, show_reasoning=reasoning == "show", quiet=quiet)
+            one_shot(session, question, screen, quiet=quiet, as_json=json)
+        elif isinstance(screen, Screen):
+            if not quiet:
+                limit = f", context {backend.n_ctx:,}" if backend.n_ctx is not None else ""
+                screen.note(f"{backend.origin.model}{limit}. /help lists the commands, Ctrl+D leaves.")
+            dialogue = Dialogue(session, screen, folder, history=None if no_save else _data_folder() / "history")
+            if last:
+                dialogue.recall()
+            dialogue.run()
         else:
-            converse(session, show_reasoning=reasoning == "show", hint=_HELP)
+            raise typer.BadParameter("a conversation needs a terminal; ask with --prompt", param_hint="--prompt")
+
+
+@contextmanager
+def _backend(
+    path: Path | None, url: str | None, api_key: str | None, options: loading.EngineOptions, *, quiet: bool
+) -> Iterator[Backend]:
+    if url is not None:
+        from stepgguf.chat.remote import Remote
+
+        yield Remote(url, api_key)
+        return
+    assert path is not None
+    from stepgguf.chat.exchange import ChatModel
+    from stepgguf.chat.inprocess import InProcess
+    from stepgguf.chat.transcript import Origin
+
+    with loading.engine(path, options, quiet=quiet) as engine:
+        yield InProcess(ChatModel(engine), Origin.of(engine.info.name, path))
+
+
+def _data_folder() -> Path:
+    home = os.environ.get("XDG_DATA_HOME")
+    return (Path(home) if home else Path.home() / ".local" / "share") / "stepgguf"

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from stepgguf.cli import arguments
+from stepgguf.cli import arguments, loading
 
 QUESTION = "How many 'r's are in the word strawberry?"
 
@@ -28,10 +28,13 @@ def demo(
     import sys
     import tempfile
 
-    from stepgguf.chat.session import Session
+    from stepgguf.chat.exchange import ChatModel
+    from stepgguf.chat.inprocess import InProcess
+    from stepgguf.chat.session import Session, Settings
     from stepgguf.cli import output
     from stepgguf.cli.converting import Run
-    from stepgguf.cli.dialogue import converse, load, one_shot
+    from stepgguf.cli.dialogue import Dialogue, one_shot, view
+    from stepgguf.cli.terminal.view import Screen
     from stepgguf.convert.checkpoint import Checkpoint
     from stepgguf.convert.plan import Options, plan_checkpoint
     from stepgguf.demo import CHECKPOINT
@@ -44,12 +47,11 @@ def demo(
             run = Run(plan_checkpoint(checkpoint, path, options), checkpoint)
             output.note(f"{run.plan_text()}\n")
             run.execute(restart=True, overwrite=True, threads=None, memory=2 * 2**30)
-        with load(path, ctx=None, gpu_layers=-1, threads=None, quiet=False) as engine:
-            from dataclasses import replace
-
-            session = Session(engine, replace(engine.info.sampling, temperature=0.0))
+        with loading.engine(path, loading.EngineOptions(), quiet=False) as engine:
+            session = Session(InProcess(ChatModel(engine)), Settings({"temperature": 0.0}))
+            screen = view(thinking="full")
             output.note(f"\n> {QUESTION}")
             sys.stderr.flush()
-            one_shot(session, QUESTION, show_reasoning=True, quiet=False)
-            if interactive:
-                converse(session, show_reasoning=True, hint="/new starts over, /exit or Ctrl+D leaves")
+            one_shot(session, QUESTION, screen, quiet=False)
+            if interactive and isinstance(screen, Screen):
+                Dialogue(session, screen, Path(folder), history=None).run()

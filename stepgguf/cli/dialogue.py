@@ -1,127 +1,217 @@
-"""Streaming answers to the terminal: what chat and demo share."""
+"""Questions and answers in the terminal: what chat and demo share."""
 
 from __future__ import annotations
 
+import io
+import os
 import sys
+import time
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 
 import typer
 
-from stepgguf.chat.session import Session, Usage
+from stepgguf.chat.session import Session, Update
+from stepgguf.chat.transcript import Transcript, read
 from stepgguf.cli import output
-from stepgguf.errors import ContextLengthExceeded, StepggufError
-from stepgguf.runtime.llama import LlamaEngine
+from stepgguf.cli.terminal import commands
+from stepgguf.cli.terminal.complete import Attachment, mentioned, read_file
+from stepgguf.cli.terminal.keys import AGAIN_SECONDS, TOGGLE, Keys, terminating
+from stepgguf.cli.terminal.live import Live
+from stepgguf.cli.terminal.markdown import Renderer
+from stepgguf.cli.terminal.prompt import Prompt
+from stepgguf.cli.terminal.view import Pipe, Screen, Thinking
+from stepgguf.errors import StepggufError
 
-_DIM, _RESET = "\x1b[2m", "\x1b[0m"
-
-
-def load(path: Path, *, ctx: int | None, gpu_layers: int, threads: int | None, quiet: bool) -> LlamaEngine:
-    """The engine, with a status line while a large file loads."""
-    if quiet or not output.stderr.is_terminal:
-        return LlamaEngine(path, n_ctx=ctx, gpu_layers=gpu_layers, threads=threads)
-    with output.stderr.status(f"loading {path.name}") as status:
-        return LlamaEngine(
-            path, n_ctx=ctx, gpu_layers=gpu_layers, threads=threads,
-            progress=lambda share: status.update(f"loading {path.name} {share:.0%}"),
-        )  # fmt: skip
+TICK = 0.05  # seconds: how often the screen and the keyboard are looked after when nothing comes
+INTERRUPTED = 130
+Answering = Callable[[float], Generator[Update | None, None, None]]
 
 
-def stream(session: Session, question: str, *, show_reasoning: bool) -> None:
-    """One answer: text to stdout, thinking to stderr (dim on a terminal) or nowhere."""
-    dim = output.stderr.is_terminal and not output.stderr.no_color
-    kind = None
-    deltas = session.ask(question)
-    try:
-        for delta in deltas:
-            if delta.kind == "reasoning" and not show_reasoning:
-                continue
-            if delta.kind != kind:
-                if kind == "reasoning":
-                    sys.stderr.write(f"{_RESET if dim else ''}\n\n")
-                elif dim and delta.kind == "reasoning":
-                    sys.stderr.write(_DIM)
-                sys.stderr.flush()
-                kind = delta.kind
-            target = sys.stdout if delta.kind == "text" else sys.stderr
-            target.write(delta.text)
-            target.flush()
-    finally:
-        deltas.close()
-        if kind == "reasoning":
-            sys.stderr.write(f"{_RESET if dim else ''}\n")
-        elif kind == "text":
-            sys.stdout.write("\n")
-        sys.stderr.flush()
-        sys.stdout.flush()
+def view(*, thinking: Thinking | None, plain: bool = False, silent: bool = False) -> Screen | Pipe:
+    """For the answer on stdout. thinking None: folded on a screen, else hidden. silent: no answer is shown."""
+    color = not os.environ.get("NO_COLOR")
+    out = io.StringIO() if silent else sys.stdout
+    if out.isatty() and not _is_dumb():
+        renderer = None if plain else Renderer(out, color=color)
+        return Screen(Live(out, color=color), thinking or "fold", renderer=renderer)
+    if sys.stderr.isatty() and not _is_dumb():
+        return Screen(Live(sys.stderr, color=color), thinking or "fold", renderer=None, pipe=out)
+    return Pipe(out, sys.stderr, thinking=thinking or "hide")
 
 
-def footer(usage: Usage, n_ctx: int) -> str:
-    """Counts of an answer in one line."""
-    cached = f", {usage.n_cached} cached" if usage.n_cached else ""
-    prefill = (usage.n_prompt - usage.n_cached) / usage.prompt_seconds if usage.prompt_seconds else 0.0
-    text = (
-        f"{usage.n_reasoning} thinking + {usage.n_text} answer tokens, {usage.tokens_per_second:.1f} tok/s; "
-        f"prompt {usage.n_prompt}{cached} at {prefill:.0f} tok/s; "
-        f"context {usage.n_context}/{n_ctx} ({usage.n_context / n_ctx:.0%})"
-    )
-    if usage.budget_reached:
-        text += "; thinking stopped by --reasoning-budget"
-    if usage.finish_reason == "length":
-        text += "; cut off by " + ("the context" if usage.n_context >= n_ctx else "--max-tokens")
-    return text
+def _is_dumb() -> bool:
+    return os.environ.get("TERM") == "dumb"
 
 
-def one_shot(session: Session, question: str, *, show_reasoning: bool, quiet: bool) -> None:
-    """Answer once. Ctrl+C exits with 130."""
-    try:
-        stream(session, question, show_reasoning=show_reasoning)
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-    if not quiet:
-        _dim(footer(session.usage, session.engine.info.n_ctx))
-
-
-def converse(session: Session, *, show_reasoning: bool, hint: str) -> None:
-    """Questions until /exit or Ctrl+D. Ctrl+C stops the answer and keeps the session."""
-    import readline  # noqa: F401  line editing and history for input()
-
-    info = session.engine.info
-    output.note(f"{info.name}, context {info.n_ctx}. {hint}.")
-    kept = len(session.messages)
-    while True:
+def stream(session: Session, answering: Answering, screen: Screen | Pipe) -> Keys:
+    """Show one answer while it comes. Ctrl+C stops it and a second one leaves; Enter ends the thinking."""
+    stopped = False
+    with Keys() as keys, closing(answering(TICK)) as updates:
+        screen.start(keys=keys.attached, raw=bool(session.settings.json))
         try:
-            question = input("\n> ").strip()
-        except EOFError:
-            sys.stderr.write("\n")
-            return
-        except KeyboardInterrupt:
-            sys.stderr.write("\n(Ctrl+D leaves)\n")
-            continue
-        if question in ("/exit", "/quit"):
-            return
-        if question == "/new":
-            del session.messages[kept:]
-            output.note("a new chat")
-        elif question.startswith("/"):
-            output.note(f"unknown command {question.split()[0]}; {hint}")
-        elif question:
-            _answer(session, question, show_reasoning)
+            for update in updates:
+                screen.take(update, session.usage)
+                for key in keys.read():
+                    if key == TOGGLE:
+                        screen.toggle()
+                    elif screen.is_thinking and not session.end_reasoning():
+                        screen.remark("this server cannot be told to answer now; Ctrl+C stops it")
+                if keys.leave:
+                    break
+                if keys.interrupts and not stopped:
+                    stopped = True
+                    session.stop()
+        finally:
+            screen.finish(session.usage)
+    return keys
 
 
-def _answer(session: Session, question: str, show_reasoning: bool) -> None:
+def one_shot(session: Session, question: str, screen: Screen | Pipe, *, quiet: bool, as_json: bool = False) -> None:
+    """Answer once. Ctrl+C keeps what came and exits with 130. as_json: one object on stdout at the end."""
     try:
-        stream(session, question, show_reasoning=show_reasoning)
-    except KeyboardInterrupt:
-        _dim("stopped")
-        return
-    except ContextLengthExceeded as error:
-        output.error(error.message, "Start over with /new, or leave and come back with a larger --ctx.")
-        return
-    except StepggufError as error:
-        output.error(error.message, error.hint)
-        return
-    _dim(footer(session.usage, session.engine.info.n_ctx))
+        with terminating():
+            keys = stream(session, lambda tick: session.ask(question, tick), screen)
+    finally:
+        session.close()
+    if as_json:
+        message = session.entries[-1].message if session.entries else {}
+        output.data(
+            {
+                "content": message.get("content"),
+                "reasoning": message.get("reasoning_content"),
+                "usage": asdict(session.usage),
+            }
+        )
+    elif not quiet:
+        screen.footer(session.usage, session.settings.max_tokens)
+    if keys.interrupts:
+        raise typer.Exit(INTERRUPTED)
 
 
-def _dim(text: str) -> None:
-    output.stderr.print(f"\n{text}", style="dim", markup=False, soft_wrap=True)
+class Dialogue:
+    """Questions until /exit or Ctrl+D. folder: of the saved sessions."""
+
+    def __init__(self, session: Session, screen: Screen, folder: Path, *, history: Path | None) -> None:
+        self.session, self.screen = session, screen
+        screen.hint = " (/t shows it)"
+        self.folder: Path = folder
+        self.default = ""  # what the next prompt starts with
+        self.leaving = False
+        self._saving = session.transcript is not None
+        self._attached: list[Attachment] = []
+        self._interrupted = 0.0
+        self._prompt = Prompt(history, lambda command: commands.words(self, command))
+
+    def run(self) -> None:
+        try:
+            with terminating(self._prompt.end):
+                while not self.leaving:
+                    try:
+                        self._turn()
+                    except KeyboardInterrupt:
+                        self._interrupt()
+        finally:
+            self.session.close()
+
+    def _turn(self) -> None:
+        default, self.default = self.default, ""
+        try:
+            line = self._prompt.ask(default)
+        except EOFError:
+            self.leaving = True
+            return
+        try:
+            if line.startswith("/") and not line.startswith("//"):
+                commands.execute(self, line)
+            elif line:
+                self._send(line.removeprefix("/") if line.startswith("//") else line)
+        except StepggufError as error:
+            output.error(error.message, error.hint)
+
+    def _interrupt(self) -> None:
+        """Ctrl+C on an empty line, or between two lines."""
+        now = time.monotonic()
+        self.leaving = now - self._interrupted < AGAIN_SECONDS
+        self._interrupted = now
+        if not self.leaving:
+            self.screen.note("Ctrl+C again, or Ctrl+D, leaves")
+
+    def attach(self, file: Attachment) -> None:
+        """Put a file into the next question."""
+        n = self.session.backend.count(file.text)
+        self.screen.note(f"{file.name}: " + (f"{n:,} tokens" if n is not None else f"{len(file.text):,} characters"))
+        self._attached.append(file)
+
+    def _send(self, question: str) -> None:
+        for name in mentioned(question):
+            self.attach(read_file(name))
+        text = "\n\n".join([question, *(file.fenced() for file in self._attached)])
+        n = len(self.session.entries)
+        try:
+            self.answer(lambda tick: self.session.ask(text, tick))
+        finally:
+            if len(self.session.entries) == n:  # nothing came: it can be sent again
+                self.default = question
+                self._attached = [file for file in self._attached if file.name not in mentioned(question)]
+            else:
+                self._attached = []
+
+    def answer(self, answering: Answering) -> None:
+        """Show an answer, then those that the results of its tool calls lead to."""
+        keys = stream(self.session, answering, self.screen)
+        usage = self.session.usage
+        if keys.interrupts:
+            self.screen.note("[interrupted]")
+            self._interrupted, self.leaving = time.monotonic(), keys.leave
+        self.screen.footer(usage, self.session.settings.max_tokens)
+        self.default = keys.typed
+        if usage.finish_reason == "tool_calls" and self._results():
+            self.answer(self.session.answer)
+
+    def _results(self) -> bool:
+        """Ask for the results of the calls. False: the user would rather not."""
+        for call in self.session.open_calls:
+            try:
+                result = self._prompt.ask_line(f"result of {call['function']['name']}: ")
+            except (EOFError, KeyboardInterrupt):
+                return False
+            self.session.give_result(call["id"], result)
+        return True
+
+    def renew(self) -> None:
+        """A new session with the same settings."""
+        old = self.session
+        old.close()
+        transcript = Transcript(self.folder, old.backend.origin) if self._saving else None
+        self.session = Session(old.backend, old.settings, transcript)
+        self._attached = []
+
+    def load(self, path: Path) -> None:
+        old = self.session
+        if old.transcript is not None and old.transcript.path == path:
+            return
+        self.session = resume(old, path)
+        old.close()
+        self.recall()
+
+    def recall(self) -> None:
+        """Show how a saved session ended."""
+        last = [entry.message for entry in self.session.entries if entry.message["role"] in ("user", "assistant")][-2:]
+        self.screen.note(f"{len(self.session.entries)} messages; the last:")
+        for message in last:
+            if message["role"] == "user":
+                self.screen.note(f"> {message['content']}")
+            else:
+                self.screen.markdown(message["content"])
+
+
+def resume(session: Session, path: Path) -> Session:
+    """The saved session of this path with a session's backend. OutputError: it cannot be had."""
+    saved = read(path)
+    origin = session.backend.origin
+    if saved.origin.digest != origin.digest:
+        output.warn([f"{saved.name} was made with {saved.origin.model} ({saved.origin.file}), this is {origin.model}"])
+    return Session.resume(session.backend, saved, Transcript(path.parent, origin, path))

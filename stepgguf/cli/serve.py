@@ -64,10 +64,11 @@ def serve(
     - `stepgguf serve step-q8_0.gguf --engine llama-server --rpc 192.168.7.2:50052`
     """
     from stepgguf.chat.exchange import ChatModel
+    from stepgguf.chat.request import EFFORTS
     from stepgguf.cli import output
     from stepgguf.server import listen
     from stepgguf.server.app import create_app
-    from stepgguf.server.config import EFFORTS, ServerConfig
+    from stepgguf.server.config import ServerConfig
 
     if not _is_loopback(host) and api_key is None and not no_key:
         raise typer.BadParameter(

@@ -5,19 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-ALIASES = ("step-3.5-flash", "stepfun/step-3.5-flash", "stepfun-ai/step-3.5-flash")  # StepFun's, OpenRouter's, NVIDIA's
+from stepgguf.chat.request import EFFORTS
 
-# Tokens of thinking by effort. The model has no switch; cuts from 2048 tokens on leave it coherent (llama.cpp issue
-# 24181). None is no limit, 0 no thinking.
-EFFORTS: Mapping[str, int | None] = {
-    "none": 0,
-    "minimal": 0,
-    "low": 2048,
-    "medium": 8192,
-    "high": None,
-    "xhigh": None,
-    "max": None,
-}
+ALIASES = ("step-3.5-flash", "stepfun/step-3.5-flash", "stepfun-ai/step-3.5-flash")  # StepFun's, OpenRouter's, NVIDIA's
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from stepgguf.server.config import EFFORTS
+from stepgguf.chat.request import EFFORTS
 from tests.server.conftest import Serve, Server
 
 LETTERS = "How many 'r's are in the word strawberry?"

@@ -1,0 +1,83 @@
+"""What Tab offers for the text before the cursor, and files that a question inlines with @path."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from stepgguf.errors import RequestError
+
+_MENTION = re.compile(r'(?<![^\s(])@(?:"([^"\n]+)"|([^\s"]+))')
+_PARTIAL = re.compile(r'(?:^|(?<=[\s(]))@("?)([^\s"]*)$')
+_TRAILING = ".,;:!?)"  # belong to the sentence if no file is called so
+_MOST = 50  # paths in a menu
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    name: str
+    text: str
+
+    def fenced(self) -> str:
+        """As the model gets it: name, then a fence that is longer than any in the text."""
+        longest = max((len(run) for run in re.findall(r"`{3,}", self.text)), default=2)
+        fence = "`" * (longest + 1)
+        return f"{self.name}:\n{fence}{Path(self.name).suffix[1:]}\n{self.text.rstrip()}\n{fence}"
+
+
+def read_file(name: str) -> Attachment:
+    """RequestError: there is no such file, or it is not text."""
+    path = Path(name).expanduser()
+    try:
+        return Attachment(name, path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{name} is not UTF-8 text", hint="The model reads text only.") from error
+    except OSError as error:
+        raise RequestError(f"{name}: {error.strerror}", hint="Give the path of a text file.") from error
+
+
+def mentioned(question: str) -> list[str]:
+    """Names of files that a question mentions as @path or @"a path". What is no file is a word like any other."""
+    names = []
+    for match in _MENTION.finditer(question):
+        for name in (match[1] or match[2], (match[2] or "").rstrip(_TRAILING)):
+            if name and Path(name).expanduser().is_file():
+                names.append(name)
+                break
+    return list(dict.fromkeys(names))
+
+
+def candidates(text: str, words: Callable[[str], Iterable[str]]) -> Iterator[tuple[str, int]]:
+    """Completions of the text before the cursor, and how many of its characters each replaces.
+
+    words: what may follow "/command "; for "" the commands. A word that ends with "@" stands for any path.
+    """
+    if mention := _PARTIAL.search(text):
+        for path in _paths(mention[2]):
+            quoted = f'"{path}' if mention[1] or " " in path else path
+            yield quoted, len(mention[1] + mention[2])
+        return
+    if not text.startswith("/") or text.startswith("//") or "\n" in text:
+        return
+    command, space, argument = text.partition(" ")
+    if not space:
+        yield from ((word, len(command)) for word in words("") if word.startswith(command))
+        return
+    last = argument.rpartition(" ")[2]
+    for word in words(command):
+        if word == "@":
+            yield from ((path, len(last)) for path in _paths(last))
+        elif word.startswith(last) and (" " not in argument):
+            yield word, len(last)
+
+
+def _paths(start: str) -> list[str]:
+    folder, slash, name = start.rpartition("/")
+    try:
+        entries = sorted(Path(folder + slash or ".").expanduser().iterdir())
+    except OSError:
+        return []
+    found = [e for e in entries if e.name.startswith(name) and (name.startswith(".") or not e.name.startswith("."))]
+    return [f"{folder}{slash}{e.name}{'/' if e.is_dir() else ''}" for e in found[:_MOST]]

@@ -1,0 +1,246 @@
+"""What chat shows, piece by piece."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from pathlib import Path
+
+import pytest
+from markdown_it import MarkdownIt
+
+from stepgguf.chat.session import Usage
+from stepgguf.cli.terminal import footer
+from stepgguf.cli.terminal.commands import COMMANDS
+from stepgguf.cli.terminal.complete import Attachment, candidates, mentioned
+from stepgguf.cli.terminal.live import Live, fit, printable, wrap
+from stepgguf.cli.terminal.markdown import Blocks, Renderer
+from stepgguf.cli.terminal.prompt import is_open, unquoted
+
+DOCUMENT = """# Title
+
+A paragraph
+of two lines.
+
+1. one
+
+   more of it
+2. two
+   - nested
+
+| a | b |
+|---|---|
+| 1 | 2 |
+
+```python
+def f(x):
+
+    return "x" * 3
+```
+> quote
+
+The end.
+"""
+
+
+class Screen:
+    """Just enough of a terminal for what Live writes: text, line feeds, returns, and the two escapes it uses."""
+
+    def __init__(self) -> None:
+        self.lines, self.row, self.column = [""], 0, 0
+
+    def write(self, text: str) -> None:
+        for token in re.findall(r"\x1b\[[0-9;?]*[A-Za-z]|.|\n", text):
+            line = self.lines[self.row]
+            if token == "\n":
+                self.row, self.column = self.row + 1, 0
+                self.lines += [""] * (self.row >= len(self.lines))
+            elif token == "\r":
+                self.column = 0
+            elif token == "\x1b[A":
+                self.row -= 1
+                assert self.row >= 0
+            elif token == "\x1b[2K":
+                self.lines[self.row] = ""
+            elif token[0] != "\x1b":
+                self.lines[self.row] = line[: self.column].ljust(self.column) + token + line[self.column + 1 :]
+                self.column += 1
+
+    def flush(self) -> None:
+        pass
+
+    def fileno(self) -> int:
+        raise OSError
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.lines).rstrip("\n")
+
+
+def test_rows_are_rewritten_and_what_is_committed_stays_above_them() -> None:
+    screen = Screen()
+    live = Live(screen, color=False)  # type: ignore[arg-type]
+    live.show(["one", "two", "three"])
+    live.show(["one", "2"])
+    assert screen.text == "one\n2"
+    live.show(["one", "2", "3"])
+    assert screen.text == "one\n2\n3"
+    live.commit("kept\nhere", ["row"])
+    assert screen.text == "kept\nhere\nrow"
+    live.show([])
+    live.write("a line ")
+    live.write("goes on\n")
+    live.show([f"row {i}" for i in range(99)])
+    assert screen.lines[:3] == ["kept", "here", "a line goes on"]
+    assert screen.lines[3] == "row 76"  # 23 rows of 24 lines
+    live.clear()
+    assert screen.text == "kept\nhere\na line goes on"
+
+
+def test_a_row_that_a_narrow_window_broke_is_cleared_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.StringIO()
+    live = Live(file, color=True)
+    live.show([live.style("2", "x" * 79)])
+    monkeypatch.setattr(Live, "_size", lambda self: os.terminal_size((30, 24)))
+    file.truncate(0)
+    live.show(["y"])
+    assert file.getvalue().count("\x1b[2K") == 3
+
+
+def test_unchanged_rows_are_not_written_again() -> None:
+    file = io.StringIO()
+    live = Live(file, color=False)
+    live.show(["same", "old"])
+    file.truncate(0)
+    live.show(["same", "new"])
+    assert "same" not in file.getvalue()
+    file.truncate(0)
+    live.show(["same", "new"])
+    assert file.getvalue() == ""
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+def test_blocks_do_not_depend_on_how_the_text_comes(size: int) -> None:
+    whole = [
+        "".join(DOCUMENT.splitlines(keepends=True)[a:b]).strip("\n")
+        for a, b in (
+            token.map for token in MarkdownIt().enable("table").parse(DOCUMENT) if token.level == 0 and token.map
+        )
+    ]
+    blocks, found = Blocks(), []
+    for i in range(0, len(DOCUMENT), size):
+        found += blocks.feed(DOCUMENT[i : i + size])
+    assert found + blocks.finish() == whole
+    assert len(whole) == 7
+
+
+def test_the_start_of_a_line_does_not_begin_a_block() -> None:
+    blocks = Blocks()
+    assert blocks.feed("- an item\n+") == []  # which looks like another list
+    assert blocks.feed("1 that goes on\n\nThe end.\n") == ["- an item\n+1 that goes on"]
+
+
+def test_a_block_is_rendered_for_copying() -> None:
+    render = Renderer(io.StringIO(), color=False).render
+    table = "| a |\n|---|\n| 1 |"
+    shown = [
+        re.sub(r"\x1b\[[0-9;]*m", "", render(block, 30)) for block in ("# T", "a\nb", "- x\n- y", "`c` *d*", table)
+    ]
+    assert shown == ["T\n", "a\nb\n", " • x\n • y\n", "c d\n", " a\n ─\n 1\n"]
+    long = "x = 1  # " + "y" * 50
+    code = re.sub(r"\x1b\[[0-9;]*m", "", render(f"```python\n{long}\n\n  z\n```", 30))
+    assert code == f"```python\n{long}\n\n  z\n```\n"
+
+
+def test_no_color_means_no_escapes() -> None:
+    assert Live(io.StringIO(), color=False).style("2", "x") == "x"
+    assert "\x1b[3" not in Renderer(io.StringIO(), color=False).render("```python\nx = 1\n```", 30)
+    assert "\x1b[3" in Renderer(io.StringIO(), color=True).render("```python\nx = '1'\n```", 30)
+
+
+def test_text_of_a_model_cannot_drive_the_terminal() -> None:
+    assert printable("a\x1b]0;x\x07b\tc\n\x9b2J") == "a�]0;x�b    c\n�2J"
+
+
+def test_rows_count_cells() -> None:
+    assert wrap("one two three", 8) == ["one two", "three"]
+    assert wrap("日本語日本語", 5) == ["日本", "語日", "本語"]
+    assert wrap("", 5) == [""]
+    assert fit("日本語", 5) == "日本…"
+    assert fit("short", 5) == "short"
+
+
+@pytest.mark.parametrize(
+    ("text", "goes_on"),
+    [("a", False), ("a\\", True), ("a\\\\", False), ('"""', True), ('"""\na', True), ('"""\na\n"""', False)],
+)
+def test_when_enter_starts_a_new_line(text: str, goes_on: bool) -> None:
+    assert is_open(text) == goes_on
+
+
+def test_quotes_around_all_of_it_are_dropped() -> None:
+    assert unquoted('"""\na\n  b\n"""') == "a\n  b"
+    assert unquoted('say """x"""') == 'say """x"""'
+    assert unquoted(' """ ') == '"""'
+
+
+def test_mentioned_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.py", "with space.txt", "b."):
+        Path(name).touch()
+    assert mentioned('@a.py, (@a.py) and @"with space.txt". me@a.py @nobody @b.') == ["a.py", "with space.txt", "b."]
+
+
+def test_a_fence_is_longer_than_any_in_the_file() -> None:
+    assert Attachment("x.md", "````\n").fenced() == "x.md:\n`````md\n````\n`````"
+    assert Attachment("x", "y").fenced() == "x:\n```\ny\n```"
+
+
+def test_completion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    for name in ("folder/a b", "file.txt", ".hidden"):
+        Path(name).touch()
+    words = {"": ["/set", "/save"], "/set": ["top_k", "top_p"], "/file": ["@"]}
+
+    def offered(text: str) -> list[tuple[str, int]]:
+        return list(candidates(text, lambda command: words.get(command, ())))
+
+    assert offered("/s") == [("/set", 2), ("/save", 2)]
+    assert offered("/set top_") == [("top_k", 4), ("top_p", 4)]
+    assert offered("/set top_k 4") == []
+    assert offered("/file fi") == [("file.txt", 2)]
+    assert offered("see @f") == [("file.txt", 1), ("folder/", 1)]
+    assert offered("see @folder/") == [('"folder/a b', 7)]
+    assert offered("me@f") == []
+    assert offered("//s") == []
+
+
+def test_every_command_is_listed_as_it_is_called() -> None:
+    assert all(command.usage.split()[0] == name for name, command in COMMANDS.items())
+
+
+def test_footer_and_remarks() -> None:
+    usage = Usage(
+        n_prompt=1204, n_cached=1000, n_reasoning=431, n_text=212, n_steps=268, n_drafted=400, n_accepted=284,
+        n_ctx=2048, prompt_seconds=2.0, generation_seconds=20.0, finish_reason="stop",
+    )  # fmt: skip
+    assert footer.counts(usage) == [
+        "431 think + 212 answer",
+        "32.1 t/s",
+        "prefill 204 @ 102 t/s (1,000 cached)",
+        "ctx 1,847/2,048 (90%)",
+        "MTP 2.4 tok/step (71%)",
+    ]
+    assert footer.remarks(usage, None) == ["90% of the context is used; /new starts over, /undo takes back"]
+    usage.finish_reason = "length"
+    assert footer.remarks(usage, 643)[0] == "cut off by max_tokens (643)"
+    usage.n_text += 201
+    assert footer.remarks(usage, 900) == ["cut off by the context (2,048)"]
+    usage.n_text, usage.n_ctx, usage.budget_reached, usage.loop_broken = 0, None, True, True
+    assert footer.remarks(usage, None) == [
+        "cut off by the server's limit; it had not stopped thinking",
+        "the budget for thinking was used up",
+        "the thinking repeated itself and was ended",
+    ]
