@@ -141,6 +141,13 @@ class Reply:
         return self.finished.timings
 
     @property
+    def thinking_cut(self) -> str | None:
+        """Why the thinking was ended before the model did: "budget", "loop"."""
+        if self.timings.loop_broken:
+            return "loop"
+        return "budget" if self.timings.budget_reached else None
+
+    @property
     def finish_reason(self) -> str:
         """OpenAI's: stop, length, tool_calls; after an error: error."""
         assert self.finished is not None

@@ -1,6 +1,6 @@
 r"""The grammar that an answer must keep: formats and tool calls in the model's protocol, as GBNF.
 
-    root  := \n? (format | "<tool_call>" calls)      holds from </think> on, or from the start without thinking
+    root  := \n? (format | "<tool_call>" calls)      holds from </think> on; without thinking from the start, and no \n
     calls := call (\n? "<tool_call>" call)* \n?      holds from the token <tool_call> on
     call  := "\n<function=" NAME ">\n" parameters "</function>\n" "</tool_call>"
     parameter := "<parameter=" K ">\n" VALUE "\n</parameter>\n"
@@ -67,7 +67,8 @@ def constrain(
         starts.append((markers.call, "calls"))
     if options or required:
         options += [f"<[{call}]> {name}" for call, name in starts]
-        rules.define("root", f'"\\n"? ({" | ".join(options)})')
+        line_break = '"\\n"? ' if thinking else ""  # the one after </think>
+        rules.define("root", f"{line_break}({' | '.join(options)})")
         starts = [(markers.end_of_thinking, "root"), *starts] if thinking else []
     elif not starts:
         return None

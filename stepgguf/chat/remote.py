@@ -206,7 +206,9 @@ class RemoteGeneration:
         usage = self.usage
         usage.n_prompt = told.get("prompt_tokens") or 0
         usage.n_cached = (told.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-        n_reasoning = (told.get("completion_tokens_details") or {}).get("reasoning_tokens")
+        details = told.get("completion_tokens_details") or {}
+        n_reasoning, cut = details.get("reasoning_tokens"), details.get("reasoning_cut")
+        usage.budget_reached, usage.loop_broken = cut == "budget", cut == "loop"
         usage.n_reasoning = usage.n_reasoning if n_reasoning is None else n_reasoning
         usage.n_text = max(0, (told.get("completion_tokens") or 0) - usage.n_reasoning)
 

@@ -29,6 +29,7 @@ from stepgguf.server.openai_shapes import (
     ChatCompletion,
     ChatDelta,
     ChatMessage,
+    CompletionDetails,
     FinishReason,
     Logprobs,
     ToolCall,
@@ -210,12 +211,15 @@ def usage(replies: Sequence[Reply]) -> Usage:
     timings = [reply.timings for reply in replies]
     n_prompt, n_cached = timings[0].n_prompt, timings[0].n_cached
     n_generated = sum(t.n_generated for t in timings)
+    details: CompletionDetails = {"reasoning_tokens": sum(reply.n_reasoning for reply in replies)}
+    if cuts := [reply.thinking_cut for reply in replies if reply.thinking_cut is not None]:
+        details["reasoning_cut"] = cuts[0]
     return {
         "prompt_tokens": n_prompt,
         "completion_tokens": n_generated,
         "total_tokens": n_prompt + n_generated,
         "prompt_tokens_details": {"cached_tokens": n_cached},
-        "completion_tokens_details": {"reasoning_tokens": sum(reply.n_reasoning for reply in replies)},
+        "completion_tokens_details": details,
         "cached_tokens": n_cached,
     }
 

@@ -14,7 +14,10 @@ class PromptDetails(TypedDict):
 
 
 class CompletionDetails(TypedDict):
+    """reasoning_cut: "budget" or "loop", if the thinking was ended before the model did."""
+
     reasoning_tokens: int
+    reasoning_cut: NotRequired[str]
 
 
 class Usage(TypedDict):

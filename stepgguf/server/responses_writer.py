@@ -173,10 +173,13 @@ def _logprobs(item_type: str) -> dict[str, Any]:
 
 def _usage(reply: Reply) -> dict[str, Any]:
     timings = reply.timings
+    details: dict[str, Any] = {"reasoning_tokens": reply.n_reasoning}
+    if reply.thinking_cut is not None:
+        details["reasoning_cut"] = reply.thinking_cut
     return {
         "input_tokens": timings.n_prompt,
         "input_tokens_details": {"cached_tokens": timings.n_cached, "cache_write_tokens": 0},
         "output_tokens": timings.n_generated,
-        "output_tokens_details": {"reasoning_tokens": reply.n_reasoning},
+        "output_tokens_details": details,
         "total_tokens": timings.n_prompt + timings.n_generated,
     }

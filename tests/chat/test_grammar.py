@@ -118,8 +118,8 @@ def vocab(tmp_path_factory: pytest.TempPathFactory) -> Vocab:
 
 
 def free(format: Format | None = None, *tools: Tool, **others: Any) -> Grammar:
-    """Without thinking."""
-    options: dict[str, Any] = {"choice": ToolChoice(), "parallel": True, "thinking": False, **others}
+    """As it holds after the thinking."""
+    options: dict[str, Any] = {"choice": ToolChoice(), "parallel": True, "thinking": True, **others}
     grammar = constrain(MARKERS, format=format, tools=tools, **options)
     assert grammar is not None
     return grammar
@@ -450,6 +450,8 @@ PATTERNS = [
 def test_patterns_match_as_regular_expressions(vocab: Vocab, pattern: str, data: st.DataObject) -> None:
     near = st.from_regex(re.compile(pattern, re.ASCII))
     text = data.draw(st.one_of(near, near.map(lambda t: t + "a"), st.text('abcxyz19 -."\\\t\n]éZ', max_size=6)))
+    if "<" in text:
+        return  # a special token's text would be that token
     if not text.isascii() and "é" not in pattern:
         return  # what \w and \s mean there depends on the engine
     escaped = json.dumps(text, ensure_ascii=False)
@@ -532,6 +534,11 @@ def test_with_a_format_the_answer_is_that_or_a_call(vocab: Vocab) -> None:
     assert [accepts(vocab, grammar, text) for text in ("5", TIME, "\n" + TIME, "x", "5" + TIME)] == [True] * 3 + [
         False
     ] * 2
+
+
+def test_the_line_break_after_the_thinking_belongs_to_it(vocab: Vocab) -> None:
+    schema = JsonSchema({"type": "integer"})
+    assert [accepts(vocab, free(schema, thinking=thinking), "\n5") for thinking in (True, False)] == [True, False]
 
 
 def test_a_choice_is_one_of_its_texts(vocab: Vocab) -> None:

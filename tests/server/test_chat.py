@@ -357,3 +357,11 @@ def test_efforts_are_limits_from_the_configuration(serve: Serve) -> None:
     tokens = [answer["usage"]["completion_tokens_details"]["reasoning_tokens"] for answer in (low, high)]
     assert tokens[0] <= 8 + 3
     assert tokens[1] == 41
+    cuts = [answer["usage"]["completion_tokens_details"].get("reasoning_cut") for answer in (low, high)]
+    assert cuts == ["budget", None]
+
+
+def test_thinking_that_goes_in_circles_is_ended_and_the_usage_says_so(server: Server) -> None:
+    stuck = server.chat(LETTERS, logit_bias={"99": 100}, max_tokens=300).json()
+    assert stuck["usage"]["completion_tokens_details"]["reasoning_cut"] == "loop"
+    assert stuck["choices"][0]["message"]["content"] is not None
