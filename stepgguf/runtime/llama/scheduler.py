@@ -113,20 +113,26 @@ class Scheduler:
     # letting in -------------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        while self.waiting and self._admit_oldest():
+        while self.waiting and self._admit_next():
             pass
         for n_ahead, run in enumerate(sorted(self.waiting, key=lambda r: r.serial)):
             run.tell_queued(n_ahead)
 
-    def _admit_oldest(self) -> bool:
-        run = min(self.waiting, key=lambda r: r.serial)
-        prompt = np.array(run.tokens, np.int32)
-        if all(s.busy for s in self._prefixes.sequences) or not self._fits(run) or self._another_reads(prompt):
+    def _admit_next(self) -> bool:
+        """The oldest request that need not wait for what another is reading. One that does not fit is not overtaken:
+        it could wait for ever."""
+        if all(s.busy for s in self._prefixes.sequences):
             return False
-        run.admit(self._choose_sequence(prompt))
-        self.waiting.remove(run)
-        self.running.append(run)
-        return True
+        for run in sorted(self.waiting, key=lambda r: r.serial):
+            if not self._fits(run):
+                return False
+            prompt = np.array(run.tokens, np.int32)
+            if not self._another_reads(prompt):
+                run.admit(self._choose_sequence(prompt))
+                self.waiting.remove(run)
+                self.running.append(run)
+                return True
+        return False
 
     def _fits(self, run: Run) -> bool:
         """Whether the tokens of the run fit beside the other runs, if every idle sequence gives way."""

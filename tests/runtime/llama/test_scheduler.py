@@ -220,6 +220,18 @@ def test_requests_with_one_beginning_read_it_once(trained_model: Path, start: Ca
     assert len({tuple(s.tokens) for s in sinks}) == 1
 
 
+def test_a_request_with_another_beginning_does_not_wait_for_that(
+    random_model: Path, start: Callable[..., LlamaEngine]
+) -> None:
+    engine = start(random_model, n_ctx=16384, n_parallel=3, draft=0)
+    long = [7 + i % 500 for i in range(6000)]
+    first, same = submit(engine, long, max_tokens=1), submit(engine, long, max_tokens=1)
+    other = submit(engine, [5] * 10, max_tokens=1)
+    assert other.finished.reason == "length"
+    assert not first.done.is_set(), "it has waited until the long prompt was read"
+    assert same.finished.timings.n_cached >= 5990
+
+
 def test_closing_ends_what_runs(random_model: Path, start: Callable[..., LlamaEngine]) -> None:
     engine = start(random_model, n_ctx=4096)
     sinks = [submit(engine, [5] * 10, max_tokens=3000, ignore_end=True) for _ in range(2)]
