@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -12,8 +13,9 @@ from tests.server.conftest import MODEL_ID, Serve, Server
 
 
 @pytest.fixture(scope="module")
-def client(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 def test_models_are_listed_and_found_also_under_ids_with_a_slash(client: openai.OpenAI) -> None:
@@ -35,8 +37,7 @@ def test_a_prompt_goes_on_whole_and_streamed(client: openai.OpenAI) -> None:
 
 
 def test_a_wrong_key_is_an_authentication_error(serve: Serve) -> None:
-    with serve(api_key="right") as server:
-        wrong = openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong")
+    with serve(api_key="right") as server, openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong") as wrong:
         with pytest.raises(openai.AuthenticationError) as caught:
             wrong.models.list()
         assert caught.value.code == "invalid_api_key"

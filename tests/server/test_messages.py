@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import anthropic
@@ -37,8 +38,9 @@ COLD: dict[str, Any] = {"model": "demo", "max_tokens": 512, "extra_body": {"temp
 
 
 @pytest.fixture(scope="module")
-def client(server: Server) -> anthropic.Anthropic:
-    return anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
+def client(server: Server) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0) as client:
+        yield client
 
 
 def written(pieces: list[str], display: Display = "shown", **how: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -35,8 +36,9 @@ ECHO = {"parallel_tool_calls": True, "tool_choice": "auto", "tools": []}
 
 
 @pytest.fixture(scope="module")
-def client(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 def written(pieces: list[str], *, sealed: bool = False, **how: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -294,8 +296,10 @@ def test_a_stream_that_has_nothing_to_say_sends_comments(serve: Serve) -> None:
     with serve(keep_alive_seconds=0.001) as server:
         text = server.client.post("/v1/responses", json={"input": QUESTION, "temperature": 0, "stream": True}).text
         assert ": keep-alive\n\n" in text
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-        with client.responses.stream(input=QUESTION, **COLD) as stream:
+        with (
+            openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+            client.responses.stream(input=QUESTION, **COLD) as stream,
+        ):
             assert stream.get_final_response().output_text == "There are 3 'r's."
 
 
