@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import logging
 import socket
 from typing import Annotated
@@ -69,8 +68,9 @@ def serve(
     from stepgguf.server import listen
     from stepgguf.server.app import create_app
     from stepgguf.server.config import ServerConfig
+    from stepgguf.server.guard import is_loopback
 
-    if not _is_loopback(host) and api_key is None and not no_key:
+    if not is_loopback(host) and api_key is None and not no_key:
         raise typer.BadParameter(
             f"{host} can be reached from other machines: set --api-key or STEPGGUF_API_KEY, or say --no-key",
             param_hint="--host",
@@ -115,12 +115,3 @@ def _bound(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise EngineError(f"cannot listen on {host}:{port}: {error.strerror}", hint="Choose another --port.") from error
     return listener
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from stepgguf.errors import StepggufError
+from stepgguf.errors import EngineBusy, StepggufError
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -196,6 +196,14 @@ class Stats:
     cache_bytes: int = 0
     n_recoveries: int = 0
     alive: bool = True
+
+    def busy(self, n_parallel: int, queue_limit: int) -> EngineBusy:
+        """What to refuse a request with when the queue is full."""
+        seconds = self.generation_seconds / max(1, self.n_requests)
+        return EngineBusy(
+            f"{n_parallel} requests are running and {queue_limit} are waiting",
+            retry_after=max(1, min(60, round(seconds))),
+        )
 
     def add(self, timings: Timings, *, failed: bool) -> None:
         """Count a request that has ended."""

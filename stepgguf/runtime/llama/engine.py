@@ -16,7 +16,7 @@ from pathlib import Path
 
 import llama_cpp
 
-from stepgguf.errors import ContextLengthExceeded, EngineBusy, EngineDied, EngineError
+from stepgguf.errors import ContextLengthExceeded, EngineDied, EngineError
 from stepgguf.runtime.engine import FinishReason, ModelInfo, Request, Sink, Stats
 from stepgguf.runtime.llama import hooks
 from stepgguf.runtime.llama.context import Context
@@ -126,6 +126,7 @@ class LlamaEngine:
         stats = replace(self._stats, drafted=list(self._stats.drafted), accepted=list(self._stats.accepted))
         stats.n_running = min(n_open, len(self._scheduler.running))
         stats.n_queued = n_open - stats.n_running
+        stats.n_context_used, stats.cache_bytes = self._scheduler.n_context_used, self._scheduler.cache_bytes
         return stats
 
     def submit(self, request: Request, sink: Sink) -> LlamaTicket:
@@ -153,11 +154,7 @@ class LlamaEngine:
         if self._stopping or not self._stats.alive:
             raise EngineDied("the engine has stopped", recovered=False, hint="Start it again.")
         if len(self._open) >= self._n_parallel + self._queue_limit:
-            seconds = self._stats.generation_seconds / max(1, self._stats.n_requests)
-            raise EngineBusy(
-                f"{self._n_parallel} requests are running and {self._queue_limit} are waiting",
-                retry_after=max(1, min(60, round(seconds))),
-            )
+            raise self._stats.busy(self._n_parallel, self._queue_limit)
 
     def close(self) -> None:
         """End what runs, save what the disk cache should keep, free the model."""

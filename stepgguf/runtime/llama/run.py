@@ -114,7 +114,7 @@ class Run:
 
     def next_steps(self, context: Context, row: int) -> list[Step]:
         """The tokens after a row of the last decode: one that is sampled, or all that are forced. They are added to
-        `tokens`. None, and `ended` is set: an end token came."""
+        `tokens`. Nothing, and `ended` is set: an end token came."""
         if self._forced:
             return self._take_forced()
         n_top = self.request.top_logprobs

@@ -69,6 +69,14 @@ class Scheduler:
         self.waiting: list[Run] = []
         self.running: list[Run] = []
 
+    @property
+    def n_context_used(self) -> int:
+        return sum(len(s) for s in self._prefixes.sequences)
+
+    @property
+    def cache_bytes(self) -> int:
+        return self._store.n_bytes + self._checkpoint_bytes()
+
     # requests ---------------------------------------------------------------------------------------------------
 
     def drop_cancelled(self) -> None:
@@ -303,8 +311,6 @@ class Scheduler:
 
     def _measure(self, parts: Many[_Part], seconds: float) -> None:
         self._stats.n_steps += 1
-        self._stats.n_context_used = sum(len(s) for s in self._prefixes.sequences)
-        self._stats.cache_bytes = self._store.n_bytes + self._checkpoint_bytes()
         generating = [part for part in parts if len(part.tokens) == 1]
         if self._tuner and generating and len(generating) == len(parts):
             depth = max(len(part.guesses) for part in parts)

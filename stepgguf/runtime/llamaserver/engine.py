@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from stepgguf.errors import ContextLengthExceeded, EngineBusy, EngineDied, EngineError, StepggufError
-from stepgguf.runtime.engine import Finished, FinishReason, ModelInfo, Queued, Request, Sampling, Sink, Stats
+from stepgguf.errors import ContextLengthExceeded, EngineDied, EngineError, StepggufError
+from stepgguf.runtime.engine import FinishReason, ModelInfo, Queued, Request, Sampling, Sink, Stats
 from stepgguf.runtime.llamaserver.client import Client, ConnectionLost
 from stepgguf.runtime.llamaserver.gbnf import check_rules
 from stepgguf.runtime.llamaserver.process import ForeignServer, LlamaProcess, Server
@@ -149,7 +149,7 @@ class LlamaServerEngine:
             if self._closed or not self._server.alive:
                 raise EngineDied("llama-server has stopped", recovered=False, hint="Start it again.")
             if len(self._waiting) + len(self._running) >= self._n_parallel + self._queue_limit:
-                raise self._busy()
+                raise self._stats.busy(self._n_parallel, self._queue_limit)
             self._stats.n_requests += 1
             self._waiting.append(run)
         threading.Thread(target=self._serve, args=(run,), name="llama-server request", daemon=True).start()
@@ -191,7 +191,8 @@ class LlamaServerEngine:
         last = run.finished(reason, error)
         with self._changed:
             (self._running if run in self._running else self._waiting).remove(run)
-            _add(self._stats, last)
+            self._stats.add(last.timings, failed=last.reason == "error")
+            self._stats.n_steps += last.timings.n_steps
             self._changed.notify_all()
         run.emit(last)
 
@@ -210,13 +211,6 @@ class LlamaServerEngine:
             self._running.append(run)
             self._changed.notify_all()
 
-    def _busy(self) -> EngineBusy:
-        seconds = self._stats.generation_seconds / max(1, self._stats.n_requests)
-        return EngineBusy(
-            f"{self._n_parallel} requests are running and {self._queue_limit} are waiting",
-            retry_after=max(1, min(60, round(seconds))),
-        )
-
 
 class LlamaServerTicket:
     def __init__(self, run: Run, changed: threading.Condition) -> None:
@@ -229,19 +223,6 @@ class LlamaServerTicket:
 
     def end_reasoning(self) -> None:
         self._run.end_reasoning()
-
-
-def _add(stats: Stats, last: Finished) -> None:
-    timings = last.timings
-    stats.n_failed += last.reason == "error"
-    stats.n_prompt_tokens += timings.n_prompt
-    stats.n_cached_tokens += timings.n_cached
-    stats.n_generated_tokens += timings.n_generated
-    stats.n_steps += timings.n_steps
-    stats.prompt_seconds += timings.prompt_seconds
-    stats.generation_seconds += timings.generation_seconds
-    stats.drafted = [sum(stats.drafted) + sum(timings.drafted)] if timings.drafted else stats.drafted
-    stats.accepted = [sum(stats.accepted) + sum(timings.accepted)] if timings.accepted else stats.accepted
 
 
 def _sampling(params: dict[str, Any]) -> Sampling:
