@@ -6,11 +6,13 @@ import itertools
 import time
 from collections import deque
 
+import numpy as np
+
 from stepgguf.errors import StepggufError
 from stepgguf.runtime.engine import Event, Finished, FinishReason, Prefill, Queued, Request, Sink, Step, Timings
 from stepgguf.runtime.llama.context import Context
 from stepgguf.runtime.llama.model import Model
-from stepgguf.runtime.llama.prefix import Sequence
+from stepgguf.runtime.llama.prefix import Sequence, TokenArray
 from stepgguf.runtime.llama.sampler import Sampler, logprobs
 from stepgguf.runtime.thinking import Thinking
 
@@ -28,6 +30,7 @@ class Run:
         self.request, self._sink, self._model = request, sink, model
         self._outbox: list[Event] = []
         self.serial = next(_serial)  # older runs go first
+        self.prompt = np.array(request.prompt, np.int32)  # to compare: a prompt can have 262,144 tokens
         self.tokens = list(request.prompt)
         self.sequence: Sequence | None = None
         self.checkpoints = _checkpoints(request)
@@ -53,6 +56,11 @@ class Run:
         outbox, self._outbox = self._outbox, []
         for event in outbox:
             self._sink(event)
+
+    @property
+    def known(self) -> TokenArray:
+        """`tokens`, to compare."""
+        return np.array(self.tokens, np.int32) if self.n_generated else self.prompt
 
     @property
     def n_generated(self) -> int:

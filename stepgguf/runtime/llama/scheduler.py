@@ -19,8 +19,6 @@ from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
-import numpy as np
-
 from stepgguf.errors import BadGrammar
 from stepgguf.runtime.engine import FinishReason, Prefill, Stats, Step, Tokens
 from stepgguf.runtime.llama.context import NO_ROOM, Rows
@@ -134,9 +132,8 @@ class Scheduler:
         for run in sorted(self.waiting, key=lambda r: r.serial):
             if not self._fits(run):
                 return False
-            prompt = np.array(run.tokens, np.int32)
-            if not self._another_reads(prompt):
-                run.admit(self._choose_sequence(prompt))
+            if not self._another_reads(run.known):
+                run.admit(self._choose_sequence(run.known))
                 self.waiting.remove(run)
                 self.running.append(run)
                 return True
@@ -152,7 +149,7 @@ class Scheduler:
         """Whether a running request is about to make a checkpoint that saves this prompt much of its reading."""
         mine = max(self._prefixes.start(s, prompt).n for s in self._prefixes.sequences)
         for run in self.running:
-            shared = common_prefix(np.array(run.request.prompt, np.int32), prompt[:-1])
+            shared = common_prefix(run.prompt, prompt[:-1])
             if any(max(run.n_read, mine + WORTH_WAITING) < n <= shared for n in run.checkpoints):
                 return True
         return False
