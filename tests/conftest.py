@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from stepgguf.cli.main import main
+from stepgguf.demo import CHECKPOINT
 from tests.generate import Shape, write_checkpoint
 from tests.oracle import silence
 
@@ -42,3 +44,11 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_fp8(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same as block-FP8, with an index as stale as the official one. Read-only."""
     return write_checkpoint(tmp_path_factory.mktemp("small-fp8") / "small", Shape(n_mtp=3), fp8=True, index=True)
+
+
+@pytest.fixture(scope="session")
+def demo_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model in BF16, window 64. Read-only."""
+    path = tmp_path_factory.mktemp("embedded") / "demo.gguf"
+    assert main(["convert", str(CHECKPOINT), str(path), "-t", "BF16", "-q"]) == 0
+    return path

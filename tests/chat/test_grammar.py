@@ -21,8 +21,6 @@ from hypothesis import strategies as st
 from stepgguf.chat.grammar import constrain
 from stepgguf.chat.output import Markers, OutputMachine
 from stepgguf.chat.request import Choice, Format, Gbnf, JsonObject, JsonSchema, Tool, ToolChoice
-from stepgguf.cli.main import main
-from stepgguf.demo import CHECKPOINT
 from stepgguf.errors import BadGrammar
 from stepgguf.runtime.engine import Grammar, Step
 
@@ -111,10 +109,8 @@ class Walk:
 
 
 @pytest.fixture(scope="module")
-def vocab(tmp_path_factory: pytest.TempPathFactory) -> Vocab:
-    path = tmp_path_factory.mktemp("vocab") / "demo.gguf"
-    assert main(["convert", str(CHECKPOINT), str(path), "-t", "BF16", "-q"]) == 0
-    return Vocab(path)
+def vocab(demo_gguf: Path) -> Vocab:
+    return Vocab(demo_gguf)
 
 
 def free(format: Format | None = None, *tools: Tool, **others: Any) -> Grammar:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -17,8 +18,6 @@ from stepgguf.chat.inprocess import InProcess
 from stepgguf.chat.output import Delta
 from stepgguf.chat.remote import Remote
 from stepgguf.chat.session import Session, Settings, Usage
-from stepgguf.cli.main import main
-from stepgguf.demo import CHECKPOINT
 from stepgguf.errors import EngineBusy, EngineError, RequestError
 from stepgguf.runtime.llama import LlamaEngine
 from stepgguf.server.config import ServerConfig
@@ -30,11 +29,9 @@ KEY = "secret"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    path = tmp_path_factory.mktemp("remote") / "demo.gguf"
-    assert main(["convert", str(CHECKPOINT), str(path), "-t", "BF16", "-q"]) == 0
+def server(demo_gguf: Path) -> Iterator[Server]:
     with (
-        LlamaEngine(path, n_ctx=1024, threads=1) as engine,
+        LlamaEngine(demo_gguf, n_ctx=1024, threads=1) as engine,
         running(ChatModel(engine), ServerConfig(("demo",), api_key=KEY)) as server,
     ):
         yield server

@@ -20,8 +20,6 @@ from stepgguf.chat.inprocess import InProcess
 from stepgguf.chat.output import Delta
 from stepgguf.chat.session import Session, Settings, Update, Usage
 from stepgguf.chat.transcript import Origin, Transcript, as_json, as_markdown, read, session_path, sessions
-from stepgguf.cli.main import main
-from stepgguf.demo import CHECKPOINT
 from stepgguf.errors import ContextLengthExceeded, OutputError
 from stepgguf.runtime.engine import Prefill
 from stepgguf.runtime.llama import LlamaEngine
@@ -39,16 +37,9 @@ WEATHER = {
 
 
 @pytest.fixture(scope="module")
-def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("session") / "demo.gguf"
-    assert main(["convert", str(CHECKPOINT), str(path), "-t", "BF16", "-q"]) == 0
-    return path
-
-
-@pytest.fixture(scope="module")
-def backend(gguf: Path) -> Iterator[InProcess]:
-    with LlamaEngine(gguf, n_ctx=1024, threads=1) as engine:
-        yield InProcess(ChatModel(engine), Origin.of(engine.info.name, gguf))
+def backend(demo_gguf: Path) -> Iterator[InProcess]:
+    with LlamaEngine(demo_gguf, n_ctx=1024, threads=1) as engine:
+        yield InProcess(ChatModel(engine), Origin.of(engine.info.name, demo_gguf))
 
 
 @pytest.fixture
@@ -241,8 +232,8 @@ for update in chat.ask("What is 347 + 286?"):
 """
 
 
-def test_a_kill_loses_no_more_than_the_last_moment(gguf: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", KILLED, str(gguf), str(tmp_path)]
+def test_a_kill_loses_no_more_than_the_last_moment(demo_gguf: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLED, str(demo_gguf), str(tmp_path)]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
     (path,) = sessions(tmp_path)
     entries = read(path).entries

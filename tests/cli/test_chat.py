@@ -22,20 +22,12 @@ import pytest
 
 from stepgguf.chat.transcript import Saved, read, sessions
 from stepgguf.cli.main import main
-from stepgguf.demo import CHECKPOINT
 from tests.conftest import INTERRUPTIBLE
 from tests.generate import Shape, write_checkpoint
 
 SECONDS = 20.0
 PROMPT = r"\n>[ \x08]*$"
 UP, CTRL_C, CTRL_D, CTRL_T, ALT_ENTER = "\x1b[A", "\x03", "\x04", "\x14", "\x1b\r"
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("chat") / "demo.gguf"
-    assert main(["convert", str(CHECKPOINT), str(path), "-t", "BF16", "-q"]) == 0
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -129,9 +121,9 @@ def terminal(tmp_path: Path) -> Iterator[Any]:
         one.close()
 
 
-def test_a_conversation(demo: Path, terminal: Any) -> None:
+def test_a_conversation(demo_gguf: Path, terminal: Any) -> None:
     """Folded thinking, the answer, the footer; then what was folded; commands; Ctrl+D."""
-    chat = terminal(demo, "--temperature", "0")
+    chat = terminal(demo_gguf, "--temperature", "0")
     chat.ask("What is 347 + 286?")
     shown = chat.until(r"ctx 114/4,096 \(3%\)")
     assert re.search(r"∴ thought for [\d.]+s, 66 tokens \(/t shows it\)\n\n[^∴]*347 \+ 286 = 633\n\n66 think", shown)
@@ -156,9 +148,9 @@ def test_a_conversation(demo: Path, terminal: Any) -> None:
     assert chat.saved.settings["reasoning_budget"] == 5
 
 
-def test_several_lines_and_files(demo: Path, terminal: Any, tmp_path: Path) -> None:
+def test_several_lines_and_files(demo_gguf: Path, terminal: Any, tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("Hello")
-    chat = terminal(demo, "--temperature", "0", "--reasoning-budget", "0", "--max-tokens", "5")
+    chat = terminal(demo_gguf, "--temperature", "0", "--reasoning-budget", "0", "--max-tokens", "5")
     chat.ask(f'one{ALT_ENTER}two\\\rthree """\rfour """')
     chat.until("ctx")
     chat.ask("\x1b[200~five\nsix\x1b[201~")
@@ -243,25 +235,25 @@ def test_thinking_is_folded_and_unfolded_while_it_comes(babbler: Path, terminal:
     chat.until("interrupted")
 
 
-def test_a_limit_is_named(demo: Path, terminal: Any) -> None:
-    chat = terminal(demo, "--temperature", "0", "--max-tokens", "9")
+def test_a_limit_is_named(demo_gguf: Path, terminal: Any) -> None:
+    chat = terminal(demo_gguf, "--temperature", "0", "--max-tokens", "9")
     chat.ask("What is 347 + 286?")
     chat.until(r"cut off by max_tokens \(9\); it had not stopped thinking")
 
 
-def test_a_question_that_does_not_fit_can_be_changed_and_sent_again(demo: Path, terminal: Any) -> None:
-    chat = terminal(demo, "--ctx", "256")
+def test_a_question_that_does_not_fit_can_be_changed_and_sent_again(demo_gguf: Path, terminal: Any) -> None:
+    chat = terminal(demo_gguf, "--ctx", "256")
     chat.ask("word " * 300)
     chat.until(r"error: the prompt has \d+ tokens, the context 256\n.*hint: ")
     chat.until("> word word")
     chat.type(CTRL_D)
 
 
-def test_a_tool_call_is_shown_and_its_result_asked_for(demo: Path, terminal: Any, tmp_path: Path) -> None:
+def test_a_tool_call_is_shown_and_its_result_asked_for(demo_gguf: Path, terminal: Any, tmp_path: Path) -> None:
     city = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
     tool = {"name": "get_weather", "description": "Get the weather", "parameters": city}
     (tmp_path / "tools.json").write_text(json.dumps([tool]))
-    chat = terminal(demo, "--temperature", "0")
+    chat = terminal(demo_gguf, "--temperature", "0")
     chat.ask(f"/tools {tmp_path}/tools.json")
     chat.until("tools: get_weather")
     chat.ask("What is the weather in Paris?")
@@ -271,15 +263,15 @@ def test_a_tool_call_is_shown_and_its_result_asked_for(demo: Path, terminal: Any
     chat.until("It is 21 degrees and sunny in Paris.")
 
 
-def test_a_session_is_continued(demo: Path, terminal: Any) -> None:
-    chat = terminal(demo, "--temperature", "0", "--system", "Be brief.")
+def test_a_session_is_continued(demo_gguf: Path, terminal: Any) -> None:
+    chat = terminal(demo_gguf, "--temperature", "0", "--system", "Be brief.")
     chat.ask("Hello")
     chat.until("How can I help you")
     chat.ask("/save greeting")
     chat.until("greeting.jsonl")
     chat.ask("/exit")
     assert chat.wait() == 0
-    chat = terminal(demo, "-c")
+    chat = terminal(demo_gguf, "-c")
     shown = chat.until(PROMPT)
     assert "2 messages; the last:\n> Hello\n\nHello! How can I help you?" in shown
     chat.type("/system\r")
@@ -305,22 +297,22 @@ def piped(*arguments: object, text: str = "", **environment: str) -> subprocess.
 
 
 @pytest.mark.parametrize("thinking", ["full", None])
-def test_the_answer_alone_goes_to_stdout(demo: Path, thinking: str | None) -> None:
+def test_the_answer_alone_goes_to_stdout(demo_gguf: Path, thinking: str | None) -> None:
     options = ["--thinking", thinking] if thinking else []
-    result = piped(demo, "--temperature", "0", *options, text="What is 2 + 3?")
+    result = piped(demo_gguf, "--temperature", "0", *options, text="What is 2 + 3?")
     assert (result.returncode, result.stdout) == (0, "2 + 3 = 5\n")
     assert ("2+3=5" in result.stderr) == (thinking == "full")
     assert "\x1b" not in result.stderr
     assert re.search(r"\d+ think \+ \d+ answer · [\d.]+ t/s · .* · ctx \d+/4,096", result.stderr)
 
 
-def test_quiet_is_silent(demo: Path) -> None:
-    result = piped(demo, "--temperature", "0", "-q", "-p", "What is 2 + 3?")
+def test_quiet_is_silent(demo_gguf: Path) -> None:
+    result = piped(demo_gguf, "--temperature", "0", "-q", "-p", "What is 2 + 3?")
     assert (result.stdout, result.stderr) == ("2 + 3 = 5\n", "")
 
 
-def test_an_answer_as_json(demo: Path) -> None:
-    result = piped(demo, "--temperature", "0", "--json", "-p", "What is 2 + 3?")
+def test_an_answer_as_json(demo_gguf: Path) -> None:
+    result = piped(demo_gguf, "--temperature", "0", "--json", "-p", "What is 2 + 3?")
     answer = json.loads(result.stdout)
     assert answer["content"] == "2 + 3 = 5"
     assert "2+3=5" in answer["reasoning"]
@@ -328,22 +320,22 @@ def test_an_answer_as_json(demo: Path) -> None:
     assert result.stderr == ""
 
 
-def test_a_prompt_and_what_is_piped_are_one_question(demo: Path, tmp_path: Path) -> None:
+def test_a_prompt_and_what_is_piped_are_one_question(demo_gguf: Path, tmp_path: Path) -> None:
     """... and -c puts them into the last session."""
     home = str(tmp_path)
-    result = piped(demo, "-c", "-p", "Hello", XDG_DATA_HOME=home)
+    result = piped(demo_gguf, "-c", "-p", "Hello", XDG_DATA_HOME=home)
     assert result.returncode == 2
     assert "there is no session" in result.stderr
     folder = tmp_path / "stepgguf" / "sessions"
     folder.mkdir(parents=True)
     (folder / "x.jsonl").write_text('{"type": "session", "version": 1, "origin": {"model": "y", "file": "z"}}\n')
-    result = piped(demo, "-c", "--temperature", "0", "-p", "What is", text="2 + 3?", XDG_DATA_HOME=home)
+    result = piped(demo_gguf, "-c", "--temperature", "0", "-p", "What is", text="2 + 3?", XDG_DATA_HOME=home)
     assert "warning: x was made with y (z)" in result.stderr
     assert read(folder / "x.jsonl").entries[0].message["content"] == "What is\n\n2 + 3?"
 
 
-def test_a_context_that_is_too_long_says_what_to_do(demo: Path) -> None:
-    result = piped(demo, "--ctx", "256", "-p", "word " * 400)
+def test_a_context_that_is_too_long_says_what_to_do(demo_gguf: Path) -> None:
+    result = piped(demo_gguf, "--ctx", "256", "-p", "word " * 400)
     assert result.returncode == 1
     assert re.search(r"error: the prompt has \d+ tokens, the context 256", result.stderr)
     assert "hint: Start with a larger --ctx (the model knows up to 4096)" in result.stderr

@@ -17,24 +17,16 @@ import httpx
 import pytest
 
 from stepgguf.cli.main import main
-from stepgguf.demo import CHECKPOINT
 from tests.conftest import INTERRUPTIBLE
 
 STAND_IN = Path(__file__).parents[1] / "runtime" / "llama_server.py"
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("serve") / "demo.gguf"
-    assert main(["convert", str(CHECKPOINT), str(path), "-t", "BF16", "-q"]) == 0
-    return path
-
-
 @contextmanager
-def serving(demo: Path, *options: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def serving(demo_gguf: Path, *options: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The process and its URL, read from what it says when it is ready."""
     process = subprocess.Popen(
-        [*INTERRUPTIBLE, "serve", str(demo), "--port", "0", "--threads", "1", *options],
+        [*INTERRUPTIBLE, "serve", str(demo_gguf), "--port", "0", "--threads", "1", *options],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, **environment},
@@ -59,8 +51,8 @@ def ask(url: str, **headers: str) -> httpx.Response:
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
-def test_it_answers_and_ends_when_told(demo: Path, sign: signal.Signals) -> None:
-    with serving(demo) as (process, url):
+def test_it_answers_and_ends_when_told(demo_gguf: Path, sign: signal.Signals) -> None:
+    with serving(demo_gguf) as (process, url):
         assert ask(url).json()["choices"][0]["message"]["content"] == "There are 3 'r's."
         assert next(m["id"] for m in httpx.get(url + "/v1/models").json()["data"]) == "demo"
         process.send_signal(sign)
@@ -70,16 +62,16 @@ def test_it_answers_and_ends_when_told(demo: Path, sign: signal.Signals) -> None
         assert "42+50 tokens" in log
 
 
-def test_the_key_comes_from_the_environment_and_is_never_shown(demo: Path) -> None:
-    with serving(demo, STEPGGUF_API_KEY="s3cret") as (process, url):
+def test_the_key_comes_from_the_environment_and_is_never_shown(demo_gguf: Path) -> None:
+    with serving(demo_gguf, STEPGGUF_API_KEY="s3cret") as (process, url):
         assert ask(url).status_code == 401
         assert ask(url, authorization="Bearer s3cret").status_code == 200
         process.send_signal(signal.SIGTERM)
         assert "s3cret" not in process.communicate(timeout=20)[1]
 
 
-def test_other_machines_are_served_only_with_a_key(demo: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["serve", str(demo), "--host", "0.0.0.0"]) == 2
+def test_other_machines_are_served_only_with_a_key(demo_gguf: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", str(demo_gguf), "--host", "0.0.0.0"]) == 2
     assert "can be reached from other machines" in " ".join(capfd.readouterr().err.split())
 
 
@@ -90,11 +82,11 @@ def test_a_taken_port_is_said_before_the_model_is_loaded(tmp_path: Path, capfd: 
     assert f"cannot listen on 127.0.0.1:{port}" in capfd.readouterr().err
 
 
-def test_conversations_outlive_a_restart(demo: Path, tmp_path: Path) -> None:
+def test_conversations_outlive_a_restart(demo_gguf: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     cached = []
     for _ in range(2):
-        with serving(demo, "--cache-folder", str(folder)) as (process, url):
+        with serving(demo_gguf, "--cache-folder", str(folder)) as (process, url):
             text = "Please tell me: " + "and then " * 80 + "what is 347 + 286?"
             body = {"messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 5}
             usage = httpx.post(url + "/v1/chat/completions", json=body, timeout=30).json()["usage"]
@@ -105,11 +97,11 @@ def test_conversations_outlive_a_restart(demo: Path, tmp_path: Path) -> None:
     assert cached[1] > 80
 
 
-def test_the_same_over_a_llama_server(demo: Path, tmp_path: Path) -> None:
+def test_the_same_over_a_llama_server(demo_gguf: Path, tmp_path: Path) -> None:
     program = tmp_path / "llama-server"
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{STAND_IN}" "$@"\n')
     program.chmod(0o755)
-    with serving(demo, "--engine", f"llama-server={program}", "--ctx", "1024", "--parallel", "1") as (_, url):
+    with serving(demo_gguf, "--engine", f"llama-server={program}", "--ctx", "1024", "--parallel", "1") as (_, url):
         reply = ask(url).json()
         assert reply["choices"][0]["message"]["content"] == "There are 3 'r's."
         assert reply["choices"][0]["message"]["reasoning"].startswith("Looking for r.")
@@ -125,20 +117,22 @@ def test_the_same_over_a_llama_server(demo: Path, tmp_path: Path) -> None:
         (["--port", "70000"], "less than or equal to 65535"),
     ],
 )
-def test_what_cannot_be_is_said(demo: Path, capfd: pytest.CaptureFixture[str], options: list[str], text: str) -> None:
-    assert main(["serve", str(demo), "--port", "0", *options]) == 2
+def test_what_cannot_be_is_said(
+    demo_gguf: Path, capfd: pytest.CaptureFixture[str], options: list[str], text: str
+) -> None:
+    assert main(["serve", str(demo_gguf), "--port", "0", *options]) == 2
     assert text in re.sub(r"[\s│]+", " ", capfd.readouterr().err)
 
 
-def test_bench_measures_depths_batches_and_drafts(demo: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_bench_measures_depths_batches_and_drafts(demo_gguf: Path, capfd: pytest.CaptureFixture[str]) -> None:
     options = ["--depths", "0,600", "--batches", "1,2", "-n", "8", "--threads", "1"]
-    assert main(["bench", str(demo), *options, "--json"]) == 0
+    assert main(["bench", str(demo_gguf), *options, "--json"]) == 0
     report = json.loads(capfd.readouterr().out)
     assert [(r["depth"], r["batch"]) for r in report["speed"]] == [(0, 1), (0, 2), (600, 1), (600, 2)]
     assert all(r["prompt_tps"] > 0 and r["generation_tps"] > 0 for r in report["speed"])
     assert [len(r["drafted"]) for r in report["mtp"]] == [0, 1, 2, 3]
     assert report["mtp"][0]["tokens_per_step"] == pytest.approx(1, abs=0.05)
     assert report["mtp"][1]["tokens_per_step"] > 1
-    assert main(["bench", str(demo), *options]) == 0
+    assert main(["bench", str(demo_gguf), *options]) == 0
     assert "tokens/step" in capfd.readouterr().out
-    assert main(["bench", str(demo), "--depths", "zero"]) == 2
+    assert main(["bench", str(demo_gguf), "--depths", "zero"]) == 2

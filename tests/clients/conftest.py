@@ -10,7 +10,6 @@ from pydantic import BaseModel, Field
 
 from tests.server.conftest import Server
 from tests.server.conftest import chat_model as chat_model
-from tests.server.conftest import demo_gguf as demo_gguf
 from tests.server.conftest import serve as serve
 from tests.server.conftest import server as server
 

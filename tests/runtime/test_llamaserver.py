@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 
-import stepgguf.demo
-from stepgguf.cli.main import main
 from stepgguf.errors import BadGrammar, ContextLengthExceeded, EngineBusy, EngineDied, EngineError, ModelLoadFailed
 from stepgguf.runtime.engine import (
     Event,
@@ -39,13 +37,6 @@ ANSWER = b"</think>\nThere are 3 'r's."
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("demo") / "demo.gguf"
-    assert main(["convert", str(stepgguf.demo.CHECKPOINT), str(path), "-t", "BF16", "-q"]) == 0
-    return path
-
-
-@pytest.fixture(scope="module")
 def binary(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("bin") / "llama-server"
     path.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{Path(__file__).parent / "llama_server.py"}" "$@"\n')
@@ -54,11 +45,11 @@ def binary(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def spawn(model: Path, binary: str) -> Iterator[Callable[..., LlamaServerEngine]]:
+def spawn(demo_gguf: Path, binary: str) -> Iterator[Callable[..., LlamaServerEngine]]:
     """Starts engines; all of them are closed in the end."""
     engines = []
 
-    def start(path: Path = model, **changed: Any) -> LlamaServerEngine:
+    def start(path: Path = demo_gguf, **changed: Any) -> LlamaServerEngine:
         options: dict[str, Any] = {
             "binary": binary, "n_ctx": 2048, "n_parallel": 2, "gpu_layers": 0, "threads": 1, "mtp": False,
             "queue_limit": 1,
@@ -434,9 +425,9 @@ def test_a_server_that_dies_again_and_again_is_given_up(
 
 
 def test_what_cannot_be_loaded_is_said_with_its_last_lines(
-    spawn: Callable[..., LlamaServerEngine], tmp_path: Path, model: Path
+    spawn: Callable[..., LlamaServerEngine], tmp_path: Path, demo_gguf: Path
 ) -> None:
-    (tmp_path / "cut.gguf").write_bytes(model.read_bytes()[:-100000])
+    (tmp_path / "cut.gguf").write_bytes(demo_gguf.read_bytes()[:-100000])
     with pytest.raises(ModelLoadFailed, match=r"cut\.gguf could not be loaded: .*exited with code 1.*\n.*\n"):
         spawn(tmp_path / "cut.gguf")
     with pytest.raises(ModelLoadFailed, match="there is no such program"):
@@ -461,12 +452,12 @@ def test_nothing_is_left_after_close(spawn: Callable[..., LlamaServerEngine], pr
     engine.close()
 
 
-def test_the_server_does_not_outlive_us_even_if_we_are_killed(model: Path, binary: str) -> None:
+def test_the_server_does_not_outlive_us_even_if_we_are_killed(demo_gguf: Path, binary: str) -> None:
     code = f"""
 import os, signal
 from pathlib import Path
 from stepgguf.runtime.llamaserver import LlamaServerEngine
-engine = LlamaServerEngine.spawn(Path({str(model)!r}), binary={binary!r}, n_ctx=256, n_parallel=1, gpu_layers=0,
+engine = LlamaServerEngine.spawn(Path({str(demo_gguf)!r}), binary={binary!r}, n_ctx=256, n_parallel=1, gpu_layers=0,
                                  threads=1, mtp=False, queue_limit=1)
 print(engine._server._process.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)

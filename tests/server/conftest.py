@@ -16,8 +16,6 @@ import pytest
 import uvicorn
 
 from stepgguf.chat.exchange import ChatModel
-from stepgguf.cli.main import main
-from stepgguf.demo import CHECKPOINT
 from stepgguf.runtime.llama import LlamaEngine
 from stepgguf.server.app import create_app
 from stepgguf.server.config import ServerConfig
@@ -56,13 +54,6 @@ class Server:
                 return True
             time.sleep(0.01)
         return False
-
-
-@pytest.fixture(scope="session")
-def demo_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("demo") / "demo.gguf"
-    assert main(["convert", str(CHECKPOINT), str(path), "-t", "BF16", "-q"]) == 0
-    return path
 
 
 @pytest.fixture(scope="session")

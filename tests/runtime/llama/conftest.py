@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from stepgguf.cli.main import main
-from stepgguf.demo import CHECKPOINT
 from stepgguf.runtime.engine import Engine, Event, Finished, Request, Sampling, Stream, Tokens
 from stepgguf.runtime.llama import LlamaEngine
 from tests.generate import Shape, write_checkpoint
@@ -24,14 +23,6 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoint = write_checkpoint(folder / "checkpoint", Shape(n_mtp=3, n_expert=4, n_used=4))
     assert main(["convert", str(checkpoint), str(folder / "f32.gguf"), "-t", "F32", "-q"]) == 0
     return folder / "f32.gguf"
-
-
-@pytest.fixture(scope="session")
-def trained_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded model, window 64."""
-    path = tmp_path_factory.mktemp("trained") / "bf16.gguf"
-    assert main(["convert", str(CHECKPOINT), str(path), "-t", "BF16", "-q"]) == 0
-    return path
 
 
 @pytest.fixture

@@ -20,10 +20,10 @@ TEXTS = [question(f"What is {a} + {b}?") for a, b in ((347, 286), (12, 5), (999,
 
 
 @pytest.fixture(scope="module")
-def engines(trained_model: Path):  # type: ignore[no-untyped-def]
+def engines(demo_gguf: Path):  # type: ignore[no-untyped-def]
     with (
-        LlamaEngine(trained_model, n_ctx=1024, threads=1, draft=3) as with_mtp,
-        LlamaEngine(trained_model, n_ctx=1024, threads=1, draft=0) as without,
+        LlamaEngine(demo_gguf, n_ctx=1024, threads=1, draft=3) as with_mtp,
+        LlamaEngine(demo_gguf, n_ctx=1024, threads=1, draft=0) as without,
     ):
         assert (with_mtp.n_heads, without.n_heads) == (3, 0)
         yield with_mtp, without

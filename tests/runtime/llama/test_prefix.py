@@ -98,10 +98,10 @@ def test_without_the_check_the_same_jumps_corrupt(
 
 
 @pytest.mark.parametrize("mtp", [False, True])
-def test_ten_turns_read_only_what_is_new(trained_model: Path, start: Callable[..., LlamaEngine], mtp: bool) -> None:
+def test_ten_turns_read_only_what_is_new(demo_gguf: Path, start: Callable[..., LlamaEngine], mtp: bool) -> None:
     """The template drops the thinking of earlier turns, so each prompt departs from the last one where its answer
     began. Only what follows is read: the answer without thinking, the next question, the opening of the answer."""
-    engine = start(trained_model, n_ctx=4096, n_parallel=2, draft=3 if mtp else 0)
+    engine = start(demo_gguf, n_ctx=4096, n_parallel=2, draft=3 if mtp else 0)
     opening = engine.token_id("<|im_start|>")
     history, known = "", 0
     for turn in range(10):
@@ -117,9 +117,9 @@ def test_ten_turns_read_only_what_is_new(trained_model: Path, start: Callable[..
         history += text.removesuffix("<think>\n") + answer + "<|im_end|>\n"
 
 
-def test_a_tool_loop_reads_only_the_tool_result(trained_model: Path, start: Callable[..., LlamaEngine]) -> None:
+def test_a_tool_loop_reads_only_the_tool_result(demo_gguf: Path, start: Callable[..., LlamaEngine]) -> None:
     """Within a turn the template keeps the thinking, so the next prompt is a continuation."""
-    engine = start(trained_model, n_ctx=4096, n_parallel=1)
+    engine = start(demo_gguf, n_ctx=4096, n_parallel=1)
     prompt = engine.tokenize(question("What is 347 + 286?"))
     tokens, _ = run(engine, prompt)
     more = engine.tokenize_piece("<|im_end|>\n<|im_start|>user\nThanks<|im_end|>\n")
@@ -128,9 +128,9 @@ def test_a_tool_loop_reads_only_the_tool_result(trained_model: Path, start: Call
 
 
 def test_two_conversations_with_one_beginning_do_not_disturb_each_other(
-    trained_model: Path, start: Callable[..., LlamaEngine]
+    demo_gguf: Path, start: Callable[..., LlamaEngine]
 ) -> None:
-    engine = start(trained_model, n_ctx=4096, n_parallel=2)
+    engine = start(demo_gguf, n_ctx=4096, n_parallel=2)
     system = "<|im_start|>system\n" + "Be brief. " * 150 + "<|im_end|>\n"
     prompts = [engine.tokenize(system + question(f"What is 12{i} + 345?")) for i in range(2)]
     at = len(engine.tokenize(system))
@@ -142,8 +142,8 @@ def test_two_conversations_with_one_beginning_do_not_disturb_each_other(
     assert tokens == alone[0]
 
 
-def test_idle_conversations_come_back_from_ram(trained_model: Path, start: Callable[..., LlamaEngine]) -> None:
-    engine = start(trained_model, n_ctx=4096, n_parallel=1)
+def test_idle_conversations_come_back_from_ram(demo_gguf: Path, start: Callable[..., LlamaEngine]) -> None:
+    engine = start(demo_gguf, n_ctx=4096, n_parallel=1)
     prompts = [engine.tokenize(question(f"What is {i}12 + 345?") * 3) for i in range(4)]
     answers = [run(engine, prompt)[0] for prompt in prompts]
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -153,10 +153,8 @@ def test_idle_conversations_come_back_from_ram(trained_model: Path, start: Calla
     assert 0 < engine.stats().cache_bytes < 2 * 2**30
 
 
-def test_without_ram_nothing_is_kept_and_everything_works(
-    trained_model: Path, start: Callable[..., LlamaEngine]
-) -> None:
-    engine = start(trained_model, n_ctx=4096, n_parallel=1, cache_ram=0)
+def test_without_ram_nothing_is_kept_and_everything_works(demo_gguf: Path, start: Callable[..., LlamaEngine]) -> None:
+    engine = start(demo_gguf, n_ctx=4096, n_parallel=1, cache_ram=0)
     prompts = [engine.tokenize(question(f"What is {i}12 + 345?") * 3) for i in range(2)]
     answers = [run(engine, prompt)[0] for prompt in prompts]
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -165,25 +163,25 @@ def test_without_ram_nothing_is_kept_and_everything_works(
 
 
 def test_conversations_are_found_again_on_disk_after_a_restart(
-    trained_model: Path, start: Callable[..., LlamaEngine], tmp_path: Path
+    demo_gguf: Path, start: Callable[..., LlamaEngine], tmp_path: Path
 ) -> None:
-    first = start(trained_model, n_ctx=4096, cache_folder=tmp_path)
+    first = start(demo_gguf, n_ctx=4096, cache_folder=tmp_path)
     prompt = first.tokenize(question("What is 112 + 345?") * 3)
     answer, _ = run(first, prompt)
     first.close()
     files = list(tmp_path.rglob("*.npz"))
     assert len(files) == 1
     assert files[0].stat().st_mode & 0o077 == 0, "others can read what was said"
-    second = start(trained_model, n_ctx=4096, cache_folder=tmp_path)
+    second = start(demo_gguf, n_ctx=4096, cache_folder=tmp_path)
     tokens, finished = run(second, prompt)
     assert tokens == answer
     assert finished.timings.n_cached >= len(prompt) - 4
 
 
 def test_a_damaged_file_of_the_disk_cache_is_not_used(
-    trained_model: Path, start: Callable[..., LlamaEngine], tmp_path: Path
+    demo_gguf: Path, start: Callable[..., LlamaEngine], tmp_path: Path
 ) -> None:
-    first = start(trained_model, n_ctx=4096, cache_folder=tmp_path)
+    first = start(demo_gguf, n_ctx=4096, cache_folder=tmp_path)
     prompt = first.tokenize(question("What is 112 + 345?") * 3)
     answer, _ = run(first, prompt)
     first.close()
@@ -191,6 +189,6 @@ def test_a_damaged_file_of_the_disk_cache_is_not_used(
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 0xFF
     file.write_bytes(data)
-    tokens, finished = run(start(trained_model, n_ctx=4096, cache_folder=tmp_path), prompt)
+    tokens, finished = run(start(demo_gguf, n_ctx=4096, cache_folder=tmp_path), prompt)
     assert tokens == answer
     assert finished.timings.n_cached == 0

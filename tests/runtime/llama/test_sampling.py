@@ -23,8 +23,8 @@ def random_engine(random_model: Path) -> Iterator[LlamaEngine]:
 
 
 @pytest.fixture(scope="module")
-def engine(trained_model: Path) -> Iterator[LlamaEngine]:
-    with LlamaEngine(trained_model, n_ctx=2048, threads=1) as engine:
+def engine(demo_gguf: Path) -> Iterator[LlamaEngine]:
+    with LlamaEngine(demo_gguf, n_ctx=2048, threads=1) as engine:
         yield engine
 
 
@@ -208,12 +208,12 @@ def test_recommended_sampling_comes_from_the_file(engine: LlamaEngine) -> None:
     assert engine.info.sampling == Sampling(1.0, 40, pytest.approx(0.95), 0.0)
 
 
-def test_what_cannot_be_loaded_is_said(tmp_path: Path, trained_model: Path, start: Callable[..., LlamaEngine]) -> None:
+def test_what_cannot_be_loaded_is_said(tmp_path: Path, demo_gguf: Path, start: Callable[..., LlamaEngine]) -> None:
     (tmp_path / "no.gguf").write_text("hello")
     with pytest.raises(BadMagic, match="not b'GGUF'"):
         start(tmp_path / "no.gguf")
     with pytest.raises(ModelLoadFailed, match="No such file"):
         start(tmp_path / "absent.gguf")
-    (tmp_path / "cut.gguf").write_bytes(trained_model.read_bytes()[:200_000])
+    (tmp_path / "cut.gguf").write_bytes(demo_gguf.read_bytes()[:200_000])
     with pytest.raises(ModelLoadFailed, match="could not be loaded"):
         start(tmp_path / "cut.gguf")

@@ -50,11 +50,9 @@ def submit(engine: LlamaEngine, prompt: list[int], **more: object) -> Collected:
     return sink
 
 
-def test_twelve_requests_in_four_slots_answer_as_each_alone(
-    trained_model: Path, start: Callable[..., LlamaEngine]
-) -> None:
-    alone = start(trained_model, n_ctx=1024, draft=0)
-    together = start(trained_model, n_ctx=1024, n_parallel=4)
+def test_twelve_requests_in_four_slots_answer_as_each_alone(demo_gguf: Path, start: Callable[..., LlamaEngine]) -> None:
+    alone = start(demo_gguf, n_ctx=1024, draft=0)
+    together = start(demo_gguf, n_ctx=1024, n_parallel=4)
     prompts = [alone.tokenize(text) for text in QUESTIONS]
     expected = [run(alone, prompt)[0] for prompt in prompts]
     sinks = [submit(together, prompt) for prompt in prompts]
@@ -79,10 +77,10 @@ def test_decoding_goes_on_while_a_long_prompt_is_read(random_model: Path, start:
 
 
 def test_requests_that_outgrow_the_context_together_all_come_to_their_end(
-    trained_model: Path, start: Callable[..., LlamaEngine], monkeypatch: pytest.MonkeyPatch
+    demo_gguf: Path, start: Callable[..., LlamaEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four times 31 + 54 tokens in a context of 256: some are set back, and go on as if nothing had been."""
-    alone, engine = start(trained_model, n_ctx=512), start(trained_model, n_ctx=256, n_parallel=4)
+    alone, engine = start(demo_gguf, n_ctx=512), start(demo_gguf, n_ctx=256, n_parallel=4)
     set_back, original = [], scheduler.Scheduler._set_back
     monkeypatch.setattr(scheduler.Scheduler, "_set_back", lambda self, r: set_back.append(r) or original(self, r))
     prompts = [alone.tokenize(text) for text in QUESTIONS[:4]]
@@ -140,9 +138,9 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(random_model: Path, sta
 
 
 def test_a_failed_decode_is_told_to_those_it_hits_and_the_engine_recovers(
-    trained_model: Path, start: Callable[..., LlamaEngine], monkeypatch: pytest.MonkeyPatch
+    demo_gguf: Path, start: Callable[..., LlamaEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = start(trained_model, n_ctx=1024, draft=0)
+    engine = start(demo_gguf, n_ctx=1024, draft=0)
     prompt = engine.tokenize(QUESTIONS[0])
     expected, _ = run(engine, prompt)
     decode, failures = llama_cpp.llama_decode, [0] * 5 + [-3]
@@ -158,9 +156,9 @@ def test_a_failed_decode_is_told_to_those_it_hits_and_the_engine_recovers(
 
 
 def test_an_engine_that_fails_again_and_again_gives_up_and_says_so(
-    trained_model: Path, start: Callable[..., LlamaEngine], monkeypatch: pytest.MonkeyPatch
+    demo_gguf: Path, start: Callable[..., LlamaEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = start(trained_model, n_ctx=1024)
+    engine = start(demo_gguf, n_ctx=1024)
     monkeypatch.setattr(llama_cpp, "llama_decode", lambda *a: -2)
     sinks = [submit(engine, [5] * 10) for _ in range(6)]
     assert all(isinstance(s.finished.error, EngineDied) for s in sinks)
@@ -172,9 +170,9 @@ def test_an_engine_that_fails_again_and_again_gives_up_and_says_so(
 
 
 def test_an_engine_that_cannot_be_set_up_again_stops_and_can_be_closed(
-    trained_model: Path, start: Callable[..., LlamaEngine], monkeypatch: pytest.MonkeyPatch
+    demo_gguf: Path, start: Callable[..., LlamaEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = start(trained_model, n_ctx=1024)
+    engine = start(demo_gguf, n_ctx=1024)
     run(engine, engine.tokenize(QUESTIONS[0]))  # something is in the context that is lost
     monkeypatch.setattr(llama_cpp, "llama_decode", lambda *a: -2)
     monkeypatch.setattr(llama_cpp, "llama_init_from_model", lambda *a: None)
@@ -188,18 +186,18 @@ def test_an_engine_that_cannot_be_set_up_again_stops_and_can_be_closed(
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_bug_in_the_engine_leaves_nobody_waiting(
-    trained_model: Path, start: Callable[..., LlamaEngine], monkeypatch: pytest.MonkeyPatch
+    demo_gguf: Path, start: Callable[..., LlamaEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = start(trained_model, n_ctx=1024)
+    engine = start(demo_gguf, n_ctx=1024)
     monkeypatch.setattr(scheduler.Scheduler, "_choose_sequence", lambda *a: 1 / 0)
     assert isinstance(submit(engine, [5] * 10).finished.error, EngineDied)
     engine._thread.join(10)
 
 
 def test_a_grammar_that_cannot_be_used_is_refused_or_ends_its_request_alone(
-    trained_model: Path, start: Callable[..., LlamaEngine]
+    demo_gguf: Path, start: Callable[..., LlamaEngine]
 ) -> None:
-    engine = start(trained_model, n_ctx=1024, n_parallel=2)
+    engine = start(demo_gguf, n_ctx=1024, n_parallel=2)
     prompt = engine.tokenize(QUESTIONS[0])
     with pytest.raises(BadGrammar, match="does not compile"):
         submit(engine, prompt, grammar=Grammar("root ::= nonsense"))
@@ -209,9 +207,9 @@ def test_a_grammar_that_cannot_be_used_is_refused_or_ends_its_request_alone(
     assert fine.finished.reason == "stop"
 
 
-def test_requests_with_one_beginning_read_it_once(trained_model: Path, start: Callable[..., LlamaEngine]) -> None:
+def test_requests_with_one_beginning_read_it_once(demo_gguf: Path, start: Callable[..., LlamaEngine]) -> None:
     """Four answers to one long prompt at once (n=4): three wait for the first to read it, then share."""
-    engine = start(trained_model, n_ctx=4096, n_parallel=4)
+    engine = start(demo_gguf, n_ctx=4096, n_parallel=4)
     prompt = engine.tokenize("<|im_start|>system\n" + "Be brief. " * 150 + "<|im_end|>\n" + QUESTIONS[0])
     turns = (max(i for i, token in enumerate(prompt) if token == engine.token_id("<|im_start|>")),)
     sinks = [submit(engine, prompt, turns=turns) for _ in range(4)]
