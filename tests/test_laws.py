@@ -30,6 +30,8 @@ MAY_IMPORT = {
 ONLY_IN = {
     "ctypes": ("quants/ggml.py", "runtime/llama/", "runtime/llama_build.py"),
     "llama_cpp": ("runtime/llama/", "runtime/llama_build.py"),
+    "numba": ("quants/lanes/",),
+    "llvmlite": ("quants/lanes/",),
     "torch": ("reference/", "demo/train.py"),
     "safetensors": ("demo/train.py",),
     "tokenizers": ("demo/",),

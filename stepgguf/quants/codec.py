@@ -21,9 +21,9 @@ _NUMPY_ENCODERS = frozenset(
 )
 
 
-def check_encoder(kind: GGMLQuantizationType) -> None:
+def check_encoder(kind: GGMLQuantizationType, *, has_imatrix: bool = False) -> None:
     """Raise QuantError now if `quantize` could not encode this type here."""
-    if kind in ggml.ABORT_WITHOUT_IMATRIX:
+    if kind in ggml.ABORT_WITHOUT_IMATRIX and not has_imatrix:
         raise QuantError(f"{kind.name} cannot be encoded without an importance matrix")
     library = ggml.load()
     if library is not None:
@@ -35,14 +35,19 @@ def check_encoder(kind: GGMLQuantizationType) -> None:
         )
 
 
-def quantize(kind: GGMLQuantizationType, rows: NDArray[np.float32], out: NDArray[np.uint8]) -> None:
-    """Encode float32 rows [n, columns] into out [n, row_size]. Call `check_encoder` first."""
+def quantize(
+    kind: GGMLQuantizationType,
+    rows: NDArray[np.float32],
+    out: NDArray[np.uint8],
+    importance: NDArray[np.float32] | None = None,
+) -> None:
+    """Encode float32 rows [n, columns] into out [n, row_size]. importance: [columns]. Call `check_encoder` first."""
     if kind == F32:
         out.view(np.float32)[:] = rows
         return
     library = ggml.load()
     if library is not None:
-        library.quantize(kind, rows, out)
+        library.quantize(kind, rows, out, importance)
     else:
         out[:] = gguf.quants.quantize(rows, kind).view(np.uint8).reshape(out.shape)
 

@@ -57,13 +57,22 @@ class Ggml:
             if (function := _void_function(library, symbol)) is not None
         }
 
-    def quantize(self, kind: GGMLQuantizationType, rows: NDArray[np.float32], out: NDArray[np.uint8]) -> None:
-        """Encode float32 rows [n, columns] into out [n, row bytes], as llama-quantize does without an imatrix."""
+    def quantize(
+        self,
+        kind: GGMLQuantizationType,
+        rows: NDArray[np.float32],
+        out: NDArray[np.uint8],
+        importance: NDArray[np.float32] | None = None,
+    ) -> None:
+        """Encode float32 rows [n, columns] into out [n, row bytes], as llama-quantize does. importance: [columns]."""
         n, columns = rows.shape
-        assert kind not in ABORT_WITHOUT_IMATRIX
+        assert importance is not None or kind not in ABORT_WITHOUT_IMATRIX
+        assert importance is None or (importance.dtype == np.float32 and importance.shape == (columns,))
         assert rows.flags.c_contiguous
         assert out.flags.c_contiguous
-        written = self._quantize(int(kind), rows.ctypes.data, out.ctypes.data, 0, n, columns, None)
+        weights = None if importance is None else np.ascontiguousarray(importance)
+        pointer = None if weights is None else weights.ctypes.data
+        written = self._quantize(int(kind), rows.ctypes.data, out.ctypes.data, 0, n, columns, pointer)
         if written != out.nbytes or not self._validate(int(kind), out.ctypes.data, out.nbytes):
             raise QuantError(f"ggml could not encode {n} rows of {columns} values as {kind.name}")
 
