@@ -1,27 +1,39 @@
 """How a kernel is compiled: once per machine, then from the disk.
 
-    no fast-math    each operation rounds as written, in the order written; LLVM contracts nothing into FMA by itself
-    nogil           threads run kernels in parallel
-    cache           beside the source, or in the user's cache where that is not writable; a kernel's entry is void as
-                    soon as any file of this folder changes, since kernels inline each other
+no fast-math    each operation rounds as written, in the order written; LLVM contracts nothing into FMA by itself
+nogil           threads run kernels in parallel
+cache           numba's folder for it (beside the source, or the user's where that is not writable). A file's name
+                digests the kernel, its argument types, the processor and all sources of this folder, since kernels
+                inline each other. numba's own index per function would let two processes that compile at the
+                same time mix up each other's code.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import os
+import pickle
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numba
 from numba.core.caching import FunctionCache
+from numba.core.extending import intrinsic
+from numba.core.serialize import dumps
 
 
-def kernel(function: Callable[..., Any]) -> Any:
-    """Decorator: compile `function` at its first call with each combination of argument types."""
+def kernel(function: Callable[..., Any], name: str | None = None) -> Any:
+    """Decorator: compile `function` at its first call with each combination of argument types.
+
+    name: what tells it from others in the cache; functions made by the same factory need one.
+    """
     dispatcher: Any = numba.njit(nogil=True, error_model="numpy")(function)
-    dispatcher._cache = _FolderCache(function)  # type: ignore[no-untyped-call]
+    with contextlib.suppress(RuntimeError):  # no folder is writable: compile in each process
+        dispatcher._cache = _Cache(function, name or f"{function.__module__}.{function.__qualname__}")
     return dispatcher
 
 
@@ -30,13 +42,56 @@ def inlined(function: Callable[..., Any]) -> Any:
     return numba.njit(nogil=True, error_model="numpy", forceinline=True)(function)
 
 
-class _FolderCache(FunctionCache):
-    def _index_key(self, sig: Any, codegen: Any) -> Any:
-        return (*super()._index_key(sig, codegen), _folder_digest())  # type: ignore[no-untyped-call]
+def primitive(build: Callable[..., Any]) -> Any:
+    """Decorator: an operation of kernels that is given as LLVM instructions (numba's @intrinsic)."""
+    return intrinsic(build)
+
+
+def is_cached(dispatcher: Any, signature: Any) -> bool:
+    """Whether a kernel for these argument types is in this process or on the disk already."""
+    if signature in dispatcher.overloads:
+        return True
+    path: Path = dispatcher._cache.file(signature, dispatcher.targetctx.codegen())
+    return path.exists()
+
+
+class _Cache(FunctionCache):
+    def __init__(self, function: Callable[..., Any], name: str) -> None:
+        super().__init__(function)
+        self._name = name
+
+    def file(self, signature: Any, codegen: Any) -> Path:
+        key = (
+            self._name,
+            str(signature),
+            codegen.magic_tuple(),
+            numba.__version__,
+            platform.python_version(),
+            _sources(),
+        )
+        return Path(self._cache_path) / f"lanes-{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.nbc"
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        target_context.refresh()
+        try:
+            data = self.file(sig, target_context.codegen()).read_bytes()
+        except OSError:
+            return None
+        return self._impl.rebuild(target_context, pickle.loads(data))
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        path = self.file(sig, data.codegen)
+        part = path.with_suffix(f".{os.getpid()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(dumps(self._impl.reduce(data)))
+            part.replace(path)
+        except OSError:
+            part.unlink(missing_ok=True)  # a full or read-only disk costs time at the next start, nothing else
 
 
 @functools.cache
-def _folder_digest() -> str:
+def _sources() -> str:
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
