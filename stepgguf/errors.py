@@ -17,6 +17,8 @@
     │   └── BadMetadata          a key is missing or wrong
     ├── RecipeError              a type that does not exist or cannot be had
     ├── QuantError               ggml refused
+    ├── ImatrixError             an importance matrix: damaged, or of another model
+    ├── DoesNotFit               a byte budget below what the smallest types need
     ├── OutputError              the destination: exists, differs, no space
     ├── VerifyError              bytes are not what the manifest or the source says
     ├── RequestError             a request that cannot be served as it is; `param` names its field
@@ -104,6 +106,14 @@ class RecipeError(StepggufError):
 
 
 class QuantError(StepggufError):
+    pass
+
+
+class ImatrixError(StepggufError):
+    pass
+
+
+class DoesNotFit(StepggufError):
     pass
 
 

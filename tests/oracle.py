@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import ctypes
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import llama_cpp
+import numpy as np
+import numpy.typing as npt
 
 from stepgguf.quants import mixtures
 
 
-def llama_quantize(source: Path, dest: Path, type_name: str, *, dry_run: bool = False, requantize: bool = False) -> str:
-    """Run llama-quantize's function and return what it logged."""
+def llama_quantize(
+    source: Path,
+    dest: Path,
+    type_name: str,
+    *,
+    dry_run: bool = False,
+    requantize: bool = False,
+    imatrix: Mapping[str, npt.NDArray[np.float32]] | None = None,
+) -> str:
+    """Run llama-quantize's function and return what it logged.
+
+    imatrix: GGUF tensor name -> [n_expert, columns], already divided by the counts; the tool does that before the call.
+    """
     lines: list[str] = []
 
     def log(level: int, text: bytes, data: object) -> None:
@@ -24,6 +38,9 @@ def llama_quantize(source: Path, dest: Path, type_name: str, *, dry_run: bool = 
     params.ftype = int(mixtures.file_type(type_name))
     params.dry_run = dry_run
     params.allow_requantize = requantize
+    weights = _imatrix_data(imatrix or {})
+    if imatrix is not None:
+        params.imatrix = weights
     try:
         code = llama_cpp.llama_model_quantize(str(source).encode(), str(dest).encode(), ctypes.byref(params))
     finally:
@@ -32,6 +49,18 @@ def llama_quantize(source: Path, dest: Path, type_name: str, *, dry_run: bool = 
     if code != 0:
         raise RuntimeError(text[-2000:])
     return text
+
+
+def _imatrix_data(imatrix: Mapping[str, npt.NDArray[np.float32]]) -> ctypes.Array[ctypes.Structure]:
+    """llama_model_imatrix_data structs, ended by one without a name. They point into the arrays."""
+    data = (llama_cpp.llama_model_imatrix_data * (len(imatrix) + 1))()
+    for item, (name, values) in zip(data, imatrix.items(), strict=False):
+        assert values.dtype == np.float32
+        assert values.flags.c_contiguous
+        item.name = name.encode()
+        item.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        item.size = values.size
+    return data
 
 
 def chosen_types(log: str) -> dict[str, str]:

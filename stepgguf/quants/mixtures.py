@@ -82,6 +82,11 @@ def file_type(name: str) -> LlamaFileType:
     return LlamaFileType["ALL_F32" if name == "F32" else f"MOSTLY_{name}"]
 
 
+def nearest_file_type(kind: GGMLQuantizationType) -> LlamaFileType:
+    """general.file_type of a file that is mostly `kind`: of the smallest mixture on that base."""
+    return file_type(next(name for name, base in BASE.items() if base == kind))
+
+
 def choose(name: str, tensors: Sequence[Candidate], facts: Facts, *, has_imatrix: bool = False) -> list[Choice]:
     """The type of each tensor and why, in the order given."""
     mixture = _Mixture(name, facts, has_imatrix, n_attn_v=sum(t.role == "attn_v" for t in tensors))

@@ -95,12 +95,6 @@ def test_the_trunks_types_do_not_depend_on_mtp() -> None:
     assert mtp == {"Q8_0", "F32"}
 
 
-@pytest.mark.parametrize("name", ["IQ2_XXS", "IQ2_M", "IQ1_S", "IQ3_XXS", "IQ3_XS", "Q2_K_S"])
-def test_types_that_need_an_importance_matrix_are_refused_by_name(name: str) -> None:
-    with pytest.raises(RecipeError, match=rf"{name} makes \S+ \S+, which needs an importance matrix"):
-        select_checkpoint(tensor_specs(HP), FACTS, None, Options(name))
-
-
 def test_an_unknown_type_is_refused_with_the_list() -> None:
     with pytest.raises(RecipeError, match="unknown type 'Q4_K_X'") as caught:
         mixtures.check_name("Q4_K_X")
