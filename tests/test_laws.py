@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "chat": {"runtime.engine"},
     "server": {"chat", "runtime.engine"},
     "demo": {"chat.template", "convert.checkpoint", "model", "reference"},
-    "cli": {"model", "quants", "convert", "reference", "runtime", "chat", "server", "demo"},
+    "report": {"convert"},
+    "cli": {"model", "quants", "convert", "reference", "report", "runtime", "chat", "server", "demo"},
 }
 # foreign module -> the only files that may import it
 ONLY_IN = {

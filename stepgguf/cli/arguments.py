@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from stepgguf.convert.importance import Importance
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -28,13 +31,34 @@ def parse_size(text: str | int) -> int:
 
 Type = Annotated[
     str,
-    typer.Option("--type", "-t", metavar="TYPE", help="F32, F16, BF16, Q8_0 or any llama.cpp mixture: Q4_K_M, Q4_K_S, "
-                 "Q5_K_M, Q6_K, Q3_K_M, Q2_K, IQ4_XS, IQ4_NL, IQ3_S, IQ3_M, Q4_0, MXFP4_MOE, ..."),
+    typer.Option("--type", "-t", metavar="TYPE", help="F32, F16, BF16, Q8_0, any llama.cpp mixture (Q4_K_M, Q4_K_S, "
+                 "Q5_K_M, Q6_K, Q3_K_M, Q2_K, IQ4_XS, IQ3_XXS, IQ2_XS, MXFP4_MOE, ...), a recipe of stepgguf's "
+                 "(64gb, 96gb, 128gb, 192gb) or one of yours (.toml)."),
 ]  # fmt: skip
 MtpType = Annotated[
     str | None,
     typer.Option(
         metavar="TYPE", help="Type of the MTP blocks' matrices. Default: Q8_0, or TYPE if that is F32, F16 or BF16."
+    ),
+]
+ImatrixFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--imatrix", exists=True, dir_okay=False, metavar="FILE",
+        help="Importance matrix from llama-imatrix (GGUF or .dat); each expert is quantized with its own row.",
+    ),
+]  # fmt: skip
+ImatrixPrior = Annotated[
+    str,
+    typer.Option(
+        "--imatrix-prior", metavar="pooled|flat",
+        help="What experts that calibration hardly saw get: their layer's mean, or 1.0 as llama-quantize does.",
+    ),
+]  # fmt: skip
+Kernel = Annotated[
+    str,
+    typer.Option(
+        metavar="lanes|ggml", help="Who encodes: stepgguf's kernels or ggml's; on x86 the bytes are the same."
     ),
 ]
 SplitMaxSize = Annotated[
@@ -57,3 +81,18 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existin
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")]
 Json = Annotated[bool, typer.Option("--json", help="The report as JSON on stdout.")]
 Gguf = Annotated[Path, typer.Argument(metavar="FILE.gguf", help="A GGUF file; of a split one, any of its files.")]
+
+
+def parse_kernel(name: str) -> str:
+    from stepgguf.quants.codec import KERNELS
+
+    if name not in KERNELS:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(KERNELS)}", param_hint="--kernel")
+    return name
+
+
+def read_importance(path: Path | None, prior: str) -> Importance | None:
+    """--imatrix and --imatrix-prior."""
+    from stepgguf.convert.importance import Importance
+
+    return None if path is None else Importance.read(path, prior)

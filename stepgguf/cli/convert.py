@@ -25,6 +25,9 @@ def convert(
         typer.Option(exists=True, dir_okay=False, metavar="FILE", help="Use this template and not the checkpoint's."),
     ] = None,
     name: Annotated[str | None, typer.Option(help="general.name. Default: the directory's name.")] = None,
+    imatrix: arguments.ImatrixFile = None,
+    imatrix_prior: arguments.ImatrixPrior = "pooled",
+    kernel: arguments.Kernel = "lanes",
     split_max_size: arguments.SplitMaxSize = None,
     threads: arguments.Threads = None,
     memory: arguments.Memory = 2 * 2**30,
@@ -43,18 +46,28 @@ def convert(
 
     - `stepgguf convert Step-3.5-Flash/ step-q4_k_s.gguf --type Q4_K_S`
     - `stepgguf convert Step-3.5-Flash-FP8/ models/ --type IQ4_XS --split-max-size 50G`
+    - `stepgguf convert Step-3.5-Flash/ step-128gb.gguf --type 128gb --imatrix imatrix.gguf`
     - `stepgguf convert Step-3.5-Flash/ step.gguf --type Q4_K_M --dry-run`
     """
     from stepgguf.cli.converting import Run
     from stepgguf.convert.checkpoint import Checkpoint
     from stepgguf.convert.plan import MTP_MODES, Options, plan_checkpoint
-    from stepgguf.quants.mixtures import check_name
 
     if mtp not in MTP_MODES:
         raise typer.BadParameter(f"{mtp!r} is not one of {', '.join(MTP_MODES)}", param_hint="--mtp")
-    options = Options(check_name(type), mtp, mtp_type, split_max_size, chat_template, name)
+    options = Options(
+        type,
+        mtp,
+        mtp_type,
+        split_max_size,
+        chat_template,
+        name,
+        importance=arguments.read_importance(imatrix, imatrix_prior),
+        kernel=arguments.parse_kernel(kernel),
+    )
+    label = options.recipe.name  # an unknown one is said first
     if dest.is_dir():
-        dest = dest / f"{name or source.resolve().name}-{options.type_name}.gguf"
+        dest = dest / f"{name or source.resolve().name}-{label}.gguf"
     with Checkpoint(source) as checkpoint:
         run = Run(plan_checkpoint(checkpoint, dest, options), checkpoint, quiet=quiet, json=json)
         if dry_run:

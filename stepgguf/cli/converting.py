@@ -49,7 +49,7 @@ class Run:
             self._run(writer, started, threads, memory)
 
     def _run(self, writer: Writer, started: float, threads: int | None, memory: int) -> None:
-        resumed = len(writer.digests)
+        resumed = len(writer.finished)
         if resumed and not self.quiet:
             output.note(f"resuming: {resumed} of {len(writer.units)} units are done")
         layers: dict[str, int] = {}
@@ -58,7 +58,9 @@ class Run:
             layers[layer] = layers.get(layer, 0) + tensor.n_bytes
         try:
             with output.Meter(self.plan.type_name, self.plan.n_bytes, quiet=self.quiet, layers=layers) as meter:
-                pipeline.run(self.source, writer, progress=meter.unit, threads=threads, memory=memory)
+                pipeline.run(
+                    self.source, writer, progress=meter.unit, compiling=meter.compiling, threads=threads, memory=memory
+                )
         except KeyboardInterrupt:
             share = meter.done / self.plan.n_bytes
             output.note(f"interrupted at {share:.0%}; repeat the command to go on from there")

@@ -123,6 +123,11 @@ class Meter:
             self._live.update(self._layer, completed=self._seen.get(self._layer_name, 0))
         self.step(done.n_bytes)
 
+    def compiling(self, name: str) -> None:
+        """A kernel is about to be compiled."""
+        if not self._quiet:
+            note(f"compiling the {name} kernel (once on this machine)")
+
     def step(self, n_bytes: int) -> None:
         self.done += n_bytes
         if self._live is not None and self._whole is not None:

@@ -1,4 +1,4 @@
-"""stepgguf quantize: GGUF in, GGUF out, the same loop as convert."""
+"""stepgguf quantize: a GGUF or a checkpoint in, GGUF out, the same loop as convert."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ from stepgguf.cli import arguments
 
 
 def quantize(
-    source: arguments.Gguf,
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="A GGUF (of a split one, any of its files) or a checkpoint directory.")
+    ],
     dest: Annotated[Path, typer.Argument(metavar="DEST", help="The GGUF to write.")],
     type: arguments.Type = "Q4_K_S",
     mtp_type: arguments.MtpType = None,
     allow_requantize: Annotated[
         bool, typer.Option("--allow-requantize", help="Accept a source that is quantized already (its error stays).")
     ] = False,
+    imatrix: arguments.ImatrixFile = None,
+    imatrix_prior: arguments.ImatrixPrior = "pooled",
+    kernel: arguments.Kernel = "lanes",
     split_max_size: arguments.SplitMaxSize = None,
     threads: arguments.Threads = None,
     memory: arguments.Memory = 2 * 2**30,
@@ -27,30 +32,39 @@ def quantize(
     quiet: arguments.Quiet = False,
     json: arguments.Json = False,
 ) -> None:
-    """Quantize a GGUF (F32, F16, BF16; whole or split) to another type, byte for byte as llama-quantize does.
+    """Quantize a GGUF (F32, F16, BF16; whole or split) or a checkpoint, byte for byte as llama-quantize does.
+
+    The metadata is kept. A source that is quantized already is refused: its error would stay.
 
     Examples:
 
     - `stepgguf quantize step-bf16.gguf step-q5_k_m.gguf --type Q5_K_M`
-    - `stepgguf quantize step-bf16-00001-of-00009.gguf step-iq4_xs.gguf --type IQ4_XS`
+    - `stepgguf quantize step-bf16-00001-of-00009.gguf step-iq3_xxs.gguf --type IQ3_XXS --imatrix imatrix.gguf`
+    - `stepgguf quantize Step-3.5-Flash/ step.gguf --type my-recipe.toml --dry-run`
     - `stepgguf quantize step-q8_0.gguf step-q4_k_s.gguf --type Q4_K_S --allow-requantize`
     """
     from stepgguf.cli.converting import Run
+    from stepgguf.convert.checkpoint import Checkpoint
     from stepgguf.convert.ggufsource import GGUFSource
-    from stepgguf.convert.plan import Options, plan_gguf
-    from stepgguf.errors import OutputError
-    from stepgguf.quants.mixtures import check_name
+    from stepgguf.convert.plan import Options, plan_checkpoint, plan_gguf
 
     options = Options(
-        check_name(type), mtp_type=mtp_type, split_max_size=split_max_size, allow_requantize=allow_requantize
+        type,
+        mtp_type=mtp_type,
+        split_max_size=split_max_size,
+        allow_requantize=allow_requantize,
+        importance=arguments.read_importance(imatrix, imatrix_prior),
+        kernel=arguments.parse_kernel(kernel),
     )
+    label = options.recipe.name  # an unknown one is said first
     if dest.is_dir():
-        dest = dest / f"{source.stem}-{options.type_name}.gguf"
-    with GGUFSource(source) as gguf:
-        plan = plan_gguf(gguf, dest, options)
-        if {file.path.resolve() for file in plan.files} & {header.path.resolve() for header in gguf.headers}:
-            raise OutputError(f"{dest} is the source", hint="Write to another name.")
-        run = Run(plan, gguf, quiet=quiet, json=json)
+        dest = dest / f"{source.resolve().stem}-{label}.gguf"
+    with Checkpoint(source) if source.is_dir() else GGUFSource(source) as opened:
+        if isinstance(opened, Checkpoint):
+            plan = plan_checkpoint(opened, dest, options)
+        else:
+            plan = plan_gguf(opened, dest, options)
+        run = Run(plan, opened, quiet=quiet, json=json)
         if dry_run:
             run.show_plan()
         else:

@@ -23,6 +23,8 @@ def verify(
         float,
         typer.Option(min=0.0, max=1.0, help="With --against: the share of each tensor to compare, at least one unit."),
     ] = 0.01,
+    imatrix: arguments.ImatrixFile = None,
+    imatrix_prior: arguments.ImatrixPrior = "pooled",
     quiet: arguments.Quiet = False,
     json: arguments.Json = False,
 ) -> None:
@@ -35,6 +37,7 @@ def verify(
     - `stepgguf verify step-q4_k_s.gguf`
     - `stepgguf verify step-q4_k_s.gguf --against Step-3.5-Flash/`
     - `stepgguf verify step-q4_k_s.gguf --against Step-3.5-Flash/ --all`
+    - `stepgguf verify step-iq3_s.gguf --against Step-3.5-Flash/ --imatrix imatrix.gguf`
     """
     from stepgguf.cli import output
     from stepgguf.convert import header as gguf_header
@@ -43,17 +46,18 @@ def verify(
     from stepgguf.convert.plan import Options, plan_checkpoint, plan_gguf
     from stepgguf.convert.verify import verify_manifest, verify_source
 
+    importance = arguments.read_importance(imatrix, imatrix_prior)
     total = sum(tensor.n_bytes for file in split_files(path) for tensor in gguf_header.read(file).tensors)
     with output.Meter("verify", total, quiet=quiet) as meter:
         if against is None:
             report = verify_manifest(path, meter.step)
         elif against.is_dir():
             with Checkpoint(against) as checkpoint:
-                plan = plan_checkpoint(checkpoint, path, Options("F32"))
+                plan = plan_checkpoint(checkpoint, path, Options("F32", importance=importance))
                 report = verify_source(path, plan, checkpoint, 1.0 if all else sample, meter.step)
         else:
             with GGUFSource(against) as gguf:
-                plan = plan_gguf(gguf, path, Options("F32", allow_requantize=True))
+                plan = plan_gguf(gguf, path, Options("F32", allow_requantize=True, importance=importance))
                 report = verify_source(path, plan, gguf, 1.0 if all else sample, meter.step)
     if json:
         output.data({"ok": not report.problems, "tensors": report.tensors, "units": report.units,

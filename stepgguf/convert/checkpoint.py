@@ -42,14 +42,13 @@ from stepgguf.errors import (
 )
 from stepgguf.model.hparams import HParams
 from stepgguf.model.tensors import VISION_PREFIXES, TensorSpec, tensor_specs
-from stepgguf.quants import codec
+from stepgguf.quants.codec import FP8_TILE, Scaled, Values
 
 INDEX = "model.safetensors.index.json"
 _MAX_HEADER = 100_000_000  # safetensors' own limit
 DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1}
 _GGML = {"BF16": GGMLQuantizationType.BF16, "F16": GGMLQuantizationType.F16, "F32": GGMLQuantizationType.F32}
 _SCALE = "_scale_inv"
-_BLOCK = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,14 +172,14 @@ class Checkpoint:
 
     def _is_scale(self, name: str, entry: _Entry, wanted: Mapping[str, TensorSpec]) -> bool:
         spec = wanted.get(name.removesuffix(_SCALE))
-        if spec is None or not name.endswith(_SCALE):
+        if spec is None or not name.endswith(_SCALE) or self._entries[spec.source].dtype != "F8_E4M3":
             return False
         *lead, rows, columns = spec.shape
-        expected = (*lead, -(-rows // _BLOCK), -(-columns // _BLOCK))
+        expected = (*lead, -(-rows // FP8_TILE), -(-columns // FP8_TILE))
         if entry.shape != expected or entry.dtype != "F32":
             raise ShapeMismatch(
                 f"{entry.shard.name}: {name} is {entry.dtype} {list(entry.shape)}, expected F32 {list(expected)} "
-                f"({_BLOCK} x {_BLOCK} blocks)"
+                f"({FP8_TILE} x {FP8_TILE} blocks)"
             )
         return True
 
@@ -205,23 +204,21 @@ class Checkpoint:
         )
         return data.reshape(stop - start, entry.row_bytes)
 
-    def floats(self, name: str, start: int, stop: int, out: NDArray[np.float32]) -> None:
+    def values(self, name: str, start: int, stop: int) -> Values:
         entry = self._entries[name]
         data = self.raw(name, start, stop)
-        if entry.dtype in _GGML:
-            codec.dequantize(_GGML[entry.dtype], data, out)
-        else:
-            np.take(_FP8, data, out=out)
-        if name in self._scales:
-            out *= self._scale_rows(name, start, stop)
+        if entry.dtype == "F8_E4M3":
+            return Scaled(data, self._scale_rows(name, start, stop))
+        if entry.dtype == "F16":
+            return data.view(np.float16).astype(np.float32)
+        return data.view(np.uint16) if entry.dtype == "BF16" else data.view(np.float32)
 
     def _scale_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
-        """The scale of each value of rows [start, stop), which lie inside one expert."""
-        rows, columns = self._entries[name].shape[-2:]
-        scale = self._scale_tables[name]
+        """The scales of rows [start, stop), which lie inside one expert: [n, column tiles]."""
+        rows = self._entries[name].shape[-2]
         first = start % rows
-        tiles = scale[start // rows, np.arange(first, first + stop - start) // _BLOCK]
-        return np.repeat(tiles, _BLOCK, axis=1)[:, :columns]
+        scales: NDArray[np.float32] = self._scale_tables[name][start // rows]
+        return scales[np.arange(first, first + stop - start) // FP8_TILE]
 
     @cached_property
     def _scale_tables(self) -> dict[str, NDArray[np.float32]]:
@@ -331,15 +328,3 @@ def advise(fd: int, offset: int, size: int) -> None:
     """Start reading in the background, where the system can (Linux)."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(fd, offset, size, os.POSIX_FADV_WILLNEED)
-
-
-def _fp8_table() -> NDArray[np.float32]:
-    """The value of each of the 256 float8_e4m3fn codes: s eeee mmm, bias 7, no infinity, 0x7f and 0xff are NaN."""
-    code = np.arange(256, dtype=np.int32)
-    exponent, mantissa = (code >> 3) & 15, code & 7
-    value = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0))
-    value = np.where((code & 0x7F) == 0x7F, np.nan, value)
-    return np.where(code & 0x80, -value, value).astype(np.float32)
-
-
-_FP8 = _fp8_table()

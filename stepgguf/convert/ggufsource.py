@@ -16,7 +16,8 @@ from stepgguf.convert.header import Header, Key, TensorInfo
 from stepgguf.convert.source import SourceTensor
 from stepgguf.errors import BadMetadata, MissingShard, UnsupportedModel
 from stepgguf.quants import codec
-from stepgguf.quants.ggml import row_size
+from stepgguf.quants.codec import Values
+from stepgguf.quants.ggml import BF16, F32, row_size
 
 SPLIT_NAME = re.compile(r"^(.*)-(\d{5})-of-(\d{5})\.gguf$")
 ARCHITECTURE = "step35"
@@ -74,8 +75,13 @@ class GGUFSource:
         fd, offset, size = self._locate(name, start, stop)
         return read_exactly(fd, size, offset, name).reshape(stop - start, -1)
 
-    def floats(self, name: str, start: int, stop: int, out: NDArray[np.float32]) -> None:
-        codec.dequantize(self._where[name][1].ggml_type, self.raw(name, start, stop), out)
+    def values(self, name: str, start: int, stop: int) -> Values:
+        tensor, data = self._where[name][1], self.raw(name, start, stop)
+        if tensor.ggml_type in (F32, BF16):
+            return data.view(np.float32) if tensor.ggml_type == F32 else data.view(np.uint16)
+        values = np.empty((stop - start, tensor.shape[-1]), np.float32)
+        codec.dequantize(tensor.ggml_type, data, values)
+        return values
 
     def _locate(self, name: str, start: int, stop: int) -> tuple[int, int, int]:
         header, tensor = self._where[name]

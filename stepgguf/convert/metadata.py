@@ -14,7 +14,7 @@ from typing import Any
 
 import gguf
 import numpy as np
-from gguf import ExpertGatingFuncType, GGUFValueType, Keys
+from gguf import ExpertGatingFuncType, GGUFValueType, Keys, LlamaFileType
 
 from stepgguf import __version__
 from stepgguf.convert.checkpoint import Checkpoint, read_json
@@ -23,7 +23,7 @@ from stepgguf.convert.header import Key
 from stepgguf.errors import BadConfig
 from stepgguf.model.hparams import HParams
 from stepgguf.model.tokenizer import MODEL, PRE, vocabulary
-from stepgguf.quants import mixtures
+from stepgguf.quants.imatrix import Imatrix
 
 V = GGUFValueType
 CHAT_TEMPLATE = Keys.Tokenizer.CHAT_TEMPLATE
@@ -141,7 +141,15 @@ def sampling_keys(checkpoint: Checkpoint) -> dict[str, Key]:
     }
 
 
-def provenance_keys(type_name: str, mtp_type: str | None, source: str) -> list[Key]:
+def provenance_keys(
+    type_name: str,
+    ftype: LlamaFileType,
+    source: str,
+    *,
+    mtp_type: str | None = None,
+    recipe: str | None = None,
+    imatrix: Imatrix | None = None,
+) -> list[Key]:
     """Which tool made the file, how and of what; then the two keys that llama-quantize writes last."""
     keys = [
         _key(Keys.General.QUANTIZED_BY, f"stepgguf {__version__}"),
@@ -151,9 +159,16 @@ def provenance_keys(type_name: str, mtp_type: str | None, source: str) -> list[K
     ]
     if mtp_type is not None:
         keys.append(_key("stepgguf.mtp_type", mtp_type))
+    if recipe is not None:
+        keys.append(_key("stepgguf.recipe", recipe))
     keys.append(reserve(RESERVE_BYTES))
     keys.append(_key(Keys.General.QUANTIZATION_VERSION, gguf.GGML_QUANT_VERSION))
-    keys.append(_key(Keys.General.FILE_TYPE, int(mixtures.file_type(type_name))))
+    keys.append(_key(Keys.General.FILE_TYPE, int(ftype)))
+    if imatrix is not None and imatrix.path is not None:  # as llama-quantize names them
+        keys.append(_key("quantize.imatrix.file", imatrix.path.name))
+        keys.append(_key("quantize.imatrix.dataset", ", ".join(imatrix.datasets)))
+        keys.append(_key("quantize.imatrix.entries_count", len(imatrix.entries)))
+        keys.append(_key("quantize.imatrix.chunks_count", imatrix.chunk_count))
     return keys
 
 

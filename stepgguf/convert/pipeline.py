@@ -1,30 +1,32 @@
-"""The loop: read -> widen -> quantize -> write, unit by unit on a thread pool.
+"""The loop: read -> quantize -> measure -> write, unit by unit on a thread pool.
 
-    main thread     submits units in file order, a few ahead, and has the kernel read their bytes in the background
-    workers         pread, widen to float32, check, encode (ggml, GIL released), pwrite
+    main thread     submits units in file order, a few ahead, and has the system read their bytes in the background
+    workers         pread, check and encode, compare with what was read (all with the GIL released), pwrite
     journal thread  every few seconds: fdatasync, then the journal
 
-A worker holds one unit: its stored bytes, its float32 values and its blocks. The number of workers is cut so that all
-of them together stay below the memory limit. Nothing else grows with the model.
+A worker holds one unit: its stored bytes and its blocks. The number of workers is cut so that all of them together stay
+below the memory limit. Nothing else grows with the model, but an importance matrix's mapped file.
 """
 
 from __future__ import annotations
 
 import os
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from stepgguf.convert.importance import Importance
 from stepgguf.convert.plan import PlannedTensor, Unit
 from stepgguf.convert.source import TensorSource
-from stepgguf.convert.writer import Writer, disk_errors
+from stepgguf.convert.writer import Made, Writer, disk_errors
 from stepgguf.errors import CorruptTensor
 from stepgguf.quants import codec
+from stepgguf.quants.codec import Loss, Values
 
 DEFAULT_MEMORY = 2 * 2**30
 COMMIT_SECONDS = 2.0
@@ -40,6 +42,7 @@ class Done:
 
 
 Progress = Callable[[Done], None]
+Compiling = Callable[[str], None]  # called with a type's name before its kernel is compiled
 
 
 def run(
@@ -47,6 +50,7 @@ def run(
     writer: Writer,
     *,
     progress: Progress = lambda done: None,
+    compiling: Compiling = lambda name: None,
     threads: int | None = None,
     memory: int = DEFAULT_MEMORY,
 ) -> None:
@@ -55,11 +59,12 @@ def run(
     On any error or Ctrl+C what is done is committed first; the same call on a new Writer goes on from there.
     """
     workers = n_workers(writer, threads, memory)
-    for number in sorted(writer.digests):
+    for number in sorted(writer.finished):
         progress(_done(writer, number, resumed=True))
-    todo = iter([number for number in range(len(writer.units)) if number not in writer.digests])
-    maker = UnitMaker(source)
-    running: dict[Future[bytes], int] = {}
+    todo = iter([number for number in range(len(writer.units)) if number not in writer.finished])
+    maker = UnitMaker(source, writer.plan.importance, writer.plan.kernel)
+    maker.prepare(writer.plan.tensors, compiling)
+    running: dict[Future[Made], int] = {}
     journal = _Journal(writer)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="unit")
 
@@ -69,7 +74,7 @@ def run(
             tensor, unit = _unit(writer, number)
             if tensor.source is not None:
                 source.prefetch(tensor.source, unit.start, unit.stop)
-            running[pool.submit(lambda n: writer.write(n, maker.make(*_unit(writer, n)).data), number)] = number
+            running[pool.submit(lambda n: writer.write(n, *maker.make(*_unit(writer, n))), number)] = number
 
     try:
         with disk_errors(writer.plan.files[0].path):
@@ -99,48 +104,62 @@ def n_workers(writer: Writer, threads: int | None, memory: int) -> int:
 
 
 def unit_memory(tensor: PlannedTensor) -> int:
-    """The most bytes that making a unit of it holds: stored (at most 4 bytes a value), float32, encoded."""
-    return tensor.rows_per_unit * (tensor.shape[-1] * 8 + tensor.row_bytes)
+    """The most bytes that making a unit of it holds: stored or widened (at most 4 bytes a value), and encoded."""
+    return tensor.rows_per_unit * (tensor.shape[-1] * 4 + tensor.row_bytes)
 
 
 class UnitMaker:
-    """Makes the bytes of a unit. One per run; each thread has its own float32 buffer, used again for each unit."""
+    """Makes the bytes of a unit. One per run, shared by its threads."""
 
-    def __init__(self, source: TensorSource) -> None:
-        self._source = source
-        self._local = threading.local()
+    def __init__(self, source: TensorSource, importance: Importance | None = None, kernel: str = "lanes") -> None:
+        self._source, self._importance, self._kernel = source, importance, kernel
 
-    def make(self, tensor: PlannedTensor, unit: Unit) -> NDArray[np.uint8]:
-        """The encoded rows [start, stop), [n, row bytes]. CorruptTensor on a value that is not finite."""
+    def prepare(self, tensors: Iterable[PlannedTensor], compiling: Compiling) -> None:
+        """Have every kernel that these tensors need, compiled now if this machine never did."""
+        wanted: dict[tuple[Any, ...], Values] = {}
+        for tensor in tensors:
+            if tensor.source is not None and not self._is_copied(tensor):
+                values = self._source.values(tensor.source, 0, 1)
+                key = tensor.ggml_type, type(values), getattr(values, "dtype", None), self._has_importance(tensor)
+                wanted.setdefault(key, values)
+        for (kind, _, _, weighted), values in wanted.items():
+            codec.prepare(kind, values, weighted=weighted, kernel=self._kernel, compiling=compiling)
+
+    def make(self, tensor: PlannedTensor, unit: Unit) -> tuple[NDArray[np.uint8], Loss | None]:
+        """The encoded rows [start, stop), [n, row bytes], and what they lost; of copied ones nothing.
+
+        CorruptTensor on a value that is not finite.
+        """
         if tensor.constant is not None:
-            return np.frombuffer(tensor.constant, np.uint8).reshape(1, -1)
+            return np.frombuffer(tensor.constant, np.uint8).reshape(1, -1), None
         assert tensor.source is not None
-        stored = self._source.tensors[tensor.source]
-        values = self._floats(unit.stop - unit.start, tensor.shape[-1])
-        if stored.ggml_type == tensor.ggml_type and not tensor.plus_one:
-            data = self._source.raw(tensor.source, unit.start, unit.stop)
-            codec.dequantize(tensor.ggml_type, data, values)
+        values = self._source.values(tensor.source, unit.start, unit.stop)
+        if self._is_copied(tensor):
             self._check_finite(tensor, unit, values)
-            return data
-        self._source.floats(tensor.source, unit.start, unit.stop, values)
-        self._check_finite(tensor, unit, values)
+            return self._source.raw(tensor.source, unit.start, unit.stop), None
         if tensor.plus_one:
-            values += 1.0
+            values = _plus_one(values)
+        importance = self._row(tensor, unit)
         out = np.empty((unit.stop - unit.start, tensor.row_bytes), np.uint8)
-        codec.quantize(tensor.ggml_type, values, out)
-        return out
+        if not codec.quantize(tensor.ggml_type, values, out, importance, kernel=self._kernel):
+            self._check_finite(tensor, unit, values)
+        return out, codec.loss(tensor.ggml_type, values, out, importance) if tensor.is_quantized else None
 
-    def _floats(self, rows: int, columns: int) -> NDArray[np.float32]:
-        buffer = getattr(self._local, "buffer", None)
-        if buffer is None or buffer.size < rows * columns:
-            buffer = self._local.buffer = np.empty(rows * columns, np.float32)
-        view: NDArray[np.float32] = buffer[: rows * columns].reshape(rows, columns)
-        return view
+    def _is_copied(self, tensor: PlannedTensor) -> bool:
+        assert tensor.source is not None
+        return self._source.tensors[tensor.source].ggml_type == tensor.ggml_type and not tensor.plus_one
 
-    def _check_finite(self, tensor: PlannedTensor, unit: Unit, values: NDArray[np.float32]) -> None:
-        with np.errstate(over="ignore", invalid="ignore"):
-            if np.isfinite(values.sum()):  # one pass; only a sum that is not finite needs a closer look
-                return
+    def _has_importance(self, tensor: PlannedTensor) -> bool:
+        return self._importance is not None and self._importance.has(tensor.name, tensor.shape)
+
+    def _row(self, tensor: PlannedTensor, unit: Unit) -> NDArray[np.float32] | None:
+        """The importance of a unit's columns: its expert's."""
+        rows = None if self._importance is None else self._importance.rows(tensor.name, tensor.shape)
+        return None if rows is None else rows[unit.start // tensor.rows_per_expert if len(rows) > 1 else 0]
+
+    def _check_finite(self, tensor: PlannedTensor, unit: Unit, stored: Values) -> None:
+        values = np.empty(stored.shape, np.float32)
+        codec.widen(stored, values)
         bad = np.flatnonzero(~np.isfinite(values))
         if not bad.size:
             return
@@ -157,18 +176,26 @@ class UnitMaker:
         )
 
 
+def _plus_one(stored: Values) -> NDArray[np.float32]:
+    """Norms, which checkpoints store less one."""
+    values = np.empty(stored.shape, np.float32)
+    codec.widen(stored, values)
+    values += 1.0
+    return values
+
+
 class _Journal:
     """Collects finished units and commits them on its own thread, so that a slow disk does not stop the workers."""
 
     def __init__(self, writer: Writer) -> None:
         self._writer = writer
-        self._waiting: dict[int, bytes] = {}
+        self._waiting: dict[int, Made] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._commit: Future[None] | None = None
         self._last = time.monotonic()
 
-    def add(self, number: int, digest: bytes) -> None:
-        self._waiting[number] = digest
+    def add(self, number: int, made: Made) -> None:
+        self._waiting[number] = made
 
     def check(self) -> None:
         """Start a commit if one is due; raise what the last one raised."""

@@ -20,12 +20,15 @@ from stepgguf.convert import metadata
 from stepgguf.convert.checkpoint import Checkpoint
 from stepgguf.convert.ggufsource import ARCHITECTURE, GGUFSource, split_path
 from stepgguf.convert.header import Key, TensorInfo
+from stepgguf.convert.importance import Importance, wanted
 from stepgguf.convert.source import SourceTensor
 from stepgguf.errors import OutputError, RecipeError
 from stepgguf.model.tensors import ROPE_FREQS, TensorSpec, file_order, layer_of
-from stepgguf.quants import codec, mixtures
+from stepgguf.quants import codec, imatrix, mixtures, recipe
 from stepgguf.quants.ggml import row_size
+from stepgguf.quants.imatrix import Coverage
 from stepgguf.quants.mixtures import Candidate, Choice, Facts
+from stepgguf.quants.recipe import Recipe
 
 F32 = GGMLQuantizationType.F32
 UNIT_VALUES = 8 * 2**20
@@ -34,7 +37,7 @@ MTP_MODES = ("include", "separate", "drop")
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the user chose. mtp_type None: Q8_0 in a quantized file, else the file's own type."""
+    """What the user chose. type_name: a stock mixture or a recipe (recipe.load). mtp_type None: as the recipe says."""
 
     type_name: str
     mtp: str = "include"
@@ -43,6 +46,12 @@ class Options:
     chat_template: Path | None = None
     name: str | None = None
     allow_requantize: bool = False
+    importance: Importance | None = None
+    kernel: str = "lanes"
+
+    @property
+    def recipe(self) -> Recipe:
+        return recipe.load(self.type_name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +85,14 @@ class PlannedTensor:
     @property
     def rows_per_expert(self) -> int:
         return rows_per_expert(self.shape)
+
+    @property
+    def n_experts(self) -> int:
+        return self.shape[0] if len(self.shape) == 3 else 1
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.ggml_type not in (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 
     @property
     def rows_per_unit(self) -> int:
@@ -126,10 +143,17 @@ class PlannedFile:
 class Plan:
     """All files of one conversion, in the order in which they are written."""
 
-    type_name: str
+    recipe: Recipe
     mtp: str
     files: tuple[PlannedFile, ...]
     warnings: tuple[str, ...] = ()
+    importance: Importance | None = None
+    coverage: Coverage | None = None
+    kernel: str = "lanes"
+
+    @property
+    def type_name(self) -> str:
+        return self.recipe.name
 
     @property
     def tensors(self) -> list[PlannedTensor]:
@@ -174,22 +198,19 @@ def select_checkpoint(
     specs: Sequence[TensorSpec], facts: Facts, rope_freqs: bytes | None, options: Options
 ) -> tuple[list[PlannedTensor], list[PlannedTensor]]:
     """The tensors of the main file and of the separate MTP file (empty unless asked for), with types and reasons."""
-    mtp_type = _mtp_type(options)
-    trunk = [spec for spec in specs if not spec.is_mtp]
-    quantizable = [spec for spec in trunk if not spec.float32]
-    candidates = [Candidate(s.name, s.role, s.shape, s.layer) for s in quantizable]
-    choices = dict(zip(quantizable, _choose(options.type_name, candidates, facts), strict=True))
-    planned = [_planned(spec, choices.get(spec)) for spec in trunk]
+    wanted = [spec for spec in specs if not (spec.is_mtp and options.mtp == "drop")]
+    candidates = [Candidate(s.name, s.role, s.shape, s.layer) for s in wanted if not s.float32]
+    choices = _choose(candidates, facts, options)
+    planned = [_planned(spec, choices.get(spec.name)) for spec in wanted if not spec.is_mtp]
+    mtp = [_planned(spec, choices.get(spec.name)) for spec in wanted if spec.is_mtp]
     if rope_freqs is not None:
         n = len(rope_freqs) // 4
         planned.append(PlannedTensor(ROPE_FREQS, (n,), F32, "llama3 RoPE scaling", None, constant=rope_freqs))
-    mtp = [_planned(spec, None if spec.float32 else _fitting(mtp_type, spec.shape)) for spec in specs if spec.is_mtp]
-    if options.mtp == "include":
+    if options.mtp == "include" or not mtp:
         return _ordered(planned + mtp), []
-    if options.mtp == "drop" or not mtp:
-        return _ordered(planned), []
+    kind = max((tensor for tensor in mtp), key=lambda tensor: tensor.n_values).ggml_type
     shared = [
-        t if t.ggml_type == F32 else replace(t, ggml_type=_fitting(mtp_type, t.shape).ggml_type, reason="MTP file")
+        t if t.ggml_type == F32 else replace(t, ggml_type=mixtures.fallback(kind, t.shape[-1]), reason="MTP file")
         for t in planned
         if t.name in (*metadata.SHARED_BY_MTP_FILE, ROPE_FREQS)
     ]
@@ -199,7 +220,8 @@ def select_checkpoint(
 def plan_checkpoint(checkpoint: Checkpoint, dest: Path, options: Options) -> Plan:
     """The plan of `stepgguf convert`."""
     hp = checkpoint.hparams
-    main, mtp = select_checkpoint(checkpoint.specs, model_facts(checkpoint), metadata.rope_freqs(hp), options)
+    facts = model_facts(checkpoint)
+    main, mtp = select_checkpoint(checkpoint.specs, facts, metadata.rope_freqs(hp), options)
     vocab = metadata.vocab_keys(checkpoint, options.chat_template)
     sampling = metadata.sampling_keys(checkpoint)
     name = options.name or checkpoint.path.resolve().name
@@ -209,16 +231,13 @@ def plan_checkpoint(checkpoint: Checkpoint, dest: Path, options: Options) -> Pla
         if not tensors:
             continue
         label = metadata.size_label([(t.role, t.shape) for t in tensors], hp.n_expert)
-        type_name = options.type_name if tensors is main else _mtp_type(options)
         keys = [
             *(sampling.get(key.name, key) for key in metadata.model_keys(hp, name, label, with_mtp=with_mtp)),
             *vocab.keys,
-            *metadata.provenance_keys(type_name, _mtp_type(options) if with_mtp else None, _source_name(checkpoint)),
+            *_provenance(options, facts, tensors, _source_name(checkpoint)),
         ]
         files += _split(PlannedFile(path, tuple(keys), tuple(tensors)), options.split_max_size)
-    plan = Plan(options.type_name, options.mtp, tuple(files), (*checkpoint.warnings, *vocab.warnings))
-    _check_encoders(plan, checkpoint.tensors)
-    return plan
+    return _plan(files, checkpoint.tensors, facts, options, (*checkpoint.warnings, *vocab.warnings))
 
 
 def model_facts(checkpoint: Checkpoint) -> Facts:
@@ -243,18 +262,15 @@ def plan_gguf(source: GGUFSource, dest: Path, options: Options) -> Plan:
     names = sorted(source.tensors, key=file_order)
     layers = {name: layer_of(name) if name.startswith("blk.") else None for name in names}
     quantizable = [name for name in names if is_quantizable(name, source.tensors[name].shape)]
-    trunk = [name for name in quantizable if (layers[name] or 0) < n_layer]
-    candidates = [Candidate(n, n.split(".")[-2], source.tensors[n].shape, layers[n]) for n in trunk]
-    choices = dict(zip(trunk, _choose(options.type_name, candidates, facts), strict=True))
-    mtp_type = _mtp_type(options)
-    choices |= {n: _fitting(mtp_type, source.tensors[n].shape) for n in quantizable if n not in choices}
+    candidates = [Candidate(n, n.split(".")[-2], source.tensors[n].shape, layers[n]) for n in quantizable]
+    choices = _choose(candidates, facts, options)
     tensors = [_requantized(source.tensors[name], choices.get(name), options) for name in names]
-    replaced = metadata.provenance_keys(options.type_name, mtp_type if n_mtp else None, source.path.name)
+    replaced = _provenance(options, facts, tensors, source.path.name)
     kept = [key for name, key in source.keys.items() if name not in {k.name for k in replaced}]
     files = _split(PlannedFile(dest, (*kept, *replaced), tuple(tensors)), options.split_max_size)
-    plan = Plan(options.type_name, options.mtp, tuple(files))
-    _check_encoders(plan, source.tensors)
-    return plan
+    if {file.path.resolve() for file in files} & {header.path.resolve() for header in source.headers}:
+        raise OutputError(f"{dest} is the source", hint="Write to another name.")
+    return _plan(files, source.tensors, facts, options)
 
 
 def is_quantizable(name: str, shape: tuple[int, ...]) -> bool:
@@ -295,29 +311,100 @@ def replan(target: Iterable[TensorInfo], plan: Plan) -> list[PlannedTensor]:
     return [replace(planned[t.name], ggml_type=t.ggml_type) for t in target if t.name in planned]
 
 
-def _mtp_type(options: Options) -> str:
-    """The MTP blocks' type: one type for all of their matrices, no mixture."""
-    if options.mtp_type is not None:
-        name = mixtures.check_name(options.mtp_type)
-        if name not in GGMLQuantizationType.__members__:
-            raise RecipeError(f"--mtp-type {name} is a mixture", hint="Give one type, such as Q8_0, Q6_K or BF16.")
-        return name
-    return options.type_name if options.type_name in ("F32", "F16", "BF16") else "Q8_0"
+def _choose(candidates: Sequence[Candidate], facts: Facts, options: Options) -> dict[str, Choice]:
+    """Name -> type and reason, by the recipe; of MTP tensors by --mtp-type if that is given."""
+    choices = options.recipe.choose(candidates, facts, has_imatrix=options.importance is not None)
+    result = {c.name: choice for c, choice in zip(candidates, choices, strict=True)}
+    if options.mtp_type is None:
+        return result
+    name = mixtures.check_name(options.mtp_type)
+    if name not in GGMLQuantizationType.__members__:
+        raise RecipeError(f"--mtp-type {name} is a mixture", hint="Give one type, such as Q8_0, Q6_K or BF16.")
+    kind = GGMLQuantizationType[name]
+    heads = [c for c in candidates if _is_mtp(c.layer, facts)]
+    return result | {c.name: Choice(mixtures.fallback(kind, c.shape[-1]), f"--mtp-type {name}") for c in heads}
 
 
-def _choose(type_name: str, candidates: Sequence[Candidate], facts: Facts) -> list[Choice]:
-    choices = mixtures.choose(type_name, candidates, facts)
-    for candidate, choice in zip(candidates, choices, strict=True):
-        if mixtures.requires_imatrix(type_name, candidate, choice.ggml_type):
-            raise RecipeError(
-                f"{type_name} makes {candidate.name} {choice.ggml_type.name}, which needs an importance matrix",
-                hint="Without one use a type from IQ3_S, Q2_K or Q3_K_S upwards.",
-            )
-    return choices
+def _is_mtp(layer: int | None, facts: Facts) -> bool:
+    return layer is not None and layer >= facts.n_layer
 
 
-def _fitting(type_name: str, shape: tuple[int, ...]) -> Choice:
-    return Choice(mixtures.fallback(GGMLQuantizationType[type_name], shape[-1]), f"MTP {type_name}")
+def _provenance(options: Options, facts: Facts, tensors: Sequence[PlannedTensor], source: str) -> list[Key]:
+    """What made this file of what: of a file of MTP blocks alone, with their types as its own."""
+    made = [t for t in tensors if t.source is not None and len(t.shape) > 1 and t.ggml_type != F32]
+    mtp = [t for t in made if t.name.startswith("blk.") and _is_mtp(layer_of(t.name), facts)]
+    is_mtp_file = all(t in mtp for t in made if t.name.startswith("blk."))
+    sizes: dict[GGMLQuantizationType, int] = {}
+    for tensor in mtp if is_mtp_file else made:
+        sizes[tensor.ggml_type] = sizes.get(tensor.ggml_type, 0) + tensor.n_values
+    chosen = options.recipe
+    most = max(sizes, key=lambda kind: sizes[kind], default=F32)
+    if chosen.base is not None and not chosen.rules and not (is_mtp_file and mtp):
+        name, ftype = chosen.base, mixtures.file_type(chosen.base)
+    else:
+        name, ftype = (most.name if is_mtp_file and mtp else chosen.name), mixtures.nearest_file_type(most)
+    return metadata.provenance_keys(
+        name,
+        ftype,
+        source,
+        mtp_type=", ".join(sorted({t.ggml_type.name for t in mtp})) or None,
+        recipe=chosen.text if chosen.rules or chosen.base is None else None,
+        imatrix=options.importance.source if options.importance else None,
+    )
+
+
+def _plan(
+    files: Sequence[PlannedFile],
+    sources: Mapping[str, SourceTensor],
+    facts: Facts,
+    options: Options,
+    warnings: tuple[str, ...] = (),
+) -> Plan:
+    """The plan, after everything has been refused that can be: types without an encoder or without their imatrix."""
+    tensors = [tensor for file in files for tensor in file.tensors]
+    encoded = [t for t in tensors if t.source and sources[t.source].ggml_type != t.ggml_type]
+    covered = _cover([t for t in encoded if t.is_quantized], facts, options)
+    _check_importance(encoded, options)
+    for tensor in encoded:
+        has = options.importance is not None and options.importance.has(tensor.name, tensor.shape)
+        codec.check_encoder(tensor.ggml_type, has_imatrix=has, kernel=options.kernel)
+    if covered is not None:
+        warnings = (*warnings, *(f"imatrix: {text}" for text in covered.warnings))
+    return Plan(options.recipe, options.mtp, tuple(files), warnings, options.importance, covered, options.kernel)
+
+
+def _cover(tensors: Sequence[PlannedTensor], facts: Facts, options: Options) -> Coverage | None:
+    if options.importance is None or not tensors:
+        return None
+    layers = [layer_of(t.name) if t.name.startswith("blk.") else None for t in tensors]
+    heads = [_is_mtp(layer, facts) for layer in layers]
+    pairs = zip(tensors, heads, strict=True)
+    return imatrix.coverage(options.importance.source, [wanted(t.name, t.shape, is_mtp=mtp) for t, mtp in pairs])
+
+
+def _check_importance(tensors: Sequence[PlannedTensor], options: Options) -> None:
+    """RecipeError naming the tensors whose types llama-quantize refuses without an importance matrix."""
+    base = options.recipe.base or ""
+    importance = options.importance
+    lacking = [
+        t
+        for t in tensors
+        if mixtures.requires_imatrix(base, Candidate(t.name, t.role, t.shape, None), t.ggml_type)
+        and not (importance and importance.has(t.name, t.shape))
+    ]
+    if not lacking:
+        return
+    names = ", ".join(t.name for t in lacking[:3]) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
+    kinds = " and ".join(sorted({t.ggml_type.name for t in lacking}))
+    if importance is None:
+        message, hint = (
+            "need an importance matrix",
+            "Give one with --imatrix, or use a type from IQ3_S or Q3_K_S upwards.",
+        )
+    else:
+        message = f"need importance, and {importance.path.name} has none for them"
+        hint = "Give these tensors another type in a recipe, or calibrate again."
+    raise RecipeError(f"{options.type_name}: {len(lacking)} tensors of type {kinds} {message}: {names}", hint=hint)
 
 
 def _planned(spec: TensorSpec, choice: Choice | None) -> PlannedTensor:
@@ -332,12 +419,6 @@ def _ordered(tensors: Iterable[PlannedTensor]) -> list[PlannedTensor]:
 def _source_name(checkpoint: Checkpoint) -> str:
     dtypes = sorted({t.dtype for t in checkpoint.tensors.values()} - {"F32"})
     return f"{checkpoint.path.resolve().name} ({checkpoint.hparams.architecture}, {' and '.join(dtypes) or 'F32'})"
-
-
-def _check_encoders(plan: Plan, sources: Mapping[str, SourceTensor]) -> None:
-    """Refuse types that cannot be encoded here, before anything is written."""
-    for kind in {t.ggml_type for t in plan.tensors if t.source and sources[t.source].ggml_type != t.ggml_type}:
-        codec.check_encoder(kind)
 
 
 def _split(file: PlannedFile, max_size: int | None) -> list[PlannedFile]:

@@ -10,6 +10,8 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
+from stepgguf.quants.codec import Values
+
 
 @dataclass(frozen=True, slots=True)
 class SourceTensor:
@@ -42,5 +44,5 @@ class TensorSource(Protocol):
     def raw(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
         """The stored bytes of rows [start, stop), [n, row bytes]."""
 
-    def floats(self, name: str, start: int, stop: int, out: NDArray[np.float32]) -> None:
-        """Rows [start, stop) widened to float32, into out [n, columns]."""
+    def values(self, name: str, start: int, stop: int) -> Values:
+        """Rows [start, stop) as numbers, BF16 and FP8 not widened, [n, columns]."""

@@ -91,7 +91,7 @@ def verify_manifest(path: Path, step: Step) -> Report:
 
 def verify_source(path: Path, plan: Plan, source: TensorSource, share: float, step: Step) -> Report:
     """Make a share of each tensor's units again (at least one) and compare. `plan` gives names and sources."""
-    report, rng, maker = Report(step), random.Random(0), UnitMaker(source)
+    report, rng, maker = Report(step), random.Random(0), UnitMaker(source, plan.importance, plan.kernel)
     for file in split_files(path):
         header = gguf_header.read(file)
         planned = {tensor.name: tensor for tensor in replan(header.tensors, plan)}
@@ -113,7 +113,7 @@ def _same_digest(digest: str, data: Bytes) -> str | None:
 
 
 def _same_as_made(maker: UnitMaker, tensor: PlannedTensor, start: int, stop: int, data: Bytes) -> str | None:
-    made = maker.make(tensor, Unit(0, 0, start, stop)).reshape(-1)
+    made = maker.make(tensor, Unit(0, 0, start, stop))[0].reshape(-1)
     wrong = float((made != data).mean())
     return f"is not what the source gives ({wrong:.1%} of its bytes differ)" if wrong else None
 

@@ -1,9 +1,9 @@
 """Output files that survive anything: written in place, journaled, resumed, renamed at the end.
 
     DEST.part      the GGUF itself, full size from the start: header first, tensors at their final offsets
-    DEST.journal   line 1: JSON, what is being made of what; then 40 bytes for each finished unit:
-                   number u32, crc32 of number and digest u32, sha256 of the unit's bytes
-    DEST.manifest.json   the digests, kept beside the finished file for `stepgguf verify`
+    DEST.journal   line 1: JSON, what is being made of what; then 64 bytes for each finished unit:
+                   number u32, crc32 of number and the rest u32, sha256 of its bytes, its codec.Loss 3 x f64 (or NaN)
+    DEST.manifest.json   digests and losses, kept beside the finished file for `stepgguf verify` and `report`
 
 A unit enters the journal only after its bytes are on the disk (fdatasync), so neither kill -9 nor a power cut leaves
 an entry without its bytes. Resuming redoes exactly the units that are not in the journal; since each unit's bytes are
@@ -16,32 +16,48 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepgguf import __version__
-from stepgguf.convert.plan import Plan, PlannedFile
-from stepgguf.errors import OutputError
+import numpy as np
+from numpy.typing import NDArray
 
-_RECORD = struct.Struct("<II32s")
-_VERSION = 1
+from stepgguf import __version__
+from stepgguf.convert import ledger
+from stepgguf.convert.plan import Plan, PlannedFile, Unit
+from stepgguf.errors import OutputError
+from stepgguf.quants.codec import Loss
+
+_RECORD = struct.Struct("<II56s")
+_MADE = struct.Struct("<32s3d")
+_VERSION = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A finished unit: the sha256 of its bytes, and what encoding them lost (None: nothing was encoded)."""
+
+    digest: bytes
+    loss: Loss | None
 
 
 class Writer:
-    """The output of one plan. `digests` holds the finished units' sha256, also those of an interrupted run."""
+    """The output of one plan. `finished` holds its finished units by number, also those of an interrupted run."""
 
     def __init__(
         self, plan: Plan, identity: Mapping[str, str], *, restart: bool = False, overwrite: bool = False
     ) -> None:
         self.plan = plan
         self.units = list(plan.units())
-        self.digests: dict[int, bytes] = {}
+        self.finished: dict[int, Made] = {}
         self._journal_path = _beside(plan.files[0].path, ".journal")
         self._journal: int | None = None
         self._fds: list[int] = []
@@ -95,16 +111,17 @@ class Writer:
                 f"{self._journal_path} is of an interrupted run with another {_named(changed, found, self._label)}",
                 hint="Repeat that command to finish it, or start anew with --restart.",
             )
-        digests: dict[int, bytes] = {}
-        for number, check, digest in _RECORD.iter_unpack(records[: len(records) // _RECORD.size * _RECORD.size]):
-            if check != _check(number, digest) or number >= len(self.units):
+        finished: dict[int, Made] = {}
+        for number, check, made in _RECORD.iter_unpack(records[: len(records) // _RECORD.size * _RECORD.size]):
+            if check != zlib.crc32(made, number) or number >= len(self.units):
                 break  # torn by a crash: this and what follows is redone
-            digests[number] = digest
-        complete = len(digests) == len(self.units)  # then some files may have their final names already
+            digest, *sums = _MADE.unpack(made)
+            finished[number] = Made(digest, None if math.isnan(sums[0]) else Loss(*sums))
+        complete = len(finished) == len(self.units)  # then some files may have their final names already
         for file in self.plan.files:
             if not _beside(file.path, ".part").exists() and not (complete and _is_whole(file)):
                 return False  # somebody removed the data
-        self.digests = digests
+        self.finished = finished
         return True
 
     def _refuse_existing(self, overwrite: bool) -> None:
@@ -136,7 +153,7 @@ class Writer:
                 os.ftruncate(fd, file.size)
                 write_all(fd, file.header, 0)
             head = json.dumps(self._label).encode() + b"\n"
-            records = b"".join(self._record(number) for number in self.digests)
+            records = b"".join(self._record(number) for number in self.finished)
             os.ftruncate(self._journal, 0)
             write_all(self._journal, head + records, 0)
             self._journal_end = len(head) + len(records)
@@ -144,19 +161,19 @@ class Writer:
 
     # writing ----------------------------------------------------------------------------------------------------
 
-    def write(self, number: int, data: memoryview) -> bytes:
-        """Put a unit's bytes in their place and return their sha256. Called from many threads."""
+    def write(self, number: int, data: NDArray[np.uint8], loss: Loss | None = None) -> Made:
+        """Put a unit's bytes in their place. Called from many threads."""
         unit = self.units[number]
         file = self.plan.files[unit.file]
         offset = len(file.header) + file.offsets[unit.tensor] + unit.start * file.tensors[unit.tensor].row_bytes
-        write_all(self._fds[unit.file], data, offset)
-        return hashlib.sha256(data).digest()
+        write_all(self._fds[unit.file], data.data, offset)
+        return Made(hashlib.sha256(data.data).digest(), loss)
 
-    def commit(self, finished: Mapping[int, bytes]) -> None:
-        """Make finished units (number -> digest) durable, then enter them in the journal."""
+    def commit(self, finished: Mapping[int, Made]) -> None:
+        """Make finished units durable, then enter them in the journal."""
         for index in {self.units[number].file for number in finished}:
             os.fdatasync(self._fds[index]) if hasattr(os, "fdatasync") else os.fsync(self._fds[index])
-        self.digests.update(finished)
+        self.finished.update(finished)
         records = b"".join(self._record(number) for number in finished)
         assert self._journal is not None
         write_all(self._journal, records, self._journal_end)
@@ -164,12 +181,14 @@ class Writer:
         os.fsync(self._journal)
 
     def _record(self, number: int) -> bytes:
-        digest = self.digests[number]
-        return _RECORD.pack(number, _check(number, digest), digest)
+        made = self.finished[number]
+        sums = (math.nan,) * 3 if made.loss is None else (made.loss.weighted, made.loss.energy, made.loss.squared)
+        packed = _MADE.pack(made.digest, *sums)
+        return _RECORD.pack(number, zlib.crc32(packed, number), packed)
 
     def finish(self) -> None:
         """Manifests, final names, and the journal's end."""
-        assert len(self.digests) == len(self.units)
+        assert len(self.finished) == len(self.units)
         with disk_errors(self.plan.files[0].path):
             for index, file in enumerate(self.plan.files):
                 os.fsync(self._fds[index])
@@ -197,21 +216,26 @@ class Writer:
 
     def _manifest(self, index: int) -> dict[str, Any]:
         file = self.plan.files[index]
-        digests: dict[int, list[str]] = {}
+        units: dict[int, list[tuple[Unit, Made]]] = {}
         for number, unit in enumerate(self.units):
             if unit.file == index:
-                digests.setdefault(unit.tensor, []).append(self.digests[number].hex())
+                units.setdefault(unit.tensor, []).append((unit, self.finished[number]))
+        importance = self.plan.importance
         return {
             "made_by": f"stepgguf {__version__}",
             "file": file.path.name,
             "bytes": file.size,
+            "type": self.plan.type_name,
+            "recipe": self.plan.recipe.text,
             "header_sha256": hashlib.sha256(file.header).hexdigest(),
+            **({} if importance is None else {"imatrix": importance.described()}),
             "tensors": {
                 tensor.name: {
                     "type": tensor.ggml_type.name,
                     "shape": list(tensor.shape),
                     "rows_per_unit": tensor.rows_per_unit,
-                    "sha256": digests[i],
+                    "sha256": [made.digest.hex() for _, made in units[i]],
+                    **ledger.entry(tensor, [(unit, made.loss) for unit, made in units[i]], importance),
                 }
                 for i, tensor in enumerate(file.tensors)
             },
@@ -256,10 +280,6 @@ def _is_whole(file: PlannedFile) -> bool:
     return file.path.exists() and file.path.stat().st_size == file.size
 
 
-def _check(number: int, digest: bytes) -> int:
-    return zlib.crc32(digest, number)
-
-
 def _label(plan: Plan, identity: Mapping[str, str]) -> dict[str, Any]:
     """What must be the same for a run to be resumed. The header's digest covers types, shapes and metadata."""
     return {
@@ -268,6 +288,8 @@ def _label(plan: Plan, identity: Mapping[str, str]) -> dict[str, Any]:
         "mtp": plan.mtp,
         "files": [file.path.name for file in plan.files],
         "source": dict(sorted(identity.items())),
+        "imatrix": plan.importance.identity() if plan.importance else None,
+        "kernel": plan.kernel,
         "header": hashlib.sha256(b"".join(file.header for file in plan.files)).hexdigest(),
     }
 

@@ -7,6 +7,7 @@ import torch
 
 from stepgguf.convert.checkpoint import Checkpoint
 from stepgguf.convert.plan import rows_per_expert
+from stepgguf.quants.codec import widen
 from stepgguf.reference.model import Step35
 
 
@@ -18,6 +19,6 @@ def load(checkpoint: Checkpoint) -> Step35:
         rows = values.reshape(-1, tensor.shape[-1])
         per_expert = rows_per_expert(tensor.shape)
         for start in range(0, len(rows), per_expert):
-            checkpoint.floats(name, start, start + per_expert, rows[start : start + per_expert])
+            widen(checkpoint.values(name, start, start + per_expert), rows[start : start + per_expert])
         state[name] = torch.from_numpy(values)
     return Step35.from_state(checkpoint.hparams, state)

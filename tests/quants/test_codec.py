@@ -5,6 +5,7 @@ from __future__ import annotations
 import gguf.quants
 import numpy as np
 import pytest
+import torch
 from gguf import GGMLQuantizationType
 
 from stepgguf.errors import QuantError
@@ -60,15 +61,23 @@ def test_decoding_is_gguf_pys(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     np.testing.assert_array_equal(out, theirs)
 
 
+def test_the_fp8_table_is_torchs() -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
+    np.testing.assert_array_equal(codec.fp8_table(), codes)
+
+
 def test_types_that_abort_the_process_are_refused() -> None:
     with pytest.raises(QuantError, match="IQ2_XXS cannot be encoded without an importance matrix"):
         codec.check_encoder(T.IQ2_XXS)
 
 
-def test_k_types_without_the_library_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_types_that_only_the_library_encodes_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ggml, "load", lambda: None)
-    with pytest.raises(QuantError, match="Q4_K is encoded by ggml's library") as caught:
-        codec.check_encoder(T.Q4_K)
+    codec.check_encoder(T.Q4_K)
+    with pytest.raises(QuantError, match="IQ1_M is encoded by ggml's library") as caught:
+        codec.check_encoder(T.IQ1_M)
+    with pytest.raises(QuantError, match="Q4_K is encoded by ggml's library"):
+        codec.check_encoder(T.Q4_K, kernel="ggml")
     assert "stepgguf[run]" in (caught.value.hint or "")
 
 

@@ -47,12 +47,13 @@ def primitive(build: Callable[..., Any]) -> Any:
     return intrinsic(build)
 
 
-def is_cached(dispatcher: Any, signature: Any) -> bool:
-    """Whether a kernel for these argument types is in this process or on the disk already."""
+def is_cached(dispatcher: Any, arguments: tuple[Any, ...]) -> bool:
+    """Whether the kernel for arguments like these is in this process or on the disk already."""
+    signature = tuple(numba.typeof(argument) for argument in arguments)
     if signature in dispatcher.overloads:
         return True
-    path: Path = dispatcher._cache.file(signature, dispatcher.targetctx.codegen())
-    return path.exists()
+    cache = dispatcher._cache
+    return isinstance(cache, _Cache) and cache.file(signature, dispatcher.targetctx.codegen()).exists()
 
 
 class _Cache(FunctionCache):

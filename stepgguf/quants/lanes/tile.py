@@ -43,11 +43,19 @@ def read_tile(flat: Any, starts: Any, scales: Any, x: Any, n: int) -> Any:
 
 
 @inlined
+def read_bytes(flat: Any, starts: Any, y: Any, n: int) -> None:
+    """n bytes (at least 16) of each of LANES rows, from flat[starts[r]:] to y [n * LANES]."""
+    for i in range(0, n - SIDE, SIDE):
+        _read_byte_square(flat, starts, y, i)
+    _read_byte_square(flat, starts, y, n - SIDE)  # the last square may overlap the one before: same bytes
+
+
+@inlined
 def write_tile(y: Any, out: Any, starts: Any, n: int) -> None:
-    """n bytes (at least 16) for each of LANES rows, from y [n * LANES] to out[starts[r]:]."""
+    """n bytes or float32 (at least 16) for each of LANES rows, from y [n * LANES] to out[starts[r]:]."""
     for i in range(0, n - SIDE, SIDE):
         _write_square(y, i, out, starts)
-    _write_square(y, n - SIDE, out, starts)  # the last square may overlap the one before: same bytes
+    _write_square(y, n - SIDE, out, starts)
 
 
 @primitive
@@ -73,9 +81,7 @@ def _read_square(typing: Any, flat: Any, starts: Any, scales: Any, x: Any, first
                 largest = builder.select(builder.icmp_signed(">", magnitude, largest), magnitude, largest)
                 square.append(value)
             for c, value in enumerate(_transposed(builder, square)):
-                place = builder.add(builder.mul(builder.add(column, _index(column, c)), _index(column, LANES)),
-                                    _index(column, group))  # fmt: skip
-                _store(builder, value, lanes, place, 4)
+                _store(builder, value, lanes, _place(builder, column, c, group), 4)
         reduce = cgutils.get_or_insert_function(
             builder.module, ir.FunctionType(_INT, [whole]), f"llvm.vector.reduce.smax.v{SIDE}i32"
         )
@@ -85,21 +91,37 @@ def _read_square(typing: Any, flat: Any, starts: Any, scales: Any, x: Any, first
 
 
 @primitive
+def _read_byte_square(typing: Any, flat: Any, starts: Any, y: Any, first: Any) -> Any:
+    """16 bytes from starts[r] + first on, of all rows, to y[first:]."""
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        data, rows, lanes = (context.make_array(sig.args[i])(context, builder, args[i]).data for i in range(3))
+        begin = context.cast(builder, args[3], sig.args[3], types.intp)
+        for group in range(0, LANES, SIDE):
+            pointers = [builder.gep(data, [builder.add(_item(builder, rows, group + r), begin)]) for r in range(SIDE)]
+            kind = ir.VectorType(_BYTE, SIDE).as_pointer()
+            square = [builder.load(builder.bitcast(pointer, kind), align=1) for pointer in pointers]
+            for i, value in enumerate(_transposed(builder, square)):
+                _store(builder, value, lanes, _place(builder, begin, i, group), 1)
+        return context.get_dummy_value()
+
+    return types.void(flat, starts, y, first), build
+
+
+@primitive
 def _write_square(typing: Any, y: Any, first: Any, out: Any, starts: Any) -> Any:
-    """Bytes [first, first + 16) of all rows, to out[starts[r] + first:]."""
+    """Items [first, first + 16) of all rows, to out[starts[r] + first:]."""
 
     def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         lanes, data, rows = (context.make_array(sig.args[i])(context, builder, args[i]).data for i in (0, 2, 3))
         begin = context.cast(builder, args[1], sig.args[1], types.intp)
+        kind = ir.VectorType(_BYTE if y.dtype == types.uint8 else _FLOAT, SIDE).as_pointer()
+        align = y.dtype.bitwidth // 8
         for group in range(0, LANES, SIDE):
-            square = []
-            for i in range(SIDE):
-                place = builder.add(builder.mul(builder.add(begin, _index(begin, i)), _index(begin, LANES)),
-                                    _index(begin, group))  # fmt: skip
-                pointer = builder.bitcast(builder.gep(lanes, [place]), ir.VectorType(_BYTE, SIDE).as_pointer())
-                square.append(builder.load(pointer, align=1))
+            pointers = [builder.gep(lanes, [_place(builder, begin, i, group)]) for i in range(SIDE)]
+            square = [builder.load(builder.bitcast(pointer, kind), align=align) for pointer in pointers]
             for r, value in enumerate(_transposed(builder, square), group):
-                _store(builder, value, data, builder.add(_item(builder, rows, r), begin), 1)
+                _store(builder, value, data, builder.add(_item(builder, rows, r), begin), align)
         return context.get_dummy_value()
 
     return types.void(y, first, out, starts), build
@@ -138,8 +160,10 @@ def _item(builder: Any, data: Any, i: int) -> Any:
     return builder.load(builder.gep(data, [ir.Constant(ir.IntType(64), i)]))
 
 
-def _index(like: Any, value: int) -> Any:
-    return ir.Constant(like.type, value)
+def _place(builder: Any, begin: Any, i: int, group: int) -> Any:
+    """Index of lane `group` of vector begin + i."""
+    vector = builder.add(begin, ir.Constant(begin.type, i))
+    return builder.add(builder.mul(vector, ir.Constant(begin.type, LANES)), ir.Constant(begin.type, group))
 
 
 def _spread(builder: Any, scalar: Any) -> Any:

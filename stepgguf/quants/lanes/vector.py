@@ -191,14 +191,26 @@ def to_float(typing: Any, x: Any) -> Any:
     return F32(I32), lambda context, builder, sig, args: builder.sitofp(args[0], F32.llvm)
 
 
-def _unary(name: str) -> Any:
-    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(F32.llvm, [F32.llvm]), f"llvm.{name}.v{LANES}f32"
-        )
-        return builder.call(function, args)
+@primitive
+def to_int(typing: Any, x: Any) -> Any:
+    """The numbers of an f32 as i32, rounded toward zero; what does not fit, or is NaN, becomes -2^31 as on x86."""
 
-    return F32(F32), build
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        limit = ir.Constant(F32.llvm, [2.0**31] * LANES)
+        size = builder.call(_intrinsic(builder, "fabs"), args)
+        fits = builder.fcmp_ordered("<", size, limit)
+        return builder.select(fits, builder.fptosi(args[0], I32.llvm), ir.Constant(I32.llvm, [-(2**31)] * LANES))
+
+    return I32(F32), build
+
+
+def _intrinsic(builder: Any, name: str) -> Any:
+    kind = ir.FunctionType(F32.llvm, [F32.llvm])
+    return cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}.v{LANES}f32")
+
+
+def _unary(name: str) -> Any:
+    return F32(F32), lambda context, builder, sig, args: builder.call(_intrinsic(builder, name), args)
 
 
 @primitive

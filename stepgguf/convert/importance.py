@@ -1,0 +1,76 @@
+"""An importance matrix as a conversion uses it: the rows of each tensor's experts, computed when they are needed."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stepgguf.errors import ImatrixError
+from stepgguf.model.tensors import layer_of
+from stepgguf.quants import imatrix
+from stepgguf.quants.imatrix import Entry, Imatrix
+
+_KEPT = 16  # tensors whose rows are kept: 5 MB each at real size, and units come in file order
+
+
+Shape = tuple[int, ...]
+
+
+class Importance:
+    """`source` with one of imatrix.PRIORS for experts that calibration hardly saw. Thread-safe.
+
+    shape: the tensor's, in numpy order. ImatrixError if the matrix has another one for it.
+    """
+
+    def __init__(self, source: Imatrix, prior: str = "pooled") -> None:
+        assert source.path is not None
+        self.source, self.prior, self.path = source, prior, source.path
+        self._rows = lru_cache(_KEPT)(self._compute)
+
+    @classmethod
+    def read(cls, path: Path, prior: str = "pooled") -> Importance:
+        """ImatrixError for an unknown prior, and for a file that is no importance matrix."""
+        if prior not in imatrix.PRIORS:
+            raise ImatrixError(f"unknown prior {prior!r}", hint=f"Choose one of: {', '.join(imatrix.PRIORS)}.")
+        return cls(imatrix.read(path), prior)
+
+    def has(self, name: str, shape: Shape) -> bool:
+        return self._entry(name, shape) is not None
+
+    def rows(self, name: str, shape: Shape) -> NDArray[np.float32] | None:
+        """[n_expert, columns]; of a dense tensor [1, columns]; None without data: then all channels count alike."""
+        return self._rows(name, shape)
+
+    def counts(self, name: str, shape: Shape) -> NDArray[np.float32] | None:
+        """Calibration tokens that each expert saw, if the file says so."""
+        entry = self._entry(name, shape)
+        return entry.counts if entry is not None and entry.counted else None
+
+    def identity(self) -> str:
+        """What tells this from other importance: prior, name, size and time of the file."""
+        status = self.path.stat()
+        mark = f"{self.prior} {self.path.name} {status.st_size} {status.st_mtime_ns}"
+        return hashlib.sha256(mark.encode()).hexdigest()
+
+    def described(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {"file": self.path.name, "prior": self.prior, "datasets": list(self.source.datasets)}
+
+    def _entry(self, name: str, shape: Shape) -> Entry | None:
+        return self.source.entry(wanted(name, shape))
+
+    def _compute(self, name: str, shape: Shape) -> NDArray[np.float32] | None:
+        entry = self._entry(name, shape)
+        return None if entry is None else imatrix.importance(entry, self.prior)
+
+
+def wanted(name: str, shape: Shape, *, is_mtp: bool = False) -> imatrix.Tensor:
+    """A tensor as importance matrices know it."""
+    layer = layer_of(name) if name.startswith("blk.") else None
+    n_matrix = shape[0] if len(shape) == 3 else 1
+    return imatrix.Tensor(name, name.split(".")[-2], layer, n_matrix, shape[-1], is_mtp)

@@ -1,0 +1,44 @@
+"""What the blocks of several families share: FP16 factors in their bytes, ggml's weights of their values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stepgguf.quants.lanes.compile import inlined
+from stepgguf.quants.lanes.rounding import from_half
+from stepgguf.quants.lanes.vector import floats, ints, load, load_bytes, sqrt, store, store_bytes
+
+
+@inlined
+def store_half(y: Any, i: int, half: Any) -> None:
+    """The low 16 bits of an i32 to bytes i and i + 1, little-endian."""
+    store_bytes(y, i, half)
+    store_bytes(y, i + 1, half >> ints(8))
+
+
+@inlined
+def load_half(y: Any, i: int) -> Any:
+    """The finite FP16 in bytes i and i + 1, as f32."""
+    return from_half(load_bytes(y, i) | (load_bytes(y, i + 1) << ints(8)))
+
+
+@inlined
+def sum_of_squares(x: Any, first: int, n: int) -> Any:
+    """Of the n values from vector `first` of x on, added in order."""
+    total = floats(0.0)
+    for i in range(first, first + n):
+        v = load(x, i)
+        total = total + v * v
+    return total
+
+
+@inlined
+def weigh(x: Any, importance: Any, w: Any, first: int, n: int, sigma2: Any) -> Any:
+    """w [n] = importance * sqrt(sigma2 + x^2) for the n values from vector `first` on; returns their sum."""
+    total = floats(0.0)
+    for i in range(n):
+        v = load(x, first + i)
+        weight = floats(importance[first + i]) * sqrt(sigma2 + v * v)
+        store(w, i, weight)
+        total = total + weight
+    return total

@@ -1,0 +1,229 @@
+"""Errors before encoding: against ggml's encoder and gguf-py's decoder in plain float64, and what the file keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf.quants
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+
+from stepgguf.convert import measure as module
+from stepgguf.convert.checkpoint import Checkpoint
+from stepgguf.convert.importance import Importance
+from stepgguf.convert.measure import KINDS, Measured, measure
+from stepgguf.convert.plan import Options, PlannedTensor, plan_checkpoint
+from stepgguf.errors import CorruptTensor
+from stepgguf.quants import codec, ggml, imatrix
+from stepgguf.quants.codec import Values
+from stepgguf.quants.imatrix import Entry, Imatrix
+from tests.generate import Shape, write_checkpoint
+
+T = GGMLQuantizationType
+ROLES = ("attn_k", "attn_v", "ffn_down_exps")
+NEED_IMATRIX = {T.IQ2_XXS, T.IQ2_XS, T.IQ2_S, T.IQ3_XXS}
+
+
+class Counting(Checkpoint):
+    """A checkpoint that notes which tensors are read."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.read: list[str] = []
+
+    def values(self, name: str, start: int, stop: int) -> Values:
+        self.read.append(name)
+        return super().values(name, start, stop)
+
+
+@dataclass(frozen=True)
+class Given:
+    """A checkpoint, three tensors of its last layer by role, and an importance matrix for two of them."""
+
+    checkpoint: Counting
+    tensors: dict[str, PlannedTensor]
+    importance: Importance
+    cache: Path
+
+    def measure(self, *roles: str) -> dict[str, Measured]:
+        tensors = [self.tensors[role] for role in roles or ROLES]
+        return measure(self.checkpoint, tensors, self.cache, importance=self.importance, threads=1)
+
+
+@pytest.fixture(scope="module")
+def two_experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """So small that the sample is every row."""
+    shape = Shape(n_layer=2, n_dense=1, n_expert=2, n_used=1)
+    return write_checkpoint(tmp_path_factory.mktemp("measure") / "two", shape, seed=5)
+
+
+@pytest.fixture
+def given(two_experts: Path, tmp_path: Path) -> Iterator[Given]:
+    with Counting(two_experts) as checkpoint:
+        plan = plan_checkpoint(checkpoint, tmp_path / "x.gguf", Options("Q8_0"))
+        tensors = {t.role: t for t in plan.tensors if t.name.startswith("blk.1.") and t.role in ROLES}
+        yield Given(checkpoint, tensors, write_importance(tmp_path, tensors, seed=0), tmp_path / "errors.jsonl")
+
+
+def write_importance(folder: Path, tensors: dict[str, PlannedTensor], seed: int) -> Importance:
+    rng, entries = np.random.default_rng(seed), {}
+    for role in ("attn_k", "ffn_down_exps"):
+        tensor = tensors[role]
+        counts = np.array([30, 10][: tensor.n_experts], np.float32)
+        sums = rng.gamma(0.3, 1.0, (tensor.n_experts, tensor.shape[-1])).astype(np.float32) * counts[:, None]
+        entries[tensor.name] = Entry(sums, counts)
+    path = folder / f"imatrix-{seed}.gguf"
+    imatrix.write(Imatrix(None, ("made up",), 1, 1, entries), path)
+    return Importance.read(path)
+
+
+def floats(checkpoint: Checkpoint, tensor: PlannedTensor) -> NDArray[np.float32]:
+    """[n_expert, rows, columns]"""
+    assert tensor.source is not None
+    n = tensor.n_experts * tensor.rows_per_expert
+    stored = checkpoint.values(tensor.source, 0, n)
+    values = np.empty(stored.shape, np.float32)
+    codec.widen(stored, values)
+    return values.reshape(tensor.n_experts, -1, tensor.shape[-1])
+
+
+def by_hand(
+    values: NDArray[np.float32], kind: GGMLQuantizationType, rows: NDArray[np.float32] | None, shares: list[float]
+) -> tuple[float, float]:
+    """Energy and relative error over all rows: ggml's encoder, gguf-py's decoder, float64."""
+    library = ggml.load()
+    assert library is not None
+    energy = lost = 0.0
+    for expert, x in enumerate(values):
+        out = np.empty((len(x), ggml.row_size(kind, x.shape[1])), np.uint8)
+        library.quantize(kind, x, out, None if rows is None else np.ascontiguousarray(rows[expert]))
+        wide, decoded = (v.reshape(x.shape).astype(np.float64) for v in (x, gguf.quants.dequantize(out, kind)))
+        w = np.ones(x.shape[1]) if rows is None else rows[expert].astype(np.float64)
+        energy += shares[expert] * float((wide**2 @ w).sum())
+        lost += shares[expert] * float(((wide - decoded) ** 2 @ w).sum())
+    return energy, lost / energy
+
+
+@pytest.mark.parametrize(("role", "shares"), [("attn_k", [1.0]), ("attn_v", [1.0]), ("ffn_down_exps", [0.75, 0.25])])
+def test_error_and_energy_are_what_ggml_and_gguf_py_give(role: str, shares: list[float], given: Given) -> None:
+    tensor = given.tensors[role]
+    found = given.measure(role)[tensor.name]
+    rows = given.importance.rows(tensor.name, tensor.shape)
+    assert (rows is None) == (role == "attn_v")
+    for kind in (T.Q2_K, T.Q4_K, T.Q8_0, T.IQ4_XS):
+        energy, error = by_hand(floats(given.checkpoint, tensor), kind, rows, shares)
+        # Sums of float32 squares of float32 values and differences: all positive, each right to some 2^-23.
+        assert found.energy == pytest.approx(energy, rel=1e-6)
+        assert found.errors[kind] == pytest.approx(error, rel=1e-6)
+
+
+def test_types_that_need_an_imatrix_are_left_out_where_there_is_none(given: Given) -> None:
+    found = given.measure()
+    for role in ROLES:
+        missing = NEED_IMATRIX if role == "attn_v" else set()
+        assert set(found[given.tensors[role].name].errors) == set(KINDS) - missing
+
+
+def test_types_are_replaced_where_rows_do_not_divide(tmp_path: Path) -> None:
+    # 96 columns are no multiple of 256: what llama.cpp falls back on (tests/quants/test_mixtures.py).
+    path = write_checkpoint(tmp_path / "narrow", Shape(n_layer=2, n_dense=2, hidden=96))
+    with Checkpoint(path) as checkpoint:
+        plan = plan_checkpoint(checkpoint, tmp_path / "x.gguf", Options("Q8_0"))
+        [tensor] = [t for t in plan.tensors if t.name == "blk.0.attn_k.weight"]
+        [found] = measure(checkpoint, [tensor], tmp_path / "errors.jsonl", threads=1).values()
+    assert set(found.errors) == {T.Q4_0, T.Q5_0, T.Q5_1, T.Q8_0, T.IQ4_NL}
+
+
+def test_a_second_run_reads_nothing(given: Given) -> None:
+    first = given.measure()
+    given.checkpoint.read.clear()
+    assert given.measure() == first
+    assert given.checkpoint.read == []
+
+
+def test_another_imatrix_is_measured_anew(given: Given, tmp_path: Path) -> None:
+    before = given.measure("attn_k")
+    tensor, other = given.tensors["attn_k"], write_importance(tmp_path, given.tensors, seed=1)
+    after = measure(given.checkpoint, [tensor], given.cache, importance=other, threads=1)
+    assert after[tensor.name].energy != before[tensor.name].energy
+
+
+def test_what_an_interrupted_run_has_measured_is_kept(given: Given) -> None:
+    def interrupt(tensor: PlannedTensor) -> None:
+        if tensor.role == "attn_v":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(
+            given.checkpoint, [given.tensors[role] for role in ROLES], given.cache, importance=given.importance,
+            threads=1, progress=interrupt,
+        )  # fmt: skip
+    given.checkpoint.read.clear()
+    resumed = given.measure()
+    assert set(given.checkpoint.read) == {given.tensors["ffn_down_exps"].source}
+    given.cache.unlink()
+    assert given.measure() == resumed
+
+
+def test_a_line_that_was_cut_off_is_measured_again(given: Given) -> None:
+    whole = given.measure()
+    text = given.cache.read_bytes()
+    given.cache.write_bytes(text[:-20])
+    given.checkpoint.read.clear()
+    assert given.measure() == whole
+    assert set(given.checkpoint.read) == {given.tensors["ffn_down_exps"].source}
+    given.checkpoint.read.clear()
+    assert given.measure() == whole
+    assert given.checkpoint.read == []
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\x00 no JSON\n", b'{"version": 0}\n', b'[1]\n{"tensor": 3}\n'])
+def test_a_file_of_something_else_is_begun_anew(content: bytes, given: Given) -> None:
+    given.cache.write_bytes(content)
+    assert set(given.measure("attn_k")) == {given.tensors["attn_k"].name}
+    assert content not in given.cache.read_bytes() or not content
+
+
+def test_progress_names_each_tensor_once_kept_or_not(given: Given) -> None:
+    given.measure("attn_v")
+    seen: list[str] = []
+    measure(
+        given.checkpoint, [given.tensors[role] for role in ROLES], given.cache, importance=given.importance,
+        threads=1, progress=lambda tensor: seen.append(tensor.role),
+    )  # fmt: skip
+    assert sorted(seen) == sorted(ROLES)
+
+
+def test_a_value_that_is_not_finite_names_its_place(given: Given, two_experts: Path, tmp_path: Path) -> None:
+    source = given.tensors["attn_k"].source
+    assert source is not None
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for file in two_experts.iterdir():
+        if file.suffix == ".safetensors" and source in (tensors := load_file(file)):
+            tensors[source][7, 3] = float("nan")
+            save_file(tensors, damaged / file.name)
+        else:
+            (damaged / file.name).symlink_to(file)
+    with Checkpoint(damaged) as checkpoint, pytest.raises(CorruptTensor, match="row 7, column 3 is nan"):
+        measure(checkpoint, [given.tensors["attn_k"]], tmp_path / "e.jsonl", threads=1)
+
+
+def test_a_sample_of_a_288_expert_tensor_is_near_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_checkpoint(tmp_path / "288", Shape(n_layer=2, n_dense=1, n_expert=288, n_used=8, expert=256), seed=6)
+    monkeypatch.setattr(module, "KINDS", (T.Q4_0, T.Q8_0))
+    with Counting(path) as checkpoint:
+        plan = plan_checkpoint(checkpoint, tmp_path / "x.gguf", Options("Q8_0"))
+        [tensor] = [t for t in plan.tensors if t.role == "ffn_up_exps"]
+        [sampled] = measure(checkpoint, [tensor], tmp_path / "sampled.jsonl", threads=1).values()
+        assert len(checkpoint.read) < 288 * 2 + 10
+        monkeypatch.setattr(module, "RUN", 256)
+        [whole] = measure(checkpoint, [tensor], tmp_path / "whole.jsonl", threads=1).values()
+    # Rows of this tensor differ in energy by a factor of 9; the mean of 4,608 of them has a standard error of 0.9 %.
+    assert sampled.energy == pytest.approx(whole.energy, rel=0.04)
+    assert sampled.errors[T.Q4_0] == pytest.approx(whole.errors[T.Q4_0], rel=0.04)
