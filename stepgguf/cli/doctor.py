@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from stepgguf.cli import arguments
-from stepgguf.errors import BadMetadata, QuantError, StepggufError
+from stepgguf.cli.footprint import footprint
+from stepgguf.errors import StepggufError
 from stepgguf.runtime import llama_build
 from stepgguf.runtime import machine as machines
 from stepgguf.runtime.llama_build import LlamaBuild
@@ -29,7 +30,6 @@ from stepgguf.runtime.memory import (
     Budget,
     Context,
     Footprint,
-    Layer,
     Need,
     budget,
     checkpoint,
@@ -161,46 +161,11 @@ def read_model(path: Path) -> Model:
         )
 
 
-def footprint(source: GGUFSource) -> Footprint:
-    """What the memory arithmetic needs of a GGUF's keys and tensors."""
-
-    def key(name: str) -> Any:
-        full = f"step35.{name}"
-        if full not in source.keys:
-            raise BadMetadata(f"{source.path}: the key {full} is missing", hint="Convert the model again.")
-        return source.keys[full].value
-
-    if "blk.0.attn_norm.weight" not in source.tensors:
-        raise BadMetadata(f"{source.path}: holds no trunk, only MTP blocks", hint="Give the file with the trunk.")
-    n_layer = sum(f"blk.{i}.attn_norm.weight" in source.tensors for i in range(key("block_count")))
-    sliding = key("attention.sliding_window_pattern")
-    kv = key("attention.head_count_kv")
-    return Footprint(
-        weights=sum(tensor.n_bytes for header in source.headers for tensor in header.tensors),
-        layers=tuple(
-            Layer(kv[i] if isinstance(kv, list) else kv, sliding[i], f"blk.{i}.nextn.eh_proj.weight" in source.tensors)
-            for i in range(n_layer)
-        ),
-        key_length=key("attention.key_length"),
-        value_length=key("attention.value_length"),
-        window=key("attention.sliding_window"),
-        n_embd=key("embedding_length"),
-        n_ff=key("feed_forward_length"),
-        n_vocab=source.tensors["token_embd.weight"].shape[0],
-        n_expert_used=key("expert_used_count"),
-        expert_size=key("expert_feed_forward_length"),
-        n_ctx_train=key("context_length"),
-    )
-
-
 def _sizes(source: GGUFSource) -> Iterator[tuple[str, int]]:
-    from stepgguf.convert.plan import Options, plan_gguf
+    from stepgguf.convert.sizes import of_gguf
 
-    for name in _TYPES:
-        try:
-            yield name, plan_gguf(source, source.path, Options(name, allow_requantize=True)).n_bytes
-        except QuantError:  # its encoder is not installed
-            return
+    inventory = of_gguf(source)
+    return ((name, inventory.sizes(name).total) for name in _TYPES)
 
 
 # findings -----------------------------------------------------------------------------------------------------------

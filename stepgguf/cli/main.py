@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from stepgguf import __version__
-from stepgguf.cli import bench, chat, convert, demo, doctor, inspect, quantize, serve, template, verify
+from stepgguf.cli import bench, chat, convert, demo, doctor, inspect, plan, quantize, report, serve, template, verify
 from stepgguf.errors import StepggufError
 
 # Packages that come with an extra and not with stepgguf itself.
@@ -37,8 +37,10 @@ app = typer.Typer(
 )
 app.command("convert")(convert.convert)
 app.command("quantize")(quantize.quantize)
+app.command("plan")(plan.plan)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
+app.command("report")(report.report)
 app.command("template")(template.template)
 app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)

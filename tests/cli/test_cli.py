@@ -28,7 +28,7 @@ def _no_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
 
 
-COMMANDS = ["convert", "quantize", "inspect", "verify", "template", "chat", "serve", "doctor", "bench", "demo"]
+COMMANDS = "convert quantize plan inspect verify report template chat serve doctor bench demo".split()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -70,7 +70,7 @@ def test_wrong_usage_exits_2(arguments: list[str], text: str, capfd: pytest.Capt
     ("arguments", "text"),
     [
         (["convert", "/nowhere", "x.gguf"], "/nowhere: not a directory"),
-        (["convert", "/nowhere", "x.gguf", "--type", "Q9"], "unknown type 'Q9'"),
+        (["convert", "/nowhere", "x.gguf", "--type", "Q9"], "unknown type or recipe 'Q9'"),
         (["inspect", "/nowhere.gguf"], "/nowhere.gguf: No such file or directory"),
         (["verify", __file__], "not b'GGUF'"),
         (["chat", __file__, "-p", "hi"], "not b'GGUF'"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import llama_cpp
 import pytest
 
-from stepgguf.cli.doctor import footprint
+from stepgguf.cli.footprint import footprint
 from stepgguf.cli.main import main
 from stepgguf.convert.checkpoint import Checkpoint
 from stepgguf.convert.ggufsource import GGUFSource

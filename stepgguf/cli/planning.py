@@ -1,0 +1,184 @@
+"""What a model would take on a machine as each type, and how fast it would answer: what `stepgguf plan` shows.
+
+SRC      -> Inventory (sizes by type), Footprint (what else takes memory)  --+
+machine  -> Place: budget, bandwidth, published speeds                       +-> Planned: a Row for each type
+context  -> Need, the same for all rows; what it leaves is for weights     --+
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+
+import typer
+
+from stepgguf.cli.footprint import checkpoint_footprint, footprint
+from stepgguf.convert.checkpoint import Checkpoint
+from stepgguf.convert.ggufsource import GGUFSource
+from stepgguf.convert.sizes import Inventory, Sizes, of_checkpoint, of_gguf
+from stepgguf.errors import RecipeError
+from stepgguf.quants import recipe
+from stepgguf.runtime import catalogue, speed
+from stepgguf.runtime.catalogue import Listed
+from stepgguf.runtime.machine import Machine, probe
+from stepgguf.runtime.memory import Budget, Context, Footprint, Need, budget, largest_context, need
+
+TYPES = (
+    "IQ2_XXS", "IQ2_M", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K_M", "IQ4_XS", "MXFP4_MOE", "Q4_K_S", "Q4_K_M", "Q5_K_M",
+    "Q6_K", "Q8_0",
+)  # fmt: skip
+AUTO = "auto"
+OWN = "this file"  # the row of a GGUF in its own types
+
+Span = tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A machine to plan for. `listed` knows how fast its memory is; None if nobody said."""
+
+    title: str
+    machine: Machine
+    have: Budget
+    listed: Listed | None
+
+    def capacity(self, context: Context) -> int:
+        """Bytes for everything. Where the GPU has a limit of its own, the conversation cache is beside it in RAM, and
+        so is what a GPU with memory of its own cannot hold."""
+        if self.machine.kind == "gpu":
+            return self.have.ceiling
+        return min(self.have.limit + context.cache_ram, self.have.ceiling)
+
+    def tps(self, n_bytes: float) -> Span | None:
+        """tok/s, least and most, by the efficiencies that were measured there."""
+        if self.listed is None or not self.listed.efficiencies:
+            return None
+        efficiencies = self.listed.efficiencies
+        return self.listed.bandwidth * efficiencies[0] / n_bytes, self.listed.bandwidth * efficiencies[-1] / n_bytes
+
+    def ceiling_tps(self, n_bytes: float) -> float | None:
+        """tok/s if memory were read at its full bandwidth."""
+        return None if self.listed is None else self.listed.bandwidth / n_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """One request without MTP at some depth: bytes that a token reads, tok/s (least and most), and the limit."""
+
+    read: float
+    tps: Span | None
+    ceiling_tps: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One type. Sizes in bytes; n_ctx: the longest context that fits; empty, full: the context; mtp_gain: a factor."""
+
+    type: str
+    needs_imatrix: bool
+    weights: int
+    bpw: float
+    total: int
+    fits: bool
+    n_ctx: int | None
+    empty: Pace
+    full: Pace
+    mtp_gain: Span | None
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """Rows by size. need: all but the weights; room: what that leaves for weights, negative if nothing."""
+
+    path: Path
+    place: Place
+    footprint: Footprint
+    context: Context
+    need: Need
+    room: int
+    rows: tuple[Row, ...]
+
+    @property
+    def largest(self) -> Row | None:
+        """The largest row that fits."""
+        return next((row for row in reversed(self.rows) if row.fits), None)
+
+
+def place(name: str) -> Place:
+    """A machine of the catalogue, or this one. typer.BadParameter for a name that is neither."""
+    if name == AUTO:
+        here = probe()
+        return Place("this machine", here, budget(here), catalogue.like(here))
+    listed = catalogue.load()
+    if name not in listed:
+        near = get_close_matches(name.lower(), listed, 1)
+        guess = f"; did you mean {near[0]}?" if near else ""
+        known = ", ".join((AUTO, *listed))
+        raise typer.BadParameter(f"{name!r} is not a machine{guess} Known: {known}", param_hint="--machine")
+    found = listed[name]
+    return Place(found.title, found.machine, budget(found.machine), found)
+
+
+def planned(path: Path, where: Place, context: Context, names: Sequence[str] | None) -> Planned:
+    """All rows for a checkpoint or a GGUF; names None: TYPES, and the recipes that fit the model."""
+    inventory, model = _read(path)
+    needed = need(model, context)
+    rows = (_row(name, sizes, inventory, replace(model, weights=sizes.total), where, context)
+            for name, sizes in _sizes(inventory, context.mtp, names))  # fmt: skip
+    ordered = tuple(sorted(rows, key=lambda row: row.weights))
+    return Planned(path, where, model, context, needed, where.capacity(context) - needed.total, ordered)
+
+
+def _read(path: Path) -> tuple[Inventory, Footprint]:
+    """The footprint is without weights."""
+    if path.is_dir():
+        with Checkpoint(path) as checkpoint:
+            return of_checkpoint(checkpoint), checkpoint_footprint(checkpoint.hparams)
+    with GGUFSource(path) as source:
+        model = footprint(source)
+        return of_gguf(source), replace(model, weights=0)
+
+
+def _sizes(inventory: Inventory, mtp: bool, names: Sequence[str] | None) -> Iterator[tuple[str, Sizes]]:
+    own = inventory.own_sizes(mtp=mtp)
+    if own is not None:
+        yield OWN, own
+    if names is not None:
+        yield from ((name, inventory.sizes(name, mtp=mtp)) for name in names)
+        return
+    yield from ((name, inventory.sizes(name, mtp=mtp)) for name in TYPES)
+    for name in recipe.shipped_names():
+        try:
+            yield name, inventory.sizes(name, mtp=mtp)
+        except RecipeError:  # it names layers that only the real model has
+            continue
+
+
+def _row(name: str, sizes: Sizes, inventory: Inventory, model: Footprint, where: Place, context: Context) -> Row:
+    capacity, total = where.capacity(context), need(model, context).total
+
+    def step(n_tokens: int) -> float:
+        share = speed.expert_share(model.n_expert_used, inventory.facts.n_expert, n_tokens)
+        return speed.step_bytes(sizes.trunk, share)
+
+    def pace(depth: int) -> Pace:
+        read = step(1) + speed.cache_bytes(model, depth)
+        return Pace(read, where.tps(read), where.ceiling_tps(read))
+
+    n = min(speed.DRAFTED, inventory.n_mtp)
+    drafting = n * sizes.mtp / max(1, inventory.n_mtp)
+    low, high = (speed.mtp_gain(step(1), step(1 + n), drafting, 1 + n * share) for share in speed.ACCEPTED)
+    return Row(
+        type=name,
+        needs_imatrix=sizes.needs_imatrix,
+        weights=sizes.total,
+        bpw=sizes.total * 8 / sizes.n_values,
+        total=total,
+        fits=total <= capacity,
+        n_ctx=largest_context(model, context, capacity),
+        empty=pace(0),
+        full=pace(context.n_ctx),
+        mtp_gain=(low, high) if sizes.mtp else None,
+    )

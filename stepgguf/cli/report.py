@@ -1,0 +1,53 @@
+"""stepgguf report: the picture of a quantized file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stepgguf.cli import arguments
+
+
+def report(
+    path: arguments.Gguf,
+    page: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="PATH", help="Where the page goes. Default: FILE.gguf.report.html"),
+    ] = None,
+    overwrite: arguments.Overwrite = False,
+    quiet: arguments.Quiet = False,
+    json: arguments.Json = False,
+) -> None:
+    """Draw a file: where its bytes are, its types by layer, the error and the use of every expert.
+
+    One HTML page with everything in it, to look at offline and to publish with the file. The numbers come from the
+    manifest beside the file.
+
+    Examples:
+
+    - `stepgguf report step-q4_k_s.gguf`
+    - `stepgguf report step-q4_k_s.gguf -o index.html --overwrite`
+    - `stepgguf report step-q4_k_s.gguf --json`
+    """
+    from stepgguf.cli import output
+    from stepgguf.errors import OutputError
+    from stepgguf.report import figures, measured
+    from stepgguf.report.page import render
+
+    subject = measured.read(path)
+    target = page or path.with_name(f"{path.name}.report.html")
+    if target.exists() and not overwrite:
+        raise OutputError(f"{target} exists", hint="Choose another name with -o or replace it with --overwrite.")
+    text = render(subject)
+    try:
+        target.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(
+            f"{target}: {error.strerror or error}", hint="Choose another place for the page with -o."
+        ) from error
+    if json:
+        output.data({"page": str(target), **figures.summary(subject)})
+    if not quiet:
+        output.note(f"wrote {target} ({output.size(len(text.encode()))})")

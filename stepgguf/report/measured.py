@@ -1,0 +1,201 @@
+"""What is known of a finished file: its tensors, and what quantizing measured of each.
+
+    FILE.gguf                 header: names, shapes, types, sizes, n_expert and n_used     the truth about the file
+    FILE.gguf.manifest.json   how it was made, and tensors[name].ledger                    what was measured
+
+A ledger (convert/ledger.py) has one figure for each expert, one in all for a tensor without experts; w is the
+importance of a channel, 1 without an imatrix, x a weight and q what became of it:
+
+    error  sum w (x - q)^2 / sum w x^2       rmse   sqrt(mean (x - q)^2)
+    mass   sum of w over the channels        count  calibration tokens that the expert saw      both: with imatrix only
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stepgguf.convert import header as gguf_header
+from stepgguf.convert.ggufsource import ARCHITECTURE, split_files
+from stepgguf.convert.header import Header, TensorInfo
+from stepgguf.convert.writer import manifest_path
+from stepgguf.errors import BadMetadata, VerifyError
+
+Floats = NDArray[np.float64]
+ROUTED, SHARED, ATTENTION, DENSE = "routed experts", "shared experts", "attention", "dense FFN"
+EMBEDDINGS, OUTPUT, MTP, OTHER = "embeddings", "output", "MTP", "other"
+GROUPS = (ROUTED, SHARED, ATTENTION, DENSE, EMBEDDINGS, OUTPUT, MTP, OTHER)
+_IN_LAYER = re.compile(r"blk\.(\d+)\.(.+)\.\w+")
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """float64 [n_expert or 1] each; NaN where there is no figure."""
+
+    error: Floats
+    rmse: Floats
+    mass: Floats | None
+    count: Floats | None
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor of the file. layer None outside the layers; ledger None if it was not quantized or not measured."""
+
+    info: TensorInfo
+    layer: int | None
+    role: str
+    group: str
+    ledger: Ledger | None
+
+    @property
+    def bits(self) -> float:
+        """Per weight."""
+        return 8 * self.info.n_bytes / self.info.n_values
+
+
+@dataclass(frozen=True, slots=True)
+class Imatrix:
+    """Where the importance came from, as far as the manifest says."""
+
+    file: str | None
+    prior: str | None
+    datasets: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A file, of a split one all files. n_layer counts the trunk: from there on layers are MTP blocks."""
+
+    paths: tuple[Path, ...]
+    name: str
+    n_layer: int
+    n_expert: int
+    n_used: int
+    tensors: tuple[Tensor, ...]
+    made_by: str
+    type: str | None
+    source: str | None
+    recipe: str | None
+    imatrix: Imatrix | None
+
+
+def read(path: Path) -> Measured:
+    """Raises GGUFError if `path` is no GGUF file, VerifyError if a manifest is missing or is of another file."""
+    headers = [gguf_header.read(file) for file in split_files(path)]
+    manifests = [_manifest(header) for header in headers]
+    first, how = headers[0], manifests[0]
+    n_mtp = _count(first, "nextn_predict_layers")
+    n_layer = _count(first, "block_count") - n_mtp
+    return Measured(
+        paths=tuple(header.path for header in headers),
+        name=str(first.get("general.name", first.path.stem)),
+        n_layer=n_layer,
+        n_expert=_count(first, "expert_count"),
+        n_used=_count(first, "expert_used_count"),
+        tensors=tuple(
+            _tensor(info, manifest["tensors"], n_layer, manifest_path(header.path))
+            for header, manifest in zip(headers, manifests, strict=True)
+            for info in header.tensors
+        ),
+        made_by=str(how.get("made_by", "an unknown tool")),
+        type=_text(how, "type") or _text({"type": first.get("stepgguf.type")}, "type"),
+        source=_text(how, "source"),
+        recipe=_text(how, "recipe"),
+        imatrix=_imatrix(how.get("imatrix")),
+    )
+
+
+def _manifest(header: Header) -> dict[str, Any]:
+    path = manifest_path(header.path)
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)  # NaN
+    except OSError:
+        raise VerifyError(
+            f"{path} is not there, and the report is drawn from it",
+            hint="`stepgguf convert` and `quantize` write it beside the file: fetch it, or make the file again.",
+        ) from None
+    except ValueError as error:
+        raise VerifyError(f"{path}: not valid JSON ({error})", hint="Fetch it again.") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("tensors"), dict):
+        raise VerifyError(
+            f"{path}: not a manifest of stepgguf", hint="Make the file again; the manifest comes with it."
+        )
+    return manifest
+
+
+def _tensor(info: TensorInfo, entries: dict[str, Any], n_layer: int, path: Path) -> Tensor:
+    entry = entries.get(info.name)
+    if not isinstance(entry, dict):
+        entry = {}
+    found, expected = [entry.get("type"), entry.get("shape")], [info.ggml_type.name, [*info.shape]]
+    if found != expected:
+        raise VerifyError(
+            f"{path}: {info.name} is {found}, the file has {expected}",
+            hint="The manifest is of another file; fetch the one that was made with this file.",
+        )
+    match = _IN_LAYER.fullmatch(info.name)
+    layer, role = (int(match[1]), match[2]) if match else (None, info.name.rpartition(".")[0])
+    n = info.shape[0] if len(info.shape) == 3 else 1
+    ledger = None if entry.get("ledger") is None else _ledger(entry["ledger"], n, f"{path}: the ledger of {info.name}")
+    return Tensor(info, layer, role, _group(info, layer, role, n_layer), ledger)
+
+
+def _group(info: TensorInfo, layer: int | None, role: str, n_layer: int) -> str:
+    if layer is not None and layer >= n_layer:
+        return MTP
+    if role in ("token_embd", "output"):
+        return EMBEDDINGS if role == "token_embd" else OUTPUT
+    if role.endswith(("_exps", "_shexp")):
+        return ROUTED if role.endswith("_exps") else SHARED
+    if len(info.shape) < 2 or role == "ffn_gate_inp":
+        return OTHER
+    return ATTENTION if role.startswith("attn_") else DENSE if role.startswith("ffn_") else OTHER
+
+
+def _ledger(raw: Any, n: int, where: str) -> Ledger:
+    """`n` figures of each kind, or VerifyError. A null is a figure that could not be had, as 0 / 0."""
+
+    def figures(key: str) -> Floats:
+        try:
+            values = np.atleast_1d(np.array(raw[key], float))
+        except (KeyError, OverflowError, TypeError, ValueError):
+            raise VerifyError(f"{where} has no numbers as {key}", hint=again) from None
+        if values.shape != (n,):
+            raise VerifyError(f"{where} has {values.size} numbers as {key}, expected {n}", hint=again)
+        if not np.all(np.isnan(values) | ((values >= 0) & (values < np.inf))):
+            raise VerifyError(f"{where} has a negative or infinite {key}", hint=again)
+        return values
+
+    again = "The manifest was changed or is damaged: fetch it again."
+    mass, count = (figures(key) if isinstance(raw, dict) and key in raw else None for key in ("mass", "count"))
+    return Ledger(figures("error"), figures("rmse"), mass, count)
+
+
+def _imatrix(fields: Any) -> Imatrix | None:
+    if not isinstance(fields, dict):
+        return None
+    datasets = fields.get("datasets")
+    names = tuple(map(str, datasets)) if isinstance(datasets, list) else ()
+    return Imatrix(_text(fields, "file"), _text(fields, "prior"), names)
+
+
+def _count(header: Header, key: str) -> int:
+    """A number of step35.*, 0 if it is not there."""
+    value = header.get(f"{ARCHITECTURE}.{key}", 0)
+    if not isinstance(value, int) or value < 0:
+        raise BadMetadata(
+            f"{header.path}: {ARCHITECTURE}.{key} is {value!r}, expected a count", hint="Make the file again."
+        )
+    return value
+
+
+def _text(fields: dict[str, Any], key: str) -> str | None:
+    value = fields.get(key)
+    return value if isinstance(value, str) else None

@@ -1,0 +1,45 @@
+"""The page: one HTML file with everything in it, which asks no network for anything.
+
+    page.html   the skeleton: {{title}} {{policy}} {{style}} {{data}} {{script}}
+    page.css    draw.js and page.js, one after the other: put in as they are
+    data        JSON that the script reads; `<` is written as \\u003c, so no name can end the element
+
+The policy allows this style and this script by their digests and nothing else, so what a name might smuggle in would
+not run, and no address is ever asked.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import re
+from importlib.resources import files
+
+from stepgguf.report import figures
+from stepgguf.report.measured import Measured
+
+
+def render(measured: Measured) -> str:
+    """The report as HTML."""
+    style, script = _file("page.css"), _file("draw.js") + _file("page.js")
+    data = {**figures.summary(measured), **figures.maps(measured)}
+    parts = {
+        "title": html.escape(f"{measured.name} · {measured.paths[0].name}"),
+        "policy": f"default-src 'none'; img-src data:; style-src {_digest(style)}; script-src {_digest(script)}; "
+        "base-uri 'none'; form-action 'none'",
+        "style": style,
+        "data": json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
+        "script": script,
+    }
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _file("page.html"))
+
+
+def _file(name: str) -> str:
+    return files("stepgguf.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _digest(text: str) -> str:
+    """A CSP source that stands for exactly this text."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
