@@ -1,6 +1,7 @@
 """The expert ledger: what quantizing cost, tensor by tensor and expert by expert. It stands in the manifest.
 
-    error   sum w (x - q)^2 / sum w x^2 over an expert's weights; w: the importance of the column, 1 without
+    error   sum w (x - q)^2 / sum w x^2 over an expert's weights; w: the importance of the column, 1 without; null
+            where nothing is driven
     rmse    sqrt(mean (x - q)^2)
     mass    sum of the expert's importance row: how strongly its input is driven
     count   calibration tokens that the expert saw
@@ -32,8 +33,8 @@ def entry(
         expert = unit.start // tensor.rows_per_expert
         losses[expert] = losses[expert] + loss
     n = tensor.n_values // tensor.n_experts
-    result = {
-        "error": [_round(loss.weighted / loss.energy if loss.energy else 0.0) for loss in losses],
+    result: dict[str, list[Any]] = {
+        "error": [_round(loss.weighted / loss.energy) if loss.energy else None for loss in losses],
         "rmse": [_round(math.sqrt(loss.squared / n)) for loss in losses],
     }
     rows = None if importance is None else importance.rows(tensor.name, tensor.shape)

@@ -339,7 +339,7 @@ def _provenance(options: Options, facts: Facts, tensors: Sequence[PlannedTensor]
         sizes[tensor.ggml_type] = sizes.get(tensor.ggml_type, 0) + tensor.n_values
     chosen = options.recipe
     most = max(sizes, key=lambda kind: sizes[kind], default=F32)
-    if chosen.base is not None and not chosen.rules and not (is_mtp_file and mtp):
+    if chosen.base and chosen.is_stock and not (is_mtp_file and mtp):
         name, ftype = chosen.base, mixtures.file_type(chosen.base)
     else:
         name, ftype = (most.name if is_mtp_file and mtp else chosen.name), mixtures.nearest_file_type(most)
@@ -348,7 +348,7 @@ def _provenance(options: Options, facts: Facts, tensors: Sequence[PlannedTensor]
         ftype,
         source,
         mtp_type=", ".join(sorted({t.ggml_type.name for t in mtp})) or None,
-        recipe=chosen.text if chosen.rules or chosen.base is None else None,
+        recipe=None if chosen.is_stock else chosen.text,
         imatrix=options.importance.source if options.importance else None,
     )
 

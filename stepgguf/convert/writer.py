@@ -220,13 +220,13 @@ class Writer:
         for number, unit in enumerate(self.units):
             if unit.file == index:
                 units.setdefault(unit.tensor, []).append((unit, self.finished[number]))
-        importance = self.plan.importance
+        importance, recipe = self.plan.importance, self.plan.recipe
         return {
             "made_by": f"stepgguf {__version__}",
             "file": file.path.name,
             "bytes": file.size,
             "type": self.plan.type_name,
-            "recipe": self.plan.recipe.text,
+            **({} if recipe.is_stock else {"recipe": recipe.text}),
             "header_sha256": hashlib.sha256(file.header).hexdigest(),
             **({} if importance is None else {"imatrix": importance.described()}),
             "tensors": {

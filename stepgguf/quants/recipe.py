@@ -102,6 +102,11 @@ class Recipe:
     base: str | None = None
     bpw: float | None = None
 
+    @property
+    def is_stock(self) -> bool:
+        """Whether it is a stock mixture and nothing else."""
+        return self.base is not None and not self.rules
+
     def choose(self, candidates: Sequence[Candidate], facts: Facts, *, has_imatrix: bool = False) -> list[Choice]:
         """The type of each tensor and why, in the order given, which is llama-quantize's (see mixtures).
 
