@@ -1,6 +1,6 @@
 """The loops around every decoder: blocks to numbers, and how far they are from what they stand for.
 
-    blocks of LANES rows -read_bytes-> y [block bytes][LANES] -decode-> z [block][LANES] float32
+blocks of LANES rows -read_bytes-> y [block bytes][LANES] -decode-> z [block][LANES] float32
 """
 
 from __future__ import annotations
