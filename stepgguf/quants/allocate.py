@@ -13,8 +13,8 @@ less than what that one step would have saved. The rest fills the room that is l
 
 With one budget, more of it never costs more: rates only fall along the way, so where a larger budget first takes a
 step that a smaller one has no room for, that step saves more than the smaller one can still save at all. With both, mu
-is searched by bisection: it makes both budgets run out together, or one of them has slack. Then the two statements
-hold up to one step of one tensor.
+is searched by bisection until both budgets run out together, or one of them has slack. The gap is then at most two
+steps, and that is also the most by which a larger budget can cost more.
 """
 
 from __future__ import annotations

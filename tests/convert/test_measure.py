@@ -62,13 +62,14 @@ def _few_types(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def two_experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """So small that the sample is every row."""
+    """So small that 64 runs of a tensor are every row of it."""
     shape = Shape(n_layer=2, n_dense=1, n_expert=2, n_used=1)
     return write_checkpoint(tmp_path_factory.mktemp("measure") / "two", shape, seed=5)
 
 
 @pytest.fixture
-def given(two_experts: Path, tmp_path: Path) -> Iterator[Given]:
+def given(two_experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Given]:
+    monkeypatch.setattr(module, "RUNS", 64)
     with Counting(two_experts) as checkpoint:
         plan = plan_checkpoint(checkpoint, tmp_path / "x.gguf", Options("Q8_0"))
         tensors = {t.role: t for t in plan.tensors if t.name.startswith("blk.1.") and t.role in ROLES}
@@ -229,6 +230,6 @@ def test_a_sample_of_a_288_expert_tensor_is_near_the_whole(tmp_path: Path, monke
         assert len(checkpoint.read) < 288 * 2 + 10
         monkeypatch.setattr(module, "RUN", 256)
         [whole] = measure(checkpoint, [tensor], tmp_path / "whole.jsonl", threads=1).values()
-    # Rows of this tensor differ in energy by a factor of 9; the mean of 4,608 of them has a standard error of 0.9 %.
-    assert sampled.energy == pytest.approx(whole.energy, rel=0.04)
-    assert sampled.errors[T.Q4_0] == pytest.approx(whole.errors[T.Q4_0], rel=0.04)
+    # Rows of this tensor differ in energy by a factor of 9; the mean of 2,304 of them has a standard error of 1.1 %.
+    assert sampled.energy == pytest.approx(whole.energy, rel=0.045)
+    assert sampled.errors[T.Q4_0] == pytest.approx(whole.errors[T.Q4_0], rel=0.045)

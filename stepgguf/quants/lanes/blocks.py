@@ -42,3 +42,14 @@ def weigh(x: Any, importance: Any, w: Any, first: int, n: int, sigma2: Any) -> A
         store(w, i, weight)
         total = total + weight
     return total
+
+
+@inlined
+def weigh_or_square(x: Any, importance: Any, w: Any, first: int, n: int, sigma2: Any) -> None:
+    """As weigh; without importance, w [n] = x^2."""
+    if importance is None:
+        for i in range(n):
+            v = load(x, first + i)
+            store(w, i, v * v)
+    else:
+        weigh(x, importance, w, first, n, sigma2)

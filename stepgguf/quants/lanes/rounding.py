@@ -15,12 +15,6 @@ def nearest_int(v: Any) -> Any:
 
 
 @inlined
-def nearest(v: Any) -> Any:
-    """f32 to the nearest whole f32, ties to even. Right for |v| < 2^22."""
-    return (v + floats(12582912.0)) - floats(12582912.0)
-
-
-@inlined
 def clamp(level: Any, lowest: Any, highest: Any) -> Any:
     """MAX(lowest, MIN(highest, level)), all i32."""
     level = where(level > highest, highest, level)

@@ -1,0 +1,53 @@
+"""The search among 16 neighbours, by each of the ways that it picks terms, against numpy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import llvmlite.binding
+import numpy as np
+import pytest
+
+from stepgguf.quants.lanes import closest
+from stepgguf.quants.lanes.closest import CHUNK, ROW, closest_of, turn
+from stepgguf.quants.lanes.compile import inlined
+from stepgguf.quants.lanes.vector import LANES
+
+FEATURES = llvmlite.binding.get_host_cpu_features()
+WAYS = {
+    "avx512f": ("llvm.x86.avx512.permvar.sf.512", 16),
+    "avx2": ("llvm.x86.avx2.permps", 8),
+    "any": None,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("size", "bits"), [(8, 2), (4, 3)])
+def test_the_first_of_the_smallest_sums_wins(size: int, bits: int, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if way != "any" and not FEATURES.get(way):
+        pytest.skip(f"this processor has no {way}")
+    monkeypatch.setattr(closest, "_PERMUTATION", WAYS[way])
+    search = closest_of(size, bits)
+
+    @inlined
+    def searched(terms: Any, lists: Any, results: Any) -> None:
+        turned = np.empty(ROW * LANES, np.float32)
+        turn(terms, turned)
+        for lane in range(LANES):
+            for chunk in range(results.shape[1]):
+                results[lane, chunk] = search(turned, lane, lists, chunk)
+
+    rng = np.random.default_rng(6)
+    lists = rng.integers(0, 1 << 16 if size == 8 else 1 << 12, (40, CHUNK)).astype(np.uint16)
+    # Lane 0 has ties, the others sums that depend on the order of additions.
+    terms = rng.random((ROW, LANES)).astype(np.float32) ** 8
+    terms[:, 0] = rng.integers(0, 3, ROW)
+    results = np.empty((LANES, len(lists)), np.int64)
+    searched(terms.reshape(-1), lists.reshape(-1), results)
+
+    sums = np.zeros((LANES, *lists.shape), np.float32)
+    for i in range(size):
+        sums += terms[(i << bits) + ((lists >> bits * i) & ((1 << bits) - 1))].transpose(2, 0, 1)
+    first = sums.argmin(2) + np.arange(len(lists)) * CHUNK
+    np.testing.assert_array_equal(results & 0xFFFFFFFF, first)
+    np.testing.assert_array_equal(results >> 32, sums.min(2).view(np.int32))

@@ -1,0 +1,60 @@
+"""IQ2_XXS, IQ2_XS and IQ2_S against ggml's encoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+
+from stepgguf.quants import ggml
+from stepgguf.quants.lanes.iq2 import ENCODERS
+from tests.quants.lanes.inputs import IMPORTANCES, check
+
+# Distances overflow there, no neighbour is the closest, and ggml aborts the process.
+TOO_LARGE = ("huge", "one huge")
+
+
+@pytest.mark.parametrize("importance", IMPORTANCES)
+@pytest.mark.parametrize("name", ENCODERS)
+def test_float32_rows_become_the_bytes_of_ggml(name: str, importance: str) -> None:
+    check(name, ENCODERS[name], importance, without=TOO_LARGE)
+
+
+def test_without_importance_iq2_s_rows_become_the_bytes_of_ggml() -> None:
+    check("IQ2_S", ENCODERS["IQ2_S"], None, without=TOO_LARGE)
+
+
+@pytest.mark.parametrize(("name", "storage"), [*((name, "bf16") for name in ENCODERS), ("IQ2_XS", "fp8")])
+def test_stored_rows_become_the_bytes_of_ggml(name: str, storage: str) -> None:
+    check(name, ENCODERS[name], "random", storage, without=TOO_LARGE)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_numbers_in_the_middle_between_two_levels_take_the_points_that_ggml_takes(name: str) -> None:
+    rng = np.random.default_rng(3)
+    n = 256
+    # With the largest at 5, the others are at 2 or 4 times one of the search's scales, but for rounding.
+    rows = rng.integers(1, 3, (n, 32, 16)) * 2 * 5 / (5 + 0.1 * rng.integers(-9, 10, (n, 32, 1)))
+    rows[:, :, 0] = 5
+    rows = (rows * rng.uniform(0.5, 2, (n, 1, 1)) * rng.choice([-1, 1], rows.shape)).reshape(n, 512).astype(np.float32)
+    check_rows(name, rows, np.ones(512, np.float32))
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_blocks_whose_scales_all_become_zero_by_underflow_are_the_bytes_of_ggml(name: str) -> None:
+    rows, importance = np.zeros((4, 256), np.float32), np.full(256, 1e38, np.float32)
+    # The zeros outweigh the number in each sub-block so much that the best scale is below the least float32.
+    rows[:, ::16] = np.random.default_rng(7).choice([-2e-8, 2e-8], (4, 16))
+    importance[::16] = 1
+    check_rows(name, rows, importance)
+
+
+def check_rows(name: str, rows: Any, importance: Any) -> None:
+    kind, library = GGMLQuantizationType[name], ggml.load()
+    assert library is not None
+    ours, theirs = np.empty((2, len(rows), ggml.row_size(kind, rows.shape[1])), np.uint8)
+    assert ENCODERS[name](rows, None, importance, ours)
+    library.quantize(kind, rows, theirs, importance)
+    np.testing.assert_array_equal(ours, theirs)

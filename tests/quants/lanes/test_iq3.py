@@ -1,0 +1,59 @@
+"""IQ3_XXS and IQ3_S against ggml's encoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+
+from stepgguf.quants import ggml
+from stepgguf.quants.lanes.iq3 import ENCODERS
+from tests.quants.lanes.inputs import IMPORTANCES, check
+
+# Distances overflow there, no neighbour is the closest, and ggml aborts the process.
+TOO_LARGE = ("huge", "one huge")
+
+
+def encoded(name: str, rows: Any, importance: Any) -> tuple[Any, Any]:
+    """(our bytes, ggml's)."""
+    kind = GGMLQuantizationType[name]
+    ours, theirs = np.empty((2, len(rows), ggml.row_size(kind, rows.shape[1])), np.uint8)
+    assert ENCODERS[name](rows, None, importance, ours)
+    library = ggml.load()
+    assert library is not None
+    library.quantize(kind, rows, theirs, importance)
+    return ours, theirs
+
+
+@pytest.mark.parametrize("importance", [*IMPORTANCES, None])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_float32_rows_become_the_bytes_of_ggml(name: str, importance: str | None) -> None:
+    check(name, ENCODERS[name], importance, without=TOO_LARGE)
+
+
+@pytest.mark.parametrize("storage", ["bf16", "fp8"])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_stored_rows_become_the_bytes_of_ggml(name: str, storage: str) -> None:
+    check(name, ENCODERS[name], "random", storage, without=TOO_LARGE)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_any_of_the_eight_sub_blocks_may_be_zeros(name: str) -> None:
+    rng = np.random.default_rng(0)
+    is_zero = (np.arange(256)[:, None] >> np.arange(8)) & 1 > 0
+    rows = rng.normal(size=(256, 256)).astype(np.float32)
+    rows[np.repeat(is_zero, 32, axis=1)] = 0.0
+    ours, theirs = encoded(name, rows, rng.random(256).astype(np.float32))
+    np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_a_scale_that_the_importance_makes_denormal_becomes_what_it_is_in_ggml(name: str) -> None:
+    rows = np.full((1, 256), 1e-44, np.float32)
+    rows[:, ::32] = 1.0
+    importance = np.full(256, 1e36, np.float32)
+    importance[::32] = 0.0
+    ours, theirs = encoded(name, rows, importance)
+    np.testing.assert_array_equal(ours, theirs)
