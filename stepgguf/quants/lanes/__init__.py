@@ -3,6 +3,7 @@
 compile     how and when LLVM runs          vector      lane vectors: the arithmetic
 tile        rows to lanes and back          rounding    numbers to numbers
 blocks      what families share            search      ggml's searches for a scale
+iq_blocks   what IQ2 and IQ3 share         lattice     their grids; closest, direct: the search for a point
 encoder     the loop around an encoder      decoder     around a decoder, and the error between the two
 lanetype    a type: both, made into kernels
 """
@@ -17,6 +18,9 @@ from gguf import GGMLQuantizationType
 _FAMILIES = {
     "k_mins": ("Q2_K", "Q4_K", "Q5_K"),
     "k_scales": ("Q3_K", "Q6_K"),
+    "iq4": ("IQ4_NL", "IQ4_XS"),
+    "iq3": ("IQ3_XXS", "IQ3_S"),
+    "iq2": ("IQ2_XXS", "IQ2_XS", "IQ2_S"),
     "plain": ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4"),
 }
 _MODULES = {name: family for family, names in _FAMILIES.items() for name in names}

@@ -17,9 +17,21 @@ def store_half(y: Any, i: int, half: Any) -> None:
 
 
 @inlined
+def load_short(y: Any, i: int) -> Any:
+    """The 16 bits in bytes i and i + 1, as i32."""
+    return load_bytes(y, i) | (load_bytes(y, i + 1) << ints(8))
+
+
+@inlined
+def load_word(y: Any, i: int) -> Any:
+    """The 32 bits in bytes i to i + 3."""
+    return load_short(y, i) | (load_short(y, i + 2) << ints(16))
+
+
+@inlined
 def load_half(y: Any, i: int) -> Any:
     """The finite FP16 in bytes i and i + 1, as f32."""
-    return from_half(load_bytes(y, i) | (load_bytes(y, i + 1) << ints(8)))
+    return from_half(load_short(y, i))
 
 
 @inlined

@@ -13,21 +13,31 @@ from typing import Any
 import numpy as np
 from gguf.quants import IQ2_S, IQ2_XS, IQ2_XXS
 
-from stepgguf.quants.lanes.blocks import store_half, weigh
+from stepgguf.quants.lanes.blocks import load_half, load_short, load_word, store_half, weigh
 from stepgguf.quants.lanes.compile import inlined
-from stepgguf.quants.lanes.encoder import encoder
-from stepgguf.quants.lanes.iq_blocks import finish, largest, mean_square, numerators, scale_levels, split_signs
+from stepgguf.quants.lanes.iq_blocks import (
+    eight_signs,
+    finish,
+    largest,
+    mean_square,
+    numerators,
+    placing,
+    scale_levels,
+    split_signs,
+)
+from stepgguf.quants.lanes.lanetype import lane_type
 from stepgguf.quants.lanes.lattice import ALL, MOVED, Grid, lattice
 from stepgguf.quants.lanes.rounding import to_half
 from stepgguf.quants.lanes.search import quantize_positive
-from stepgguf.quants.lanes.vector import LANES, floats, ints, load, store, store_bytes, where
+from stepgguf.quants.lanes.vector import LANES, floats, ints, load, load_bytes, store, store_bytes, to_float, where
 
 _EPS = 1e-15  # GROUP_MAX_EPS
 _EPS_S = 1e-8  # GROUP_MAX_EPS_IQ2_S
 
-_fit_xxs = lattice(Grid(IQ2_XXS, 2), 4, numerators(5, 0.1, 6), ALL)
-_fit_xs = lattice(Grid(IQ2_XS, 2), 2, numerators(5, 0.1, 9), MOVED)
-_fit_s = lattice(Grid(IQ2_S, 1), 2, numerators(5, 0.1, 9), MOVED)
+_XXS, _XS, _S = Grid(IQ2_XXS, 2), Grid(IQ2_XS, 2), Grid(IQ2_S, 1)
+_fit_xxs, _place_xxs = lattice(_XXS, 4, numerators(5, 0.1, 6), ALL), placing(_XXS)
+_fit_xs, _place_xs = lattice(_XS, 2, numerators(5, 0.1, 9), MOVED), placing(_XS)
+_fit_s, _place_s = lattice(_S, 2, numerators(5, 0.1, 9), MOVED), placing(_S)
 
 
 @inlined
@@ -39,6 +49,11 @@ def _weigh(x: Any, importance: Any, w: Any, first: int, n: int, sigma2: Any) -> 
             store(w, i, floats(0.25) * sigma2 + value * value)
     else:
         weigh(x, importance, w, first, n, sigma2)
+
+
+@inlined
+def _scale(d: Any, level: Any) -> Any:
+    return d * (floats(0.5) + to_float(level)) * floats(0.25)
 
 
 # IQ2_XXS --------------------------------------------------------------------------------------------------------
@@ -73,6 +88,17 @@ def _encode_iq2_xxs(x: Any, importance: Any, y: Any) -> None:
             store_bytes(y, 6 + 8 * j + k, where(is_zero, ints(0), word >> ints(8 * k)))
 
 
+@inlined
+def _decode_iq2_xxs(y: Any, z: Any) -> None:
+    d = load_half(y, 0)
+    for j in range(8):
+        word = load_word(y, 6 + 8 * j)
+        scale = _scale(d, word >> ints(28))
+        for k in range(4):
+            signs = eight_signs(word >> ints(7 * k))
+            _place_xxs(z, 32 * j + 8 * k, scale, load_bytes(y, 2 + 8 * j + k), signs)
+
+
 # IQ2_XS and IQ2_S -----------------------------------------------------------------------------------------------
 #
 #   IQ2_XS    d f16 | 32 times (point 9 bits, 7 signs) | scales 8: 4 bits each for 16
@@ -83,6 +109,12 @@ def _encode_iq2_xxs(x: Any, importance: Any, y: Any) -> None:
 def _store_scales(levels: Any, y: Any, first: int) -> None:
     for j in range(8):
         store_bytes(y, first + j, load(levels, 2 * j) | (load(levels, 2 * j + 1) << ints(4)))
+
+
+@inlined
+def _load_scale(y: Any, first: int, k: int) -> Any:
+    """The scale of group k; two groups share one."""
+    return _scale(load_half(y, 0), (load_bytes(y, first + k // 4) >> ints(4 * (k // 2 % 2))) & ints(15))
 
 
 @inlined
@@ -104,6 +136,13 @@ def _encode_iq2_xs(x: Any, importance: Any, y: Any) -> None:
     for k in range(32):
         store_half(y, 2 + 2 * k, where(is_zero, ints(0), load(numbers, k) | (load(signs, k) << ints(9))))
     _store_scales(levels, y, 66)
+
+
+@inlined
+def _decode_iq2_xs(y: Any, z: Any) -> None:
+    for k in range(32):
+        word = load_short(y, 2 + 2 * k)
+        _place_xs(z, 8 * k, _load_scale(y, 66, k), word & ints(511), eight_signs(word >> ints(9)))
 
 
 @inlined
@@ -131,8 +170,16 @@ def _encode_iq2_s(x: Any, importance: Any, y: Any) -> None:
     _store_scales(levels, y, 74)
 
 
-ENCODERS = {
-    "IQ2_XXS": encoder("IQ2_XXS", 256, 66, _encode_iq2_xxs),
-    "IQ2_XS": encoder("IQ2_XS", 256, 74, _encode_iq2_xs),
-    "IQ2_S": encoder("IQ2_S", 256, 82, _encode_iq2_s),
+@inlined
+def _decode_iq2_s(y: Any, z: Any) -> None:
+    for k in range(32):
+        upper = (load_bytes(y, 66 + k // 4) >> ints(2 * (k % 4))) & ints(3)
+        number = load_bytes(y, 2 + k) | (upper << ints(8))
+        _place_s(z, 8 * k, _load_scale(y, 74, k), number, load_bytes(y, 34 + k))
+
+
+TYPES = {
+    "IQ2_XXS": lane_type("IQ2_XXS", 256, 66, _encode_iq2_xxs, _decode_iq2_xxs),
+    "IQ2_XS": lane_type("IQ2_XS", 256, 74, _encode_iq2_xs, _decode_iq2_xs),
+    "IQ2_S": lane_type("IQ2_S", 256, 82, _encode_iq2_s, _decode_iq2_s),
 }

@@ -15,19 +15,29 @@ from typing import Any
 import numpy as np
 from gguf.quants import IQ3_S, IQ3_XXS
 
-from stepgguf.quants.lanes.blocks import store_half, weigh_or_square
+from stepgguf.quants.lanes.blocks import load_half, load_word, store_half, weigh_or_square
 from stepgguf.quants.lanes.compile import inlined
 from stepgguf.quants.lanes.direct import snapping
-from stepgguf.quants.lanes.encoder import encoder
-from stepgguf.quants.lanes.iq_blocks import finish, largest, mean_square, numerators, scale_levels, split_signs
+from stepgguf.quants.lanes.iq_blocks import (
+    eight_signs,
+    finish,
+    largest,
+    mean_square,
+    numerators,
+    placing,
+    scale_levels,
+    split_signs,
+)
+from stepgguf.quants.lanes.lanetype import lane_type
 from stepgguf.quants.lanes.lattice import ALL_IF_MOVED, MOVED, Grid, lattice
 from stepgguf.quants.lanes.rounding import to_half
-from stepgguf.quants.lanes.vector import LANES, floats, ints, load, store, store_bytes, where
+from stepgguf.quants.lanes.vector import LANES, floats, ints, load, load_bytes, store, store_bytes, to_float, where
 
 _EPS = 1e-8  # GROUP_MAX_EPS_IQ3_XXS
 
-_fit_xxs = lattice(Grid(IQ3_XXS, 2), 8, numerators(15, 0.2, 15), MOVED, snapping)
-_fit_s = lattice(Grid(IQ3_S, 3), 8, numerators(15, 0.2, 9), ALL_IF_MOVED, snapping)
+_XXS, _S = Grid(IQ3_XXS, 2), Grid(IQ3_S, 3)
+_fit_xxs, _place_xxs = lattice(_XXS, 8, numerators(15, 0.2, 15), MOVED, snapping), placing(_XXS)
+_fit_s, _place_s = lattice(_S, 8, numerators(15, 0.2, 9), ALL_IF_MOVED, snapping), placing(_S)
 
 
 @inlined
@@ -69,6 +79,17 @@ def _encode_iq3_xxs(x: Any, importance: Any, y: Any) -> None:
             store_bytes(y, 3 + 8 * j + 2 * k, pair >> ints(16))
         for k in range(4):
             store_bytes(y, 66 + 4 * j + k, where(is_zero, ints(0), word >> ints(8 * k)))
+
+
+@inlined
+def _decode_iq3_xxs(y: Any, z: Any) -> None:
+    d = load_half(y, 0)
+    for j in range(8):
+        word = load_word(y, 66 + 4 * j)
+        scale = d * (floats(0.5) + to_float(word >> ints(28))) * floats(0.5)
+        for k in range(8):
+            signs = eight_signs(word >> ints(7 * (k // 2))) >> ints(4 * (k % 2))
+            _place_xxs(z, 32 * j + 4 * k, scale, load_bytes(y, 2 + 8 * j + k), signs)
 
 
 # IQ3_S ----------------------------------------------------------------------------------------------------------
@@ -121,7 +142,19 @@ def _encode_iq3_s(x: Any, importance: Any, y: Any) -> None:
         store_bytes(y, 106 + j, load(levels, 2 * j) | (load(levels, 2 * j + 1) << ints(4)))
 
 
-ENCODERS = {
-    "IQ3_XXS": encoder("IQ3_XXS", 256, 98, _encode_iq3_xxs),
-    "IQ3_S": encoder("IQ3_S", 256, 110, _encode_iq3_s),
+@inlined
+def _decode_iq3_s(y: Any, z: Any) -> None:
+    d = load_half(y, 0)
+    for j in range(8):
+        level = (load_bytes(y, 106 + j // 2) >> ints(4 * (j % 2))) & ints(15)
+        scale = d * to_float((level << ints(1)) | ints(1))
+        for k in range(8):
+            upper = (load_bytes(y, 66 + j) >> ints(k)) & ints(1)
+            signs = load_bytes(y, 74 + 4 * j + k // 2) >> ints(4 * (k % 2))
+            _place_s(z, 32 * j + 4 * k, scale, load_bytes(y, 2 + 8 * j + k) | (upper << ints(8)), signs)
+
+
+TYPES = {
+    "IQ3_XXS": lane_type("IQ3_XXS", 256, 98, _encode_iq3_xxs, _decode_iq3_xxs),
+    "IQ3_S": lane_type("IQ3_S", 256, 110, _encode_iq3_s, _decode_iq3_s),
 }

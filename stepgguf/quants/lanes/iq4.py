@@ -14,16 +14,18 @@ from typing import Any
 import numpy as np
 from gguf.quants import IQ4_NL
 
-from stepgguf.quants.lanes.blocks import store_half, sum_of_squares, weigh_or_square
+from stepgguf.quants.lanes.blocks import load_half, load_short, store_half, sum_of_squares, weigh_or_square
 from stepgguf.quants.lanes.compile import inlined
-from stepgguf.quants.lanes.encoder import encoder
+from stepgguf.quants.lanes.lanetype import lane_type
 from stepgguf.quants.lanes.rounding import clamp, nearest_int, to_half
 from stepgguf.quants.lanes.vector import (
     LANES,
     absolute,
     floats,
+    gather,
     ints,
     load,
+    load_bytes,
     store,
     store_bytes,
     to_float,
@@ -104,6 +106,15 @@ def _store_levels(x: Any, y: Any, first: int, place: int, inverse: Any) -> None:
 
 
 @inlined
+def _load_levels(y: Any, place: int, scale: Any, z: Any, first: int) -> None:
+    """What _store_levels put into y, times the scale, to z from vector `first` on."""
+    for i in range(16):
+        levels = load_bytes(y, place + i)
+        store(z, first + i, scale * gather(_VALUES, levels & ints(15)))
+        store(z, first + 16 + i, scale * gather(_VALUES, levels >> ints(4)))
+
+
+@inlined
 def _encode_iq4_nl(x: Any, importance: Any, y: Any) -> None:
     w = np.empty(32 * LANES, np.float32)
     sigma2 = sum_of_squares(x, 0, 32) * floats(2.0 / 32)
@@ -138,7 +149,22 @@ def _encode_iq4_xs(x: Any, importance: Any, y: Any) -> None:
         store_bytes(y, 4 + i, lower >> ints(8 * i))
 
 
-ENCODERS = {
-    "IQ4_NL": encoder("IQ4_NL", 32, 18, _encode_iq4_nl),
-    "IQ4_XS": encoder("IQ4_XS", 256, 136, _encode_iq4_xs),
+@inlined
+def _decode_iq4_nl(y: Any, z: Any) -> None:
+    _load_levels(y, 2, load_half(y, 0), z, 0)
+
+
+@inlined
+def _decode_iq4_xs(y: Any, z: Any) -> None:
+    d, upper = load_half(y, 0), load_short(y, 2)
+    for j in range(8):
+        low = (load_bytes(y, 4 + j // 2) >> ints(4 * (j % 2))) & ints(15)
+        high = (upper >> ints(2 * j)) & ints(3)
+        scale = d * to_float((low | (high << ints(4))) - ints(32))
+        _load_levels(y, 8 + 16 * j, scale, z, 32 * j)
+
+
+TYPES = {
+    "IQ4_NL": lane_type("IQ4_NL", 32, 18, _encode_iq4_nl, _decode_iq4_nl),
+    "IQ4_XS": lane_type("IQ4_XS", 256, 136, _encode_iq4_xs, _decode_iq4_xs),
 }

@@ -1,4 +1,4 @@
-"""What the blocks of IQ2 and IQ3 share: signs apart from sizes, and 4 bits for each scale.
+"""What the blocks of IQ2 and IQ3 share: signs apart from sizes, 4 bits for each scale, and points back to numbers.
 
 Where a file has only 7 bits for 8 signs, their product must be +1: if it is not, the value that costs least takes the
 wrong sign (quantize_row_iq2_xxs_impl in ggml-quants.c).
@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from stepgguf.quants.lanes.blocks import sum_of_squares
 from stepgguf.quants.lanes.compile import inlined
+from stepgguf.quants.lanes.lattice import Grid, constant
 from stepgguf.quants.lanes.rounding import clamp, nearest_int
-from stepgguf.quants.lanes.vector import bits, floats, ints, load, store, where
+from stepgguf.quants.lanes.vector import bits, floats, gather, ints, load, store, to_float, where
 
 
 def numerators(middle: float, step: float, n: int) -> NDArray[np.float32]:
@@ -35,6 +36,14 @@ def _negated(v: Any) -> Any:
 
 
 @inlined
+def _parity(signs: Any) -> Any:
+    """1 if an odd number of the 8 bits is set, else 0."""
+    for shift in (4, 2, 1):
+        signs = signs ^ (signs >> ints(shift))
+    return signs & ints(1)
+
+
+@inlined
 def split_signs(x: Any, w: Any, v: Any, first: int, k: int, is_even: bool) -> Any:
     """Signs of group k of the values from vector `first` of x on; their sizes go to v.
 
@@ -48,16 +57,14 @@ def split_signs(x: Any, w: Any, v: Any, first: int, k: int, is_even: bool) -> An
         signs = signs | where(is_negative, ints(1 << i), ints(0))
     if is_even:
         value = load(x, first + 8 * k)
-        least, cheapest, parity = load(w, 8 * k) * value * value, ints(0), signs
+        least, cheapest = load(w, 8 * k) * value * value, ints(0)
         for i in range(1, 8):
             value = load(x, first + 8 * k + i)
             cost = load(w, 8 * k + i) * value * value
             is_less = cost < least
             least = where(is_less, cost, least)
             cheapest = where(is_less, ints(i), cheapest)
-        for shift in (4, 2, 1):
-            parity = parity ^ (parity >> ints(shift))
-        is_odd = (parity & ints(1)) != ints(0)
+        is_odd = _parity(signs) != ints(0)
         for i in range(8):
             value = load(v, 8 * k + i)
             store(v, 8 * k + i, where(is_odd & (cheapest == ints(i)), _negated(value), value))
@@ -98,3 +105,30 @@ def scale_levels(scales: Any, levels: Any, n: int) -> Any:
         level = clamp(level, ints(0), ints(15))
         store(levels, j, where(top == floats(0.0), ints(0), level))
     return d
+
+
+@inlined
+def eight_signs(seven: Any) -> Any:
+    """The lowest 7 bits with the eighth, which makes their number even."""
+    signs = seven & ints(127)
+    return signs | (_parity(signs) << ints(7))
+
+
+def placing(grid: Grid) -> Any:
+    """place(z, first, scale, number, signs): a point's values times the scale, to z from vector `first` on.
+
+    signs: a bit for each value, the first in the lowest; 1 is a minus.
+    """
+    n_words = grid.size // 4
+    words = constant(lambda: grid.values().reshape(-1).view(np.int32))
+
+    @inlined
+    def place(z: Any, first: int, scale: Any, number: Any, signs: Any) -> None:
+        table = words()
+        for k in range(n_words):
+            word = gather(table, number * ints(n_words) + ints(k))
+            for i in range(4):
+                size = scale * to_float((word >> ints(8 * i)) & ints(255))
+                store(z, first + 4 * k + i, bits(bits(size) ^ ((signs >> ints(4 * k + i)) << ints(31))))
+
+    return place

@@ -59,6 +59,12 @@ class Grid:
         levels: NDArray[np.int64] = np.searchsorted(self.kind.grid_map, self.kind.grid.reshape(-1, self.size))
         return levels.astype(np.int16)
 
+    def values(self) -> NDArray[np.uint8]:
+        """[points, size]: what they stand for."""
+        self.kind.init_grid()
+        values: NDArray[np.uint8] = self.kind.grid.reshape(-1, self.size).astype(np.uint8)
+        return values
+
 
 # the fit of a scale ---------------------------------------------------------------------------------------------
 

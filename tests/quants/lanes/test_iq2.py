@@ -1,4 +1,4 @@
-"""IQ2_XXS, IQ2_XS and IQ2_S against ggml's encoder."""
+"""IQ2_XXS, IQ2_XS and IQ2_S against ggml."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from stepgguf.quants import ggml
-from stepgguf.quants.lanes.iq2 import ENCODERS
-from tests.quants.lanes.inputs import IMPORTANCES, check
+from stepgguf.quants.lanes.iq2 import TYPES
+from tests.quants.lanes.inputs import IMPORTANCES, check, check_decoder
 
 # Distances overflow there, no neighbour is the closest, and ggml aborts the process.
 TOO_LARGE = ("huge", "one huge")
 
 
 @pytest.mark.parametrize("importance", IMPORTANCES)
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", TYPES)
 def test_float32_rows_become_the_bytes_of_ggml(name: str, importance: str) -> None:
-    check(name, ENCODERS[name], importance, without=TOO_LARGE)
+    check(name, TYPES[name].encode, importance, without=TOO_LARGE)
 
 
 def test_without_importance_iq2_s_rows_become_the_bytes_of_ggml() -> None:
-    check("IQ2_S", ENCODERS["IQ2_S"], None, without=TOO_LARGE)
+    check("IQ2_S", TYPES["IQ2_S"].encode, None, without=TOO_LARGE)
 
 
-@pytest.mark.parametrize(("name", "storage"), [*((name, "bf16") for name in ENCODERS), ("IQ2_XS", "fp8")])
+@pytest.mark.parametrize(("name", "storage"), [*((name, "bf16") for name in TYPES), ("IQ2_XS", "fp8")])
 def test_stored_rows_become_the_bytes_of_ggml(name: str, storage: str) -> None:
-    check(name, ENCODERS[name], "random", storage, without=TOO_LARGE)
+    check(name, TYPES[name].encode, "random", storage, without=TOO_LARGE)
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", TYPES)
 def test_numbers_in_the_middle_between_two_levels_take_the_points_that_ggml_takes(name: str) -> None:
     rng = np.random.default_rng(3)
     n = 256
@@ -42,7 +42,7 @@ def test_numbers_in_the_middle_between_two_levels_take_the_points_that_ggml_take
     check_rows(name, rows, np.ones(512, np.float32))
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", TYPES)
 def test_blocks_whose_scales_all_become_zero_by_underflow_are_the_bytes_of_ggml(name: str) -> None:
     rows, importance = np.zeros((4, 256), np.float32), np.full(256, 1e38, np.float32)
     # The zeros outweigh the number in each sub-block so much that the best scale is below the least float32.
@@ -55,6 +55,11 @@ def check_rows(name: str, rows: Any, importance: Any) -> None:
     kind, library = GGMLQuantizationType[name], ggml.load()
     assert library is not None
     ours, theirs = np.empty((2, len(rows), ggml.row_size(kind, rows.shape[1])), np.uint8)
-    assert ENCODERS[name](rows, None, importance, ours)
+    assert TYPES[name].encode(rows, None, importance, ours)
     library.quantize(kind, rows, theirs, importance)
     np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_random_blocks_become_the_numbers_of_ggml(name: str) -> None:
+    check_decoder(name, TYPES[name].decode, (0,))

@@ -1,4 +1,4 @@
-"""IQ3_XXS and IQ3_S against ggml's encoder."""
+"""IQ3_XXS and IQ3_S against ggml."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from stepgguf.quants import ggml
-from stepgguf.quants.lanes.iq3 import ENCODERS
-from tests.quants.lanes.inputs import IMPORTANCES, check
+from stepgguf.quants.lanes.iq3 import TYPES
+from tests.quants.lanes.inputs import IMPORTANCES, check, check_decoder
 
 # Distances overflow there, no neighbour is the closest, and ggml aborts the process.
 TOO_LARGE = ("huge", "one huge")
@@ -20,7 +20,7 @@ def encoded(name: str, rows: Any, importance: Any) -> tuple[Any, Any]:
     """(our bytes, ggml's)."""
     kind = GGMLQuantizationType[name]
     ours, theirs = np.empty((2, len(rows), ggml.row_size(kind, rows.shape[1])), np.uint8)
-    assert ENCODERS[name](rows, None, importance, ours)
+    assert TYPES[name].encode(rows, None, importance, ours)
     library = ggml.load()
     assert library is not None
     library.quantize(kind, rows, theirs, importance)
@@ -28,18 +28,18 @@ def encoded(name: str, rows: Any, importance: Any) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("importance", [*IMPORTANCES, None])
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", TYPES)
 def test_float32_rows_become_the_bytes_of_ggml(name: str, importance: str | None) -> None:
-    check(name, ENCODERS[name], importance, without=TOO_LARGE)
+    check(name, TYPES[name].encode, importance, without=TOO_LARGE)
 
 
 @pytest.mark.parametrize("storage", ["bf16", "fp8"])
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", TYPES)
 def test_stored_rows_become_the_bytes_of_ggml(name: str, storage: str) -> None:
-    check(name, ENCODERS[name], "random", storage, without=TOO_LARGE)
+    check(name, TYPES[name].encode, "random", storage, without=TOO_LARGE)
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", TYPES)
 def test_any_of_the_eight_sub_blocks_may_be_zeros(name: str) -> None:
     rng = np.random.default_rng(0)
     is_zero = (np.arange(256)[:, None] >> np.arange(8)) & 1 > 0
@@ -49,7 +49,7 @@ def test_any_of_the_eight_sub_blocks_may_be_zeros(name: str) -> None:
     np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", TYPES)
 def test_a_scale_that_the_importance_makes_denormal_becomes_what_it_is_in_ggml(name: str) -> None:
     rows = np.full((1, 256), 1e-44, np.float32)
     rows[:, ::32] = 1.0
@@ -57,3 +57,8 @@ def test_a_scale_that_the_importance_makes_denormal_becomes_what_it_is_in_ggml(n
     importance[::32] = 0.0
     ours, theirs = encoded(name, rows, importance)
     np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_random_blocks_become_the_numbers_of_ggml(name: str) -> None:
+    check_decoder(name, TYPES[name].decode, (0,))

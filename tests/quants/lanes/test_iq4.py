@@ -1,4 +1,4 @@
-"""IQ4_NL and IQ4_XS against ggml's encoder."""
+"""IQ4_NL and IQ4_XS against ggml."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import IQ4_NL
 
 from stepgguf.quants import ggml
-from stepgguf.quants.lanes.iq4 import ENCODERS
-from tests.quants.lanes.inputs import IMPORTANCES, check
+from stepgguf.quants.lanes.iq4 import TYPES
+from tests.quants.lanes.inputs import IMPORTANCES, check, check_decoder
 
 
 @pytest.mark.parametrize("importance", [*IMPORTANCES, None])
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", TYPES)
 def test_float32_rows_become_the_bytes_of_ggml(name: str, importance: str | None) -> None:
-    check(name, ENCODERS[name], importance)
+    check(name, TYPES[name].encode, importance)
 
 
 @pytest.mark.parametrize("storage", ["bf16", "fp8"])
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", TYPES)
 def test_stored_rows_become_the_bytes_of_ggml(name: str, storage: str) -> None:
-    check(name, ENCODERS[name], "random", storage)
+    check(name, TYPES[name].encode, "random", storage)
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", TYPES)
 def test_a_number_in_the_middle_between_two_values_takes_the_level_that_ggml_takes(name: str) -> None:
     kind = GGMLQuantizationType[name]
     block, size = GGML_QUANT_SIZES[kind]
@@ -33,8 +33,13 @@ def test_a_number_in_the_middle_between_two_values_takes_the_level_that_ggml_tak
     row = np.tile(np.append(levels, np.append((levels[1:] + levels[:-1]) / 2, 0)), block // 32).astype(np.float32)
     importance = np.tile(np.repeat([1, 0], 16), block // 32).astype(np.float32)
     ours, theirs = np.empty((2, 1, size), np.uint8)
-    assert ENCODERS[name](row[None], None, importance, ours)
+    assert TYPES[name].encode(row[None], None, importance, ours)
     library = ggml.load()
     assert library is not None
     library.quantize(kind, row[None], theirs, importance)
     np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_random_blocks_become_the_numbers_of_ggml(name: str) -> None:
+    check_decoder(name, TYPES[name].decode, (0,))
