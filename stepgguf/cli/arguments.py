@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from stepgguf.convert.budget import Budget
     from stepgguf.convert.importance import Importance
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -29,12 +30,43 @@ def parse_size(text: str | int) -> int:
     return value
 
 
+def parse_bandwidth(text: str | int) -> int:
+    """ "233GB/s" in bytes per second; the "/s" may be left out."""
+    return parse_size(text.removesuffix("/s") if isinstance(text, str) else text)
+
+
+DEFAULT_TYPE = "Q4_K_S"
 Type = Annotated[
-    str,
-    typer.Option("--type", "-t", metavar="TYPE", help="F32, F16, BF16, Q8_0, any llama.cpp mixture (Q4_K_M, Q4_K_S, "
-                 "Q5_K_M, Q6_K, Q3_K_M, Q2_K, IQ4_XS, IQ3_XXS, IQ2_XS, MXFP4_MOE, ...), a recipe of stepgguf's "
-                 "(64gb, 96gb, 128gb, 192gb) or one of yours (.toml)."),
+    str | None,
+    typer.Option(
+        "--type", "-t", metavar="TYPE", show_default=DEFAULT_TYPE,
+        help="F32, F16, BF16, Q8_0, any llama.cpp mixture (Q4_K_M, Q4_K_S, Q5_K_M, Q6_K, Q3_K_M, Q2_K, IQ4_XS, "
+        "IQ3_XXS, IQ2_XS, MXFP4_MOE, ...), a recipe of stepgguf's (64gb, 96gb, 128gb, 192gb) or one of yours (.toml).",
+    ),
 ]  # fmt: skip
+Fit = Annotated[
+    int | None,
+    typer.Option(
+        parser=parse_size, metavar="SIZE",
+        help="Choose each tensor's type so that all files fit, e.g. 104GiB, at the least predicted loss.",
+    ),
+]  # fmt: skip
+TargetBpw = Annotated[
+    float | None, typer.Option(min=0.1, max=32, metavar="N", help="The same for bits per weight, e.g. 4.2.")
+]
+MinTps = Annotated[
+    float | None,
+    typer.Option(
+        min=0.01, metavar="N",
+        help="And so that a token reads no more than --bandwidth allows at N tok/s (one request, empty context).",
+    ),
+]  # fmt: skip
+Bandwidth = Annotated[
+    int | None,
+    typer.Option(
+        parser=parse_bandwidth, metavar="SIZE/s", help="What memory delivers in practice, e.g. 180GB/s (see plan)."
+    ),
+]
 MtpType = Annotated[
     str | None,
     typer.Option(
@@ -81,6 +113,20 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existin
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")]
 Json = Annotated[bool, typer.Option("--json", help="The report as JSON on stdout.")]
 Gguf = Annotated[Path, typer.Argument(metavar="FILE.gguf", help="A GGUF file; of a split one, any of its files.")]
+
+
+def read_budget(
+    fit: int | None, target_bpw: float | None, min_tps: float | None, bandwidth: int | None
+) -> Budget | None:
+    """--fit, --target-bpw, --min-tps with --bandwidth; None if none of them is given."""
+    from stepgguf.convert.budget import Budget
+
+    if (min_tps is None) != (bandwidth is None):
+        given, lacking = ("--bandwidth", "--min-tps") if min_tps is None else ("--min-tps", "--bandwidth")
+        raise typer.BadParameter(f"{given} needs {lacking}: together they say how much a token may read")
+    if fit is None and target_bpw is None and min_tps is None:
+        return None
+    return Budget(fit, target_bpw, bandwidth / min_tps if bandwidth is not None and min_tps is not None else None)
 
 
 def parse_kernel(name: str) -> str:

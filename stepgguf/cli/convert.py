@@ -15,7 +15,11 @@ def convert(
     dest: Annotated[
         Path, typer.Argument(metavar="DEST", help="The GGUF to write; in a directory it is named SRC-TYPE.gguf.")
     ],
-    type: arguments.Type = "Q4_K_S",
+    type: arguments.Type = None,
+    fit: arguments.Fit = None,
+    target_bpw: arguments.TargetBpw = None,
+    min_tps: arguments.MinTps = None,
+    bandwidth: arguments.Bandwidth = None,
     mtp: Annotated[
         str, typer.Option(metavar="include|separate|drop", help="Where the MTP (multi-token prediction) blocks go.")
     ] = "include",
@@ -47,16 +51,19 @@ def convert(
     - `stepgguf convert Step-3.5-Flash/ step-q4_k_s.gguf --type Q4_K_S`
     - `stepgguf convert Step-3.5-Flash-FP8/ models/ --type IQ4_XS --split-max-size 50G`
     - `stepgguf convert Step-3.5-Flash/ step-128gb.gguf --type 128gb --imatrix imatrix.gguf`
-    - `stepgguf convert Step-3.5-Flash/ step.gguf --type Q4_K_M --dry-run`
+    - `stepgguf convert Step-3.5-Flash/ step.gguf --fit 104GiB --imatrix imatrix.gguf --dry-run`
     """
-    from stepgguf.cli.converting import Run
+    from stepgguf.cli.converting import Run, planned
+    from stepgguf.convert import budget
     from stepgguf.convert.checkpoint import Checkpoint
-    from stepgguf.convert.plan import MTP_MODES, Options, plan_checkpoint
+    from stepgguf.convert.plan import MTP_MODES, Options
 
     if mtp not in MTP_MODES:
         raise typer.BadParameter(f"{mtp!r} is not one of {', '.join(MTP_MODES)}", param_hint="--mtp")
+    limits = arguments.read_budget(fit, target_bpw, min_tps, bandwidth)
+    recipe, limits = budget.resolve(type, limits, arguments.DEFAULT_TYPE)
     options = Options(
-        type,
+        recipe,
         mtp,
         mtp_type,
         split_max_size,
@@ -65,11 +72,11 @@ def convert(
         importance=arguments.read_importance(imatrix, imatrix_prior),
         kernel=arguments.parse_kernel(kernel),
     )
-    label = options.recipe.name  # an unknown one is said first
     if dest.is_dir():
-        dest = dest / f"{name or source.resolve().name}-{label}.gguf"
+        dest = dest / f"{name or source.resolve().name}-{recipe.name}.gguf"
     with Checkpoint(source) as checkpoint:
-        run = Run(plan_checkpoint(checkpoint, dest, options), checkpoint, quiet=quiet, json=json)
+        plan = planned(checkpoint, dest, options, limits, threads=threads, quiet=quiet)
+        run = Run(plan, checkpoint, quiet=quiet, json=json)
         if dry_run:
             run.show_plan()
         else:

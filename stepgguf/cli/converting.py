@@ -11,11 +11,43 @@ from typing import Any
 import typer
 
 from stepgguf.cli import output
-from stepgguf.convert import pipeline
+from stepgguf.convert import budget, pipeline
+from stepgguf.convert.budget import Budget
+from stepgguf.convert.checkpoint import Checkpoint
 from stepgguf.convert.fold import Line, fold
-from stepgguf.convert.plan import Plan
+from stepgguf.convert.ggufsource import GGUFSource
+from stepgguf.convert.plan import Options, Plan, plan_source
 from stepgguf.convert.source import TensorSource
 from stepgguf.convert.writer import Writer
+
+
+def planned(
+    source: Checkpoint | GGUFSource,
+    dest: Path,
+    options: Options,
+    limits: Budget | None,
+    *,
+    threads: int | None,
+    quiet: bool,
+) -> Plan:
+    """The plan; within a budget after measuring what each type loses. Ctrl+C there keeps what is measured."""
+    if limits is None:
+        return plan_source(source, dest, options)
+    total = sum(t.n_values for t in budget.draft(source, dest, options).tensors if t.is_quantized)
+    try:
+        with output.Meter("measuring", 2 * total, quiet=quiet) as meter:
+            return budget.plan_within(
+                limits,
+                source,
+                dest,
+                options,
+                threads=threads,
+                progress=lambda tensor: meter.step(2 * tensor.n_values),
+                compiling=meter.compiling,
+            )
+    except KeyboardInterrupt:
+        output.note("interrupted while measuring; repeat the command to go on from there")
+        raise typer.Exit(130) from None
 
 
 class Run:

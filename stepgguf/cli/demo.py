@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from stepgguf.cli import arguments, loading
+from stepgguf.cli import loading
 
 QUESTION = "How many 'r's are in the word strawberry?"
 
 
 def demo(
     interactive: Annotated[bool, typer.Option("--interactive", "-i", help="Stay in chat afterwards.")] = False,
-    type: arguments.Type = "Q4_K_M",
+    type: Annotated[str, typer.Option("--type", "-t", metavar="TYPE", help="A llama.cpp mixture.")] = "Q4_K_M",
     keep: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep the GGUF under this name.")] = None,
 ) -> None:
     """Convert the embedded model (a genuine, small, trained Step-3.5) and ask it a question.
@@ -42,7 +42,7 @@ def demo(
 
     with tempfile.TemporaryDirectory(prefix="stepgguf-demo-") as folder:
         options = Options(check_name(type), name="stepgguf demo")
-        path = keep or Path(folder) / f"demo-{options.type_name}.gguf"
+        path = keep or Path(folder) / f"demo-{options.recipe.name}.gguf"
         with Checkpoint(CHECKPOINT) as checkpoint:
             run = Run(plan_checkpoint(checkpoint, path, options), checkpoint)
             output.note(f"{run.plan_text()}\n")

@@ -162,9 +162,9 @@ def read_model(path: Path) -> Model:
 
 
 def _sizes(source: GGUFSource) -> Iterator[tuple[str, int]]:
-    from stepgguf.convert.sizes import of_gguf
+    from stepgguf.convert import sizes
 
-    inventory = of_gguf(source)
+    inventory = sizes.inventory(source)
     return ((name, inventory.sizes(name).total) for name in _TYPES)
 
 

@@ -17,7 +17,7 @@ import typer
 from stepgguf.cli.footprint import checkpoint_footprint, footprint
 from stepgguf.convert.checkpoint import Checkpoint
 from stepgguf.convert.ggufsource import GGUFSource
-from stepgguf.convert.sizes import Inventory, Sizes, of_checkpoint, of_gguf
+from stepgguf.convert.sizes import Inventory, Sizes, inventory
 from stepgguf.errors import RecipeError
 from stepgguf.quants import recipe
 from stepgguf.runtime import catalogue, speed
@@ -135,10 +135,10 @@ def _read(path: Path) -> tuple[Inventory, Footprint]:
     """The footprint is without weights."""
     if path.is_dir():
         with Checkpoint(path) as checkpoint:
-            return of_checkpoint(checkpoint), checkpoint_footprint(checkpoint.hparams)
+            return inventory(checkpoint), checkpoint_footprint(checkpoint.hparams)
     with GGUFSource(path) as source:
         model = footprint(source)
-        return of_gguf(source), replace(model, weights=0)
+        return inventory(source), replace(model, weights=0)
 
 
 def _sizes(inventory: Inventory, mtp: bool, names: Sequence[str] | None) -> Iterator[tuple[str, Sizes]]:

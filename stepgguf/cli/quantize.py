@@ -15,7 +15,11 @@ def quantize(
         Path, typer.Argument(metavar="SRC", help="A GGUF (of a split one, any of its files) or a checkpoint directory.")
     ],
     dest: Annotated[Path, typer.Argument(metavar="DEST", help="The GGUF to write.")],
-    type: arguments.Type = "Q4_K_S",
+    type: arguments.Type = None,
+    fit: arguments.Fit = None,
+    target_bpw: arguments.TargetBpw = None,
+    min_tps: arguments.MinTps = None,
+    bandwidth: arguments.Bandwidth = None,
     mtp_type: arguments.MtpType = None,
     allow_requantize: Annotated[
         bool, typer.Option("--allow-requantize", help="Accept a source that is quantized already (its error stays).")
@@ -43,27 +47,26 @@ def quantize(
     - `stepgguf quantize Step-3.5-Flash/ step.gguf --type my-recipe.toml --dry-run`
     - `stepgguf quantize step-q8_0.gguf step-q4_k_s.gguf --type Q4_K_S --allow-requantize`
     """
-    from stepgguf.cli.converting import Run
+    from stepgguf.cli.converting import Run, planned
+    from stepgguf.convert import budget
     from stepgguf.convert.checkpoint import Checkpoint
     from stepgguf.convert.ggufsource import GGUFSource
-    from stepgguf.convert.plan import Options, plan_checkpoint, plan_gguf
+    from stepgguf.convert.plan import Options
 
+    limits = arguments.read_budget(fit, target_bpw, min_tps, bandwidth)
+    recipe, limits = budget.resolve(type, limits, arguments.DEFAULT_TYPE)
     options = Options(
-        type,
+        recipe,
         mtp_type=mtp_type,
         split_max_size=split_max_size,
         allow_requantize=allow_requantize,
         importance=arguments.read_importance(imatrix, imatrix_prior),
         kernel=arguments.parse_kernel(kernel),
     )
-    label = options.recipe.name  # an unknown one is said first
     if dest.is_dir():
-        dest = dest / f"{source.resolve().stem}-{label}.gguf"
+        dest = dest / f"{source.resolve().stem}-{recipe.name}.gguf"
     with Checkpoint(source) if source.is_dir() else GGUFSource(source) as opened:
-        if isinstance(opened, Checkpoint):
-            plan = plan_checkpoint(opened, dest, options)
-        else:
-            plan = plan_gguf(opened, dest, options)
+        plan = planned(opened, dest, options, limits, threads=threads, quiet=quiet)
         run = Run(plan, opened, quiet=quiet, json=json)
         if dry_run:
             run.show_plan()

@@ -21,6 +21,7 @@ What is measured is kept in a file of JSON lines, so that another budget costs n
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -93,8 +94,7 @@ def measure(
     `progress` is called as each is done, at once where `cache` has it. CorruptTensor on values that are not finite.
     """
     kinds = {tensor: candidates(tensor, importance) for tensor in tensors}
-    key = {"source": source.identity(), "importance": importance.identity() if importance else None}
-    with _Cache(cache, key) as known:
+    with _Cache(cache, _key(source, importance)) as known:
         todo = [t for t in tensors if not kinds[t] <= known.measured.get(t.name, _NOTHING).errors.keys()]
         for tensor in tensors:
             if tensor not in todo:
@@ -162,16 +162,31 @@ def _sum(group: Iterable[tuple[_Run, Losses]]) -> Measured:
     return Measured(energy, {kind: lost[kind] / energy if energy else 0.0 for kind in sorted(lost)})
 
 
+def cache_path(source: TensorSource, importance: Importance | None) -> Path:
+    """Where errors of this source with this importance are kept: in the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    folder = (Path(home) if home else Path.home() / ".cache") / "stepgguf"
+    digest = hashlib.sha256(json.dumps(_key(source, importance), sort_keys=True).encode()).hexdigest()
+    return folder / f"errors-{digest[:16]}.jsonl"
+
+
+def _key(source: TensorSource, importance: Importance | None) -> dict[str, Any]:
+    """What the errors belong to."""
+    identity = importance.identity() if importance is not None else None
+    return {"version": _VERSION, "source": source.identity(), "importance": identity}
+
+
 class _Cache:
     """The file of what was measured, appended to as it comes in. One that belongs to something else is begun anew."""
 
     def __init__(self, path: Path, key: Mapping[str, Any]) -> None:
-        self._path, self._key = path, {"version": _VERSION, **key}
+        self._path, self._key = path, key
         self.measured: dict[str, Measured] = {}
         self._file: TextIO | None = None
 
     def __enter__(self) -> _Cache:
         with disk_errors(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             lines = self._path.read_bytes().splitlines() if self._path.exists() else []
             records = [record for line in lines if (record := _parsed(line)) is not None]
             if records[:1] == [self._key]:

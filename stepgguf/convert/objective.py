@@ -70,13 +70,13 @@ def items(
                 Option(kind, replace(tensor, ggml_type=kind).n_bytes, weights.get(_writer(tensor), 1.0) * error)
                 for kind, error in measured[tensor.name].errors.items()
             ),
-            _read_share(tensor, routing),
+            read_share(tensor, routing),
         )
         for tensor in tensors
     ]
 
 
-def _read_share(tensor: PlannedTensor, routing: Routing) -> float:
+def read_share(tensor: PlannedTensor, routing: Routing) -> float:
     """How often each byte is read for a token: of the embedding one row, of routed experts those that are used."""
     if tensor.role == "token_embd":
         return 1 / tensor.shape[0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from stepgguf.convert.ggufsource import ARCHITECTURE, GGUFSource, split_path
 from stepgguf.convert.header import Key, TensorInfo
 from stepgguf.convert.importance import Importance, wanted
 from stepgguf.convert.source import SourceTensor
-from stepgguf.errors import OutputError, RecipeError
+from stepgguf.errors import BadMetadata, OutputError, RecipeError
 from stepgguf.model.tensors import ROPE_FREQS, TensorSpec, file_order, layer_of
 from stepgguf.quants import codec, imatrix, mixtures, recipe
 from stepgguf.quants.ggml import row_size
@@ -37,9 +37,12 @@ MTP_MODES = ("include", "separate", "drop")
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the user chose. type_name: a stock mixture or a recipe (recipe.load). mtp_type None: as the recipe says."""
+    """What the user chose. type: a recipe, or its name as recipe.load takes it. mtp_type None: as the recipe says.
 
-    type_name: str
+    allocated: types of tensors by name, chosen within a budget (budget.py); only the recipe's rules come before them.
+    """
+
+    type: str | Recipe
     mtp: str = "include"
     mtp_type: str | None = None
     split_max_size: int | None = None
@@ -48,10 +51,11 @@ class Options:
     allow_requantize: bool = False
     importance: Importance | None = None
     kernel: str = "lanes"
+    allocated: Mapping[str, Choice] = field(default_factory=dict)
 
     @property
     def recipe(self) -> Recipe:
-        return recipe.load(self.type_name)
+        return recipe.load(self.type) if isinstance(self.type, str) else self.type
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,8 +168,17 @@ class Plan:
         return sum(tensor.n_bytes for tensor in self.tensors)
 
     @property
+    def n_values(self) -> int:
+        return sum(tensor.n_values for tensor in self.tensors)
+
+    @property
     def bpw(self) -> float:
-        return self.n_bytes * 8 / sum(tensor.n_values for tensor in self.tensors)
+        return self.n_bytes * 8 / self.n_values
+
+    @property
+    def file_bytes(self) -> int:
+        """All files with their headers and padding."""
+        return sum(file.size for file in self.files)
 
     def units(self) -> Iterator[Unit]:
         for f, file in enumerate(self.files):
@@ -191,7 +204,37 @@ def row_ranges(shape: tuple[int, ...], rows_per_unit: int) -> Iterator[tuple[int
             yield first + start, first + min(start + rows_per_unit, per_expert)
 
 
+def plan_source(source: Checkpoint | GGUFSource, dest: Path, options: Options) -> Plan:
+    """The plan for whatever the source is."""
+    if isinstance(source, Checkpoint):
+        return plan_checkpoint(source, dest, options)
+    return plan_gguf(source, dest, options)
+
+
 # from a checkpoint ----------------------------------------------------------------------------------------------
+
+
+def plan_checkpoint(checkpoint: Checkpoint, dest: Path, options: Options) -> Plan:
+    """The plan of a conversion from safetensors."""
+    hp = checkpoint.hparams
+    facts = model_facts(checkpoint)
+    main, mtp = select_checkpoint(checkpoint.specs, facts, metadata.rope_freqs(hp), options)
+    vocab = metadata.vocab_keys(checkpoint, options.chat_template)
+    sampling = metadata.sampling_keys(checkpoint)
+    name = options.name or checkpoint.path.resolve().name
+    has_mtp = options.mtp == "include" and hp.n_mtp > 0
+    files = []
+    for path, tensors, with_mtp in ((dest, main, has_mtp), (mtp_path(dest), mtp, True)):
+        if not tensors:
+            continue
+        label = metadata.size_label([(t.role, t.shape) for t in tensors], hp.n_expert)
+        keys = [
+            *(sampling.get(key.name, key) for key in metadata.model_keys(hp, name, label, with_mtp=with_mtp)),
+            *vocab.keys,
+            *_provenance(options, facts, tensors, _source_name(checkpoint)),
+        ]
+        files += _split(PlannedFile(path, tuple(keys), tuple(tensors)), options.split_max_size)
+    return _plan(files, checkpoint.tensors, facts, options, (*checkpoint.warnings, *vocab.warnings))
 
 
 def select_checkpoint(
@@ -217,29 +260,6 @@ def select_checkpoint(
     return _ordered(planned), _ordered(shared + mtp)
 
 
-def plan_checkpoint(checkpoint: Checkpoint, dest: Path, options: Options) -> Plan:
-    """The plan of `stepgguf convert`."""
-    hp = checkpoint.hparams
-    facts = model_facts(checkpoint)
-    main, mtp = select_checkpoint(checkpoint.specs, facts, metadata.rope_freqs(hp), options)
-    vocab = metadata.vocab_keys(checkpoint, options.chat_template)
-    sampling = metadata.sampling_keys(checkpoint)
-    name = options.name or checkpoint.path.resolve().name
-    has_mtp = options.mtp == "include" and hp.n_mtp > 0
-    files = []
-    for path, tensors, with_mtp in ((dest, main, has_mtp), (mtp_path(dest), mtp, True)):
-        if not tensors:
-            continue
-        label = metadata.size_label([(t.role, t.shape) for t in tensors], hp.n_expert)
-        keys = [
-            *(sampling.get(key.name, key) for key in metadata.model_keys(hp, name, label, with_mtp=with_mtp)),
-            *vocab.keys,
-            *_provenance(options, facts, tensors, _source_name(checkpoint)),
-        ]
-        files += _split(PlannedFile(path, tuple(keys), tuple(tensors)), options.split_max_size)
-    return _plan(files, checkpoint.tensors, facts, options, (*checkpoint.warnings, *vocab.warnings))
-
-
 def model_facts(checkpoint: Checkpoint) -> Facts:
     hp = checkpoint.hparams
     return Facts(hp.n_layer, hp.n_expert, hp.layers[0].n_head // hp.layers[0].n_head_kv)
@@ -254,11 +274,8 @@ def mtp_path(dest: Path) -> Path:
 
 
 def plan_gguf(source: GGUFSource, dest: Path, options: Options) -> Plan:
-    """The plan of `stepgguf quantize`: the keys of the source, its tensors in new types."""
-    n_mtp = _int_key(source, Keys.LLM.NEXTN_PREDICT_LAYERS, 0)
-    n_layer = _int_key(source, Keys.LLM.BLOCK_COUNT) - n_mtp
-    heads, kv_heads = (_int_key(source, key) for key in (Keys.Attention.HEAD_COUNT, Keys.Attention.HEAD_COUNT_KV))
-    facts = Facts(n_layer, _int_key(source, Keys.LLM.EXPERT_COUNT, 0), heads // max(1, kv_heads))
+    """The plan of a quantization of a GGUF: the keys of the source, its tensors in new types."""
+    facts = gguf_facts(source)
     names = sorted(source.tensors, key=file_order)
     layers = {name: layer_of(name) if name.startswith("blk.") else None for name in names}
     quantizable = [name for name in names if is_quantizable(name, source.tensors[name].shape)]
@@ -292,13 +309,20 @@ def _requantized(tensor: SourceTensor, choice: Choice | None, options: Options) 
     return PlannedTensor(tensor.name, tensor.shape, choice.ggml_type, choice.reason, tensor.name)
 
 
-def _int_key(source: GGUFSource, key: str, default: int | None = None) -> int:
+def gguf_facts(source: GGUFSource) -> Facts:
+    """BadMetadata for a file that does not say what the rules ask."""
+    n_layer = number(source, Keys.LLM.BLOCK_COUNT) - number(source, Keys.LLM.NEXTN_PREDICT_LAYERS, 0)
+    heads, kv_heads = (number(source, key) for key in (Keys.Attention.HEAD_COUNT, Keys.Attention.HEAD_COUNT_KV))
+    return Facts(n_layer, number(source, Keys.LLM.EXPERT_COUNT, 0), heads // max(1, kv_heads))
+
+
+def number(source: GGUFSource, key: str, default: int | None = None) -> int:
     """An integer key; of a per-layer one, which may also be one number for all layers, the value at layer 0."""
     name = key.format(arch=ARCHITECTURE)
     value = source.headers[0].get(name, default)
     value = value[0] if isinstance(value, list) and value else value
     if not isinstance(value, int):
-        raise RecipeError(f"{source.path}: key {name} is {value!r}, expected an integer")
+        raise BadMetadata(f"{source.path}: key {name} is {value!r}, expected an integer", hint="Convert it again.")
     return value
 
 
@@ -313,7 +337,8 @@ def replan(target: Iterable[TensorInfo], plan: Plan) -> list[PlannedTensor]:
 
 def _choose(candidates: Sequence[Candidate], facts: Facts, options: Options) -> dict[str, Choice]:
     """Name -> type and reason, by the recipe; of MTP tensors by --mtp-type if that is given."""
-    choices = options.recipe.choose(candidates, facts, has_imatrix=options.importance is not None)
+    has_imatrix = options.importance is not None
+    choices = options.recipe.choose(candidates, facts, has_imatrix=has_imatrix, allocated=options.allocated)
     result = {c.name: choice for c, choice in zip(candidates, choices, strict=True)}
     if options.mtp_type is None:
         return result
@@ -348,7 +373,7 @@ def _provenance(options: Options, facts: Facts, tensors: Sequence[PlannedTensor]
         ftype,
         source,
         mtp_type=", ".join(sorted({t.ggml_type.name for t in mtp})) or None,
-        recipe=None if chosen.is_stock else chosen.text,
+        recipe=chosen.text if chosen.text and not chosen.is_stock else None,
         imatrix=options.importance.source if options.importance else None,
     )
 
@@ -404,7 +429,7 @@ def _check_importance(tensors: Sequence[PlannedTensor], options: Options) -> Non
     else:
         message = f"need importance, and {importance.path.name} has none for them"
         hint = "Give these tensors another type in a recipe, or calibrate again."
-    raise RecipeError(f"{options.type_name}: {len(lacking)} tensors of type {kinds} {message}: {names}", hint=hint)
+    raise RecipeError(f"{options.recipe.name}: {len(lacking)} tensors of type {kinds} {message}: {names}", hint=hint)
 
 
 def _planned(spec: TensorSpec, choice: Choice | None) -> PlannedTensor:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
@@ -107,8 +107,17 @@ class Recipe:
         """Whether it is a stock mixture and nothing else."""
         return self.base is not None and not self.rules
 
-    def choose(self, candidates: Sequence[Candidate], facts: Facts, *, has_imatrix: bool = False) -> list[Choice]:
+    def choose(
+        self,
+        candidates: Sequence[Candidate],
+        facts: Facts,
+        *,
+        has_imatrix: bool = False,
+        allocated: Mapping[str, Choice] | None = None,
+    ) -> list[Choice]:
         """The type of each tensor and why, in the order given, which is llama-quantize's (see mixtures).
+
+        allocated: for tensors that no rule decides, by name.
 
         Tensors of layers from facts.n_layer on are MTP tensors. RecipeError if a rule asks for layers that the model
         does not have or can match nothing in it, or if a tensor is left to the allocator.
@@ -118,8 +127,11 @@ class Recipe:
         if self.base is not None:
             choices = mixtures.choose(self.base, trunk, facts, has_imatrix=has_imatrix)
             stock = {c.name: choice for c, choice in zip(trunk, choices, strict=True)}
+        given = allocated or {}
         return [
-            self.fixed(c, facts) or self._raised(stock.get(c.name) or self._default(c, facts), c, facts)
+            self.fixed(c, facts)
+            or given.get(c.name)
+            or self._raised(stock.get(c.name) or self._default(c, facts), c, facts)
             for c in candidates
         ]
 
@@ -147,7 +159,7 @@ class Recipe:
         if rule is None:
             return choice
         floor = _fitting(rule.ggml_type, candidate, f"recipe line {rule.line}: {rule.key}, floor")
-        return floor if _bpw(floor.ggml_type) > _bpw(choice.ggml_type) else choice
+        return floor if bits_per_weight(floor.ggml_type) > bits_per_weight(choice.ggml_type) else choice
 
     def _default(self, candidate: Candidate, facts: Facts) -> Choice:
         throughout = BASE[self.base] if self.base else self.default
@@ -156,8 +168,8 @@ class Recipe:
             return _fitting(kind, candidate, f"MTP {kind.name}")
         if self.default is None:
             raise RecipeError(
-                f"{self.origin}: no rule decides {candidate.name}, and bpw = {self.bpw:g} is a target, not a type",
-                hint="Spend it with the allocator, or give a default or a base.",
+                f"{self.origin}: no rule decides {candidate.name}, and a target in bits per weight is no type",
+                hint="convert and quantize choose types for a target; here give a recipe with a default or a base.",
             )
         return _fitting(self.default, candidate, "recipe default")
 
@@ -386,6 +398,7 @@ def _is_mtp(candidate: Candidate, facts: Facts) -> bool:
     return candidate.layer is not None and candidate.layer >= facts.n_layer
 
 
-def _bpw(kind: GGMLQuantizationType) -> float:
+def bits_per_weight(kind: GGMLQuantizationType) -> float:
+    """Of a type's blocks."""
     values, n_bytes = GGML_QUANT_SIZES[kind]
     return 8 * n_bytes / values

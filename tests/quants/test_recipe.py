@@ -185,7 +185,7 @@ def test_a_budget_leaves_open_what_no_rule_fixes_and_floors_bound_it() -> None:
     assert policy.floor(by_role["attn_v"], FACTS) == BASE["Q5_K_S"]
     assert policy.fixed(by_role["ffn_up_exps"], FACTS) is None
     assert policy.floor(by_role["ffn_up_exps"], FACTS) is None
-    with pytest.raises(RecipeError, match=r"my\.toml: no rule decides token_embd\.weight, and bpw = 4\.2 is a target"):
+    with pytest.raises(RecipeError, match=r"my\.toml: no rule decides token_embd\.weight, and a target in bits"):
         policy.choose(TRUNK, FACTS)
 
 

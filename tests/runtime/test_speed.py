@@ -10,7 +10,7 @@ import pytest
 
 from stepgguf.cli.footprint import checkpoint_footprint
 from stepgguf.convert.checkpoint import Checkpoint
-from stepgguf.convert.sizes import Inventory, Sizes, of_checkpoint
+from stepgguf.convert.sizes import Inventory, Sizes, inventory
 from stepgguf.model.hparams import HParams
 from stepgguf.runtime import catalogue
 from stepgguf.runtime.speed import cache_bytes, expert_share, mtp_gain, read_bytes, step_bytes
@@ -54,7 +54,7 @@ YIELD = (1.88, 2.54, 3.07)
 @pytest.fixture(scope="module")
 def flash(tmp_path_factory: pytest.TempPathFactory) -> Inventory:
     with Checkpoint(sparse_checkpoint(tmp_path_factory.mktemp("speed") / "Step-3.5-Flash")) as checkpoint:
-        return of_checkpoint(checkpoint)
+        return inventory(checkpoint)
 
 
 def sizes(flash: Inventory, recipe: str, folder: Path) -> Sizes:

@@ -1,0 +1,179 @@
+"""A budget instead of a type: what a model may take, what a token may read, and the types that lose least within both.
+
+    draft plan -> tensors --measure--> errors of each type --objective--> costs --allocate--> types -> plan
+
+The rules of a recipe stand: what one fixes is paid from the budget first, a floor bounds the choice. So are the MTP
+blocks paid first, whose errors cost speed and never an answer. What is chosen depends on the source, the importance
+matrix and the budget alone, so that an interrupted conversion goes on with the same types.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gguf import GGMLQuantizationType
+
+from stepgguf.convert import measure, objective, sizes
+from stepgguf.convert.checkpoint import Checkpoint
+from stepgguf.convert.ggufsource import GGUFSource
+from stepgguf.convert.measure import Progress
+from stepgguf.convert.pipeline import Compiling
+from stepgguf.convert.plan import Options, Plan, PlannedTensor, plan_source
+from stepgguf.convert.sizes import Inventory
+from stepgguf.errors import DoesNotFit, RecipeError
+from stepgguf.quants import mixtures, recipe
+from stepgguf.quants.allocate import Item, Option, solve
+from stepgguf.quants.mixtures import Candidate, Choice
+from stepgguf.quants.recipe import Recipe
+
+REASON = "least loss in the budget"
+UNIFORM = "types are chosen without an importance matrix: all channels and experts count alike (see --imatrix)"
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """At least one is given. n_bytes: of all files. bpw: of all tensors. read_bytes: of the trunk, for one token."""
+
+    n_bytes: int | None = None
+    bpw: float | None = None
+    read_bytes: float | None = None
+
+    @property
+    def name(self) -> str:
+        """As a part of a file's name."""
+        parts = [
+            f"fit-{_size(self.n_bytes)}" if self.n_bytes is not None else None,
+            f"{self.bpw:g}bpw" if self.bpw is not None else None,
+            f"{_size(self.read_bytes)}-a-token" if self.read_bytes is not None else None,
+        ]
+        return "-".join(part for part in parts if part is not None)
+
+
+def _size(n_bytes: float) -> str:
+    return f"{n_bytes / 2**30:.4g}GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.4g}MiB"
+
+
+def resolve(type_name: str | None, budget: Budget | None, default: str) -> tuple[Recipe, Budget | None]:
+    """The recipe, and the budget for what its rules leave open: the one given, or the recipe's own bpw.
+
+    RecipeError for a stock mixture with a budget, which would leave nothing of it.
+    """
+    if budget is None:
+        chosen = recipe.load(type_name or default)
+        return chosen, Budget(bpw=chosen.bpw) if chosen.bpw is not None else None
+    if type_name is None:
+        return Recipe(budget.name, "", budget.name, "", ()), budget
+    chosen = recipe.load(type_name)
+    if chosen.is_stock:
+        raise RecipeError(
+            f"{chosen.name} says the type of every tensor, and so does a budget ({budget.name})",
+            hint="Leave --type out, or give a recipe: its rules stay, and the budget is for all other tensors.",
+        )
+    return replace(chosen, name=f"{chosen.name}-{budget.name}", default=None, base=None, bpw=None), budget
+
+
+def plan_within(
+    budget: Budget,
+    source: Checkpoint | GGUFSource,
+    dest: Path,
+    options: Options,
+    *,
+    threads: int | None = None,
+    progress: Progress = lambda tensor: None,
+    compiling: Compiling = lambda name: None,
+) -> Plan:
+    """The plan whose types cost least within the budget. DoesNotFit if there is none. Arguments: measure.measure."""
+    sketch = draft(source, dest, options)
+    items = price(source, sketch, options, threads=threads, progress=progress, compiling=compiling)
+    trunk = sum(tensor.n_bytes for tensor in _trunk(sizes.inventory(source), sketch))
+    fixed = sketch.file_bytes - trunk
+    room = math.inf if budget.n_bytes is None else budget.n_bytes - fixed
+    if budget.bpw is not None:
+        room = min(room, math.floor(budget.bpw * sketch.n_values / 8) - (sketch.n_bytes - trunk))
+    read = math.inf if budget.read_bytes is None else budget.read_bytes
+    least = sum(min(option.n_bytes for option in item.options) for item in items)
+    if least > room:
+        bpw = 8 * (sketch.n_bytes - trunk + least) / sketch.n_values
+        raise DoesNotFit(
+            f"{budget.name}: with the smallest types the files have {fixed + least:,} bytes "
+            f"({_size(fixed + least)}, {bpw:.3f} bpw), {fixed:,} of them for headers and MTP blocks",
+            hint="Give a larger budget, an --imatrix (types below Q2_K and IQ3_S need one), or leave out MTP blocks.",
+        )
+    while True:
+        found = solve(items, max_bytes=room, max_read_bytes=read)
+        chosen = {item.name: Choice(o.ggml_type, REASON) for item, o in zip(items, found.options, strict=True)}
+        plan = plan_source(source, dest, replace(options, allocated=chosen))
+        excess = 0 if budget.n_bytes is None else plan.file_bytes - budget.n_bytes
+        if excess <= 0:
+            break
+        room = found.point.n_bytes - excess  # padding, and headers of more files
+    return plan if options.importance is not None else replace(plan, warnings=(*plan.warnings, UNIFORM))
+
+
+def draft(source: Checkpoint | GGUFSource, dest: Path, options: Options) -> Plan:
+    """The plan with all that no rule decides as Q8_0, in one file (and one of MTP blocks, if they are separate)."""
+    model = sizes.inventory(source)
+    open_ = {c.name: Choice(_q8_0(c.shape), "draft") for c in _candidates(model) if _is_open(c, model, options)}
+    return plan_source(source, dest, replace(options, allocated=open_, split_max_size=None))
+
+
+def price(
+    source: Checkpoint | GGUFSource,
+    sketch: Plan,
+    options: Options,
+    *,
+    threads: int | None = None,
+    progress: Progress = lambda tensor: None,
+    compiling: Compiling = lambda name: None,
+) -> list[Item]:
+    """For allocate.solve: all tensors of the trunk, with every type that the options leave them and its cost."""
+    model = sizes.inventory(source)
+    trunk, importance = _trunk(model, sketch), options.importance
+    matrices = [replace(t, ggml_type=_q8_0(t.shape)) for t in trunk if t.name in model.quantizable]
+    cache = measure.cache_path(source, importance)
+    measured = measure.measure(
+        source, matrices, cache, importance=importance, threads=threads, progress=progress, compiling=compiling
+    )
+    priced = {item.name: item for item in objective.items(matrices, measured, model.routing, importance)}
+    open_ = {c.name: options.recipe.floor(c, model.facts) for c in _candidates(model) if _is_open(c, model, options)}
+    return [
+        _above(priced[t.name], open_[t.name])
+        if t.name in open_
+        else _fixed(t, priced.get(t.name), objective.read_share(t, model.routing))
+        for t in trunk
+    ]
+
+
+def _above(item: Item, floor: GGMLQuantizationType | None) -> Item:
+    """Without types of fewer bits than the floor."""
+    if floor is None:
+        return item
+    least = recipe.bits_per_weight(floor)
+    return replace(item, options=tuple(o for o in item.options if recipe.bits_per_weight(o.ggml_type) >= least))
+
+
+def _fixed(tensor: PlannedTensor, priced: Item | None, read_share: float) -> Item:
+    """One option; its cost counts where it is known."""
+    options = priced.options if priced is not None else ()
+    cost = next((option.cost for option in options if option.ggml_type == tensor.ggml_type), 0.0)
+    return Item(tensor.name, (Option(tensor.ggml_type, tensor.n_bytes, cost),), read_share)
+
+
+def _candidates(model: Inventory) -> list[Candidate]:
+    """The trunk's tensors that can be quantized."""
+    return [t for t in model.tensors if t.name in model.quantizable and not model.is_mtp(t)]
+
+
+def _is_open(candidate: Candidate, model: Inventory, options: Options) -> bool:
+    return options.recipe.fixed(candidate, model.facts) is None
+
+
+def _trunk(model: Inventory, sketch: Plan) -> list[PlannedTensor]:
+    names = {tensor.name for tensor in model.tensors if not model.is_mtp(tensor)}
+    return [tensor for tensor in sketch.files[0].tensors if tensor.name in names]
+
+
+def _q8_0(shape: tuple[int, ...]) -> GGMLQuantizationType:
+    return mixtures.fallback(GGMLQuantizationType.Q8_0, shape[-1])
