@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.quality import Reference, Scores, held_out, kld_ratio, reference_logits, scores, summary
-from stepgguf.convert import measure, objective, pipeline
+from stepgguf.convert import budget, pipeline
+from stepgguf.convert.budget import Budget
 from stepgguf.convert.checkpoint import Checkpoint
 from stepgguf.convert.importance import Importance
 from stepgguf.convert.plan import Options, Plan, plan_checkpoint
@@ -29,6 +30,7 @@ from stepgguf.demo import CHECKPOINT, tasks
 from stepgguf.demo.train import Encoder
 from stepgguf.quants import imatrix
 from stepgguf.quants.allocate import Item, solve
+from stepgguf.quants.recipe import Recipe
 from stepgguf.reference.imatrix import collect
 from stepgguf.reference.load import load
 
@@ -55,22 +57,25 @@ class Bench:
     ) -> None:
         self.checkpoint, self.importance, self.reference = checkpoint, importance, reference
         self.folder, self.threads = folder, threads
-        cache = folder / f"errors-{'imatrix' if importance else 'plain'}.jsonl"
-        tensors = [tensor for tensor in self.plan("Q8_0").tensors if tensor.is_quantized]
-        measured = measure.measure(checkpoint, tensors, cache, importance=importance, threads=threads)
-        hp = checkpoint.hparams
-        routing = objective.Routing(hp.n_expert, hp.n_expert_used, hp.router_scale)
-        self.items = objective.items(tensors, measured, routing, importance)
+        free, _ = budget.resolve(None, Budget(1), "")
+        sketch = budget.draft(checkpoint, self.dest, self.options(free))
+        self.items = budget.price(checkpoint, sketch, self.options(free), threads=threads)
+
+    @property
+    def dest(self) -> Path:
+        return self.folder / "file.gguf"
+
+    def options(self, kind: str | Recipe) -> Options:
+        return Options(kind, mtp="drop", importance=self.importance)
 
     def plan(self, type_name: str) -> Plan:
-        options = Options(type_name, mtp="drop", importance=self.importance)
-        return plan_checkpoint(self.checkpoint, self.folder / "file.gguf", options)
+        return plan_checkpoint(self.checkpoint, self.dest, self.options(type_name))
 
     def allocated(self, stock: Plan, kinds: frozenset[str] | None) -> Plan:
         """The stock plan with other types in no more bytes. kinds: the only ones allowed, if given."""
         items = self.items if kinds is None else [_only(item, kinds) for item in self.items]
-        budget = sum(tensor.n_bytes for tensor in stock.tensors if tensor.is_quantized)
-        chosen = {i.name: o.ggml_type for i, o in zip(items, solve(items, max_bytes=budget).options, strict=True)}
+        found = solve(items, max_bytes=stock.n_bytes)
+        chosen = {item.name: option.ggml_type for item, option in zip(items, found.options, strict=True)}
         [file] = stock.files
         tensors = tuple(replace(t, ggml_type=chosen.get(t.name, t.ggml_type)) for t in file.tensors)
         return replace(stock, files=(replace(file, tensors=tensors),))
@@ -94,7 +99,7 @@ class Bench:
 
 
 def _only(item: Item, kinds: frozenset[str]) -> Item:
-    return replace(item, options=tuple(o for o in item.options if o.ggml_type.name in kinds))
+    return replace(item, options=tuple(o for o in item.options if o.ggml_type.name in kinds or len(item.options) == 1))
 
 
 def _figures(found: Scores) -> str:
