@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.quality import Reference, Scores, held_out, kld_ratio, reference_logits, scores, summary
 from stepgguf.convert import budget, pipeline
-from stepgguf.convert.budget import Budget
+from stepgguf.convert.budget import Limits
 from stepgguf.convert.checkpoint import Checkpoint
 from stepgguf.convert.importance import Importance
 from stepgguf.convert.plan import Options, Plan, plan_checkpoint
@@ -57,9 +57,8 @@ class Bench:
     ) -> None:
         self.checkpoint, self.importance, self.reference = checkpoint, importance, reference
         self.folder, self.threads = folder, threads
-        free, _ = budget.resolve(None, Budget(1), "")
-        sketch = budget.draft(checkpoint, self.dest, self.options(free))
-        self.items = budget.price(checkpoint, sketch, self.options(free), threads=threads)
+        free, _ = budget.resolve(None, Limits(1), "")
+        self.items = budget.price(checkpoint, self.dest, self.options(free), threads=threads).items
 
     @property
     def dest(self) -> Path:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from stepgguf.convert.budget import Budget
+    from stepgguf.convert.budget import Limits
     from stepgguf.convert.importance import Importance
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -117,16 +117,16 @@ Gguf = Annotated[Path, typer.Argument(metavar="FILE.gguf", help="A GGUF file; of
 
 def read_budget(
     fit: int | None, target_bpw: float | None, min_tps: float | None, bandwidth: int | None
-) -> Budget | None:
+) -> Limits | None:
     """--fit, --target-bpw, --min-tps with --bandwidth; None if none of them is given."""
-    from stepgguf.convert.budget import Budget
+    from stepgguf.convert.budget import Limits
 
     if (min_tps is None) != (bandwidth is None):
         given, lacking = ("--bandwidth", "--min-tps") if min_tps is None else ("--min-tps", "--bandwidth")
         raise typer.BadParameter(f"{given} needs {lacking}: together they say how much a token may read")
     if fit is None and target_bpw is None and min_tps is None:
         return None
-    return Budget(fit, target_bpw, bandwidth / min_tps if bandwidth is not None and min_tps is not None else None)
+    return Limits(fit, target_bpw, bandwidth / min_tps if bandwidth is not None and min_tps is not None else None)
 
 
 def parse_kernel(name: str) -> str:

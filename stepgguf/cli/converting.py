@@ -12,7 +12,7 @@ import typer
 
 from stepgguf.cli import output
 from stepgguf.convert import budget, pipeline
-from stepgguf.convert.budget import Budget
+from stepgguf.convert.budget import Limits, Trunk
 from stepgguf.convert.checkpoint import Checkpoint
 from stepgguf.convert.fold import Line, fold
 from stepgguf.convert.ggufsource import GGUFSource
@@ -25,24 +25,32 @@ def planned(
     source: Checkpoint | GGUFSource,
     dest: Path,
     options: Options,
-    limits: Budget | None,
+    limits: Limits | None,
     *,
     threads: int | None,
     quiet: bool,
 ) -> Plan:
-    """The plan; within a budget after measuring what each type loses. Ctrl+C there keeps what is measured."""
+    """The plan; within a budget after measuring what each type loses."""
     if limits is None:
         return plan_source(source, dest, options)
+    return budget.plan_within(
+        limits, source, dest, options, priced(source, dest, options, threads=threads, quiet=quiet)
+    )
+
+
+def priced(
+    source: Checkpoint | GGUFSource, dest: Path, options: Options, *, threads: int | None, quiet: bool = False
+) -> Trunk:
+    """What each type costs each tensor. Ctrl+C keeps what is measured and exits with 130."""
     total = sum(t.n_values for t in budget.draft(source, dest, options).tensors if t.is_quantized)
     try:
-        with output.Meter("measuring", 2 * total, quiet=quiet) as meter:
-            return budget.plan_within(
-                limits,
+        with output.Meter("measuring", total, quiet=quiet) as meter:
+            return budget.price(
                 source,
                 dest,
                 options,
                 threads=threads,
-                progress=lambda tensor: meter.step(2 * tensor.n_values),
+                progress=lambda tensor: meter.step(tensor.n_values),
                 compiling=meter.compiling,
             )
     except KeyboardInterrupt:

@@ -37,9 +37,16 @@ def plan(
         str | None,
         typer.Option(metavar="T,T", help="Stock types, recipes and .toml files. Default: a range, and all recipes."),
     ] = None,
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="Measure on a sample of the weights what types lose, and add what --fit takes."),
+    ] = False,
+    imatrix: arguments.ImatrixFile = None,
+    imatrix_prior: arguments.ImatrixPrior = "pooled",
+    threads: arguments.Threads = None,
     json: arguments.Json = False,
 ) -> None:
-    """Show what fits a machine and how fast it would be there: a row for each type and recipe. No weights are read.
+    """Show what fits a machine and how fast it would be there: a row for each type and recipe.
 
     - **GiB, bpw**: the file, MTP blocks included, and its bits per weight
     - **total**: GiB with everything else: KV cache, MTP, buffers, kept conversations
@@ -47,17 +54,23 @@ def plan(
     - **GB/token**: weights that one token reads: all dense ones, but 8 of 288 experts
     - **tok/s, full**: predicted for one request without MTP, with an empty and with a full context
     - **MTP**: how many times as fast it is with two drafted tokens, at an empty context, by published acceptance
+    - **loss**, with --measure: what --fit minimises, the predicted error of what the layers add; no KLD, but it orders
 
-    Speeds are estimates from the bytes that are read; what they rest on is printed below the table.
+    No weights are read without --measure; with it a sample, once: what was measured is kept. Speeds are estimates from
+    the bytes that are read; what they rest on is printed below the table.
 
     Examples:
 
     - `stepgguf plan Step-3.5-Flash/ --machine spark --ctx 131072`
     - `stepgguf plan Step-3.5-Flash/ --machine mac-128 --types Q4_K_S,IQ4_XS,mine.toml`
+    - `stepgguf plan Step-3.5-Flash/ --machine strix-128 --measure --imatrix imatrix.gguf`
     - `stepgguf plan step-q4_k_s.gguf --machine strix-128 --parallel 4 --json`
     """
     from stepgguf.cli import output
+    from stepgguf.cli.converting import priced
     from stepgguf.cli.planning import place, planned
+    from stepgguf.convert.budget import Limits, resolve
+    from stepgguf.convert.plan import Options
     from stepgguf.runtime.memory import Context
 
     if mtp not in ("include", "drop"):
@@ -65,7 +78,14 @@ def plan(
     names = None if types is None else [name.strip() for name in types.split(",") if name.strip()]
     if names == []:
         raise typer.BadParameter(f"{types!r} names no type", param_hint="--types")
-    result = planned(source, place(machine), Context(ctx, parallel, mtp=mtp == "include"), names)
+    if imatrix is not None and not measure:
+        raise typer.BadParameter("--imatrix is for --measure", param_hint="--imatrix")
+    options = Options(
+        resolve(None, Limits(1), "")[0], mtp, importance=arguments.read_importance(imatrix, imatrix_prior)
+    )
+    context = Context(ctx, parallel, mtp=mtp == "include")
+    pricing = (lambda opened: priced(opened, Path("plan.gguf"), options, threads=threads)) if measure else None
+    result = planned(source, place(machine), context, names, pricing)
     if ctx > result.footprint.n_ctx_train:
         output.warn([f"{ctx:,} tokens are more than the {result.footprint.n_ctx_train:,} it was trained for"])
     if json:
@@ -124,7 +144,9 @@ def budget(result: Planned) -> Iterator[str]:
 
 def table(rows: Sequence[Row]) -> Iterator[str]:
     """One line a row, after the heads of the columns."""
-    heads = ("type", "GiB", "bpw", "total", "fits", "longest", "GB/token", "tok/s", "full", "MTP")
+    is_measured = any(row.loss is not None for row in rows)
+    last = "loss" if is_measured else "MTP"
+    heads = ("type", "GiB", "bpw", "total", "fits", "longest", "GB/token", "tok/s", "full", last)
     cells = [
         (
             row.type + "*" * row.needs_imatrix,
@@ -136,7 +158,7 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
             f"{row.empty.read / 1e9:.2f}",
             _tps(row.empty),
             _tps(row.full),
-            f"x{_span(*row.mtp_gain, 1)}" if row.mtp_gain else "-",
+            _loss(row.loss) if is_measured else f"x{_span(*row.mtp_gain, 1)}" if row.mtp_gain else "-",
         )
         for row in rows
     ]
@@ -151,7 +173,8 @@ def notes(result: Planned) -> Iterator[str]:
     """What to take, and what the figures rest on."""
     from stepgguf.runtime.speed import ACCEPTED, DRAFTED
 
-    yield f"The largest that fits is {result.largest.type}." if result.largest else "None of these fits."
+    what = "least predicted loss" if result.best and result.best.loss is not None else "largest"
+    yield f"The {what} that fits is {result.best.type}." if result.best else "None of these fits."
     if any(row.needs_imatrix for row in result.rows):
         yield "* needs an importance matrix."
     if any(row.mtp_gain for row in result.rows):
@@ -194,6 +217,10 @@ def _tps(pace: Pace) -> str:
     if pace.tps is not None:
         return _span(*pace.tps)
     return "-" if pace.ceiling_tps is None else f"<{pace.ceiling_tps:.0f}"
+
+
+def _loss(loss: float | None) -> str:
+    return "-" if loss is None else f"{loss:.3g}" if loss < 1 else f"{loss:.2f}"
 
 
 def _span(low: float, high: float, digits: int = 0) -> str:

@@ -1,13 +1,15 @@
 """What a model would take on a machine as each type, and how fast it would answer: what `stepgguf plan` shows.
 
 SRC      -> Inventory (sizes by type), Footprint (what else takes memory)  --+
+weights  -> Trunk: what types lose, if it is asked for
 machine  -> Place: budget, bandwidth, published speeds                       +-> Planned: a Row for each type
 context  -> Need, the same for all rows; what it leaves is for weights     --+
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,6 +17,7 @@ from pathlib import Path
 import typer
 
 from stepgguf.cli.footprint import checkpoint_footprint, footprint
+from stepgguf.convert.budget import Limits, Trunk
 from stepgguf.convert.checkpoint import Checkpoint
 from stepgguf.convert.ggufsource import GGUFSource
 from stepgguf.convert.sizes import Inventory, Sizes, inventory
@@ -30,6 +33,7 @@ TYPES = (
     "Q6_K", "Q8_0",
 )  # fmt: skip
 AUTO = "auto"
+FRONTIER = 6  # rows of what --fit would choose
 OWN = "this file"  # the row of a GGUF in its own types
 
 Span = tuple[float, float]
@@ -74,7 +78,8 @@ class Pace:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One type. Sizes in bytes; n_ctx: the longest context that fits; empty, full: the context; mtp_gain: a factor."""
+    """One type. Sizes in bytes; n_ctx: the longest context that fits; empty, full: the context; mtp_gain: a factor.
+    loss: the allocator's cost of its types, where they were measured."""
 
     type: str
     needs_imatrix: bool
@@ -86,6 +91,7 @@ class Row:
     empty: Pace
     full: Pace
     mtp_gain: Span | None
+    loss: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +107,11 @@ class Planned:
     rows: tuple[Row, ...]
 
     @property
-    def largest(self) -> Row | None:
-        """The largest row that fits."""
-        return next((row for row in reversed(self.rows) if row.fits), None)
+    def best(self) -> Row | None:
+        """Of the rows that fit that with the least loss, or else the largest."""
+        fitting = [row for row in self.rows if row.fits]
+        measured = [row for row in fitting if row.loss is not None]
+        return min(measured, key=lambda row: row.loss or 0.0) if measured else fitting[-1] if fitting else None
 
 
 def place(name: str) -> Place:
@@ -121,24 +129,41 @@ def place(name: str) -> Place:
     return Place(found.title, found.machine, budget(found.machine), found)
 
 
-def planned(path: Path, where: Place, context: Context, names: Sequence[str] | None) -> Planned:
-    """All rows for a checkpoint or a GGUF; names None: TYPES, and the recipes that fit the model."""
-    inventory, model = _read(path)
-    needed = need(model, context)
-    rows = (_row(name, sizes, inventory, replace(model, weights=sizes.total), where, context)
-            for name, sizes in _sizes(inventory, context.mtp, names))  # fmt: skip
-    ordered = tuple(sorted(rows, key=lambda row: row.weights))
-    return Planned(path, where, model, context, needed, where.capacity(context) - needed.total, ordered)
+def planned(
+    path: Path,
+    where: Place,
+    context: Context,
+    names: Sequence[str] | None,
+    pricing: Callable[[Checkpoint | GGUFSource], Trunk] | None = None,
+) -> Planned:
+    """All rows for a checkpoint or a GGUF; names None: TYPES, and the recipes that fit the model.
+
+    pricing: measures the trunk, for every row's loss and for rows of what convert --fit would choose.
+    """
+    with Checkpoint(path) if path.is_dir() else GGUFSource(path) as source:
+        model = inventory(source)
+        size = checkpoint_footprint(source.hparams) if isinstance(source, Checkpoint) else footprint(source)
+        trunk = pricing(source) if pricing is not None else None
+    size = replace(size, weights=0)
+    needed = need(size, context)
+    room = where.capacity(context) - needed.total
+    found = [*_sizes(model, context.mtp, names), *(_frontier(model, context.mtp, trunk, room) if trunk else ())]
+    rows = (
+        _row(name, sizes, model, replace(size, weights=sizes.total), where, context, trunk) for name, sizes in found
+    )
+    return Planned(path, where, size, context, needed, room, tuple(sorted(rows, key=lambda row: row.weights)))
 
 
-def _read(path: Path) -> tuple[Inventory, Footprint]:
-    """The footprint is without weights."""
-    if path.is_dir():
-        with Checkpoint(path) as checkpoint:
-            return inventory(checkpoint), checkpoint_footprint(checkpoint.hparams)
-    with GGUFSource(path) as source:
-        model = footprint(source)
-        return inventory(source), replace(model, weights=0)
+def _frontier(model: Inventory, mtp: bool, trunk: Trunk, room: int) -> Iterator[tuple[str, Sizes]]:
+    """The best types for budgets from the room down to the smallest types, evenly spaced and rounded down."""
+    least, most = trunk.beside + trunk.least, min(room, trunk.beside + trunk.most)
+    unit = (2**30 if most >= 2**30 else 2**20) / 10
+    sizes = {math.floor((most - i * (most - least) / FRONTIER) / unit) * unit for i in range(FRONTIER)}
+    for size in (math.ceil(size) for size in sizes if size >= least):
+        limits = Limits(size)
+        types = trunk.choose(trunk.room(limits))
+        mtp_types = {t.name: t.ggml_type for t in trunk.sketch.tensors if t.name not in types}
+        yield limits.name.replace("-", " "), model.with_types(types | mtp_types, mtp=mtp)
 
 
 def _sizes(inventory: Inventory, mtp: bool, names: Sequence[str] | None) -> Iterator[tuple[str, Sizes]]:
@@ -156,7 +181,15 @@ def _sizes(inventory: Inventory, mtp: bool, names: Sequence[str] | None) -> Iter
             continue
 
 
-def _row(name: str, sizes: Sizes, inventory: Inventory, model: Footprint, where: Place, context: Context) -> Row:
+def _row(
+    name: str,
+    sizes: Sizes,
+    inventory: Inventory,
+    model: Footprint,
+    where: Place,
+    context: Context,
+    trunk: Trunk | None,
+) -> Row:
     capacity, total = where.capacity(context), need(model, context).total
 
     def step(n_tokens: int) -> float:
@@ -181,4 +214,5 @@ def _row(name: str, sizes: Sizes, inventory: Inventory, model: Footprint, where:
         empty=pace(0),
         full=pace(context.n_ctx),
         mtp_gain=(low, high) if sizes.mtp else None,
+        loss=trunk.loss(sizes.types) if trunk is not None else None,
     )

@@ -10,6 +10,7 @@ matrix and the budget alone, so that an interrupted conversion goes on with the 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,7 +34,7 @@ UNIFORM = "types are chosen without an importance matrix: all channels and exper
 
 
 @dataclass(frozen=True, slots=True)
-class Budget:
+class Limits:
     """At least one is given. n_bytes: of all files. bpw: of all tensors. read_bytes: of the trunk, for one token."""
 
     n_bytes: int | None = None
@@ -55,60 +56,87 @@ def _size(n_bytes: float) -> str:
     return f"{n_bytes / 2**30:.4g}GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.4g}MiB"
 
 
-def resolve(type_name: str | None, budget: Budget | None, default: str) -> tuple[Recipe, Budget | None]:
+def resolve(type_name: str | None, limits: Limits | None, default: str) -> tuple[Recipe, Limits | None]:
     """The recipe, and the budget for what its rules leave open: the one given, or the recipe's own bpw.
 
     RecipeError for a stock mixture with a budget, which would leave nothing of it.
     """
-    if budget is None:
+    if limits is None:
         chosen = recipe.load(type_name or default)
-        return chosen, Budget(bpw=chosen.bpw) if chosen.bpw is not None else None
+        return chosen, Limits(bpw=chosen.bpw) if chosen.bpw is not None else None
     if type_name is None:
-        return Recipe(budget.name, "", budget.name, "", ()), budget
+        return Recipe(limits.name, "", limits.name, "", ()), limits
     chosen = recipe.load(type_name)
     if chosen.is_stock:
         raise RecipeError(
-            f"{chosen.name} says the type of every tensor, and so does a budget ({budget.name})",
+            f"{chosen.name} says the type of every tensor, and so does a budget ({limits.name})",
             hint="Leave --type out, or give a recipe: its rules stay, and the budget is for all other tensors.",
         )
-    return replace(chosen, name=f"{chosen.name}-{budget.name}", default=None, base=None, bpw=None), budget
+    return replace(chosen, name=f"{chosen.name}-{limits.name}", default=None, base=None, bpw=None), limits
 
 
-def plan_within(
-    budget: Budget,
-    source: Checkpoint | GGUFSource,
-    dest: Path,
-    options: Options,
-    *,
-    threads: int | None = None,
-    progress: Progress = lambda tensor: None,
-    compiling: Compiling = lambda name: None,
-) -> Plan:
-    """The plan whose types cost least within the budget. DoesNotFit if there is none. Arguments: measure.measure."""
-    sketch = draft(source, dest, options)
-    items = price(source, sketch, options, threads=threads, progress=progress, compiling=compiling)
-    trunk = sum(tensor.n_bytes for tensor in _trunk(sizes.inventory(source), sketch))
-    fixed = sketch.file_bytes - trunk
-    room = math.inf if budget.n_bytes is None else budget.n_bytes - fixed
-    if budget.bpw is not None:
-        room = min(room, math.floor(budget.bpw * sketch.n_values / 8) - (sketch.n_bytes - trunk))
-    read = math.inf if budget.read_bytes is None else budget.read_bytes
-    least = sum(min(option.n_bytes for option in item.options) for item in items)
-    if least > room:
-        bpw = 8 * (sketch.n_bytes - trunk + least) / sketch.n_values
+@dataclass(frozen=True, slots=True)
+class Trunk:
+    """A model's trunk for sale. items: each tensor's types with bytes and costs. sketch: a plan, with the trunk in
+    n_bytes and all the rest as it will be."""
+
+    items: Sequence[Item]
+    sketch: Plan
+    n_bytes: int
+
+    @property
+    def beside(self) -> int:
+        """What all files have besides: headers, padding, MTP blocks."""
+        return self.sketch.file_bytes - self.n_bytes
+
+    @property
+    def least(self) -> int:
+        """Bytes of the trunk in its smallest types."""
+        return sum(min(option.n_bytes for option in item.options) for item in self.items)
+
+    @property
+    def most(self) -> int:
+        """Bytes of the trunk in its largest types."""
+        return sum(max(option.n_bytes for option in item.options) for item in self.items)
+
+    def room(self, limits: Limits) -> float:
+        """What the budget leaves for the trunk."""
+        room = math.inf if limits.n_bytes is None else limits.n_bytes - self.beside
+        if limits.bpw is None:
+            return room
+        return min(room, math.floor(limits.bpw * self.sketch.n_values / 8) - (self.sketch.n_bytes - self.n_bytes))
+
+    def choose(self, room: float, read_bytes: float = math.inf) -> dict[str, GGMLQuantizationType]:
+        """Name -> type at the least cost. DoesNotFit if there is none."""
+        found = solve(self.items, max_bytes=room, max_read_bytes=read_bytes)
+        return {item.name: option.ggml_type for item, option in zip(self.items, found.options, strict=True)}
+
+    def loss(self, types: Mapping[str, GGMLQuantizationType]) -> float | None:
+        """The cost of such types; None if one of them was not measured."""
+        costs = [{o.ggml_type: o.cost for o in item.options}.get(types[item.name]) for item in self.items]
+        known = [cost for cost in costs if cost is not None]
+        return math.fsum(known) if len(known) == len(costs) else None
+
+
+def plan_within(limits: Limits, source: Checkpoint | GGUFSource, dest: Path, options: Options, trunk: Trunk) -> Plan:
+    """The plan whose types cost least within the budget, by `price` for the same options. DoesNotFit if none does."""
+    room = trunk.room(limits)
+    if trunk.least > room:
+        size = trunk.beside + trunk.least
+        bpw = 8 * (trunk.sketch.n_bytes - trunk.n_bytes + trunk.least) / trunk.sketch.n_values
         raise DoesNotFit(
-            f"{budget.name}: with the smallest types the files have {fixed + least:,} bytes "
-            f"({_size(fixed + least)}, {bpw:.3f} bpw), {fixed:,} of them for headers and MTP blocks",
+            f"{limits.name}: with the smallest types the files have {size:,} bytes "
+            f"({_size(size)}, {bpw:.3f} bpw), {trunk.beside:,} of them for headers and MTP blocks",
             hint="Give a larger budget, an --imatrix (types below Q2_K and IQ3_S need one), or leave out MTP blocks.",
         )
     while True:
-        found = solve(items, max_bytes=room, max_read_bytes=read)
-        chosen = {item.name: Choice(o.ggml_type, REASON) for item, o in zip(items, found.options, strict=True)}
-        plan = plan_source(source, dest, replace(options, allocated=chosen))
-        excess = 0 if budget.n_bytes is None else plan.file_bytes - budget.n_bytes
+        types = trunk.choose(room, math.inf if limits.read_bytes is None else limits.read_bytes)
+        allocated = {name: Choice(kind, REASON) for name, kind in types.items()}
+        plan = plan_source(source, dest, replace(options, allocated=allocated))
+        excess = 0 if limits.n_bytes is None else plan.file_bytes - limits.n_bytes
         if excess <= 0:
             break
-        room = found.point.n_bytes - excess  # padding, and headers of more files
+        room = min(room, trunk.most) - excess  # padding, and headers of more files
     return plan if options.importance is not None else replace(plan, warnings=(*plan.warnings, UNIFORM))
 
 
@@ -121,16 +149,18 @@ def draft(source: Checkpoint | GGUFSource, dest: Path, options: Options) -> Plan
 
 def price(
     source: Checkpoint | GGUFSource,
-    sketch: Plan,
+    dest: Path,
     options: Options,
     *,
     threads: int | None = None,
     progress: Progress = lambda tensor: None,
     compiling: Compiling = lambda name: None,
-) -> list[Item]:
-    """For allocate.solve: all tensors of the trunk, with every type that the options leave them and its cost."""
+) -> Trunk:
+    """Measure what every type that the options leave to each tensor would cost."""
+    sketch = draft(source, dest, options)
     model = sizes.inventory(source)
-    trunk, importance = _trunk(model, sketch), options.importance
+    names, importance = {t.name for t in model.tensors if not model.is_mtp(t)}, options.importance
+    trunk = [tensor for tensor in sketch.files[0].tensors if tensor.name in names]
     matrices = [replace(t, ggml_type=_q8_0(t.shape)) for t in trunk if t.name in model.quantizable]
     cache = measure.cache_path(source, importance)
     measured = measure.measure(
@@ -138,12 +168,13 @@ def price(
     )
     priced = {item.name: item for item in objective.items(matrices, measured, model.routing, importance)}
     open_ = {c.name: options.recipe.floor(c, model.facts) for c in _candidates(model) if _is_open(c, model, options)}
-    return [
+    items = [
         _above(priced[t.name], open_[t.name])
         if t.name in open_
         else _fixed(t, priced.get(t.name), objective.read_share(t, model.routing))
         for t in trunk
     ]
+    return Trunk(items, sketch, sum(tensor.n_bytes for tensor in trunk))
 
 
 def _above(item: Item, floor: GGMLQuantizationType | None) -> Item:
@@ -168,11 +199,6 @@ def _candidates(model: Inventory) -> list[Candidate]:
 
 def _is_open(candidate: Candidate, model: Inventory, options: Options) -> bool:
     return options.recipe.fixed(candidate, model.facts) is None
-
-
-def _trunk(model: Inventory, sketch: Plan) -> list[PlannedTensor]:
-    names = {tensor.name for tensor in model.tensors if not model.is_mtp(tensor)}
-    return [tensor for tensor in sketch.files[0].tensors if tensor.name in names]
 
 
 def _q8_0(shape: tuple[int, ...]) -> GGMLQuantizationType:

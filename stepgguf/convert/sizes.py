@@ -8,6 +8,7 @@ GGUF --------+
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gguf import GGMLQuantizationType, Keys
@@ -27,11 +28,12 @@ F32 = GGMLQuantizationType.F32
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Bytes: of every trunk tensor with its role, and of all MTP blocks together. n_values counts both."""
+    """Bytes: of every trunk tensor with its role, and of all MTP blocks together. n_values and types are of both."""
 
     trunk: tuple[tuple[str, int], ...]
     mtp: int
     n_values: int
+    types: Mapping[str, GGMLQuantizationType]
     needs_imatrix: bool = False
 
     @property
@@ -61,20 +63,24 @@ class Inventory:
         if needs_imatrix:
             choices = chosen.choose(candidates, self.facts, has_imatrix=True)
         types = {c.name: choice.ggml_type for c, choice in zip(candidates, choices, strict=True)}
-        return self._sizes(types, mtp, needs_imatrix)
+        return self.with_types(types, mtp=mtp, needs_imatrix=needs_imatrix)
 
     def own_sizes(self, *, mtp: bool = True) -> Sizes | None:
         """As they are in the GGUF; None for a checkpoint, whose tensors have no ggml types."""
-        return None if self.own is None else self._sizes(self.own, mtp, needs_imatrix=False)
+        return None if self.own is None else self.with_types(self.own, mtp=mtp)
 
     @property
     def n_mtp(self) -> int:
         return len({t.layer for t in self.tensors if self.is_mtp(t)})
 
-    def _sizes(self, types: dict[str, GGMLQuantizationType], mtp: bool, needs_imatrix: bool) -> Sizes:
+    def with_types(
+        self, types: Mapping[str, GGMLQuantizationType], *, mtp: bool = True, needs_imatrix: bool = False
+    ) -> Sizes:
+        """With such types; the others are F32."""
+        all_types = {tensor.name: types.get(tensor.name, F32) for tensor in self.tensors}
         trunk, heads, n_values = [], 0, 0
         for tensor in self.tensors:
-            n_bytes = math.prod(tensor.shape[:-1]) * row_size(types.get(tensor.name, F32), tensor.shape[-1])
+            n_bytes = math.prod(tensor.shape[:-1]) * row_size(all_types[tensor.name], tensor.shape[-1])
             if not self.is_mtp(tensor):
                 trunk.append((tensor.role, n_bytes))
             elif mtp:
@@ -82,7 +88,7 @@ class Inventory:
             else:
                 continue
             n_values += math.prod(tensor.shape)
-        return Sizes(tuple(trunk), heads, n_values, needs_imatrix)
+        return Sizes(tuple(trunk), heads, n_values, all_types, needs_imatrix)
 
     def is_mtp(self, tensor: Candidate) -> bool:
         return tensor.layer is not None and tensor.layer >= self.facts.n_layer

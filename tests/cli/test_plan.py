@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf import GGMLQuantizationType as T
 
+from stepgguf.cli import planning
+from stepgguf.cli.arguments import parse_size
 from stepgguf.cli.footprint import footprint
 from stepgguf.cli.main import main
 from stepgguf.cli.plan import notes
 from stepgguf.cli.planning import OWN, Place, Row, place, planned
+from stepgguf.convert import measure
 from stepgguf.convert.checkpoint import Checkpoint
 from stepgguf.convert.ggufsource import GGUFSource
 from stepgguf.convert.plan import Options, plan_checkpoint
@@ -85,7 +89,7 @@ def test_what_fits_is_what_the_memory_arithmetic_says(machine: str, real: Path, 
         assert row.total == needed.total
         assert row.fits == (needed.device <= where.have.limit and needed.total <= where.have.ceiling)
         assert row.fits == (row.weights <= result.room) == (row.n_ctx is not None and row.n_ctx >= CTX)
-    assert result.largest is max((row for row in result.rows if row.fits), key=lambda row: row.weights, default=None)
+    assert result.best is max((row for row in result.rows if row.fits), key=lambda row: row.weights, default=None)
 
 
 def test_the_longest_context_fits_and_a_longer_one_does_not(real: Path) -> None:
@@ -187,6 +191,37 @@ def test_this_machine_and_a_small_model(small: Path, capfd: pytest.CaptureFixtur
     text = run(capfd, small, "--ctx", 1024)
     assert text.startswith(f"{small}\non this machine, 1,024 tokens of context, 1 request at a time\n")
     assert "The largest that fits is Q8_0." in text
+
+
+def test_measured_rows_have_a_loss_and_rows_of_fit_lose_least(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(measure, "KINDS", [T.Q2_K, T.Q4_K, T.Q8_0])
+    options = ["-m", "spark", "--ctx", 1024, "--measure", "--threads", 1]
+    report = json.loads(run(capfd, small, *options, "--types", "Q8_0,Q6_K", "--json"))
+    found = {row["type"]: row for row in report["rows"]}
+    fit = [row for name, row in found.items() if name.startswith("fit ")]
+    assert len(fit) == planning.FRONTIER
+    for row in fit:
+        assert row["weights"] < parse_size(row["type"].removeprefix("fit "))
+    losses = [row["loss"] for row in fit]
+    assert losses == sorted(losses, reverse=True)
+    assert 0 < found["Q8_0"]["loss"] < losses[0]
+    assert found["Q6_K"]["loss"] is None  # not measured here
+    text = run(capfd, small, *options, "--types", "Q8_0,Q6_K")
+    assert "  loss\n" in text
+    assert "The least predicted loss that fits is Q8_0." in text
+    size = parse_size(fit[2]["type"].removeprefix("fit "))
+    out = tmp_path / "x.gguf"
+    assert main(["convert", str(small), str(out), "--fit", str(size), "--threads", "1", "-q"]) == 0
+    with GGUFSource(out) as made:
+        assert sum(t.n_bytes for header in made.headers for t in header.tensors) == fit[2]["weights"]
+
+
+def test_an_imatrix_is_for_measuring(small: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(small), "--imatrix", str(small / "config.json")]) == 2
+    assert "--imatrix is for --measure" in capfd.readouterr().err
 
 
 def test_a_context_beyond_the_trained_one_is_a_warning(small: Path, capfd: pytest.CaptureFixture[str]) -> None:

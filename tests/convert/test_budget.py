@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType
 from stepgguf.cli.main import main
 from stepgguf.convert import budget as module
 from stepgguf.convert import measure, sizes
-from stepgguf.convert.budget import UNIFORM, Budget, plan_within, resolve
+from stepgguf.convert.budget import UNIFORM, Limits, plan_within, resolve
 from stepgguf.convert.checkpoint import Checkpoint
 from stepgguf.convert.ggufsource import GGUFSource
 from stepgguf.convert.plan import Options, Plan, PlannedTensor, plan_checkpoint
@@ -24,6 +24,7 @@ from tests.convert.test_objective import write_importance
 
 T = GGMLQuantizationType
 MIB = 2**20
+DEST = Path("x.gguf")
 
 
 @pytest.fixture(autouse=True)
@@ -39,12 +40,12 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def within(budget: Budget, source: Path, options: Options | None = None, type_name: str | None = None) -> Plan:
+def within(budget: Limits, source: Path, options: Options | None = None, type_name: str | None = None) -> Plan:
     chosen, limits = resolve(type_name, budget, "Q4_K_S")
     assert limits is not None
     options = replace(options or Options(""), type=chosen)
     with Checkpoint(source) if source.is_dir() else GGUFSource(source) as opened:
-        return plan_within(limits, opened, Path("x.gguf"), options, threads=1)
+        return plan_within(limits, opened, DEST, options, module.price(opened, DEST, options, threads=1))
 
 
 def types(plan: Plan) -> Mapping[str, GGMLQuantizationType]:
@@ -66,7 +67,7 @@ def is_chosen(tensor: PlannedTensor) -> bool:
 def test_all_files_fit_and_leave_no_room_for_another_step(share: float, mtp: str, small: Path) -> None:
     smallest, largest = (whole(small, kind, mtp).file_bytes for kind in ("Q2_K", "Q8_0"))
     size = int(smallest + share * (largest - smallest))
-    plan = within(Budget(size), small, Options("", mtp))
+    plan = within(Limits(size), small, Options("", mtp))
     steps = [
         replace(t, ggml_type=T.Q8_0).n_bytes - t.n_bytes for t in plan.tensors if is_chosen(t) and t.ggml_type != T.Q8_0
     ]
@@ -75,28 +76,33 @@ def test_all_files_fit_and_leave_no_room_for_another_step(share: float, mtp: str
 
 
 def test_headers_of_splits_are_paid_from_the_budget_too(small: Path) -> None:
-    one = within(Budget(7 * MIB), small)
-    plan = within(Budget(one.file_bytes), small, Options("", split_max_size=MIB))
+    one = within(Limits(7 * MIB), small)
+    plan = within(Limits(one.file_bytes), small, Options("", split_max_size=MIB))
     assert len(plan.files) > 2
     assert plan.file_bytes <= one.file_bytes
 
 
 def test_bits_per_weight_are_those_that_the_plan_shows(small: Path) -> None:
-    plan = within(Budget(bpw=5.5), small)
+    plan = within(Limits(bpw=5.5), small)
     assert 5.4 < plan.bpw <= 5.5
 
 
 def test_a_larger_budget_costs_no_more(small: Path) -> None:
     with Checkpoint(small) as checkpoint:
-        options = Options(resolve(None, Budget(1), "")[0])
-        items = module.price(checkpoint, module.draft(checkpoint, Path("x"), options), options, threads=1)
-    costs = {item.name: {option.ggml_type: option.cost for option in item.options} for item in items}
-    totals = [
-        math.fsum(costs[t.name][t.ggml_type] for t in within(Budget(bpw=bpw), small).tensors if t.name in costs)
-        for bpw in (4.6, 5, 5.5, 6, 7, 8, 9)
-    ]
-    assert totals == sorted(totals, reverse=True)
-    assert totals[-1] < totals[0] / 10
+        options = Options(resolve(None, Limits(1), "")[0])
+        trunk = module.price(checkpoint, Path("x"), options, threads=1)
+    losses = [trunk.loss(types(within(Limits(bpw=bpw), small))) or 0.0 for bpw in (4.7, 5, 5.5, 6, 7, 8, 9)]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[0] / 10 > losses[-1] > 0
+
+
+def test_in_the_bytes_of_one_type_for_all_it_loses_less(small: Path) -> None:
+    even = whole(small, "Q4_K")
+    chosen = within(Limits(even.file_bytes), small)
+    with Checkpoint(small) as checkpoint:
+        trunk = module.price(checkpoint, DEST, Options(resolve(None, Limits(1), "")[0]), threads=1)
+    assert (trunk.loss(types(chosen)) or math.inf) < (trunk.loss(types(even)) or 0.0)
+    assert trunk.loss(types(whole(small, "Q5_0"))) is None
 
 
 def test_what_a_token_reads_is_what_plan_says_of_the_file(small: Path) -> None:
@@ -108,9 +114,9 @@ def test_what_a_token_reads_is_what_plan_says_of_the_file(small: Path) -> None:
     def reads(plan: Plan) -> float:
         return speed.step_bytes([(t.role, t.n_bytes) for t in plan.tensors if t.name in names], share)
 
-    free = within(Budget(bpw=6), small)
+    free = within(Limits(bpw=6), small)
     limit = reads(free) * 0.85
-    plan = within(Budget(bpw=6, read_bytes=limit), small)
+    plan = within(Limits(bpw=6, read_bytes=limit), small)
     assert limit * 0.95 < reads(plan) <= limit
     assert plan.n_bytes < free.n_bytes
     assert types(plan)["token_embd.weight"] == T.Q8_0  # its rows are read for free
@@ -120,8 +126,8 @@ def test_rules_stay_and_floors_hold(small: Path, tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text('bpw = 5.0\nattn_output = "Q6_K"\nffn_down_exps = { floor = "Q4_K" }\nnextn = "Q4_K"\n')
     chosen, limits = resolve(str(file), None, "")
-    assert limits == Budget(bpw=5.0)
-    plans = [within(limits, small, type_name=str(file)), within(Budget(bpw=4.3), small, type_name=str(file))]
+    assert limits == Limits(bpw=5.0)
+    plans = [within(limits, small, type_name=str(file)), within(Limits(bpw=4.3), small, type_name=str(file))]
     for plan in plans:
         found = {tensor.name: tensor for tensor in plan.tensors}
         assert found["blk.3.attn_output.weight"].reason == "recipe line 2: attn_output"
@@ -134,7 +140,7 @@ def test_rules_stay_and_floors_hold(small: Path, tmp_path: Path) -> None:
 
 def test_a_stock_mixture_and_a_budget_exclude_each_other() -> None:
     with pytest.raises(RecipeError, match=r"Q4_K_M says the type of every tensor, and so does a budget \(fit-2GiB\)"):
-        resolve("q4_k_m", Budget(2 * 2**30), "")
+        resolve("q4_k_m", Limits(2 * 2**30), "")
 
 
 def test_no_budget_is_the_recipe_as_it_is() -> None:
@@ -143,19 +149,19 @@ def test_no_budget_is_the_recipe_as_it_is() -> None:
 
 
 def test_another_time_nothing_is_read_and_the_plan_is_the_same(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = within(Budget(bpw=5), small)
+    first = within(Limits(bpw=5), small)
     monkeypatch.setattr(Checkpoint, "values", None)
-    assert within(Budget(bpw=5), small) == first
-    assert types(within(Budget(bpw=6), small)) != types(first)
+    assert within(Limits(bpw=5), small) == first
+    assert types(within(Limits(bpw=6), small)) != types(first)
 
 
 def test_without_an_imatrix_it_is_said_and_types_that_need_one_are_not_taken(small: Path, tmp_path: Path) -> None:
-    without = within(Budget(bpw=4.7), small)
+    without = within(Limits(bpw=4.7), small)
     assert UNIFORM in without.warnings
     assert T.IQ2_XS not in types(without).values()
     trunk = [t for t in whole(small, "Q8_0", "drop").tensors if t.is_quantized]
     options = Options("", importance=write_importance(trunk, tmp_path / "imatrix.gguf", without="none"))
-    with_it = within(Budget(bpw=4.7), small, options)
+    with_it = within(Limits(bpw=4.7), small, options)
     assert UNIFORM not in with_it.warnings
     assert T.IQ2_XS in types(with_it).values()
 
@@ -163,31 +169,31 @@ def test_without_an_imatrix_it_is_said_and_types_that_need_one_are_not_taken(sma
 def test_a_gguf_gets_the_types_of_its_checkpoint(small: Path, tmp_path: Path) -> None:
     source = tmp_path / "bf16.gguf"
     assert main(["convert", str(small), str(source), "-t", "BF16", "-q"]) == 0
-    budget = Budget(bpw=5)
+    budget = Limits(bpw=5)
     assert types(within(budget, source)) == types(within(budget, small))
 
 
 def test_a_budget_that_nothing_fits_names_what_the_smallest_types_take(small: Path) -> None:
     least = whole(small, "Q2_K")
     with pytest.raises(DoesNotFit, match=r"fit-1MiB: with the smallest types the files have [\d,]+ bytes") as error:
-        within(Budget(MIB), small)
+        within(Limits(MIB), small)
     named = int(str(error.value).split("have ")[1].split(" ")[0].replace(",", ""))
     assert abs(named - least.file_bytes) < 1000  # headers name the recipe
     with pytest.raises(DoesNotFit, match="one token reads"):
-        within(Budget(bpw=9, read_bytes=1000), small)
+        within(Limits(bpw=9, read_bytes=1000), small)
 
 
 @pytest.mark.parametrize(
     ("budget", "name"),
     [
-        (Budget(104 * 2**30), "fit-104GiB"),
-        (Budget(int(109.1 * 2**30)), "fit-109.1GiB"),
-        (Budget(6 * MIB), "fit-6MiB"),
-        (Budget(bpw=4.2), "4.2bpw"),
-        (Budget(104 * 2**30, read_bytes=9 * 2**30), "fit-104GiB-9GiB-a-token"),
+        (Limits(104 * 2**30), "fit-104GiB"),
+        (Limits(int(109.1 * 2**30)), "fit-109.1GiB"),
+        (Limits(6 * MIB), "fit-6MiB"),
+        (Limits(bpw=4.2), "4.2bpw"),
+        (Limits(104 * 2**30, read_bytes=9 * 2**30), "fit-104GiB-9GiB-a-token"),
     ],
 )
-def test_a_budget_has_a_name_for_files(budget: Budget, name: str) -> None:
+def test_a_budget_has_a_name_for_files(budget: Limits, name: str) -> None:
     assert budget.name == name
 
 
