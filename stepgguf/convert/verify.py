@@ -7,7 +7,6 @@ that a file from elsewhere is what its name says.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import random
 from collections.abc import Callable, Iterable
@@ -15,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +25,7 @@ from stepgguf.convert.header import Header, TensorInfo
 from stepgguf.convert.pipeline import UnitMaker
 from stepgguf.convert.plan import Plan, PlannedTensor, Unit, replan, row_ranges, rows_per_expert, unit_rows
 from stepgguf.convert.source import TensorSource
-from stepgguf.convert.writer import manifest_path
-from stepgguf.errors import VerifyError
+from stepgguf.convert.writer import read_manifest
 from stepgguf.quants.ggml import row_size
 
 Bytes = NDArray[np.uint8]
@@ -73,8 +70,11 @@ def verify_manifest(path: Path, step: Step) -> Report:
     """Compare every byte of a file (all its splits) with the digests in its manifest."""
     report = Report(step)
     for file in split_files(path):
-        header, manifest = gguf_header.read(file), _manifest(file)
-        if _header_digest(header) != manifest["header_sha256"]:
+        header, manifest = (
+            gguf_header.read(file),
+            read_manifest(file, "Verify against the checkpoint: --against DIRECTORY."),
+        )
+        if _header_digest(header) != manifest.get("header_sha256"):
             report.problems.append(f"{file.name}: the header (metadata or tensor list) is not the one that was written")
         infos = {tensor.name: tensor for tensor in header.tensors}
         jobs = []
@@ -123,19 +123,6 @@ def _where(info: TensorInfo, start: int, stop: int) -> str:
     rows = rows_per_expert(info.shape)
     expert = f" expert {start // rows}" if len(info.shape) == 3 else ""
     return f"{info.name}{expert} rows {start % rows}-{(stop - 1) % rows}"
-
-
-def _manifest(file: Path) -> dict[str, Any]:
-    path = manifest_path(file)
-    try:
-        manifest = json.loads(path.read_text())
-    except OSError:
-        raise VerifyError(f"{path} is not there", hint="Verify against the checkpoint: --against DIRECTORY.") from None
-    except ValueError as error:
-        raise VerifyError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(manifest, dict) or not {"header_sha256", "tensors"} <= manifest.keys():
-        raise VerifyError(f"{path}: not a manifest of stepgguf")
-    return manifest
 
 
 def _header_digest(header: Header) -> str:

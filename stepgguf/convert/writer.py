@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from stepgguf import __version__
 from stepgguf.convert import ledger
 from stepgguf.convert.plan import Plan, PlannedFile, Unit
-from stepgguf.errors import OutputError
+from stepgguf.errors import OutputError, VerifyError
 from stepgguf.quants.codec import Loss
 
 _RECORD = struct.Struct("<II56s")
@@ -258,6 +258,20 @@ def disk_errors(path: Path) -> Iterator[None]:
 def manifest_path(path: Path) -> Path:
     """The manifest of a finished file."""
     return _beside(path, ".manifest.json")
+
+
+def read_manifest(file: Path, otherwise: str) -> dict[str, Any]:
+    """The manifest of a finished file. VerifyError, with the hint `otherwise`, if it has none that can be read."""
+    path = manifest_path(file)
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)  # NaN
+    except OSError:
+        raise VerifyError(f"{path} is not there", hint=otherwise) from None
+    except ValueError as error:
+        raise VerifyError(f"{path}: not valid JSON ({error})", hint=otherwise) from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("tensors"), dict):
+        raise VerifyError(f"{path}: not a manifest of stepgguf", hint=otherwise)
+    return manifest
 
 
 def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from stepgguf.errors import QuantError
 from stepgguf.quants import ggml, lanes
-from stepgguf.quants.ggml import BF16, F16, F32, row_size
+from stepgguf.quants.ggml import BF16, F32, row_size
 
 KERNELS = ("lanes", "ggml")
 FP8_TILE = 128
@@ -91,6 +91,8 @@ def quantize(
 
     Returns whether all values are finite; if not, out is worthless.
     """
+    if kind in ggml.GRIDS and ggml.ABORT_FROM <= _largest(values) < np.inf:
+        raise QuantError(f"the values are too large for {kind.name}: no scale reaches {ggml.ABORT_FROM:g}")
     lane = lanes.lane_type(kind) if kernel == "lanes" else None
     if lane is None:
         return all(_quantize_widened(kind, chunk, part, importance) for chunk, part in _chunks(values, out))
@@ -157,15 +159,11 @@ def prepare(
 
 def dequantize(kind: GGMLQuantizationType, data: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
     """Decode data [n, row bytes] into out [n, columns], float32."""
-    library = ggml.load()
-    if kind == F32:
-        out[:] = data.view(np.float32).reshape(out.shape)
-    elif library is not None and library.can_dequantize(kind):
-        library.dequantize(kind, data, out)
+    lane = lanes.lane_type(kind)
+    if lane is not None:
+        lane.decode(data, out)
     elif kind == BF16:
         np.left_shift(data.view(np.uint16).reshape(out.shape), 16, out=out.view(np.uint32), dtype=np.uint32)
-    elif kind == F16:
-        out[:] = data.view(np.float16).reshape(out.shape)
     else:
         out[:] = gguf.quants.dequantize(data, kind).reshape(out.shape)
 
@@ -173,6 +171,17 @@ def dequantize(kind: GGMLQuantizationType, data: NDArray[np.uint8], out: NDArray
 def _stored(values: Values) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
     """As kernels take them: (values, scales)."""
     return (values.codes, values.scales) if isinstance(values, Scaled) else (values, None)
+
+
+def _largest(values: Values) -> float:
+    """A bound of |value|; NaN or infinity if one is."""
+    if isinstance(values, Scaled):
+        return float(np.abs(values.scales).max()) * 448  # E4M3's largest number
+    if values.dtype == np.uint16:
+        return float(
+            (np.bitwise_and(values, 0x7FFF).max(keepdims=True).astype(np.uint32) << 16).view(np.float32).item()
+        )
+    return float(np.abs(values).max())
 
 
 def _chunks(values: Values, out: NDArray[np.uint8]) -> list[tuple[Values, NDArray[np.uint8]]]:

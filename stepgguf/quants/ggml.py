@@ -27,6 +27,10 @@ ABORT_WITHOUT_IMATRIX = frozenset(
     {GGMLQuantizationType.IQ2_XXS, GGMLQuantizationType.IQ2_XS, GGMLQuantizationType.IQ1_S}
 )
 
+# And where values are so large that no point of a grid is the closest. No FP16 scale reaches a hundredth of this.
+GRIDS = frozenset(kind for kind in GGMLQuantizationType if kind.name.startswith(("IQ1_", "IQ2_", "IQ3_")))
+ABORT_FROM = 2.0**32
+
 _NAMES = ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll")
 
 
@@ -79,9 +83,6 @@ class Ggml:
     def prepare(self, kind: GGMLQuantizationType) -> None:
         """Build the type's lookup tables now, on one thread."""
         self._init(int(kind))
-
-    def can_dequantize(self, kind: GGMLQuantizationType) -> bool:
-        return kind in self._to_float
 
     def dequantize(self, kind: GGMLQuantizationType, data: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
         """Decode data into as many float32 values as out holds."""

@@ -12,7 +12,6 @@ importance of a channel, 1 without an imatrix, x a weight and q what became of i
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 from stepgguf.convert import header as gguf_header
 from stepgguf.convert.ggufsource import ARCHITECTURE, split_files
 from stepgguf.convert.header import Header, TensorInfo
-from stepgguf.convert.writer import manifest_path
+from stepgguf.convert.writer import manifest_path, read_manifest
 from stepgguf.errors import BadMetadata, VerifyError
 
 Floats = NDArray[np.float64]
@@ -86,10 +85,15 @@ class Measured:
     imatrix: Imatrix | None
 
 
+_OTHERWISE = (
+    "The report is drawn from the manifest that `convert` and `quantize` write beside the file: fetch it again."
+)
+
+
 def read(path: Path) -> Measured:
     """Raises GGUFError if `path` is no GGUF file, VerifyError if a manifest is missing or is of another file."""
     headers = [gguf_header.read(file) for file in split_files(path)]
-    manifests = [_manifest(header) for header in headers]
+    manifests = [read_manifest(header.path, _OTHERWISE) for header in headers]
     first, how = headers[0], manifests[0]
     n_mtp = _count(first, "nextn_predict_layers")
     n_layer = _count(first, "block_count") - n_mtp
@@ -106,28 +110,10 @@ def read(path: Path) -> Measured:
         ),
         made_by=str(how.get("made_by", "an unknown tool")),
         type=_text(how, "type") or _text({"type": first.get("stepgguf.type")}, "type"),
-        source=_text(how, "source"),
+        source=_text({"source": first.get("stepgguf.source")}, "source"),
         recipe=_text(how, "recipe"),
         imatrix=_imatrix(how.get("imatrix")),
     )
-
-
-def _manifest(header: Header) -> dict[str, Any]:
-    path = manifest_path(header.path)
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)  # NaN
-    except OSError:
-        raise VerifyError(
-            f"{path} is not there, and the report is drawn from it",
-            hint="`stepgguf convert` and `quantize` write it beside the file: fetch it, or make the file again.",
-        ) from None
-    except ValueError as error:
-        raise VerifyError(f"{path}: not valid JSON ({error})", hint="Fetch it again.") from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("tensors"), dict):
-        raise VerifyError(
-            f"{path}: not a manifest of stepgguf", hint="Make the file again; the manifest comes with it."
-        )
-    return manifest
 
 
 def _tensor(info: TensorInfo, entries: dict[str, Any], n_layer: int, path: Path) -> Tensor:

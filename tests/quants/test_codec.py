@@ -1,4 +1,4 @@
-"""codec against gguf-py's independent encoders and decoders."""
+"""codec against gguf-py's independent encoders and ggml's decoders."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from gguf import GGMLQuantizationType
 
 from stepgguf.errors import QuantError
-from stepgguf.quants import codec, ggml
+from stepgguf.quants import codec, ggml, lanes
 from stepgguf.quants.ggml import row_size
 
 T = GGMLQuantizationType
@@ -47,18 +47,32 @@ def test_without_the_library_the_bytes_are_the_same(name: str, monkeypatch: pyte
     np.testing.assert_array_equal(encode(kind, values), with_library)
 
 
-@pytest.mark.parametrize("name", [*BOTH, "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "IQ3_S"])
-def test_decoding_is_gguf_pys(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", [*BOTH, *sorted(set(lanes.NAMES) - {*BOTH}), "IQ1_S", "IQ1_M"])
+def test_decoding_is_ggmls_bit_for_bit(name: str) -> None:
     kind, values = T[name], rows(2)
-    data = encode(kind, values)
-    theirs = gguf.quants.dequantize(data, kind).reshape(values.shape)
-    out = np.empty_like(values)
-    codec.dequantize(kind, data, out)
-    np.testing.assert_array_equal(out, theirs)
-    monkeypatch.setattr(ggml, "load", lambda: None)
-    out[:] = 0
-    codec.dequantize(kind, data, out)
-    np.testing.assert_array_equal(out, theirs)
+    importance = np.ones(values.shape[1], np.float32)
+    data = np.empty((len(values), row_size(kind, values.shape[1])), np.uint8)
+    codec.quantize(kind, values, data, importance)
+    ours, theirs = np.empty((2, *values.shape), np.float32)
+    codec.dequantize(kind, data, ours)
+    library = ggml.load()
+    assert library is not None
+    if kind == T.F32:
+        theirs[:] = values
+    else:
+        library.dequantize(kind, data, theirs)
+    np.testing.assert_array_equal(ours.view(np.uint32), theirs.view(np.uint32))
+
+
+@pytest.mark.parametrize("kernel", codec.KERNELS)
+@pytest.mark.parametrize("name", ["IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"])
+@pytest.mark.parametrize("size", [1e10, 1e30, 3e38])
+def test_values_that_ggml_would_abort_on_are_an_error(name: str, kernel: str, size: float) -> None:
+    values = rows()
+    values[7] *= np.float32(size / np.abs(values[7]).max())
+    out = np.empty((len(values), row_size(T[name], values.shape[1])), np.uint8)
+    with pytest.raises(QuantError, match=f"too large for {name}"):
+        codec.quantize(T[name], values, out, np.ones(values.shape[1], np.float32), kernel=kernel)
 
 
 def test_the_fp8_table_is_torchs() -> None:

@@ -46,7 +46,8 @@ def write(path: Path, config: dict[str, Any], type_name: str, *, imatrix: bool =
         info = TensorInfo(spec.name, spec.shape, types[spec.name], end)
         infos.append(info)
         end += info.n_bytes + -info.n_bytes % 32
-    keys = [*model_keys(hp, name, "", with_mtp=True), Key.of("stepgguf.type", type_name, V.STRING)]
+    own = {"stepgguf.type": type_name, "stepgguf.source": name}
+    keys = [*model_keys(hp, name, "", with_mtp=True), *(Key.of(key, text, V.STRING) for key, text in own.items())]
     header = gguf_header.encode([key for key in keys if key.name != Keys.General.SIZE_LABEL], infos)
     with path.open("wb") as file:
         file.write(header)

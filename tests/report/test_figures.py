@@ -217,14 +217,12 @@ def test_a_manifest_of_another_file_is_refused(made: Made) -> None:
 
 def test_what_the_manifest_says_of_its_making_is_only_text(made: Made) -> None:
     def odd(manifest: dict[str, Any]) -> None:
-        manifest.update(
-            type=7, recipe=["x"], source=None, imatrix={"file": 3, "datasets": [1, None], "extra": math.inf}
-        )
+        manifest.update(type=7, recipe=["x"], imatrix={"file": 3, "datasets": [1, None], "extra": math.inf})
 
     made.rewrite(odd)
     subject = measured.read(made.path)
     assert subject.type == "Q4_K_M"  # the header's
-    assert subject.recipe is subject.source is None
+    assert subject.recipe is None
     assert subject.imatrix == measured.Imatrix(None, None, ("1", "None"))
     before = copy.deepcopy(made.manifest)
     made.rewrite(lambda manifest: manifest.update(imatrix="step.gguf"))

@@ -244,7 +244,7 @@ def test_what_a_file_says_of_itself_is_text(tmp_path: Path, page: Page, text: st
     made = write(tmp_path / "x.gguf", MODEL, "Q4_K_M", name=text)
 
     def claim(manifest: dict[str, Any]) -> None:
-        manifest.update(type=text, source=text, recipe=text, made_by=text)
+        manifest.update(type=text, recipe=text, made_by=text)
         manifest["imatrix"] = {"file": text, "prior": text, "datasets": [text]}
 
     show(page, made, claim)
