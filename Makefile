@@ -20,8 +20,9 @@ test: .venv/dev tests/clients/node_modules
 	$(BIN)/python -m pytest
 
 bench: .venv/dev
+	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.real_layer
-	$(BIN)/python -m benchmarks.one_pass
+	$(BIN)/python -m benchmarks.allocation
 	$(BIN)/python -m benchmarks.serving
 	$(BIN)/python -m benchmarks.load
 
