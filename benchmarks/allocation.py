@@ -24,7 +24,8 @@ from stepgguf.convert import budget, pipeline
 from stepgguf.convert.budget import Limits
 from stepgguf.convert.checkpoint import Checkpoint
 from stepgguf.convert.importance import Importance
-from stepgguf.convert.plan import Options, Plan, plan_checkpoint
+from stepgguf.convert.plan import Options, Plan
+from stepgguf.convert.planner import plan_checkpoint
 from stepgguf.convert.writer import Writer
 from stepgguf.demo import CHECKPOINT, tasks
 from stepgguf.demo.train import Encoder

@@ -1,8 +1,12 @@
-"""llama.cpp as the oracle: llama_model_quantize of the installed llama-cpp-python."""
+"""llama.cpp as the oracle: llama_model_quantize of the installed llama-cpp-python, and ggml's own functions.
+
+Their bytes are ours on x86-64. Elsewhere ggml's build contracts sums into FMA, and tests of identity are skipped.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import platform
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,8 +14,18 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
+import pytest
 
-from stepgguf.quants import mixtures
+from stepgguf.quants import ggml, mixtures
+
+
+def library() -> ggml.Ggml:
+    """ggml, where its bytes are ours."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("ggml's build for this processor rounds otherwise")
+    found = ggml.load()
+    assert found is not None
+    return found
 
 
 def llama_quantize(
@@ -27,6 +41,7 @@ def llama_quantize(
 
     imatrix: GGUF tensor name -> [n_expert, columns], already divided by the counts; the tool does that before the call.
     """
+    library()
     lines: list[str] = []
 
     def log(level: int, text: bytes, data: object) -> None:

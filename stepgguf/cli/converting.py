@@ -16,7 +16,8 @@ from stepgguf.convert.budget import Limits, Trunk
 from stepgguf.convert.checkpoint import Checkpoint
 from stepgguf.convert.fold import Line, fold
 from stepgguf.convert.ggufsource import GGUFSource
-from stepgguf.convert.plan import Options, Plan, plan_source
+from stepgguf.convert.plan import Options, Plan
+from stepgguf.convert.planner import plan_source
 from stepgguf.convert.source import TensorSource
 from stepgguf.convert.writer import Writer
 

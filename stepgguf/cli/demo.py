@@ -36,7 +36,8 @@ def demo(
     from stepgguf.cli.dialogue import Dialogue, one_shot, view
     from stepgguf.cli.terminal.view import Screen
     from stepgguf.convert.checkpoint import Checkpoint
-    from stepgguf.convert.plan import Options, plan_checkpoint
+    from stepgguf.convert.plan import Options
+    from stepgguf.convert.planner import plan_checkpoint
     from stepgguf.demo import CHECKPOINT
     from stepgguf.quants.mixtures import check_name
 

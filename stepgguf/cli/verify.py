@@ -43,7 +43,8 @@ def verify(
     from stepgguf.convert import header as gguf_header
     from stepgguf.convert.checkpoint import Checkpoint
     from stepgguf.convert.ggufsource import GGUFSource, split_files
-    from stepgguf.convert.plan import Options, plan_checkpoint, plan_gguf
+    from stepgguf.convert.plan import Options
+    from stepgguf.convert.planner import plan_checkpoint, plan_gguf
     from stepgguf.convert.verify import verify_manifest, verify_source
 
     importance = arguments.read_importance(imatrix, imatrix_prior)

@@ -21,7 +21,8 @@ from stepgguf.convert.checkpoint import Checkpoint
 from stepgguf.convert.ggufsource import GGUFSource
 from stepgguf.convert.measure import Progress
 from stepgguf.convert.pipeline import Compiling
-from stepgguf.convert.plan import Options, Plan, PlannedTensor, plan_source
+from stepgguf.convert.plan import Options, Plan, PlannedTensor
+from stepgguf.convert.planner import plan_source
 from stepgguf.convert.sizes import Inventory
 from stepgguf.errors import DoesNotFit, RecipeError
 from stepgguf.quants import mixtures, recipe

@@ -17,7 +17,7 @@ from stepgguf.convert import metadata
 from stepgguf.convert.checkpoint import Checkpoint
 from stepgguf.convert.ggufsource import ARCHITECTURE, GGUFSource
 from stepgguf.convert.objective import Routing
-from stepgguf.convert.plan import gguf_facts, is_quantizable, model_facts, number
+from stepgguf.convert.planner import gguf_facts, is_quantizable, model_facts, number
 from stepgguf.model.tensors import ROPE_FREQS, file_order, layer_of
 from stepgguf.quants import mixtures, recipe
 from stepgguf.quants.ggml import row_size

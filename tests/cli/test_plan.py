@@ -22,7 +22,8 @@ from stepgguf.cli.planning import OWN, Place, Row, place, planned
 from stepgguf.convert import measure
 from stepgguf.convert.checkpoint import Checkpoint
 from stepgguf.convert.ggufsource import GGUFSource
-from stepgguf.convert.plan import Options, plan_checkpoint
+from stepgguf.convert.plan import Options
+from stepgguf.convert.planner import plan_checkpoint
 from stepgguf.runtime import catalogue
 from stepgguf.runtime.memory import GIB, Context, budget, need
 from tests.cli.test_cli import sparse_checkpoint

@@ -16,7 +16,8 @@ from stepgguf.convert import measure, sizes
 from stepgguf.convert.budget import UNIFORM, Limits, plan_within, resolve
 from stepgguf.convert.checkpoint import Checkpoint
 from stepgguf.convert.ggufsource import GGUFSource
-from stepgguf.convert.plan import Options, Plan, PlannedTensor, plan_checkpoint
+from stepgguf.convert.plan import Options, Plan, PlannedTensor
+from stepgguf.convert.planner import plan_checkpoint
 from stepgguf.errors import DoesNotFit, RecipeError
 from stepgguf.quants import recipe
 from stepgguf.runtime import speed

@@ -12,7 +12,8 @@ import pytest
 
 from stepgguf.convert import header as gguf_header
 from stepgguf.convert.metadata import model_keys, rope_freqs
-from stepgguf.convert.plan import Options, PlannedFile, PlannedTensor, select_checkpoint
+from stepgguf.convert.plan import Options, PlannedFile, PlannedTensor
+from stepgguf.convert.planner import select_checkpoint
 from stepgguf.errors import RecipeError
 from stepgguf.model.hparams import HParams
 from stepgguf.model.tensors import tensor_specs

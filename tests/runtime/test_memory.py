@@ -14,7 +14,8 @@ from stepgguf.cli.footprint import footprint
 from stepgguf.cli.main import main
 from stepgguf.convert.checkpoint import Checkpoint
 from stepgguf.convert.ggufsource import GGUFSource
-from stepgguf.convert.plan import Options, plan_checkpoint
+from stepgguf.convert.plan import Options
+from stepgguf.convert.planner import plan_checkpoint
 from stepgguf.runtime.machine import AmdMemory, Gpu, Machine
 from stepgguf.runtime.memory import (
     GIB,

@@ -13,6 +13,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from stepgguf.errors import QuantError
 from stepgguf.quants import ggml
+from tests.oracle import library
 
 Make = Callable[[np.random.Generator, int], Any]
 
@@ -74,8 +75,7 @@ def check_decoder(name: str, decode: Any, halves: Collection[int]) -> None:
 
     halves: where a block has FP16 numbers; those become finite, as in every valid file.
     """
-    kind, library = GGMLQuantizationType[name], ggml.load()
-    assert library is not None
+    kind = GGMLQuantizationType[name]
     block, size = GGML_QUANT_SIZES[kind]
     for n_rows, n_blocks in SHAPES:
         blocks = np.random.default_rng(n_rows).integers(0, 256, (n_rows, n_blocks, size)).astype(np.uint8)
@@ -85,7 +85,7 @@ def check_decoder(name: str, decode: Any, halves: Collection[int]) -> None:
         blocks = blocks.reshape(n_rows, -1)
         ours, theirs = np.empty((2, n_rows, n_blocks * block), np.float32)
         decode(blocks, ours)
-        library.dequantize(kind, blocks, theirs)
+        library().dequantize(kind, blocks, theirs)
         np.testing.assert_array_equal(ours.view(np.uint32), theirs.view(np.uint32), f"{name}, {ours.shape}")
 
 
@@ -118,8 +118,7 @@ def _fp8_values() -> Any:
 
 def check_rows(name: str, encode: Any, stored: Any, scales: Any, values: Any, weights: Any) -> None:
     """`encode` makes ggml's bytes of rows `stored` with `scales`, that mean the float32 `values`; most are valid."""
-    kind, library = GGMLQuantizationType[name], ggml.load()
-    assert library is not None
+    kind = GGMLQuantizationType[name]
     size = ggml.row_size(kind, values.shape[1])
     ours = np.empty((len(values), size), np.uint8)
     assert encode(stored, scales, weights, ours)
@@ -127,7 +126,7 @@ def check_rows(name: str, encode: Any, stored: Any, scales: Any, values: Any, we
     for r, (row, our) in enumerate(zip(values, ours, strict=True)):
         theirs = np.empty(size, np.uint8)
         try:
-            library.quantize(kind, row[None], theirs, weights)
+            library().quantize(kind, row[None], theirs, weights)
         except QuantError:
             continue  # a scale that is not finite
         n_accepted += 1

@@ -10,6 +10,7 @@ from gguf import GGMLQuantizationType
 
 from stepgguf.quants import ggml
 from stepgguf.quants.lanes.iq2 import TYPES
+from tests.oracle import library
 from tests.quants.lanes.inputs import IMPORTANCES, check, check_decoder
 
 # Distances overflow there, no neighbour is the closest, and ggml aborts the process.
@@ -52,11 +53,10 @@ def test_blocks_whose_scales_all_become_zero_by_underflow_are_the_bytes_of_ggml(
 
 
 def check_rows(name: str, rows: Any, importance: Any) -> None:
-    kind, library = GGMLQuantizationType[name], ggml.load()
-    assert library is not None
+    kind = GGMLQuantizationType[name]
     ours, theirs = np.empty((2, len(rows), ggml.row_size(kind, rows.shape[1])), np.uint8)
     assert TYPES[name].encode(rows, None, importance, ours)
-    library.quantize(kind, rows, theirs, importance)
+    library().quantize(kind, rows, theirs, importance)
     np.testing.assert_array_equal(ours, theirs)
 
 

@@ -10,6 +10,7 @@ from gguf import GGMLQuantizationType
 
 from stepgguf.quants import ggml
 from stepgguf.quants.lanes.iq3 import TYPES
+from tests.oracle import library
 from tests.quants.lanes.inputs import IMPORTANCES, check, check_decoder
 
 # Distances overflow there, no neighbour is the closest, and ggml aborts the process.
@@ -21,9 +22,7 @@ def encoded(name: str, rows: Any, importance: Any) -> tuple[Any, Any]:
     kind = GGMLQuantizationType[name]
     ours, theirs = np.empty((2, len(rows), ggml.row_size(kind, rows.shape[1])), np.uint8)
     assert TYPES[name].encode(rows, None, importance, ours)
-    library = ggml.load()
-    assert library is not None
-    library.quantize(kind, rows, theirs, importance)
+    library().quantize(kind, rows, theirs, importance)
     return ours, theirs
 
 

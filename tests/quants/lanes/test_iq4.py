@@ -7,8 +7,8 @@ import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import IQ4_NL
 
-from stepgguf.quants import ggml
 from stepgguf.quants.lanes.iq4 import TYPES
+from tests.oracle import library
 from tests.quants.lanes.inputs import IMPORTANCES, check, check_decoder
 
 
@@ -34,9 +34,7 @@ def test_a_number_in_the_middle_between_two_values_takes_the_level_that_ggml_tak
     importance = np.tile(np.repeat([1, 0], 16), block // 32).astype(np.float32)
     ours, theirs = np.empty((2, 1, size), np.uint8)
     assert TYPES[name].encode(row[None], None, importance, ours)
-    library = ggml.load()
-    assert library is not None
-    library.quantize(kind, row[None], theirs, importance)
+    library().quantize(kind, row[None], theirs, importance)
     np.testing.assert_array_equal(ours, theirs)
 
 
