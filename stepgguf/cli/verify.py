@@ -44,7 +44,7 @@ def verify(
     from stepgguf.convert.checkpoint import Checkpoint
     from stepgguf.convert.ggufsource import GGUFSource, split_files
     from stepgguf.convert.plan import Options
-    from stepgguf.convert.planner import plan_checkpoint, plan_gguf
+    from stepgguf.convert.planner import plan_source
     from stepgguf.convert.verify import verify_manifest, verify_source
 
     importance = arguments.read_importance(imatrix, imatrix_prior)
@@ -52,14 +52,11 @@ def verify(
     with output.Meter("verify", total, quiet=quiet) as meter:
         if against is None:
             report = verify_manifest(path, meter.step)
-        elif against.is_dir():
-            with Checkpoint(against) as checkpoint:
-                plan = plan_checkpoint(checkpoint, path, Options("F32", importance=importance))
-                report = verify_source(path, plan, checkpoint, 1.0 if all else sample, meter.step)
         else:
-            with GGUFSource(against) as gguf:
-                plan = plan_gguf(gguf, path, Options("F32", allow_requantize=True, importance=importance))
-                report = verify_source(path, plan, gguf, 1.0 if all else sample, meter.step)
+            options = Options("F32", allow_requantize=True, importance=importance)
+            with Checkpoint(against) if against.is_dir() else GGUFSource(against) as source:
+                plan = plan_source(source, path, options)
+                report = verify_source(path, plan, source, 1.0 if all else sample, meter.step)
     if json:
         output.data({"ok": not report.problems, "tensors": report.tensors, "units": report.units,
                      "bytes": report.n_bytes, "problems": list(report.problems)})  # fmt: skip
