@@ -209,7 +209,7 @@ def _quantize_widened(
 
 
 # Where a block has its FP16 factors: byte offsets.
-_FACTORS = {
+FACTORS = {
     "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,),
     "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,), "IQ3_XXS": (0,), "IQ3_S": (0,),
     "IQ2_XXS": (0,), "IQ2_XS": (0,), "IQ2_S": (0,), "MXFP4": (),
@@ -219,7 +219,7 @@ _FACTORS = {
 def _check_scales(kind: GGMLQuantizationType, out: NDArray[np.uint8]) -> None:
     """FP16 ends at 65504: values beyond what it can scale give an infinite factor, which ggml refuses too."""
     blocks = out.reshape(-1, GGML_QUANT_SIZES[kind][1])
-    for offset in _FACTORS[kind.name]:
+    for offset in FACTORS[kind.name]:
         if ((blocks[:, offset + 1] & 0x7C) == 0x7C).any():
             raise QuantError(f"the values are too large for {kind.name}: a block's scale does not fit into FP16")
 

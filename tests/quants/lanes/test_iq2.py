@@ -11,25 +11,6 @@ from gguf import GGMLQuantizationType
 from stepgguf.quants import ggml
 from stepgguf.quants.lanes.iq2 import TYPES
 from tests.oracle import library
-from tests.quants.lanes.inputs import IMPORTANCES, check, check_decoder
-
-# Distances overflow there, no neighbour is the closest, and ggml aborts the process.
-TOO_LARGE = ("huge", "one huge")
-
-
-@pytest.mark.parametrize("importance", IMPORTANCES)
-@pytest.mark.parametrize("name", TYPES)
-def test_float32_rows_become_the_bytes_of_ggml(name: str, importance: str) -> None:
-    check(name, TYPES[name].encode, importance, without=TOO_LARGE)
-
-
-def test_without_importance_iq2_s_rows_become_the_bytes_of_ggml() -> None:
-    check("IQ2_S", TYPES["IQ2_S"].encode, None, without=TOO_LARGE)
-
-
-@pytest.mark.parametrize(("name", "storage"), [*((name, "bf16") for name in TYPES), ("IQ2_XS", "fp8")])
-def test_stored_rows_become_the_bytes_of_ggml(name: str, storage: str) -> None:
-    check(name, TYPES[name].encode, "random", storage, without=TOO_LARGE)
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -58,8 +39,3 @@ def check_rows(name: str, rows: Any, importance: Any) -> None:
     assert TYPES[name].encode(rows, None, importance, ours)
     library().quantize(kind, rows, theirs, importance)
     np.testing.assert_array_equal(ours, theirs)
-
-
-@pytest.mark.parametrize("name", TYPES)
-def test_random_blocks_become_the_numbers_of_ggml(name: str) -> None:
-    check_decoder(name, TYPES[name].decode, (0,))

@@ -11,10 +11,6 @@ from gguf import GGMLQuantizationType
 from stepgguf.quants import ggml
 from stepgguf.quants.lanes.iq3 import TYPES
 from tests.oracle import library
-from tests.quants.lanes.inputs import IMPORTANCES, check, check_decoder
-
-# Distances overflow there, no neighbour is the closest, and ggml aborts the process.
-TOO_LARGE = ("huge", "one huge")
 
 
 def encoded(name: str, rows: Any, importance: Any) -> tuple[Any, Any]:
@@ -24,18 +20,6 @@ def encoded(name: str, rows: Any, importance: Any) -> tuple[Any, Any]:
     assert TYPES[name].encode(rows, None, importance, ours)
     library().quantize(kind, rows, theirs, importance)
     return ours, theirs
-
-
-@pytest.mark.parametrize("importance", [*IMPORTANCES, None])
-@pytest.mark.parametrize("name", TYPES)
-def test_float32_rows_become_the_bytes_of_ggml(name: str, importance: str | None) -> None:
-    check(name, TYPES[name].encode, importance, without=TOO_LARGE)
-
-
-@pytest.mark.parametrize("storage", ["bf16", "fp8"])
-@pytest.mark.parametrize("name", TYPES)
-def test_stored_rows_become_the_bytes_of_ggml(name: str, storage: str) -> None:
-    check(name, TYPES[name].encode, "random", storage, without=TOO_LARGE)
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -56,8 +40,3 @@ def test_a_scale_that_the_importance_makes_denormal_becomes_what_it_is_in_ggml(n
     importance[::32] = 0.0
     ours, theirs = encoded(name, rows, importance)
     np.testing.assert_array_equal(ours, theirs)
-
-
-@pytest.mark.parametrize("name", TYPES)
-def test_random_blocks_become_the_numbers_of_ggml(name: str) -> None:
-    check_decoder(name, TYPES[name].decode, (0,))

@@ -9,19 +9,6 @@ from gguf.quants import IQ4_NL
 
 from stepgguf.quants.lanes.iq4 import TYPES
 from tests.oracle import library
-from tests.quants.lanes.inputs import IMPORTANCES, check, check_decoder
-
-
-@pytest.mark.parametrize("importance", [*IMPORTANCES, None])
-@pytest.mark.parametrize("name", TYPES)
-def test_float32_rows_become_the_bytes_of_ggml(name: str, importance: str | None) -> None:
-    check(name, TYPES[name].encode, importance)
-
-
-@pytest.mark.parametrize("storage", ["bf16", "fp8"])
-@pytest.mark.parametrize("name", TYPES)
-def test_stored_rows_become_the_bytes_of_ggml(name: str, storage: str) -> None:
-    check(name, TYPES[name].encode, "random", storage)
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -36,8 +23,3 @@ def test_a_number_in_the_middle_between_two_values_takes_the_level_that_ggml_tak
     assert TYPES[name].encode(row[None], None, importance, ours)
     library().quantize(kind, row[None], theirs, importance)
     np.testing.assert_array_equal(ours, theirs)
-
-
-@pytest.mark.parametrize("name", TYPES)
-def test_random_blocks_become_the_numbers_of_ggml(name: str) -> None:
-    check_decoder(name, TYPES[name].decode, (0,))

@@ -7,26 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from stepgguf.quants.lanes.plain import TYPES
-from tests.quants.lanes.inputs import IMPORTANCES, check, check_decoder, check_rows
-
-HALVES = {"Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "MXFP4": ()}
-
-
-@pytest.mark.parametrize("importance", [*IMPORTANCES, None])
-@pytest.mark.parametrize("name", TYPES)
-def test_float32_rows_become_the_bytes_of_ggml(name: str, importance: str | None) -> None:
-    check(name, TYPES[name].encode, importance)
-
-
-@pytest.mark.parametrize("storage", ["bf16", "fp8"])
-@pytest.mark.parametrize("name", ["Q4_0", "Q8_0"])  # one that reads each row twice, one that reads it once
-def test_stored_rows_become_the_bytes_of_ggml(name: str, storage: str) -> None:
-    check(name, TYPES[name].encode, "random", storage)
-
-
-@pytest.mark.parametrize("name", TYPES)
-def test_random_blocks_become_the_numbers_of_ggml(name: str) -> None:
-    check_decoder(name, TYPES[name].decode, HALVES[name])
+from tests.quants.lanes.inputs import check_rows
 
 
 def _check(name: str, rows: NDArray[np.float32]) -> None:

@@ -1,4 +1,4 @@
-"""Q3_K and Q6_K against ggml."""
+"""K types against ggml where their searches are odd."""
 
 from __future__ import annotations
 
@@ -6,26 +6,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from stepgguf.quants.lanes.k_scales import TYPES
-from tests.quants.lanes.inputs import IMPORTANCES, check, check_decoder, check_rows
+from stepgguf.quants.lanes import k_mins, k_scales
+from tests.quants.lanes.inputs import check_rows
 
-HALVES = {"Q3_K": (108,), "Q6_K": (208,)}
-
-
-@pytest.mark.parametrize("importance", [*IMPORTANCES, None])
-@pytest.mark.parametrize("name", TYPES)
-def test_float32_rows_become_the_bytes_of_ggml(name: str, importance: str | None) -> None:
-    check(name, TYPES[name].encode, importance)
-
-
-@pytest.mark.parametrize("storage", ["bf16", "fp8"])  # read by code that all types share
-def test_stored_rows_become_the_bytes_of_ggml(storage: str) -> None:
-    check("Q6_K", TYPES["Q6_K"].encode, "random", storage)
-
-
-@pytest.mark.parametrize("name", TYPES)
-def test_random_blocks_become_the_numbers_of_ggml(name: str) -> None:
-    check_decoder(name, TYPES[name].decode, HALVES[name])
+TYPES = {**k_mins.TYPES, **k_scales.TYPES}
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -37,7 +21,7 @@ def test_rows_whose_weighted_sums_overflow_become_the_bytes_of_ggml(name: str) -
 
 
 @pytest.mark.parametrize("importance", [None, np.ones(256, np.float32)])
-@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("name", k_scales.TYPES)
 def test_of_two_scales_of_one_size_the_first_gives_the_sign(name: str, importance: NDArray[np.float32] | None) -> None:
     values = np.random.default_rng(0).normal(size=(40, 16)).astype(np.float32)
     rows = np.tile(np.concatenate([values, -values], axis=1), 8)
