@@ -108,9 +108,9 @@ def test_in_the_bytes_of_one_type_for_all_it_loses_less(small: Path) -> None:
 
 def test_what_a_token_reads_is_what_plan_says_of_the_file(small: Path) -> None:
     with Checkpoint(small) as checkpoint:
-        model = sizes.inventory(checkpoint)
+        model, hp = sizes.inventory(checkpoint), checkpoint.hparams
     names = {t.name for t in model.tensors if not model.is_mtp(t)}
-    share = speed.expert_share(model.routing.n_used, model.routing.n_expert, 1)
+    share = speed.expert_share(hp.n_expert_used, hp.n_expert, 1)
 
     def reads(plan: Plan) -> float:
         return speed.step_bytes([(t.role, t.n_bytes) for t in plan.tensors if t.name in names], share)
@@ -125,14 +125,14 @@ def test_what_a_token_reads_is_what_plan_says_of_the_file(small: Path) -> None:
 
 def test_rules_stay_and_floors_hold(small: Path, tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
-    file.write_text('bpw = 5.0\nattn_output = "Q6_K"\nffn_down_exps = { floor = "Q4_K" }\nnextn = "Q4_K"\n')
+    file.write_text('bpw = 5.0\nattn_output = "Q6_K"\n"ffn_*_exps" = { floor = "Q4_K" }\nnextn = "Q4_K"\n')
     chosen, limits = resolve(str(file), None, "")
     assert limits == Limits(bpw=5.0)
     plans = [within(limits, small, type_name=str(file)), within(Limits(bpw=4.3), small, type_name=str(file))]
     for plan in plans:
         found = {tensor.name: tensor for tensor in plan.tensors}
         assert found["blk.3.attn_output.weight"].reason == "recipe line 2: attn_output"
-        assert found["blk.2.ffn_down_exps.weight"].ggml_type in (T.Q4_K, T.Q8_0)
+        assert {t.ggml_type for t in plan.tensors if t.role.endswith("_exps")} <= {T.Q4_K, T.Q8_0}
         assert found["blk.5.nextn.eh_proj.weight"].ggml_type == T.Q4_K
     assert any(t.ggml_type == T.Q2_K for t in plans[1].tensors)
     assert (plans[0].recipe.name, plans[1].recipe.name) == ("mine-5bpw", "mine-4.3bpw")
