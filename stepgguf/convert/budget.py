@@ -78,8 +78,7 @@ def resolve(type_name: str | None, limits: Limits | None, default: str) -> tuple
 
 @dataclass(frozen=True, slots=True)
 class Trunk:
-    """A model's trunk for sale. items: each tensor's types with bytes and costs. sketch: a plan, with the trunk in
-    n_bytes and all the rest as it will be."""
+    """What the trunk's types cost. items: of each tensor. sketch: the draft plan, n_bytes of which are the trunk's."""
 
     items: Sequence[Item]
     sketch: Plan
@@ -170,7 +169,7 @@ def price(
     priced = {item.name: item for item in objective.items(matrices, measured, model.routing, importance)}
     open_ = {c.name: options.recipe.floor(c, model.facts) for c in _candidates(model) if _is_open(c, model, options)}
     items = [
-        _above(priced[t.name], open_[t.name])
+        _above(priced[t.name], open_[t.name], t)
         if t.name in open_
         else _fixed(t, priced.get(t.name), objective.read_share(t, model.routing))
         for t in trunk
@@ -178,12 +177,13 @@ def price(
     return Trunk(items, sketch, sum(tensor.n_bytes for tensor in trunk))
 
 
-def _above(item: Item, floor: GGMLQuantizationType | None) -> Item:
-    """Without types of fewer bits than the floor."""
+def _above(item: Item, floor: GGMLQuantizationType | None, tensor: PlannedTensor) -> Item:
+    """Without types of fewer bits than the floor; the floor itself if that leaves none."""
     if floor is None:
         return item
     least = recipe.bits_per_weight(floor)
-    return replace(item, options=tuple(o for o in item.options if recipe.bits_per_weight(o.ggml_type) >= least))
+    options = tuple(o for o in item.options if recipe.bits_per_weight(o.ggml_type) >= least)
+    return replace(item, options=options or (Option(floor, replace(tensor, ggml_type=floor).n_bytes, 0.0),))
 
 
 def _fixed(tensor: PlannedTensor, priced: Item | None, read_share: float) -> Item:

@@ -125,17 +125,24 @@ def test_what_a_token_reads_is_what_plan_says_of_the_file(small: Path) -> None:
 
 def test_rules_stay_and_floors_hold(small: Path, tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
-    file.write_text('bpw = 5.0\nattn_output = "Q6_K"\n"ffn_*_exps" = { floor = "Q4_K" }\nnextn = "Q4_K"\n')
+    rules = [
+        'attn_output = "Q6_K"',
+        '"ffn_*_exps" = { floor = "Q4_K" }',
+        'attn_k = { floor = "BF16" }',
+        'nextn = "Q4_K"',
+    ]
+    file.write_text("\n".join(["bpw = 5.2", *rules]))
     chosen, limits = resolve(str(file), None, "")
-    assert limits == Limits(bpw=5.0)
-    plans = [within(limits, small, type_name=str(file)), within(Limits(bpw=4.3), small, type_name=str(file))]
+    assert limits == Limits(bpw=5.2)
+    plans = [within(limits, small, type_name=str(file)), within(Limits(bpw=4.6), small, type_name=str(file))]
     for plan in plans:
         found = {tensor.name: tensor for tensor in plan.tensors}
         assert found["blk.3.attn_output.weight"].reason == "recipe line 2: attn_output"
         assert {t.ggml_type for t in plan.tensors if t.role.endswith("_exps")} <= {T.Q4_K, T.Q8_0}
         assert found["blk.5.nextn.eh_proj.weight"].ggml_type == T.Q4_K
+        assert found["blk.3.attn_k.weight"].ggml_type == T.BF16
     assert any(t.ggml_type == T.Q2_K for t in plans[1].tensors)
-    assert (plans[0].recipe.name, plans[1].recipe.name) == ("mine-5bpw", "mine-4.3bpw")
+    assert (plans[0].recipe.name, plans[1].recipe.name) == ("mine-5.2bpw", "mine-4.6bpw")
     assert chosen.name == "mine"
 
 
