@@ -24,7 +24,7 @@ from stepgguf.convert.importance import Importance
 from stepgguf.convert.plan import PlannedTensor, Unit
 from stepgguf.convert.source import TensorSource
 from stepgguf.convert.writer import Made, Writer, disk_errors
-from stepgguf.errors import CorruptTensor
+from stepgguf.errors import CorruptTensor, QuantError
 from stepgguf.quants import codec
 from stepgguf.quants.codec import Loss, Values
 
@@ -128,7 +128,7 @@ class UnitMaker:
     def make(self, tensor: PlannedTensor, unit: Unit) -> tuple[NDArray[np.uint8], Loss | None]:
         """The encoded rows [start, stop), [n, row bytes], and what they lost; of copied ones nothing.
 
-        CorruptTensor on a value that is not finite.
+        CorruptTensor on a value that is not finite, QuantError on values that the type cannot hold.
         """
         if tensor.constant is not None:
             return np.frombuffer(tensor.constant, np.uint8).reshape(1, -1), None
@@ -141,8 +141,14 @@ class UnitMaker:
             values = _plus_one(values)
         importance = self._row(tensor, unit)
         out = np.empty((unit.stop - unit.start, tensor.row_bytes), np.uint8)
-        if not codec.quantize(tensor.ggml_type, values, out, importance, kernel=self._kernel):
-            self._check_finite(tensor, unit, values)
+        try:
+            if not codec.quantize(tensor.ggml_type, values, out, importance, kernel=self._kernel):
+                self._check_finite(tensor, unit, values)
+        except QuantError as error:
+            expert = f", expert {unit.start // tensor.rows_per_expert}" if tensor.n_experts > 1 else ""
+            raise QuantError(
+                f"{tensor.name}{expert}: {error}", hint="Give this tensor another type in a recipe, such as BF16."
+            ) from None
         return out, codec.loss(tensor.ggml_type, values, out, importance) if tensor.is_quantized else None
 
     def _is_copied(self, tensor: PlannedTensor) -> bool:

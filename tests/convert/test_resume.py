@@ -22,7 +22,7 @@ from stepgguf.convert.pipeline import Done
 from stepgguf.convert.plan import Options, Plan
 from stepgguf.convert.planner import plan_checkpoint
 from stepgguf.convert.writer import Writer
-from stepgguf.errors import CorruptTensor, OutputError
+from stepgguf.errors import CorruptTensor, OutputError, QuantError
 from tests.conftest import INTERRUPTIBLE
 from tests.generate import Shape, write_checkpoint
 
@@ -281,20 +281,39 @@ NOT_FINITE = {
 @pytest.mark.parametrize("case", NOT_FINITE)
 @pytest.mark.parametrize("kind", ["Q4_K_M", "BF16"])
 def test_values_that_are_not_finite_are_named(small: Path, tmp_path: Path, case: str, kind: str) -> None:
-    from safetensors.torch import load_file, save_file
-
     name, index, value, text = NOT_FINITE[case]
     copy = Path(shutil.copytree(small, tmp_path / "copy"))
-    with Checkpoint(copy) as checkpoint:
-        source = next(spec.source for spec in checkpoint.specs if spec.name == name)
-    for shard in copy.glob("*.safetensors"):
-        tensors = load_file(shard)
-        if source in tensors:
-            tensors[source][index] = value
-            save_file(tensors, shard)
+    source = change(copy, name, index, value)
     with Checkpoint(copy) as checkpoint:
         writer = Writer(plan_checkpoint(checkpoint, tmp_path / "o.gguf", Options(kind)), checkpoint.identity())
         with pytest.raises(CorruptTensor, match=f"{source}: {text}"):
             pipeline.run(checkpoint, writer)
         writer.close()
     assert not (tmp_path / "o.gguf").exists()
+
+
+@pytest.mark.parametrize("kernel", ["lanes", "ggml"])
+def test_a_value_that_the_type_cannot_hold_names_its_expert(small: Path, tmp_path: Path, kernel: str) -> None:
+    copy = Path(shutil.copytree(small, tmp_path / "copy"))
+    change(copy, "blk.3.ffn_up_exps.weight", (4, 200, 17), 1e30)
+    with Checkpoint(copy) as checkpoint:
+        options = Options("Q4_K_M", kernel=kernel)
+        writer = Writer(plan_checkpoint(checkpoint, tmp_path / "o.gguf", options), checkpoint.identity())
+        with pytest.raises(QuantError, match=r"blk\.3\.ffn_up_exps\.weight, expert 4: ") as caught:
+            pipeline.run(checkpoint, writer)
+        assert "recipe" in (caught.value.hint or "")
+        writer.close()
+
+
+def change(checkpoint: Path, name: str, index: tuple[int, ...], value: float) -> str:
+    """Set one value of a tensor that is called `name` in GGUFs; returns what the checkpoint calls it."""
+    from safetensors.torch import load_file, save_file
+
+    with Checkpoint(checkpoint) as opened:
+        source = next(spec.source for spec in opened.specs if spec.name == name)
+    for shard in checkpoint.glob("*.safetensors"):
+        tensors = load_file(shard)
+        if source in tensors:
+            tensors[source][index] = value
+            save_file(tensors, shard)
+    return source
