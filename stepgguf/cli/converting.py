@@ -11,13 +11,14 @@ from typing import Any
 import typer
 
 from stepgguf.cli import output
-from stepgguf.convert import budget, pipeline
+from stepgguf.convert import budget, measure, pipeline
 from stepgguf.convert.budget import Limits, Trunk
 from stepgguf.convert.checkpoint import Checkpoint
 from stepgguf.convert.fold import Line, fold
 from stepgguf.convert.ggufsource import GGUFSource
 from stepgguf.convert.plan import Options, Plan
 from stepgguf.convert.planner import plan_source
+from stepgguf.convert.sizes import inventory
 from stepgguf.convert.source import TensorSource
 from stepgguf.convert.writer import Writer
 
@@ -43,15 +44,15 @@ def priced(
     source: Checkpoint | GGUFSource, dest: Path, options: Options, *, threads: int | None, quiet: bool = False
 ) -> Trunk:
     """What each type costs each tensor. Ctrl+C keeps what is measured and exits with 130."""
-    total = sum(t.n_values for t in budget.draft(source, dest, options).tensors if t.is_quantized)
+    total = sum(measure.sampled(tensor.shape) for tensor in inventory(source).matrices)
     try:
-        with output.Meter("measuring", total, quiet=quiet) as meter:
+        with output.Meter("measuring", 2 * total, quiet=quiet) as meter:
             return budget.price(
                 source,
                 dest,
                 options,
                 threads=threads,
-                progress=lambda tensor: meter.step(tensor.n_values),
+                progress=lambda tensor: meter.step(2 * measure.sampled(tensor.shape)),  # as BF16
                 compiling=meter.compiling,
             )
     except KeyboardInterrupt:

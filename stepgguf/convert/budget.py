@@ -143,7 +143,7 @@ def plan_within(limits: Limits, source: Checkpoint | GGUFSource, dest: Path, opt
 def draft(source: Checkpoint | GGUFSource, dest: Path, options: Options) -> Plan:
     """The plan with all that no rule decides as Q8_0, in one file (and one of MTP blocks, if they are separate)."""
     model = sizes.inventory(source)
-    open_ = {c.name: Choice(_q8_0(c.shape), "draft") for c in _candidates(model) if _is_open(c, model, options)}
+    open_ = {c.name: Choice(_q8_0(c.shape), "draft") for c in model.matrices if _is_open(c, model, options)}
     return plan_source(source, dest, replace(options, allocated=open_, split_max_size=None))
 
 
@@ -167,7 +167,7 @@ def price(
         source, matrices, cache, importance=importance, threads=threads, progress=progress, compiling=compiling
     )
     priced = {item.name: item for item in objective.items(matrices, measured, model.routing, importance)}
-    open_ = {c.name: options.recipe.floor(c, model.facts) for c in _candidates(model) if _is_open(c, model, options)}
+    open_ = {c.name: options.recipe.floor(c, model.facts) for c in model.matrices if _is_open(c, model, options)}
     items = [
         _above(priced[t.name], open_[t.name], t)
         if t.name in open_
@@ -191,11 +191,6 @@ def _fixed(tensor: PlannedTensor, priced: Item | None, read_share: float) -> Ite
     options = priced.options if priced is not None else ()
     cost = next((option.cost for option in options if option.ggml_type == tensor.ggml_type), 0.0)
     return Item(tensor.name, (Option(tensor.ggml_type, tensor.n_bytes, cost),), read_share)
-
-
-def _candidates(model: Inventory) -> list[Candidate]:
-    """The trunk's tensors that can be quantized."""
-    return [t for t in model.tensors if t.name in model.quantizable and not model.is_mtp(t)]
 
 
 def _is_open(candidate: Candidate, model: Inventory, options: Options) -> bool:

@@ -24,6 +24,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +37,7 @@ from gguf import GGMLQuantizationType
 
 from stepgguf.convert.importance import Importance
 from stepgguf.convert.pipeline import Compiling, UnitMaker
-from stepgguf.convert.plan import PlannedTensor, Unit
+from stepgguf.convert.plan import PlannedTensor, Unit, rows_per_expert
 from stepgguf.convert.source import TensorSource
 from stepgguf.convert.writer import disk_errors
 from stepgguf.quants import mixtures
@@ -126,8 +127,7 @@ def _runs(tensor: PlannedTensor, importance: Importance | None) -> list[_Run]:
     """The sample: `count` runs in each expert, evenly spaced, shifted from expert to expert."""
     n, rows = tensor.n_experts, tensor.rows_per_expert
     shares = _shares(tensor, importance)
-    length = min(RUN, rows)
-    count = min(-(-RUNS // n), rows // length)
+    length, count = _sample(rows, n)
     spacing = rows / count
     result = []
     for expert in range(n):
@@ -136,6 +136,19 @@ def _runs(tensor: PlannedTensor, importance: Importance | None) -> list[_Run]:
             start = expert * rows + int(i * spacing + shift)
             result.append(_Run(tensor, start, start + length, shares[expert] * rows / (count * length)))
     return result
+
+
+def sampled(shape: tuple[int, ...]) -> int:
+    """Values of a tensor that `measure` reads."""
+    rows = rows_per_expert(shape)
+    length, count = _sample(rows, math.prod(shape[:-2]))
+    return math.prod(shape[:-2]) * count * length * shape[-1]
+
+
+def _sample(rows: int, n: int) -> tuple[int, int]:
+    """Rows of a run, and runs of each of n experts with so many rows."""
+    length = min(RUN, rows)
+    return length, min(-(-RUNS // n), rows // length)
 
 
 def _shares(tensor: PlannedTensor, importance: Importance | None) -> list[float]:

@@ -70,6 +70,11 @@ class Inventory:
         return None if self.own is None else self.with_types(self.own, mtp=mtp)
 
     @property
+    def matrices(self) -> list[Candidate]:
+        """The trunk's tensors that can be quantized."""
+        return [t for t in self.tensors if t.name in self.quantizable and not self.is_mtp(t)]
+
+    @property
     def n_mtp(self) -> int:
         return len({t.layer for t in self.tensors if self.is_mtp(t)})
 

@@ -206,6 +206,23 @@ def test_progress_names_each_tensor_once_kept_or_not(given: Given) -> None:
     assert sorted(seen) == sorted(ROLES)
 
 
+def test_the_sample_is_as_large_as_it_is_said_to_be(given: Given) -> None:
+    read: dict[str, int] = {}
+    values = given.checkpoint.values
+
+    def counting(name: str, start: int, stop: int) -> Values:
+        read[name] = read.get(name, 0) + stop - start
+        return values(name, start, stop)
+
+    given.checkpoint.values = counting  # type: ignore[method-assign]
+    given.measure()
+    for tensor in given.tensors.values():
+        assert tensor.source is not None
+        n_types = len(candidates(tensor, given.importance))
+        # Each run once for each type, and before that a row for each, to know what to compile.
+        assert read[tensor.source] == n_types * (module.sampled(tensor.shape) // tensor.shape[-1] + 1)
+
+
 def test_a_value_that_is_not_finite_names_its_place(given: Given, two_experts: Path, tmp_path: Path) -> None:
     source = given.tensors["attn_k"].source
     assert source is not None
