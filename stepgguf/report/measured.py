@@ -85,7 +85,7 @@ class Measured:
     imatrix: Imatrix | None
 
 
-_OTHERWISE = (
+_OTHERWISE = "`stepgguf convert` and `quantize` write it beside the file: fetch it, or make the file again."
     "The report is drawn from the manifest that `convert` and `quantize` write beside the file: fetch it again."
 )
 
