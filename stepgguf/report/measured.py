@@ -86,8 +86,6 @@ class Measured:
 
 
 _OTHERWISE = "`stepgguf convert` and `quantize` write it beside the file: fetch it, or make the file again."
-    "The report is drawn from the manifest that `convert` and `quantize` write beside the file: fetch it again."
-)
 
 
 def read(path: Path) -> Measured:
