@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 
 from stepgguf.quants.lanes.compile import primitive
-from stepgguf.quants.lanes.tile import _transposed
+from stepgguf.quants.lanes.tile import transposed
 from stepgguf.quants.lanes.vector import LANES
 
 CHUNK = 16  # neighbours that are compared at once
@@ -49,7 +49,7 @@ def turn(typing: Any, terms: Any, turned: Any) -> Any:
         for row in range(0, ROW, CHUNK):
             for lane in range(0, LANES, CHUNK):
                 square = [builder.load(at(source, (row + i) * LANES + lane), align=4) for i in range(CHUNK)]
-                for i, value in enumerate(_transposed(builder, square)):
+                for i, value in enumerate(transposed(builder, square)):
                     builder.store(value, at(target, (lane + i) * ROW + row), align=4)
         return context.get_dummy_value()
 

@@ -80,7 +80,7 @@ def _read_square(typing: Any, flat: Any, starts: Any, scales: Any, x: Any, first
                 magnitude = builder.and_(builder.bitcast(value, whole), ir.Constant(whole, [0x7FFFFFFF] * SIDE))
                 largest = builder.select(builder.icmp_signed(">", magnitude, largest), magnitude, largest)
                 square.append(value)
-            for c, value in enumerate(_transposed(builder, square)):
+            for c, value in enumerate(transposed(builder, square)):
                 _store(builder, value, lanes, _place(builder, column, c, group), 4)
         reduce = cgutils.get_or_insert_function(
             builder.module, ir.FunctionType(_INT, [whole]), f"llvm.vector.reduce.smax.v{SIDE}i32"
@@ -101,7 +101,7 @@ def _read_byte_square(typing: Any, flat: Any, starts: Any, y: Any, first: Any) -
             pointers = [builder.gep(data, [builder.add(_item(builder, rows, group + r), begin)]) for r in range(SIDE)]
             kind = ir.VectorType(_BYTE, SIDE).as_pointer()
             square = [builder.load(builder.bitcast(pointer, kind), align=1) for pointer in pointers]
-            for i, value in enumerate(_transposed(builder, square)):
+            for i, value in enumerate(transposed(builder, square)):
                 _store(builder, value, lanes, _place(builder, begin, i, group), 1)
         return context.get_dummy_value()
 
@@ -120,14 +120,14 @@ def _write_square(typing: Any, y: Any, first: Any, out: Any, starts: Any) -> Any
         for group in range(0, LANES, SIDE):
             pointers = [builder.gep(lanes, [_place(builder, begin, i, group)]) for i in range(SIDE)]
             square = [builder.load(builder.bitcast(pointer, kind), align=align) for pointer in pointers]
-            for r, value in enumerate(_transposed(builder, square), group):
+            for r, value in enumerate(transposed(builder, square), group):
                 _store(builder, value, data, builder.add(_item(builder, rows, r), begin), align)
         return context.get_dummy_value()
 
     return types.void(y, first, out, starts), build
 
 
-def _transposed(builder: Any, square: list[Any]) -> list[Any]:
+def transposed(builder: Any, square: list[Any]) -> list[Any]:
     """16 vectors of 16 for 16 vectors of 16."""
     low = [j for i in range(SIDE // 2) for j in (i, SIDE + i)]
     masks = [ir.Constant(ir.VectorType(_INT, SIDE), [j + half for j in low]) for half in (0, SIDE // 2)]
