@@ -123,7 +123,9 @@ class _Walk:
         self.items, self.max_bytes, self.max_read_bytes = items, max_bytes, max_read_bytes
         # An unlimited budget has no price. Where neither has one, any order will do: every step fits.
         memory, read = (1 - mu) / max(1, max_bytes), mu / max(1, max_read_bytes)
-        self.prices = [memory + read * item.read_share for item in items]
+        # One price alone is 1, so that equal rates are equal in floats too, and ties do not depend on the budget.
+        unit = max(memory, read) or 1.0
+        self.prices = [memory / unit + read / unit * item.read_share for item in items]
         self.chosen = [min(item.options, key=lambda o: (o.n_bytes, o.cost)) for item in items]
         self.n_bytes = sum(option.n_bytes for option in self.chosen)
         self.read_bytes = sum(o.n_bytes * item.read_share for o, item in zip(self.chosen, items, strict=True))

@@ -188,6 +188,13 @@ def test_the_frontier_is_what_solve_finds_at_each_of_its_sizes(items: list[Item]
     assert all(b <= a * (1 + 1e-12) for a, b in itertools.pairwise(rates))
 
 
+@pytest.mark.parametrize("budget", range(107, 140))
+def test_of_two_steps_at_one_rate_the_larger_is_first_whatever_the_budget(budget: int) -> None:
+    items = [item("a", [(62, 72), (74, 0)]), item("b", [(45, 60), (55, 0)])]
+    found = solve(items, max_bytes=budget).point
+    assert found.cost == (132 if budget < 117 else 72 if budget < 119 else 60 if budget < 129 else 0)
+
+
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
