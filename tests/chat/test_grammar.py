@@ -450,6 +450,8 @@ def test_patterns_match_as_regular_expressions(vocab: Vocab, pattern: str, data:
         return  # a special token's text would be that token
     if not text.isascii() and "é" not in pattern:
         return  # what \w and \s mean there depends on the engine
+    if "\r" in text and "." in pattern:
+        return  # the dot of ECMA-262, which JSON Schema means, excludes it, and Python's does not
     escaped = json.dumps(text, ensure_ascii=False)
     expected = re.search(pattern.replace("$", r"\Z"), text, re.ASCII) is not None
     if "\\u" in escaped:
