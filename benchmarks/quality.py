@@ -195,7 +195,7 @@ def size(path: Path) -> tuple[int, float]:
     """Bytes of a file's trunk tensors, and bits per weight. The MTP blocks take no part in these logits."""
     tensors = header.read(path).tensors
     mtp = {layer_of(tensor.name) for tensor in tensors if ".nextn." in tensor.name}
-    trunk = [tensor for tensor in tensors if not (tensor.name.startswith("blk.") and layer_of(tensor.name) in mtp)]
+    trunk = [tensor for tensor in tensors if layer_of(tensor.name) not in mtp]
     n_bytes = sum(tensor.n_bytes for tensor in trunk)
     return n_bytes, 8 * n_bytes / sum(tensor.n_values for tensor in trunk)
 

@@ -34,7 +34,7 @@ def fold(tensors: Iterable[tuple[str, str, int, int, str]]) -> list[Line]:
         groups.setdefault((role, kind, reason, in_layer), []).append((name, n_bytes, n_values))
     return [
         Line(
-            layers=ranges([layer_of(name) for name, _, _ in members]) if in_layer else "",
+            layers=ranges([layer for name, _, _ in members if (layer := layer_of(name)) is not None]),
             role=role,
             count=len(members),
             type=kind,

@@ -71,6 +71,5 @@ class Importance:
 
 def wanted(name: str, shape: Shape, *, is_mtp: bool = False) -> imatrix.Tensor:
     """A tensor as importance matrices know it."""
-    layer = layer_of(name) if name.startswith("blk.") else None
     n_matrix = shape[0] if len(shape) == 3 else 1
-    return imatrix.Tensor(name, name.split(".")[-2], layer, n_matrix, shape[-1], is_mtp)
+    return imatrix.Tensor(name, name.split(".")[-2], layer_of(name), n_matrix, shape[-1], is_mtp)

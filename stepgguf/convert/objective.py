@@ -94,7 +94,8 @@ def _writer(tensor: PlannedTensor) -> str:
 
 def _order(tensor: PlannedTensor) -> tuple[int, bool]:
     """The embedding, then layer by layer attention before the rest."""
-    return layer_of(tensor.name) if tensor.name.startswith("blk.") else -1, tensor.role != "attn_output"
+    layer = layer_of(tensor.name)
+    return -1 if layer is None else layer, tensor.role != "attn_output"
 
 
 def _weights(added: Mapping[str, float]) -> dict[str, float]:
@@ -108,6 +109,6 @@ def _weights(added: Mapping[str, float]) -> dict[str, float]:
     return weights
 
 
-def _block(name: str) -> tuple[int, bool]:
+def _block(name: str) -> tuple[int | None, bool]:
     """Layer, and whether it is the attention's."""
-    return (layer_of(name), "attn_output" in name) if name.startswith("blk.") else (-1, False)
+    return layer_of(name), "attn_output" in name

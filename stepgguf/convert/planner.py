@@ -101,9 +101,8 @@ def plan_gguf(source: GGUFSource, dest: Path, options: Options) -> Plan:
     """The plan of a quantization of a GGUF: the keys of the source, its tensors in new types."""
     facts = gguf_facts(source)
     names = sorted(source.tensors, key=file_order)
-    layers = {name: layer_of(name) if name.startswith("blk.") else None for name in names}
     quantizable = [name for name in names if is_quantizable(name, source.tensors[name].shape)]
-    candidates = [Candidate(n, n.split(".")[-2], source.tensors[n].shape, layers[n]) for n in quantizable]
+    candidates = [Candidate(n, n.split(".")[-2], source.tensors[n].shape, layer_of(n)) for n in quantizable]
     choices = _choose(candidates, facts, options)
     tensors = [_requantized(source.tensors[name], choices.get(name), options) for name in names]
     replaced = _provenance(options, facts, tensors, source.path.name)
@@ -164,18 +163,14 @@ def _choose(candidates: Sequence[Candidate], facts: Facts, options: Options) -> 
     if name not in GGMLQuantizationType.__members__:
         raise RecipeError(f"--mtp-type {name} is a mixture", hint="Give one type, such as Q8_0, Q6_K or BF16.")
     kind = GGMLQuantizationType[name]
-    heads = [c for c in candidates if _is_mtp(c.layer, facts)]
+    heads = [c for c in candidates if facts.is_mtp(c.layer)]
     return result | {c.name: Choice(mixtures.fallback(kind, c.shape[-1]), f"--mtp-type {name}") for c in heads}
-
-
-def _is_mtp(layer: int | None, facts: Facts) -> bool:
-    return layer is not None and layer >= facts.n_layer
 
 
 def _provenance(options: Options, facts: Facts, tensors: Sequence[PlannedTensor], source: str) -> list[Key]:
     """What made this file of what: of a file of MTP blocks alone, with their types as its own."""
     made = [t for t in tensors if t.source is not None and len(t.shape) > 1 and t.ggml_type != F32]
-    mtp = [t for t in made if t.name.startswith("blk.") and _is_mtp(layer_of(t.name), facts)]
+    mtp = [t for t in made if facts.is_mtp(layer_of(t.name))]
     is_mtp_file = all(t in mtp for t in made if t.name.startswith("blk."))
     sizes: dict[GGMLQuantizationType, int] = {}
     for tensor in mtp if is_mtp_file else made:
@@ -219,10 +214,8 @@ def _plan(
 def _cover(tensors: Sequence[PlannedTensor], facts: Facts, options: Options) -> Coverage | None:
     if options.importance is None or not tensors:
         return None
-    layers = [layer_of(t.name) if t.name.startswith("blk.") else None for t in tensors]
-    heads = [_is_mtp(layer, facts) for layer in layers]
-    pairs = zip(tensors, heads, strict=True)
-    return coverage.coverage(options.importance.source, [wanted(t.name, t.shape, is_mtp=mtp) for t, mtp in pairs])
+    asked = [wanted(t.name, t.shape, is_mtp=facts.is_mtp(layer_of(t.name))) for t in tensors]
+    return coverage.coverage(options.importance.source, asked)
 
 
 def _check_importance(tensors: Sequence[PlannedTensor], options: Options) -> None:

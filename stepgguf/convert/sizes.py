@@ -96,7 +96,7 @@ class Inventory:
         return Sizes(tuple(trunk), heads, n_values, all_types, needs_imatrix)
 
     def is_mtp(self, tensor: Candidate) -> bool:
-        return tensor.layer is not None and tensor.layer >= self.facts.n_layer
+        return self.facts.is_mtp(tensor.layer)
 
 
 def inventory(source: Checkpoint | GGUFSource) -> Inventory:
@@ -119,11 +119,10 @@ def _of_gguf(source: GGUFSource) -> Inventory:
     facts = gguf_facts(source)
     scale = float(source.headers[0].get(Keys.LLM.EXPERT_WEIGHTS_SCALE.format(arch=ARCHITECTURE), 1.0))
     names = sorted(source.tensors, key=file_order)
-    layers = {name: layer_of(name) if name.startswith("blk.") else None for name in names}
     return Inventory(
         facts=facts,
         routing=Routing(facts.n_expert, number(source, Keys.LLM.EXPERT_USED_COUNT, 0), scale),
-        tensors=tuple(Candidate(n, n.split(".")[-2], source.tensors[n].shape, layers[n]) for n in names),
+        tensors=tuple(Candidate(n, n.split(".")[-2], source.tensors[n].shape, layer_of(n)) for n in names),
         quantizable=frozenset(n for n in names if is_quantizable(n, source.tensors[n].shape)),
         own={t.name: t.ggml_type for header in source.headers for t in header.tensors},
     )

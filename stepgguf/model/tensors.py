@@ -93,12 +93,13 @@ def tensor_specs(hp: HParams) -> list[TensorSpec]:
 
 def file_order(name: str) -> tuple[int, str]:
     """Sort key of GGUF tensor names: llama-quantize's own order, which its mixture rules count in."""
-    return (layer_of(name) if name.startswith("blk.") else -1), name
+    layer = layer_of(name)
+    return -1 if layer is None else layer, name
 
 
-def layer_of(name: str) -> int:
-    """The layer of "blk.N.…"."""
-    return int(name.split(".", 2)[1])
+def layer_of(name: str) -> int | None:
+    """The layer of "blk.N.…", None of what is in no layer."""
+    return int(name.split(".", 2)[1]) if name.startswith("blk.") else None
 
 
 def _spec(row: Row, hp: HParams, layer: Layer | None) -> TensorSpec:

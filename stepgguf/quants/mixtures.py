@@ -62,6 +62,10 @@ class Facts:
     n_expert: int
     gqa: int
 
+    def is_mtp(self, layer: int | None) -> bool:
+        """Whether it is a layer behind the trunk's; None is outside the layers."""
+        return layer is not None and layer >= self.n_layer
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:

@@ -122,7 +122,7 @@ class Recipe:
         Tensors of layers from facts.n_layer on are MTP tensors. RecipeError if a rule asks for layers that the model
         does not have or can match nothing in it, or if a tensor is left to the allocator.
         """
-        trunk = [c for c in candidates if not _is_mtp(c, facts)]
+        trunk = [c for c in candidates if not facts.is_mtp(c.layer)]
         stock: dict[str, Choice] = {}
         if self.base is not None:
             choices = mixtures.choose(self.base, trunk, facts, has_imatrix=has_imatrix)
@@ -150,7 +150,9 @@ class Recipe:
         return mixtures.fallback(rule.ggml_type, candidate.shape[-1])
 
     def _rule(self, candidate: Candidate, facts: Facts) -> Rule | None:
-        place = (f"nextn.{candidate.role}", None) if _is_mtp(candidate, facts) else (candidate.role, candidate.layer)
+        place = (
+            (f"nextn.{candidate.role}", None) if facts.is_mtp(candidate.layer) else (candidate.role, candidate.layer)
+        )
         return _table(self, facts.n_layer).get(place)
 
     def _raised(self, choice: Choice, candidate: Candidate, facts: Facts) -> Choice:
@@ -163,7 +165,7 @@ class Recipe:
 
     def _default(self, candidate: Candidate, facts: Facts) -> Choice:
         throughout = BASE[self.base] if self.base else self.default
-        if _is_mtp(candidate, facts):
+        if facts.is_mtp(candidate.layer):
             kind = throughout if throughout in _FLOATS else GGMLQuantizationType.Q8_0
             return _fitting(kind, candidate, f"MTP {kind.name}")
         if self.default is None:
@@ -392,10 +394,6 @@ def _fitting(kind: GGMLQuantizationType, candidate: Candidate, reason: str) -> C
     if fitting != kind:
         reason += f"; rows of {candidate.shape[-1]} do not divide into {kind.name} blocks"
     return Choice(fitting, reason)
-
-
-def _is_mtp(candidate: Candidate, facts: Facts) -> bool:
-    return candidate.layer is not None and candidate.layer >= facts.n_layer
 
 
 def bits_per_weight(kind: GGMLQuantizationType) -> float:
