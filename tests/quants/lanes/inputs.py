@@ -132,3 +132,12 @@ def check_rows(name: str, encode: Any, stored: Any, scales: Any, values: Any, we
         n_accepted += 1
         np.testing.assert_array_equal(our, theirs, f"{name}, row {r} of {values.shape}")
     assert n_accepted > len(values) // 2
+
+
+def check_valid(name: str, encode: Any, rows: Any, weights: Any) -> None:
+    """`encode` makes ggml's bytes of float32 rows all of which are valid."""
+    kind = GGMLQuantizationType[name]
+    ours, theirs = np.empty((2, len(rows), ggml.row_size(kind, rows.shape[1])), np.uint8)
+    assert encode(rows, None, weights, ours)
+    library().quantize(kind, rows, theirs, weights)
+    np.testing.assert_array_equal(ours, theirs)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType
 
-from stepgguf.quants import ggml
 from stepgguf.quants.lanes.iq2 import TYPES
-from tests.oracle import library
+from tests.quants.lanes.inputs import check_valid
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -21,7 +17,7 @@ def test_numbers_in_the_middle_between_two_levels_take_the_points_that_ggml_take
     rows = rng.integers(1, 3, (n, 32, 16)) * 2 * 5 / (5 + 0.1 * rng.integers(-9, 10, (n, 32, 1)))
     rows[:, :, 0] = 5
     rows = (rows * rng.uniform(0.5, 2, (n, 1, 1)) * rng.choice([-1, 1], rows.shape)).reshape(n, 512).astype(np.float32)
-    check_rows(name, rows, np.ones(512, np.float32))
+    check_valid(name, TYPES[name].encode, rows, np.ones(512, np.float32))
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -30,12 +26,4 @@ def test_blocks_whose_scales_all_become_zero_by_underflow_are_the_bytes_of_ggml(
     # The zeros outweigh the number in each sub-block so much that the best scale is below the least float32.
     rows[:, ::16] = np.random.default_rng(7).choice([-2e-8, 2e-8], (4, 16))
     importance[::16] = 1
-    check_rows(name, rows, importance)
-
-
-def check_rows(name: str, rows: Any, importance: Any) -> None:
-    kind = GGMLQuantizationType[name]
-    ours, theirs = np.empty((2, len(rows), ggml.row_size(kind, rows.shape[1])), np.uint8)
-    assert TYPES[name].encode(rows, None, importance, ours)
-    library().quantize(kind, rows, theirs, importance)
-    np.testing.assert_array_equal(ours, theirs)
+    check_valid(name, TYPES[name].encode, rows, importance)
