@@ -51,23 +51,11 @@ class Cost:
 
 def make(path: Path) -> None:
     """The checkpoint and its importance matrix: imports are here only, because torch is large."""
-    import numpy as np
-
-    from stepgguf.convert.checkpoint import Checkpoint
-    from stepgguf.quants import imatrix
-    from stepgguf.quants.imatrix import Entry, Imatrix
+    from benchmarks.real_layer import write_imatrix
     from tests.generate import Shape, write_checkpoint
 
     write_checkpoint(path, Shape(n_layer=5, n_dense=3, n_expert=288, n_used=8, hidden=512, dense=1024, expert=512))
-    rng, entries = np.random.default_rng(0), {}
-    with Checkpoint(path) as checkpoint:
-        for spec in checkpoint.specs:
-            if not spec.float32 and spec.role != "token_embd":
-                n = spec.shape[0] if len(spec.shape) == 3 else 1
-                counts = rng.integers(100, 1000, n).astype(np.float32)
-                sums = rng.gamma(0.5, 1.0, (n, spec.shape[-1])).astype(np.float32) * counts[:, None]
-                entries[spec.name] = Entry(sums, counts)
-    imatrix.write(Imatrix(None, ("made up",), 100, 512, entries), path / "imatrix.gguf")
+    write_imatrix(path, path / "imatrix.gguf")
 
 
 def run(commands: list[list[str]], environment: dict[str, str]) -> Cost:
