@@ -105,6 +105,19 @@ class Ignored(Body):
     session_id: Any = ignored("prefixes are found by their tokens")
 
 
+class ExtraBody(Body):
+    extra_body: dict[str, Any] | None = Field(
+        None, description="As openai's library does with its argument of this name: fields for the body itself."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unpacked(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not isinstance(extra := data.get("extra_body"), dict):
+            return data
+        return {**extra, **{name: value for name, value in data.items() if name != "extra_body"}}
+
+
 class JsonRoute(APIRoute):
     """Reads a body with `JsonRequest`, and does with unknown fields what this server does."""
 

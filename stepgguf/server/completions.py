@@ -18,7 +18,7 @@ from stepgguf.chat.request import ToolChoice
 from stepgguf.errors import RequestError
 from stepgguf.runtime.engine import Request as EngineRequest
 from stepgguf.runtime.engine import Step
-from stepgguf.server.body import Ignored, JsonRoute
+from stepgguf.server.body import Body, ExtraBody, Ignored, JsonRoute
 from stepgguf.server.chat import usage
 from stepgguf.server.chat_request import StreamFields
 from stepgguf.server.fields import AnswerTokens, FormatFields, SamplingFields, limit
@@ -32,9 +32,12 @@ router = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
 MAX_TOKENS = 16  # OpenAI's default
 
 
-class PromptFields(StreamFields):
+class PromptFields(Body):
     model: str | None = Field(None, description="Any id: one model is served. Default: its own.")
     prompt: str | list[str] | list[int] | list[list[int]] = Field(examples=["Once upon a time"])
+
+
+class AnswerFields(Body):
     max_tokens: AnswerTokens | None = Field(
         None, description=f"Default: {MAX_TOKENS}, as OpenAI's. -1: what the context holds."
     )
@@ -45,7 +48,7 @@ class PromptFields(StreamFields):
     suffix: str | None = Field(None, description="Refused: the model cannot fill in.")
 
 
-class CompletionBody(Ignored, FormatFields, SamplingFields, PromptFields):
+class CompletionBody(Ignored, ExtraBody, FormatFields, SamplingFields, AnswerFields, StreamFields, PromptFields):
     """The fields of the last base come first."""
 
     elsewhere: ClassVar = {

@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 from stepgguf.chat.request import ChatRequest
 from stepgguf.errors import RequestError
 from stepgguf.server.body import Body, JsonRoute
-from stepgguf.server.chat_request import FunctionTool, Message, as_chat, as_tools
+from stepgguf.server.chat_request import AnyTool, Message, as_chat, as_tools, functions
 from stepgguf.server.problems import Refusal
 from stepgguf.server.service import Service, TheService
 
@@ -26,7 +26,7 @@ class TokenizeBody(Body):
     elsewhere: ClassVar = {"prompt": "here it is text"}
     text: str | None = Field(None, examples=["Hello"])
     messages: list[Message] | None = Field(None, min_length=1)
-    tools: list[FunctionTool] | None = None
+    tools: list[AnyTool] | None = None
     content: str | None = None
     add_special: bool | None = Field(
         None, description="Put the model's first token in front. Default: true for text, false for content."
@@ -46,7 +46,8 @@ class TokenizeBody(Body):
         if len(given) != 1:
             raise RequestError("expected either text or content or messages", param=given[1] if given else "text")
         if self.messages is not None:
-            request = ChatRequest(as_chat(self.messages), service.engine.info.sampling, tools=as_tools(self.tools))
+            tools = as_tools(functions(self.tools, service))
+            request = ChatRequest(as_chat(self.messages), service.engine.info.sampling, tools=tools)
             return service.chat.prompt(request)[0]
         text, engine = self.text or self.content or "", service.engine
         starts = given == ["text"] if self.add_special is None else self.add_special
