@@ -6,6 +6,7 @@ from functools import reduce
 from operator import add
 from typing import Any, Literal
 
+import openai
 import pytest
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_openai import ChatOpenAI
@@ -47,6 +48,18 @@ def test_a_tool_is_called_and_its_result_used(llm: ChatOpenAI, stream: bool) -> 
     turns += [first, ToolMessage(get_weather(**call["args"]), tool_call_id=call["id"])]
     second = streamed(armed, turns) if stream else armed.invoke(turns)
     assert second.content == FORECAST
+
+
+def test_a_tools_image_does_not_end_the_conversation(llm: ChatOpenAI) -> None:
+    armed = llm.bind_tools([get_weather])
+    turns: list[Any] = [HumanMessage(WEATHER)]
+    (call,) = (first := armed.invoke(turns)).tool_calls
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
+    result = {"type": "text", "text": get_weather(**call["args"])}
+    turns += [first, ToolMessage([result, image], tool_call_id=call["id"])]
+    assert armed.invoke(turns).content
+    with pytest.raises(openai.BadRequestError, match="reads text only"):
+        llm.invoke([HumanMessage([{"type": "text", "text": "What is this?"}, image])])
 
 
 @pytest.mark.parametrize("method", ["json_schema", "function_calling"])
