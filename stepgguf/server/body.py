@@ -18,11 +18,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from stepgguf.server.problems import Refusal
-from stepgguf.server.unknown import LONGEST_NAME, POLICY, UnknownFields, namesake, near_miss
+from stepgguf.server.unknown import LONGEST_NAME, MOST_OF_ONE_REQUEST, REQUEST, OfOneRequest, namesake, near_miss
 
 TOO_DEEP = "the body is nested too deeply"
 WITHOUT_EFFECT = "Accepted, without effect"
-MOST_UNKNOWN = 64  # fields of one object; no vendor has as many
 
 
 class Part(BaseModel):
@@ -49,15 +48,16 @@ class Body(Part):
         if not isinstance(data, dict):
             return data
         names = {field.alias or name: field for name, field in cls.model_fields.items()}
-        unknown = [name for name, value in data.items() if value is not None and name not in names]
+        request = REQUEST.get(OfOneRequest())
+        given = (name for name, value in data.items() if value is not None and name not in names)
+        unknown = [name for name in given if (cls, name) not in request.ignored]
         if not unknown:
             return data
-        if len(unknown) > MOST_UNKNOWN:
-            raise _refused(unknown[0], f"it and {len(unknown) - 1} more are unknown fields")
+        if len(request.ignored) + len(unknown) > MOST_OF_ONE_REQUEST:
+            raise _refused(unknown[0], f"the request has more than {MOST_OF_ONE_REQUEST} unknown fields")
         with_effect = [
             name for name, field in names.items() if not (field.description or "").startswith(WITHOUT_EFFECT)
         ]
-        policy = POLICY.get(UnknownFields())
         for name in unknown:
             if name in cls.elsewhere:
                 raise _refused(name, cls.elsewhere[name])
@@ -65,9 +65,9 @@ class Body(Part):
                 raise _refused(name, f"unknown field; did you mean {near}?")
             if (other := namesake(name, with_effect)) is not None:
                 raise _refused(name, f"unknown field; here it is {other}. {names[other].description or ''}".rstrip())
-            if policy.strict:
+            if request.server.strict:
                 raise _refused(name, "unknown field, and this server is strict")
-        policy.ignore("field", unknown)
+        request.ignore(cls, unknown)
         return data
 
 
@@ -125,7 +125,7 @@ class JsonRoute(APIRoute):
         handler = super().get_route_handler()
 
         async def handle(request: Request) -> Response:
-            POLICY.set(request.app.state.service.unknown)
+            REQUEST.set(OfOneRequest(request.app.state.service.unknown))
             return await handler(JsonRequest(request.scope, request.receive))
 
         return handle
