@@ -55,20 +55,23 @@ class Body(Part):
             return data
         if len(request.ignored) + len(unknown) > MOST_OF_ONE_REQUEST:
             raise _refused(unknown[0], f"the request has more than {MOST_OF_ONE_REQUEST} unknown fields")
-        with_effect = [
-            name for name, field in names.items() if not (field.description or "").startswith(WITHOUT_EFFECT)
-        ]
+        told = {name: field.description or "" for name, field in names.items()}
+        known = {name: text for name, text in told.items() if not text.startswith(WITHOUT_EFFECT)}
         for name in unknown:
-            if name in cls.elsewhere:
-                raise _refused(name, cls.elsewhere[name])
-            if (near := near_miss(name, with_effect)) is not None:
-                raise _refused(name, f"unknown field; did you mean {near}?")
-            if (other := namesake(name, with_effect)) is not None:
-                raise _refused(name, f"unknown field; here it is {other}. {names[other].description or ''}".rstrip())
-            if request.server.strict:
-                raise _refused(name, "unknown field, and this server is strict")
+            advice = cls.elsewhere.get(name) or _advice(name, known, strict=request.server.strict)
+            if advice is not None:
+                raise _refused(name, advice)
         request.ignore(cls, unknown)
         return data
+
+
+def _advice(name: str, known: Mapping[str, str], *, strict: bool) -> str | None:
+    """What to say to who sends this field, if it is not to be ignored. known: fields and what they are."""
+    if (near := near_miss(name, known)) is not None:
+        return f"unknown field; did you mean {near}?"
+    if (other := namesake(name, known)) is not None:
+        return f"unknown field; here it is {other}. {known[other]}".rstrip()
+    return "unknown field, and this server is strict" if strict else None
 
 
 def _refused(field: str, advice: str) -> PydanticCustomError:
