@@ -58,11 +58,11 @@ class Answer:
     async def events(self, start: int = 0) -> AsyncGenerator[list[Event], None]:
         """All from number `start` on, as they come. At least one at a time."""
         while True:
-            changed = self._changed
+            changed, last = self._changed, self.writer.finished
             if events := self.writer.events(start):
                 start = events[-1]["sequence_number"] + 1
-                yield events
-            if self.writer.finished:
+                yield events  # while the reader takes them, the answer goes on
+            if last:
                 return
             await changed.wait()
 
