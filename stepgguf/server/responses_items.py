@@ -50,7 +50,11 @@ def _output_part(value: Any) -> Any:
         return part
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return part
-    return TextPart(type="text", text=value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    return TextPart(type="text", text=_shown(value))
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 class Message(Part):
@@ -217,7 +221,7 @@ def _as_call(item: OtherItem) -> Iterator[FunctionCall | CallOutput]:
         name, arguments = fields.get("name", item.type.removesuffix("_call")), fields.get("arguments", rest)
         yield FunctionCall(type="function_call", call_id=call_id, name=str(name), arguments=_as_arguments(arguments))
         if results:
-            yield _result(call_id, results[0])
+            yield _result(call_id, _shown(results[0]))
     else:
         note(f"items of type {item.type[:LONGEST_NAME]!r} cannot be shown to the model; they are left out")
 
