@@ -81,7 +81,7 @@ def refuse_unreadable(parts: Iterable[object], param: str) -> None:
 
 def _text(part: dict[str, Any]) -> str | None:
     """None: it holds something else."""
-    plain = next((part[name] for name in ("text", "refusal") if isinstance(part.get(name), str)), None)
+    plain: str | None = next((part[name] for name in ("text", "refusal") if isinstance(part.get(name), str)), None)
     if plain is not None:
         return plain
     inner = next((part[name] for name in ("source", "file", "resource") if isinstance(part.get(name), dict)), part)
@@ -100,7 +100,9 @@ def _held(source: dict[str, Any]) -> str | None:
     if isinstance(content, list):
         texts = [_text(part) or "" for part in content if isinstance(part, dict)]
         return "\n\n".join(filter(None, texts)) or None
-    data = next((source[name] for name in ("data", "file_data", "blob") if isinstance(source.get(name), str)), None)
+    data: str | None = next(
+        (source[name] for name in ("data", "file_data", "blob") if isinstance(source.get(name), str)), None
+    )
     if data is None or source.get("type") == "text":
         return data
     return _decoded(data.partition(";base64,")[2] if data.startswith("data:") else data)
