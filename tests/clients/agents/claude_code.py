@@ -31,7 +31,6 @@ def ask(scene: Stage, claude: Path, input: str, *options: str) -> list[dict[str,
     output = scene.run(command, environment, input)
     messages = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     if not messages or messages[-1]["type"] != "result":
-        print(output)
         return [*messages, {"type": "result", "result": None, "is_error": True}]
     return messages
 

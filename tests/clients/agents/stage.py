@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
@@ -111,12 +111,14 @@ def thought(answer: str) -> str:
 
 @dataclass
 class Stage:
-    """url: of the server, without /v1. home: an empty folder that is also the working directory."""
+    """url: of the server, without /v1. home: an empty folder that is also the working directory. output: of the last
+    run, shown when a check fails."""
 
     url: str
     engine: ScriptedEngine
     home: Path
-    checks: list[bool] = field(default_factory=list)
+    output: str = ""
+    passed: bool = True
 
     def run(self, command: Sequence[str | Path], environment: Mapping[str, str], input: str = "") -> str:
         """Its output, stdout and stderr together. Nothing of this process's environment is passed on."""
@@ -140,6 +142,7 @@ class Stage:
             with contextlib.suppress(ProcessLookupError):  # and what it started
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        self.output = output
         return output
 
     def shown(self, role: str, text: str) -> bool:
@@ -147,12 +150,10 @@ class Stage:
         return bool(self.engine.prompts) and f"<|im_start|>{role}\n{text}<|im_end|>" in self.engine.prompts[-1]
 
     def check(self, what: str, holds: object) -> None:
-        self.checks.append(bool(holds))
+        self.passed &= bool(holds)
         print("ok      " if holds else "FAILED  ", what, flush=True)
-
-    @property
-    def passed(self) -> bool:
-        return bool(self.checks) and all(self.checks)
+        if not holds:
+            print(self.output)
 
 
 @contextlib.contextmanager
