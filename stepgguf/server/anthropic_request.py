@@ -82,10 +82,17 @@ def _blocks(content: Any) -> Any:
 Texts = Annotated[list[AnyPart], BeforeValidator(_blocks)]
 
 
+def _result_part(part: Any) -> Any:
+    """A client's search over its own tools gives their names; all of them are offered here from the start."""
+    if isinstance(part, dict) and part.get("type") == "tool_reference":
+        return {"type": "text", "text": f"The tool {part.get('tool_name')} is there."}
+    return part
+
+
 class ToolResultBlock(Part):
     type: Literal["tool_result"]
     tool_use_id: str
-    content: Texts | None = None
+    content: Annotated[list[Annotated[AnyPart, BeforeValidator(_result_part)]], BeforeValidator(_blocks)] | None = None
     is_error: bool | None = None
 
     @property

@@ -11,8 +11,9 @@ of the dialect come first, our hint after them:
 
     Anthropic   prompt is too long: 27782 tokens > 27136 maximum            Claude Code reads both numbers
     OpenAI      This model's maximum context length is 27136 tokens. However, your messages resulted in 27782 tokens
-                and, as clients of llama-server know it: exceeds the available context size, exceed_context_size_error,
-                and the numbers once more as n_prompt_tokens and n_ctx
+                LangChain, which has no eye for the code, goes by: prompt is too long
+                clients of llama-server: exceeds the available context size, exceed_context_size_error, and the numbers
+                as n_prompt_tokens and n_ctx
 """
 
 from __future__ import annotations
@@ -167,7 +168,8 @@ def openai_error(problem: Problem, trace: str, path: str = "") -> OpenAIError:
         prompt = PROMPT_FIELDS.get(path, "messages")
         detail["message"] = (
             f"This model's maximum context length is {full.n_ctx} tokens. However, your {prompt} resulted in "
-            f"{full.n_prompt} tokens, which exceeds the available context size (exceed_context_size_error). {full.hint}"
+            f"{full.n_prompt} tokens: the prompt is too long and exceeds the available context size "
+            f"(exceed_context_size_error). {full.hint}"
         )
         detail["param"], detail["n_prompt_tokens"], detail["n_ctx"] = prompt, full.n_prompt, full.n_ctx
     return {"error": detail}

@@ -13,6 +13,7 @@ from anthropic.types import RawMessageStreamEvent
 from pydantic import TypeAdapter
 
 from stepgguf.chat.exchange import ChatModel
+from stepgguf.chat.output import Delta
 from stepgguf.chat.request import ChatRequest, ToolChoice
 from stepgguf.chat.template import normalize
 from stepgguf.runtime.engine import Sampling
@@ -44,9 +45,11 @@ def client(server: Server) -> Iterator[anthropic.Anthropic]:
         yield client
 
 
-def written(pieces: list[str], display: Display = "shown", **how: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def written(
+    pieces: list[str], display: Display = "shown", *, max_tokens: int | None = None, **how: Any
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     deltas, reply = answer(pieces, **how)
-    writer = MessageWriter("abc", "demo", display, max_tokens=len(pieces))
+    writer = MessageWriter("abc", "demo", display, len(pieces) if max_tokens is None else max_tokens)
     return writer.start(10) + writer.feed(deltas) + writer.finish(reply), writer.message
 
 
@@ -144,6 +147,26 @@ def test_hidden_thinking_leaves_no_block_and_omitted_thinking_only_a_signature()
     assert "thinking_delta" not in " ".join(shape(events))
 
 
+def test_a_call_that_was_cut_is_json_that_nobody_closed_and_is_in_no_whole_message() -> None:
+    """Agents parse what was streamed, and were seen to run a tool with an empty input."""
+    cut = [Delta("reasoning", "Hm."), Delta("call", "get_weather"), Delta("arguments", '{"city": "Par')]
+    _, reply = answer(["Hm."], reason="length")
+    for deltas, streamed in ((cut, ['{"city": "Par']), (cut[:2], [])):
+        writer = MessageWriter("abc", "demo", "hidden", max_tokens=1)
+        events = writer.start(10) + writer.feed(deltas) + writer.finish(reply)
+        assert [e["delta"]["partial_json"] for e in events if e["type"] == "content_block_delta"] == streamed
+        assert sum(e["type"] == "content_block_start" for e in events) == 1
+        assert writer.message["content"] == [{"type": "text", "text": ""}]
+        assert writer.message["stop_reason"] == events[-2]["delta"]["stop_reason"] == "max_tokens"
+
+
+@pytest.mark.parametrize("pieces", [[], ["Hm"], ["Hm", "</think>"]])
+def test_an_answer_of_which_nothing_came_is_an_empty_text(pieces: list[str]) -> None:
+    events, message = written(pieces, "hidden", reason="length")
+    assert shape(events[2:-2]) == ["content_block_start 0 text", "content_block_stop 0"]
+    assert message["content"] == [{"type": "text", "text": ""}]
+
+
 def test_the_reason_to_stop_is_named_in_anthropics_words() -> None:
     def end(*pieces: str, **how: Any) -> tuple[str, str | None]:
         message = written(list(pieces), **how)[1]
@@ -151,6 +174,7 @@ def test_the_reason_to_stop_is_named_in_anthropics_words() -> None:
 
     assert end("</think>", "Yes.") == ("end_turn", None)
     assert end("Hm", reason="length") == ("max_tokens", None)
+    assert end("Hm", reason="length", max_tokens=2) == ("model_context_window_exceeded", None)
     assert end("</think>", "one, two", stops=(", ",)) == ("stop_sequence", ", ")
     assert end("</think>", *CALL, "</tool_call>") == ("tool_use", None)
 
@@ -278,6 +302,13 @@ def test_thinking_that_was_not_asked_for_leaves_room_for_the_answer(client: anth
     message = client.messages.create(messages=[QUESTION], **{**COLD, "max_tokens": 24})  # type: ignore[list-item]
     assert message.usage.output_tokens_details.thinking_tokens < 24  # type: ignore[union-attr]
     assert [block.type for block in message.content] == ["text"]
+
+
+def test_thinking_that_is_bounded_leaves_room_for_the_answer_in_the_context_too(chat_model: ChatModel) -> None:
+    prepared = chat_model.prepare(request_of(chat_model, max_tokens=32_000))
+    assert prepared.request.reasoning is not None
+    room = chat_model.engine.info.n_ctx - len(prepared.request.prompt)
+    assert prepared.request.reasoning.budget == room - room // 4
 
 
 def test_disabled_thinking_takes_no_token(client: anthropic.Anthropic) -> None:
@@ -449,5 +480,6 @@ def test_what_means_nothing_here_is_accepted(server: Server) -> None:
 
 def test_a_prompt_that_is_too_long_is_refused_before_the_stream_starts(client: anthropic.Anthropic) -> None:
     turns: list[Any] = [{"role": "user", "content": "long " * 5000}]
-    with pytest.raises(anthropic.BadRequestError, match="4096"), client.messages.stream(messages=turns, **COLD):
+    said = r"prompt is too long: \d+ tokens > 4096 maximum\. The model knows no more"
+    with pytest.raises(anthropic.BadRequestError, match=said), client.messages.stream(messages=turns, **COLD):
         pass
