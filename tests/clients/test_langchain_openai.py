@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import openai
 import pytest
+from langchain_core.exceptions import ContextOverflowError
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_openai import ChatOpenAI
 from pydantic import SecretStr
@@ -71,3 +72,13 @@ def test_structured_output_takes_one_answer(
     assert isinstance(found, Count)
     assert found.count == 3
     assert n_answers(server) == before + 1
+
+
+def test_a_full_context_is_an_error_of_its_own(server: Server, llm: ChatOpenAI) -> None:
+    """Middleware that summarizes a conversation waits for it."""
+    responses = llm.model_copy(update={"use_responses_api": True})
+    for model in (llm, responses):
+        with pytest.raises(ContextOverflowError):
+            model.invoke("a " * 5000)
+        with pytest.raises(ContextOverflowError):
+            streamed(model, "a " * 5000)
