@@ -306,7 +306,7 @@ IMAGE = [{"role": "user", "content": [{"type": "input_image", "image_url": "http
         ({"background": True, "store": False}, "background", "needs store: true"),
         ({"include": ["message.output_text.logprobs"]}, "include", "/v1/chat/completions"),
         ({"top_logprobs": 3}, "top_logprobs", "/v1/chat/completions"),
-        ({"max_tokens": 5}, "max_tokens", "did you mean max_output_tokens?"),
+        ({"max_tokens": 5}, "max_tokens", "here it is max_output_tokens"),
     ],
 )
 def test_what_cannot_be_done_is_refused_and_named(
