@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-from tests.clients.agents.stage import MODEL, Stage, call, installed, stage, thought
+from tests.clients.agents.stage import MODEL, PNG, UNSEEN, Stage, call, installed, stage, thought
 
-PNG = base64.b64decode(
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
-)
-UNSEEN = "[image: this model reads text only]"
 # An MCP server with one tool, over stdin and stdout.
 NOTES = """
 import json, sys
