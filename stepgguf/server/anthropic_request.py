@@ -21,7 +21,6 @@ output_config.effort is a limit as reasoning_effort is in chat completions. disp
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -37,7 +36,6 @@ from stepgguf.server.fields import Effort, SamplingFields
 from stepgguf.server.sealed import unseal
 from stepgguf.server.service import Service
 from stepgguf.server.unreadable import (
-    LONGEST_TYPE,
     WORDS,
     AnyPart,
     TextPart,
@@ -46,9 +44,6 @@ from stepgguf.server.unreadable import (
     just_written,
     refuse_unreadable,
 )
-
-log = logging.getLogger(__name__)
-MOST_LOGGED = 8
 
 
 class ThinkingBlock(Part):
@@ -130,6 +125,12 @@ class Turn(Part):
         if isinstance(block, UnreadablePart):
             return self.role == "user" and any(word in block.was for word in WORDS)
         return isinstance(block, RENDERED[self.role])
+
+    @property
+    def left_out(self) -> list[str]:
+        """The types of the blocks that the model is shown nothing of."""
+        blocks = [block for block in self.content if not self.renders(block)]
+        return [block.was if isinstance(block, UnreadablePart) else block.type for block in blocks]
 
     def messages(self) -> Iterator[dict[str, Any]]:
         """As OpenAI's chat messages."""
@@ -246,7 +247,8 @@ class Prompt(Body):
         choice = self.tool_choice or Choice(type="auto")
         config = self.output_config or OutputConfig()
         form = config.format or self.output_format
-        self._log_left_out()
+        service.unknown.ignore("type of tool", (t.type for t in self.tools or () if isinstance(t, ForeignTool)))
+        service.unknown.ignore("type of block", (kind for turn in self.messages for kind in turn.left_out))
         return ChatRequest(
             messages=[*self.told(), *(message for turn in self.messages for message in turn.messages())],
             sampling=service.engine.info.sampling,
@@ -270,19 +272,6 @@ class Prompt(Body):
                 hint="This server takes tools with a name and an input_schema.",
             )
         return as_tools([FunctionTool(function=tool) for tool in offered])
-
-    def _log_left_out(self) -> None:
-        tools = [tool.type for tool in self.tools or () if isinstance(tool, ForeignTool)]
-        blocks = [
-            block.was if isinstance(block, UnreadablePart) else block.type
-            for turn in self.messages
-            for block in turn.content
-            if not turn.renders(block)
-        ]
-        for what, types in (("tools", tools), ("blocks", blocks)):
-            if types:
-                shown = [kind[:LONGEST_TYPE] for kind in dict.fromkeys(types)][:MOST_LOGGED]
-                log.info("left out %d %s that mean nothing to this model: %r", len(types), what, shown)
 
     def told(self) -> Iterator[dict[str, Any]]:
         text = _join(block.text for block in self.system or ())

@@ -9,7 +9,7 @@ from typing import Any
 
 import anthropic
 import pytest
-from anthropic.types import RawMessageStreamEvent
+from anthropic.types import Message, RawMessageStreamEvent
 from pydantic import TypeAdapter
 
 from stepgguf.chat.exchange import ChatModel
@@ -158,6 +158,7 @@ def test_a_call_that_was_cut_is_json_that_nobody_closed_and_is_in_no_whole_messa
         assert sum(e["type"] == "content_block_start" for e in events) == 1
         assert writer.message["content"] == [{"type": "text", "text": ""}]
         assert writer.message["stop_reason"] == events[-2]["delta"]["stop_reason"] == "max_tokens"
+        Message.model_validate(writer.message, strict=True)
 
 
 @pytest.mark.parametrize("pieces", [[], ["Hm"], ["Hm", "</think>"]])
@@ -165,6 +166,7 @@ def test_an_answer_of_which_nothing_came_is_an_empty_text(pieces: list[str]) -> 
     events, message = written(pieces, "hidden", reason="length")
     assert shape(events[2:-2]) == ["content_block_start 0 text", "content_block_stop 0"]
     assert message["content"] == [{"type": "text", "text": ""}]
+    Message.model_validate(message, strict=True)
 
 
 def test_the_reason_to_stop_is_named_in_anthropics_words() -> None:
@@ -309,6 +311,14 @@ def test_thinking_that_is_bounded_leaves_room_for_the_answer_in_the_context_too(
     assert prepared.request.reasoning is not None
     room = chat_model.engine.info.n_ctx - len(prepared.request.prompt)
     assert prepared.request.reasoning.budget == room - room // 4
+
+
+def test_a_stream_without_thinking_asked_for_is_its_text(client: anthropic.Anthropic) -> None:
+    with client.messages.stream(messages=[QUESTION], **COLD) as stream:  # type: ignore[list-item]
+        assert "".join(stream.text_stream) == "There are 3 'r's."
+        message = stream.get_final_message()
+    assert [block.type for block in message.content] == ["text"]
+    assert message.usage.output_tokens_details.thinking_tokens > 0  # type: ignore[union-attr]
 
 
 def test_disabled_thinking_takes_no_token(client: anthropic.Anthropic) -> None:
