@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from stepgguf.chat.request import ChatRequest, Tool, ToolChoice
 from stepgguf.errors import RequestError
@@ -37,7 +37,8 @@ def _as_function(call: Any) -> Any:
 
 
 class Message(Part):
-    """`content`: null is empty. The thinking of earlier answers may come back under any of three names."""
+    """`content`: null is empty. The thinking of earlier answers may come back under any of three names, and old clients
+    send the functions of before there were tools."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[AnyPart] | None = None
@@ -47,6 +48,17 @@ class Message(Part):
     reasoning_details: list[dict[str, Any]] | None = None
     tool_calls: list[Annotated[ToolCall, BeforeValidator(_as_function)]] | None = None
     tool_call_id: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_tools(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        if data.get("role") == "function":
+            return {**data, "role": "tool"}
+        if data.get("function_call") and not data.get("tool_calls"):
+            return {**data, "tool_calls": [{"function": data["function_call"]}]}
+        return data
 
 
 def as_chat(messages: Sequence[Message]) -> list[dict[str, Any]]:

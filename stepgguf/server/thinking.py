@@ -17,9 +17,9 @@ from stepgguf.server.body import Body, ignored
 from stepgguf.server.config import ServerConfig
 from stepgguf.server.fields import UNLIMITED, Effort, Nvext, Tokens, limit
 
-# Words for efforts that are not among EFFORTS.
+# Words for efforts that are not among EFFORTS. Clients leave a field of theirs empty for "as you like".
 SAID = dict.fromkeys(("off", "disabled", "disable", "false", "no"), "none")
-SAID |= dict.fromkeys(("on", "enabled", "enable", "true", "yes", "default", "auto", "adaptive", "dynamic"), "max")
+SAID |= dict.fromkeys(("on", "enabled", "enable", "true", "yes", "default", "auto", "adaptive", "dynamic", ""), "max")
 
 
 def _word(value: Any) -> Any:

@@ -127,9 +127,7 @@ def test_every_word_means_an_effort() -> None:
         assert limit(reasoning_effort=word) == limit(think=word.upper()) == EFFORTS[effort]
 
 
-@pytest.mark.parametrize(
-    "value", ["hihg", "", -2, [], {"efort": "low"}, {"effort": "lo"}, {"max_tokens": "many"}], ids=str
-)
+@pytest.mark.parametrize("value", ["hihg", -2, [], {"efort": "low"}, {"effort": "lo"}, {"max_tokens": "many"}], ids=str)
 def test_what_says_nothing_is_refused(value: Any) -> None:
     with pytest.raises(ValidationError):
         limit(reasoning_effort=value)
