@@ -67,6 +67,8 @@ class ThinkingMap(MapAmounts):
     display: Any = ignored("the reasoning itself is sent")
     clear_thinking: Any = ignored("the chat template decides which reasoning stays")
     keep: Any = ignored("the chat template decides which reasoning stays")
+    context: Any = ignored("the chat template decides which reasoning stays")
+    mode: Any = ignored("there is one mode")
 
 
 HowMuch = Annotated[
