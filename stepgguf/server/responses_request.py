@@ -19,11 +19,11 @@ from stepgguf.errors import RequestError
 from stepgguf.runtime.engine import Sampling
 from stepgguf.server.body import Body, Ignored, Part, ignored
 from stepgguf.server.fields import AnswerTokens, SamplingFields, limit
-from stepgguf.server.responses_items import Items, Json, conversation, read, refuse_what_was_just_written
+from stepgguf.server.responses_items import Items, Json, conversation, left_out, read, refuse_what_was_just_written
 from stepgguf.server.responses_store import Answers
 from stepgguf.server.responses_tools import AnyChoice, AnyTool, Offers, choose
 from stepgguf.server.service import Service
-from stepgguf.server.thinking import ThinkingFields, ThinkingMap
+from stepgguf.server.thinking import ReasoningFields, ThinkingMap
 
 NO_CONVERSATIONS = "there are no conversation objects here: use previous_response_id, or send the items as `input`"
 SEND_TEXT = "no prompt templates are stored here: send the text as `instructions` and `input`"
@@ -73,7 +73,7 @@ class Asked:
     offers: Offers
 
 
-class Prompt(ThinkingFields, Ignored):
+class Prompt(ReasoningFields, Ignored):
     """What is counted by /v1/responses/input_tokens too."""
 
     model: str | None = None
@@ -91,7 +91,7 @@ class Prompt(ThinkingFields, Ignored):
     truncation: Any = ignored("a prompt that does not fit is refused, not cut")
     personality: Any = ignored("the model has no such switch; ask for it in `instructions`")
 
-    def asked(self, service: Service, answers: Answers) -> Asked:
+    def chat_request(self, service: Service, answers: Answers) -> Asked:
         """RequestError, Refusal: the fields do not go together, or refer to what is not stored."""
         if self.input is None and self.previous_response_id is None:
             raise RequestError("input is missing", param="input")
@@ -99,7 +99,10 @@ class Prompt(ThinkingFields, Ignored):
         items = [*before, *answers.resolve(cast("list[Json]", self.input or []))]  # see Items
         known = read(items)
         refuse_what_was_just_written(known, len(before))
-        choice, offers = choose(self.tool_choice, Offers(self.tools or ()))
+        declared = Offers(self.tools or ())
+        service.unknown.ignore("type of tool", declared.left_out)
+        service.unknown.ignore("type of item", left_out(known))
+        choice, offers = choose(self.tool_choice, declared)
         told = [{"role": "system", "content": self.instructions}] if self.instructions else []
         said = conversation(known, offers)
         if not said:
@@ -117,7 +120,9 @@ class Prompt(ThinkingFields, Ignored):
 
 
 class ResponseBody(Prompt, SamplingFields):
-    max_output_tokens: AnswerTokens | None = Field(None, description="Default, and -1: what the context holds.")
+    max_output_tokens: AnswerTokens | None = Field(
+        None, description="Thinking counts. Default, and -1: what the context holds."
+    )
     include: Annotated[list[str] | None, BeforeValidator(_without_logprobs)] = None
     stream: bool | None = None
     store: bool | None = Field(None, description="false: forget the answer when it is finished.")
@@ -126,9 +131,7 @@ class ResponseBody(Prompt, SamplingFields):
 
     stream_options: Any = ignored("it only pads events")
     context_management: Any = ignored("a prompt that does not fit is refused, not cut")
-    prompt_cache_options: Any = ignored("every prefix is found without a key")
     client_metadata: Any = ignored("nothing is reported to anyone")
-    moderation: Any = ignored("nothing is moderated here")
     access_programs: Any = ignored("there are none")
     image: Any = ignored("the model reads text only")
     max_tool_calls: Any = ignored("it limits tools that run on the server, and there are none")
@@ -141,10 +144,10 @@ class ResponseBody(Prompt, SamplingFields):
     def stored(self) -> bool:
         return self.store is not False
 
-    def asked(self, service: Service, answers: Answers) -> Asked:
+    def chat_request(self, service: Service, answers: Answers) -> Asked:
         if self.background and not self.stored:
             raise RequestError("background needs store: true, for the answer is fetched later", param="background")
-        asked, info = super().asked(service, answers), service.engine.info
+        asked, info = super().chat_request(service, answers), service.engine.info
         request = replace(
             asked.request,
             sampling=self.sampling(info.sampling, info.n_vocab),
@@ -155,7 +158,7 @@ class ResponseBody(Prompt, SamplingFields):
 
     def echo(self, sampling: Sampling) -> Json:
         """The fields that the response repeats, as they were understood. sampling: as used."""
-        effort = self.reasoning.effort if isinstance(self.reasoning, ThinkingMap) else None
+        effort = self.reasoning.effort if isinstance(self.reasoning, ThinkingMap) else self.reasoning
         form = self.text.format.model_dump(by_alias=True, exclude_none=True) if self.text and self.text.format else None
         return {
             "background": bool(self.background),
