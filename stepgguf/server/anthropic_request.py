@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
@@ -48,7 +48,7 @@ from stepgguf.server.unreadable import (
 
 class ThinkingBlock(Part):
     type: Literal["thinking"]
-    thinking: str
+    thinking: str = ""
     signature: str = ""
 
     @property
@@ -66,7 +66,7 @@ class ToolUseBlock(Part):
     type: Literal["tool_use"]
     id: str
     name: str
-    input: dict[str, Any]
+    input: dict[str, Any] | str = Field(default_factory=dict)  # some clients keep the JSON
 
 
 def _blocks(content: Any) -> Any:
@@ -114,7 +114,7 @@ _Block = Annotated[Annotated[Block, Field(discriminator="type")], BeforeValidato
 
 class Turn(Part):
     role: Literal["user", "assistant", "system"]
-    content: Annotated[list[_Block], BeforeValidator(_blocks)]
+    content: Annotated[list[_Block], BeforeValidator(_blocks)] = Field(default_factory=list)
 
     @property
     def has_results(self) -> bool:
@@ -172,7 +172,9 @@ def _answer(blocks: list[Block]) -> Iterator[dict[str, Any]]:
 
 
 class CustomTool(Function):
+    type: str | None = None
     parameters: dict[str, Any] | None = Field(alias="input_schema")
+    eager_input_streaming: Any = ignored("arguments are streamed as they come")
 
 
 class ForeignTool(Part):
@@ -208,7 +210,8 @@ class Choice(Body):
 class Thinking(Body):
     type: Literal["enabled", "adaptive", "disabled"]
     budget_tokens: int | None = Field(None, ge=0)
-    display: Literal["summarized", "omitted"] | None = None
+    display: Literal["summarized", "omitted", "updates"] | None = None
+    block_binding: Any = ignored("a signature holds nothing that could be bound")
 
 
 class JsonFormat(Part):
@@ -219,6 +222,7 @@ class JsonFormat(Part):
 class OutputConfig(Body):
     effort: Effort | None = None
     format: JsonFormat | None = None
+    task_budget: Any = ignored("max_tokens is the limit")
 
 
 class Prompt(Body):
@@ -238,6 +242,7 @@ class Prompt(Body):
     compaction: Any = ignored("a prompt that does not fit is refused, not cut")
     mcp_servers: Any = ignored("nothing is called from here; offer their tools in `tools`")
     speed: Any = ignored("there is one speed")
+    billing_policy: Any = ignored("nothing is billed")
     user_profile_id: Any = ignored("there is one user")
     workspace_id: Any = ignored("there is one workspace")
     betas: Any = ignored("what is known is always on")
@@ -290,6 +295,7 @@ class Prompt(Body):
 class Create(Prompt, SamplingFields):
     """temperature: Anthropic's ends at 1, that of StepFun's own Messages API at 2."""
 
+    elsewhere: ClassVar = {"thread": "nothing is stored here: send the whole conversation as `messages`"}
     max_tokens: int = Field(ge=1)
     stop_sequences: list[str] | None = Field(None, description="Texts that end the answer.")
     stream: bool | None = None
@@ -299,6 +305,8 @@ class Create(Prompt, SamplingFields):
     container: Any = ignored("nothing is run here")
     diagnostics: Any = ignored("usage says what came from the cache")
     inference_geo: Any = ignored("it runs where it runs")
+    fallbacks: Any = ignored("there is one model")
+    fallback_credit_token: Any = ignored("nothing is billed")
 
     @property
     def display(self) -> Display:
