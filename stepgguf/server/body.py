@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Coroutine, Mapping
+from inspect import get_annotations
 from typing import Any, ClassVar
 
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
@@ -22,6 +24,7 @@ from stepgguf.server.unknown import LONGEST_NAME, MOST_OF_ONE_REQUEST, REQUEST, 
 
 TOO_DEEP = "the body is nested too deeply"
 WITHOUT_EFFECT = "Accepted, without effect"
+FIRST = ("model", "messages", "input")
 
 
 class Part(BaseModel):
@@ -41,6 +44,23 @@ class Body(Part):
     what to use instead. They are refused."""
 
     elsewhere: ClassVar[Mapping[str, str]] = {}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """The fields in the order of their use, as /docs shows them: FIRST, what is needed, the class's own, those
+        of its bases, last what has no effect."""
+        described = handler(schema)
+        found = handler.resolve_ref_schema(described)
+        fields, needed = cls.model_fields, found.get("required", ())
+        declared = [name for kind in cls.__mro__ for name in get_annotations(kind) if name in fields]
+        names = [fields[name].alias or name for name in declared]
+
+        def rank(item: tuple[str, JsonSchemaValue]) -> tuple[bool, bool, bool, int]:
+            name, told = item[0], item[1].get("description", "")
+            return told.startswith(WITHOUT_EFFECT), name not in FIRST, name not in needed, names.index(name)
+
+        found["properties"] = dict(sorted(found.get("properties", {}).items(), key=rank))
+        return described
 
     @model_validator(mode="before")
     @classmethod

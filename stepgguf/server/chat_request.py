@@ -147,28 +147,30 @@ class StreamOptions(Body):
     continuous_usage_stats: Any = ignored("usage comes with the last chunk")
 
 
-class StreamFields(Body):
-    stream: bool | None = None
-    stream_options: StreamOptions | None = Field(None, description="Only with stream: true.")
-
-    @property
-    def with_usage(self) -> bool:
-        """RequestError: there is no stream to have options."""
-        if self.stream_options is not None and not self.stream:
-            raise RequestError("stream_options is only allowed with stream: true", param="stream_options")
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
+def wants_usage(stream: bool | None, options: StreamOptions | None) -> bool:
+    """RequestError: there is no stream to have options."""
+    if options is not None and not stream:
+        raise RequestError("stream_options is only allowed with stream: true", param="stream_options")
+    return options is not None and bool(options.include_usage)
 
 
-class ConversationFields(Body):
-    model: str | None = Field(
-        None, description="Any id: one model is served. Default: its own.", examples=["step-3.5-flash"]
-    )
+class ChatBody(SamplingFields, ReasoningFields, FormatFields, ExtraBody, Ignored):
+    elsewhere: ClassVar = {
+        **FormatFields.elsewhere,
+        "functions": "functions are not supported any more; use tools",
+        "function_call": "function_call is not supported any more; use tool_choice",
+        "audio": "the model writes text only",
+        "system": "here it is a message of role system",
+        "instructions": "here it is a message of role system",
+    }
     messages: list[Message] = Field(
         min_length=1, examples=[[{"role": "user", "content": "How many 'r's are in the word strawberry?"}]]
     )
-
-
-class AnswerFields(Body):
+    model: str | None = Field(
+        None, description="Any id: one model is served. Default: its own.", examples=["step-3.5-flash"]
+    )
+    stream: bool | None = None
+    stream_options: StreamOptions | None = Field(None, description="Only with stream: true.")
     max_completion_tokens: AnswerTokens | None = Field(
         None, description="Thinking counts. Default, and -1: what the context holds."
     )
@@ -180,21 +182,6 @@ class AnswerFields(Body):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     modalities: list[Literal["text"]] | None = None
-
-
-class ChatBody(
-    Ignored, ExtraBody, FormatFields, ReasoningFields, SamplingFields, AnswerFields, StreamFields, ConversationFields
-):
-    """pydantic takes the fields of the last base first: they stand in the order of their use."""
-
-    elsewhere: ClassVar = {
-        **FormatFields.elsewhere,
-        "functions": "functions are not supported any more; use tools",
-        "function_call": "function_call is not supported any more; use tool_choice",
-        "audio": "the model writes text only",
-        "system": "here it is a message of role system",
-        "instructions": "here it is a message of role system",
-    }
 
     def chat_request(self, service: Service) -> ChatRequest:
         """RequestError: the fields do not go together."""

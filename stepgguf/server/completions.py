@@ -18,9 +18,9 @@ from stepgguf.chat.request import ToolChoice
 from stepgguf.errors import RequestError
 from stepgguf.runtime.engine import Request as EngineRequest
 from stepgguf.runtime.engine import Step
-from stepgguf.server.body import Body, ExtraBody, Ignored, JsonRoute
+from stepgguf.server.body import ExtraBody, Ignored, JsonRoute
 from stepgguf.server.chat import usage
-from stepgguf.server.chat_request import StreamFields
+from stepgguf.server.chat_request import StreamOptions, wants_usage
 from stepgguf.server.fields import AnswerTokens, FormatFields, SamplingFields, limit
 from stepgguf.server.openai_shapes import FinishReason, TextChoice, TextCompletion, TextLogprobs, Usage
 from stepgguf.server.problems import Problem, openai_error
@@ -32,12 +32,15 @@ router = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
 MAX_TOKENS = 16  # OpenAI's default
 
 
-class PromptFields(Body):
-    model: str | None = Field(None, description="Any id: one model is served. Default: its own.")
+class CompletionBody(SamplingFields, FormatFields, ExtraBody, Ignored):
+    elsewhere: ClassVar = {
+        **FormatFields.elsewhere,
+        "messages": "messages belong to /v1/chat/completions",
+    }
     prompt: str | list[str] | list[int] | list[list[int]] = Field(examples=["Once upon a time"])
-
-
-class AnswerFields(Body):
+    model: str | None = Field(None, description="Any id: one model is served. Default: its own.")
+    stream: bool | None = None
+    stream_options: StreamOptions | None = Field(None, description="Only with stream: true.")
     max_tokens: AnswerTokens | None = Field(
         None, description=f"Default: {MAX_TOKENS}, as OpenAI's. -1: what the context holds."
     )
@@ -46,15 +49,6 @@ class AnswerFields(Body):
     echo: bool | None = Field(None, description="The text starts with the prompt.")
     logprobs: int | None = Field(None, ge=0, le=5, description="So many alternatives to each token, and the token.")
     suffix: str | None = Field(None, description="Refused: the model cannot fill in.")
-
-
-class CompletionBody(Ignored, ExtraBody, FormatFields, SamplingFields, AnswerFields, StreamFields, PromptFields):
-    """The fields of the last base come first."""
-
-    elsewhere: ClassVar = {
-        **FormatFields.elsewhere,
-        "messages": "messages belong to /v1/chat/completions",
-    }
 
     def check(self) -> None:
         """RequestError: what this server cannot do."""
@@ -113,7 +107,7 @@ class CompletionBody(Ignored, ExtraBody, FormatFields, SamplingFields, AnswerFie
 )
 async def completions(body: CompletionBody, request: Request, service: TheService) -> Response:
     """Go on from a prompt as it is. For conversations use /v1/chat/completions."""
-    model, with_usage = service.model(body.model), body.with_usage
+    model, with_usage = service.model(body.model), wants_usage(body.stream, body.stream_options)
     prepared = await run_in_threadpool(body.prepare, service)
     echoes = [_text(service, p) if body.echo else "" for p in prepared]
     writer = TextWriter(f"cmpl-{trace(request)}", now(), model, service.fingerprint, body.logprobs, trace(request))

@@ -18,11 +18,12 @@ from stepgguf.chat.request import ChatRequest, Format, JsonObject, JsonSchema
 from stepgguf.errors import RequestError
 from stepgguf.runtime.engine import Sampling
 from stepgguf.server.body import Body, Ignored, Part, ignored
-from stepgguf.server.fields import Effort, SamplingFields
-from stepgguf.server.responses_items import Items, Json, conversation, refuse_what_was_just_written
+from stepgguf.server.fields import AnswerTokens, SamplingFields, limit
+from stepgguf.server.responses_items import Items, Json, conversation, read, refuse_what_was_just_written
 from stepgguf.server.responses_store import Answers
 from stepgguf.server.responses_tools import AnyChoice, AnyTool, Offers, choose
 from stepgguf.server.service import Service
+from stepgguf.server.thinking import ThinkingFields, ThinkingMap
 
 NO_CONVERSATIONS = "there are no conversation objects here: use previous_response_id, or send the items as `input`"
 SEND_TEXT = "no prompt templates are stored here: send the text as `instructions` and `input`"
@@ -45,14 +46,6 @@ class TextFormat(Part):
 class TextOptions(Body):
     format: TextFormat | None = None
     verbosity: Any = ignored("the model has no such switch; ask for it in a message")
-
-
-class ReasoningOptions(Body):
-    effort: Effort | None = None
-    summary: Any = ignored("nobody writes one; the reasoning itself is sent")
-    generate_summary: Any = ignored("nobody writes one; the reasoning itself is sent")
-    context: Any = ignored("the chat template decides which reasoning stays")
-    mode: Any = ignored("there is one mode")
 
 
 def _never(reason: str) -> BeforeValidator:
@@ -80,7 +73,7 @@ class Asked:
     offers: Offers
 
 
-class Prompt(Ignored):
+class Prompt(ThinkingFields, Ignored):
     """What is counted by /v1/responses/input_tokens too."""
 
     model: str | None = None
@@ -90,7 +83,6 @@ class Prompt(Ignored):
     tool_choice: AnyChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
-    reasoning: ReasoningOptions | None = None
     previous_response_id: str | None = None
 
     conversation: Annotated[None, _never(NO_CONVERSATIONS)] = None
@@ -105,11 +97,11 @@ class Prompt(Ignored):
             raise RequestError("input is missing", param="input")
         before = answers.conversation(self.previous_response_id) if self.previous_response_id else []
         items = [*before, *answers.resolve(cast("list[Json]", self.input or []))]  # see Items
-        refuse_what_was_just_written(items, len(before))
+        known = read(items)
+        refuse_what_was_just_written(known, len(before))
         choice, offers = choose(self.tool_choice, Offers(self.tools or ()))
         told = [{"role": "system", "content": self.instructions}] if self.instructions else []
-        effort = self.reasoning.effort if self.reasoning else None
-        said = conversation(items, offers)
+        said = conversation(known, offers)
         if not said:
             raise RequestError("input has nothing that can be shown to the model", param="input")
         request = ChatRequest(
@@ -119,13 +111,13 @@ class Prompt(Ignored):
             tool_choice=choice,
             parallel_tool_calls=self.parallel_tool_calls is not False,
             format=self.text.format.as_format() if self.text and self.text.format else None,
-            reasoning_budget=service.config.efforts[effort or "max"],
+            reasoning_budget=self.thinking_limit(service.config),
         )
         return Asked(request, items, offers)
 
 
 class ResponseBody(Prompt, SamplingFields):
-    max_output_tokens: int | None = Field(None, ge=1)
+    max_output_tokens: AnswerTokens | None = Field(None, description="Default, and -1: what the context holds.")
     include: Annotated[list[str] | None, BeforeValidator(_without_logprobs)] = None
     stream: bool | None = None
     store: bool | None = Field(None, description="false: forget the answer when it is finished.")
@@ -156,23 +148,23 @@ class ResponseBody(Prompt, SamplingFields):
         request = replace(
             asked.request,
             sampling=self.sampling(info.sampling, info.n_vocab),
-            max_tokens=self.max_output_tokens,
+            max_tokens=limit(self.max_output_tokens),
             stops=self.stops(),
         )
         return replace(asked, request=request)
 
     def echo(self, sampling: Sampling) -> Json:
         """The fields that the response repeats, as they were understood. sampling: as used."""
-        reasoning = self.reasoning or ReasoningOptions()
+        effort = self.reasoning.effort if isinstance(self.reasoning, ThinkingMap) else None
         form = self.text.format.model_dump(by_alias=True, exclude_none=True) if self.text and self.text.format else None
         return {
             "background": bool(self.background),
             "instructions": self.instructions,
-            "max_output_tokens": self.max_output_tokens,
+            "max_output_tokens": limit(self.max_output_tokens),
             "metadata": self.metadata or {},
             "parallel_tool_calls": self.parallel_tool_calls is not False,
             "previous_response_id": self.previous_response_id,
-            "reasoning": {"effort": reasoning.effort, "summary": None},
+            "reasoning": {"effort": effort if isinstance(effort, str) else None, "summary": None},
             "store": self.stored,
             "temperature": sampling.temperature,
             "text": {"format": form or {"type": "text"}},

@@ -22,7 +22,7 @@ from typing import Any
 
 from stepgguf.errors import StepggufError
 from stepgguf.server.config import ServerConfig
-from stepgguf.server.problems import Refusal, problem
+from stepgguf.server.problems import SHOWN, Refusal, problem
 from stepgguf.server.responses_writer import Event, ResponseWriter
 from stepgguf.server.stream import Exchange
 
@@ -151,7 +151,7 @@ class Answers:
         """Refusal: there is none."""
         answer = self.find(id)
         if answer is None:
-            raise Refusal(404, f"Response with id {id!r} not found. {KEPT}", param="id")
+            raise Refusal(404, f"Response with id {id[:SHOWN]!r} not found. {KEPT}", param="id")
         return answer
 
     def delete(self, id: str) -> None:
@@ -162,7 +162,7 @@ class Answers:
         """What a previous answer answered, and that answer. Refusal: there is none, or it is not finished."""
         answer = self.find(id)
         if answer is None:
-            text = f"Previous response with id {id!r} not found. {KEPT}; send the whole conversation as `input`"
+            text = f"Previous response with id {id[:SHOWN]!r} not found. {KEPT}; send the whole conversation as `input`"
             raise Refusal(400, text, code="previous_response_not_found", param="previous_response_id")
         if not answer.writer.finished:
             text = f"the previous response {id!r} is still being made; wait for its end or cancel it"
@@ -190,7 +190,7 @@ class Answers:
             item = next((item for item in items if item["id"] == id), None)
             if item is not None:
                 return item
-        text = f"Item with id {id!r} not found. {KEPT}; send the item itself instead of its id"
+        text = f"Item with id {id[:SHOWN]!r} not found. {KEPT}; send the item itself instead of its id"
         raise Refusal(404, text, param=param)
 
     def _sweep(self) -> None:

@@ -8,15 +8,19 @@ from typing import Any
 
 import openai
 import pytest
-from openai.types.responses import Response, ResponseStreamEvent
+from openai.types.responses import Response, ResponseStreamEvent, ResponseTextConfigParam
+from openai.types.responses.input_token_count_params import InputTokenCountParams
+from openai.types.responses.response_create_params import ResponseCreateParamsBase
+from openai.types.shared_params import Reasoning as ReasoningParam
 from pydantic import BaseModel, TypeAdapter
 
 from stepgguf.chat.exchange import ChatModel
 from stepgguf.chat.request import ChatRequest
+from stepgguf.server.body import Body
 from stepgguf.server.config import ServerConfig
 from stepgguf.server.metrics import Metrics
 from stepgguf.server.problems import Problem
-from stepgguf.server.responses_request import ResponseBody
+from stepgguf.server.responses_request import Prompt, ReasoningOptions, ResponseBody, TextOptions
 from stepgguf.server.responses_store import Answers
 from stepgguf.server.responses_tools import FunctionTool, Offers
 from stepgguf.server.responses_writer import ResponseWriter
@@ -306,7 +310,7 @@ IMAGE = [{"role": "user", "content": [{"type": "input_image", "image_url": "http
         ({"background": True, "store": False}, "background", "needs store: true"),
         ({"include": ["message.output_text.logprobs"]}, "include", "/v1/chat/completions"),
         ({"top_logprobs": 3}, "top_logprobs", "/v1/chat/completions"),
-        ({"max_tokens": 5}, "max_tokens", "did you mean max_output_tokens?"),
+        ({"max_tokens": 5}, "max_tokens", "here it is max_output_tokens"),
     ],
 )
 def test_what_cannot_be_done_is_refused_and_named(
@@ -317,6 +321,19 @@ def test_what_cannot_be_done_is_refused_and_named(
     assert response.status_code == 400
     assert error["param"] == param
     assert said in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("documented", "body"),
+    [
+        (ResponseCreateParamsBase, ResponseBody),
+        (InputTokenCountParams, Prompt),
+        (ReasoningParam, ReasoningOptions),
+        (ResponseTextConfigParam, TextOptions),
+    ],
+)
+def test_every_field_that_openai_documents_is_known(documented: type, body: type[Body]) -> None:
+    assert set(documented.__annotations__) <= set(body.model_fields)
 
 
 def test_what_means_nothing_here_is_accepted(server: Server) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from stepgguf.errors import RequestError
-from stepgguf.server.responses_items import conversation, refuse_what_was_just_written
+from stepgguf.server.responses_items import conversation, read, refuse_what_was_just_written
 from stepgguf.server.responses_request import ResponseBody
 from stepgguf.server.responses_tools import Offers, note
 from stepgguf.server.sealed import seal
@@ -241,7 +241,8 @@ def test_the_place_is_that_in_the_body_when_an_answer_is_continued() -> None:
 
 
 def typed(items: Any) -> Any:
-    return ResponseBody.model_validate({"input": items}).input
+    sent: Any = ResponseBody.model_validate({"input": items}).input
+    return read(sent)
 
 
 def called(message: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -197,6 +197,15 @@ def test_answers_are_forgotten(serve: Serve) -> None:
         assert not found(server, made(server))
 
 
+def test_answers_are_forgotten_though_nobody_asks(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stepgguf.server.responses_store.SWEEP_SECONDS", 0.05)
+    with serve(stored_seconds=0.5) as server:
+        id = made(server)
+        assert found(server, id)
+        time.sleep(1)
+        assert not found(server, id)
+
+
 def made(server: Server, text: str = "Hello") -> str:
     answered = server.client.post("/v1/responses", json={"input": text, "max_output_tokens": 1})
     return str(answered.json()["id"])

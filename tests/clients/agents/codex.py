@@ -1,4 +1,5 @@
-"""Codex: its own tools and an MCP server's, a picture from a tool, a session that is resumed, a patch in free text."""
+"""Codex: its own tools and an MCP server's, a picture from a tool, a session that is resumed, a patch in free text, a
+context that runs full."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ from pathlib import Path
 
 from tests.clients.agents.stage import MODEL, PNG, UNSEEN, Stage, call, installed, stage, thought
 
+SUMMARY = "The notes were read four times."
+CONTEXT = 26_000  # tokens; its own instructions and tools are 15,000
 # An MCP server with one tool, over stdin and stdout.
 NOTES = """
 import json, sys
@@ -97,9 +100,27 @@ def patch(program: Path) -> bool:
         return scene.passed
 
 
+def full_context(program: Path) -> bool:
+    """Told how long the context is, it compacts the conversation before it does not fit any more."""
+
+    def answer(prompt: str) -> str:
+        if "CONTEXT CHECKPOINT COMPACTION" in prompt:
+            return thought(SUMMARY)
+        if SUMMARY in prompt:
+            return thought("The notes are about rain.")
+        return thought(call("exec_command", cmd=f"echo {len(scene.engine.prompts)}; head -c 9000 notes.txt"))
+
+    with stage(answer, n_ctx=CONTEXT) as scene:
+        (scene.home / "notes.txt").write_text("the rain in Spain stays mainly in the plain\n" * 5000)
+        found = codex(scene, program, "Read notes.txt", config=f"model_context_window = {CONTEXT}\n")
+        scene.check("it asks for a summary", any(SUMMARY in prompt for prompt in scene.engine.prompts))
+        scene.check("and goes on with it", found == "The notes are about rain.")
+        return scene.passed
+
+
 def main() -> int:
     with installed("@openai/codex", "codex") as program:
-        passed = [act(program) for act in (tools, patch)]
+        passed = [act(program) for act in (tools, patch, full_context)]
     return 0 if all(passed) else 1
 
 
