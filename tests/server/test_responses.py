@@ -20,12 +20,13 @@ from stepgguf.server.body import Body
 from stepgguf.server.config import ServerConfig
 from stepgguf.server.metrics import Metrics
 from stepgguf.server.problems import Problem
-from stepgguf.server.responses_request import Prompt, ReasoningOptions, ResponseBody, TextOptions
+from stepgguf.server.responses_request import Prompt, ResponseBody, TextOptions
 from stepgguf.server.responses_store import Answers
 from stepgguf.server.responses_tools import FunctionTool, Offers
 from stepgguf.server.responses_writer import ResponseWriter
 from stepgguf.server.sealed import seal
 from stepgguf.server.service import Service
+from stepgguf.server.thinking import ThinkingMap
 from tests.server.conftest import Serve, Server
 from tests.server.scripted import CALL, answer
 from tests.server.test_stream import Dying
@@ -328,7 +329,7 @@ def test_what_cannot_be_done_is_refused_and_named(
     [
         (ResponseCreateParamsBase, ResponseBody),
         (InputTokenCountParams, Prompt),
-        (ReasoningParam, ReasoningOptions),
+        (ReasoningParam, ThinkingMap),
         (ResponseTextConfigParam, TextOptions),
     ],
 )
