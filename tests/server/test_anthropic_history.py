@@ -80,6 +80,24 @@ def test_what_a_tool_returns_and_what_was_said_before_never_ends_a_session(
     assert earlier == [("user", f"Look:\n\n{said}"), ("assistant", "Nice."), ("user", "And now?")]
 
 
+@pytest.mark.parametrize(
+    ("turn", "said"),
+    [
+        ({"role": "assistant", "content": None}, None),
+        (assistant(), None),
+        (assistant({"type": "thinking", "thinking": None, "signature": None}, "Hm."), {"content": "Hm."}),
+        (assistant({"type": "tool_use", "id": "a", "name": "f", "input": None}), {"arguments": {}}),
+        (assistant({"type": "tool_use", "id": "a", "name": "f", "input": '{"x": 1}'}), {"arguments": '{"x": 1}'}),
+    ],
+)
+def test_an_answer_that_comes_back_incomplete_is_taken(
+    chat_model: ChatModel, turn: dict[str, Any], said: dict[str, Any] | None
+) -> None:
+    _, *answers, _ = request_of(chat_model, [user("Hi"), turn, user("And now?")]).messages
+    flat = [{**message, **message.get("tool_calls", [{"function": {}}])[0]["function"]} for message in answers]
+    assert [said.items() <= message.items() for message in flat] == [True] if said else flat == []
+
+
 def test_names_of_tools_that_a_search_found_are_text(chat_model: ChatModel) -> None:
     found = result({"type": "tool_reference", "tool_name": "get_weather"})
     assert shown(chat_model, user("Look."), CALL, user(found))[-1] == ("tool", "The tool get_weather is there.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import typing
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ from stepgguf.chat.output import Delta
 from stepgguf.chat.request import ChatRequest, ToolChoice
 from stepgguf.chat.template import normalize
 from stepgguf.runtime.engine import Sampling
-from stepgguf.server.anthropic_request import Create
+from stepgguf.server.anthropic_request import Choice, Create, CustomTool, OutputConfig, Prompt, Thinking
 from stepgguf.server.anthropic_writer import Display, MessageWriter
 from stepgguf.server.config import ServerConfig
 from stepgguf.server.messages import stream
@@ -471,6 +472,24 @@ def test_what_cannot_be_done_is_refused_in_anthropics_form(server: Server, field
     assert error["error"]["type"] == "invalid_request_error"
     assert said in error["error"]["message"]
     assert error["request_id"] == response.headers["request-id"]
+
+
+@pytest.mark.parametrize(
+    ("body", "documented", "refused"),
+    [
+        (Create, anthropic.types.beta.message_create_params.MessageCreateParamsStreaming, {"thread"}),
+        (Prompt, anthropic.types.beta.message_count_tokens_params.MessageCountTokensParams, set()),
+        (CustomTool, anthropic.types.beta.BetaToolParam, set()),
+        (Thinking, anthropic.types.beta.BetaThinkingConfigEnabledParam, set()),
+        (Thinking, anthropic.types.beta.BetaThinkingConfigAdaptiveParam, set()),
+        (OutputConfig, anthropic.types.beta.BetaOutputConfigParam, set()),
+        (Choice, anthropic.types.beta.BetaToolChoiceToolParam, set()),
+    ],
+)
+def test_every_field_that_anthropic_documents_is_known(body: Any, documented: Any, refused: set[str]) -> None:
+    known = {field.alias or name for name, field in body.model_fields.items()}
+    assert set(typing.get_type_hints(documented)) - known == refused
+    assert refused <= set(body.elsewhere)
 
 
 def test_what_means_nothing_here_is_accepted(server: Server) -> None:
