@@ -7,6 +7,7 @@ bytes of a token that is one; so where a character came in several tokens, its t
 from __future__ import annotations
 
 from stepgguf.runtime.llamaserver.client import Client
+from stepgguf.runtime.passages import passages
 
 
 class Vocabulary:
@@ -37,6 +38,8 @@ class Vocabulary:
         return [(t["id"], t["piece"].encode() if isinstance(t["piece"], str) else bytes(t["piece"])) for t in tokens]
 
     def _ids(self, text: str, *, add_special: bool) -> list[int]:
-        answer = self._client.post("/tokenize", {"content": text, "add_special": add_special, "parse_special": True})
-        ids: list[int] = answer["tokens"]
+        ids: list[int] = []
+        for passage in passages(text):
+            body = {"content": passage, "add_special": add_special and not ids, "parse_special": True}
+            ids += self._client.post("/tokenize", body)["tokens"]
         return ids
