@@ -16,7 +16,8 @@ from stepgguf.runtime.llama.model import Model
 from stepgguf.runtime.passages import MOST_BRACKETS, MOST_CHARACTERS, passages
 
 WORDS = st.sampled_from(
-    ["foo", "Déjà", "don't", " ", "  ", "\n", " \n", "12345", "x1", "中文", "，", "ア・イ", "é", "(", "){", '":', "<", "</", "!a",
+    ["foo", "Déjà", "don't", " ", "  ",
+     "\n", " \n", "12345", "x1", "中文", "，", "ア・イ", "é", "(", "){", '":', "<", "</", "!a",
      "=", "_", "|", "-", "<|im_end|>", "<think>", "</think>", "<tool_call>", "\u3000", "½", "a\u0301", "\U0001f600"]
 )  # fmt: skip
 
