@@ -1,14 +1,13 @@
 """Request bodies: JSON that is safe to look at, then models that accept what they know and name what they do not.
 
-A field is honoured, or it is in `Ignored` with the reason, or the request is refused: a misspelt `temprature` must
-not be a silent default. Null means absent, as clients send it.
+A field is honoured, or it is in `Ignored` with the reason, or unknown.py says what becomes of it. Null means absent, as
+clients send it.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Coroutine, Mapping
-from difflib import get_close_matches
 from typing import Any, ClassVar
 
 from fastapi.routing import APIRoute
@@ -19,15 +18,32 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from stepgguf.server.problems import Refusal
+from stepgguf.server.unknown import LONGEST_NAME, POLICY, near_miss
 
 TOO_DEEP = "the body is nested too deeply"
+WITHOUT_EFFECT = "Accepted, without effect"
+MOST_UNKNOWN = 64  # fields of one object; no vendor has as many
 
 
-class Body(BaseModel):
-    """An object of a request that may have no fields but its own. `elsewhere`: fields that other servers know, and
-    what to say about them."""
+class _Object(BaseModel):
+    """An object of a request. Null is absence: clients send it for what they do not set."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: Any) -> Any:
+        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
+
+
+class Part(_Object):
+    """An object that may carry more than is read of it, because its makers keep adding to it."""
+
+
+class Body(_Object):
+    """An object whose fields are looked at; see unknown.py. `elsewhere`: fields of other servers whose meaning would be
+    lost, and what to use instead. They are refused."""
+
     elsewhere: ClassVar[Mapping[str, str]] = {}
 
     @model_validator(mode="before")
@@ -35,23 +51,31 @@ class Body(BaseModel):
     def _knows_its_fields(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        for name in data:
-            if name not in cls.model_fields:
-                near = get_close_matches(str(name), cls.model_fields, n=1)
-                known = f"unknown field; did you mean {near[0]}?" if near else "unknown field"
-                advice = cls.elsewhere.get(name, known)
-                raise PydanticCustomError("unknown_field", "{advice}", {"field": name, "advice": advice})
+        names = {field.alias or name: field for name, field in cls.model_fields.items()}
+        unknown = [name for name, value in data.items() if value is not None and name not in names]
+        if not unknown:
+            return data
+        if len(unknown) > MOST_UNKNOWN:
+            raise _refused(unknown[0], f"it and {len(unknown) - 1} more are unknown fields")
+        with_effect = [name for name, field in names.items() if not (field.description or "").startswith(WITHOUT_EFFECT)]
+        policy = POLICY.get()
+        for name in unknown:
+            if name in cls.elsewhere:
+                raise _refused(name, cls.elsewhere[name])
+            if (near := near_miss(name, with_effect)) is not None:
+                raise _refused(name, f"unknown field; did you mean {near}?")
+            if policy.strict:
+                raise _refused(name, "unknown field, and this server is strict")
+        policy.ignore(unknown)
         return data
 
 
-class Part(BaseModel):
-    """An object of a request that may carry more than is read of it, because its makers keep adding to it."""
-
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+def _refused(field: str, advice: str) -> PydanticCustomError:
+    return PydanticCustomError("unknown_field", "{advice}", {"field": field[:LONGEST_NAME], "advice": advice})
 
 
 def ignored(reason: str) -> Any:
-    return Field(None, description=f"Accepted, without effect: {reason}.")
+    return Field(None, description=f"{WITHOUT_EFFECT}: {reason}.")
 
 
 class Ignored(Body):
@@ -62,8 +86,10 @@ class Ignored(Body):
     store: Any = ignored("nothing is stored")
     service_tier: Any = ignored("there is one tier")
     safety_identifier: Any = ignored("nothing is reported to anyone")
+    moderation: Any = ignored("there is no moderation")
     prompt_cache_key: Any = ignored("every prefix is found without a key")
     prompt_cache_retention: Any = ignored("the cache keeps what fits")
+    prompt_cache_options: Any = ignored("the cache keeps what fits")
     cache_prompt: Any = ignored("prefixes are always reused")
     verbosity: Any = ignored("the model has no such switch; ask for it in a message")
     prediction: Any = ignored("it saves time, not more; drafts come from the MTP heads")
@@ -72,32 +98,26 @@ class Ignored(Body):
     models: Any = ignored("there is one model to fall back to")
     provider: Any = ignored("there is one provider")
     plugins: Any = ignored("there are none")
+    web_search_options: Any = ignored("nothing is searched here; offer a tool")
     usage: Any = ignored("usage is asked for by stream_options.include_usage")
+    timings_per_token: Any = ignored("usage is asked for by stream_options.include_usage; speeds are in /metrics")
     session_id: Any = ignored("prefixes are found by their tokens")
 
 
 class JsonRoute(APIRoute):
-    """Reads a body with `JsonRequest`."""
+    """Reads a body with `JsonRequest`, and does with unknown fields what this server does."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
 
         async def handle(request: Request) -> Response:
+            POLICY.set(request.app.state.service.unknown)
             return await handler(JsonRequest(request.scope, request.receive))
 
         return handle
 
 
 class JsonRequest(Request):
-    """The type must be said: a web page of somebody else may send text to a server on this machine without asking the
-    browser's permission, but not JSON."""
-
-    async def body(self) -> bytes:
-        body = await super().body()
-        if self.method == "POST" and "json" not in self.headers.get("content-type", ""):
-            raise Refusal(415, "the body must be JSON and say so: content-type: application/json")
-        return body
-
     async def json(self) -> Any:
         """Large bodies take a while: off the event loop."""
         depth = self.app.state.service.config.max_json_depth

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
 from stepgguf.chat.request import ChatRequest, Tool, ToolChoice
 from stepgguf.errors import RequestError
-from stepgguf.server.body import Body, Ignored, Part
-from stepgguf.server.fields import FormatFields, ReasoningFields, SamplingFields
+from stepgguf.server.body import Body, Ignored, Part, ignored
+from stepgguf.server.fields import AnswerTokens, FormatFields, SamplingFields, limit
 from stepgguf.server.service import Service
-
-
-class TextPart(Part):
-    type: Literal["text"]
-    text: str
-
-
-def _readable(part: Any) -> Any:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind in ("image_url", "image", "input_audio", "video_url", "file"):
-        raise PydanticCustomError("text_only", "the model reads text only, it cannot take {kind} parts", {"kind": kind})
-    return part
+from stepgguf.server.thinking import ReasoningFields
+from stepgguf.server.unreadable import AnyPart, just_written, refuse_unreadable
 
 
 class CalledFunction(Part):
@@ -41,7 +31,7 @@ class Message(Part):
     """`content`: null is empty. The thinking of earlier answers may come back under any of three names."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Annotated[TextPart, BeforeValidator(_readable)]] | None = None
+    content: str | list[AnyPart] | None = None
     name: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
@@ -50,15 +40,26 @@ class Message(Part):
     tool_call_id: str | None = None
 
 
-class Function(Part):
+def as_chat(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """As OpenAI's chat messages. RequestError: the message that the user has just written has more than text."""
+    newest = just_written([message.role for message in messages])
+    if newest is not None and isinstance(parts := messages[newest].content, list):
+        refuse_unreadable(parts, f"messages[{newest}].content")
+    return [message.model_dump(exclude_none=True) for message in messages]
+
+
+class Function(Body):
     name: str = Field(pattern=r"^[^<>\s]{1,128}$")
     description: str | None = None
     parameters: dict[str, Any] | None = None
+    strict: Any = ignored("arguments are always kept to their schema")
+    cache_control: Any = ignored("every prefix is found without marks")
 
 
-class FunctionTool(Part):
+class FunctionTool(Body):
     type: Literal["function"] = "function"
     function: Function
+    cache_control: Any = ignored("every prefix is found without marks")
 
 
 def as_tools(offered: list[FunctionTool] | None) -> tuple[Tool, ...]:
@@ -80,48 +81,75 @@ class NamedTool(Part):
     function: FunctionName
 
 
-class StreamOptions(Part):
+class StreamOptions(Body):
     include_usage: bool | None = Field(None, description="true: a last chunk, without choices, has the usage.")
+    include_obfuscation: Any = ignored("it only pads events")
+    continuous_usage_stats: Any = ignored("usage comes with the last chunk")
 
 
-class ChatBody(SamplingFields, FormatFields, ReasoningFields, Ignored, Body):
+class StreamFields(Body):
+    stream: bool | None = None
+    stream_options: StreamOptions | None = Field(None, description="Only with stream: true.")
+
+    @property
+    def with_usage(self) -> bool:
+        """RequestError: there is no stream to have options."""
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options is only allowed with stream: true", param="stream_options")
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+class ConversationFields(StreamFields):
+    model: str | None = Field(
+        None, description="Any id: one model is served. Default: its own.", examples=["step-3.5-flash"]
+    )
+    messages: list[Message] = Field(
+        min_length=1, examples=[[{"role": "user", "content": "How many 'r's are in the word strawberry?"}]]
+    )
+    max_completion_tokens: AnswerTokens | None = Field(
+        None, description="Thinking counts. Default, and -1: what the context holds."
+    )
+    max_tokens: AnswerTokens | None = Field(None, description="The old name of max_completion_tokens.")
+    tools: list[FunctionTool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    n: int | None = Field(None, ge=1, description="Answers to make.")
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    modalities: list[Literal["text"]] | None = None
+
+
+class ChatBody(Ignored, FormatFields, ReasoningFields, SamplingFields, ConversationFields):
+    """pydantic takes the fields of the last base first: they stand in the order of their use."""
+
     elsewhere: ClassVar = {
         **FormatFields.elsewhere,
         "functions": "functions are not supported any more; use tools",
         "function_call": "function_call is not supported any more; use tool_choice",
-        "max_output_tokens": "that is the Responses dialect's; here it is max_completion_tokens",
         "audio": "the model writes text only",
+        "system": "here it is a message of role system, the first of messages",
+        "instructions": "that is the Responses dialect's; here it is a message of role system",
+        "input": "that is the Responses dialect's; here it is messages",
+        "prompt": "that is for /v1/completions; here it is messages",
+        "stop_sequences": "that is Anthropic's dialect; here it is stop",
+        **dict.fromkeys(
+            ("n_predict", "num_predict", "max_new_tokens", "max_output_tokens"),
+            "here it is max_completion_tokens; -1, or leaving it out, is no limit",
+        ),
     }
-    messages: list[Message] = Field(
-        min_length=1, examples=[[{"role": "user", "content": "How many 'r's are in the word strawberry?"}]]
-    )
-    model: str | None = Field(None, description="One of /v1/models. Default: the first.", examples=["step-3.5-flash"])
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: int | None = Field(None, ge=1, description="Answers to make.")
-    max_completion_tokens: int | None = Field(
-        None, ge=1, description="Thinking counts. Default: what the context holds."
-    )
-    max_tokens: int | None = Field(None, ge=1, description="The old name of max_completion_tokens.")
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
-    modalities: list[Literal["text"]] | None = None
-    tools: list[FunctionTool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    parallel_tool_calls: bool | None = None
 
     def chat_request(self, service: Service) -> ChatRequest:
         """RequestError: the fields do not go together."""
         info = service.engine.info
         return ChatRequest(
-            messages=[message.model_dump(exclude_none=True) for message in self.messages],
+            messages=as_chat(self.messages),
             sampling=self.sampling(info.sampling, info.n_vocab),
             tools=as_tools(self.tools),
             tool_choice=self._tool_choice(),
             parallel_tool_calls=self.parallel_tool_calls is not False,
             format=self.format(),
-            reasoning_budget=self.reasoning_budget(service.config),
-            max_tokens=self.max_completion_tokens or self.max_tokens,
+            reasoning_budget=self.thinking_limit(service.config),
+            max_tokens=limit(self.max_completion_tokens or self.max_tokens),
             stops=self.stops(),
             top_logprobs=self._top_logprobs(),
         )

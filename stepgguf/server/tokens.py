@@ -1,4 +1,4 @@
-"""The tokenizer over HTTP, how the server is, and what to say to clients that look in the wrong place."""
+"""The tokenizer over HTTP, and how the server is."""
 
 from __future__ import annotations
 
@@ -83,13 +83,3 @@ async def health(service: TheService) -> Health:
 async def metrics(service: TheService) -> Response:
     """Counters for Prometheus."""
     return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-
-@router.api_route("/v1/v1/{path:path}", methods=["GET", "POST"], include_in_schema=False)
-async def twice(path: str) -> Response:
-    """Anthropic's clients add /v1 to their base URL, OpenAI's do not."""
-    raise Refusal(
-        404,
-        f"/v1 is there twice: it is /v1/{path}. "
-        "The base URL of OpenAI's clients ends with /v1, that of Anthropic's does not",
-    )

@@ -1,0 +1,64 @@
+"""Fields that this server does not know.
+
+A misspelt `temprature` must not be a silent default, so a name close to a known one is refused and the known one named.
+Any other is an extra of some vendor's, which servers that do not know it pass over: it is ignored, and the log says so
+once for each name. A strict server refuses them all.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Collection, Iterable
+from contextvars import ContextVar
+from difflib import SequenceMatcher
+
+log = logging.getLogger(__name__)
+MOST_NAMES = 1000  # that are remembered, and so said: a client chooses them
+LONGEST_NAME = 64
+ALIKE = 0.8  # of 1: `choise` and `choice` are 0.83, `enable` and `disable` 0.62
+SHORTEST_WORD = 6  # of words that may differ by a letter: `mode`, `top_a` and `min_tokens` are other fields
+_WORD = re.compile(r"[A-Z]?[a-z0-9]+|[A-Z]+")
+
+
+class UnknownFields:
+    """What one server does with them, and which it has told of."""
+
+    def __init__(self, *, strict: bool = False) -> None:
+        self.strict = strict
+        self._told: set[str] = set()
+
+    def ignore(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name not in self._told and len(self._told) < MOST_NAMES:
+                self._told.add(name)
+                log.warning("ignored a field that is not known here (said once): %a", name[:LONGEST_NAME])
+
+
+# FastAPI validates a body without a way to hand something through to its models.
+POLICY: ContextVar[UnknownFields] = ContextVar("POLICY", default=UnknownFields())
+
+
+def near_miss(name: str, known: Collection[str]) -> str | None:
+    """The known name that is written with the same words, or with one of them misspelt."""
+    words = _words(name[:LONGEST_NAME])
+    for other in known:
+        others = _words(other)
+        if "".join(words) == "".join(others):
+            return other
+        if len(words) == len(others):
+            differing = [pair for pair in zip(words, others, strict=True) if pair[0] != pair[1]]
+            if len(differing) == 1 and _misspelt(*differing[0]):
+                return other
+    return None
+
+
+def _words(name: str) -> list[str]:
+    """topP and top_p are the same two."""
+    return [word.lower() for word in _WORD.findall(name)]
+
+
+def _misspelt(word: str, right: str) -> bool:
+    if word == right + "s" or word + "s" == right or sorted(word) == sorted(right):
+        return True
+    return max(len(word), len(right)) >= SHORTEST_WORD and SequenceMatcher(None, word, right).ratio() >= ALIKE
