@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from json import JSONEncoder
 from typing import Any, Literal
 
 from fastapi.exceptions import RequestValidationError
@@ -105,7 +106,7 @@ class Refusal(HTTPException):
 def problem(error: Exception) -> Problem:
     """Any exception. What is not ours to explain is "internal error": its text may hold anything."""
     if isinstance(error, RequestValidationError):
-        message, param = explain(error.errors(), error.body)
+        message, param = explain([{**e, "loc": e["loc"][1:]} for e in error.errors()], error.body)
         return _problem(400, message, param=param)
     if isinstance(error, Refusal):
         return _problem(error.status_code, error.detail, error.code, error.param, error.headers)
@@ -171,7 +172,7 @@ def body(problem: Problem, path: str, trace: str) -> OpenAIError | AnthropicErro
 
 
 def explain(errors: Sequence[Mapping[str, Any]], body: object) -> tuple[str, str | None]:
-    """pydantic's errors as one sentence and the path of the field.
+    """pydantic's errors in a body as one sentence and the path of the field.
 
     Of the alternatives of a union the one that went furthest into the body is what was meant.
     """
@@ -192,7 +193,7 @@ def explain(errors: Sequence[Mapping[str, Any]], body: object) -> tuple[str, str
 def _path(loc: Sequence[str | int], kind: str, body: object) -> tuple[str | int, ...]:
     """The parts of pydantic's location that are in the body; the others name alternatives of unions."""
     path: list[str | int] = []
-    for part in loc[1:]:
+    for part in loc:
         inside = isinstance(part, int) and part < len(body) if isinstance(body, list) else False
         if inside or (isinstance(body, Mapping) and part in body):
             body = body[part]  # type: ignore[index]
@@ -212,5 +213,10 @@ def _expected(message: str) -> str:
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
+    """The start of a value as JSON. No more of it is written than that: it may be megabytes."""
+    text = ""
+    for piece in JSONEncoder(ensure_ascii=False, default=repr).iterencode(value):
+        text += piece
+        if len(text) > SHOWN:
+            return text[: SHOWN - 3] + "..."
+    return text
