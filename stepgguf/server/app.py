@@ -14,8 +14,8 @@ from starlette.responses import FileResponse
 
 from stepgguf import __version__
 from stepgguf.chat.exchange import ChatModel
-from stepgguf.server import chat as chat_completions
 from stepgguf.server import astray, completions, guard, messages, models, responses, tokens
+from stepgguf.server import chat as chat_completions
 from stepgguf.server.config import ServerConfig
 from stepgguf.server.metrics import Metrics
 from stepgguf.server.problems import AnthropicError, OpenAIError, Refusal

@@ -18,7 +18,7 @@ from starlette.responses import Response
 
 from stepgguf.server.json_text import parse
 from stepgguf.server.problems import Refusal, explain
-from stepgguf.server.unknown import LONGEST_NAME, POLICY, near_miss
+from stepgguf.server.unknown import LONGEST_NAME, POLICY, UnknownFields, namesake, near_miss
 
 WITHOUT_EFFECT = "Accepted, without effect"
 MOST_UNKNOWN = 64  # fields of one object; no vendor has as many
@@ -35,9 +35,10 @@ def _fail_fast(schema: Any) -> None:
             _fail_fast(part)
 
 
-class _Object(BaseModel):
-    """An object of a request. Null is absence: clients send it for what they do not set. The first wrong item of a list
-    refuses it: half a million explanations would take seconds to collect."""
+class Part(BaseModel):
+    """An object of a request, which may carry more than is read of it, because its makers keep adding to it. Null is
+    absence: clients send it for what they do not set. The first wrong item of a list refuses it: half a million
+    explanations would take seconds to collect."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False, protected_namespaces=())
 
@@ -53,13 +54,9 @@ class _Object(BaseModel):
         return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
-class Part(_Object):
-    """An object that may carry more than is read of it, because its makers keep adding to it."""
-
-
-class Body(_Object):
-    """An object whose fields are looked at; see unknown.py. `elsewhere`: fields of other servers whose meaning would be
-    lost, and what to use instead. They are refused."""
+class Body(Part):
+    """An object whose unknown fields are looked at; see unknown.py. `elsewhere`: such whose meaning would be lost, and
+    what to use instead. They are refused."""
 
     elsewhere: ClassVar[Mapping[str, str]] = {}
 
@@ -74,16 +71,20 @@ class Body(_Object):
             return data
         if len(unknown) > MOST_UNKNOWN:
             raise _refused(unknown[0], f"it and {len(unknown) - 1} more are unknown fields")
-        with_effect = [name for name, field in names.items() if not (field.description or "").startswith(WITHOUT_EFFECT)]
-        policy = POLICY.get()
+        with_effect = [
+            name for name, field in names.items() if not (field.description or "").startswith(WITHOUT_EFFECT)
+        ]
+        policy = POLICY.get(UnknownFields())
         for name in unknown:
             if name in cls.elsewhere:
                 raise _refused(name, cls.elsewhere[name])
             if (near := near_miss(name, with_effect)) is not None:
                 raise _refused(name, f"unknown field; did you mean {near}?")
+            if (other := namesake(name, with_effect)) is not None:
+                raise _refused(name, f"unknown field; here it is {other}. {names[other].description or ''}".rstrip())
             if policy.strict:
                 raise _refused(name, "unknown field, and this server is strict")
-        policy.ignore(unknown)
+        policy.ignore("field", unknown)
         return data
 
 
@@ -92,7 +93,7 @@ def _refused(field: str, advice: str) -> PydanticCustomError:
 
 
 def ignored(reason: str) -> Any:
-    return Field(None, description=f"{WITHOUT_EFFECT}: {reason}.")
+    return Field(None, description=f"{WITHOUT_EFFECT}: {reason}.", exclude=True)
 
 
 class Ignored(Body):

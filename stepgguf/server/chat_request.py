@@ -54,6 +54,10 @@ class Function(Body):
     parameters: dict[str, Any] | None = None
     strict: Any = ignored("arguments are always kept to their schema")
     cache_control: Any = ignored("every prefix is found without marks")
+    defer_loading: Any = ignored("the model sees all tools")
+    allowed_callers: Any = ignored("the model is the one caller")
+    input_examples: Any = ignored("the chat template shows no examples")
+    eager_input_streaming: Any = ignored("arguments are always sent as they come")
 
 
 class FunctionTool(Body):
@@ -127,15 +131,8 @@ class ChatBody(Ignored, FormatFields, ReasoningFields, SamplingFields, Conversat
         "functions": "functions are not supported any more; use tools",
         "function_call": "function_call is not supported any more; use tool_choice",
         "audio": "the model writes text only",
-        "system": "here it is a message of role system, the first of messages",
-        "instructions": "that is the Responses dialect's; here it is a message of role system",
-        "input": "that is the Responses dialect's; here it is messages",
-        "prompt": "that is for /v1/completions; here it is messages",
-        "stop_sequences": "that is Anthropic's dialect; here it is stop",
-        **dict.fromkeys(
-            ("n_predict", "num_predict", "max_new_tokens", "max_output_tokens"),
-            "here it is max_completion_tokens; -1, or leaving it out, is no limit",
-        ),
+        "system": "here it is a message of role system",
+        "instructions": "here it is a message of role system",
     }
 
     def chat_request(self, service: Service) -> ChatRequest:

@@ -51,11 +51,6 @@ class CompletionBody(Ignored, FormatFields, SamplingFields, PromptFields):
     elsewhere: ClassVar = {
         **FormatFields.elsewhere,
         "messages": "messages belong to /v1/chat/completions",
-        **dict.fromkeys(
-            ("n_predict", "num_predict", "max_new_tokens", "max_completion_tokens", "max_output_tokens"),
-            "here it is max_tokens; -1 is no limit",
-        ),
-        "n_probs": "here it is logprobs",
     }
 
     def check(self) -> None:

@@ -1,5 +1,7 @@
-"""Fields that several dialects share, and what they mean to the engine: sampling, the answer's length and form. Within a
-class they stand in the order of their use, as /docs shows them."""
+"""Fields that several dialects share, and what they mean to the engine: sampling, the answer's length and form.
+
+Within a class they stand in the order of their use, as /docs shows them.
+"""
 
 from __future__ import annotations
 
@@ -140,7 +142,7 @@ class FormatFields(Body):
     nvext: Nvext | None = None
 
     def format(self) -> Format | None:
-        nvext, vllm = self.nvext or Nvext(), self.structured_outputs or StructuredOutputs()
+        nvext, vllm = self.nvext or Nvext(), self.structured_outputs or StructuredOutputs.model_validate({})
         schemas = {
             "json_schema": self.json_schema,
             "guided_json": self.guided_json,

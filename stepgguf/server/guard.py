@@ -35,7 +35,7 @@ from stepgguf.server.stream import Exchange
 log = logging.getLogger(__name__)
 OPEN = {"/", "/health", "/docs", "/openapi.json"}  # nothing there is secret
 POLLED = {"/health", "/metrics"}  # every few seconds, by programs: not in the log
-# This machine as containers on it call it: Docker, Podman, Lima, OrbStack, minikube. `.internal` is nobody's to register.
+# This machine as containers on it call it (Docker, Podman, Lima, OrbStack, minikube). Nobody can register `.internal`.
 FROM_CONTAINERS = {f"host.{name}.internal" for name in ("docker", "containers", "lima", "orb", "minikube")}
 JSON = "application/json"
 METHODS = {"GET", "POST", "DELETE", "OPTIONS", "HEAD", "PUT", "PATCH"}  # a label must not be the client's to choose
@@ -128,8 +128,8 @@ async def _answer(error: Exception, scope: Scope, receive: Receive, send: Send) 
 
 class Host:
     """A server on a loopback address answers only to names of this machine. Else a web page could have its own name
-    point here and read the answers (DNS rebinding). An address in place of a name cannot be made to point elsewhere, and
-    `.localhost` never leaves the machine (RFC 6761)."""
+    point here and read the answers (DNS rebinding). An address in place of a name points nowhere else, and `.localhost`
+    never leaves the machine (RFC 6761)."""
 
     def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
         self._app = app

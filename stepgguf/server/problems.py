@@ -19,7 +19,6 @@ from starlette.exceptions import HTTPException
 from typing_extensions import TypedDict
 
 from stepgguf.errors import (
-    BadMetadata,
     ContextLengthExceeded,
     EngineBusy,
     EngineDied,
@@ -122,8 +121,6 @@ def _of_ours(error: StepggufError, message: str) -> Problem:
         return _problem(400, message, "context_length_exceeded", "messages")
     if isinstance(error, RequestError):
         return _problem(400, message, param=error.param)
-    if isinstance(error, BadMetadata):  # the chat template refuses these messages
-        return _problem(400, message, param="messages")
     if isinstance(error, EngineBusy):
         return _problem(429, message, headers={"retry-after": str(error.retry_after)})
     if isinstance(error, EngineDied) and error.recovered:

@@ -20,7 +20,6 @@ from stepgguf.server.problems import Refusal
 from stepgguf.server.stream import Exchange
 from stepgguf.server.unknown import UnknownFields
 
-
 LONGEST_ID = 256
 
 

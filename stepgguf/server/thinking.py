@@ -1,5 +1,7 @@
-"""How much the model may think. Vendors have two dozen spellings of this one quantity, and clients send several at once:
-each is a row of `ThinkingFields` and becomes a limit in tokens, of which the least counts.
+"""How much the model may think.
+
+Vendors have two dozen spellings of this one quantity, and clients send several at once. Each is a row of
+`ThinkingFields` and becomes a limit in tokens, of which the least counts.
 """
 
 from __future__ import annotations
@@ -74,14 +76,14 @@ HowMuch = Annotated[
 
 
 class ThinkingFields(Body):
-    """THE table: every spelling of one quantity, at most so many tokens of thinking. A field is a row, its type says how
-    it is read. Vendors have them in the body or, as vLLM, SGLang and llama.cpp, in chat_template_kwargs; here they may
+    """THE table: every spelling of "at most so many tokens of thinking". A field is a row, and its type says how it is
+    read. Vendors have them in the body or, as vLLM, SGLang and llama.cpp, in chat_template_kwargs; here they may
     stand in both. This model's template has no switches of its own."""
 
     reasoning_effort: HowMuch | None = Field(
         None,
-        description="OpenAI's and most others'. none: no thinking; low, medium: a limit to it; high: no limit. A number "
-        f"is a limit in tokens, {UNLIMITED} none. Of all spellings of this that are sent the least counts.",
+        description="OpenAI's and most others'. none: no thinking; low, medium: a limit to it; high: no limit. A "
+        f"number is a limit in tokens, {UNLIMITED} none. Of all spellings of this that are sent the least counts.",
         examples=["low"],
     )
     reasoning: HowMuch | None = Field(None, description="OpenRouter's, Together's, SGLang's map; LM Studio's word.")

@@ -18,6 +18,19 @@ MOST_NAMES = 1000  # that are remembered, and so said: a client chooses them
 LONGEST_NAME = 64
 ALIKE = 0.8  # of 1: `choise` and `choice` are 0.83, `enable` and `disable` 0.62
 SHORTEST_WORD = 6  # of words that may differ by a letter: `mode`, `top_a` and `min_tokens` are other fields
+# What dialects and servers call the same thing. Passing over one of them would lose its meaning.
+NAMESAKES = (
+    (
+        *("max_completion_tokens", "max_output_tokens", "max_tokens"),
+        *("n_predict", "num_predict", "max_new_tokens", "max_length"),
+    ),
+    ("stop", "stop_sequences", "stop_strings"),
+    ("input", "messages", "prompt"),
+    ("system", "instructions"),
+    ("reasoning_effort", "reasoning", "output_config", "effort"),
+    ("logprobs", "n_probs"),
+    ("temperature", "temp"),
+)
 _WORD = re.compile(r"[A-Z]?[a-z0-9]+|[A-Z]+")
 
 
@@ -26,17 +39,18 @@ class UnknownFields:
 
     def __init__(self, *, strict: bool = False) -> None:
         self.strict = strict
-        self._told: set[str] = set()
+        self._told: set[tuple[str, str]] = set()
 
-    def ignore(self, names: Iterable[str]) -> None:
-        for name in names:
-            if name not in self._told and len(self._told) < MOST_NAMES:
-                self._told.add(name)
-                log.warning("ignored a field that is not known here (said once): %a", name[:LONGEST_NAME])
+    def ignore(self, what: str, names: Iterable[str]) -> None:
+        """what: a noun, for the log."""
+        for name in (name[:LONGEST_NAME] for name in names):
+            if (what, name) not in self._told and len(self._told) < MOST_NAMES:
+                self._told.add((what, name))
+                log.warning("ignored a %s that is not known here (said once): %a", what, name)
 
 
 # FastAPI validates a body without a way to hand something through to its models.
-POLICY: ContextVar[UnknownFields] = ContextVar("POLICY", default=UnknownFields())
+POLICY: ContextVar[UnknownFields] = ContextVar("POLICY")
 
 
 def near_miss(name: str, known: Collection[str]) -> str | None:
@@ -51,6 +65,11 @@ def near_miss(name: str, known: Collection[str]) -> str | None:
             if len(differing) == 1 and _misspelt(*differing[0]):
                 return other
     return None
+
+
+def namesake(name: str, known: Collection[str]) -> str | None:
+    """What is called so elsewhere, by its name among the known ones."""
+    return next((other for names in NAMESAKES if name in names for other in names if other in known), None)
 
 
 def _words(name: str) -> list[str]:

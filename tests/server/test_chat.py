@@ -303,6 +303,10 @@ def test_messages_come_in_many_forms(server: Server, messages: list[dict[str, An
             "reads text only",
         ),
         ({"functions": []}, "functions", "use tools"),
+        ({"stream": False, "stream_options": {"include_usage": True}}, "stream_options", "stream: true"),
+        ({"max_tokens": 0}, "max_tokens", "expected greater than or equal to 1 or expected -1, found 0"),
+        ({"reasoning_effort": "hihg"}, "reasoning_effort", "one of none, minimal, low"),
+        ({"tools": [{"function": {"name": "a", "paramaters": {}}}]}, "tools[0].function.paramaters", "mean parameters"),
         ({"guided_regex": "a*"}, "guided_regex", "pattern"),
         ({"top_logprobs": 2}, "top_logprobs", "logprobs: true"),
         ({"n": 100}, "n", "at most 8"),
@@ -329,6 +333,35 @@ def test_what_cannot_be_served_is_refused_in_a_sentence(
         assert error["request_id"] == response.headers["x-request-id"]
 
 
+def test_no_limit_is_minus_one(server: Server) -> None:
+    for name in ("max_tokens", "max_completion_tokens"):
+        answer = server.chat(**{name: -1}).json()
+        assert answer["choices"][0]["finish_reason"] == "stop"
+        assert answer["usage"]["completion_tokens"] == 21
+
+
+def test_null_is_absence_at_every_depth(server: Server) -> None:
+    """Each body of the table below with null for every field that it could have."""
+    null = dict.fromkeys(
+        ("functions", "function_call", "audio", "temprature", "n_predict", "stream_options", "thinking")
+    )
+    message = {
+        "role": "user",
+        "content": "Hello",
+        **dict.fromkeys(("name", "tool_calls", "audio", "reasoning_details")),
+    }
+    function = {"name": "get_weather", **dict.fromkeys(("description", "parameters", "strict", "paramaters"))}
+    fields = {
+        "messages": [message],
+        "tools": [{"type": None, "function": function, "functions": None}],
+        "response_format": {"type": "text", "json_schema": None},
+        "reasoning": {"effort": None, "efort": None},
+        "chat_template_kwargs": {"enable_thinking": None, "enable_thinkin": None},
+        "nvext": {"guided_jsn": None},
+    }
+    assert server.chat(**null, **fields).status_code == 200
+
+
 def test_fields_of_hosted_services_are_accepted(server: Server) -> None:
     fields = {"user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "provider": {"order": []}}
     assert server.chat("Hello", **fields).status_code == 200
@@ -342,10 +375,18 @@ def test_a_prompt_that_does_not_fit_says_both_numbers(server: Server) -> None:
     assert re.search(r"has \d{4,5} tokens, the context 4096", error["message"])
 
 
-def test_an_alias_is_echoed_and_an_unknown_model_is_not_found(server: Server) -> None:
-    assert server.chat(model="stepfun-ai/step-3.5-flash").json()["model"] == "stepfun-ai/step-3.5-flash"
-    assert server.chat().json()["model"] == "demo"
-    response = server.chat(model="gpt-9")
+def test_the_one_model_is_served_under_any_id_which_is_echoed(server: Server) -> None:
+    assert server.chat(max_tokens=1).json()["model"] == "demo"
+    for id in ("stepfun-ai/Step-3.5-Flash", "Demo.GGUF", "gpt-9", "claude-opus-4-8"):
+        assert server.chat(model=id, max_tokens=1).json()["model"] == id
+    assert server.chat(model="x" * 5000).status_code == 404
+
+
+def test_a_strict_server_knows_its_ids_whatever_the_capitals(serve: Serve) -> None:
+    with serve(strict=True) as server:
+        for id in ("stepfun-ai/Step-3.5-Flash", "demo", "demo.gguf", "DEMO.GGUF"):
+            assert server.chat(model=id, max_tokens=1).json()["model"] == id
+        response = server.chat(model="gpt-9")
     assert response.status_code == 404
     assert response.json()["error"]["code"] == "model_not_found"
     assert "demo, step-3.5-flash" in response.json()["error"]["message"]

@@ -113,6 +113,9 @@ class LlamaEngine:
     def tokenize_piece(self, text: str) -> list[int]:
         return self._model.tokenize(text, add_special=False)
 
+    def tokenize_plain(self, text: str) -> list[int]:
+        return self._model.tokenize(text, add_special=False, parse_special=False)
+
     def token_id(self, text: str) -> int | None:
         ids = self.tokenize_piece(text)
         return ids[0] if len(ids) == 1 else None

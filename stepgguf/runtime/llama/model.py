@@ -83,20 +83,21 @@ class Model:
 
     # tokens -----------------------------------------------------------------------------------------------------
 
-    def tokenize(self, text: str, *, add_special: bool) -> list[int]:
-        """Special tokens that are written in the text become their ids; add_special puts bos in front, once."""
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool = True) -> list[int]:
+        """parse_special: special tokens that are written in the text become their ids. add_special puts bos in front,
+        once."""
         first, *others = passages(text)
-        ids = self._tokenize(first, add_special)
+        ids = self._tokenize(first, add_special, parse_special)
         for passage in others:
-            ids += self._tokenize(passage, False)
+            ids += self._tokenize(passage, False, parse_special)
         bos = llama_cpp.llama_vocab_bos(self.vocab)
         return ids[1:] if add_special and ids[:2] == [bos, bos] else ids
 
-    def _tokenize(self, passage: str, add_special: bool) -> list[int]:
+    def _tokenize(self, passage: str, add_special: bool, parse_special: bool) -> list[int]:
         data = passage.encode("utf-8", errors="replace")
         room = len(data) + 2
         buffer = (llama_cpp.llama_token * room)()
-        n = llama_cpp.llama_tokenize(self.vocab, data, len(data), buffer, room, add_special, True)
+        n = llama_cpp.llama_tokenize(self.vocab, data, len(data), buffer, room, add_special, parse_special)
         assert 0 <= n <= room  # a token covers at least one byte
         return list(buffer[:n])
 

@@ -122,6 +122,9 @@ class LlamaServerEngine:
     def tokenize_piece(self, text: str) -> list[int]:
         return self._ask(self._vocabulary.tokenize_piece, text)
 
+    def tokenize_plain(self, text: str) -> list[int]:
+        return self._ask(self._vocabulary.tokenize_plain, text)
+
     def token_id(self, text: str) -> int | None:
         ids = self.tokenize_piece(text)
         return ids[0] if len(ids) == 1 else None

@@ -25,6 +25,9 @@ class Vocabulary:
     def tokenize_piece(self, text: str) -> list[int]:
         return self._ids(text, add_special=False)
 
+    def tokenize_plain(self, text: str) -> list[int]:
+        return self._ids(text, add_special=False, parse_special=False)
+
     def piece(self, token_id: int) -> bytes:
         """A token that is a part of a character comes as U+FFFD."""
         if token_id not in self._pieces:
@@ -37,9 +40,9 @@ class Vocabulary:
         tokens = self._client.post("/tokenize", {"content": text, "with_pieces": True})["tokens"]
         return [(t["id"], t["piece"].encode() if isinstance(t["piece"], str) else bytes(t["piece"])) for t in tokens]
 
-    def _ids(self, text: str, *, add_special: bool) -> list[int]:
+    def _ids(self, text: str, *, add_special: bool, parse_special: bool = True) -> list[int]:
         ids: list[int] = []
         for passage in passages(text):
-            body = {"content": passage, "add_special": add_special and not ids, "parse_special": True}
-            ids += self._client.post("/tokenize", body)["tokens"]
+            asked = {"content": passage, "add_special": add_special and not ids, "parse_special": parse_special}
+            ids += self._client.post("/tokenize", asked)["tokens"]
         return ids
