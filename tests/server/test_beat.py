@@ -46,19 +46,19 @@ class Beat(threading.Thread):
 
     def __init__(self, url: str) -> None:
         super().__init__()
-        self._url, self._stop = url, threading.Event()
+        self._url, self._ended = url, threading.Event()
         self.worst, self.n = 0.0, 0
 
     def run(self) -> None:
         with httpx.Client(base_url=self._url, timeout=120) as client:
-            while not self._stop.is_set():
+            while not self._ended.is_set():
                 started = time.monotonic()
                 assert client.get("/health").status_code == 200
                 self.worst, self.n = max(self.worst, time.monotonic() - started), self.n + 1
                 time.sleep(0.002)
 
     def stop(self) -> None:
-        self._stop.set()
+        self._ended.set()
         self.join()
 
 
