@@ -18,10 +18,9 @@ from starlette.responses import Response
 
 from stepgguf.server.json_text import parse
 from stepgguf.server.problems import Refusal, explain
-from stepgguf.server.unknown import LONGEST_NAME, POLICY, UnknownFields, namesake, near_miss
+from stepgguf.server.unknown import LONGEST_NAME, MOST_OF_ONE_REQUEST, REQUEST, OfOneRequest, namesake, near_miss
 
 WITHOUT_EFFECT = "Accepted, without effect"
-MOST_UNKNOWN = 64  # fields of one object; no vendor has as many
 
 
 def _fail_fast(schema: Any) -> None:
@@ -66,26 +65,30 @@ class Body(Part):
         if not isinstance(data, dict):
             return data
         names = {field.alias or name: field for name, field in cls.model_fields.items()}
-        unknown = [name for name, value in data.items() if value is not None and name not in names]
+        request = REQUEST.get(OfOneRequest())
+        given = (name for name, value in data.items() if value is not None and name not in names)
+        unknown = [name for name in given if (cls, name) not in request.ignored]
         if not unknown:
             return data
-        if len(unknown) > MOST_UNKNOWN:
-            raise _refused(unknown[0], f"it and {len(unknown) - 1} more are unknown fields")
-        with_effect = [
-            name for name, field in names.items() if not (field.description or "").startswith(WITHOUT_EFFECT)
-        ]
-        policy = POLICY.get(UnknownFields())
+        if len(request.ignored) + len(unknown) > MOST_OF_ONE_REQUEST:
+            raise _refused(unknown[0], f"the request has more than {MOST_OF_ONE_REQUEST} unknown fields")
+        told = {name: field.description or "" for name, field in names.items()}
+        known = {name: text for name, text in told.items() if not text.startswith(WITHOUT_EFFECT)}
         for name in unknown:
-            if name in cls.elsewhere:
-                raise _refused(name, cls.elsewhere[name])
-            if (near := near_miss(name, with_effect)) is not None:
-                raise _refused(name, f"unknown field; did you mean {near}?")
-            if (other := namesake(name, with_effect)) is not None:
-                raise _refused(name, f"unknown field; here it is {other}. {names[other].description or ''}".rstrip())
-            if policy.strict:
-                raise _refused(name, "unknown field, and this server is strict")
-        policy.ignore("field", unknown)
+            advice = cls.elsewhere.get(name) or _advice(name, known, strict=request.server.strict)
+            if advice is not None:
+                raise _refused(name, advice)
+        request.ignore(cls, unknown)
         return data
+
+
+def _advice(name: str, known: Mapping[str, str], *, strict: bool) -> str | None:
+    """What to say to who sends this field, if it is not to be ignored. known: fields and what they are."""
+    if (near := near_miss(name, known)) is not None:
+        return f"unknown field; did you mean {near}?"
+    if (other := namesake(name, known)) is not None:
+        return f"unknown field; here it is {other}. {known[other]}".rstrip()
+    return "unknown field, and this server is strict" if strict else None
 
 
 def _refused(field: str, advice: str) -> PydanticCustomError:
@@ -122,23 +125,37 @@ class Ignored(Body):
     session_id: Any = ignored("prefixes are found by their tokens")
 
 
+class ExtraBody(Body):
+    extra_body: dict[str, Any] | None = Field(
+        None, description="As openai's library does with its argument of this name: fields for the body itself."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unpacked(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not isinstance(extra := data.get("extra_body"), dict):
+            return data
+        return {**extra, **{name: value for name, value in data.items() if name != "extra_body"}}
+
+
 class JsonRoute(APIRoute):
     """Reads a body with `JsonRequest`, and does with unknown fields what this server does."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
-        model = TypeAdapter(self.body_field.field_info.annotation if self.body_field is not None else Any)
+        annotation: Any = self.body_field.field_info.annotation if self.body_field is not None else object
+        model = TypeAdapter(annotation)
 
         async def handle(request: Request) -> Response:
-            POLICY.set(request.app.state.service.unknown)
+            REQUEST.set(OfOneRequest(request.app.state.service.unknown))
             return await handler(JsonRequest(request, model))
 
         return handle
 
 
 class JsonRequest(Request):
-    """A request whose JSON becomes the route's model off the event loop, since a large body takes a while. FastAPI, which
-    validates on the event loop, then finds an instance and has nothing to do."""
+    """A request whose JSON becomes the route's model off the event loop, since a large body takes a while. FastAPI
+    validates on the event loop; it then finds an instance and has nothing to do."""
 
     def __init__(self, request: Request, model: TypeAdapter[Any]) -> None:
         super().__init__(request.scope, request.receive)
@@ -154,5 +171,6 @@ def _read(body: bytes, depth: int, model: TypeAdapter[Any]) -> Any:
     try:
         return model.validate_python(value)
     except ValidationError as error:
-        message, param = explain(error.errors(include_url=False), value)
+        errors = [{**one, "loc": ("body", *one["loc"])} for one in error.errors(include_url=False)]
+        message, param = explain(errors, value)
         raise Refusal(400, message, param=param) from None

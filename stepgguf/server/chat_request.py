@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from stepgguf.chat.request import ChatRequest, Tool, ToolChoice
 from stepgguf.errors import RequestError
-from stepgguf.server.body import Body, Ignored, Part, ignored
+from stepgguf.server.body import Body, ExtraBody, Ignored, Part, ignored
 from stepgguf.server.fields import AnswerTokens, FormatFields, SamplingFields, limit
 from stepgguf.server.service import Service
 from stepgguf.server.thinking import ReasoningFields
@@ -27,6 +28,15 @@ class ToolCall(Part):
     function: CalledFunction
 
 
+def _as_function(call: Any) -> Any:
+    """Calls of other types in old turns: of a custom tool, which takes text, or of what is newer than this server."""
+    if not isinstance(call, dict) or isinstance(call.get("function"), dict):
+        return call
+    custom = call["custom"] if isinstance(call.get("custom"), dict) else {}
+    arguments = {"input": custom["input"]} if "input" in custom else {}
+    return {"id": call.get("id"), "function": {"name": custom.get("name", call.get("type")), "arguments": arguments}}
+
+
 class Message(Part):
     """`content`: null is empty. The thinking of earlier answers may come back under any of three names."""
 
@@ -36,7 +46,7 @@ class Message(Part):
     reasoning: str | None = None
     reasoning_content: str | None = None
     reasoning_details: list[dict[str, Any]] | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: list[Annotated[ToolCall, BeforeValidator(_as_function)]] | None = None
     tool_call_id: str | None = None
 
 
@@ -66,12 +76,33 @@ class FunctionTool(Body):
     cache_control: Any = ignored("every prefix is found without marks")
 
 
+class OtherTool(Part):
+    """It runs at some vendor's, or is newer than this server: the model does without."""
+
+    type: str
+
+
+def _runs_at(tool: Any) -> str:
+    kind = tool.get("type") if isinstance(tool, dict) else getattr(tool, "type", None)
+    return "the client" if kind in (None, "function") else "others"
+
+
+AnyTool = Annotated[
+    Annotated[FunctionTool, Tag("the client")] | Annotated[OtherTool, Tag("others")], Discriminator(_runs_at)
+]
+
+
+def functions(tools: Sequence[FunctionTool | OtherTool] | None, service: Service) -> list[FunctionTool]:
+    """Those that the client runs."""
+    service.unknown.ignore("type of tool", (tool.type for tool in tools or () if isinstance(tool, OtherTool)))
+    return [tool for tool in tools or () if isinstance(tool, FunctionTool)]
+
+
 def as_tools(offered: list[FunctionTool] | None) -> tuple[Tool, ...]:
     """RequestError: two have one name."""
     functions = [tool.function for tool in offered or ()]
-    names = [function.name for function in functions]
-    for name in names:
-        if names.count(name) > 1:
+    for name, n in Counter(function.name for function in functions).items():
+        if n > 1:
             raise RequestError(f"tools: two functions are called {name}", param="tools")
     return tuple(Tool(f.name, f.description, f.parameters or {}) for f in functions)
 
@@ -83,6 +114,31 @@ class FunctionName(Part):
 class NamedTool(Part):
     type: Literal["function"] = "function"
     function: FunctionName
+
+
+class AllowedTools(Part):
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool]
+
+
+class AllowedToolChoice(Part):
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+def _form(choice: Any) -> str:
+    if isinstance(choice, str):
+        return "a word"
+    allowed = choice.get("type") == "allowed_tools" if isinstance(choice, dict) else hasattr(choice, "allowed_tools")
+    return "allowed tools" if allowed else "a tool"
+
+
+Choice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("a word")]
+    | Annotated[NamedTool, Tag("a tool")]
+    | Annotated[AllowedToolChoice, Tag("allowed tools")],
+    Discriminator(_form),
+]
 
 
 class StreamOptions(Body):
@@ -103,19 +159,22 @@ class StreamFields(Body):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
-class ConversationFields(StreamFields):
+class ConversationFields(Body):
     model: str | None = Field(
         None, description="Any id: one model is served. Default: its own.", examples=["step-3.5-flash"]
     )
     messages: list[Message] = Field(
         min_length=1, examples=[[{"role": "user", "content": "How many 'r's are in the word strawberry?"}]]
     )
+
+
+class AnswerFields(Body):
     max_completion_tokens: AnswerTokens | None = Field(
         None, description="Thinking counts. Default, and -1: what the context holds."
     )
     max_tokens: AnswerTokens | None = Field(None, description="The old name of max_completion_tokens.")
-    tools: list[FunctionTool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tools: list[AnyTool] | None = Field(None, description="Functions that the client runs; other types are left out.")
+    tool_choice: Choice | None = None
     parallel_tool_calls: bool | None = None
     n: int | None = Field(None, ge=1, description="Answers to make.")
     logprobs: bool | None = None
@@ -123,7 +182,9 @@ class ConversationFields(StreamFields):
     modalities: list[Literal["text"]] | None = None
 
 
-class ChatBody(Ignored, FormatFields, ReasoningFields, SamplingFields, ConversationFields):
+class ChatBody(
+    Ignored, ExtraBody, FormatFields, ReasoningFields, SamplingFields, AnswerFields, StreamFields, ConversationFields
+):
     """pydantic takes the fields of the last base first: they stand in the order of their use."""
 
     elsewhere: ClassVar = {
@@ -141,7 +202,7 @@ class ChatBody(Ignored, FormatFields, ReasoningFields, SamplingFields, Conversat
         return ChatRequest(
             messages=as_chat(self.messages),
             sampling=self.sampling(info.sampling, info.n_vocab),
-            tools=as_tools(self.tools),
+            tools=as_tools(self._allowed(functions(self.tools, service))),
             tool_choice=self._tool_choice(),
             parallel_tool_calls=self.parallel_tool_calls is not False,
             format=self.format(),
@@ -157,7 +218,15 @@ class ChatBody(Ignored, FormatFields, ReasoningFields, SamplingFields, Conversat
             raise RequestError(f"n: this server makes at most {most} answers at a time, found {n}", param="n")
         return n
 
+    def _allowed(self, tools: list[FunctionTool]) -> list[FunctionTool]:
+        if not isinstance(self.tool_choice, AllowedToolChoice):
+            return tools
+        names = {tool.function.name for tool in self.tool_choice.allowed_tools.tools}
+        return [tool for tool in tools if tool.function.name in names]
+
     def _tool_choice(self) -> ToolChoice:
+        if isinstance(self.tool_choice, AllowedToolChoice):
+            return ToolChoice(self.tool_choice.allowed_tools.mode)
         if isinstance(self.tool_choice, NamedTool):
             return ToolChoice("required", self.tool_choice.function.name)
         return ToolChoice(self.tool_choice or "auto")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from json.scanner import py_make_scanner
+from json.scanner import py_make_scanner  # type: ignore[attr-defined]
 from typing import Any
 
 from stepgguf.server.problems import Refusal
@@ -26,8 +26,8 @@ _ESCAPE = re.compile(
 
 
 def parse(body: bytes, depth: int) -> Any:
-    """Refusal: it is not JSON, or nested deeper than `depth`, or has more in it than any prompt. A lone surrogate, which
-    clients make when they cut a text in the middle of a character, becomes U+FFFD."""
+    """The value. Refusal: it is not JSON, nested deeper than `depth`, or has more in it than any prompt. A lone
+    surrogate, which clients make when they cut a text in the middle of a character, becomes U+FFFD."""
     if (n_commas := body.count(b",")) > MOST_COMMAS:
         raise _refused(f"the body has {n_commas:,} commas, more than {MOST_COMMAS:,}: no context holds as much")
     if b"\\ud" in body or b"\\uD" in body:

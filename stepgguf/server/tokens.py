@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 from stepgguf.chat.request import ChatRequest
 from stepgguf.errors import RequestError
 from stepgguf.server.body import Body, JsonRoute
-from stepgguf.server.chat_request import FunctionTool, Message, as_chat, as_tools
+from stepgguf.server.chat_request import AnyTool, Message, as_chat, as_tools, functions
 from stepgguf.server.problems import Refusal
 from stepgguf.server.service import Service, TheService
 
@@ -26,7 +26,7 @@ class TokenizeBody(Body):
     elsewhere: ClassVar = {"prompt": "here it is text"}
     text: str | None = Field(None, examples=["Hello"])
     messages: list[Message] | None = Field(None, min_length=1)
-    tools: list[FunctionTool] | None = None
+    tools: list[AnyTool] | None = None
     content: str | None = None
     add_special: bool | None = Field(
         None, description="Put the model's first token in front. Default: true for text, false for content."
@@ -46,7 +46,8 @@ class TokenizeBody(Body):
         if len(given) != 1:
             raise RequestError("expected either text or content or messages", param=given[1] if given else "text")
         if self.messages is not None:
-            request = ChatRequest(as_chat(self.messages), service.engine.info.sampling, tools=as_tools(self.tools))
+            tools = as_tools(functions(self.tools, service))
+            request = ChatRequest(as_chat(self.messages), service.engine.info.sampling, tools=tools)
             return service.chat.prompt(request)[0]
         text, engine = self.text or self.content or "", service.engine
         starts = given == ["text"] if self.add_special is None else self.add_special
@@ -57,6 +58,14 @@ class TokenizeBody(Body):
 
 class DetokenizeBody(Body):
     tokens: list[int] = Field(examples=[[72, 105]])
+
+    def spelled(self, service: Service) -> str:
+        """RequestError: an id is not one."""
+        n_vocab = service.engine.info.n_vocab
+        for token in self.tokens:
+            if not 0 <= token < n_vocab:
+                raise RequestError(f"tokens: expected ids from 0 to {n_vocab - 1}, found {token}", param="tokens")
+        return b"".join(map(service.engine.piece, self.tokens)).decode(errors="replace")
 
 
 class Piece(TypedDict):
@@ -101,11 +110,7 @@ def _piece(service: Service, id: int) -> Piece:
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeBody, service: TheService) -> Detokenized:
     """Special tokens are written out."""
-    n_vocab = service.engine.info.n_vocab
-    for token in body.tokens:
-        if not 0 <= token < n_vocab:
-            raise RequestError(f"tokens: expected ids from 0 to {n_vocab - 1}, found {token}", param="tokens")
-    text = b"".join(map(service.engine.piece, body.tokens)).decode(errors="replace")
+    text = await run_in_threadpool(body.spelled, service)
     return {"text": text, "content": text}
 
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Iterable
+import threading
+from collections.abc import Collection, Iterable, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 
 log = logging.getLogger(__name__)
 MOST_NAMES = 1000  # that are remembered, and so said: a client chooses them
+MOST_OF_ONE_REQUEST = 256  # each is compared with all known ones; no vendor has as many
 LONGEST_NAME = 64
 ALIKE = 0.8  # of 1: `choise` and `choice` are 0.83, `enable` and `disable` 0.62
 SHORTEST_WORD = 6  # of words that may differ by a letter: `mode`, `top_a` and `min_tokens` are other fields
@@ -35,22 +38,38 @@ _WORD = re.compile(r"[A-Z]?[a-z0-9]+|[A-Z]+")
 
 
 class UnknownFields:
-    """What one server does with them, and which it has told of."""
+    """What one server does with them, and which it has told of. Thread-safe."""
 
     def __init__(self, *, strict: bool = False) -> None:
         self.strict = strict
         self._told: set[tuple[str, str]] = set()
+        self._lock = threading.Lock()
 
     def ignore(self, what: str, names: Iterable[str]) -> None:
         """what: a noun, for the log."""
         for name in (name[:LONGEST_NAME] for name in names):
-            if (what, name) not in self._told and len(self._told) < MOST_NAMES:
-                self._told.add((what, name))
+            with self._lock:
+                new = (what, name) not in self._told and len(self._told) < MOST_NAMES
+                if new:
+                    self._told.add((what, name))
+            if new:
                 log.warning("ignored a %s that is not known here (said once): %a", what, name)
 
 
+@dataclass(frozen=True, slots=True)
+class OfOneRequest:
+    """What was ignored in a request, and in which of its objects: of a long list of alike objects one is looked at."""
+
+    server: UnknownFields = field(default_factory=UnknownFields)
+    ignored: set[tuple[type, str]] = field(default_factory=set)
+
+    def ignore(self, owner: type, names: Sequence[str]) -> None:
+        self.ignored.update((owner, name) for name in names)
+        self.server.ignore("field", names)
+
+
 # FastAPI validates a body without a way to hand something through to its models.
-POLICY: ContextVar[UnknownFields] = ContextVar("POLICY")
+REQUEST: ContextVar[OfOneRequest] = ContextVar("REQUEST")
 
 
 def near_miss(name: str, known: Collection[str]) -> str | None:

@@ -55,7 +55,7 @@ def test_an_answer_keeps_to_a_schema(server: Server) -> None:
     [
         ({"temperature": 9}, "BadRequestError", 400, "invalid_request", "temperature"),
         ({"messages": [user("a " * 5000)]}, "BadRequestError", 400, "context_length_exceeded", "messages"),
-        ({"model": "gpt-4"}, "NotFoundError", 404, "model_not_found", "model"),
+        ({"model": "m" * 300}, "NotFoundError", 404, "model_not_found", "model"),
     ],
     ids=["field", "length", "model"],
 )

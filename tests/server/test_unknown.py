@@ -121,8 +121,17 @@ def test_clients_cannot_fill_the_log_with_names(caplog: pytest.LogCaptureFixture
     fields.ignore("field", (f"name{i}\n" * 100 for i in range(2 * MOST_NAMES)))
     assert len(caplog.messages) == MOST_NAMES
     assert all(len(message) < 200 and "\n" not in message for message in caplog.messages)
-    with pytest.raises(ValidationError, match="unknown fields"):
-        ChatBody.model_validate({**HELLO, **{f"x{i}": 1 for i in range(1000)}})
+
+
+def test_a_long_list_of_alike_tools_is_looked_at_once_and_of_unlike_ones_refused(server: Server) -> None:
+    """Each name is compared with all that are known, which takes its time."""
+
+    def send(name: str) -> int:
+        tools = [{"function": {"name": f"t{i}", name.format(i=i): 1}} for i in range(1000)]
+        return server.client.post("/tokenize", json={**HELLO, "tools": tools}).status_code
+
+    assert send("annotations") == 200
+    assert send("x{i}") == 400
 
 
 @pytest.mark.parametrize(

@@ -134,11 +134,7 @@ class LlamaEngine:
 
     def submit(self, request: Request, sink: Sink) -> LlamaTicket:
         if len(request.prompt) >= self._info.n_ctx:
-            raise ContextLengthExceeded(
-                len(request.prompt),
-                self._info.n_ctx,
-                hint=f"Start with a larger --ctx (the model knows up to {self._info.n_ctx_train}) or a new chat.",
-            )
+            raise ContextLengthExceeded(len(request.prompt), self._info.n_ctx, self._info.n_ctx_train)
         self._check_open()
         run = Run(self._model, request, sink, self._info.n_ctx)
         try:
