@@ -63,7 +63,7 @@ async def chat_completions(body: ChatBody, request: Request, service: TheService
         trace=trace(request),
     )
     n, with_usage = body.n_answers(service), wants_usage(body.stream, body.stream_options)
-    prepared = await service.prepare(body.chat_request(service))
+    prepared = await service.prepare(body)
     exchange = await service.start(copies(prepared, n), request)
     if body.stream:
         events = writer.stream(exchange, with_usage=with_usage)

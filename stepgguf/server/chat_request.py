@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -112,9 +113,8 @@ def functions(tools: Sequence[FunctionTool | OtherTool] | None, service: Service
 def as_tools(offered: list[FunctionTool] | None) -> tuple[Tool, ...]:
     """RequestError: two have one name."""
     functions = [tool.function for tool in offered or ()]
-    names = [function.name for function in functions]
-    for name in names:
-        if names.count(name) > 1:
+    for name, n in Counter(function.name for function in functions).items():
+        if n > 1:
             raise RequestError(f"tools: two functions are called {name}", param="tools")
     return tuple(Tool(f.name, f.description, f.parameters or {}) for f in functions)
 

@@ -60,14 +60,13 @@ class CompletionBody(SamplingFields, FormatFields, ExtraBody, Ignored):
             raise RequestError("echo: there are no logprobs of a prompt", param="echo", hint="Leave out one of them.")
 
     def prompts(self, service: Service) -> list[tuple[int, ...]]:
-        """Token ids of each. RequestError: a prompt is empty, or an id is not one."""
-        if isinstance(self.prompt, str):
-            tokenized: Sequence[Sequence[int]] = [service.engine.tokenize(self.prompt)]
-        elif self.prompt and isinstance(self.prompt[0], int):
-            tokenized = [self.prompt]
-        else:
-            given = cast("list[str] | list[list[int]]", self.prompt)
-            tokenized = [service.engine.tokenize(text) if isinstance(text, str) else text for text in given]
+        """Token ids of each. RequestError: a prompt is empty, an id is not one, or they are too many."""
+        one = isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int))
+        given = cast("list[str] | list[list[int]]", [self.prompt] if one else self.prompt)
+        n, most = len(given) * (self.n or 1), service.config.max_n
+        if n > most:
+            raise RequestError(f"this server makes at most {most} answers at a time, found {n}", param="n")
+        tokenized = [service.engine.tokenize(text) if isinstance(text, str) else text for text in given]
         if not tokenized or not all(tokenized):
             raise RequestError("prompt: expected at least one token", param="prompt")
         n_vocab = service.engine.info.n_vocab
@@ -78,17 +77,12 @@ class CompletionBody(SamplingFields, FormatFields, ExtraBody, Ignored):
 
     def prepare(self, service: Service) -> list[Prepared]:
         self.check()
-        info, markers, n, most = service.engine.info, service.chat.markers, self.n or 1, service.config.max_n
-        prompts = self.prompts(service)
-        if len(prompts) * n > most:
-            raise RequestError(
-                f"this server makes at most {most} answers at a time, found {len(prompts) * n}", param="n"
-            )
+        info, markers, n = service.engine.info, service.chat.markers, self.n or 1
         grammar = constrain(
             markers, thinking=False, format=self.format(), tools=(), choice=ToolChoice("none"), parallel=False
         )
         prepared = []
-        for prompt in prompts:
+        for prompt in self.prompts(service):
             request = EngineRequest(
                 prompt,
                 self.sampling(info.sampling, info.n_vocab),
@@ -109,7 +103,7 @@ async def completions(body: CompletionBody, request: Request, service: TheServic
     """Go on from a prompt as it is. For conversations use /v1/chat/completions."""
     model, with_usage = service.model(body.model), wants_usage(body.stream, body.stream_options)
     prepared = await run_in_threadpool(body.prepare, service)
-    echoes = [_text(service, p) if body.echo else "" for p in prepared]
+    echoes = await run_in_threadpool(lambda: [_text(service, p) if body.echo else "" for p in prepared])
     writer = TextWriter(f"cmpl-{trace(request)}", now(), model, service.fingerprint, body.logprobs, trace(request))
     exchange = await service.start(prepared, request)
     if body.stream:

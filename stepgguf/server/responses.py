@@ -151,7 +151,7 @@ async def end_reasoning(id: str, answers: TheAnswers) -> Response:
 
 
 async def _start(body: ResponseBody, asked: Asked, request: Request, service: Service) -> Exchange:
-    prepared = [await service.prepare(asked.request)]
+    prepared = [await run_in_threadpool(service.chat.prepare, asked.request)]
     if body.background:  # the store owns it, not the request
         return await Exchange.start(service.engine, prepared, service.metrics)
     return await service.start(prepared, request)
