@@ -21,7 +21,7 @@ from stepgguf.server.sse import EventStream, event
 from stepgguf.server.stream import Exchange, calling
 
 router = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
-STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
 
 def _answers(request: Request) -> Answers:
