@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncGenerator
 from typing import Annotated, Any, Literal
 
@@ -57,19 +56,17 @@ async def create(body: ResponseBody, request: Request, service: TheService, answ
     at once, and the answer goes on until it is finished or cancelled, whether or not the client stays."""
     model = service.model(body.model)
     asked = await run_in_threadpool(body.chat_request, service, answers)
-    context = await run_in_threadpool(lambda: json.dumps(asked.items).encode())
     exchange = await _start(body, asked, request, service)
-    echo = body.echo(asked.request.sampling)
     writer = ResponseWriter(
         trace(request),
         model,
         now(),
-        echo,
+        body.echo(asked.request.sampling),
         asked.offers.by_name,
         sealed=body.sealed,
         shows_reasoning=body.shows_reasoning(),
     )
-    answer = Answer(writer, exchange, context, keeps=body.stored, background=bool(body.background))
+    answer = Answer(writer, exchange, asked.context, keeps=body.stored, background=bool(body.background))
     answers.add(answer)
     if body.stream:
         return _stream(answer, service)

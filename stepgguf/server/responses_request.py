@@ -7,7 +7,7 @@ its tools.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, cast
 
@@ -66,10 +66,11 @@ def _without_logprobs(include: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """request: for the model. items: the conversation, without instructions. offers: what may be called."""
+    """request: for the model. context: the conversation, without instructions: items, as JSON. offers: what may be
+    called."""
 
     request: ChatRequest
-    items: Sequence[Json]
+    context: bytes
     offers: Offers
 
 
@@ -104,7 +105,7 @@ class Prompt(ReasoningFields, Ignored):
         service.unknown.ignore("type of item", left_out(known))
         choice, offers = choose(self.tool_choice, declared)
         told = [{"role": "system", "content": self.instructions}] if self.instructions else []
-        said = conversation(known, offers)
+        said = conversation(known, declared)
         if not said:
             raise RequestError("input has nothing that can be shown to the model", param="input")
         request = ChatRequest(
@@ -116,7 +117,7 @@ class Prompt(ReasoningFields, Ignored):
             format=self.text.format.as_format() if self.text and self.text.format else None,
             reasoning_budget=self.thinking_limit(service.config),
         )
-        return Asked(request, items, offers)
+        return Asked(request, json.dumps(items).encode(), offers)
 
 
 class ResponseBody(Prompt, SamplingFields):

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -27,7 +28,7 @@ LONGEST_NAME = 128
 INPUT = "input"  # what a custom tool's one parameter is called
 AS_SENT = ConfigDict(extra="allow")  # the response repeats it
 _OPENING = re.compile(r'\{\s*"(?:[^"\\]|\\.)*"\s*:\s*"')
-_WHOLE = re.compile(r'(?:[^"\\]|\\u[0-9a-fA-F]{4}|\\[^u])*')  # no half of an escape
+_WHOLE = re.compile(r'(?:[^"\\]+|\\u[0-9a-fA-F]{4}|\\[^u])*')  # no half of an escape
 
 
 class FunctionTool(Function):
@@ -67,8 +68,8 @@ class OtherTool(Part):
     type: str
 
 
-def _tag(*known: str) -> Discriminator:
-    """By type, and what is not known is "other"."""
+def by_type(*known: str) -> Discriminator:
+    """Of a union whose members are tagged with their types, and "other" for what is of no known type."""
 
     def tag(tool: Any) -> str:
         kind = tool.get("type") if isinstance(tool, dict) else getattr(tool, "type", None)
@@ -85,10 +86,12 @@ class NamespaceTool(Part):
     model_config = AS_SENT
     type: Literal["namespace"]
     name: str
-    tools: list[Annotated[_Own | _Other, _tag("function", "custom")]]
+    tools: list[Annotated[_Own | _Other, by_type("function", "custom")]]
 
 
-AnyTool = Annotated[_Own | Annotated[NamespaceTool, Tag("namespace")] | _Other, _tag("function", "custom", "namespace")]
+AnyTool = Annotated[
+    _Own | Annotated[NamespaceTool, Tag("namespace")] | _Other, by_type("function", "custom", "namespace")
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +112,7 @@ class Offers:
         self._by_key: dict[tuple[str | None, str], Offer] = {}
         self.by_name: dict[str, Offer] = {}
         self.left_out: list[str] = []
+        self._n_taken: Counter[str] = Counter()
         alone = [(None, tool) for tool in declared]
         inside = [(space.name, tool) for space in declared if isinstance(space, NamespaceTool) for tool in space.tools]
         for namespace, tool in (*alone, *inside):  # a namespace's tools make way for the others
@@ -123,7 +127,7 @@ class Offers:
 
     def name(self, namespace: str | None, name: str) -> str:
         """What the model calls a tool, offered or not."""
-        offer = self._by_key.get((namespace, name))
+        offer = self._by_key.get((namespace or None, name))
         return flat_name(namespace, name) if offer is None else offer.tool.name
 
     def only(self, keys: Iterable[tuple[str | None, str]]) -> Offers:
@@ -141,27 +145,25 @@ class Offers:
         if key in self._by_key:
             where = f" in the namespace {namespace!r}" if namespace else ""
             raise RequestError(f"tools: two functions{where} are called {tool.name}", param="tools")
-        name = next(name for name in _spellings(namespace, tool.name) if name not in self.by_name)
+        name = self._free(flat_name(namespace, tool.name))
         shown = Tool(name, tool.description, tool.parameters or {})
         self._by_key[key] = self.by_name[name] = Offer(shown, tool.name, namespace, isinstance(tool, CustomTool))
+
+    def _free(self, flat: str) -> str:
+        """The flat name, or another should it be taken: `a` has `b__c` and `a__b` has `c`; or it was cut."""
+        name = flat
+        while name in self.by_name:
+            self._n_taken[flat] += 1
+            name = f"{flat[: LONGEST_NAME - 8]}_{self._n_taken[flat] + 1}"
+        return name
 
 
 def flat_name(namespace: str | None, name: str) -> str:
     """One name of both: as agents called the tools of MCP servers before there were namespaces."""
-    if namespace is None:
+    if not namespace:
         return name
     separator = "" if namespace.endswith("__") else "__"
     return re.sub(r"[<>\s]", "_", f"{namespace}{separator}{name}")[:LONGEST_NAME]
-
-
-def _spellings(namespace: str | None, name: str) -> Iterator[str]:
-    """The flat name, and others should it be taken: `a` has `b__c` and `a__b` has `c`; or it was cut."""
-    flat = flat_name(namespace, name)
-    yield flat
-    number = 2
-    while True:
-        yield f"{flat[: LONGEST_NAME - 8]}_{number}"
-        number += 1
 
 
 class InputReader:
@@ -214,7 +216,7 @@ AnyChoice = (
     Literal["auto", "none", "required"]
     | Annotated[
         _Named | Annotated[AllowedTools, Tag("allowed_tools")] | Annotated[OtherChoice, Tag("other")],
-        _tag("function", "custom", "allowed_tools"),
+        by_type("function", "custom", "allowed_tools"),
     ]
 )
 
@@ -239,7 +241,8 @@ def choose(choice: AnyChoice | None, offers: Offers) -> tuple[ToolChoice, Offers
 
 
 def _key(named: Mapping[str, Any]) -> tuple[str | None, str]:
-    return named.get("namespace"), str(named.get("name"))
+    namespace = named.get("namespace")
+    return str(namespace) if namespace else None, str(named.get("name"))
 
 
 def _absent(what: str) -> RequestError:

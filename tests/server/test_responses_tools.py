@@ -158,6 +158,7 @@ def test_a_choice_is_understood(choice: Any, mode: str, name: str | None, left: 
         {"type": "web_search_preview"},
         {"type": "mcp", "server_label": "x"},
         {"type": "allowed_tools", "mode": "required", "tools": [{"type": "web_search"}]},
+        {"type": "allowed_tools", "mode": "required", "tools": [{"namespace": [1], "name": {}}]},
     ],
 )
 def test_what_must_be_called_must_be_offered(server: Server, choice: Any) -> None:
