@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncGenerator
 from typing import Annotated, Any, Literal
 
@@ -61,7 +62,7 @@ async def create(body: ResponseBody, request: Request, service: TheService, answ
         trace(request),
         model,
         now(),
-        body.echo(asked.request.sampling),
+        asked.echo,
         asked.offers.by_name,
         sealed=body.sealed,
         shows_reasoning=body.shows_reasoning(),
@@ -111,23 +112,27 @@ async def delete(id: str, answers: TheAnswers) -> Deleted:
     return {"id": id, "object": "response", "deleted": True}
 
 
-@router.get("/v1/responses/{id}/input_items")
+@router.get("/v1/responses/{id}/input_items", response_model=ItemList)
 async def input_items(
     id: str,
     answers: TheAnswers,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Literal["asc", "desc"] = "desc",
     after: Annotated[str | None, Query(description="The id of the last item that is known already.")] = None,
-) -> ItemList:
+) -> Response:
     """What an answer answers: with previous_response_id, the whole conversation before it."""
-    items = await run_in_threadpool(answers.get(id).items)
-    if order == "desc":
-        items.reverse()
-    start = next((i + 1 for i, item in enumerate(items) if item["id"] == after), 0)
-    data = items[start : start + limit]
-    first, last = (data[0]["id"], data[-1]["id"]) if data else ("", "")
-    has_more = start + limit < len(items)
-    return {"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": has_more}
+    answer = answers.get(id)
+
+    def page() -> bytes:
+        items = answer.items()[:: 1 if order == "asc" else -1]
+        start = next((i + 1 for i, item in enumerate(items) if item["id"] == after), 0)
+        data = items[start : start + limit]
+        first, last = (data[0]["id"], data[-1]["id"]) if data else ("", "")
+        has_more = start + limit < len(items)
+        found: ItemList = {"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": has_more}
+        return json.dumps(found).encode()
+
+    return Response(await run_in_threadpool(page), media_type="application/json")
 
 
 @router.post("/v1/responses/{id}/cancel")

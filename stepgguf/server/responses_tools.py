@@ -13,11 +13,11 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag
 
 from stepgguf.chat.request import Tool, ToolChoice
 from stepgguf.errors import RequestError
@@ -25,8 +25,8 @@ from stepgguf.server.body import Part
 from stepgguf.server.chat_request import Function
 
 LONGEST_NAME = 128
+MOST_ALLOWED = 1024
 INPUT = "input"  # what a custom tool's one parameter is called
-AS_SENT = ConfigDict(extra="allow")  # the response repeats it
 _OPENING = re.compile(r'\{\s*"(?:[^"\\]|\\.)*"\s*:\s*"')
 _WHOLE = re.compile(r'(?:[^"\\]+|\\u[0-9a-fA-F]{4}|\\[^u])*')  # no half of an escape
 
@@ -34,7 +34,6 @@ _WHOLE = re.compile(r'(?:[^"\\]+|\\u[0-9a-fA-F]{4}|\\[^u])*')  # no half of an e
 class FunctionTool(Function):
     """In chat completions the function is an object of its own."""
 
-    model_config = AS_SENT
     type: Literal["function"]
     strict: bool | None = None
 
@@ -46,7 +45,6 @@ class GrammarFormat(Part):
 
 
 class CustomTool(Part):
-    model_config = AS_SENT
     type: Literal["custom"]
     name: str = Field(pattern=r"^[^<>\s]{1,128}$")
     description: str | None = None
@@ -64,7 +62,6 @@ class CustomTool(Part):
 class OtherTool(Part):
     """It runs at OpenAI, or it is newer than this server."""
 
-    model_config = AS_SENT
     type: str
 
 
@@ -83,15 +80,26 @@ _Other = Annotated[OtherTool, Tag("other")]
 
 
 class NamespaceTool(Part):
-    model_config = AS_SENT
     type: Literal["namespace"]
     name: str
+    description: str | None = None
     tools: list[Annotated[_Own | _Other, by_type("function", "custom")]]
 
 
 AnyTool = Annotated[
     _Own | Annotated[NamespaceTool, Tag("namespace")] | _Other, by_type("function", "custom", "namespace")
 ]
+
+
+def repeated(tools: Iterable[AnyTool]) -> list[dict[str, Any]]:
+    """As the response repeats them: those that are offered, with the fields that have a meaning here."""
+    found = []
+    for tool in tools:
+        if isinstance(tool, NamespaceTool):
+            found.append({**tool.model_dump(), "tools": repeated(tool.tools)})
+        elif not isinstance(tool, OtherTool):
+            found.append(tool.model_dump())
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,10 +209,18 @@ class NamedTool(Part):
     namespace: str | None = None
 
 
+class AllowedTool(Part):
+    """One that runs elsewhere has no name."""
+
+    type: str
+    name: str | None = None
+    namespace: str | None = None
+
+
 class AllowedTools(Part):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: list[dict[str, Any]]
+    tools: list[AllowedTool] = Field(max_length=MOST_ALLOWED)
 
 
 class OtherChoice(Part):
@@ -226,23 +242,17 @@ def choose(choice: AnyChoice | None, offers: Offers) -> tuple[ToolChoice, Offers
     if choice is None or isinstance(choice, str):
         chosen = ToolChoice(choice or "auto")
     elif isinstance(choice, AllowedTools):
-        offers = offers.only(map(_key, choice.tools))
+        offers = offers.only((tool.namespace or None, tool.name) for tool in choice.tools if tool.name)
         chosen = ToolChoice(choice.mode)
     elif isinstance(choice, NamedTool):
-        key = _key(choice.model_dump())
-        if key not in offers:
-            raise _absent(f"the tool {choice.name!r}")
-        chosen = ToolChoice("required", offers.name(*key))
+        if (choice.namespace or None, choice.name) not in offers:
+            raise _absent(f"the tool {choice.name[:LONGEST_NAME]!r}")
+        chosen = ToolChoice("required", offers.name(choice.namespace, choice.name))
     else:
         raise _absent(f"a tool of type {choice.type[:LONGEST_NAME]!r}")
     if chosen.mode == "required" and not offers.by_name:
         raise _absent("a tool")
     return chosen, offers
-
-
-def _key(named: Mapping[str, Any]) -> tuple[str | None, str]:
-    namespace = named.get("namespace")
-    return str(namespace) if namespace else None, str(named.get("name"))
 
 
 def _absent(what: str) -> RequestError:

@@ -142,8 +142,8 @@ class _Item:
 
 
 class ResponseWriter:
-    """feed..., then finish or fail. echo: the request's fields that the response repeats. offers: the tools, by the
-    names that the model knows.
+    """feed..., then finish or fail. echo: the request's fields that the response repeats, as JSON. offers: the tools,
+    by the names that the model knows.
 
     sealed: reasoning items also carry their text in encrypted_content, for clients that send back only that.
     """
@@ -153,7 +153,7 @@ class ResponseWriter:
         trace_id: str,
         model: str,
         created: int,
-        echo: Mapping[str, Any],
+        echo: bytes,
         offers: Mapping[str, Offer],
         *,
         sealed: bool = False,
@@ -161,9 +161,8 @@ class ResponseWriter:
     ) -> None:
         self.id = f"resp_{trace_id}"
         self.finished = False
-        self._trace_id, self._offers = trace_id, offers
+        self._trace_id, self._echo, self._offers = trace_id, echo, offers
         self._sealed, self._shows_reasoning = sealed, shows_reasoning
-        self._echo = json.dumps(echo).encode()  # tools may be large, and it is kept
         self._items: list[_Item] = []
         self._fields: dict[str, Any] = {
             "id": self.id,
