@@ -276,6 +276,14 @@ def test_deleting_a_running_answer_ends_it(server: Server, client: openai.OpenAI
     assert server.idle_within(2)
 
 
+def test_a_background_answer_ends_with_its_server(server: Server, serve: Serve) -> None:
+    with serve() as own:
+        body = endless(own, background=True)
+        assert own.client.post("/v1/responses", json=body).json()["status"] == "in_progress"
+        assert not own.idle_within(0.3)
+    assert server.idle_within(2), "they have one engine"
+
+
 def test_an_answer_that_is_not_finished_cannot_be_continued(server: Server, client: openai.OpenAI) -> None:
     response = running(server, client)
     with pytest.raises(openai.BadRequestError, match="still being made"):
