@@ -8,7 +8,6 @@ starts with an underscore, no method that changes its object. Rendering follows 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -18,9 +17,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from stepgguf.errors import BadMetadata
 
 Message = Mapping[str, Any]
-# Claude Code puts this line before its system prompt. It changes with every request, so with it no request would find
-# its prefix in the cache; it says nothing to a model.
-_BILLING_LINE = re.compile(r"^[ \t]*x-anthropic-billing-header:[^\n]*\n*", re.MULTILINE)
 
 
 class ChatTemplate:
@@ -90,9 +86,14 @@ def normalize(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return result
 
 
+# Claude Code puts this line before its system prompt. It changes with every request, so with it no request would find
+# its prefix in the cache; it says nothing to a model.
+_BILLING = "x-anthropic-billing-header:"
+
+
 def _without_billing(content: str | list[Any]) -> str | list[Any]:
     if isinstance(content, str):
-        return _BILLING_LINE.sub("", content).strip()
+        return "\n".join(line for line in content.split("\n") if not line.startswith(_BILLING)).strip()
     return [
         {**part, "text": _without_billing(part["text"])}
         if isinstance(part, Mapping) and isinstance(part.get("text"), str)

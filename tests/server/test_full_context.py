@@ -19,7 +19,7 @@ KNOWN_BY = {
     "litellm, of llama.cpp": r"(?i)exceeds the available context size",
     "LangChain": r"context_length_exceeded|Input tokens exceed the configured limit|prompt is too long",
     "pi, opencode": r"(?i)maximum context length is \d+ tokens",
-    "Cline": r"(?i)\bcontext\s*(?:length|window)\b",
+    "Cline": r"(?i)\bcontext\s*(?:length|window|limit)\b",
     "opencode's GitLab provider": r"tokens(?s:.*)maximum|maximum(?s:.*)tokens",
     "clients of llama-server": r"exceed_context_size_error",
     "both numbers": r"max.*?(\d+) tokens.*?(\d+) ",
