@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stepgguf.model.hparams import HParams, Layer
+from stepgguf.model.hparams import HParams
+from stepgguf.model.layers import Layer
 
 
 @dataclass(frozen=True, slots=True)
