@@ -47,6 +47,7 @@ ONLY_IN = {
     "typer": ("cli/",),
     "rich": ("cli/",),
     "gguf": ("quants/", "convert/"),
+    "yaml": ("convert/card.py",),
 }
 
 

@@ -69,7 +69,8 @@ def _gguf(path: Path) -> tuple[dict[str, Any], Tensors]:
 
 def _checkpoint(path: Path) -> tuple[dict[str, Any], Tensors]:
     from stepgguf.cli import output
-    from stepgguf.convert.checkpoint import DTYPE_BYTES, Checkpoint
+    from stepgguf.convert.checkpoint import Checkpoint
+    from stepgguf.convert.shards import DTYPE_BYTES
 
     with Checkpoint(path) as checkpoint:
         output.warn(checkpoint.warnings)

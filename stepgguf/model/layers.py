@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stepgguf.errors import BadConfig, UnsupportedModel
-from stepgguf.files.jsonread import Value, shown
+from stepgguf.files.jsonread import Value
 
 # Keys of the published configs, and transformers' names for them.
 ALIASES = {
