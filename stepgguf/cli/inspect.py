@@ -59,7 +59,7 @@ Tensors = list[tuple[str, str, int, int, str]]
 
 def _gguf(path: Path) -> tuple[dict[str, Any], Tensors]:
     from stepgguf.convert import header as gguf_header
-    from stepgguf.convert.ggufsource import split_files
+    from stepgguf.convert.splits import split_files
 
     headers = [gguf_header.read(file) for file in split_files(path)]
     metadata = {name: key.value for name, key in headers[0].keys.items()}

@@ -42,9 +42,10 @@ def verify(
     from stepgguf.cli import output
     from stepgguf.convert import header as gguf_header
     from stepgguf.convert.checkpoint import Checkpoint
-    from stepgguf.convert.ggufsource import GGUFSource, split_files
+    from stepgguf.convert.ggufsource import GGUFSource
     from stepgguf.convert.plan import Options
     from stepgguf.convert.planner import plan_source
+    from stepgguf.convert.splits import split_files
     from stepgguf.convert.verify import verify_manifest, verify_source
 
     importance = arguments.read_importance(imatrix, imatrix_prior)

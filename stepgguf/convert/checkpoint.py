@@ -73,6 +73,11 @@ class Checkpoint:
         self.tensors = {spec.source: self._source_tensor(spec) for spec in self.specs}
         self._files = {shard: os.open(shard, os.O_RDONLY) for shard in paths}
 
+    @property
+    def name(self) -> str:
+        """The model's name, for files that are made of it."""
+        return self.origin.name
+
     def close(self) -> None:
         for fd in self._files.values():
             os.close(fd)
@@ -88,6 +93,11 @@ class Checkpoint:
         """Raise what is wrong with the MTP blocks, if they are there and cannot be used."""
         if self._mtp_fault is not None:
             raise self._mtp_fault
+
+    @property
+    def notes(self) -> list[str]:
+        """The warnings, and why MTP blocks that config.json names are left out."""
+        return [*self.warnings, *([self.mtp_note] if self.mtp_note else [])]
 
     # opening ----------------------------------------------------------------------------------------------------
 

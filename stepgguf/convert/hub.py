@@ -50,8 +50,20 @@ def checkpoint_folder(path: Path) -> Path:
 
     CheckpointError if there is nothing, UnsupportedCheckpoint for a file that is no part of a checkpoint.
     """
+    try:
+        return _meant(path)
+    except OSError as error:  # a name that is too long, a directory that may not be entered
+        raise CheckpointError(f"{path}: {error.strerror}", hint=_GIVE) from error
+
+
+def is_part(path: Path) -> bool:
+    """Whether a file's name is that of a checkpoint's own file."""
+    return path.name.endswith(_PARTS)
+
+
+def _meant(path: Path) -> Path:
     if path.is_file():
-        if path.name.endswith(_PARTS):
+        if is_part(path):
             return path.parent
         if path.suffix.lower() == ".gguf":
             hint = f"It is converted already; to quantize it: stepgguf quantize {path} DEST.gguf --type Q4_K_S"
@@ -61,7 +73,7 @@ def checkpoint_folder(path: Path) -> Path:
         return _snapshot(path)
     found = hub_id(path)
     if found is None:
-        raise CheckpointError(f"{path}: not a directory", hint=_GIVE)
+        raise CheckpointError(f"{path}: no such file or directory", hint=_GIVE)
     cached = _cache() / f"models--{found.replace('/', '--')}"
     if cached.is_dir():
         return _snapshot(cached)

@@ -15,11 +15,12 @@ from gguf import GGMLQuantizationType, Keys
 from stepgguf.convert import metadata
 from stepgguf.convert.card import read_card
 from stepgguf.convert.checkpoint import Checkpoint
-from stepgguf.convert.ggufsource import ARCHITECTURE, GGUFSource, split_path
+from stepgguf.convert.ggufsource import ARCHITECTURE, GGUFSource
 from stepgguf.convert.header import Key
 from stepgguf.convert.importance import wanted
 from stepgguf.convert.plan import Options, Plan, PlannedFile, PlannedTensor
 from stepgguf.convert.source import SourceTensor
+from stepgguf.convert.splits import split_path
 from stepgguf.errors import BadMetadata, OutputError, RecipeError
 from stepgguf.model.tensors import ROPE_FREQS, TensorSpec, file_order, layer_of, role_of
 from stepgguf.quants import codec, coverage, mixtures
@@ -41,10 +42,10 @@ def plan_source(source: Checkpoint | GGUFSource, dest: Path, options: Options) -
 
 def plan_checkpoint(checkpoint: Checkpoint, dest: Path, options: Options) -> Plan:
     """The plan of a conversion from safetensors."""
-    hp, warnings = checkpoint.hparams, list(checkpoint.warnings)
+    hp = checkpoint.hparams
     if options.mtp != "drop":
         checkpoint.require_mtp()
-        warnings += [checkpoint.mtp_note] if checkpoint.mtp_note else []
+    notes = checkpoint.warnings if options.mtp == "drop" else checkpoint.notes
     facts = model_facts(checkpoint)
     main, mtp = select_checkpoint(checkpoint.specs, facts, metadata.rope_freqs(hp), options)
     vocab = metadata.vocab_keys(checkpoint, options.chat_template)
@@ -64,7 +65,7 @@ def plan_checkpoint(checkpoint: Checkpoint, dest: Path, options: Options) -> Pla
             *_provenance(options, facts, tensors, _source_name(checkpoint)),
         ]
         files += _split(PlannedFile(path, tuple(keys), tuple(tensors)), options.split_max_size)
-    return _plan(files, checkpoint.tensors, facts, options, (*warnings, *card.warnings, *vocab.warnings))
+    return _plan(files, checkpoint.tensors, facts, options, (*notes, *card.warnings, *vocab.warnings))
 
 
 def select_checkpoint(

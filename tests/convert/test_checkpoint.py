@@ -150,7 +150,7 @@ def add(path: Path, name: str) -> None:
 
 Q_SHAPE = r"q_proj\.weight has shape \[\d+, 256\], config\.json implies \[\d+, 256\]"
 DAMAGE: dict[str, tuple[Callable[[Path], Any], type[StepggufError], str]] = {
-    "no directory": (shutil.rmtree, CheckpointError, "not a directory"),
+    "no directory": (shutil.rmtree, CheckpointError, "no such file or directory"),
     "no config": (lambda p: (p / "config.json").unlink(), BadConfig, r"config\.json: No such file"),
     "config garbage": (lambda p: (p / "config.json").write_text("{"), BadConfig, "not valid JSON"),
     "config a list": (
