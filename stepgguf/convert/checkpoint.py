@@ -263,7 +263,7 @@ def _read_index(path: Path) -> dict[str, str]:
     shards = dict(weight_map.members()) if weight_map is not None else {}
     for value in shards.values():
         name = value.text()
-        if not 0 < len(name.encode()) < 256 or Path(name).name != name or "\0" in name:
+        if not 0 < len(name.encode()) < 256 or name == ".." or Path(name).name != name or "\0" in name:
             raise value.wrong("a file's name in this directory")
     return {name: value.text() for name, value in shards.items()}
 

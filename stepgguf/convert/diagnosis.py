@@ -50,7 +50,7 @@ _INSTEAD_OF_WEIGHTS = (
 )
 
 # Ends of tensor names that other tools leave: pattern, what the checkpoint is.
-_QUANTIZED = (
+QUANTIZED = (
     (r"\.weight_scale_2$", "an NVFP4 checkpoint (ModelOpt)"),
     (r"\.weight_global_scale$", "an NVFP4 checkpoint (compressed-tensors)"),
     (r"\.weight_packed$", "a compressed-tensors checkpoint ({format})"),
@@ -123,7 +123,7 @@ def check_weights(folder: Path, entries: Collection[Entry], formats: Collection[
     if "mlx" in formats:
         # Its norms are stored whole and not less one, also where it is not quantized.
         raise UnsupportedCheckpoint(f"{folder} is an MLX checkpoint", hint=_ORIGINAL)
-    for pattern, what in _QUANTIZED:
+    for pattern, what in QUANTIZED:
         found = next((entry for entry in entries if re.search(pattern, entry.name)), None)
         if found is not None:
             named = what.format(format=kind or "packed", method=_METHODS.get(method or "", "a GPTQ or AWQ"))

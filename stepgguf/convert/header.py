@@ -117,7 +117,8 @@ def read(path: Path, *, check_size: bool = True) -> Header:
                 header = _parse(path, data)
     except OSError as error:
         raise GGUFError(f"{path}: {error.strerror or error}", hint="Check the path.") from error
-    end = max((header.data_start + t.offset + t.n_bytes for t in header.tensors), default=header.data_start)
+    # Without tensors the header need not be padded, and gguf-py's are not.
+    end = max((header.data_start + t.offset + t.n_bytes for t in header.tensors), default=0)
     if check_size and size < end:
         raise TruncatedFile(
             f"{path}: {size:,} bytes, but its header promises {end:,}",

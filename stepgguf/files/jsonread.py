@@ -126,6 +126,8 @@ def parse(data: bytes, document: str, error: type[StepggufError], hint: str | No
     try:
         if len(data) > MAX_BYTES:
             raise ValueError(f"more than {MAX_BYTES:,} bytes")
+        if data.startswith(b"version https://git-lfs"):
+            raise error(f"{document}: is a git-lfs pointer", hint="Fetch the real file with: git lfs pull")
         text = data.decode("utf-8-sig")
         value = json.loads(text, object_pairs_hook=_object)
         if _is_deeper(value, MAX_DEPTH):
