@@ -36,8 +36,10 @@ def split_files(path: Path) -> list[Path]:
     number, count = int(match[2]), int(match[3])
     if not 1 <= number <= count:
         raise BadMetadata(f"{path}: its name says part {number} of {count}", hint="Give the file its right name.")
-    files = [split_path(path.with_name(match[1] + ".gguf"), i, count) for i in range(count)]
-    for file in files:
+    files = []
+    for i in range(count):
+        file = split_path(path.with_name(match[1] + ".gguf"), i, count)
+        files.append(file)
         if not file.exists():
             raise MissingShard(
                 f"{file} is missing ({path.name} is one of {count} parts)",
