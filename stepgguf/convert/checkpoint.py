@@ -16,6 +16,7 @@ and a disk error is an OSError with a name instead of a SIGBUS.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -36,7 +37,7 @@ from stepgguf.files import jsonread
 from stepgguf.model.hparams import HParams
 from stepgguf.model.spelling import COMPUTED_SUFFIX, VISION_PREFIXES, published
 from stepgguf.model.tensors import TensorSpec, is_beyond, tensor_specs
-from stepgguf.quants.codec import FP8_TILE, Scaled, Values
+from stepgguf.quants.codec import FP8_TILE, Scaled, Values, widen
 
 INDEX = "model.safetensors.index.json"
 _GGML = {"BF16": GGMLQuantizationType.BF16, "F16": GGMLQuantizationType.F16, "F32": GGMLQuantizationType.F32}
@@ -207,12 +208,13 @@ class Checkpoint:
     def _scale_tables(self) -> dict[str, NDArray[np.float32]]:
         """All scales, each [n, row tiles, column tiles]: 46 MB in the published FP8 checkpoint."""
         scales = {m.scale.name: m.scale for matrices in self._matrices.values() for m in matrices if m.scale}
-        return {
-            name: read_exactly(self._files[entry.shard], entry.n_bytes, entry.offset, name)
-            .view(np.float32)
-            .reshape(-1, *entry.shape[-2:])
-            for name, entry in scales.items()
-        }
+        return {name: self._scale_table(entry) for name, entry in scales.items()}
+
+    def _scale_table(self, entry: Entry) -> NDArray[np.float32]:
+        data = read_exactly(self._files[entry.shard], entry.n_bytes, entry.offset, entry.name)
+        table = np.empty((math.prod(entry.shape[:-2]), *entry.shape[-2:]), np.float32)
+        widen((data.view(np.uint16) if entry.dtype == "BF16" else data.view(np.float32)).reshape(table.shape), table)
+        return table
 
 
 def _entries(shards: Iterable[Shard]) -> dict[str, Entry]:

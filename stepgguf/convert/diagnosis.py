@@ -26,7 +26,6 @@ _MERGE = "Merge it into its base{base} (in PEFT: merge_and_unload, then save_pre
 _SAVE = "Load it with the program that wrote it, save it as safetensors (transformers: save_pretrained), convert that."
 
 # Files beside or in place of the weights: pattern, what the folder is, what to do.
-_ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _INSTEAD_OF_WEIGHTS = (
     ("*.gguf", "holds GGUF files and no safetensors", "Give the GGUF file itself, of a split one any part: {first}"),
     ("model_index.json", "is a diffusers pipeline", _ORIGINAL),
@@ -72,16 +71,18 @@ def check_files(folder: Path) -> list[Path]:
     files = _files(folder)
     names = [path.name for path in files if not path.name.startswith(".")]
     shards = [path for path in files if path.suffix == ".safetensors" and not path.name.startswith(".")]
-    weights = [path for path in shards if path.name not in _ADAPTERS]
-    adapter = next((name for name in names if name in _ADAPTERS), None)
-    if adapter is not None:
-        hint = _MERGE.format(base=_base(folder))
-        if not weights:
-            raise UnsupportedCheckpoint(f"{folder} is a LoRA adapter (it has {adapter}) and no whole model", hint=hint)
-        hint += " Or move adapter_* away to convert the base alone."
-        raise UnsupportedCheckpoint(f"{folder} holds a LoRA adapter ({adapter}) beside its base", hint=hint)
+    weights = [path for path in shards if not path.name.startswith("adapter_model.")]
+    adapter = next((name for name in names if name.startswith("adapter_model.")), None)
+    if not weights and (adapter or "adapter_config.json" in names):
+        raise UnsupportedCheckpoint(
+            f"{folder} is a LoRA adapter ({adapter or 'adapter_config.json'}) and no whole model",
+            hint=_MERGE.format(base=_base(folder)),
+        )
     if not weights:
         raise _without_weights(folder, names)
+    if adapter is not None:
+        hint = _MERGE.format(base=_base(folder)) + " Or move adapter_* away to convert the base alone."
+        raise UnsupportedCheckpoint(f"{folder} holds a LoRA adapter ({adapter}) beside its base", hint=hint)
     return shards
 
 

@@ -4,9 +4,9 @@
     by expert    moe.experts.E.gate_proj.weight [x, d], n times        as many tools and quantizers write it
     gate and up  moe.gate_up_proj.weight [n, 2x, d]                    as transformers holds it in memory
 
-A tensor is a Matrix for each expert, or one. Block-FP8: value = fp8 * scale, one float32 scale for each 128 x 128 tile
-of a stored matrix, in a tensor called NAME_scale_inv. quantization_config's module list uses runtime names and matches
-nothing on disk.
+A tensor is a Matrix for each expert, or one. Block-FP8: value = fp8 * scale, one scale for each 128 x 128 tile of a
+stored matrix, F32 or BF16, in a tensor called NAME_scale_inv. quantization_config's module list uses runtime names and
+matches nothing on disk.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _check_entry(name: str, entry: Entry, scale: Entry | None, shape: tuple[int,
         raise TensorNotFound(f"{shard}: {entry.name} is F8_E4M3, but {name + SCALE} is in no shard")
     *lead, rows, columns = shape if len(shape) > 1 else (1, *shape)
     expected = (*lead, -(-rows // FP8_TILE), -(-columns // FP8_TILE))
-    if scale.shape != expected or scale.dtype != "F32":
+    if scale.shape != expected or scale.dtype not in ("F32", "BF16"):
         raise ShapeMismatch(
             f"{scale.shard.name}: {scale.name} is {scale.dtype} {list(scale.shape)}, expected F32 {list(expected)} "
             f"({FP8_TILE} x {FP8_TILE} blocks)"

@@ -22,10 +22,11 @@ def split_files(path: Path) -> list[Path]:
     GGUFError for what cannot be one, MissingShard if a part is not there. What is in the files is not looked at.
     """
     if path.is_dir():
-        inside = sorted(path.glob("*.gguf"))
-        hint = (
-            f"Give one: {inside[0]}" if inside else "Give a file that `stepgguf convert` wrote, or another GGUF file."
-        )
+        inside, hint = sorted(path.glob("*.gguf")), "Give a file that `stepgguf convert` wrote, or another GGUF file."
+        if inside:
+            hint = f"Give a file in it: {inside[0]}"
+        elif (path / "config.json").exists():
+            hint = f"Convert it first: stepgguf convert {path} DEST.gguf --type Q4_K_S"
         raise GGUFError(f"{path} is a directory and not a GGUF file", hint=hint)
     if not path.exists() and (model := hub_id(path)) is not None:
         hint = f"Download it first: hf download {model} --include '*.gguf' --local-dir {model.split('/')[1]}"

@@ -50,7 +50,7 @@ def test_the_files_of_a_separate_conversion(small: Path, tmp_path: Path, capfd: 
     [
         ("step35", None, None, "metadata alone: no tensors\n0 tensors, 0.000 B values"),
         ("step35", "model", "output.weight", "no layers and no MTP blocks"),
-        ("llama", "model", "blk.0.attn_q.weight", "a model of architecture llama; stepgguf quantizes and runs step35 alone"),
+        ("llama", "model", "blk.0.attn_q.weight", "architecture llama; stepgguf quantizes and runs step35 alone"),
         ("llama", None, None, "a model of architecture llama"),
         ("clip", "mmproj", "v.patch_embd.weight", "a GGUF of type mmproj, no model that runs alone"),
         ("step35", "adapter", "blk.0.attn_q.weight.lora_a", "a GGUF of type adapter"),
