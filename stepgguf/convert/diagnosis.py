@@ -63,6 +63,7 @@ QUANTIZED = (
     (r"\.W_q$", "an HQQ checkpoint"),
     (r"\.weight_scale$", "an FP8 or INT8 checkpoint with scales of channels or tensors (compressed-tensors, ModelOpt)"),
 )
+_MARKS = re.compile("|".join(f"(?:{pattern})" for pattern, _ in QUANTIZED))
 _METHODS = {"gptq": "a GPTQ", "awq": "an AWQ", "auto-round": "an AutoRound", "auto_round": "an AutoRound"}
 
 
@@ -124,8 +125,9 @@ def check_weights(folder: Path, entries: Collection[Entry], formats: Collection[
     if "mlx" in formats:
         # Its norms are stored whole and not less one, also where it is not quantized.
         raise UnsupportedCheckpoint(f"{folder} is an MLX checkpoint", hint=_ORIGINAL)
+    marked = [entry for entry in entries if _MARKS.search(entry.name)]
     for pattern, what in QUANTIZED:
-        found = next((entry for entry in entries if re.search(pattern, entry.name)), None)
+        found = next((entry for entry in marked if re.search(pattern, entry.name)), None)
         if found is not None:
             named = what.format(format=kind or "packed", method=_METHODS.get(method or "", "a GPTQ or AWQ"))
             raise UnsupportedCheckpoint(f"{folder} is {named}: {found.name} is {found.dtype}", hint=_ORIGINAL)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from stepgguf.cli.main import main
 from stepgguf.convert import header as gguf_header
-from stepgguf.convert.checkpoint import Checkpoint
-from stepgguf.errors import ShapeMismatch, TensorNotFound, UnexpectedTensor
+from stepgguf.convert.checkpoint import INDEX, Checkpoint
+from stepgguf.errors import MissingShard, ShapeMismatch, TensorNotFound, UnexpectedTensor
 from tests.convert.test_bytes import same_tensors
 from tests.generate import Shape, write_checkpoint
 
@@ -131,7 +131,11 @@ def test_one_tensor_under_two_spellings_is_named(wide: dict[str, Path], tmp_path
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
-        (lambda t: t.pop("model.layers.1.moe.experts.1.up_proj.weight"), TensorNotFound, r"1 of 3 experts .* missing"),
+        (
+            lambda t: t.pop("model.layers.1.moe.experts.1.up_proj.weight"),
+            TensorNotFound,
+            r"experts\.1\.up_proj\.weight is in none of .*1 of 49 tensors",
+        ),
         (
             lambda t: t.update({"model.layers.1.moe.experts.3.up_proj.weight": torch.zeros(2)}),
             UnexpectedTensor,
@@ -203,3 +207,14 @@ def test_a_text_model_without_its_head_is_named(wide: dict[str, Path], tmp_path:
 
     with pytest.raises(TensorNotFound, match="saved without its head"):
         Checkpoint(rewrite(wide["bf16"], tmp_path / "bare", bare))
+
+
+def test_experts_in_a_shard_that_is_not_there_name_the_shard(wide: dict[str, Path], tmp_path: Path) -> None:
+    split = rewrite(wide["bf16"], tmp_path / "split", by_expert)
+    tensors = load_file(split / "model.safetensors")
+    gone = {name: "model-2.safetensors" for name in tensors if ".experts.2." in name}
+    save_file({name: x for name, x in tensors.items() if name not in gone}, split / "model.safetensors")
+    weight_map = {name: "model.safetensors" for name in tensors} | gone
+    (split / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(MissingShard, match=r"model-2\.safetensors is missing; 6 of \d+ tensors are missing"):
+        Checkpoint(split)
