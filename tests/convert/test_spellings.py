@@ -214,7 +214,7 @@ def test_experts_in_a_shard_that_is_not_there_name_the_shard(wide: dict[str, Pat
     tensors = load_file(split / "model.safetensors")
     gone = {name: "model-2.safetensors" for name in tensors if ".experts.2." in name}
     save_file({name: x for name, x in tensors.items() if name not in gone}, split / "model.safetensors")
-    weight_map = {name: "model.safetensors" for name in tensors} | gone
+    weight_map = dict.fromkeys(tensors, "model.safetensors") | gone
     (split / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(MissingShard, match=r"model-2\.safetensors is missing; 6 of \d+ tensors are missing"):
         Checkpoint(split)
