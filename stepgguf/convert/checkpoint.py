@@ -64,7 +64,7 @@ class Checkpoint:
         index = _read_index(self.path / INDEX)
         self.warnings = _compare_with_index(index, entries)
         layout, specs = Layout(entries), tensor_specs(described)
-        self._matrices = self._trunk(layout, [spec for spec in specs if not spec.is_mtp], paths, index)
+        self._matrices = self._locate(layout, [spec for spec in specs if not spec.is_mtp], paths, index)
         self.mtp_note: str | None = None  # why MTP blocks that config.json names are left out
         self._mtp_fault: CheckpointError | None = None
         has_mtp = self._add_mtp(layout, described, [spec for spec in specs if spec.is_mtp], paths, index)
@@ -102,7 +102,7 @@ class Checkpoint:
 
     # opening ----------------------------------------------------------------------------------------------------
 
-    def _trunk(
+    def _locate(
         self, layout: Layout, specs: Sequence[TensorSpec], shards: Sequence[Path], index: Mapping[str, str]
     ) -> dict[str, tuple[Matrix, ...]]:
         found, lacking = locate(layout, specs)
@@ -111,12 +111,7 @@ class Checkpoint:
         return found
 
     def _add_mtp(
-        self,
-        layout: Layout,
-        hp: HParams,
-        specs: Sequence[TensorSpec],
-        shards: Sequence[Path],
-        index: Mapping[str, str],
+        self, layout: Layout, hp: HParams, specs: Sequence[TensorSpec], shards: Sequence[Path], index: Mapping[str, str]
     ) -> bool:
         """Find the MTP blocks' tensors; whether they are all there. If not, note why."""
         present = [name for name in layout.entries if is_beyond(name, hp.n_layer)]
@@ -131,9 +126,7 @@ class Checkpoint:
             )
             return False
         try:
-            found, lacking = locate(layout, specs)
-            if lacking:
-                raise diagnosis.missing(self.path, lacking, len(specs), shards, index)
+            found = self._locate(layout, specs, shards, index)
             _refuse_unknown(layout, present, hp)
         except CheckpointError as error:
             self._mtp_fault = type(error)(

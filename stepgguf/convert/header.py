@@ -108,6 +108,8 @@ def encode(keys: Iterable[Key], tensors: Sequence[TensorInfo], alignment: int = 
 
 def read(path: Path, *, check_size: bool = True) -> Header:
     """Parse and check the header of a GGUF file. Raises BadMagic, TruncatedFile, BadMetadata."""
+    if path.exists() and not path.is_file():
+        raise GGUFError(f"{path}: not a file", hint=_not_gguf(b""))  # opening a pipe would wait for ever
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)

@@ -71,6 +71,8 @@ def _meant(path: Path) -> Path:
         raise UnsupportedCheckpoint(f"{path} is a file and not a checkpoint's directory", hint=_GIVE)
     if path.is_dir():
         return _snapshot(path)
+    if path.exists():
+        raise CheckpointError(f"{path}: neither a file nor a directory", hint=_GIVE)
     found = hub_id(path)
     if found is None:
         raise CheckpointError(f"{path}: no such file or directory", hint=_GIVE)

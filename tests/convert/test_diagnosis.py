@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -247,7 +248,20 @@ def test_shards_that_the_others_numbers_tell_of_are_missing(copy: Path) -> None:
         Checkpoint(copy)
 
 
-@pytest.mark.parametrize("name", ["x" * 300, "nowhere", "nowhere/at/all"])
+@pytest.mark.parametrize("name", ["model-00001.safetensors", "config.json", "README.md"])
+def test_pipes_in_the_place_of_files_do_not_wait_for_ever(copy: Path, name: str) -> None:
+    (copy / name).unlink(missing_ok=True)
+    os.mkfifo(copy / name)
+    if name == "README.md":
+        assert main(["convert", str(copy), str(copy / "x.gguf"), "-t", "Q8_0", "-q", "--dry-run"]) == 0
+    else:
+        with pytest.raises(CheckpointError, match=rf"{name}: not a file"):
+            Checkpoint(copy)
+    os.mkfifo(copy / "x.gguf")
+    assert main(["inspect", str(copy / "x.gguf")]) == 1
+
+
+@pytest.mark.parametrize("name", ["/dev/null", "x" * 300, "nowhere", "nowhere/at/all"])
 def test_a_path_that_leads_nowhere_is_an_error(name: str) -> None:
     with pytest.raises(CheckpointError):
         Checkpoint(Path(name))
