@@ -28,7 +28,9 @@ def convert(
         Path | None,
         typer.Option(exists=True, dir_okay=False, metavar="FILE", help="Use this template and not the checkpoint's."),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="general.name. Default: the directory's name.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="general.name. Default: what the model card says, or the directory's name.")
+    ] = None,
     imatrix: arguments.ImatrixFile = None,
     imatrix_prior: arguments.ImatrixPrior = "pooled",
     kernel: arguments.Kernel = "lanes",
@@ -72,9 +74,9 @@ def convert(
         importance=arguments.read_importance(imatrix, imatrix_prior),
         kernel=arguments.parse_kernel(kernel),
     )
-    if dest.is_dir():
-        dest = dest / f"{name or source.resolve().name}-{recipe.name}.gguf"
     with Checkpoint(source) as checkpoint:
+        if dest.is_dir():
+            dest = dest / f"{name or checkpoint.name}-{recipe.name}.gguf"
         plan = planned(checkpoint, dest, options, limits, threads=threads, quiet=quiet)
         run = Run(plan, checkpoint, quiet=quiet, json=json)
         if dry_run:

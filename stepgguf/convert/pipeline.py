@@ -178,7 +178,7 @@ class UnitMaker:
             where = f"index {column}"
         raise CorruptTensor(
             f"{tensor.source}: {where} is {values.flat[bad[0]]} ({bad.size} such values nearby)",
-            hint="The checkpoint is damaged; download the shard again.",
+            hint="The source is damaged; download it again.",
         )
 
 

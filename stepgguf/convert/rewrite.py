@@ -18,9 +18,9 @@ from pathlib import Path
 from gguf import GGUFValueType
 
 from stepgguf.convert import header as gguf_header
-from stepgguf.convert.ggufsource import split_files
 from stepgguf.convert.header import Header, Key
 from stepgguf.convert.metadata import CHAT_TEMPLATE, RESERVE, RESERVE_BYTES, reserve
+from stepgguf.convert.splits import split_files
 from stepgguf.convert.writer import disk_errors, manifest_path, write_all
 from stepgguf.errors import BadMetadata
 

@@ -18,7 +18,9 @@ from stepgguf.convert.checkpoint import Checkpoint
 from stepgguf.convert.ggufsource import ARCHITECTURE, GGUFSource
 from stepgguf.convert.objective import Routing
 from stepgguf.convert.planner import gguf_facts, is_quantizable, model_facts, number
-from stepgguf.model.tensors import ROPE_FREQS, file_order, layer_of
+from stepgguf.errors import BadMetadata
+from stepgguf.files.jsonread import shown
+from stepgguf.model.tensors import ROPE_FREQS, file_order, layer_of, role_of
 from stepgguf.quants import mixtures, recipe
 from stepgguf.quants.ggml import row_size
 from stepgguf.quants.mixtures import Candidate, Facts
@@ -117,12 +119,15 @@ def _of_checkpoint(checkpoint: Checkpoint) -> Inventory:
 
 def _of_gguf(source: GGUFSource) -> Inventory:
     facts = gguf_facts(source)
-    scale = float(source.headers[0].get(Keys.LLM.EXPERT_WEIGHTS_SCALE.format(arch=ARCHITECTURE), 1.0))
+    name = Keys.LLM.EXPERT_WEIGHTS_SCALE.format(arch=ARCHITECTURE)
+    scale = source.headers[0].get(name, 1.0)
+    if not isinstance(scale, float) or not math.isfinite(scale):
+        raise BadMetadata(f"{source.path}: key {name} is {shown(scale)}, expected a number", hint="Convert it again.")
     names = sorted(source.tensors, key=file_order)
     return Inventory(
         facts=facts,
         routing=Routing(facts.n_expert, number(source, Keys.LLM.EXPERT_USED_COUNT, 0), scale),
-        tensors=tuple(Candidate(n, n.split(".")[-2], source.tensors[n].shape, layer_of(n)) for n in names),
+        tensors=tuple(Candidate(n, role_of(n), source.tensors[n].shape, layer_of(n)) for n in names),
         quantizable=frozenset(n for n in names if is_quantizable(n, source.tensors[n].shape)),
         own={t.name: t.ggml_type for header in source.headers for t in header.tensors},
     )

@@ -158,14 +158,15 @@ def prepare(
 
 
 def dequantize(kind: GGMLQuantizationType, data: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
-    """Decode data [n, row bytes] into out [n, columns], float32."""
+    """Decode data [n, row bytes] into out [n, columns], float32. What a damaged factor scales is not finite."""
     lane = lanes.lane_type(kind)
     if lane is not None:
         lane.decode(data, out)
     elif kind == BF16:
         np.left_shift(data.view(np.uint16).reshape(out.shape), 16, out=out.view(np.uint32), dtype=np.uint32)
     else:
-        out[:] = gguf.quants.dequantize(data, kind).reshape(out.shape)
+        with np.errstate(invalid="ignore", over="ignore"):  # a damaged factor: its values are NaN or infinite
+            out[:] = gguf.quants.dequantize(data, kind).reshape(out.shape)
 
 
 def _stored(values: Values) -> tuple[NDArray[Any], NDArray[np.float32] | None]:

@@ -69,7 +69,7 @@ def test_wrong_usage_exits_2(arguments: list[str], text: str, capfd: pytest.Capt
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["convert", "/nowhere", "x.gguf"], "/nowhere: not a directory"),
+        (["convert", "/nowhere", "x.gguf"], "/nowhere: no such file or directory"),
         (["convert", "/nowhere", "x.gguf", "--type", "Q9"], "unknown type or recipe 'Q9'"),
         (["inspect", "/nowhere.gguf"], "/nowhere.gguf: No such file or directory"),
         (["verify", __file__], "not b'GGUF'"),
