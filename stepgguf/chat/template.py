@@ -18,6 +18,10 @@ from stepgguf.errors import BadMetadata
 
 Message = Mapping[str, Any]
 
+# What a cut thinking ends with: the model's own words for it, and what the template writes after a whole thinking.
+CLOSING_WORDS = "\n\nI have to stop thinking and answer now."
+CLOSE_THINKING = "\n</think>\n"
+
 
 class ChatTemplate:
     """A compiled template. `source` is jinja2 text; a syntax error is BadMetadata."""
