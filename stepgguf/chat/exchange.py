@@ -10,17 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from stepgguf.chat.grammar import constrain
 from stepgguf.chat.output import Delta, Markers, OutputMachine
 from stepgguf.chat.request import ChatRequest, Tool
-from stepgguf.chat.template import CLOSE_THINKING, CLOSING_WORDS, ChatTemplate, normalize
+from stepgguf.chat.template import CLOSE_THINKING, CLOSING_WORDS, ChatTemplate, Place, normalize, place_of
 from stepgguf.errors import BadMetadata
 from stepgguf.runtime.engine import Engine, Event, Finished, Reasoning, Request, Timings, Tokens
 
 ANSWER_SHARE = 4  # with a budget for thinking, a quarter of max_tokens stays for the answer
-Place = Literal["thinking", "answer", "start"]  # where a prompt ends; start: the model may open its thinking, or not
 
 
 class ChatModel:
@@ -193,13 +191,6 @@ class Reply:
         if self.finished.reason == "stop" and self._machine.n_calls:
             return "tool_calls"
         return "stop" if self.finished.reason == "cancelled" else self.finished.reason
-
-
-def place_of(prompt: str) -> Place:
-    text = prompt.rstrip()
-    if text.endswith("<think>"):
-        return "thinking"
-    return "answer" if text.endswith("</think>") else "start"
 
 
 def _as_json(tool: Tool) -> dict[str, object]:
