@@ -62,10 +62,7 @@ def main() -> None:
 def environment() -> jinja2.Environment:
     """jinja2 as transformers sets it up."""
     made = ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        optimized=False,  # compiling runs nothing
-        extensions=["jinja2.ext.loopcontrols", _Generation],
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
     made.filters["tojson"] = _to_json
     made.filters["fromjson"] = json.loads
