@@ -30,9 +30,7 @@ from stepgguf.chat.schema import ALL_TYPES, resolve, type_of, widen
 
 VALUE_ENDS = ("\n</parameter>\n<parameter=", "\n</parameter>\n</function>")
 FORGOTTEN_ENDS = tuple(f"\n{tag}{space}</tool_call>" for tag in ("</function>", "</parameter>") for space in ("\n", ""))
-_END = re.compile(
-    r"\n</parameter>\n(?=<parameter=|</function>)|(?:\n?</parameter>\n+|\n)<parameter=(?P<key>[^>\n]*)>"
-)
+_END = re.compile(r"\n</parameter>\n(?=<parameter=|</function>)|(?:\n?</parameter>\n+|\n)<parameter=(?P<key>[^>\n]*)>")
 _FORGOTTEN_END = re.compile(r"(?:\n?</parameter>\n+|\n)</function>\n?|\n</parameter>\n?")
 _FUNCTION = re.compile(r"\s*<function=([^>\n]*)>")
 _PARAMETER = re.compile(r"\s*<parameter=([^>\n]*)>")
@@ -163,7 +161,9 @@ class CallReader:
                 else:
                     self._start_value(key)
                 return True
-        cut = next((m.start() for m in re.finditer("[\n<]", self.rest) if _MAY_END.fullmatch(self.rest, m.start())), None)
+        cut = next(
+            (m.start() for m in re.finditer("[\n<]", self.rest) if _MAY_END.fullmatch(self.rest, m.start())), None
+        )
         self._out.append(self._value.feed(self.rest[:cut]))
         self.rest = "" if cut is None else self.rest[cut:]
         return False

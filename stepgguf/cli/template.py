@@ -16,7 +16,9 @@ def template(
         Path | None,
         typer.Argument(metavar="NEW.jinja", help="The new template. Without it the present one is printed."),
     ] = None,
-    restore: Annotated[bool, typer.Option("--restore", help="Put back the template that the file was made with.")] = False,
+    restore: Annotated[
+        bool, typer.Option("--restore", help="Put back the template that the file was made with.")
+    ] = False,
 ) -> None:
     """Show or replace a GGUF's chat template without quantizing again.
 

@@ -112,7 +112,9 @@ CONVENTIONS = [
 ]
 
 
-@pytest.mark.parametrize("source", [*CONVENTIONS, (CHECKPOINT / "chat_template.jinja").read_text()], ids=lambda s: s[:30])
+@pytest.mark.parametrize(
+    "source", [*CONVENTIONS, (CHECKPOINT / "chat_template.jinja").read_text()], ids=lambda s: s[:30]
+)
 def test_templates_are_rendered_as_transformers_does(source: str) -> None:
     messages = [{"role": "system", "content": "é <b>"}, user("a"), {"role": "assistant", "content": "b"}, user("c")]
     tools = [{"type": "function", "function": {"name": "f", "description": "ü", "parameters": {}}}]
@@ -208,7 +210,9 @@ def test_the_probe_tells_where_prompts_end() -> None:
     source = (CHECKPOINT / "chat_template.jinja").read_text()
     assert place_of(TEMPLATE.probe()) == "thinking"
     assert place_of(ChatTemplate(source.replace("~ '<think>\\n'", "")).probe()) == "start"
-    assert place_of(ChatTemplate(source.replace("~ '<think>\\n'", "~ '<think>\\n\\n</think>\\n\\n'")).probe()) == "answer"
+    assert (
+        place_of(ChatTemplate(source.replace("~ '<think>\\n'", "~ '<think>\\n\\n</think>\\n\\n'")).probe()) == "answer"
+    )
 
 
 @pytest.mark.parametrize("source", ["hello", "{{ messages | length }}", "{{ messages[-1].content }}"])
