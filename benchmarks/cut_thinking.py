@@ -50,7 +50,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
         assert stepgguf(["convert", str(args.checkpoint), str(path), "-t", args.type, "-q"]) == 0
-        with LlamaEngine(path, n_ctx=1024) as engine:
+        with LlamaEngine(path, n_ctx=1024, threads=1) as engine:
             chat = ChatModel(engine)
             for budget in (*BUDGETS, None):
                 texts = [answer(chat, question, seed, budget) for seed, question in enumerate(questions)]

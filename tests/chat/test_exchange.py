@@ -124,7 +124,7 @@ def test_a_template_may_leave_the_thinking_to_the_model_or_close_it(
 def test_a_call_cut_after_any_token_cannot_be_taken_for_whole(
     chat: ChatModel, tools: tuple[Tool, ...], choice: ToolChoice, budget: int | None, reason: FinishReason
 ) -> None:
-    asked = ChatRequest([QUESTION], Sampling(0.0), tools, choice, reasoning_budget=budget, max_tokens=200)
+    asked = ChatRequest([QUESTION], Sampling(0.0), tools, choice, reasoning_budget=budget, max_tokens=300)
     prepared = chat.prepare(asked)
     made = steps(chat, prepared)
     ids = [step.token_id for step in made]
