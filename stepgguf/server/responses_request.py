@@ -132,6 +132,7 @@ class ResponseBody(Prompt, SamplingFields):
     background: bool | None = Field(None, description="The answer goes on when the client leaves; it must be stored.")
     top_logprobs: Annotated[None, _never(NO_LOGPROBS)] = None
 
+    metadata: Any = ignored("it is repeated in the answer")
     stream_options: Any = ignored("it only pads events")
     context_management: Any = ignored("a prompt that does not fit is refused, not cut")
     client_metadata: Any = ignored("nothing is reported to anyone")
