@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from stepgguf.chat.template import CLOSING_WORDS
 from stepgguf.cli import arguments, loading
 
 
@@ -56,7 +57,7 @@ def serve(
     medium: Annotated[int, typer.Option("--effort-medium", min=0, help="Tokens of thinking for effort medium.")] = 8192,
     closing_message: Annotated[
         str, typer.Option(metavar="TEXT", help="What the model thinks last when its thinking is cut off.")
-    ] = "",
+    ] = CLOSING_WORDS,
     loop_breaker: Annotated[
         bool, typer.Option("--loop-breaker/--no-loop-breaker", help="End thinking that repeats itself.")
     ] = True,

@@ -46,7 +46,6 @@ class MessageWriter:
         self._display = display
         self._max_tokens = max_tokens
         self._open: _Open | None = None
-        self._called: Delta | None = None  # a call of which only the name has come
         self._n_blocks = 0
         self.message: dict[str, Any] = {
             "id": f"msg_{trace_id}",
@@ -88,21 +87,19 @@ class MessageWriter:
             return "stop_sequence"
         if reply.finish_reason != "length":
             return STOP_REASONS[reply.finish_reason]
-        return "max_tokens" if reply.timings.n_generated >= self._max_tokens else "model_context_window_exceeded"
+        full = reply.finished is not None and reply.finished.reason == "length"  # and not a call that was left open
+        if full and reply.timings.n_generated < self._max_tokens:
+            return "model_context_window_exceeded"
+        return "max_tokens"
 
     def _write(self, delta: Delta) -> list[Event]:
         if delta.kind == "reasoning" and self._display == "hidden":
             return []
-        if delta.kind == "call":
-            self._called = delta
-            return self._close()
         events: list[Event] = []
-        if delta.kind == "arguments":
-            if self._called is not None:
-                events.append(self._start(self._called))
-                self._called = None
-        elif not self._in_block(delta):
+        if delta.kind == "call" or (delta.kind != "arguments" and not self._in_block(delta)):
             events += [*self._close(), self._start(delta)]
+        if delta.kind == "call":
+            return events
         assert self._open is not None
         self._open.parts.append(delta.text)
         if delta.kind != "reasoning" or self._display == "shown":

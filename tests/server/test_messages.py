@@ -14,7 +14,6 @@ from anthropic.types import Message, RawMessageStreamEvent
 from pydantic import TypeAdapter
 
 from stepgguf.chat.exchange import ChatModel
-from stepgguf.chat.output import Delta
 from stepgguf.chat.request import ChatRequest, ToolChoice
 from stepgguf.chat.template import normalize
 from stepgguf.runtime.engine import Sampling
@@ -87,6 +86,8 @@ def test_thinking_text_and_a_call_are_blocks_one_after_the_other() -> None:
         "content_block_delta 2 input_json_delta",
         "content_block_delta 2 input_json_delta",
         "content_block_delta 2 input_json_delta",
+        "content_block_delta 2 input_json_delta",
+        "content_block_delta 2 input_json_delta",
         "content_block_stop 2",
         "message_delta",
         "message_stop",
@@ -148,18 +149,23 @@ def test_hidden_thinking_leaves_no_block_and_omitted_thinking_only_a_signature()
     assert "thinking_delta" not in " ".join(shape(events))
 
 
-def test_a_call_that_was_cut_is_json_that_nobody_closed_and_is_in_no_whole_message() -> None:
-    """Agents parse what was streamed, and were seen to run a tool with an empty input."""
-    cut = [Delta("reasoning", "Hm."), Delta("call", "get_weather"), Delta("arguments", '{"city": "Par')]
-    _, reply = answer(["Hm."], reason="length")
-    for deltas, streamed in ((cut, ['{"city": "Par']), (cut[:2], [])):
-        writer = MessageWriter("abc", "demo", "hidden", max_tokens=1)
-        events = writer.start(10) + writer.feed(deltas) + writer.finish(reply)
-        assert [e["delta"]["partial_json"] for e in events if e["type"] == "content_block_delta"] == streamed
-        assert sum(e["type"] == "content_block_start" for e in events) == 1
-        assert writer.message["content"] == [{"type": "text", "text": ""}]
-        assert writer.message["stop_reason"] == events[-2]["delta"]["stop_reason"] == "max_tokens"
-        Message.model_validate(writer.message, strict=True)
+@pytest.mark.parametrize("display", ["shown", "omitted", "hidden"])
+def test_a_call_that_was_cut_is_json_that_nobody_closed_and_is_in_no_whole_message(display: Display) -> None:
+    """Wherever it was cut. Agents parse what was streamed, and there are such as run a tool with an empty input."""
+    known: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
+    pieces = ["Hm", "</think>", *CALL]
+    for n in range(len(pieces)):
+        events, message = written(pieces[:n], display, reason="length")
+        assert message["stop_reason"] == events[-2]["delta"]["stop_reason"] == "max_tokens"
+        assert "tool_use" not in [block["type"] for block in message["content"]]
+        Message.model_validate(message, strict=True)
+        for event in events[:1] + events[2:]:
+            known.validate_python(event)
+        streamed = "".join(event.get("delta", {}).get("partial_json", "") for event in events)
+        assert '{"city":"Paris"}'.startswith(streamed)
+        assert not streamed.endswith("}")
+        assert bool(streamed) == ("tool_use" in " ".join(shape(events)))
+    assert '{"city":"Paris' in streamed
 
 
 @pytest.mark.parametrize("pieces", [[], ["Hm"], ["Hm", "</think>"]])
@@ -178,6 +184,7 @@ def test_the_reason_to_stop_is_named_in_anthropics_words() -> None:
     assert end("</think>", "Yes.") == ("end_turn", None)
     assert end("Hm", reason="length") == ("max_tokens", None)
     assert end("Hm", reason="length", max_tokens=2) == ("model_context_window_exceeded", None)
+    assert end("</think>", *CALL[:-1], max_tokens=99) == ("max_tokens", None), "it stopped amid a call"
     assert end("</think>", "one, two", stops=(", ",)) == ("stop_sequence", ", ")
     assert end("</think>", *CALL, "</tool_call>") == ("tool_use", None)
 
@@ -311,7 +318,7 @@ def test_thinking_that_is_bounded_leaves_room_for_the_answer_in_the_context_too(
     prepared = chat_model.prepare(request_of(chat_model, max_tokens=32_000))
     assert prepared.request.reasoning is not None
     room = chat_model.engine.info.n_ctx - len(prepared.request.prompt)
-    assert prepared.request.reasoning.budget == room - room // 4
+    assert prepared.request.reasoning.budget == room - room // 4 - len(prepared.request.reasoning.closing)
 
 
 def test_a_stream_without_thinking_asked_for_is_its_text(client: anthropic.Anthropic) -> None:
