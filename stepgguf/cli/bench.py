@@ -39,7 +39,9 @@ def bench(
     tokens: Annotated[int, typer.Option("--tokens", "-n", min=8, help="Tokens to generate in each.")] = 64,
     gpu_layers: loading.GpuLayers = -1,
     threads: arguments.Threads = None,
-    mmap: loading.Mmap = True,
+    mtp_file: loading.MtpFile = None,
+    mmap: loading.Mmap = None,
+    force: loading.Force = False,
     json: arguments.Json = False,
     quiet: arguments.Quiet = False,
 ) -> None:
@@ -58,8 +60,18 @@ def bench(
     depth_list, batch_list = _numbers(depths, "--depths", 0), _numbers(batches, "--batches", 1)
     most = max(batch_list)
     ctx = most * (max(depth_list) + PROMPT + 2 * tokens + 64)
-    options = loading.EngineOptions(ctx, most, gpu_layers=gpu_layers, threads=threads, mmap=mmap, cache_ram=0)
-    with loading.engine(path, options, quiet=quiet) as engine:
+    options = loading.EngineOptions(
+        ctx,
+        most,
+        gpu_layers=gpu_layers,
+        threads=threads,
+        mmap=mmap,
+        cache_ram=0,
+        mtp_file=mtp_file,
+        force=force,
+        trained=False,
+    )
+    with loading.engine(path, options, verb="bench", quiet=quiet) as engine:
         llama: LlamaEngine = engine  # type: ignore[assignment]
         llama.set_draft(0)
         _measure(llama, 0, 1, 8)  # the first decode of each shape sets things up

@@ -38,7 +38,8 @@ def chat(
     gpu_layers: loading.GpuLayers = -1,
     threads: arguments.Threads = None,
     draft: loading.Draft = None,
-    mmap: loading.Mmap = True,
+    mtp_file: loading.MtpFile = None,
+    mmap: loading.Mmap = None,
     cache_folder: loading.CacheFolder = None,
     engine: loading.EngineName = loading.IN_PROCESS,
     rpc: loading.Rpc = None,
@@ -64,6 +65,7 @@ def chat(
         bool, typer.Option("--json", help="With -p or piped input: answer, thinking and usage as JSON on stdout.")
     ] = False,
     no_save: Annotated[bool, typer.Option("--no-save", help="Do not keep this session.")] = False,
+    force: loading.Force = False,
     quiet: arguments.Quiet = False,
 ) -> None:
     """Chat with a GGUF, or with a running server. /help lists what can be done in it.
@@ -104,7 +106,18 @@ def chat(
     sampling = {key: value for key, value in given.items() if value is not None}
     changes: dict[str, Any] = {"system": system, "max_tokens": max_tokens, "reasoning_budget": reasoning_budget}
     options = loading.EngineOptions(
-        ctx, 1, 0, gpu_layers, threads, draft, mmap, cache_folder=cache_folder, engine=engine, rpc=tuple(rpc or ())
+        ctx,
+        1,
+        0,
+        gpu_layers,
+        threads,
+        draft,
+        mmap,
+        cache_folder=cache_folder,
+        engine=engine,
+        rpc=tuple(rpc or ()),
+        mtp_file=mtp_file,
+        force=force,
     )
     with _backend(path, url, api_key, options, quiet=quiet) as backend:
         session = Session(backend, Settings())
@@ -142,7 +155,7 @@ def _backend(
     from stepgguf.chat.inprocess import InProcess
     from stepgguf.chat.transcript import Origin
 
-    with loading.engine(path, options, quiet=quiet) as engine:
+    with loading.engine(path, options, verb="chat", quiet=quiet) as engine:
         yield InProcess(ChatModel(engine), Origin.of(engine.info.name, path))
 
 

@@ -48,7 +48,7 @@ def demo(
             run = Run(plan_checkpoint(checkpoint, path, options), checkpoint)
             output.note(f"{run.plan_text()}\n")
             run.execute(restart=True, overwrite=True, threads=None, memory=2 * 2**30)
-        with loading.engine(path, loading.EngineOptions(), quiet=False) as engine:
+        with loading.engine(path, loading.EngineOptions(), verb="chat", quiet=False) as engine:
             session = Session(InProcess(ChatModel(engine)), Settings({"temperature": 0.0}))
             screen = view(thinking="full")
             output.note(f"\n> {QUESTION}")

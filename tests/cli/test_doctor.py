@@ -14,7 +14,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from stepgguf.cli.doctor import Finding, Model, doctor, examine, lines, read_model
+from stepgguf.cli.capacity import Finding, Model, read_model
+from stepgguf.cli.doctor import doctor, examine, lines
+from stepgguf.cli.loading import maps
 from stepgguf.cli.main import main
 from stepgguf.runtime.llama_build import LlamaBuild
 from stepgguf.runtime.machine import AmdMemory, Gpu, Machine
@@ -120,17 +122,26 @@ def test_a_file_of_mtp_blocks_alone_is_no_model(small: Path, tmp_path: Path) -> 
     assert "holds no trunk, only MTP blocks" in result.output
     result = CliRunner().invoke(app, [str(trunk)])
     assert result.exit_code == 0
+    assert f"8 blocks, those of {heads} included" in result.output
+    heads.rename(tmp_path / "elsewhere.gguf")
+    result = CliRunner().invoke(app, [str(trunk)])
+    assert result.exit_code == 0
     assert "--mtp include" in result.output
+    result = CliRunner().invoke(app, [str(trunk), "--mtp-file", str(tmp_path / "elsewhere.gguf")])
+    assert "8 blocks, those of" in result.output
+    result = CliRunner().invoke(app, [str(trunk), "--mtp-file", str(trunk)])
+    assert (result.exit_code, "holds no MTP blocks" in result.output) == (1, True)
 
 
 # the fixes fix ------------------------------------------------------------------------------------------------------
 
 
-def test_a_spark_holds_the_model_and_is_warned_of_mmap(flash: Model) -> None:
+def test_a_spark_holds_the_model_and_reads_it_without_mmap(flash: Model) -> None:
     found = findings(SPARK, CUDA_BUILD, flash)
     assert found["memory"].level == "ok"
     assert "shared by CPU and GPU" in found["machine"].message
-    assert (found["mmap"].level, fix(found["mmap"])) == ("warn", f"stepgguf chat {flash.path} --no-mmap")
+    assert (found["mmap"].level, "read and not mapped" in found["mmap"].message) == ("ok", True)
+    assert (maps(SPARK, None), maps(SPARK, True), maps(LINUX, None), maps(LINUX, False)) == (False, True, True, False)
     assert "mmap" not in findings(LINUX, CPU_BUILD, flash)
 
 
@@ -205,9 +216,9 @@ def test_a_container_is_named_as_the_limit(flash: Model) -> None:
     assert findings(replace(LINUX, container_limit=wanted * GIB), CPU_BUILD, flash)["memory"].level == "ok"
 
 
-def test_a_context_beyond_the_trained_one_is_a_warning(flash: Model) -> None:
+def test_a_context_beyond_the_trained_one_fails(flash: Model) -> None:
     found = findings(LINUX, CPU_BUILD, flash, 300000)["context"]
-    assert (found.level, fix(found)) == ("warn", f"stepgguf chat {flash.path} --ctx 262144")
+    assert (found.level, fix(found)) == ("fail", f"stepgguf chat {flash.path} --ctx 262144")
 
 
 # the engine ---------------------------------------------------------------------------------------------------------
