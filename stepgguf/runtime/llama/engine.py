@@ -81,7 +81,7 @@ class LlamaEngine:
             if mtp and mtp_file is not None:
                 self._heads = Model(mtp_file, gpu_layers=gpu_layers, mtp=True, mmap=mmap, progress=None)
                 self._check_heads()
-            self._store = Store(cache_ram, cache_folder, cache_disk, self._fingerprint())
+            self._store = Store(cache_ram, cache_folder, cache_disk, self._fingerprint(), self._model.n_embd)
             self._scheduler = self._start()
         except BaseException:
             self._free()
