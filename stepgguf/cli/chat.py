@@ -92,7 +92,8 @@ def chat(
 
     from dataclasses import replace
 
-    from stepgguf.chat.session import Session, Settings
+    from stepgguf.chat.records import Settings
+    from stepgguf.chat.session import Session
     from stepgguf.chat.transcript import Transcript, sessions
     from stepgguf.cli.dialogue import Dialogue, one_shot, resume, view
     from stepgguf.cli.terminal.view import Pipe, Screen
@@ -153,7 +154,7 @@ def _backend(
     assert path is not None
     from stepgguf.chat.exchange import ChatModel
     from stepgguf.chat.inprocess import InProcess
-    from stepgguf.chat.transcript import Origin
+    from stepgguf.chat.records import Origin
 
     with loading.engine(path, options, verb="chat", quiet=quiet) as engine:
         yield InProcess(ChatModel(engine), Origin.of(engine.info.name, path))

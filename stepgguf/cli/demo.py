@@ -30,7 +30,8 @@ def demo(
 
     from stepgguf.chat.exchange import ChatModel
     from stepgguf.chat.inprocess import InProcess
-    from stepgguf.chat.session import Session, Settings
+    from stepgguf.chat.records import Settings
+    from stepgguf.chat.session import Session
     from stepgguf.cli import output
     from stepgguf.cli.converting import Run
     from stepgguf.cli.dialogue import Dialogue, one_shot, view
