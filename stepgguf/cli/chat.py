@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -97,9 +96,12 @@ def chat(
     from stepgguf.chat.transcript import Transcript, sessions
     from stepgguf.cli.dialogue import Dialogue, one_shot, resume, view
     from stepgguf.cli.terminal.view import Pipe, Screen
+    from stepgguf.files import folders
 
     screen: Screen | Pipe = view(thinking=thinking, plain=plain, silent=json)  # type: ignore[arg-type]
-    folder = _data_folder() / "sessions"
+    if sys.platform == "darwin":  # where older versions kept them on every system
+        folders.adopt(Path.home() / ".local" / "share" / "stepgguf")
+    folder = folders.sessions()
     last = sessions(folder)[:1] if continue_ else []
     if continue_ and not last:
         raise typer.BadParameter(f"there is no session in {folder}", param_hint="--continue")
@@ -134,7 +136,7 @@ def chat(
             if not quiet:
                 limit = f", context {backend.n_ctx:,}" if backend.n_ctx is not None else ""
                 screen.note(f"{backend.origin.model}{limit}. /help lists the commands, Ctrl+D leaves.")
-            dialogue = Dialogue(session, screen, folder, history=None if no_save else _data_folder() / "history")
+            dialogue = Dialogue(session, screen, folder, history=None if no_save else folders.history())
             if last:
                 dialogue.recall()
             dialogue.run()
@@ -158,8 +160,3 @@ def _backend(
 
     with loading.engine(path, options, verb="chat", quiet=quiet) as engine:
         yield InProcess(ChatModel(engine), Origin.of(engine.info.name, path))
-
-
-def _data_folder() -> Path:
-    home = os.environ.get("XDG_DATA_HOME")
-    return (Path(home) if home else Path.home() / ".local" / "share") / "stepgguf"

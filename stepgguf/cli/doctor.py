@@ -7,6 +7,7 @@ The probes are taken once; everything after them is a function of what they say.
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ import typer
 from stepgguf.cli import arguments, loading
 from stepgguf.cli.capacity import SHARED, Finding, Model, context_length, memory, read_model
 from stepgguf.errors import StepggufError
+from stepgguf.files import folders
 from stepgguf.runtime import llama_build
 from stepgguf.runtime import machine as machines
 from stepgguf.runtime.llama_build import LlamaBuild
@@ -71,7 +73,7 @@ def doctor(
         else:
             n_ctx = ctx or min(model.footprint.n_ctx_train, DEFAULT_CTX)
             context = Context(n_ctx, parallel, mtp=build is None or build.mtp)
-    findings = [*examine(here, build, model, context), *findings]
+    findings = [*examine(here, build, model, context), _folders(), *findings]
     if json:
         output.data(report(here, build, model, context, findings))
     else:
@@ -121,6 +123,17 @@ def examine(
         yield context_length(model, context.n_ctx)
         yield memory(machine, build, model, context)
         yield from _limits(machine, need(model.footprint, context))
+
+
+def _folders() -> Finding:
+    """Where this program keeps what is its own."""
+    kept = f"sessions and what was typed in {folders.data()}; kernels and measured errors in {folders.cache()}"
+    for folder in (folders.data(), folders.cache()):
+        there = next(f for f in (folder, *folder.parents) if f.exists())
+        if not os.access(there, os.W_OK):
+            message = f"{folder} cannot be written to ({kept})"
+            return Finding("warn", "folders", message, f"Make {there} yours, or set XDG_DATA_HOME and XDG_CACHE_HOME.")
+    return Finding("ok", "folders", kept)
 
 
 def _machine(machine: Machine) -> Finding:

@@ -18,6 +18,7 @@ from stepgguf.cli.capacity import Finding, Model, read_model
 from stepgguf.cli.doctor import doctor, examine, lines
 from stepgguf.cli.loading import maps
 from stepgguf.cli.main import main
+from stepgguf.files import folders
 from stepgguf.runtime.llama_build import LlamaBuild
 from stepgguf.runtime.machine import AmdMemory, Gpu, Machine
 from stepgguf.runtime.memory import GIB, LINUX_RESERVE, Context, need
@@ -85,6 +86,15 @@ def test_without_a_file_it_looks_at_the_machine_alone() -> None:
     subjects = {finding["subject"] for finding in json.loads(CliRunner().invoke(app, ["--json"]).stdout)["findings"]}
     assert {"machine", "engine"} <= subjects
     assert not {"file", "memory"} & subjects
+
+
+def test_it_says_where_sessions_and_caches_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folders, "data", lambda: tmp_path / "d" / "stepgguf")
+    monkeypatch.setattr(folders, "cache", lambda: tmp_path / "c" / "stepgguf")
+    output = CliRunner().invoke(app, []).output
+    assert f"sessions and what was typed in {tmp_path}/d/stepgguf; " in output
+    assert f"kernels and measured errors in {tmp_path}/c/stepgguf" in output
+    assert not list(tmp_path.iterdir()), "it only looks"
 
 
 @pytest.mark.parametrize("n_bytes", [1000, 100_000])
