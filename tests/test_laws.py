@@ -16,16 +16,17 @@ PACKAGE = ROOT / "stepgguf"
 # package -> the packages of ours that it may import (itself and errors always)
 MAY_IMPORT = {
     "errors": set(),
+    "files": set(),
     "model": set(),
-    "quants": set(),
-    "convert": {"model", "quants"},
+    "quants": {"files"},
+    "convert": {"files", "model", "quants"},
     "reference": {"model", "quants", "convert"},
     "runtime": set(),
     "chat": {"runtime.engine"},
     "server": {"chat", "runtime.engine"},
     "demo": {"chat.template", "convert.checkpoint", "model", "reference"},
     "report": {"convert"},
-    "cli": {"model", "quants", "convert", "reference", "report", "runtime", "chat", "server", "demo"},
+    "cli": {"files", "model", "quants", "convert", "reference", "report", "runtime", "chat", "server", "demo"},
 }
 # foreign module -> the only files that may import it
 ONLY_IN = {
@@ -46,6 +47,7 @@ ONLY_IN = {
     "typer": ("cli/",),
     "rich": ("cli/",),
     "gguf": ("quants/", "convert/"),
+    "platformdirs": ("files/folders.py",),
 }
 
 
