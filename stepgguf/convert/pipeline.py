@@ -21,10 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepgguf.convert.importance import Importance
+from stepgguf.convert.journal import Made
 from stepgguf.convert.plan import PlannedTensor, Unit
 from stepgguf.convert.source import TensorSource
-from stepgguf.convert.writer import Made, Writer, disk_errors
+from stepgguf.convert.writer import Writer
 from stepgguf.errors import CorruptTensor, QuantError
+from stepgguf.files.disk import disk_errors
 from stepgguf.quants import codec
 from stepgguf.quants.codec import Loss, Values
 

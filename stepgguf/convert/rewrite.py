@@ -11,8 +11,9 @@ when we start, a crash has come between, and the old header is put back first.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from gguf import GGUFValueType
@@ -20,9 +21,11 @@ from gguf import GGUFValueType
 from stepgguf.convert import header as gguf_header
 from stepgguf.convert.ggufsource import split_files
 from stepgguf.convert.header import Header, Key
+from stepgguf.convert.manifest import manifest_path, read_manifest, write_manifest
 from stepgguf.convert.metadata import CHAT_TEMPLATE, RESERVE, RESERVE_BYTES, reserve
-from stepgguf.convert.writer import disk_errors, manifest_path, write_all
-from stepgguf.errors import BadMetadata
+from stepgguf.errors import BadMetadata, OutputError
+from stepgguf.files import disk
+from stepgguf.files.disk import disk_errors
 
 _COPY = 64 * 2**20
 
@@ -36,10 +39,10 @@ def chat_template(path: Path) -> str:
 
 
 def replace_chat_template(path: Path, text: str) -> None:
-    """Put another chat template into a GGUF (the first file, if it is split)."""
+    """Put another chat template into a GGUF (the first file, if it is split). OutputError while another run does."""
     path = split_files(path)[0]
-    backup = path.with_name(path.name + ".header")
-    with disk_errors(path):
+    with disk_errors(path), _held(path):
+        backup = path.with_name(path.name + ".header")
         if backup.exists():
             _overwrite(path, backup.read_bytes())
         old = gguf_header.read(path)
@@ -51,10 +54,22 @@ def replace_chat_template(path: Path, text: str) -> None:
             _copy(path, old.data_start, new)
         else:
             with path.open("rb") as file:
-                _durable(backup, file.read(old.data_start))
+                disk.replace(backup, file.read(old.data_start))
             _overwrite(path, new)
         backup.unlink(missing_ok=True)
         _update_manifest(path, new)
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[None]:
+    try:
+        fd = disk.hold(path)
+    except BlockingIOError:
+        raise OutputError(f"{path} is in use: another stepgguf is changing it", hint="Wait for it to end.") from None
+    try:
+        yield
+    finally:
+        os.close(fd)
 
 
 def _fitted(keys: dict[str, Key], old: Header) -> bytes | None:
@@ -69,17 +84,10 @@ def _fitted(keys: dict[str, Key], old: Header) -> bytes | None:
 def _overwrite(path: Path, header: bytes) -> None:
     fd = os.open(path, os.O_RDWR)
     try:
-        write_all(fd, header, 0)
+        disk.write_all(fd, header, 0)
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _durable(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _copy(path: Path, data_start: int, header: bytes) -> None:
@@ -94,14 +102,13 @@ def _copy(path: Path, data_start: int, header: bytes) -> None:
             target.flush()
             os.fsync(target.fileno())
         part.replace(path)
+        disk.sync_folder(path.parent)
     finally:
         part.unlink(missing_ok=True)
 
 
 def _update_manifest(path: Path, header: bytes) -> None:
-    manifest = manifest_path(path)
-    if manifest.exists():
-        content = json.loads(manifest.read_text())
-        content["header_sha256"] = hashlib.sha256(header).hexdigest()
-        content["bytes"] = path.stat().st_size
-        manifest.write_text(json.dumps(content, indent=1) + "\n")
+    if manifest_path(path).exists():
+        manifest = read_manifest(path, "Remove it, or fetch it again.")
+        manifest |= {"header_sha256": hashlib.sha256(header).hexdigest(), "bytes": path.stat().st_size}
+        write_manifest(path, manifest)

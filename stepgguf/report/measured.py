@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from stepgguf.convert import header as gguf_header
 from stepgguf.convert.ggufsource import ARCHITECTURE, split_files
 from stepgguf.convert.header import Header, TensorInfo
-from stepgguf.convert.writer import manifest_path, read_manifest
+from stepgguf.convert.manifest import manifest_path, read_manifest
 from stepgguf.errors import BadMetadata, VerifyError
 
 Floats = NDArray[np.float64]
