@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from stepgguf.cli.main import main
-from tests.convert.racers import PLACES
+from tests.convert.racers import KILLED, MOMENTS, SPLIT
 from tests.generate import Shape, write_checkpoint
 
 N_PAIRS = 50
@@ -32,18 +32,28 @@ def outcomes(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-@pytest.fixture(scope="module")
-def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def made(tiny: Path, folder: Path, *options: str) -> dict[str, str]:
     """The digests of the files that one process alone makes."""
-    folder = tmp_path_factory.mktemp("whole")
-    assert main(["convert", str(tiny), str(folder / "x.gguf"), "-t", "BF16", "--name", "x", "-q"]) == 0
+    assert main(["convert", str(tiny), str(folder / "x.gguf"), "-t", "BF16", "--name", "x", "-q", *options]) == 0
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
-def pairs(outcomes: list[dict[str, Any]], place: list[str] | None) -> Iterator[dict[str, Any]]:
-    found = [outcome for outcome in outcomes if outcome["place"] == place]
+@pytest.fixture(scope="module")
+def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return made(tiny, tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture(scope="module")
+def split(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    files = made(tiny, tmp_path_factory.mktemp("split"), "--split-max-size", SPLIT)
+    assert len(files) == 4  # two, with their manifests
+    return files
+
+
+def those(outcomes: list[dict[str, Any]], *what: str | int) -> list[dict[str, Any]]:
+    found = [outcome for outcome in outcomes if outcome["what"] == list(what)]
     assert found
-    yield from found
+    return found
 
 
 def check(outcome: dict[str, Any], whole: dict[str, str]) -> None:
@@ -55,15 +65,27 @@ def check(outcome: dict[str, Any], whole: dict[str, str]) -> None:
     assert outcome["files"] == whole
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("place", "when"), MOMENTS)
 def test_a_process_that_is_held_up_anywhere(
     place: str, when: str, outcomes: list[dict[str, Any]], whole: dict[str, str]
 ) -> None:
-    for outcome in pairs(outcomes, [place, when]):
+    for outcome in those(outcomes, "hold_up", place, when):
         check(outcome, whole)
 
 
 def test_pairs_that_start_at_the_same_moment(outcomes: list[dict[str, Any]], whole: dict[str, str]) -> None:
-    for outcome in pairs(outcomes, None):
+    for outcome in those(outcomes, "race"):
         check(outcome, whole)
+
+
+@pytest.mark.parametrize(("place", "when", "visit"), KILLED)
+def test_a_process_that_is_killed_anywhere_is_finished_by_the_next(
+    place: str, when: str, visit: int, outcomes: list[dict[str, Any]], split: dict[str, str]
+) -> None:
+    for outcome in those(outcomes, "kill", place, when, visit):
+        if place == "let go" or (place, when) == ("remove the journal", "after"):
+            assert outcome["codes"] == [-signal.SIGKILL, 1]  # it was done
+            assert "exists" in outcome["errors"][1]
+        else:
+            assert outcome["codes"] == [-signal.SIGKILL, 0], outcome
+        assert outcome["files"] == split
