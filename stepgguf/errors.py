@@ -2,6 +2,7 @@
 
     StepggufError
     ├── CheckpointError          the safetensors side
+    │   ├── UnsupportedCheckpoint  the folder is something else: an adapter, another tool's quantization, empty
     │   ├── BadConfig            config.json or tokenizer.json: a key is missing or has a value that cannot be
     │   ├── MissingShard         a file that the index names is not there
     │   ├── TruncatedShard       the header promises more bytes than the file has
@@ -46,6 +47,10 @@ class StepggufError(Exception):
 
 
 class CheckpointError(StepggufError):
+    pass
+
+
+class UnsupportedCheckpoint(CheckpointError):
     pass
 
 

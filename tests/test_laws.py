@@ -48,6 +48,7 @@ ONLY_IN = {
     "rich": ("cli/",),
     "gguf": ("quants/", "convert/"),
     "platformdirs": ("files/folders.py",),
+    "yaml": ("convert/card.py",),
 }
 
 

@@ -72,9 +72,9 @@ def convert(
         importance=arguments.read_importance(imatrix, imatrix_prior),
         kernel=arguments.parse_kernel(kernel),
     )
-    if dest.is_dir():
-        dest = dest / f"{name or source.resolve().name}-{recipe.name}.gguf"
     with Checkpoint(source) as checkpoint:
+        if dest.is_dir():
+            dest = dest / f"{name or checkpoint.name}-{recipe.name}.gguf"
         plan = planned(checkpoint, dest, options, limits, threads=threads, quiet=quiet)
         run = Run(plan, checkpoint, quiet=quiet, json=json)
         if dry_run:

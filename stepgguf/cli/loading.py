@@ -88,6 +88,10 @@ def engine(path: Path, options: EngineOptions, *, quiet: bool) -> Iterator[Engin
         )
     if options.rpc and (name != LLAMA_SERVER or "://" in where):
         raise typer.BadParameter("only a llama-server that is started here uses other machines", param_hint="--rpc")
+    if "://" not in where:
+        from stepgguf.convert.splits import split_files
+
+        path = split_files(path)[0]  # llama.cpp wants the first part of a split file
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         with _bar(path.name, quiet) as progress:

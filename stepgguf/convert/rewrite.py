@@ -19,10 +19,10 @@ from pathlib import Path
 from gguf import GGUFValueType
 
 from stepgguf.convert import header as gguf_header
-from stepgguf.convert.ggufsource import split_files
 from stepgguf.convert.header import Header, Key
 from stepgguf.convert.manifest import manifest_path, read_manifest, write_manifest
 from stepgguf.convert.metadata import CHAT_TEMPLATE, RESERVE, RESERVE_BYTES, reserve
+from stepgguf.convert.splits import split_files
 from stepgguf.errors import BadMetadata, OutputError
 from stepgguf.files import disk
 from stepgguf.files.disk import disk_errors

@@ -18,14 +18,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from stepgguf.convert import header as gguf_header
 from stepgguf.convert.checkpoint import read_exactly
-from stepgguf.convert.ggufsource import split_files
 from stepgguf.convert.header import Header, TensorInfo
 from stepgguf.convert.manifest import entries, read_manifest
 from stepgguf.convert.pipeline import UnitMaker
 from stepgguf.convert.plan import Plan, PlannedTensor, Unit, replan, row_ranges, rows_per_expert, unit_rows
 from stepgguf.convert.source import TensorSource
+from stepgguf.convert.splits import read_headers
 from stepgguf.quants.ggml import row_size
 
 Bytes = NDArray[np.uint8]
@@ -69,8 +68,8 @@ class Report:
 def verify_manifest(path: Path, step: Step) -> Report:
     """Compare every byte of a file (all its splits) with the digests in its manifest."""
     report = Report(step)
-    for file in split_files(path):
-        header = gguf_header.read(file)
+    for header in read_headers(path):
+        file = header.path
         digest, tensors = entries(file, read_manifest(file, "Verify against the checkpoint: --against DIRECTORY."))
         if _header_digest(header) != digest:
             report.problems.append(f"{file.name}: the header (metadata or tensor list) is not the one that was written")
@@ -92,8 +91,7 @@ def verify_manifest(path: Path, step: Step) -> Report:
 def verify_source(path: Path, plan: Plan, source: TensorSource, share: float, step: Step) -> Report:
     """Make a share of each tensor's units again (at least one) and compare. `plan` gives names and sources."""
     report, rng, maker = Report(step), random.Random(0), UnitMaker(source, plan.importance, plan.kernel)
-    for file in split_files(path):
-        header = gguf_header.read(file)
+    for header in read_headers(path):
         planned = {tensor.name: tensor for tensor in replan(header.tensors, plan)}
         jobs = []
         for info in header.tensors:
