@@ -23,7 +23,8 @@
     ├── OutputError              the destination: exists, differs, no space
     ├── VerifyError              bytes are not what the manifest or the source says
     ├── RequestError             a request that cannot be served as it is; `param` names its field
-    │   └── BadGrammar           a grammar or a JSON schema that cannot be used, or is too large
+    │   ├── BadGrammar           a grammar or a JSON schema that cannot be used, or is too large
+    │   └── TemplateRefused      the chat template cannot show these messages
     └── EngineError              running a model
         ├── ModelLoadFailed
         ├── ContextLengthExceeded  `n_prompt` tokens do not fit into `n_ctx`
@@ -137,6 +138,10 @@ class RequestError(StepggufError):
 
 
 class BadGrammar(RequestError):
+    pass
+
+
+class TemplateRefused(RequestError):
     pass
 
 

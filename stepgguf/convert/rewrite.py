@@ -4,6 +4,8 @@
 room from there: the header keeps its length, the data its place, and 100 GB need not be copied. A file without enough
 room is copied once and then has it.
 
+The template that a file was made with stays in it under ORIGINAL, so that it can be put back.
+
 The header is replaced in place after a copy of the old one has reached the disk as FILE.header; if that file exists
 when we start, a crash has come between, and the old header is put back first.
 """
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from stepgguf.errors import BadMetadata, OutputError
 from stepgguf.files import disk
 from stepgguf.files.disk import disk_errors
 
+ORIGINAL = "stepgguf.chat_template.original"
 _COPY = 64 * 2**20
 
 
@@ -40,14 +43,39 @@ def chat_template(path: Path) -> str:
 
 def replace_chat_template(path: Path, text: str) -> None:
     """Put another chat template into a GGUF (the first file, if it is split). OutputError while another run does."""
-    path = split_files(path)[0]
+
+    def change(keys: dict[str, Key]) -> None:
+        original = keys.get(ORIGINAL) or keys.get(CHAT_TEMPLATE)
+        if original is not None:
+            keys[ORIGINAL] = Key(ORIGINAL, original.type, original.raw)
+        keys[CHAT_TEMPLATE] = Key.of(CHAT_TEMPLATE, text, GGUFValueType.STRING)
+
+    _rewrite(split_files(path)[0], change)
+
+
+def restore_chat_template(path: Path) -> None:
+    """Put back the chat template that a GGUF was made with."""
+
+    def change(keys: dict[str, Key]) -> None:
+        if ORIGINAL not in keys:
+            raise BadMetadata(
+                f"{path} has the chat template that it was made with", hint="There is nothing to put back."
+            )
+        original = keys.pop(ORIGINAL)
+        keys[CHAT_TEMPLATE] = Key(CHAT_TEMPLATE, original.type, original.raw)
+
+    _rewrite(split_files(path)[0], change)
+
+
+def _rewrite(path: Path, change: Callable[[dict[str, Key]], None]) -> None:
+    """The header with other keys, at the same length if there is room."""
+    backup = path.with_name(path.name + ".header")
     with disk_errors(path), _held(path):
-        backup = path.with_name(path.name + ".header")
         if backup.exists():
             _overwrite(path, backup.read_bytes())
         old = gguf_header.read(path)
         keys = {name: key for name, key in old.keys.items() if name != RESERVE}
-        keys[CHAT_TEMPLATE] = Key.of(CHAT_TEMPLATE, text, GGUFValueType.STRING)
+        change(keys)
         new = _fitted(keys, old)
         if new is None:
             new = gguf_header.encode([*keys.values(), reserve(RESERVE_BYTES)], old.tensors, old.alignment)
@@ -92,7 +120,7 @@ def _overwrite(path: Path, header: bytes) -> None:
 
 def _copy(path: Path, data_start: int, header: bytes) -> None:
     """A new file with another header and the same data, renamed over the old one."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(path.name + ".new")
     try:
         with path.open("rb") as source, part.open("wb") as target:
             target.write(header)
