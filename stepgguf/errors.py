@@ -2,6 +2,7 @@
 
     StepggufError
     ├── CheckpointError          the safetensors side
+    │   ├── UnsupportedCheckpoint  the folder is something else: an adapter, another tool's quantization, empty
     │   ├── BadConfig            config.json or tokenizer.json: a key is missing or has a value that cannot be
     │   ├── MissingShard         a file that the index names is not there
     │   ├── TruncatedShard       the header promises more bytes than the file has
@@ -22,7 +23,8 @@
     ├── OutputError              the destination: exists, differs, no space
     ├── VerifyError              bytes are not what the manifest or the source says
     ├── RequestError             a request that cannot be served as it is; `param` names its field
-    │   └── BadGrammar           a grammar or a JSON schema that cannot be used, or is too large
+    │   ├── BadGrammar           a grammar or a JSON schema that cannot be used, or is too large
+    │   └── TemplateRefused      the chat template cannot show these messages
     └── EngineError              running a model
         ├── ModelLoadFailed
         ├── ContextLengthExceeded  `n_prompt` tokens do not fit into `n_ctx`
@@ -46,6 +48,10 @@ class StepggufError(Exception):
 
 
 class CheckpointError(StepggufError):
+    pass
+
+
+class UnsupportedCheckpoint(CheckpointError):
     pass
 
 
@@ -132,6 +138,10 @@ class RequestError(StepggufError):
 
 
 class BadGrammar(RequestError):
+    pass
+
+
+class TemplateRefused(RequestError):
     pass
 
 

@@ -37,7 +37,7 @@ ONLY_IN = {
     "torch": ("reference/", "demo/train.py"),
     "safetensors": ("demo/train.py",),
     "tokenizers": ("demo/",),
-    "jinja2": ("chat/template.py",),
+    "jinja2": ("chat/renderer.py",),
     "fastapi": ("server/",),
     "starlette": ("server/",),
     "pydantic": ("server/",),
@@ -48,6 +48,7 @@ ONLY_IN = {
     "rich": ("cli/",),
     "gguf": ("quants/", "convert/"),
     "platformdirs": ("files/folders.py",),
+    "yaml": ("convert/card.py",),
 }
 
 

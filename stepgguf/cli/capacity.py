@@ -49,12 +49,12 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What a file says of itself. mtp_file: the file that its MTP blocks are in, if that is another one; footprint
-    has both. verb: of the command that runs it."""
+    """What a file, of a split one the first, says of itself. mtp_file: what its MTP blocks are in, if that is another
+    file; footprint has both. verb: of the command that runs it."""
 
     path: Path
     footprint: Footprint
-    has_template: bool
+    template: str | None
     network: str | None
     inventory: Inventory
     mtp_file: Path | None = None
@@ -79,21 +79,30 @@ def read_model(path: Path, mtp_file: Path | None = None, *, verb: str = "chat") 
     from stepgguf.convert.metadata import CHAT_TEMPLATE
 
     with GGUFSource(path) as source:
-        size, inventory, has_template = footprint(source), sizes.inventory(source), CHAT_TEMPLATE in source.keys
+        size, inventory = footprint(source), sizes.inventory(source)
+        template = source.keys[CHAT_TEMPLATE].value if CHAT_TEMPLATE in source.keys else None
+        first = source.headers[0].path
     mtp_file = mtp_file or (None if size.has_mtp else mtp_beside(path))
     if mtp_file is not None:
         with GGUFSource(mtp_file) as heads:
             size = with_heads(size, heads)
-    return Model(path, size, has_template, machines.network_filesystem(path), inventory, mtp_file, verb)
+    return Model(
+        first,
+        size,
+        template if isinstance(template, str) else None,
+        machines.network_filesystem(path),
+        inventory,
+        mtp_file,
+        verb,
+    )
 
 
 def mtp_beside(path: Path) -> Path | None:
     """The MTP file of a model, where and as `convert --mtp separate` writes it: mtp-NAME, whole or split."""
-    from stepgguf.convert.ggufsource import SPLIT_NAME
     from stepgguf.convert.planner import mtp_path
+    from stepgguf.convert.splits import model_stem
 
-    split = SPLIT_NAME.match(path.name)
-    whole = mtp_path(path.with_name(f"{split[1]}.gguf") if split else path)
+    whole = mtp_path(path.with_name(f"{model_stem(path)}.gguf"))
     splits = sorted(whole.parent.glob(f"{glob.escape(whole.stem)}-00001-of-*.gguf"))
     return next((file for file in (whole, *splits) if file.is_file()), None)
 

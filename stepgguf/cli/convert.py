@@ -53,13 +53,17 @@ def convert(
     - `stepgguf convert Step-3.5-Flash/ step-128gb.gguf --type 128gb --imatrix imatrix.gguf`
     - `stepgguf convert Step-3.5-Flash/ step.gguf --fit 104GiB --imatrix imatrix.gguf --dry-run`
     """
+    from stepgguf.chat.template import ChatTemplate, read
     from stepgguf.cli.converting import Run, planned
     from stepgguf.convert import budget
     from stepgguf.convert.checkpoint import Checkpoint
+    from stepgguf.convert.metadata import CHAT_TEMPLATE
     from stepgguf.convert.plan import MTP_MODES, Options
 
     if mtp not in MTP_MODES:
         raise typer.BadParameter(f"{mtp!r} is not one of {', '.join(MTP_MODES)}", param_hint="--mtp")
+    if chat_template is not None:
+        ChatTemplate(read(chat_template)).probe()
     limits = arguments.read_budget(fit, target_bpw, min_tps, bandwidth)
     recipe, limits = budget.resolve(type, limits, arguments.DEFAULT_TYPE)
     options = Options(
@@ -72,10 +76,13 @@ def convert(
         importance=arguments.read_importance(imatrix, imatrix_prior),
         kernel=arguments.parse_kernel(kernel),
     )
-    if dest.is_dir():
-        dest = dest / f"{name or source.resolve().name}-{recipe.name}.gguf"
     with Checkpoint(source) as checkpoint:
+        if dest.is_dir():
+            dest = dest / f"{name or checkpoint.name}-{recipe.name}.gguf"
         plan = planned(checkpoint, dest, options, limits, threads=threads, quiet=quiet)
+        carried = [key.value for key in plan.files[0].keys if key.name == CHAT_TEMPLATE]
+        if carried and chat_template is None:
+            ChatTemplate(carried[0]).probe()
         run = Run(plan, checkpoint, quiet=quiet, json=json)
         if dry_run:
             run.show_plan()

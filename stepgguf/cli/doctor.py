@@ -7,25 +7,29 @@ The probes are taken once; everything after them is a function of what they say.
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from stepgguf.cli import arguments, loading
 from stepgguf.cli.capacity import SHARED, Finding, Model, context_length, memory, read_model
-from stepgguf.errors import StepggufError
+from stepgguf.errors import BadMetadata, StepggufError
 from stepgguf.files import folders
 from stepgguf.runtime import llama_build
 from stepgguf.runtime import machine as machines
 from stepgguf.runtime.llama_build import LlamaBuild
 from stepgguf.runtime.machine import Machine
 from stepgguf.runtime.memory import DEFAULT_CTX, GIB, Context, Need, budget, need
+
+if TYPE_CHECKING:
+    from stepgguf.chat.template import Place
 
 _UPGRADE = "pip install --upgrade 'llama-cpp-python>=0.3.36'"
 _REBUILD = "pip install --force-reinstall --no-cache-dir --no-binary llama-cpp-python llama-cpp-python"
@@ -183,15 +187,35 @@ def _file(model: Model, build: LlamaBuild | None) -> Iterator[Finding]:
     mtp = f", those of {model.mtp_file} included" if model.mtp_file else ""
     blocks = f"{size(model.footprint.weights)}, {len(model.footprint.layers)} blocks{mtp}"
     yield Finding("ok", "file", f"{model.path}: {blocks}")
-    if not model.has_template:
-        message = "the file has no chat template, so it cannot chat"
-        yield Finding("fail", "template", message, f"stepgguf template {path} Step-3.5-Flash/chat_template.jinja")
+    yield from _template(model.template, f"stepgguf template {path} Step-3.5-Flash/chat_template.jinja")
     if not model.footprint.has_mtp and (build is None or build.mtp):
         fix = f"stepgguf convert Step-3.5-Flash/ {path} --mtp include --overwrite"
         yield Finding("warn", "mtp", "the file has no MTP blocks, with which answers come faster", fix)
     if model.network:
         message = f"the file is on a network file system ({model.network}): loading takes as long as a download"
         yield Finding("warn", "disk", message, f"cp {path} /a/local/disk/")
+
+
+def _template(template: str | None, fix: str) -> Iterator[Finding]:
+    place = _place(template)
+    if isinstance(place, StepggufError):
+        yield Finding("fail", "template", place.message, fix)
+    elif place == "start":
+        message = "the chat template does not open <think>: reasoning is split off only where the model opens it"
+        yield Finding("warn", "template", message, fix)
+
+
+@functools.cache
+def _place(template: str | None) -> Place | StepggufError:
+    """Where the prompts of a chat template end, or what is wrong with it."""
+    from stepgguf.chat.template import ChatTemplate, place_of
+
+    if template is None:
+        return BadMetadata("the file has no chat template, so it cannot chat")
+    try:
+        return place_of(ChatTemplate(template).probe())
+    except StepggufError as error:
+        return error
 
 
 def _limits(machine: Machine, needed: Need) -> Iterator[Finding]:

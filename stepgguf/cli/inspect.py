@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +30,7 @@ def inspect(
     from stepgguf.cli import output
     from stepgguf.convert.fold import fold
 
-    metadata, tensors = _checkpoint(path) if path.is_dir() else _gguf(path)
+    contents, metadata, tensors = _checkpoint(path) if _is_checkpoint(path) else _gguf(path)
     lines = fold(tensors)
     n_bytes, n_values = sum(line.n_bytes for line in lines), sum(line.n_values for line in lines)
     summary = {
@@ -43,13 +44,14 @@ def inspect(
             {"layers": line.layers, "role": line.role, "count": line.count, "type": line.type, "bytes": line.n_bytes}
             for line in lines
         ]
-        output.data({"path": str(path), "metadata": metadata, "folded": folded, **summary})
+        output.data({"path": str(path), "contents": contents, "metadata": metadata, "folded": folded, **summary})
         return
-    width = max(len(key) for key in metadata)
+    width = max((len(_short(key)) for key in metadata), default=0)
     for key, value in metadata.items():
-        sys.stdout.write(f"{key:<{width}}  {_short(value)}\n")
+        sys.stdout.write(f"{_short(key):<{width}}  {_short(value)}\n")
+    table = f"\n{output.table(lines)}" if lines else ""
     sys.stdout.write(
-        f"\n{output.table(lines)}\n{len(tensors)} tensors, {n_values / 1e9:.3f} B values, {n_bytes / 2**30:.2f} GiB "
+        f"{table}\n{contents}\n{len(tensors)} tensors, {n_values / 1e9:.3f} B values, {n_bytes / 2**30:.2f} GiB "
         f"({n_bytes / 1e9:.2f} GB), {summary['bpw']:.3f} bpw\n"
     )
 
@@ -57,24 +59,50 @@ def inspect(
 Tensors = list[tuple[str, str, int, int, str]]
 
 
-def _gguf(path: Path) -> tuple[dict[str, Any], Tensors]:
-    from stepgguf.convert import header as gguf_header
-    from stepgguf.convert.ggufsource import split_files
+def _is_checkpoint(path: Path) -> bool:
+    from stepgguf.convert.hub import hub_id, is_part
 
-    headers = [gguf_header.read(file) for file in split_files(path)]
+    return path.is_dir() or is_part(path) or (not path.exists() and path.suffix != ".gguf" and hub_id(path) is not None)
+
+
+def _gguf(path: Path) -> tuple[str, dict[str, Any], Tensors]:
+    from stepgguf.convert.splits import read_headers
+
+    headers = read_headers(path)
     metadata = {name: key.value for name, key in headers[0].keys.items()}
     tensors = [(t.name, t.ggml_type.name, t.n_bytes, t.n_values, "") for h in headers for t in h.tensors]
-    return metadata, tensors
+    return gguf_contents(metadata, [name for name, *_ in tensors]), metadata, tensors
 
 
-def _checkpoint(path: Path) -> tuple[dict[str, Any], Tensors]:
+def gguf_contents(metadata: Mapping[str, Any], names: Sequence[str]) -> str:
+    """What a GGUF holds, in a sentence."""
+    from stepgguf.convert.ggufsource import ARCHITECTURE
+    from stepgguf.model.tensors import layer_of
+
+    kind, architecture = metadata.get("general.type", "model"), metadata.get("general.architecture")
+    if kind != "model":
+        return f"a GGUF of type {_short(kind)}, no model that runs alone"
+    if architecture != ARCHITECTURE:
+        return f"a model of architecture {_short(architecture)}; stepgguf quantizes and runs {ARCHITECTURE} alone"
+    if not names:
+        return "metadata alone: no tensors"
+    mtp = {layer_of(name) for name in names if ".nextn." in name}
+    trunk = {layer for name in names if (layer := layer_of(name)) is not None} - mtp
+    if mtp and not trunk:
+        return f"{_count(len(mtp), 'MTP block')} alone, to be used with the file that holds the model's layers"
+    return f"{_count(len(trunk), 'layer')} and {_count(len(mtp), 'MTP block')}"
+
+
+def _checkpoint(path: Path) -> tuple[str, dict[str, Any], Tensors]:
     from stepgguf.cli import output
-    from stepgguf.convert.checkpoint import DTYPE_BYTES, Checkpoint
+    from stepgguf.convert.checkpoint import Checkpoint
+    from stepgguf.convert.shards import DTYPE_BYTES
 
     with Checkpoint(path) as checkpoint:
-        output.warn(checkpoint.warnings)
+        output.warn(checkpoint.notes)
         hp = checkpoint.hparams
-        metadata = {field: getattr(hp, field) for field in hp.__slots__ if field != "layers"}
+        metadata: dict[str, Any] = {"name": checkpoint.name}
+        metadata |= {field: getattr(hp, field) for field in hp.__slots__ if field != "layers"}
         metadata["rope_scaling"] = str(hp.rope_scaling)
         metadata["layers"] = [
             f"{'mtp ' if y.is_mtp else ''}{'moe' if y.is_moe else 'dense'} {'sliding' if y.is_sliding else 'full'}"
@@ -84,12 +112,18 @@ def _checkpoint(path: Path) -> tuple[dict[str, Any], Tensors]:
         for spec in checkpoint.specs:
             dtype, n = checkpoint.tensors[spec.source].dtype, math.prod(spec.shape)
             tensors.append((spec.name, dtype, n * DTYPE_BYTES[dtype], n, ""))
-    return metadata, tensors
+    contents = f"a checkpoint of {_count(hp.n_layer, 'layer')} and {_count(hp.n_mtp, 'MTP block')}"
+    return contents, metadata, tensors
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n or 'no'} {what}{'' if n == 1 else 's'}"
 
 
 def _short(value: Any) -> str:
-    """One line: long lists and strings are cut."""
+    """One line that a terminal can show: long lists and texts are cut, control characters are escaped."""
     if isinstance(value, list) and len(value) > 12:
-        return f"{len(value)} items: {', '.join(map(repr, value[:6]))}, ..."
-    text = str(value).replace("\n", "\\n")
-    return text if len(text) <= 110 else f"{text[:100]}... ({len(text)} characters)"
+        return f"{len(value)} items: {', '.join(map(_short, value[:6]))}, ..."
+    text = str(value)
+    cut = text if len(text) <= 110 else f"{text[:100]}... ({len(text)} characters)"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)

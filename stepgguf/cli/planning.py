@@ -16,10 +16,12 @@ from pathlib import Path
 
 import typer
 
+from stepgguf.cli import output
 from stepgguf.cli.footprint import checkpoint_footprint, footprint
 from stepgguf.convert.budget import Limits, Trunk
 from stepgguf.convert.checkpoint import Checkpoint
 from stepgguf.convert.ggufsource import GGUFSource
+from stepgguf.convert.opening import open_source
 from stepgguf.convert.sizes import Inventory, Sizes, inventory
 from stepgguf.errors import RecipeError
 from stepgguf.quants import recipe
@@ -140,7 +142,9 @@ def planned(
 
     pricing: measures the trunk, for every row's loss and for rows of what convert --fit would choose.
     """
-    with Checkpoint(path) if path.is_dir() else GGUFSource(path) as source:
+    with open_source(path) as source:
+        if isinstance(source, Checkpoint):
+            output.warn(source.notes)
         model = inventory(source)
         size = checkpoint_footprint(source.hparams) if isinstance(source, Checkpoint) else footprint(source)
         trunk = pricing(source) if pricing is not None else None

@@ -49,8 +49,7 @@ def quantize(
     """
     from stepgguf.cli.converting import Run, planned
     from stepgguf.convert import budget
-    from stepgguf.convert.checkpoint import Checkpoint
-    from stepgguf.convert.ggufsource import GGUFSource
+    from stepgguf.convert.opening import open_source
     from stepgguf.convert.plan import Options
 
     limits = arguments.read_budget(fit, target_bpw, min_tps, bandwidth)
@@ -63,9 +62,9 @@ def quantize(
         importance=arguments.read_importance(imatrix, imatrix_prior),
         kernel=arguments.parse_kernel(kernel),
     )
-    if dest.is_dir():
-        dest = dest / f"{source.resolve().stem}-{recipe.name}.gguf"
-    with Checkpoint(source) if source.is_dir() else GGUFSource(source) as opened:
+    with open_source(source) as opened:
+        if dest.is_dir():
+            dest = dest / f"{opened.name}-{recipe.name}.gguf"
         plan = planned(opened, dest, options, limits, threads=threads, quiet=quiet)
         run = Run(plan, opened, quiet=quiet, json=json)
         if dry_run:

@@ -14,9 +14,7 @@ def verify(
     path: arguments.Gguf,
     against: Annotated[
         Path | None,
-        typer.Option(
-            exists=True, metavar="SRC", help="Make the tensors again from this checkpoint or GGUF and compare."
-        ),
+        typer.Option(metavar="SRC", help="Make the tensors again from this checkpoint or GGUF and compare."),
     ] = None,
     all: Annotated[bool, typer.Option("--all", help="With --against: every row and not a sample.")] = False,
     sample: Annotated[
@@ -40,21 +38,22 @@ def verify(
     - `stepgguf verify step-iq3_s.gguf --against Step-3.5-Flash/ --imatrix imatrix.gguf`
     """
     from stepgguf.cli import output
-    from stepgguf.convert import header as gguf_header
-    from stepgguf.convert.checkpoint import Checkpoint
-    from stepgguf.convert.ggufsource import GGUFSource, split_files
+    from stepgguf.convert.opening import open_source
     from stepgguf.convert.plan import Options
     from stepgguf.convert.planner import plan_source
+    from stepgguf.convert.splits import read_headers
     from stepgguf.convert.verify import verify_manifest, verify_source
 
     importance = arguments.read_importance(imatrix, imatrix_prior)
-    total = sum(tensor.n_bytes for file in split_files(path) for tensor in gguf_header.read(file).tensors)
+    tensors = [tensor for header in read_headers(path) for tensor in header.tensors]
+    mtp = "include" if any(".nextn." in tensor.name for tensor in tensors) else "drop"
+    total = sum(tensor.n_bytes for tensor in tensors)
     with output.Meter("verify", total, quiet=quiet) as meter:
         if against is None:
             report = verify_manifest(path, meter.step)
         else:
-            options = Options("F32", allow_requantize=True, importance=importance)
-            with Checkpoint(against) if against.is_dir() else GGUFSource(against) as source:
+            options = Options("F32", mtp, allow_requantize=True, importance=importance)
+            with open_source(against) as source:
                 plan = plan_source(source, path, options)
                 report = verify_source(path, plan, source, 1.0 if all else sample, meter.step)
     if json:

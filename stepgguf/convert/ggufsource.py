@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +13,13 @@ from stepgguf.convert import header as gguf_header
 from stepgguf.convert.checkpoint import advise, read_exactly
 from stepgguf.convert.header import Header, Key, TensorInfo
 from stepgguf.convert.source import SourceTensor
-from stepgguf.errors import BadMetadata, MissingShard, UnsupportedModel
+from stepgguf.convert.splits import model_stem, read_headers
+from stepgguf.errors import UnsupportedModel
+from stepgguf.files.jsonread import shown
 from stepgguf.quants import codec
 from stepgguf.quants.codec import Values
 from stepgguf.quants.ggml import BF16, F32, row_size
 
-SPLIT_NAME = re.compile(r"^(.*)-(\d{5})-of-(\d{5})\.gguf$")
 ARCHITECTURE = "step35"
 
 
@@ -28,24 +28,26 @@ class GGUFSource:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.headers = [gguf_header.read(file) for file in split_files(path)]
+        self.headers = read_headers(path)
         self.keys: dict[str, Key] = {
             name: key for name, key in self.headers[0].keys.items() if not name.startswith("split.")
         }
         architecture = self.headers[0].get("general.architecture")
         if architecture != ARCHITECTURE:
             raise UnsupportedModel(
-                f"{path}: general.architecture is {architecture!r}, expected {ARCHITECTURE!r}",
+                f"{path}: general.architecture is {shown(architecture)}, expected {ARCHITECTURE!r}",
                 hint="stepgguf quantizes Step-3.5 and Step-3.7 files only.",
             )
         self._where: dict[str, tuple[Header, TensorInfo]] = {t.name: (h, t) for h in self.headers for t in h.tensors}
-        promised = self.headers[0].get("split.tensors.count")
-        if promised is not None and promised != len(self._where):
-            raise BadMetadata(f"{path}: split.tensors.count is {promised}, the files hold {len(self._where)} tensors")
         self._files = {h.path: os.open(h.path, os.O_RDONLY) for h in self.headers}
         self.tensors = {
             name: SourceTensor(name, t.shape, t.ggml_type.name, t.ggml_type) for name, (_, t) in self._where.items()
         }
+
+    @property
+    def name(self) -> str:
+        """The file's name without its ending and the number of its part, for files that are made of it."""
+        return model_stem(self.path.resolve())
 
     def close(self) -> None:
         for fd in self._files.values():
@@ -87,20 +89,3 @@ class GGUFSource:
         header, tensor = self._where[name]
         size = row_size(tensor.ggml_type, tensor.shape[-1])
         return self._files[header.path], header.data_start + tensor.offset + start * size, (stop - start) * size
-
-
-def split_files(path: Path) -> list[Path]:
-    """The files of a split GGUF in order, or the file itself."""
-    match = SPLIT_NAME.match(path.name)
-    if match is None:
-        return [path]
-    files = [split_path(path.with_name(match[1] + ".gguf"), i, int(match[3])) for i in range(int(match[3]))]
-    for file in files:
-        if not file.exists():
-            raise MissingShard(f"{file} is missing ({path.name} is one of {len(files)} splits)")
-    return files
-
-
-def split_path(path: Path, index: int, count: int) -> Path:
-    """llama.cpp's name of split `index` (from 0) of `count`."""
-    return path.with_name(f"{path.stem}-{index + 1:05d}-of-{count:05d}.gguf")

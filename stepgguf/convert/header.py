@@ -18,12 +18,14 @@ import mmap
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
 
 from stepgguf.errors import BadMagic, BadMetadata, GGUFError, TruncatedFile
+from stepgguf.files.jsonread import shown
 
 V = GGUFValueType
 _SCALARS = {
@@ -31,6 +33,8 @@ _SCALARS = {
     V.BOOL: "?", V.UINT64: "Q", V.INT64: "q", V.FLOAT64: "d",
 }  # fmt: skip
 _MAX_DIMS = 4
+_MAX_NESTING = 4  # of arrays; llama.cpp reads none in another
+_MAX_HEADER = 256 * 2**20  # the published ones have 10 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,30 +135,63 @@ def _parse(path: Path, data: mmap.mmap) -> Header:
         raise BadMagic(
             f"{path}: GGUF version {version}, expected 3", hint="Big-endian and version 1 files are not read."
         )
-    keys = {}
+    keys: dict[str, Key] = {}
     for _ in range(n_keys):
         name = cursor.string()
+        if name in keys:
+            raise BadMetadata(f"{path}: key {shown(name)} is there twice", hint=_AGAIN)
         type = cursor.enum(V)
         start = cursor.at
         cursor.skip(type)
         keys[name] = Key(name, type, bytes(data[start : cursor.at]))
-    tensors = []
-    for _ in range(n_tensors):
-        name = cursor.string()
-        (n_dims,) = cursor.unpack("<I")
-        if n_dims > _MAX_DIMS:
-            raise BadMetadata(f"{path}: tensor {name} has {n_dims} dimensions, at most {_MAX_DIMS} are possible")
-        dims = cursor.unpack(f"<{n_dims}Q")
-        kind = cursor.enum(GGMLQuantizationType)
-        (offset,) = cursor.unpack("<Q")
-        tensors.append(TensorInfo(name, dims[::-1], kind, offset))
-        block = GGML_QUANT_SIZES[kind][0]
-        if dims and dims[0] % block:
-            raise BadMetadata(f"{path}: tensor {name} has rows of {dims[0]}, {kind.name} needs a multiple of {block}")
+    tensors = tuple(_tensor(path, cursor) for _ in range(n_tensors))
     alignment = keys["general.alignment"].value if "general.alignment" in keys else GGUF_DEFAULT_ALIGNMENT
-    if not isinstance(alignment, int) or alignment <= 0:
-        raise BadMetadata(f"{path}: general.alignment is {alignment!r}")
-    return Header(path, keys, tuple(tensors), cursor.at + -cursor.at % alignment, alignment)
+    if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
+        raise BadMetadata(f"{path}: general.alignment is {shown(alignment)}, expected a power of two", hint=_AGAIN)
+    _check_places(path, tensors, alignment)
+    return Header(path, keys, tensors, cursor.at + -cursor.at % alignment, alignment)
+
+
+def _tensor(path: Path, cursor: _Cursor) -> TensorInfo:
+    name = cursor.string()
+    (n_dims,) = cursor.unpack("<I")
+    if not 1 <= n_dims <= _MAX_DIMS:
+        raise BadMetadata(
+            f"{path}: tensor {shown(name)} has {n_dims} dimensions, expected 1 to {_MAX_DIMS}", hint=_AGAIN
+        )
+    dims = cursor.unpack(f"<{n_dims}Q")
+    kind = cursor.enum(GGMLQuantizationType)
+    (offset,) = cursor.unpack("<Q")
+    block = GGML_QUANT_SIZES[kind][0]
+    if 0 in dims or dims[0] % block:
+        raise BadMetadata(
+            f"{path}: tensor {shown(name)} is {list(dims[::-1])}, {kind.name} needs rows of a multiple of {block}",
+            hint=_AGAIN,
+        )
+    return TensorInfo(name, dims[::-1], kind, offset)
+
+
+def _check_places(path: Path, tensors: Sequence[TensorInfo], alignment: int) -> None:
+    """No two tensors have one name or share a byte, and each begins at a multiple of the alignment."""
+    names: set[str] = set()
+    for tensor in tensors:
+        if tensor.name in names:
+            raise BadMetadata(f"{path}: tensor {shown(tensor.name)} is there twice", hint=_AGAIN)
+        if tensor.offset % alignment:
+            raise BadMetadata(
+                f"{path}: tensor {shown(tensor.name)} lies at {tensor.offset}, expected a multiple of {alignment}",
+                hint=_AGAIN,
+            )
+        names.add(tensor.name)
+    in_order = sorted(tensors, key=lambda tensor: tensor.offset)
+    for before, tensor in pairwise(in_order):
+        if before.offset + before.n_bytes > tensor.offset:
+            raise BadMetadata(
+                f"{path}: tensors {shown(before.name)} and {shown(tensor.name)} overlap at {tensor.offset}", hint=_AGAIN
+            )
+
+
+_AGAIN = "Make or download the file again."
 
 
 def _not_gguf(start: bytes) -> str:
@@ -171,15 +208,17 @@ def _scalar(type: GGUFValueType, value: Any) -> bytes:
 
 
 class _Cursor:
-    """A position in a buffer; running off its end is TruncatedFile."""
+    """A position in a buffer; running off its end, or beyond what a header may have, is TruncatedFile."""
 
     def __init__(self, data: mmap.mmap | bytes, owner: str, at: int = 0) -> None:
-        self.data, self.owner, self.at, self.end = data, owner, at, len(data)
+        self.data, self.owner, self.at, self.end = data, owner, at, min(len(data), _MAX_HEADER)
 
     def advance(self, n: int) -> int:
         start = self.at
         if n > self.end - start:
-            raise TruncatedFile(f"{self.owner}: the GGUF header is cut off", hint="Make or download the file again.")
+            raise TruncatedFile(
+                f"{self.owner}: the GGUF header does not end in its first {self.end} bytes", hint=_AGAIN
+            )
         self.at += n
         return start
 
@@ -191,14 +230,16 @@ class _Cursor:
         try:
             return kind(number)
         except ValueError:
-            raise BadMetadata(f"{self.owner}: {number} is not a {kind.__name__}") from None
+            raise BadMetadata(f"{self.owner}: {number} is not a {kind.__name__}", hint=_AGAIN) from None
 
     def string(self) -> str:
         (length,) = self.unpack("<Q")
         start = self.advance(length)
         return bytes(self.data[start : self.at]).decode("utf-8", errors="replace")
 
-    def skip(self, type: GGUFValueType) -> None:
+    def skip(self, type: GGUFValueType, depth: int = 0) -> None:
+        if depth > _MAX_NESTING:
+            raise BadMetadata(f"{self.owner}: arrays lie more than {_MAX_NESTING} deep in each other", hint=_AGAIN)
         if type == V.STRING:
             (length,) = self.unpack("<Q")
             self.advance(length)
@@ -211,7 +252,7 @@ class _Cursor:
                 self.advance(n * struct.calcsize(_SCALARS[items]))
             else:
                 for _ in range(n):
-                    self.skip(items)
+                    self.skip(items, depth + 1)
 
     def value(self, type: GGUFValueType) -> Any:
         if type == V.STRING:

@@ -39,8 +39,8 @@ from stepgguf.convert.importance import Importance
 from stepgguf.convert.pipeline import Compiling, UnitMaker
 from stepgguf.convert.plan import PlannedTensor, Unit, rows_per_expert
 from stepgguf.convert.source import TensorSource
-from stepgguf.convert.writer import disk_errors
 from stepgguf.files import folders
+from stepgguf.files.disk import disk_errors
 from stepgguf.quants import mixtures
 from stepgguf.quants.codec import Loss
 from stepgguf.quants.mixtures import Candidate

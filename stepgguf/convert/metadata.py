@@ -17,12 +17,14 @@ import numpy as np
 from gguf import ExpertGatingFuncType, GGUFValueType, Keys, LlamaFileType
 
 from stepgguf import __version__
-from stepgguf.convert.checkpoint import Checkpoint, read_json
+from stepgguf.convert.checkpoint import Checkpoint
 from stepgguf.convert.ggufsource import ARCHITECTURE
 from stepgguf.convert.header import Key
 from stepgguf.errors import BadConfig
+from stepgguf.files import jsonread
+from stepgguf.files.jsonread import Value
 from stepgguf.model.hparams import HParams
-from stepgguf.model.tokenizer import MODEL, PRE, vocabulary
+from stepgguf.model.tokenizer import MODEL, PRE, Vocabulary, vocabulary
 from stepgguf.quants.imatrix import Imatrix
 
 V = GGUFValueType
@@ -37,12 +39,14 @@ SAMPLING: dict[str, tuple[float | int, GGUFValueType]] = {
     Keys.General.SAMPLING_TOP_P: (0.95, V.FLOAT32),
     Keys.General.SAMPLING_MIN_P: (0.0, V.FLOAT32),
 }
+# generation_config.json's names of these, and the largest value that makes sense.
 _GENERATION_CONFIG = {
-    "temperature": Keys.General.SAMPLING_TEMP,
-    "top_k": Keys.General.SAMPLING_TOP_K,
-    "top_p": Keys.General.SAMPLING_TOP_P,
-    "min_p": Keys.General.SAMPLING_MIN_P,
+    "temperature": (Keys.General.SAMPLING_TEMP, 100.0),
+    "top_k": (Keys.General.SAMPLING_TOP_K, 2**31 - 1),
+    "top_p": (Keys.General.SAMPLING_TOP_P, 1.0),
+    "min_p": (Keys.General.SAMPLING_MIN_P, 1.0),
 }
+_TOKENIZER = "Take tokenizer.json from the model's repository."
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +57,8 @@ class Vocab:
     warnings: tuple[str, ...]
 
 
-def model_keys(hp: HParams, name: str, size_label: str, *, with_mtp: bool) -> list[Key]:
-    """general.* and step35.*. `with_mtp` extends the per-layer arrays over the MTP blocks."""
+def model_keys(hp: HParams, name: str, size_label: str, *, with_mtp: bool, described: Sequence[Key] = ()) -> list[Key]:
+    """general.* and step35.*. `with_mtp` extends the per-layer arrays over the MTP blocks; `described`: card.py."""
     layers = hp.layers if with_mtp else hp.trunk
     llm, attention, rope = Keys.LLM, Keys.Attention, Keys.Rope
     leading_dense = next((layer.index for layer in hp.trunk if layer.is_moe), hp.n_layer)
@@ -63,6 +67,7 @@ def model_keys(hp: HParams, name: str, size_label: str, *, with_mtp: bool) -> li
         _key(Keys.General.TYPE, "model"),
         _key(Keys.General.NAME, name),
         _key(Keys.General.SIZE_LABEL, size_label),
+        *described,
         *(Key.of(key, value, type) for key, (value, type) in SAMPLING.items()),
         _key(llm.BLOCK_COUNT, len(layers)),
         _key(llm.CONTEXT_LENGTH, hp.max_position),
@@ -97,10 +102,10 @@ def model_keys(hp: HParams, name: str, size_label: str, *, with_mtp: bool) -> li
 def vocab_keys(checkpoint: Checkpoint, chat_template: Path | None) -> Vocab:
     """tokenizer.*: every id that ends a generation is written, so that no engine depends on guessing by name."""
     hp, tok, warnings = checkpoint.hparams, Keys.Tokenizer, []
-    words = vocabulary(read_json(checkpoint.path / "tokenizer.json"), hp.vocab_size)
+    words = vocabulary(jsonread.read(checkpoint.path / "tokenizer.json", BadConfig, _TOKENIZER), hp.vocab_size)
     settings = _optional_json(checkpoint.path / "tokenizer_config.json")
-    eos = _token_id(settings, "eos_token", words.id, hp.eos_token_ids[-1])
-    padding = _token_id(settings, "pad_token", words.id, hp.eos_token_ids[0])
+    eos = _token_id(settings, "eos_token", words, hp.eos_token_ids[-1])
+    padding = _token_id(settings, "pad_token", words, hp.eos_token_ids[0])
     for i in (hp.bos_token_id, eos, padding, *hp.eos_token_ids):
         if i >= hp.vocab_size:
             raise BadConfig(f"token id {i} does not fit config.json's vocab_size {hp.vocab_size}")
@@ -123,7 +128,7 @@ def vocab_keys(checkpoint: Checkpoint, chat_template: Path | None) -> Vocab:
         warnings.append(
             f"config.json names {len(hp.eos_token_ids)} end tokens; GGUF has room for 3, {others[2:]} are lost"
         )
-    template = chat_template.read_text(encoding="utf-8") if chat_template else _template(checkpoint.path, settings)
+    template = _text(chat_template) if chat_template else _template(checkpoint.path, settings)
     if template is None:
         warnings.append("the checkpoint has no chat template; add one with --chat-template FILE")
     else:
@@ -134,11 +139,13 @@ def vocab_keys(checkpoint: Checkpoint, chat_template: Path | None) -> Vocab:
 def sampling_keys(checkpoint: Checkpoint) -> dict[str, Key]:
     """general.sampling.* that the checkpoint's generation_config.json sets otherwise than the model card."""
     settings = _optional_json(checkpoint.path / "generation_config.json")
-    return {
-        key: Key.of(key, settings[name], SAMPLING[key][1])
-        for name, key in _GENERATION_CONFIG.items()
-        if isinstance(settings.get(name), (int, float))
-    }
+    found = {}
+    for name, (key, most) in _GENERATION_CONFIG.items():
+        value, type = settings.get(name), SAMPLING[key][1]
+        if value is not None:
+            number = value.integer(-1, int(most)) if type == V.INT32 else value.number(0.0, most)
+            found[key] = Key.of(key, number, type)
+    return found
 
 
 def provenance_keys(
@@ -218,22 +225,39 @@ def _key(name: str, value: Any) -> Key:
     return Key.of(name, value, kinds[type(value)])
 
 
-def _optional_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
+def _optional_json(path: Path) -> Value:
+    """A JSON file that may be missing: an empty object then."""
+    return jsonread.read(path, BadConfig) if path.exists() else Value({}, str(path), BadConfig)
 
 
-def _token_id(settings: dict[str, Any], key: str, find: Any, default: int) -> int:
+def _token_id(settings: Value, key: str, words: Vocabulary, default: int) -> int:
+    """The id of a token that tokenizer_config.json names, as a text or as {"content": text}."""
     token = settings.get(key)
-    found = find(token.get("content") if isinstance(token, dict) else token) if token else None
-    return default if found is None else int(found)
+    if token is None:
+        return default
+    found = words.id((token["content"] if isinstance(token.raw, dict) else token).text())
+    return default if found is None else found
 
 
-def _template(path: Path, settings: dict[str, Any]) -> str | None:
-    """chat_template.jinja, or the one inside tokenizer_config.json."""
+def _template(path: Path, settings: Value) -> str | None:
+    """chat_template.jinja, chat_template.json of older processors, or the one inside tokenizer_config.json."""
     file = path / "chat_template.jinja"
     if file.exists():
-        return file.read_text(encoding="utf-8")
-    inside = settings.get("chat_template")
-    if isinstance(inside, list):
-        inside = next((t.get("template") for t in inside if t.get("name") == "default"), None)
-    return inside if isinstance(inside, str) else None
+        return _text(file)
+    inside = _optional_json(path / "chat_template.json").get("chat_template") or settings.get("chat_template")
+    if inside is None:
+        return None
+    if isinstance(inside.raw, str):
+        return inside.raw
+    named = {entry["name"].text(): entry["template"].text() for entry in inside.array()}
+    return named.get("default")
+
+
+def _text(path: Path) -> str:
+    """A text file in UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise BadConfig(f"{path}: {error.strerror}", hint="Check the path and its permissions.") from error
+    except UnicodeDecodeError as error:
+        raise BadConfig(f"{path}: byte {error.start} is not UTF-8", hint="A chat template is a text file.") from error

@@ -18,6 +18,7 @@ from gguf import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType
 from stepgguf.convert import header as gguf_header
 from stepgguf.convert.header import Key, TensorInfo
 from stepgguf.convert.importance import Importance
+from stepgguf.model.tensors import role_of
 from stepgguf.quants import recipe
 from stepgguf.quants.coverage import Coverage
 from stepgguf.quants.ggml import row_size
@@ -66,7 +67,7 @@ class PlannedTensor:
 
     @property
     def role(self) -> str:
-        return self.name.split(".")[-2]
+        return role_of(self.name)
 
     @property
     def n_values(self) -> int:

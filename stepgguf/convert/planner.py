@@ -13,14 +13,16 @@ from pathlib import Path
 from gguf import GGMLQuantizationType, Keys
 
 from stepgguf.convert import metadata
+from stepgguf.convert.card import read_card
 from stepgguf.convert.checkpoint import Checkpoint
-from stepgguf.convert.ggufsource import ARCHITECTURE, GGUFSource, split_path
+from stepgguf.convert.ggufsource import ARCHITECTURE, GGUFSource
 from stepgguf.convert.header import Key
 from stepgguf.convert.importance import wanted
 from stepgguf.convert.plan import Options, Plan, PlannedFile, PlannedTensor
 from stepgguf.convert.source import SourceTensor
+from stepgguf.convert.splits import split_path
 from stepgguf.errors import BadMetadata, OutputError, RecipeError
-from stepgguf.model.tensors import ROPE_FREQS, TensorSpec, file_order, layer_of
+from stepgguf.model.tensors import ROPE_FREQS, TensorSpec, file_order, layer_of, role_of
 from stepgguf.quants import codec, coverage, mixtures
 from stepgguf.quants.coverage import Coverage
 from stepgguf.quants.mixtures import Candidate, Choice, Facts
@@ -41,24 +43,29 @@ def plan_source(source: Checkpoint | GGUFSource, dest: Path, options: Options) -
 def plan_checkpoint(checkpoint: Checkpoint, dest: Path, options: Options) -> Plan:
     """The plan of a conversion from safetensors."""
     hp = checkpoint.hparams
+    if options.mtp != "drop":
+        checkpoint.require_mtp()
+    notes = checkpoint.warnings if options.mtp == "drop" else checkpoint.notes
     facts = model_facts(checkpoint)
     main, mtp = select_checkpoint(checkpoint.specs, facts, metadata.rope_freqs(hp), options)
     vocab = metadata.vocab_keys(checkpoint, options.chat_template)
     sampling = metadata.sampling_keys(checkpoint)
-    name = options.name or checkpoint.path.resolve().name
+    card = read_card(checkpoint.path, checkpoint.config, checkpoint.origin)
+    name = options.name or card.name
     has_mtp = options.mtp == "include" and hp.n_mtp > 0
     files = []
     for path, tensors, with_mtp in ((dest, main, has_mtp), (mtp_path(dest), mtp, True)):
         if not tensors:
             continue
         label = metadata.size_label([(t.role, t.shape) for t in tensors], hp.n_expert)
+        said = metadata.model_keys(hp, name, label, with_mtp=with_mtp, described=card.keys)
         keys = [
-            *(sampling.get(key.name, key) for key in metadata.model_keys(hp, name, label, with_mtp=with_mtp)),
+            *(sampling.get(key.name, key) for key in said),
             *vocab.keys,
             *_provenance(options, facts, tensors, _source_name(checkpoint)),
         ]
         files += _split(PlannedFile(path, tuple(keys), tuple(tensors)), options.split_max_size)
-    return _plan(files, checkpoint.tensors, facts, options, (*checkpoint.warnings, *vocab.warnings))
+    return _plan(files, checkpoint.tensors, facts, options, (*notes, *card.warnings, *vocab.warnings))
 
 
 def select_checkpoint(
@@ -102,7 +109,7 @@ def plan_gguf(source: GGUFSource, dest: Path, options: Options) -> Plan:
     facts = gguf_facts(source)
     names = sorted(source.tensors, key=file_order)
     quantizable = [name for name in names if is_quantizable(name, source.tensors[name].shape)]
-    candidates = [Candidate(n, n.split(".")[-2], source.tensors[n].shape, layer_of(n)) for n in quantizable]
+    candidates = [Candidate(n, role_of(n), source.tensors[n].shape, layer_of(n)) for n in quantizable]
     choices = _choose(candidates, facts, options)
     tensors = [_requantized(source.tensors[name], choices.get(name), options) for name in names]
     replaced = _provenance(options, facts, tensors, source.path.name)
@@ -254,7 +261,7 @@ def _ordered(tensors: Iterable[PlannedTensor]) -> list[PlannedTensor]:
 
 def _source_name(checkpoint: Checkpoint) -> str:
     dtypes = sorted({t.dtype for t in checkpoint.tensors.values()} - {"F32"})
-    return f"{checkpoint.path.resolve().name} ({checkpoint.hparams.architecture}, {' and '.join(dtypes) or 'F32'})"
+    return f"{checkpoint.origin.name} ({checkpoint.hparams.architecture}, {' and '.join(dtypes) or 'F32'})"
 
 
 def _split(file: PlannedFile, max_size: int | None) -> list[PlannedFile]:

@@ -18,7 +18,7 @@ from stepgguf.convert.checkpoint import Checkpoint
 from stepgguf.convert.ggufsource import ARCHITECTURE, GGUFSource
 from stepgguf.convert.objective import Routing
 from stepgguf.convert.planner import gguf_facts, is_quantizable, model_facts, number
-from stepgguf.model.tensors import ROPE_FREQS, file_order, layer_of
+from stepgguf.model.tensors import ROPE_FREQS, file_order, layer_of, role_of
 from stepgguf.quants import mixtures, recipe
 from stepgguf.quants.ggml import row_size
 from stepgguf.quants.mixtures import Candidate, Facts
@@ -122,7 +122,7 @@ def _of_gguf(source: GGUFSource) -> Inventory:
     return Inventory(
         facts=facts,
         routing=Routing(facts.n_expert, number(source, Keys.LLM.EXPERT_USED_COUNT, 0), scale),
-        tensors=tuple(Candidate(n, n.split(".")[-2], source.tensors[n].shape, layer_of(n)) for n in names),
+        tensors=tuple(Candidate(n, role_of(n), source.tensors[n].shape, layer_of(n)) for n in names),
         quantizable=frozenset(n for n in names if is_quantizable(n, source.tensors[n].shape)),
         own={t.name: t.ggml_type for header in source.headers for t in header.tensors},
     )

@@ -11,9 +11,11 @@ what may never be quantized: norms, the router and its bias.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
-from stepgguf.model.hparams import HParams, Layer
+from stepgguf.model.hparams import HParams
+from stepgguf.model.layers import Layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +63,6 @@ TENSORS = (
     Row("mtp", "transformer.shared_head.output.weight", "nextn.shared_head_head.weight", "vd"),
 )
 
-# Tensors of Step-3.7's vision tower. They are left out: only the text part is converted.
-VISION_PREFIXES = ("vision_model.", "vit_large_projector.")
-
 # llama3 RoPE scaling as divisors of the frequencies. Not in the checkpoint: computed from config.json.
 ROPE_FREQS = "rope_freqs.weight"
 
@@ -97,9 +96,24 @@ def file_order(name: str) -> tuple[int, str]:
     return -1 if layer is None else layer, name
 
 
+_LAYER = re.compile(r"blk\.(\d{1,9})\.")
+
+
 def layer_of(name: str) -> int | None:
     """The layer of "blk.N.…", None of what is in no layer."""
-    return int(name.split(".", 2)[1]) if name.startswith("blk.") else None
+    match = _LAYER.match(name)
+    return int(match[1]) if match else None
+
+
+def is_beyond(source: str, n_layer: int) -> bool:
+    """Whether a checkpoint's tensor is in a layer after the trunk's, as MTP blocks are."""
+    match = re.match(r"model\.layers\.(\d{1,9})\.", source)
+    return match is not None and int(match[1]) >= n_layer
+
+
+def role_of(name: str) -> str:
+    """A tensor's role: the word before ".weight" or ".bias"."""
+    return name.rpartition(".")[0].rpartition(".")[2] or name
 
 
 def _spec(row: Row, hp: HParams, layer: Layer | None) -> TensorSpec:
@@ -112,7 +126,7 @@ def _spec(row: Row, hp: HParams, layer: Layer | None) -> TensorSpec:
     return TensorSpec(
         source=row.source if layer is None else f"model.layers.{layer.index}.{row.source}",
         name=row.name if layer is None else f"blk.{layer.index}.{row.name}",
-        role=row.name.split(".")[-2],
+        role=role_of(row.name),
         shape=tuple(sizes[letter] for letter in row.shape),
         layer=None if layer is None else layer.index,
         is_mtp=layer is not None and layer.is_mtp,

@@ -6,11 +6,11 @@ by hashing what a tokenizer makes of a test string: newer transformers versions 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 from stepgguf.errors import BadConfig
+from stepgguf.files.jsonread import Value, shown
 
 MODEL = "gpt2"
 PRE = "deepseek-v3"
@@ -29,25 +29,55 @@ class Vocabulary:
         return self.tokens.index(token) if token in self.tokens else None
 
 
-def vocabulary(tokenizer: Mapping[str, Any], vocab_size: int) -> Vocabulary:
-    """Read a parsed tokenizer.json. Ids without a token, up to vocab_size, become unused [PADn] tokens."""
-    try:
-        model = tokenizer["model"]
-        vocab: dict[str, int] = dict(model["vocab"])
-        merges = tuple(m if isinstance(m, str) else " ".join(m) for m in model["merges"])
-        added = list(tokenizer.get("added_tokens", []))
-        by_id = {i: (token, NORMAL) for token, i in vocab.items()}
-        by_id |= {a["id"]: (a["content"], _added_type(a)) for a in added}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise BadConfig(f"tokenizer.json: not a byte-level BPE tokenizer ({error!r})") from error
+def vocabulary(tokenizer: Value, vocab_size: int) -> Vocabulary:
+    """Read a parsed tokenizer.json. Ids without a token, up to vocab_size, become unused [PADn] tokens.
+
+    BadConfig for another kind of tokenizer, and where one id has two tokens or one token two ids: llama.cpp ends the
+    process over those.
+    """
+    model = tokenizer["model"]
+    kind = model.get("type")
+    if kind is not None and kind.raw != "BPE":
+        raise kind.wrong("BPE: Step-3.x models have a byte-level BPE tokenizer")
+    by_id: dict[int, tuple[str, int]] = {}
+    for token, i in model["vocab"].object().items():
+        if type(i) is not int or i < 0:
+            raise BadConfig(f"{tokenizer.document}: model.vocab: the id of {shown(token)} is {shown(i)}, no number")
+        if i in by_id:
+            raise BadConfig(f"{tokenizer.document}: model.vocab: {shown(token)} and {shown(by_id[i][0])} have id {i}")
+        by_id[i] = token, NORMAL
+    added = tokenizer.get("added_tokens")
+    by_id |= dict(_added(token) for token in (added.array() if added is not None else []))
     if by_id and max(by_id) >= vocab_size:
-        raise BadConfig(f"tokenizer.json: token id {max(by_id)} does not fit config.json's vocab_size {vocab_size}")
+        raise BadConfig(
+            f"{tokenizer.document}: token id {max(by_id)} does not fit config.json's vocab_size {vocab_size}"
+        )
     entries = [by_id.get(i, (f"[PAD{i}]", UNUSED)) for i in range(vocab_size)]
-    return Vocabulary(tuple(t for t, _ in entries), tuple(kind for _, kind in entries), merges)
+    tokens = tuple(token for token, _ in entries)
+    if len(set(tokens)) < vocab_size:
+        twice = next(token for token, n in Counter(tokens).items() if n > 1)
+        raise BadConfig(f"{tokenizer.document}: {shown(twice)} is the token of two ids")
+    return Vocabulary(tokens, tuple(kind for _, kind in entries), _merges(model["merges"]))
 
 
-def _added_type(token: Mapping[str, Any]) -> int:
-    """Control tokens are matched only where the caller says so; some are not marked special but look it."""
-    text = token["content"]
+def _merges(merges: Value) -> tuple[str, ...]:
+    """ "left right", also where newer versions write ["left", "right"]."""
+    found = []
+    for i, merge in enumerate(merges.raw if isinstance(merges.raw, list) else merges.array()):
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)):
+            raise BadConfig(f"{merges.document}: {merges.place}[{i}] is {shown(merge)}, expected two parts of a token")
+        found.append(" ".join(pair))
+    return tuple(found)
+
+
+def _added(token: Value) -> tuple[int, tuple[str, int]]:
+    """An added token's id, text and type.
+
+    Control tokens are matched only where the caller says so; some are not marked special but look it.
+    """
+    text = token["content"].text()
     looks = (text.startswith("<|") and text.endswith("|>")) or (text.startswith("<｜") and text.endswith("｜>"))
-    return CONTROL if token.get("special") or looks else USER_DEFINED
+    special = token.get("special")
+    is_control = looks or (special is not None and special.flag())
+    return token["id"].integer(), (text, CONTROL if is_control else USER_DEFINED)

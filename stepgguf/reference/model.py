@@ -26,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stepgguf.model.hparams import HParams, Layer, RopeScaling
+from stepgguf.model.hparams import HParams
+from stepgguf.model.layers import Layer, RopeScaling
 
 
 class RMSNorm(nn.Module):

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stepgguf.convert import header as gguf_header
-from stepgguf.convert.ggufsource import ARCHITECTURE, split_files
+from stepgguf.convert.ggufsource import ARCHITECTURE
 from stepgguf.convert.header import Header, TensorInfo
-from stepgguf.convert.writer import manifest_path, read_manifest
+from stepgguf.convert.manifest import manifest_path, read_manifest
+from stepgguf.convert.splits import read_headers
 from stepgguf.errors import BadMetadata, VerifyError
 
 Floats = NDArray[np.float64]
@@ -90,7 +90,7 @@ _OTHERWISE = "`stepgguf convert` and `quantize` write it beside the file: fetch 
 
 def read(path: Path) -> Measured:
     """Raises GGUFError if `path` is no GGUF file, VerifyError if a manifest is missing or is of another file."""
-    headers = [gguf_header.read(file) for file in split_files(path)]
+    headers = read_headers(path)
     manifests = [read_manifest(header.path, _OTHERWISE) for header in headers]
     first, how = headers[0], manifests[0]
     n_mtp = _count(first, "nextn_predict_layers")

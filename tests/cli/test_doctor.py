@@ -35,6 +35,10 @@ STRIX = replace(LINUX, cpu="AMD RYZEN AI MAX+ 395 w/ Radeon 8060S", ram=13096652
                 amd=AmdMemory(GIB // 2, 63968 << 20))  # fmt: skip
 CARD = replace(LINUX, gpus=(Gpu("NVIDIA H100", 80 * GIB, 79 * GIB),))
 
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+)
+
 CPU_BUILD = LlamaBuild("0.3.36", frozenset({"AVX2"}), gpu_offload=False, gpus=(), mtp=True, compiler=("GCC", (12, 2)))
 CUDA_BUILD = replace(CPU_BUILD, gpu_offload=True, gpus=(Gpu("NVIDIA", 80 * GIB, 79 * GIB),))
 
@@ -271,10 +275,18 @@ def test_mtp_needs_the_blocks_and_the_engine(flash: Model, tmp_path: Path) -> No
 
 
 def test_the_file_s_own_troubles(flash: Model) -> None:
-    found = findings(LINUX, CPU_BUILD, replace(flash, has_template=False, network="nfs4", path=Path("/a b/x.gguf")))
+    broken = replace(flash, template=None, network="nfs4", path=Path("/a b/x.gguf"))
+    found = findings(LINUX, CPU_BUILD, broken)
     assert found["template"].level == "fail"
     assert fix(found["template"]) == "stepgguf template '/a b/x.gguf' Step-3.5-Flash/chat_template.jinja"
     assert (found["disk"].level, fix(found["disk"])) == ("warn", "cp '/a b/x.gguf' /a/local/disk/")
+
+
+def test_a_template_that_does_not_open_thinking_is_told(flash: Model) -> None:
+    assert "template" not in findings(LINUX, CPU_BUILD, flash)
+    assert "template" not in findings(LINUX, CPU_BUILD, replace(flash, template=f"{TEMPLATE}<think>\n</think>\n"))
+    found = findings(LINUX, CPU_BUILD, replace(flash, template=TEMPLATE))["template"]
+    assert (found.level, "does not open <think>" in found.message) == ("warn", True)
 
 
 def test_a_finding_is_a_line_with_its_fix_below() -> None:

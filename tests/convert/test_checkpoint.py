@@ -26,6 +26,7 @@ from stepgguf.errors import (
     TensorNotFound,
     TruncatedShard,
     UnexpectedTensor,
+    UnsupportedCheckpoint,
 )
 from stepgguf.quants.codec import widen
 
@@ -149,22 +150,34 @@ def add(path: Path, name: str) -> None:
 
 Q_SHAPE = r"q_proj\.weight has shape \[\d+, 256\], config\.json implies \[\d+, 256\]"
 DAMAGE: dict[str, tuple[Callable[[Path], Any], type[StepggufError], str]] = {
-    "no directory": (shutil.rmtree, CheckpointError, "not a directory"),
+    "no directory": (shutil.rmtree, CheckpointError, "no such file or directory"),
     "no config": (lambda p: (p / "config.json").unlink(), BadConfig, r"config\.json: No such file"),
     "config garbage": (lambda p: (p / "config.json").write_text("{"), BadConfig, "not valid JSON"),
-    "config a list": (lambda p: (p / "config.json").write_text("[]"), BadConfig, "a JSON object, found list"),
-    "no shards": (lambda p: [s.unlink() for s in p.glob("*.safetensors")], TensorNotFound, "none of the 0 "),
+    "config a list": (
+        lambda p: (p / "config.json").write_text("[]"),
+        BadConfig,
+        "is a list of 0, expected a JSON object",
+    ),
+    "no shards": (
+        lambda p: [s.unlink() for s in p.glob("*.safetensors")],
+        UnsupportedCheckpoint,
+        r"holds no weights: there is no \*\.safetensors",
+    ),
     "missing shard": (wrong_index, MissingShard, r"model-00002\.safetensors is missing"),
-    "no index": (lambda p: (p / "model-00002.safetensors").unlink(), TensorNotFound, r"none of the 1 .* \(\d+ of 129"),
+    "no index": (lambda p: (p / "model-00002.safetensors").unlink(), TensorNotFound, r"none of the 1 .* \(\d+ of 78"),
     "truncated": (lambda p: cut(p, -1), TruncatedShard, "promises"),
     "truncated header": (lambda p: cut(p, 40), TruncatedShard, "its header alone has"),
     "empty": (lambda p: cut(p, 0), CorruptShard, "header of 0 bytes"),
     "too long": (lambda p: first(p, (p / FIRST).read_bytes() + b"x"), CorruptShard, "accounts for"),
-    "garbage": (lambda p: header_of(p, b"garbage!"), CorruptShard, "not a safetensors header"),
-    "header of numbers": (lambda p: header_of(p, b'{"a":1}'), CorruptShard, "not a safetensors header"),
+    "garbage": (lambda p: header_of(p, b"garbage!"), CorruptShard, "header: not valid JSON"),
+    "header of numbers": (lambda p: header_of(p, b'{"a":1}'), CorruptShard, "header: a is 1, expected a JSON object"),
     "git-lfs": (lambda p: first(p, b"version https://git-lfs.github.com/spec/v1\n"), CorruptShard, "git-lfs pointer"),
     "overlap": (lambda p: rewrite_header(p, overlap), CorruptShard, "lies at"),
-    "missing": (lambda p: edit(p, lambda t: t.pop(sorted(t)[0])), TensorNotFound, r"1 of 129 tensors are missing"),
+    "missing": (
+        lambda p: edit(p, lambda t: t.pop(sorted(t)[1])),
+        TensorNotFound,
+        r"1 of 78 tensors are missing",
+    ),
     "unexpected": (
         lambda p: add(p, "model.x"),
         UnexpectedTensor,

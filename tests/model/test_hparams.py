@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from stepgguf.errors import BadConfig, UnsupportedModel
-from stepgguf.model.hparams import HParams, RopeScaling
+from stepgguf.model.hparams import HParams
+from stepgguf.model.layers import RopeScaling
 from tests.conftest import real_config
 
 
@@ -56,11 +57,11 @@ def test_a_missing_key_is_named(key: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "text"),
     [
-        ("hidden_size", "4096", "hidden_size is '4096', expected a non-negative integer"),
+        ("hidden_size", "4096", "hidden_size is '4096', expected an integer from 1"),
         ("moe_router_scaling_factor", "x", "expected a number"),
         ("layer_types", ["full_attention"] * 7, "layer_types has 7 entries, expected 48"),
         ("layer_types", ["chunked_attention"] * 48, r"layer_types\[0\] is 'chunked_attention'"),
-        ("moe_layers_enum", "3,x", "'3,x' is not a list of integers"),
+        ("moe_layers_enum", "3,x", "moe_layers_enum is '3,x', expected a list of integers"),
     ],
 )
 def test_a_bad_value_is_named(key: str, value: Any, text: str) -> None:

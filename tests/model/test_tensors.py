@@ -8,7 +8,8 @@ import gguf
 import pytest
 
 from stepgguf.model.hparams import HParams
-from stepgguf.model.tensors import ROPE_FREQS, TENSORS, VISION_PREFIXES, tensor_specs
+from stepgguf.model.spelling import VISION_PREFIXES
+from stepgguf.model.tensors import ROPE_FREQS, TENSORS, tensor_specs
 from tests.conftest import DATA, real_config
 
 

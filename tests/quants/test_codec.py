@@ -64,6 +64,26 @@ def test_decoding_is_ggmls_bit_for_bit(name: str) -> None:
     np.testing.assert_array_equal(ours.view(np.uint32), theirs.view(np.uint32))
 
 
+@pytest.mark.parametrize("name", sorted(name for name in lanes.NAMES if codec.FACTORS[name]))
+def test_factors_that_are_not_finite_decode_as_gguf_py_has_it(name: str) -> None:
+    """Random blocks whose FP16 factors are infinite, NaN, or the largest and smallest that are neither."""
+    kind, rng = T[name], np.random.default_rng(4)
+    halves = np.array([0x7C00, 0xFC00, 0x7E00, 0xFE00, 0x7C01, 0x7FFF, 0x7BFF, 0x0001, 0x8000, 0x3C00], np.uint16)
+    size = gguf.GGML_QUANT_SIZES[kind][1]
+    blocks = rng.integers(0, 256, (64, 4, size), np.uint8)
+    for offset in codec.FACTORS[name]:
+        blocks[..., offset : offset + 2] = rng.choice(halves, (64, 4, 1)).view(np.uint8)
+    data = blocks.reshape(64, -1)
+    with np.errstate(invalid="ignore", over="ignore"):
+        theirs = gguf.quants.dequantize(data, kind)
+    ours = np.empty(theirs.shape, np.float32)
+    codec.dequantize(kind, data, ours)
+    assert not np.isfinite(theirs).all()
+    np.testing.assert_array_equal(np.isnan(ours), np.isnan(theirs))
+    ours[np.isnan(ours)], theirs[np.isnan(theirs)] = 0.0, 0.0  # which NaN it is depends on the processor
+    np.testing.assert_array_equal(ours.view(np.uint32), theirs.view(np.uint32))
+
+
 @pytest.mark.parametrize("kernel", codec.KERNELS)
 @pytest.mark.parametrize("name", ["IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"])
 @pytest.mark.parametrize("size", [1e10, 1e30, 3e38])

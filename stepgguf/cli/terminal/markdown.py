@@ -3,7 +3,7 @@
 Blocks are those of the parser that renders them, so a list, a table or a fence is one however long it is.
 
 Nothing that a model wrote is lost. HTML, entities, backslashes, formulas and the like stand there as they were written
-(commonmark.py), and a block that still cannot be shown whole, like a table with more cells than columns or a list that
+(markdown_parser.py), and a block that still cannot be shown whole, like a table with more cells than columns or a list that
 is indented beyond the screen, is shown as its source.
 """
 
@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.theme import Theme
 
-from stepgguf.cli.terminal.commonmark import parser
+from stepgguf.cli.terminal.markdown_parser import parser
 
 _THEME = "ansi_dark"  # the terminal's own colors, right on dark and light
 _STYLES = Theme({"markdown.code": "cyan", "markdown.block_quote": "dim", "markdown.table.border": "dim"})

@@ -30,7 +30,7 @@ def load_word(y: Any, i: int) -> Any:
 
 @inlined
 def load_half(y: Any, i: int) -> Any:
-    """The finite FP16 in bytes i and i + 1, as f32."""
+    """The FP16 in bytes i and i + 1, as f32."""
     return from_half(load_short(y, i))
 
 

@@ -39,6 +39,7 @@ def to_half(v: Any) -> Any:
 
 @inlined
 def from_half(half: Any) -> Any:
-    """The bits of a finite FP16 in an i32 to f32, exactly."""
+    """The bits of an FP16 in an i32 to f32, exactly. Infinities and NaN stay what they are: a damaged block shows."""
     magnitude = bits((half & ints(0x7FFF)) << ints(13)) * floats(2.0**112)
-    return bits(bits(magnitude) | ((half & ints(0x8000)) << ints(16)))
+    special = where((half & ints(0x7C00)) == ints(0x7C00), ints(0x7F800000), ints(0))
+    return bits(bits(magnitude) | special | ((half & ints(0x8000)) << ints(16)))

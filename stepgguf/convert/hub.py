@@ -1,0 +1,129 @@
+"""Where a checkpoint lies and what it is called: folders, the Hugging Face Hub's cache, Hub ids.
+
+models--ORG--NAME/            the Hub's cache folder of a model: its snapshot is used, the one of refs/main first
+    refs/main                     the commit's hash
+    snapshots/HASH/               the files, links into blobs/
+    blobs/SHA256[.incomplete]
+ORG/NAME                      a Hub id, where no such folder is: its cache folder, if it was downloaded
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from stepgguf.errors import CheckpointError, UnsupportedCheckpoint
+
+HUB = "https://huggingface.co"
+_CACHE_FOLDER = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
+_WORD = re.compile(r"[A-Za-z0-9][\w.-]{0,95}")
+_PARTS = ("config.json", ".safetensors", ".safetensors.index.json")  # ends of the names of a checkpoint's own files
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a checkpoint's path says about it: the name of the model, and whose it is on the Hub."""
+
+    name: str
+    organization: str | None = None
+
+    @property
+    def id(self) -> str | None:
+        return f"{self.organization}/{self.name}" if self.organization else None
+
+    @property
+    def repo_url(self) -> str | None:
+        return f"{HUB}/{self.id}" if self.organization else None
+
+
+def origin(folder: Path) -> Origin:
+    """The model's name, and not a commit's hash where the folder is a snapshot."""
+    resolved = folder.resolve()
+    cached = _CACHE_FOLDER.fullmatch(resolved.parent.parent.name) if resolved.parent.name == "snapshots" else None
+    return Origin(cached[2], cached[1]) if cached else Origin(resolved.name)
+
+
+def checkpoint_folder(path: Path) -> Path:
+    """The folder with config.json that a user means: also by one of its files, its cache folder or its Hub id.
+
+    CheckpointError if there is nothing, UnsupportedCheckpoint for a file that is no part of a checkpoint.
+    """
+    try:
+        return _meant(path)
+    except OSError as error:  # a name that is too long, a directory that may not be entered
+        raise CheckpointError(f"{path}: {error.strerror}", hint=_GIVE) from error
+
+
+def is_part(path: Path) -> bool:
+    """Whether a file's name is that of a checkpoint's own file."""
+    return path.name.endswith(_PARTS)
+
+
+def _meant(path: Path) -> Path:
+    if path.is_file():
+        if is_part(path):
+            return path.parent
+        if path.suffix.lower() == ".gguf":
+            hint = f"It is converted already; to quantize it: stepgguf quantize {path} DEST.gguf --type Q4_K_S"
+            raise UnsupportedCheckpoint(f"{path} is a GGUF file and no checkpoint", hint=hint)
+        raise UnsupportedCheckpoint(f"{path} is a file and not a checkpoint's directory", hint=_GIVE)
+    if path.is_dir():
+        return _snapshot(path)
+    found = hub_id(path)
+    if found is None:
+        raise CheckpointError(f"{path}: no such file or directory", hint=_GIVE)
+    cached = _cache() / f"models--{found.replace('/', '--')}"
+    if cached.is_dir():
+        return _snapshot(cached)
+    raise CheckpointError(
+        f"{path}: there is no such directory; it looks like a model on the Hugging Face Hub",
+        hint=f"Download it first: hf download {found} --local-dir {found.split('/')[1]}",
+    )
+
+
+def hub_id(path: Path) -> str | None:
+    """The Hub id that a path or an address may be meant as: two words, and no folder of the first."""
+    parts = path.parts[2:4] if path.parts[:2] == ("https:", "huggingface.co") else path.parts
+    is_id = len(parts) == 2 and all(_WORD.fullmatch(part) for part in parts) and not Path(parts[0]).exists()
+    return "/".join(parts) if is_id else None
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """What downloads into a folder have left half done: the Hub's, aria2's, wget's and browsers'."""
+    blobs = folder.resolve().parent.parent / "blobs" if folder.resolve().parent.name == "snapshots" else None
+    places = [folder, folder / ".cache" / "huggingface" / "download", *([blobs] if blobs else [])]
+    ends = (".incomplete", ".aria2", ".part", ".crdownload", ".download")
+    return sorted(f for place in places if place.is_dir() for f in place.iterdir() if f.name.endswith(ends))
+
+
+_GIVE = "Give the directory that holds config.json and the *.safetensors."
+
+
+def _snapshot(folder: Path) -> Path:
+    """The snapshot of a cache folder; any other folder itself."""
+    if folder.name == "snapshots" and _CACHE_FOLDER.fullmatch(folder.resolve().parent.name):
+        folder = folder.parent
+    if not _CACHE_FOLDER.fullmatch(folder.resolve().name) or (folder / "config.json").exists():
+        return folder
+    main = folder / "refs" / "main"
+    if main.is_file():
+        commit = main.read_text(encoding="utf-8", errors="replace").strip()
+        if re.fullmatch(r"[0-9a-f]{7,64}", commit) and (folder / "snapshots" / commit).is_dir():
+            return folder / "snapshots" / commit
+    snapshots = [path for path in folder.glob("snapshots/*") if path.is_dir()]
+    if not snapshots:
+        raise CheckpointError(
+            f"{folder} is a cache folder of the Hugging Face Hub without a snapshot: nothing was downloaded into it",
+            hint=f"Download the model: hf download {'/'.join(folder.resolve().name.split('--')[1:])}",
+        )
+    return max(snapshots, key=lambda path: path.stat().st_mtime)
+
+
+def _cache() -> Path:
+    """The Hub's cache, where huggingface_hub looks for it."""
+    for name, inside in (("HF_HUB_CACHE", ""), ("HUGGINGFACE_HUB_CACHE", ""), ("HF_HOME", "hub")):
+        if os.environ.get(name):
+            return Path(os.environ[name]).expanduser() / inside
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface" / "hub"

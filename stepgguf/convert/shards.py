@@ -1,0 +1,123 @@
+"""A safetensors shard's header, checked whole before a value is read.
+
+    file = header length u64, header JSON, data          entry = {"dtype", "shape", "data_offsets": [begin, end]}
+
+safe_open would hide the offsets that reading by position needs, and does not say what is wrong with a damaged file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import stat
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from stepgguf.errors import CorruptShard, MissingShard, TruncatedShard
+from stepgguf.files import jsonread
+from stepgguf.files.jsonread import Value
+
+_MAX_HEADER = 100_000_000  # safetensors' own limit
+DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1}  # what is read; other dtypes may be in a file
+_AGAIN = "Download the shard again."
+
+# What has a shard's name and is something else, by its first bytes.
+_FOREIGN = (
+    (b"version https://git-lfs", "is a git-lfs pointer", "Fetch the real file with: git lfs pull"),
+    (b"GGUF", "is a GGUF file", "Give it its right name, and to `stepgguf quantize`."),
+    (b"PK\x03\x04", "is a PyTorch pickle", "Save the model with transformers' save_pretrained, as safetensors."),
+    (b"<", "is a web page, which the download got in the shard's place", _AGAIN),
+    (b"\0" * 8, "begins with zeros: its download has not finished", "Finish the download."),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A stored tensor. `offset` is in the file."""
+
+    name: str
+    shard: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    n_bytes: int
+
+    @property
+    def row_bytes(self) -> int:
+        return (self.shape[-1] if self.shape else 1) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A shard's entries, the format that its metadata names ("pt", "mlx"), and a digest of size, time and header."""
+
+    path: Path
+    entries: tuple[Entry, ...]
+    format: str | None
+    digest: str
+
+
+def read_shard(path: Path) -> Shard:
+    """Read a shard's header. MissingShard, TruncatedShard or CorruptShard, each naming the file and what is wrong."""
+    try:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise CorruptShard(f"{path}: not a file")
+            start = file.read(64)
+            length = _header_length(path, start, status.st_size)
+            text = start[8 : 8 + length] + file.read(max(0, length - 56))
+    except OSError as error:
+        broken = path.is_symlink() and not path.exists()
+        problem = "a link to a file that is not there" if broken else error.strerror
+        raise MissingShard(f"{path}: {problem}", hint=_AGAIN) from error
+    header = jsonread.parse(text, f"{path}, header", CorruptShard, _AGAIN)
+    entries = tuple(_entry(path, name, value, 8 + length) for name, value in header.members() if name != "__metadata__")
+    _check_offsets(path, entries, 8 + length, status.st_size)
+    metadata = header.get("__metadata__")
+    kind = metadata.object().get("format") if metadata is not None else None
+    digest = hashlib.sha256(text + f"{status.st_size} {status.st_mtime_ns}".encode()).hexdigest()
+    return Shard(path, entries, kind if isinstance(kind, str) else None, digest)
+
+
+def _header_length(path: Path, start: bytes, size: int) -> int:
+    for magic, what, hint in _FOREIGN:
+        if start.startswith(magic):
+            raise CorruptShard(f"{path}: {what}", hint=hint)
+    length = int(struct.unpack("<Q", start[:8])[0]) if len(start) >= 8 else 0
+    if not 2 <= length <= _MAX_HEADER:
+        raise CorruptShard(f"{path}: a header of {length} bytes, expected 2 to {_MAX_HEADER}", hint=_AGAIN)
+    if length > size - 8:
+        raise TruncatedShard(f"{path}: {size} bytes, but its header alone has {length}", hint=_AGAIN)
+    return length
+
+
+def _entry(path: Path, name: str, value: Value, data_start: int) -> Entry:
+    dtype, shape = value["dtype"].text(), tuple(extent.integer() for extent in value["shape"].array())
+    offsets = [offset.integer() for offset in value["data_offsets"].array()]
+    if len(offsets) != 2:
+        raise value["data_offsets"].wrong("begin and end")
+    begin, end = offsets
+    size = DTYPE_BYTES.get(dtype)
+    if end < begin or (size is not None and end - begin != math.prod(shape) * size):
+        raise CorruptShard(
+            f"{path}: {name}, {dtype} {list(shape)}, lies at {begin} to {end}, which is not its size", hint=_AGAIN
+        )
+    return Entry(name, path, dtype, shape, data_start + begin, end - begin)
+
+
+def _check_offsets(path: Path, entries: tuple[Entry, ...], data_start: int, size: int) -> None:
+    """The entries must fill the file without holes, as safetensors demands."""
+    end = data_start
+    for entry in sorted(entries, key=lambda entry: (entry.offset, entry.n_bytes)):
+        if entry.offset != end:
+            raise CorruptShard(
+                f"{path}: {entry.name} lies at {entry.offset - data_start}, expected {end - data_start}", hint=_AGAIN
+            )
+        end += entry.n_bytes
+    if size < end:
+        raise TruncatedShard(f"{path}: {size:,} bytes, but its header promises {end:,}", hint=_AGAIN)
+    if size > end:
+        raise CorruptShard(f"{path}: {size:,} bytes, but its header accounts for {end:,}", hint=_AGAIN)
