@@ -25,6 +25,7 @@ from gguf import GGUFValueType, Keys, Metadata
 
 from stepgguf.convert.header import Key
 from stepgguf.convert.hub import HUB, Origin
+from stepgguf.files import disk
 
 V, General = GGUFValueType, Keys.General
 _MAX_BYTES = 256 * 1024  # of front matter
@@ -88,7 +89,7 @@ def read_card(folder: Path, config: Mapping[str, Any], origin: Origin) -> Card:
 def _front_matter(path: Path) -> tuple[dict[str, Any], list[str]]:
     """The mapping at the head of a Markdown file, all its scalars as texts; empty if there is none."""
     try:
-        with path.open("rb") as file:
+        with disk.opened(path) as file:
             text = file.read(_MAX_BYTES).decode("utf-8-sig", errors="replace")
     except OSError:
         return {}, []

@@ -10,13 +10,12 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 from stepgguf.errors import CorruptShard, MissingShard, TruncatedShard
-from stepgguf.files import jsonread
+from stepgguf.files import disk, jsonread
 from stepgguf.files.jsonread import Value
 
 _MAX_HEADER = 100_000_000  # safetensors' own limit
@@ -62,10 +61,8 @@ class Shard:
 def read_shard(path: Path) -> Shard:
     """Read a shard's header. MissingShard, TruncatedShard or CorruptShard, each naming the file and what is wrong."""
     try:
-        with path.open("rb") as file:
+        with disk.opened(path) as file:
             status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise CorruptShard(f"{path}: not a file")
             start = file.read(64)
             length = _header_length(path, start, status.st_size)
             text = start[8 : 8 + length] + file.read(max(0, length - 56))

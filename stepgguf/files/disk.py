@@ -14,6 +14,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from stepgguf.errors import OutputError
 
@@ -37,6 +38,21 @@ def disk_errors(path: Path) -> Iterator[None]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         found = f"{path.parent}: the disk is full" if full else f"{error.filename or path}: {error.strerror or error}"
         raise OutputError(found, hint=_HINTS.get(error.errno or 0, _RESUME)) from error
+
+
+def opened(path: Path) -> BinaryIO:
+    """A regular file to read. OSError for anything else: reading a pipe waits for somebody who writes into it."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return os.fdopen(fd, "rb")
+
+
+def read_text(path: Path) -> str:
+    """A whole text file in UTF-8. OSError, UnicodeDecodeError."""
+    with opened(path) as file:
+        return file.read().decode("utf-8")
 
 
 def hold(path: Path, *, make: bool = False) -> int:

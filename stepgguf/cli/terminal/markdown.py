@@ -3,8 +3,8 @@
 Blocks are those of the parser that renders them, so a list, a table or a fence is one however long it is.
 
 Nothing that a model wrote is lost. HTML, entities, backslashes, formulas and the like stand there as they were written
-(markdown_parser.py), and a block that still cannot be shown whole, like a table with more cells than columns or a list that
-is indented beyond the screen, is shown as its source.
+(markdown_parser.py), and a block that still cannot be shown whole, like a table with more cells than columns or a list
+that is indented beyond the screen, is shown as its source.
 """
 
 from __future__ import annotations
