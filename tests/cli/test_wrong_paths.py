@@ -6,6 +6,7 @@ import io
 import os
 import shutil
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,11 @@ def write(path: Path, architecture: str, *, tensors: bool, **keys: int) -> None:
     writer.close()
 
 
+def bind(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+
+
 KINDS: dict[str, Callable[[Path, Path], object]] = {  # each makes the path, given a good file
     "missing": lambda path, good: None,
     "folder": lambda path, good: path.mkdir(),
@@ -41,6 +47,7 @@ KINDS: dict[str, Callable[[Path, Path], object]] = {  # each makes the path, giv
     "binary": lambda path, good: path.write_bytes(bytes(range(256)) * 40),
     "text": lambda path, good: path.write_text("hello\n" * 10),
     "pipe": lambda path, good: os.mkfifo(path),
+    "socket": lambda path, good: bind(path),
     "loop": lambda path, good: path.symlink_to(path.name),
     "dangling": lambda path, good: path.symlink_to("nowhere"),
     "cut": lambda path, good: path.write_bytes(good.read_bytes()[:200_000]),
@@ -48,7 +55,7 @@ KINDS: dict[str, Callable[[Path, Path], object]] = {  # each makes the path, giv
     "bare": lambda path, good: write(path, "step35", tensors=False, block_count=1),
     "hollow": lambda path, good: write(path, "step35", tensors=True, block_count=1),
 }
-NAMES = {"long": "n" * 300 + ".gguf", "split": "x-00003-of-00002.gguf", "nul": "x\0.gguf"}
+NAMES = {"long": "n" * 300 + ".gguf", "split": "x-00003-of-00002.gguf"}
 
 READING: dict[str, list[str]] = {  # @ is the path, GOOD a GGUF, SOURCE a checkpoint, NEW a name that is free
     "convert": ["convert", "@", "NEW", "-t", "F16"],
@@ -101,9 +108,9 @@ def no_waiting() -> Iterator[None]:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], demo_gguf: Path, tmp_path: Path):  # type: ignore[no-untyped-def]
     """Runs a command line with a path in it. Exit code and all that it printed, as one line."""
-    monkeypatch.setattr(output.stderr, "_width", 4000)
+    monkeypatch.setattr(output.stderr, "_width", 500)
     monkeypatch.setattr(output.stderr, "file", None)
-    monkeypatch.setenv("COLUMNS", "4000")
+    monkeypatch.setenv("COLUMNS", "500")
 
     def run(command: list[str], path: Path) -> tuple[int, str]:
         monkeypatch.setattr(sys, "stdin", io.StringIO())
@@ -123,8 +130,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], demo
 def is_named(path: Path, text: str) -> bool:
     """Boxes of wrong usage break long names in the middle."""
     text = text.replace(" ", "").replace("│", "")
-    shown = str(path).replace("\0", "\\x00")
-    return any(name in text for name in (str(path), str(path.with_suffix("")), shown, str(path.parent / "x")))
+    return str(path) in text or (path.name in NAMES.values() and str(path.with_suffix("")) in text)
 
 
 def made(kind: str, tmp_path: Path, good: Path, suffix: str = ".gguf") -> Path:
@@ -152,15 +158,16 @@ def test_a_path_that_cannot_be_read_is_named_in_one_sentence(
     assert not left, "nothing is left behind"
 
 
-@pytest.mark.parametrize("kind", ["pipe", "loop", "long", "below", "nul", "device"])
+@pytest.mark.parametrize("kind", ["pipe", "socket", "loop", "long", "below"])
 @pytest.mark.parametrize("command", WRITING)
 def test_a_path_that_cannot_be_written_is_named_in_one_sentence(
     run: Callable[[list[str], Path], tuple[int, str]], command: str, kind: str, tmp_path: Path, demo_gguf: Path
 ) -> None:
     (tmp_path / "file").touch()
-    places = {"below": tmp_path / "file" / "x.gguf", "device": Path("/dev/full")}
-    path = places.get(kind) or made(kind, tmp_path, demo_gguf)
+    path = tmp_path / "file" / "x.gguf" if kind == "below" else made(kind, tmp_path, demo_gguf)
+    before = sorted(tmp_path.iterdir())
     code, text = run(WRITING[command], path)
     assert code in (1, 2)
     assert is_named(path, text) or is_named(path.parent, text), text
-    assert not path.is_file()
+    assert sorted(tmp_path.iterdir()) == before
+    assert not any(p.is_file() for p in before if p.name != "file"), "nothing is put in their place"
