@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,8 +85,9 @@ def chat(
     if (path is None) == (url is None):
         raise typer.BadParameter("give a GGUF file or --url", param_hint="FILE.gguf")
     interactive = sys.stdin is not None and sys.stdin.isatty()
-    piped = sys.stdin.read().strip() if sys.stdin is not None and not interactive else None
-    question = "\n\n".join(part for part in (prompt, piped) if part)
+    piped = None if interactive else _piped()
+    given_prompt = prompt and prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    question = "\n\n".join(part for part in (given_prompt, piped) if part)
     if not question and (prompt is not None or json or not interactive):
         raise typer.BadParameter("there is nothing to answer", param_hint="--prompt")
 
@@ -142,6 +144,15 @@ def chat(
             dialogue.run()
         else:
             raise typer.BadParameter("a conversation needs a terminal; ask with --prompt", param_hint="--prompt")
+
+
+def _piped() -> str | None:
+    """What stdin has, if it is open; bytes that are no text become U+FFFD."""
+    if sys.stdin is None:
+        return None
+    if not isinstance(sys.stdin, io.TextIOWrapper):
+        return sys.stdin.read().strip()
+    return sys.stdin.buffer.read().decode("utf-8", errors="replace").strip()
 
 
 @contextmanager

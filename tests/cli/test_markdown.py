@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
@@ -50,6 +50,7 @@ def is_subsequence(short: str, long: str) -> bool:
     return all(char in rest for char in short)
 
 
+@example("word```\n```\n```\n**", 80, 1)  # the last block begins in the last line
 @settings(max_examples=400, deadline=None)
 @given(texts, st.integers(4, 100), st.integers(1, 50))
 def test_every_visible_character_of_an_answer_is_shown(text: str, width: int, size: int) -> None:

@@ -53,8 +53,9 @@ class Blocks:
         return ["\n".join(lines[a:b]).strip("\n") for a, b in pairwise(starts)]
 
     def finish(self) -> list[str]:
+        blocks = self.feed("\n")
         rest, self.rest = self.rest.strip("\n"), ""
-        return [rest] if rest.strip() else []
+        return [*blocks, rest] if rest.strip() else blocks
 
 
 class Renderer:
@@ -77,7 +78,7 @@ class Renderer:
 
     def _styled(self, tokens: Sequence[Token], width: int) -> str:
         with self._console.capture() as capture:
-            if tokens and tokens[0].type in _FENCES:
+            if len(tokens) == 1 and tokens[0].type in _FENCES:
                 for text in _code(tokens[0]):
                     self._console.print(text, soft_wrap=True)  # not wrapped, so that it can be copied
             else:
