@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         from stepgguf.cli import output
 
-        output.error(f"{error.filename or 'reading or writing'}: {error.strerror or error}", None)
+        output.error(f"{error.filename or 'standard output'}: {error.strerror or error}", None)
         return 1
     return 0
 
