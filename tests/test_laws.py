@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "errors": set(),
     "files": set(),
     "model": {"files"},
-    "quants": set(),
+    "quants": {"files"},
     "convert": {"files", "model", "quants"},
     "reference": {"model", "quants", "convert"},
     "runtime": set(),
@@ -47,6 +47,7 @@ ONLY_IN = {
     "typer": ("cli/",),
     "rich": ("cli/",),
     "gguf": ("quants/", "convert/"),
+    "platformdirs": ("files/folders.py",),
     "yaml": ("convert/card.py",),
 }
 

@@ -21,8 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from stepgguf.chat.output import Delta
-from stepgguf.chat.session import Settings, Usage
-from stepgguf.chat.transcript import Origin
+from stepgguf.chat.records import Origin, Settings, Usage
 from stepgguf.errors import EngineBusy, EngineError, RequestError, StepggufError
 from stepgguf.runtime.engine import Prefill, Queued, Sampling
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stepgguf.errors import BadMetadata, TemplateRefused
+from stepgguf.files import disk
 
 Message = Mapping[str, Any]
 Place = Literal["thinking", "answer", "start"]  # where a prompt ends; start: the model may open its thinking, or not
@@ -133,12 +134,16 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def read(path: Path) -> str:
-    """A template's text from a file. BadMetadata: it cannot be read, or is no text."""
+    """A template's text from a file. BadMetadata: it cannot be read, is no text, or does not render a conversation."""
     try:
-        return path.read_text(encoding="utf-8")
+        text = disk.read_text(path)
+        ChatTemplate(text).probe()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise BadMetadata(f"{path} is no chat template: {reason}", hint="Give a jinja2 file.") from error
+    except BadMetadata as error:
+        raise BadMetadata(f"{path}: {error.message}", hint=error.hint) from error
+    return text
 
 
 def closing(words: str, *, after: bool) -> str:

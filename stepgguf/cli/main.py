@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -88,9 +90,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         output.error(f"this needs {error.name}, which is not installed", f"pip install 'stepgguf[{extra}]'")
         return 1
+    except BrokenPipeError:  # whoever read what we print has seen enough
+        return 1
+    except OSError as error:
+        if debug:
+            raise
+        from stepgguf.cli import output
+
+        output.error(f"{error.filename or 'standard output'}: {error.strerror or error}", None)
+        return 1
     return 0
 
 
 def run() -> None:
-    """The console script."""
-    sys.exit(main())
+    """The console script. Streams that are closed take everything, and an ASCII terminal gets what it lacks spelled."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  until the end
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    code = main()
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        code = code or 1
+        if not isinstance(error, BrokenPipeError):
+            sys.stderr.write(f"error: the output cannot be written: {error.strerror}\n")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left must not be tried again at the end
+    sys.exit(code)

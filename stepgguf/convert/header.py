@@ -25,6 +25,7 @@ from typing import Any
 from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
 
 from stepgguf.errors import BadMagic, BadMetadata, GGUFError, TruncatedFile
+from stepgguf.files import disk
 from stepgguf.files.jsonread import shown
 
 V = GGUFValueType
@@ -111,7 +112,7 @@ def read(path: Path, *, check_size: bool = True) -> Header:
     if path.exists() and not path.is_file():
         raise GGUFError(f"{path}: not a file", hint=_not_gguf(b""))  # opening a pipe would wait for ever
     try:
-        with path.open("rb") as file:
+        with disk.opened(path) as file:
             size = file.seek(0, 2)
             if size < 24:
                 raise BadMagic(f"{path}: {size} bytes is too short for a GGUF header", hint=_not_gguf(b""))

@@ -39,7 +39,8 @@ from stepgguf.convert.importance import Importance
 from stepgguf.convert.pipeline import Compiling, UnitMaker
 from stepgguf.convert.plan import PlannedTensor, Unit, rows_per_expert
 from stepgguf.convert.source import TensorSource
-from stepgguf.convert.writer import disk_errors
+from stepgguf.files import folders
+from stepgguf.files.disk import disk_errors
 from stepgguf.quants import mixtures
 from stepgguf.quants.codec import Loss
 from stepgguf.quants.mixtures import Candidate
@@ -176,11 +177,9 @@ def _sum(group: Iterable[tuple[_Run, Losses]]) -> Measured:
 
 
 def cache_path(source: TensorSource, importance: Importance | None) -> Path:
-    """Where errors of this source with this importance are kept: in the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    folder = (Path(home) if home else Path.home() / ".cache") / "stepgguf"
+    """Where errors of this source with this importance are kept."""
     digest = hashlib.sha256(json.dumps(_key(source, importance), sort_keys=True).encode()).hexdigest()
-    return folder / f"errors-{digest[:16]}.jsonl"
+    return folders.errors() / f"{digest[:16]}.jsonl"
 
 
 def _key(source: TensorSource, importance: Importance | None) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from stepgguf.convert.checkpoint import Checkpoint
 from stepgguf.convert.ggufsource import ARCHITECTURE
 from stepgguf.convert.header import Key
 from stepgguf.errors import BadConfig
-from stepgguf.files import jsonread
+from stepgguf.files import disk, jsonread
 from stepgguf.files.jsonread import Value
 from stepgguf.model.hparams import HParams
 from stepgguf.model.tokenizer import MODEL, PRE, Vocabulary, vocabulary
@@ -256,7 +256,7 @@ def _template(path: Path, settings: Value) -> str | None:
 def _text(path: Path) -> str:
     """A text file in UTF-8."""
     try:
-        return path.read_text(encoding="utf-8")
+        return disk.read_text(path)
     except OSError as error:
         raise BadConfig(f"{path}: {error.strerror}", hint="Check the path and its permissions.") from error
     except UnicodeDecodeError as error:

@@ -33,6 +33,7 @@ from typing import Any
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from stepgguf.errors import RecipeError
+from stepgguf.files import disk
 from stepgguf.quants import mixtures
 from stepgguf.quants.mixtures import BASE, Candidate, Choice, Facts
 
@@ -186,7 +187,7 @@ def load(name_or_path: str) -> Recipe:
     if path.suffix != ".toml":
         raise _unknown_recipe(path)
     try:
-        return parse(path.read_text("utf-8"), name_or_path)
+        return parse(disk.read_text(path), name_or_path)
     except FileNotFoundError:
         raise _unknown_recipe(path) from None
     except UnicodeDecodeError as error:

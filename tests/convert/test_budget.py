@@ -19,6 +19,7 @@ from stepgguf.convert.ggufsource import GGUFSource
 from stepgguf.convert.plan import Options, Plan, PlannedTensor
 from stepgguf.convert.planner import plan_checkpoint
 from stepgguf.errors import DoesNotFit, RecipeError
+from stepgguf.files import folders
 from stepgguf.quants import recipe
 from stepgguf.runtime import speed
 from tests.convert.test_objective import write_importance
@@ -37,7 +38,8 @@ def _few_types(monkeypatch: pytest.MonkeyPatch) -> None:
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Errors that one test measures are there for the others."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        cache = tmp_path_factory.mktemp("cache")
+        patch.setattr(folders, "errors", lambda: cache)
         yield
 
 

@@ -19,8 +19,8 @@ from stepgguf.convert.checkpoint import Checkpoint
 from stepgguf.convert.metadata import RESERVE, rope_freqs
 from stepgguf.convert.plan import Options
 from stepgguf.convert.planner import plan_checkpoint
-from stepgguf.errors import BadConfig
 from stepgguf.demo import CHECKPOINT
+from stepgguf.errors import BadConfig
 from stepgguf.model.hparams import HParams
 from stepgguf.reference.model import rope_scaling_factors
 from tests.conftest import real_config

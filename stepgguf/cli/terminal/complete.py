@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stepgguf.errors import RequestError
+from stepgguf.files import disk
 
 _MENTION = re.compile(r'(?<![^\s(])@(?:"([^"\n]+)"|([^\s"]+))')
 _PARTIAL = re.compile(r'(?:^|(?<=[\s(]))@("?)([^\s"]*)$')
@@ -31,7 +32,7 @@ def read_file(name: str) -> Attachment:
     """RequestError: there is no such file, or it is not text."""
     path = Path(name).expanduser()
     try:
-        return Attachment(name, path.read_text(encoding="utf-8"))
+        return Attachment(name, disk.read_text(path))
     except UnicodeDecodeError as error:
         raise RequestError(f"{name} is not UTF-8 text", hint="The model reads text only.") from error
     except OSError as error:
