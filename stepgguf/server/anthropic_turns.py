@@ -43,12 +43,12 @@ class ToolUseBlock(Part):
     input: dict[str, Any] | str = Field(default_factory=dict)  # some clients keep the JSON
 
 
-def as_blocks(content: Any) -> Any:
+def _blocks(content: Any) -> Any:
     """A string is short for one block."""
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-Texts = Annotated[list[AnyPart], BeforeValidator(as_blocks)]
+Texts = Annotated[list[AnyPart], BeforeValidator(_blocks)]
 
 
 def _result_part(part: Any) -> Any:
@@ -58,12 +58,13 @@ def _result_part(part: Any) -> Any:
     return part
 
 
+_Results = Annotated[list[Annotated[AnyPart, BeforeValidator(_result_part)]], BeforeValidator(_blocks)]
+
+
 class ToolResultBlock(Part):
     type: Literal["tool_result"]
     tool_use_id: str
-    content: Annotated[list[Annotated[AnyPart, BeforeValidator(_result_part)]], BeforeValidator(as_blocks)] | None = (
-        None
-    )
+    content: _Results | None = None
     is_error: bool | None = None
 
     @property
@@ -81,16 +82,16 @@ RENDERED: dict[str, tuple[type[Block], ...]] = {
 OURS = ("text", "thinking", "redacted_thinking", "tool_use", "tool_result")
 
 
-def _block(block: Any) -> Any:
+def _known(block: Any) -> Any:
     return block if isinstance(block, dict) and block.get("type") in OURS else as_text(block)
 
 
-_Block = Annotated[Annotated[Block, Field(discriminator="type")], BeforeValidator(_block)]
+_Block = Annotated[Annotated[Block, Field(discriminator="type")], BeforeValidator(_known)]
 
 
 class Turn(Part):
     role: Literal["user", "assistant", "system"]
-    content: Annotated[list[_Block], BeforeValidator(as_blocks)] = Field(default_factory=list)
+    content: Annotated[list[_Block], BeforeValidator(_blocks)] = Field(default_factory=list)
 
     @property
     def has_results(self) -> bool:
