@@ -9,7 +9,8 @@ The checkpoint that ships here was made in several runs, each from the one befor
 way. Held-out letter counts, exact to the last token: 9,000 steps of trunk, 91.5 %; it failed on words that begin like a
 word of the prompts, whose first letters are one token (tasks.OPENINGS). 1,800 more at 6e-4 with such words, 92.5 %;
 1,000 more at 6e-4 with those words more often and three questions in four about letters, 98 %. Sums were at 100 % from
-the 8,000th step on. Then 1,500 steps of MTP.
+the 8,000th step on. Then 1,500 steps of MTP. At last 900 steps of trunk at 5e-4 in which a third of the thinking is cut
+(`Encoder.cut`), after which it answers whenever it is stopped, and 250 of MTP.
 
 The reference model is trained as it is; nothing here knows the architecture except `config`. Router load is balanced
 without an auxiliary loss, by nudging the selection bias (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
