@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 import shlex
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from stepgguf.convert.ggufsource import GGUFSource
 from stepgguf.convert.opening import open_source
 from stepgguf.convert.plan import Options, Plan
 from stepgguf.convert.planner import plan_source
-from stepgguf.convert.sizes import inventory
+from stepgguf.convert.sizes import Inventory, inventory
 from stepgguf.convert.source import TensorSource
 from stepgguf.convert.writer import Writer
 from stepgguf.errors import StepggufError, UnknownType
@@ -52,23 +51,20 @@ def chosen(type_name: str | None, limits: Limits | None, source: Path, default: 
     try:
         return budget.resolve(type_name, limits, default)
     except UnknownType as error:
-        if not error.near:
-            raise
-        found = _sizes(source, error.near)
-        hint = f"Types that come near: {', '.join(found)}." if found else error.hint
-        raise UnknownType(error.message, hint=hint, near=error.near) from None
+        try:
+            with open_source(source) as opened:
+                raise sized(error, inventory(opened)) from None
+        except StepggufError as other:
+            raise other if isinstance(other, UnknownType) else error from None  # one thing at a time
 
 
-def _sizes(path: Path, names: Iterable[str]) -> list[str]:
-    """Each type with the size that it gives the model; nothing if that cannot be opened, which is not the question."""
-    try:
-        with open_source(path) as source:
-            model = inventory(source)
-            sizes = {name: model.sizes(name) for name in names}
-    except StepggufError:
-        return []
-    in_order = sorted(sizes.items(), key=lambda item: item[1].total)
-    return [f"{name} {output.size(s.total)}{' (with an imatrix)' * s.needs_imatrix}" for name, s in in_order]
+def sized(error: UnknownType, model: Inventory) -> UnknownType:
+    """The same with the sizes that the types which come near give this model."""
+    if not error.near:
+        return error
+    sizes = sorted(((model.sizes(name), name) for name in error.near), key=lambda pair: pair[0].total)
+    found = [f"{name} {output.size(s.total)}{' (with an imatrix)' * s.needs_imatrix}" for s, name in sizes]
+    return UnknownType(error.message, hint=f"Types that come near: {', '.join(found)}.", near=error.near)
 
 
 def priced(

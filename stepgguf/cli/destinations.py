@@ -30,7 +30,7 @@ class Destination:
 
     @property
     def is_folder(self) -> bool:
-        return self.text.endswith((os.sep, f"{os.sep}.")) or self.path.is_dir()
+        return self.text.endswith((os.sep, f"{os.sep}.")) or (self.text != "" and self.path.is_dir())
 
     def file(self, name: str) -> Path:
         """The file: in a folder, `name` with the ending. OutputError for a name without it."""
@@ -62,4 +62,4 @@ class Destination:
             return path.with_name(match[1] + self.ending) if match and self.ending == ".gguf" else path
         if path.suffix[1:].isalpha():  # .txt, .bin, .GGUF; but .5 and .q4_0 are parts of a name
             return path.with_suffix(self.ending)
-        return path.with_name((path.name or "model") + self.ending)
+        return path.with_name(path.name + self.ending) if path.name else Path(f"model{self.ending}")

@@ -66,7 +66,7 @@ _FOLDER = Path(__file__).with_name("recipes")
 _LAYERS = re.compile(r"(?P<from>[0-9]{1,4})(?P<range>-(?P<to>[0-9]{0,4}))?|(?P<end>first|last) +(?P<n>[1-9][0-9]{0,3})")
 
 MAX_BYTES = 2**20
-_MAX_STATEMENT = 4096
+_MAX_DOTS = 100
 # What can hide the end of a line, or is one. A string that is not closed is no token, and its quote is passed over.
 _TOKEN = re.compile(
     r'''"""(?:[^\\]|\\.)*?"""|"(?:[^"\\\n]|\\.)*"|#[^\n]*|[\[\]{}\n]|''' r"""'{3}.*?'{3}|'[^'\n]*'""", re.DOTALL
@@ -263,10 +263,10 @@ def _statements(text: str, origin: str) -> Iterator[tuple[int, str, Any]]:
 
 
 def _read(statement: str) -> dict[str, Any]:
-    """tomllib's time and memory grow with the square of a dotted key's length: statements are bounded."""
+    """tomllib's time and memory grow with the square of the number of a key's parts: dots are bounded."""
     if not statement.strip() or statement.startswith("#"):
         return {}
-    if len(statement) > _MAX_STATEMENT:
+    if statement.count(".") > _MAX_DOTS:
         raise ValueError
     table: dict[str, Any] = tomllib.loads(statement)
     return table
@@ -380,7 +380,7 @@ def _type(name: str, where: str) -> GGMLQuantizationType:
 
 
 def _unknown_role(pattern: str, regex: str, where: str) -> RecipeError:
-    kept = [role for role in FLOAT32_ROLES if re.fullmatch(regex, role)]
+    kept = [role for role in FLOAT32_ROLES if len(pattern) <= 2 * len(role) and re.fullmatch(regex, role)]
     if kept:
         return RecipeError(f"{where}: {', '.join(kept)} stays F32", hint="Norms and the router are never quantized.")
     return RecipeError(

@@ -35,8 +35,9 @@ def unknown(text: str, others: Iterable[str] = ()) -> UnknownType:
     if bpw := _BPW.fullmatch(wanted):
         hint = f"For so many bits per weight: --target-bpw {bpw[1] or bpw[2]}."
         return UnknownType(f"{what}; it is a rate", hint=hint)
-    guess = did_you_mean(re.sub(r"[-. ]", "_", text) if _BITS.match(wanted) else text, known, 0.81)
     near = _near(wanted)
+    same = [name for name in BASE if _letters(name) == _letters(wanted)]
+    guess = f"; did you mean {same[0]}?" if same else did_you_mean(text, known, 0.81 if near else 0.6)
     hint = f"Give a stock type ({', '.join(BASE)}){_or_recipe(others)}."
     if near and not guess:
         hint = f"Types that come near: {', '.join(near)}."
@@ -65,6 +66,10 @@ def _near(wanted: str) -> tuple[str, ...]:
     bits = int(found["bits"])
     same = [name for name in BASE if (number := re.search(r"\d+", name)) and int(number[0]) == bits]
     return tuple(name for name in same if name.startswith(f"{found['family']}{bits}")) or tuple(same)
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[-_. ]", "", name)
 
 
 def _or_recipe(others: Iterable[str]) -> str:
