@@ -21,7 +21,7 @@ def report(
             metavar="PAGE.html",
             help="Where the page goes; a folder/ is made. Default: FILE.gguf.report.html, beside the file.",
         ),
-    ] = None,  # fmt: skip
+    ] = None,
     overwrite: arguments.Overwrite = False,
     quiet: arguments.Quiet = False,
     json: arguments.Json = False,

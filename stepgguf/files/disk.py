@@ -83,7 +83,8 @@ def replace(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
-    except OSError:
+    except OSError as error:
+        error.filename = str(path)
         with suppress(OSError):
             part.unlink()
         raise
