@@ -20,6 +20,7 @@ import statistics
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ from stepgguf.convert.planner import plan_source
 from stepgguf.convert.writer import Writer
 from stepgguf.demo import CHECKPOINT, tasks
 from stepgguf.demo.train import Encoder
+from stepgguf.files import folders
 from stepgguf.quants import imatrix
 from stepgguf.quants.imatrix import Imatrix
 from stepgguf.reference.imatrix import collect
@@ -85,8 +87,7 @@ def main() -> None:
     parser.add_argument("--without-imatrix", action="store_true")
     args = parser.parse_args()
     pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in args.types}
-    with tempfile.TemporaryDirectory() as name:
-        os.environ["XDG_CACHE_HOME"] = name
+    with tempfile.TemporaryDirectory() as name, mock.patch.object(folders, "errors", return_value=Path(name)):
         source, file = Path(name) / "f32.gguf", Path(name) / "imatrix.gguf"
         assert stepgguf(["convert", str(CHECKPOINT), str(source), "-t", "F32", "--mtp", "drop", "-q"]) == 0
         reference, matrix = reference_logits(source, held_out()[::3], threads=args.threads), calibrate()

@@ -16,14 +16,16 @@
     │   ├── BadMagic             not a GGUF
     │   ├── TruncatedFile        shorter than its own header says
     │   └── BadMetadata          a key is missing or wrong
-    ├── RecipeError              a type that does not exist or cannot be had
+    ├── RecipeError              a type that cannot be had, a recipe that is none
+    │   └── UnknownType          there is no such type; `near` names those that may be meant
     ├── QuantError               ggml refused
     ├── ImatrixError             an importance matrix: damaged, or of another model
     ├── DoesNotFit               a byte budget below what the smallest types need
     ├── OutputError              the destination: exists, differs, no space
     ├── VerifyError              bytes are not what the manifest or the source says
     ├── RequestError             a request that cannot be served as it is; `param` names its field
-    │   └── BadGrammar           a grammar or a JSON schema that cannot be used, or is too large
+    │   ├── BadGrammar           a grammar or a JSON schema that cannot be used, or is too large
+    │   └── TemplateRefused      the chat template cannot show these messages
     └── EngineError              running a model
         ├── ModelLoadFailed
         ├── ContextLengthExceeded  `n_prompt` tokens do not fit into `n_ctx`
@@ -110,6 +112,12 @@ class RecipeError(StepggufError):
     pass
 
 
+class UnknownType(RecipeError):
+    def __init__(self, message: str, *, hint: str | None = None, near: tuple[str, ...] = ()) -> None:
+        super().__init__(message, hint=hint)
+        self.near = near
+
+
 class QuantError(StepggufError):
     pass
 
@@ -137,6 +145,10 @@ class RequestError(StepggufError):
 
 
 class BadGrammar(RequestError):
+    pass
+
+
+class TemplateRefused(RequestError):
     pass
 
 

@@ -8,27 +8,27 @@ folds over the same deltas.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stepgguf.chat.grammar import constrain
 from stepgguf.chat.output import Delta, Markers, OutputMachine
 from stepgguf.chat.request import ChatRequest, Tool
-from stepgguf.chat.template import ChatTemplate, normalize
+from stepgguf.chat.template import CLOSE_THINKING, CLOSING_WORDS, ChatTemplate, Place, normalize, place_of
 from stepgguf.errors import BadMetadata
 from stepgguf.runtime.engine import Engine, Event, Finished, Reasoning, Request, Timings, Tokens
 
-CLOSE_THINKING = "\n</think>\n"
 ANSWER_SHARE = 4  # with a budget for thinking, a quarter of max_tokens stays for the answer
 
 
 class ChatModel:
     """An engine and the template that its model file carries.
 
-    closing_message: what the model is made to think last when its thinking is cut off. break_loops: end thinking that
-    repeats itself.
+    closing_message: what the model is made to think last when its thinking is cut off. Without any words many models
+    go on thinking in their answer. break_loops: end thinking that repeats itself.
     """
 
-    def __init__(self, engine: Engine, *, closing_message: str = "", break_loops: bool = True) -> None:
+    def __init__(self, engine: Engine, *, closing_message: str = CLOSING_WORDS, break_loops: bool = True) -> None:
         source = engine.info.chat_template
         if source is None:
             raise BadMetadata(
@@ -39,24 +39,28 @@ class ChatModel:
         end = engine.token_id("</think>")
         if end is None:
             raise BadMetadata(f"{engine.info.name} has no token </think>", hint="It is not a Step-3.5 model's file.")
-        self.markers = Markers(end, engine.token_id("<tool_call>"), engine.token_id("</tool_call>"))
+        self.markers = Markers(
+            end, engine.token_id("<tool_call>"), engine.token_id("</tool_call>"), engine.token_id("<think>")
+        )
         self._turn = engine.token_id("<|im_start|>")
         self._user = engine.tokenize_piece("user")[0]
+        self._closed = closing_message.lstrip() + CLOSE_THINKING
         self._closing = tuple(engine.tokenize_piece(closing_message + CLOSE_THINKING))
 
-    def prompt(self, request: ChatRequest) -> tuple[list[int], bool]:
-        """Token ids of the prompt, and whether it ends inside the model's thinking."""
+    def prompt(self, request: ChatRequest) -> tuple[list[int], Place]:
+        """Token ids of the prompt, and where it ends."""
         tools = [_as_json(tool) for tool in request.tools] if request.tool_choice.mode != "none" else []
         text = self._template.render(normalize(request.messages), tools=tools or None)
-        thinking = text.rstrip().endswith("<think>")
-        if thinking and request.reasoning_budget == 0:
-            return self.engine.tokenize(text + CLOSE_THINKING), False
-        return self.engine.tokenize(text), thinking
+        place = place_of(text)
+        if place != "answer" and self._budget(request) == 0:
+            text, place = text + ("" if place == "thinking" else "<think>\n") + self._closed, "answer"
+        return self.engine.tokenize(text), place
 
     def prepare(self, request: ChatRequest) -> Prepared:
         """RequestError or BadMetadata say what cannot be done."""
-        prompt, thinking = self.prompt(request)
+        prompt, place = self.prompt(request)
         tools = request.tools if request.tool_choice.mode != "none" else ()
+        thinking = place == "thinking"
         grammar = constrain(
             self.markers,
             thinking=thinking,
@@ -71,9 +75,10 @@ class ChatModel:
                 sampling=request.sampling,
                 max_tokens=request.max_tokens,
                 grammar=grammar,
-                reasoning=self._reasoning(request, tools) if thinking else None,
+                reasoning=self._reasoning(request, tools, place),
                 turns=self._turns(prompt),
                 top_logprobs=request.top_logprobs,
+                banned=self._banned,
             ),
             self.markers,
             thinking,
@@ -81,13 +86,24 @@ class ChatModel:
             request.stops,
         )
 
-    def _reasoning(self, request: ChatRequest, tools: tuple[Tool, ...]) -> Reasoning:
-        budget = request.reasoning_budget
-        if budget is not None and request.max_tokens is not None:
-            budget = max(1, min(budget, request.max_tokens - request.max_tokens // ANSWER_SHARE))
+    @property
+    def _banned(self) -> frozenset[int]:
+        return frozenset(token for token in (self.markers.thinking, self.markers.end_of_thinking) if token is not None)
+
+    def _budget(self, request: ChatRequest) -> int | None:
+        """Tokens of thinking, None for no limit. What closes it and an answer must find room in max_tokens."""
+        if request.reasoning_budget is None or request.max_tokens is None:
+            return request.reasoning_budget
+        room = request.max_tokens - request.max_tokens // ANSWER_SHARE - len(self._closing)
+        return max(0, min(request.reasoning_budget, room))
+
+    def _reasoning(self, request: ChatRequest, tools: tuple[Tool, ...], place: Place) -> Reasoning | None:
+        if place == "answer" or (place == "start" and self.markers.thinking is None):
+            return None
         call = self.markers.call if tools else None
-        ends = {self.markers.end_of_thinking} | ({call} if call is not None else set())
-        return Reasoning(frozenset(ends), self._closing, budget, self._break_loops)
+        ends = frozenset(token for token in (self.markers.end_of_thinking, call) if token is not None)
+        opening = self.markers.thinking if place == "start" else None
+        return Reasoning(ends, self._closing, self._budget(request), self._break_loops, opening)
 
     def _turns(self, prompt: list[int]) -> tuple[int, ...]:
         """Where user messages start, and the answer. The next prompt departs from this one at one of these."""
@@ -107,7 +123,11 @@ class Prepared:
 
 
 class Reply:
-    """Reads the events of one request. When `stopped`, a stop text was found: cancel the request."""
+    """Reads the events of one request. When `stopped`, a stop text was found: cancel the request.
+
+    For a whole answer `settle` has the last word on the deltas. `cut_call` is the index of a tool call that was not
+    finished, if there is one: its arguments are an unclosed prefix of JSON, and nobody may run it.
+    """
 
     def __init__(self, prepared: Prepared) -> None:
         self._machine = OutputMachine(
@@ -120,12 +140,23 @@ class Reply:
             return [delta for step in event.steps for delta in self._machine.feed(step)]
         if isinstance(event, Finished):
             self.finished = event
-            return self._machine.close()
+            return self._machine.close(cut=event.reason != "stop")
         return []
+
+    def settle(self, deltas: Sequence[Delta]) -> list[Delta]:
+        """All deltas of an answer, with the text before a misplaced </think> as reasoning, unless nothing follows."""
+        last = self._machine.n_misplaced
+        if not any(d.kind == "call" or (d.kind == "text" and d.index == last) for d in deltas):
+            return list(deltas)
+        return [Delta("reasoning", d.text) if d.kind == "text" and d.index < last else d for d in deltas]
 
     @property
     def stopped(self) -> str | None:
         return self._machine.stopped
+
+    @property
+    def cut_call(self) -> int | None:
+        return self._machine.cut_call
 
     @property
     def warnings(self) -> list[str]:
@@ -153,6 +184,8 @@ class Reply:
         assert self.finished is not None
         if self._machine.stopped is not None:
             return "stop"
+        if self.cut_call is not None and self.finished.reason != "error":
+            return "length"
         if self.finished.reason == "stop" and self._machine.n_calls:
             return "tool_calls"
         return "stop" if self.finished.reason == "cancelled" else self.finished.reason

@@ -3,13 +3,14 @@ r"""The grammar that an answer must keep: formats and tool calls in the model's 
     root  := \n? (format | "<tool_call>" calls)      holds from </think> on; without thinking from the start, and no \n
     calls := call (\n? "<tool_call>" call)* \n?      holds from the token <tool_call> on
     call  := "\n<function=" NAME ">\n" parameters "</function>\n" "</tool_call>"
-    parameter := "<parameter=" K ">\n" VALUE "\n</parameter>\n"
+    parameter := "<parameter=" K ">\n" VALUE "\n" "</parameter>\n"?
 
 Where a tool may but need not be called, thinking and text are free until the token <tool_call> comes. tools.py reads
-what this grammar allows, without a warning and to the same end: a free text has no line `</parameter>` before a line
-that starts with `<parameter=` or `</function>`, and does not start with one. Up to ORDER parameters may come in any
-order; more have the schema's order, because the orders are 2^n rules. Only parameters that the schema does not list
-may come twice.
+what this grammar allows to the same end: a free text has no line `</parameter>` before a line that starts with
+`<parameter=` or `</function>`, and does not start with one. `</parameter>` may be forgotten, as models do, but for
+functions that take parameters without a name in the schema; where tools.py would take it for forgotten, a text ends
+here too. Up to ORDER parameters may come in any order; more have the
+schema's order, because the orders are 2^n rules. Only parameters that the schema does not list may come twice.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ from stepgguf.chat.jsonrules import SchemaRules, define_json
 from stepgguf.chat.output import Markers
 from stepgguf.chat.request import Choice, Format, Gbnf, JsonObject, JsonSchema, Tool, ToolChoice
 from stepgguf.chat.schema import MAX_DEPTH, Merged, Node, too_large
-from stepgguf.chat.tools import VALUE_ENDS
+from stepgguf.chat.tools import FORGOTTEN_ENDS, VALUE_ENDS, parameter_names
 from stepgguf.errors import BadGrammar
 from stepgguf.runtime.engine import Grammar
 
 ORDER = 5
+_MAX_NAMES = 1024  # characters of parameter names in the rule `text`, each of which makes a rule
+_ENDING = re.compile(r"</parameter>|^<parameter=|^</function>", re.MULTILINE)  # what may end a value
 _MAX_GROUPS = 64  # in each other, in a grammar of the user's: llama.cpp's parser recurses on its C stack
 _PYTHON = {"boolean": ('"True"', '"False"'), "null": ('"None"',)}  # how the template writes them in the history
 # strings, classes, tokens, counts and comments of GBNF; and outside of them names and groups
@@ -121,7 +124,8 @@ def _own_names(format: Gbnf, param: str) -> str:
 
 
 def _define_calls(rules: Rules, tools: Sequence[tuple[int, Tool]], markers: Markers, parallel: bool) -> None:
-    _define_text(rules)
+    names = sorted(frozenset[str]().union(*(parameter_names(tool.parameters) for _, tool in tools)))
+    _define_text(rules, names)
     functions = []
     for i, tool in tools:
         _check_name(tool.name, f"tools[{i}].function.name")
@@ -141,22 +145,29 @@ def _check_name(name: str, param: str) -> None:
         )
 
 
-def _define_text(rules: Rules) -> None:
+def _define_text(rules: Rules, parameters: Sequence[str]) -> None:
     """The rule `text`, any text that tools.py does not end early: one rule per proper prefix of an end.
 
-    It starts as if after a line break, because the one before it may begin an end.
+    It starts as if after a line break, because the one before it may begin an end. With very many parameters no line of
+    it starts with `<parameter=`, whatever follows.
     """
-    prefixes = [end[:n] for end in VALUE_ENDS for n in range(len(end))]
-    names = {prefix: f"text-{i}" for i, prefix in enumerate(dict.fromkeys(prefixes))}
+    tags = [f"{name}>" for name in parameters] if sum(map(len, parameters)) <= _MAX_NAMES else [""]
+    ends = {*VALUE_ENDS, *FORGOTTEN_ENDS, *(f"\n<parameter={tag}" for tag in tags)}
+    names = {"": "text-0"}
+    for end in sorted(ends):
+        for n in range(1, len(end)):
+            names.setdefault(end[:n], f"text-{len(names)}")
+    alphabet = sorted(set("".join(ends)))
     for prefix, name in names.items():
         options, known = ['""'], ""
-        for char in sorted(set("".join(VALUE_ENDS))):
+        for char in alphabet:
             read = prefix + char
-            while read not in names and read not in VALUE_ENDS:
-                read = read[1:]
+            while read and read not in names and read not in ends:
+                _, line_break, rest = read[1:].partition("\n")  # every end starts with one
+                read = line_break + rest
             if read:
                 known += char
-            if read and read not in VALUE_ENDS:
+            if read and read not in ends:
                 options.append(f"{literal(char)} {names[read]}")
         others = char_class(all_but(characters(known)))
         rules.define(name, " | ".join([*options, f"{others} {names['']}"]))
@@ -188,6 +199,8 @@ class _CallRules:
 
     def _parameters(self, merged: Merged) -> str | None:
         members = []
+        extras = merged.extras()
+        close = '"</parameter>\\n"' + ("" if extras else "?")
         for name, node, required in merged.properties():
             _check_name(name, self._rules.param)
             self._merger.charge(len(merged.objects))
@@ -195,18 +208,17 @@ class _CallRules:
             if value is None and required:
                 return None
             if value is not None:
-                members.append((self._member(literal(name), value), required))
+                members.append((self._member(literal(name), value, close), required))
         rest = '""'
-        extras = merged.extras()
         if extras and (value := self._value(extras)):
             names = [tuple(name) for name, _, _ in merged.properties()]
-            rest = self._rules.repeat(self._member(self._rules.others(names, ">\n"), value), 0)
+            rest = self._rules.repeat(self._member(self._rules.others(names, ">\n"), value, close), 0)
         if len(members) > ORDER:
             return self._rules.add(" ".join([*(m if required else f"{m}?" for m, required in members), rest]))
         return self._any_order(members, rest)
 
-    def _member(self, name: str, value: str) -> str:
-        return self._rules.add(f'"<parameter=" {name} ">\\n" {value} "\\n</parameter>\\n"')
+    def _member(self, name: str, value: str, close: str) -> str:
+        return self._rules.add(f'"<parameter=" {name} ">\\n" {value} "\\n" {close}')
 
     def _any_order(self, members: Sequence[tuple[str, bool]], rest: str) -> str:
         """One rule for each set of members that are left, a bit for each member."""
@@ -238,6 +250,6 @@ class _CallRules:
 
     def _literal(self, member: object) -> str:
         if isinstance(member, str):
-            return "text" if "\n</parameter>\n" in f"\n{member}\n" else literal(member)
+            return "text" if _ENDING.search(member) else literal(member)
         python = f" | {literal(str(member))}" if member is None or isinstance(member, bool) else ""
         return self._rules.add(literal(json.dumps(member, ensure_ascii=False)) + python)

@@ -1,18 +1,26 @@
 """The output machine: token ids in; reasoning, text and tool calls out.
 
+    START --<think>--> THINK                  the answer starts here, or in THINK if the prompt has opened it
     THINK --</think>--> TEXT --<tool_call>--> CALL --</tool_call>--> TEXT
     THINK --<tool_call>--> CALL               CALL --not a call--> TEXT, and what was not read of it is text
 
 The machine switches on token ids and never on text: the same characters spelled out are characters. <tool_call> is
 a switch only if tools were offered, </tool_call> only outside of a parameter's value (see tools.py); else they are
-text too. One line break on each side of </think> and the white space around calls belong to the protocol. Bytes
-become text as soon as they are whole characters. A stop ends the answer where its last character arrives, in TEXT
-only; no more is held back than may be the start of one.
+text too. One exception: a line that starts with `<function=NAME>`, NAME being an offered tool, is a call without its
+<tool_call>. The template gives such a line no other meaning, and models forget the token.
+
+A </think> outside of thinking is never text. The model has thought in its answer then, and what came before belongs to
+the reasoning: `Reply.settle` moves it in whole answers; text that was streamed cannot be taken back.
+
+One line break on each side of </think> and the white space around calls belong to the protocol. Bytes become text as
+soon as they are whole characters. A stop ends the answer where its last character arrives, in TEXT only; no more is
+held back than may be the start of one.
 """
 
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -23,23 +31,27 @@ from stepgguf.runtime.engine import Step
 
 Kind = Literal["reasoning", "text", "call", "arguments"]
 _SPACE = " \t\r\n"
+_FUNCTION_LINE = re.compile(r"^[ \t]*<function=([^>\n]*)>", re.MULTILINE)
+_LAST_LINE = re.compile(r"^[ \t]*(<[^>\n]*)\Z", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
 class Markers:
-    """Token ids of the protocol; None if the model lacks the token."""
+    """Token ids of the protocol; None if the model lacks the token, or if it is text like any other."""
 
-    end_of_thinking: int  # </think>
+    end_of_thinking: int | None  # </think>
     call: int | None  # <tool_call>
     end_of_call: int | None  # </tool_call>
+    thinking: int | None = None  # <think>
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
     """text is never empty. "call": the function's name; "arguments": the next fragment of its JSON.
 
-    index: which call of this answer. steps, on "text": the tokens since the last text, the one that completed it
-    included; tokens of which no character was shown (a stop, white space before a call) are in none.
+    index: which call of this answer; on "text", how many misplaced </think> came before. steps, on "text": the tokens
+    since the last text, the one that completed it included; tokens of which no character was shown (a stop, white space
+    before a call) are in none.
     """
 
     kind: Kind
@@ -51,32 +63,41 @@ class Delta:
 class OutputMachine:
     """Feed it tokens; `close` at the end gives what was held back.
 
-    n_reasoning, n_text: tokens; </think> counts as reasoning, calls as text. stopped: the stop that ended the answer;
-    nothing comes after it. warnings: what the model did wrong, in sentences.
+    thinking: the prompt ends inside it. n_reasoning, n_text: tokens; <think> and </think> count as reasoning, calls as
+    text. stopped: the stop that ended the answer; nothing comes after it. n_misplaced: </think> outside of thinking,
+    before any call. cut_call: the index of a call that the end of generation cut off, whose arguments are an unclosed
+    prefix of JSON. warnings: what the model did wrong, in sentences.
     """
 
     def __init__(
         self, markers: Markers, *, thinking: bool, tools: Sequence[Tool] = (), stops: Sequence[str] = ()
     ) -> None:
-        self.n_reasoning = self.n_text = self.n_calls = 0
+        self.n_reasoning = self.n_text = self.n_calls = self.n_misplaced = 0
         self.stopped: str | None = None
+        self.cut_call: int | None = None
         self.warnings: list[str] = []
         self._markers = markers
         self._thinking = thinking
+        self._starting = not thinking and markers.thinking is not None
         self._tools = {tool.name: tool for tool in tools}
         self._stops = tuple(stop for stop in stops if stop)
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""  # text that may belong to the protocol or to a stop
         # What of the text's start belongs to the protocol: the line break after </think>, or all white space.
         self._dropped = "\n" if thinking else ""
+        self._line_starts = True  # what is held starts a line
         self._steps: list[Step] = []  # since the last delta that is not reasoning
         self._call: CallReader | None = None
+        self._named = False  # the call has told its name
         self._opener = ""  # what stands before the call's text, should it turn out to be none
+        self._opened = False  # <think> was the last token
 
     def feed(self, step: Step) -> list[Delta]:
         if self.stopped is not None:
             return []
         calls = bool(self._tools) and step.token_id == self._markers.call
+        if self._starting and step.token_id == self._markers.thinking:
+            return self._start_thinking()
         if self._thinking and not calls:
             self.n_reasoning += 1
             return self._reasoning(step)
@@ -85,22 +106,32 @@ class OutputMachine:
             return self._in_call(self._call, step)
         if calls:
             return self._open_call(step)
+        if step.token_id == self._markers.end_of_thinking:
+            return self._end_misplaced()
         self._steps.append(step)
         return self._text(self._decoder.decode(step.piece))
 
-    def close(self) -> list[Delta]:
-        """The end of generation."""
+    def close(self, *, cut: bool = False) -> list[Delta]:
+        """The end of generation; cut: it was not the model that ended it."""
         if self.stopped is not None:
             return []
         text = self._decoder.decode(b"", final=True)
         if self._thinking:
             return self._deltas("reasoning", self._held + text)
-        if self._call is not None:
-            deltas = self._progress(self._call, self._call.feed(text) + self._call.finish())
-        else:
-            deltas = self._text(text)
+        deltas = self._close_call(self._call, text, cut) if self._call is not None else self._text(text)
         rest, self._held = self._held, ""
+        if cut:
+            rest = rest[: self._function_begins(rest)]
         return [*deltas, *self._deltas("text", rest)]
+
+    # thinking ---------------------------------------------------------------------------------------------------
+
+    def _start_thinking(self) -> list[Delta]:
+        self.n_reasoning, self.n_text = self.n_text + 1, 0
+        self._thinking, self._starting = True, False
+        self._held, self._dropped, self._opened = "", "\n", True
+        self._steps.clear()
+        return []
 
     def _reasoning(self, step: Step) -> list[Delta]:
         if step.token_id == self._markers.end_of_thinking:
@@ -108,6 +139,8 @@ class OutputMachine:
             self._held = ""
             return deltas
         text = self._held + self._decoder.decode(step.piece)
+        if self._opened and text:
+            self._opened, text = False, text.removeprefix("\n")
         self._held = "\n" if text.endswith("\n") else ""  # one that may stand before </think>
         return self._deltas("reasoning", text.removesuffix("\n"))
 
@@ -118,6 +151,20 @@ class OutputMachine:
             return []
         text, self._held = self._held + rest, ""
         return self._deltas("reasoning", text)
+
+    def _end_misplaced(self) -> list[Delta]:
+        deltas = self._text(self._decoder.decode(b"", final=True))
+        self.warnings.append("the model closes its thinking in its answer")
+        if self.n_calls:
+            return deltas
+        self.n_reasoning, self.n_text = self.n_reasoning + self.n_text, 0
+        deltas += self._deltas("reasoning", self._held.rstrip(_SPACE))
+        self.n_misplaced += 1
+        self._held, self._dropped, self._line_starts = "", "\n", True
+        self._steps.clear()
+        return deltas
+
+    # text -------------------------------------------------------------------------------------------------------
 
     def _text(self, text: str) -> list[Delta]:
         if not text:
@@ -134,42 +181,95 @@ class OutputMachine:
         ends = [(self._held.find(stop) + len(stop), -len(stop), stop) for stop in self._stops if stop in self._held]
         if ends:
             end, _, self.stopped = min(ends)
-            cut = end - len(self.stopped)
-        else:
-            cut = held_from(self._held, self._stops)
-            if self._tools:
-                cut = min(cut, len(self._held.rstrip(_SPACE)))
-        shown, self._held = self._held[:cut], "" if ends else self._held[cut:]
+            return self._show(end - len(self.stopped), keep=False)
+        if self._starting and not self._held.strip(_SPACE):
+            return []
+        self._starting = False
+        if (start := self._function_starts()) is not None:
+            return self._open_function(start)
+        cut = held_from(self._held, self._stops)
+        if self._tools:
+            begun = self._function_begins(self._held)
+            cut = min(cut, len(self._held.rstrip(_SPACE)) if begun is None else len(self._held[:begun].rstrip(_SPACE)))
+        return self._show(cut)
+
+    def _show(self, end: int, *, keep: bool = True) -> list[Delta]:
+        """What is held, up to here."""
+        shown, self._held = self._held[:end], self._held[end:] if keep else ""
+        self._line_starts = self._line_starts and not shown
         return self._deltas("text", shown)
+
+    # calls ------------------------------------------------------------------------------------------------------
+
+    def _function_starts(self) -> int | None:
+        """Where, in what is held, a call starts that lacks its <tool_call>."""
+        found = _FUNCTION_LINE.finditer(self._held) if self._tools else ()
+        return next((m.start() for m in found if m[1] in self._tools and (m.start() or self._line_starts)), None)
+
+    def _function_begins(self, text: str) -> int | None:
+        """Where the last line starts, if it may become the start of such a call."""
+        last = _LAST_LINE.search(text)
+        if last is None or not (last.start() or self._line_starts):
+            return None
+        opening = any(f"<function={name}>".startswith(last[1]) for name in self._tools)
+        return last.start() if opening else None
+
+    def _open_function(self, start: int) -> list[Delta]:
+        rest = self._held[start:]
+        deltas = self._show(len(self._held[:start].rstrip(_SPACE)), keep=False)
+        self.warnings.append("a tool call has no <tool_call>")
+        call = self._start_call("")
+        return deltas + self._progress(call, call.feed(rest))
 
     def _open_call(self, step: Step) -> list[Delta]:
         if self._thinking:
             deltas, shown = self._end_thinking(), ""
+        elif self._call is not None:
+            deltas, shown = self._progress(self._call, self._call.finish()), ""
         else:
             deltas = self._text(self._decoder.decode(b"", final=True))
             shown = self._held.rstrip(_SPACE)
             deltas += self._deltas("text", shown)
         self._steps.append(step)
-        self._opener = self._held[len(shown) :] + step.piece.decode(errors="replace")
+        self._start_call(self._held[len(shown) :] + step.piece.decode(errors="replace"))
+        return deltas
+
+    def _start_call(self, opener: str) -> CallReader:
+        self._opener, self._named, self._starting = opener, False, False
         self._held = self._dropped = ""
         self._call = CallReader(self._tools)
-        return deltas
+        return self._call
 
     def _in_call(self, call: CallReader, step: Step) -> list[Delta]:
         self._steps.append(step)
-        if step.token_id != self._markers.end_of_call or call.in_value:
+        if step.token_id != self._markers.end_of_call:
             return self._progress(call, call.feed(self._decoder.decode(step.piece)))
-        deltas = self._progress(call, call.feed(self._decoder.decode(b"", final=True)) + call.finish())
+        fragment = call.feed(self._decoder.decode(b"", final=True))
+        if call.in_value and not call.try_end():
+            return self._progress(call, fragment + call.feed(step.piece.decode(errors="replace")))
+        deltas = self._progress(call, fragment + call.finish())
         if call.name is None:
             return [*deltas, *self._text(step.piece.decode(errors="replace"))]
         self._call = None
         return deltas
 
+    def _close_call(self, call: CallReader, text: str, cut: bool) -> list[Delta]:
+        if cut:
+            self.cut_call = None if call.name is None else self.n_calls - 1
+            return []
+        deltas = self._progress(call, call.feed(text))
+        if call.problem is not None:
+            return deltas
+        if call.name is None or call.try_end():
+            return deltas + self._progress(call, call.finish())
+        self.cut_call = self.n_calls - 1
+        return deltas
+
     def _progress(self, call: CallReader, fragment: str) -> list[Delta]:
         """What a call gave: its name, a fragment, and text once it is broken."""
         deltas = []
-        if call.name is not None and self._opener:
-            self._opener = ""
+        if call.name is not None and not self._named:
+            self._named, self._opener, self._line_starts = True, "", True
             self.n_calls += 1
             self._dropped = _SPACE
             deltas += self._deltas("call", call.name)
@@ -189,4 +289,6 @@ class OutputMachine:
         if kind == "reasoning":
             return [Delta(kind, text)]
         steps, self._steps = tuple(self._steps), []
-        return [Delta(kind, text, steps=steps)] if kind == "text" else [Delta(kind, text, self.n_calls - 1)]
+        if kind == "text":
+            return [Delta(kind, text, self.n_misplaced, steps)]
+        return [Delta(kind, text, self.n_calls - 1)]

@@ -1,40 +1,59 @@
 """Chat templates: messages in, prompt text out, with the template that the model file carries.
 
-A template is code from a file that somebody else wrote, so it runs in jinja2's immutable sandbox: no attribute that
-starts with an underscore, no method that changes its object. Rendering follows transformers' conventions
-(trim_blocks, lstrip_blocks, tojson without ASCII escapes), which the published templates rely on.
+A template is code from a file that somebody else wrote. It runs in a process of its own, whose limits hold whatever it
+does; renderer.py says why, and which conventions it follows.
 """
 
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import threading
+import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from contextlib import suppress
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
 
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from stepgguf.errors import BadMetadata
+from stepgguf.errors import BadMetadata, TemplateRefused
 
 Message = Mapping[str, Any]
+Place = Literal["thinking", "answer", "start"]  # where a prompt ends; start: the model may open its thinking, or not
+
+# What a cut thinking ends with: the model's own words for it, and what the template writes after a whole thinking.
+CLOSING_WORDS = "\n\nI have to stop thinking and answer now."
+CLOSE_THINKING = "\n</think>\n"
+
+_EOS = "<|im_end|>"  # of all Step-3 models
+_START = "import sys; sys.path[:] = sys.argv[1:]; from stepgguf.chat.renderer import main; main()"
+_REPLACE = "Replace it: stepgguf template FILE.gguf NEW.jinja"
+_PROBE: Sequence[Message] = (
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "How is the weather in Paris?"},
+    {
+        "role": "assistant",
+        "content": "",
+        "reasoning_content": "I look it up.",
+        "tool_calls": [{"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Paris"}}}],
+    },
+    {"role": "tool", "content": "21 degrees"},
+    {"role": "assistant", "content": "It is 21 degrees in Paris."},
+    {"role": "user", "content": "And in Rome?"},
+)
+_PROBE_TOOL = {"type": "function", "function": {"name": "get_weather", "description": "The weather.", "parameters": {}}}
 
 
 class ChatTemplate:
-    """A compiled template. `source` is jinja2 text; a syntax error is BadMetadata."""
+    """A compiled template. `source` is jinja2 text; BadMetadata if it does not compile. Thread-safe."""
 
     def __init__(self, source: str, *, bos_token: str = "") -> None:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.Undefined)
-        environment.filters["tojson"] = _to_json
-        environment.filters["fromjson"] = json.loads
-        environment.globals["raise_exception"] = _raise
-        self._bos_token = bos_token
-        try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise BadMetadata(
-                f"the chat template does not compile: {error}",
-                hint="Replace it with `stepgguf template FILE.gguf NEW.jinja`.",
-            ) from error
+        self._source, self._bos_token = source, bos_token
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._compile()
 
     def render(
         self,
@@ -43,20 +62,100 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
     ) -> str:
-        """The prompt text. What the template itself refuses (raise_exception, sandbox) is BadMetadata."""
-        try:
-            return self._template.render(
-                messages=messages, tools=tools, add_generation_prompt=add_generation_prompt, bos_token=self._bos_token
+        """The prompt text. TemplateRefused: the template raises, or takes more time, memory or text than it may."""
+        variables = {
+            "messages": messages,
+            "tools": tools,
+            "add_generation_prompt": add_generation_prompt,
+            "bos_token": self._bos_token,
+            "eos_token": _EOS,
+        }
+        with self._lock:
+            if self._process is None:
+                self._compile()
+            answer = self._ask(variables)
+        if "error" in answer:
+            raise TemplateRefused(
+                f"the chat template cannot render these messages: {answer['error']}", param="messages", hint=_REPLACE
             )
-        except (jinja2.TemplateError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
-            raise BadMetadata(f"the chat template cannot render these messages: {error}") from error
+        return str(answer["text"])
+
+    def probe(self) -> str:
+        """Render a conversation that has everything in it. BadMetadata: that fails, or the template leaves it out."""
+        try:
+            text = self.render(_PROBE, tools=[_PROBE_TOOL])
+        except TemplateRefused as error:
+            raise BadMetadata(error.message.replace("these messages", "a conversation with a tool call")) from error
+        if not all(message["content"] in text for message in _PROBE if message["role"] == "user"):
+            raise BadMetadata("the chat template leaves out what the user says: it does not use `messages`")
+        return text
+
+    def _compile(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _START, *sys.path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl+C is not for it
+        )
+        weakref.finalize(self, _end, self._process)
+        answer = self._ask({"source": self._source})
+        if "error" in answer:
+            raise BadMetadata(f"the chat template does not compile: {answer['error']}", hint=_REPLACE)
+
+    def _ask(self, question: Mapping[str, Any]) -> dict[str, str]:
+        process, line = self._process, b""
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(question).encode() + b"\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = b""
+        finally:
+            if not line:  # it died, or we were interrupted
+                self._process = None
+                _end(process)
+        if line:
+            answer: dict[str, str] = json.loads(line)
+            return answer
+        too_long = process.returncode == -signal.SIGXCPU
+        return {"error": "it takes too long" if too_long else f"its process ended with {process.returncode}"}
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with suppress(BrokenPipeError):  # what it has not read
+                pipe.close()
+
+
+def read(path: Path) -> str:
+    """A template's text from a file. BadMetadata: it cannot be read, or is no text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise BadMetadata(f"{path} is no chat template: {reason}", hint="Give a jinja2 file.") from error
+
+
+def place_of(prompt: str) -> Place:
+    """Where a rendered prompt ends, by its last word."""
+    text = prompt.rstrip()
+    if text.endswith("<think>"):
+        return "thinking"
+    return "answer" if text.endswith("</think>") else "start"
 
 
 def normalize(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Messages as the published templates need them.
 
     Contents and reasoning are trimmed: stray whitespace in the history drives this model into reasoning loops
-    (llama.cpp issue 24181). Tool arguments given as a JSON string, as OpenAI clients send them back, become a
+    (llama.cpp issue 24181). Text parts that follow each other are one text, with a line break in between. Tool arguments given as a JSON string, as OpenAI clients send them back, become a
     mapping, because the 3.5 template iterates over its items. Old reasoning may come as `reasoning_content`,
     `reasoning`, `reasoning_details` or inside <think> in the content; the first that says something counts, they are
     never joined. The role `developer` is `system` to this model.
@@ -70,7 +169,7 @@ def normalize(messages: Sequence[Message]) -> list[dict[str, Any]]:
         if isinstance(content, str):
             item["content"] = content.strip()
         elif isinstance(content, list):
-            item["content"] = [_trimmed(part) for part in content]
+            item["content"] = _joined(content)
         else:
             item["content"] = ""
         if item.get("role") == "assistant":
@@ -97,10 +196,20 @@ def _separate_reasoning(item: dict[str, Any], message: Message) -> None:
         item["reasoning_content"] = reasoning
 
 
-def _trimmed(part: Any) -> Any:
-    if isinstance(part, Mapping) and isinstance(part.get("text"), str):
-        return {**part, "text": part["text"].strip()}
-    return part
+def _joined(parts: Sequence[Any]) -> str | list[Any]:
+    """The parts of a content: one text if that is all, trimmed at its outer ends only."""
+    joined: list[Any] = []
+    for is_text, run in groupby(parts, _is_text):
+        joined += [{"type": "text", "text": "\n".join(part["text"] for part in run)}] if is_text else run
+    if joined and _is_text(joined[0]):
+        joined[0]["text"] = joined[0]["text"].lstrip()
+    if joined and _is_text(joined[-1]):
+        joined[-1]["text"] = joined[-1]["text"].rstrip()
+    return joined[0]["text"] if len(joined) == 1 and _is_text(joined[0]) else joined
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, Mapping) and isinstance(part.get("text"), str)
 
 
 def _parsed(call: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,11 +223,3 @@ def _parsed(call: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(function.get("arguments"), Mapping):
         function["arguments"] = {} if not arguments else {"arguments": arguments}
     return {**call, "function": function} if "function" in call else function
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
-
-
-def _raise(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)

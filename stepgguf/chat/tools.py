@@ -8,9 +8,14 @@ The protocol has no escapes, and agents write files: a `</parameter>` within a l
 anything else, and the tokens <tool_call> and </tool_call> are part of the value. Only a value that quotes this very
 protocol at the start of its lines cannot be told from the protocol. grammar.py forbids the model just that.
 
+Models forget `</parameter>`, or put it at the end of a line. So a value also ends, with a warning, before a line that
+starts with `<parameter=K>`, if K is a parameter of the function that the call has not had; and, if no required
+parameter is missing then, before a line `</function>` or `</parameter>` with the token </tool_call> after it.
+
 A parameter that can only be a string is passed on, JSON-escaped, as it arrives; for any other the text is kept to its
-end and then becomes JSON by its schema. Text that is not a call stays in `rest`, and `problem` says why: nothing is
-dropped.
+end and then becomes JSON by its schema. The JSON is closed when the call is known to be whole: what ends before that is
+an unclosed prefix of it, which nobody can take for a call. Text that is not a call stays in `rest`, and `problem` says
+why: nothing is dropped.
 """
 
 from __future__ import annotations
@@ -24,11 +29,30 @@ from stepgguf.chat.request import Tool
 from stepgguf.chat.schema import ALL_TYPES, resolve, type_of, widen
 
 VALUE_ENDS = ("\n</parameter>\n<parameter=", "\n</parameter>\n</function>")
-_END = re.compile(r"\n</parameter>\n(?=<parameter=|</function>)")
+FORGOTTEN_ENDS = tuple(f"\n{tag}{space}</tool_call>" for tag in ("</function>", "</parameter>") for space in ("\n", ""))
+_END = re.compile(r"\n</parameter>\n(?=<parameter=|</function>)|(?:\n?</parameter>\n+|\n)<parameter=(?P<key>[^>\n]*)>")
+_FORGOTTEN_END = re.compile(r"(?:\n?</parameter>\n+|\n)</function>\n?|\n</parameter>\n?")
 _FUNCTION = re.compile(r"\s*<function=([^>\n]*)>")
 _PARAMETER = re.compile(r"\s*<parameter=([^>\n]*)>")
 _CLOSE = re.compile(r"\s*</function>")
 PYTHON_LITERALS = {"True": "true", "False": "false", "None": "null"}  # how the template writes them in the history
+
+
+def _begun(*atoms: str) -> str:
+    """A pattern of every beginning of what these patterns match one after the other."""
+    pattern = ""
+    for atom in reversed(atoms):
+        pattern = f"(?:{atom}{pattern})?"
+    return pattern
+
+
+_MAY_END = re.compile(
+    "|".join(
+        _begun(*start, *tag)
+        for start in (("\n?", *"</parameter>", "\n*"), ("\n",))
+        for tag in ((*"<parameter=", r"[^>\n]*"), (*"</function>", "\n?"))
+    )
+)
 
 
 class CallReader:
@@ -46,7 +70,7 @@ class CallReader:
         self._tools = tools
         self._read: Callable[[], bool] = self._read_function
         self._out: list[str] = []
-        self._keys: set[str] = set()
+        self._keys: dict[str, None] = {}
         self._value: _Value | None = None
 
     @property
@@ -63,12 +87,26 @@ class CallReader:
             pass
         return self._taken()
 
+    def try_end(self) -> bool:
+        """Whether the call can be taken for whole if its text ends here. It ends a value whose end was forgotten."""
+        if self.name is None or self.ended:
+            return self.ended
+        if not required_names(self._parameters) <= self._keys.keys():
+            return False
+        if self._value is None:
+            return not self.rest.strip()
+        forgotten = _FORGOTTEN_END.fullmatch(self.rest)
+        if forgotten is None:
+            return False
+        self._end_value("", forgotten=True)
+        self.rest, self._read = "", self._read_end
+        return True
+
     def finish(self) -> str:
-        """The text is over: </tool_call>, or the end of generation."""
-        if self._value is not None:
-            text, _, self.rest = self.rest.partition("\n</parameter>")  # what was held back
-            self._end_value(text)
-            self._fail("ends inside a parameter")
+        """The text is over, and not within a value."""
+        assert self._value is None
+        if self.ended:
+            self._out.append("}")
         elif self._read == self._read_function:
             self._fail("has no <function=NAME>")
         elif self._read == self._read_body:
@@ -81,13 +119,10 @@ class CallReader:
 
     def _fail(self, problem: str) -> bool:
         self.problem = problem
-        if self.name is not None and not self.ended:
-            self._close()
+        if self.name is not None:
+            self._out.append("}")
         self._read = self._read_nothing
         return False
-
-    def _close(self) -> None:
-        self._out.append("}" if self._keys else "{}")
 
     # states: each reads what it can of `rest` and says whether it changed the state ----------------------------------
 
@@ -98,6 +133,7 @@ class CallReader:
         if match[1] not in self._tools:
             return self._fail(f"names the function {match[1]!r}, which was not offered")
         self.name = match[1]
+        self._out.append("{")
         self.rest = self.rest[match.end() :]
         self._read = self._read_body
         return True
@@ -107,7 +143,6 @@ class CallReader:
             self._start_value(match[1])
             self._read = self._read_value
         elif match := _CLOSE.match(self.rest):
-            self._close()
             self._read = self._read_end
         else:
             return self._wait_for(("<parameter=", "</function>"), "has text outside of its parameters")
@@ -116,16 +151,22 @@ class CallReader:
 
     def _read_value(self) -> bool:
         assert self._value is not None
-        match = _END.search(self.rest)
-        if match is None:
-            cut = held_from(self.rest, VALUE_ENDS)
-            self._out.append(self._value.feed(self.rest[:cut]))
-            self.rest = self.rest[cut:]
-            return False
-        self._end_value(self.rest[: match.start()])
-        self.rest = self.rest[match.end() :]
-        self._read = self._read_body
-        return True
+        for match in _END.finditer(self.rest):
+            key = match["key"]
+            if key is None or (key in parameter_names(self._parameters) and key not in self._keys):
+                self._end_value(self.rest[: match.start()], forgotten=key is not None)
+                self.rest = self.rest[match.end() :]
+                if key is None:
+                    self._read = self._read_body
+                else:
+                    self._start_value(key)
+                return True
+        cut = next(
+            (m.start() for m in re.finditer("[\n<]", self.rest) if _MAY_END.fullmatch(self.rest, m.start())), None
+        )
+        self._out.append(self._value.feed(self.rest[:cut]))
+        self.rest = "" if cut is None else self.rest[cut:]
+        return False
 
     def _read_end(self) -> bool:
         return bool(self.rest.strip()) and self._fail("goes on after </function>")
@@ -140,18 +181,24 @@ class CallReader:
             return False
         return self._fail(problem)
 
-    def _start_value(self, key: str) -> None:
+    @property
+    def _parameters(self) -> Mapping[str, Any]:
         assert self.name is not None
+        return self._tools[self.name].parameters
+
+    def _start_value(self, key: str) -> None:
         if key in self._keys:
             self.warnings.append(f"the call of {self.name} has {key!r} twice; the first one counts")
             self._value = _Value(None)
             return
-        self._out.append(("," if self._keys else "{") + json.dumps(key, ensure_ascii=False) + ":")
-        self._keys.add(key)
-        self._value = _Value(parameter_types(self._tools[self.name].parameters, key))
+        self._out.append(("," if self._keys else "") + json.dumps(key, ensure_ascii=False) + ":")
+        self._keys[key] = None
+        self._value = _Value(parameter_types(self._parameters, key))
 
-    def _end_value(self, text: str) -> None:
+    def _end_value(self, text: str, *, forgotten: bool) -> None:
         assert self._value is not None
+        if forgotten:
+            self.warnings.append(f"the call of {self.name} lacks a tag after its parameter {list(self._keys)[-1]!r}")
         self._out.append(self._value.feed(text) + self._value.finish())
         if self._value.misfit:
             self.warnings.append(f"a parameter of {self.name} is {self._value.misfit}")
@@ -231,22 +278,43 @@ def held_from(text: str, ends: Iterable[str]) -> int:
 
 def parameter_types(parameters: Any, key: str) -> frozenset[str]:
     """The JSON types that a parameter of a function may have; all of them if nothing is said."""
-    types = [allowed_types(schema, parameters) for schema in _declared(parameters, parameters, key, set())]
+    types = [allowed_types(schema, parameters) for schema in _declared(parameters, key)]
     return frozenset().union(*types) if types else ALL_TYPES
 
 
-def _declared(schema: Any, root: Any, key: str, seen: set[int]) -> Iterator[Any]:
+def parameter_names(parameters: Any) -> frozenset[str]:
+    """The parameters that a function's schema lists, wherever it does."""
+    listed = (part.get("properties") for part in _parts(parameters, parameters, _UNIONS, set()))
+    return frozenset(name for names in listed if isinstance(names, Mapping) for name in names)
+
+
+def required_names(parameters: Any) -> frozenset[str]:
+    """The parameters that every call must have."""
+    listed = (part.get("required") for part in _parts(parameters, parameters, ("allOf",), set()))
+    return frozenset(name for names in listed if isinstance(names, list) for name in names if isinstance(name, str))
+
+
+_UNIONS = ("allOf", "anyOf", "oneOf")
+
+
+def _declared(parameters: Any, key: str) -> Iterator[Any]:
     """The schemas of a property, wherever an object's schema may have it."""
+    for part in _parts(parameters, parameters, _UNIONS, set()):
+        properties = part.get("properties")
+        if isinstance(properties, Mapping) and key in properties:
+            yield properties[key]
+        elif isinstance(part.get("additionalProperties"), Mapping):
+            yield part["additionalProperties"]
+
+
+def _parts(schema: Any, root: Any, keys: Iterable[str], seen: set[int]) -> Iterator[Mapping[str, Any]]:
+    """A schema, and those that it is made of under these keys."""
     if not isinstance(schema, Mapping) or id(schema) in seen:
         return
     seen.add(id(schema))
-    properties = schema.get("properties")
-    if isinstance(properties, Mapping) and key in properties:
-        yield properties[key]
-    elif isinstance(schema.get("additionalProperties"), Mapping):
-        yield schema["additionalProperties"]
-    for part in _combined(schema, root, ("allOf", "anyOf", "oneOf")):
-        yield from _declared(part, root, key, seen)
+    yield schema
+    for part in _combined(schema, root, keys):
+        yield from _parts(part, root, keys, seen)
 
 
 def _combined(schema: Mapping[str, Any], root: Any, keys: Iterable[str]) -> Iterator[Any]:

@@ -18,7 +18,7 @@ import typer
 
 from stepgguf.cli import arguments
 from stepgguf.cli.footprint import footprint
-from stepgguf.errors import StepggufError
+from stepgguf.errors import BadMetadata, StepggufError
 from stepgguf.runtime import llama_build
 from stepgguf.runtime import machine as machines
 from stepgguf.runtime.llama_build import LlamaBuild
@@ -39,6 +39,7 @@ from stepgguf.runtime.memory import (
 )  # fmt: skip
 
 if TYPE_CHECKING:
+    from stepgguf.chat.template import Place
     from stepgguf.convert.ggufsource import GGUFSource
 
 _UPGRADE = "pip install --upgrade 'llama-cpp-python>=0.3.36'"
@@ -65,11 +66,12 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What a file says of itself. sizes: the bytes that it would have as other types, large to small."""
+    """What a file says of itself. place: where its chat template's prompts end, or else what is wrong with it.
+    sizes: the bytes that it would have as other types, large to small."""
 
     path: Path
     footprint: Footprint
-    has_template: bool
+    place: Place | StepggufError
     network: str | None
     sizes: tuple[tuple[str, int], ...]
 
@@ -155,10 +157,21 @@ def read_model(path: Path) -> Model:
         return Model(
             path,
             footprint(source),
-            CHAT_TEMPLATE in source.keys,
+            _place(source.keys[CHAT_TEMPLATE].value if CHAT_TEMPLATE in source.keys else None),
             machines.network_filesystem(path),
             tuple(_sizes(source)),
         )
+
+
+def _place(template: object) -> Place | StepggufError:
+    from stepgguf.chat.template import ChatTemplate, place_of
+
+    if not isinstance(template, str):
+        return BadMetadata("the file has no chat template, so it cannot chat")
+    try:
+        return place_of(ChatTemplate(template).probe())
+    except StepggufError as error:
+        return error
 
 
 def _sizes(source: GGUFSource) -> Iterator[tuple[str, int]]:
@@ -236,9 +249,12 @@ def _file(model: Model, build: LlamaBuild | None) -> Iterator[Finding]:
 
     path = shlex.quote(str(model.path))
     yield Finding("ok", "file", f"{model.path}: {size(model.footprint.weights)}, {len(model.footprint.layers)} blocks")
-    if not model.has_template:
-        message = "the file has no chat template, so it cannot chat"
-        yield Finding("fail", "template", message, f"stepgguf template {path} Step-3.5-Flash/chat_template.jinja")
+    fix = f"stepgguf template {path} Step-3.5-Flash/chat_template.jinja"
+    if isinstance(model.place, StepggufError):
+        yield Finding("fail", "template", model.place.message, fix)
+    elif model.place == "start":
+        message = "the chat template does not open <think>: reasoning is split off only where the model opens it"
+        yield Finding("warn", "template", message, fix)
     if not model.footprint.has_mtp and (build is None or build.mtp):
         fix = f"stepgguf convert Step-3.5-Flash/ {path} --mtp include --overwrite"
         yield Finding("warn", "mtp", "the file has no MTP blocks, with which answers come faster", fix)

@@ -39,9 +39,9 @@ from stepgguf.convert.importance import Importance
 from stepgguf.convert.pipeline import Compiling, UnitMaker
 from stepgguf.convert.plan import PlannedTensor, Unit, rows_per_expert
 from stepgguf.convert.source import TensorSource
-from stepgguf.convert.writer import disk_errors
 from stepgguf.errors import StepggufError
-from stepgguf.files import jsonread
+from stepgguf.files import folders, jsonread
+from stepgguf.files.disk import disk_errors
 from stepgguf.files.jsonread import Value
 from stepgguf.quants import mixtures
 from stepgguf.quants.codec import Loss
@@ -80,7 +80,7 @@ class _Run:
 
 
 Losses = Mapping[GGMLQuantizationType, Loss | None]  # None: the source has this type, nothing is lost
-Progress = Callable[[PlannedTensor], None]
+Progress = Callable[[PlannedTensor, bool], None]  # a tensor is done; whether it was kept from an earlier time
 
 
 def measure(
@@ -90,19 +90,19 @@ def measure(
     *,
     importance: Importance | None = None,
     threads: int | None = None,
-    progress: Progress = lambda tensor: None,
+    progress: Progress = lambda tensor, kept: None,
     compiling: Compiling = lambda name: None,
 ) -> dict[str, Measured]:
     """Name -> what was measured, for each tensor, with every type of `candidates`.
 
     `progress` is called as each is done, at once where `cache` has it. CorruptTensor on values that are not finite.
     """
-    kinds = {tensor: candidates(tensor, importance) for tensor in tensors}
+    kinds = {tensor: candidates(tensor.name, tensor.shape, importance) for tensor in tensors}
     with _Cache(cache, _key(source, importance)) as known:
         todo = [t for t in tensors if not kinds[t] <= known.measured.get(t.name, _NOTHING).errors.keys()]
         for tensor in tensors:
             if tensor not in todo:
-                progress(tensor)
+                progress(tensor, True)
         maker = UnitMaker(source, importance)
         maker.prepare([replace(t, ggml_type=kind) for t in todo for kind in kinds[t]], compiling)
         runs = [run for tensor in todo for run in _runs(tensor, importance)]
@@ -111,18 +111,25 @@ def measure(
             losses = pool.map(lambda run: _lose(maker, run, kinds[run.tensor]), runs)
             for tensor, group in itertools.groupby(zip(runs, losses, strict=True), key=lambda pair: pair[0].tensor):
                 known.add(tensor.name, _sum(group))
-                progress(tensor)
+                progress(tensor, False)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
         return {tensor.name: known.measured[tensor.name] for tensor in tensors}
 
 
-def candidates(tensor: PlannedTensor, importance: Importance | None) -> set[GGMLQuantizationType]:
-    """The types that it can have: KINDS, or what replaces them in its rows, less those that lack their imatrix."""
-    fitting = {mixtures.fallback(kind, tensor.shape[-1]) for kind in KINDS}
-    if importance is not None and importance.has(tensor.name, tensor.shape):
+def candidates(
+    name: str, shape: tuple[int, ...], importance: Importance | None, *, has_imatrix: bool | None = None
+) -> set[GGMLQuantizationType]:
+    """The types that a tensor can have: KINDS, or what replaces them in its rows, less those that lack their imatrix.
+
+    has_imatrix: whether there shall be one with this tensor; None: whether `importance` has it.
+    """
+    fitting = {mixtures.fallback(kind, shape[-1]) for kind in KINDS}
+    if has_imatrix is None:
+        has_imatrix = importance is not None and importance.has(name, shape)
+    if has_imatrix:
         return fitting
-    plain = Candidate(tensor.name, "", tensor.shape, None)
+    plain = Candidate(name, "", shape, None)
     return {kind for kind in fitting if not mixtures.requires_imatrix("", plain, kind)}
 
 
@@ -179,11 +186,9 @@ def _sum(group: Iterable[tuple[_Run, Losses]]) -> Measured:
 
 
 def cache_path(source: TensorSource, importance: Importance | None) -> Path:
-    """Where errors of this source with this importance are kept: in the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    folder = (Path(home) if home else Path.home() / ".cache") / "stepgguf"
+    """Where errors of this source with this importance are kept."""
     digest = hashlib.sha256(json.dumps(_key(source, importance), sort_keys=True).encode()).hexdigest()
-    return folder / f"errors-{digest[:16]}.jsonl"
+    return folders.errors() / f"{digest[:16]}.jsonl"
 
 
 def _key(source: TensorSource, importance: Importance | None) -> dict[str, Any]:

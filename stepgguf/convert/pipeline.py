@@ -1,32 +1,36 @@
 """The loop: read -> quantize -> measure -> write, unit by unit on a thread pool.
 
     main thread     submits units in file order, a few ahead, and has the system read their bytes in the background
-    workers         pread, check and encode, compare with what was read (all with the GIL released), pwrite
+    workers         pread, check and copy or encode, compare with what was read (the GIL released), pwrite
     journal thread  every few seconds: fdatasync, then the journal
 
-A worker holds one unit: its stored bytes and its blocks. The number of workers is cut so that all of them together stay
-below the memory limit. Nothing else grows with the model, but an importance matrix's mapped file.
+A worker holds one unit: its bytes as stored, and its blocks if it is encoded. The number of workers is cut so that all
+of them together stay below the memory limit. Nothing else grows with the model, but an importance matrix's mapped file.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from stepgguf.convert.importance import Importance
+from stepgguf.convert.journal import Made
 from stepgguf.convert.plan import PlannedTensor, Unit
 from stepgguf.convert.source import TensorSource
-from stepgguf.convert.writer import Made, Writer, disk_errors
+from stepgguf.convert.writer import Writer
 from stepgguf.errors import CorruptTensor, QuantError
+from stepgguf.files.disk import disk_errors
 from stepgguf.quants import codec
 from stepgguf.quants.codec import Loss, Values
+from stepgguf.quants.ggml import row_size
 
 DEFAULT_MEMORY = 2 * 2**30
 COMMIT_SECONDS = 2.0
@@ -58,7 +62,7 @@ def run(
 
     On any error or Ctrl+C what is done is committed first; the same call on a new Writer goes on from there.
     """
-    workers = n_workers(writer, threads, memory)
+    workers = n_workers(source, writer.plan.tensors, threads, memory)
     for number in sorted(writer.finished):
         progress(_done(writer, number, resumed=True))
     todo = iter([number for number in range(len(writer.units)) if number not in writer.finished])
@@ -96,16 +100,34 @@ def run(
     writer.finish()
 
 
-def n_workers(writer: Writer, threads: int | None, memory: int) -> int:
+def n_workers(source: TensorSource, tensors: Sequence[PlannedTensor], threads: int | None, memory: int) -> int:
     """Threads to use: all cores or `threads`, fewer where `memory` bytes would not hold a unit for each."""
     wanted = threads or os.cpu_count() or 1
-    largest = max((unit_memory(tensor) for tensor in writer.plan.tensors), default=1)
+    largest = max((unit_memory(source, tensor) for tensor in tensors), default=1)
     return max(1, min(wanted, memory // largest))
 
 
-def unit_memory(tensor: PlannedTensor) -> int:
-    """The most bytes that making a unit of it holds: stored or widened (at most 4 bytes a value), and encoded."""
-    return tensor.rows_per_unit * (tensor.shape[-1] * 4 + tensor.row_bytes)
+def unit_memory(source: TensorSource, tensor: PlannedTensor) -> int:
+    """The most bytes that making a unit of it holds.
+
+    A copy holds the unit as it is stored. What is encoded is held as numbers of at most 4 bytes and as blocks; and if
+    it is stored as neither F32 nor BF16, as stored too while numbers are made of it. Besides, codec.CHUNK values at a
+    time are widened, in up to four arrays of float32.
+    """
+    widened = 4 * 4 * min(codec.CHUNK, tensor.rows_per_unit * tensor.shape[-1])
+    if tensor.source is None or is_copied(source, tensor):
+        return tensor.rows_per_unit * tensor.row_bytes + widened
+    columns, stored = tensor.shape[-1], source.tensors[tensor.source].ggml_type
+    is_view = stored is None or stored in (GGMLQuantizationType.F32, GGMLQuantizationType.BF16)
+    as_stored = 0 if stored is None or is_view else row_size(stored, columns)
+    return tensor.rows_per_unit * (as_stored + columns * 4 + tensor.row_bytes) + widened
+
+
+def is_copied(source: TensorSource, tensor: PlannedTensor) -> bool:
+    """Whether the output has the bytes of the source."""
+    return tensor.source is not None and (
+        source.tensors[tensor.source].ggml_type == tensor.ggml_type and not tensor.plus_one
+    )
 
 
 class UnitMaker:
@@ -118,7 +140,7 @@ class UnitMaker:
         """Have every kernel that these tensors need, compiled now if this machine never did."""
         wanted: dict[tuple[Any, ...], Values] = {}
         for tensor in tensors:
-            if tensor.source is not None and not self._is_copied(tensor):
+            if tensor.source is not None and not is_copied(self._source, tensor):
                 values = self._source.values(tensor.source, 0, 1)
                 key = tensor.ggml_type, type(values), getattr(values, "dtype", None), self._has_importance(tensor)
                 wanted.setdefault(key, values)
@@ -133,27 +155,24 @@ class UnitMaker:
         if tensor.constant is not None:
             return np.frombuffer(tensor.constant, np.uint8).reshape(1, -1), None
         assert tensor.source is not None
+        if is_copied(self._source, tensor):
+            rows = self._source.raw(tensor.source, unit.start, unit.stop)
+            self._check_finite(tensor, unit, codec.decoded_runs(tensor.ggml_type, rows))
+            return rows, None
         values = self._source.values(tensor.source, unit.start, unit.stop)
-        if self._is_copied(tensor):
-            self._check_finite(tensor, unit, values)
-            return self._source.raw(tensor.source, unit.start, unit.stop), None
         if tensor.plus_one:
             values = _plus_one(values)
         importance = self._row(tensor, unit)
         out = np.empty((unit.stop - unit.start, tensor.row_bytes), np.uint8)
         try:
             if not codec.quantize(tensor.ggml_type, values, out, importance, kernel=self._kernel):
-                self._check_finite(tensor, unit, values)
+                self._check_finite(tensor, unit, codec.widened_runs(values))
         except QuantError as error:
             expert = f", expert {unit.start // tensor.rows_per_expert}" if tensor.n_experts > 1 else ""
             raise QuantError(
                 f"{tensor.name}{expert}: {error}", hint="Give this tensor another type in a recipe, such as BF16."
             ) from None
         return out, codec.loss(tensor.ggml_type, values, out, importance) if tensor.is_quantized else None
-
-    def _is_copied(self, tensor: PlannedTensor) -> bool:
-        assert tensor.source is not None
-        return self._source.tensors[tensor.source].ggml_type == tensor.ggml_type and not tensor.plus_one
 
     def _has_importance(self, tensor: PlannedTensor) -> bool:
         return self._importance is not None and self._importance.has(tensor.name, tensor.shape)
@@ -163,21 +182,25 @@ class UnitMaker:
         rows = None if self._importance is None else self._importance.rows(tensor.name, tensor.shape)
         return None if rows is None else rows[unit.start // tensor.rows_per_expert if len(rows) > 1 else 0]
 
-    def _check_finite(self, tensor: PlannedTensor, unit: Unit, stored: Values) -> None:
-        values = np.empty(stored.shape, np.float32)
-        codec.widen(stored, values)
-        bad = np.flatnonzero(~np.isfinite(values))
-        if not bad.size:
-            return
-        row, column = divmod(int(bad[0]), tensor.shape[-1])
-        expert, row = divmod(unit.start + row, tensor.rows_per_expert)
+    def _check_finite(
+        self, tensor: PlannedTensor, unit: Unit, parts: Iterable[tuple[int, NDArray[np.float32]]]
+    ) -> None:
+        """parts: the unit's values, a run of rows at a time, each with the number of its first row."""
+        for first, values in parts:
+            bad = np.flatnonzero(~np.isfinite(values))
+            if bad.size:
+                row, column = divmod(int(bad[0]), tensor.shape[-1])
+                raise self._corrupt(tensor, unit.start + first + row, column, float(values.flat[bad[0]]), bad.size)
+
+    def _corrupt(self, tensor: PlannedTensor, row: int, column: int, value: float, count: int) -> CorruptTensor:
+        expert, row = divmod(row, tensor.rows_per_expert)
         where = (
             f"expert {expert}, row {row}, column {column}" if len(tensor.shape) == 3 else f"row {row}, column {column}"
         )
         if len(tensor.shape) == 1:
             where = f"index {column}"
-        raise CorruptTensor(
-            f"{tensor.source}: {where} is {values.flat[bad[0]]} ({bad.size} such values nearby)",
+        return CorruptTensor(
+            f"{tensor.source}: {where} is {value} ({count} such values nearby)",
             hint="The source is damaged; download it again.",
         )
 

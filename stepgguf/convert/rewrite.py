@@ -4,6 +4,8 @@
 room from there: the header keeps its length, the data its place, and 100 GB need not be copied. A file without enough
 room is copied once and then has it.
 
+The template that a file was made with stays in it under ORIGINAL, so that it can be put back.
+
 The header is replaced in place after a copy of the old one has reached the disk as FILE.header; if that file exists
 when we start, a crash has come between, and the old header is put back first.
 """
@@ -11,19 +13,23 @@ when we start, a crash has come between, and the old header is put back first.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from gguf import GGUFValueType
 
 from stepgguf.convert import header as gguf_header
 from stepgguf.convert.header import Header, Key
+from stepgguf.convert.manifest import manifest_path, read_manifest, write_manifest
 from stepgguf.convert.metadata import CHAT_TEMPLATE, RESERVE, RESERVE_BYTES, reserve
 from stepgguf.convert.splits import split_files
-from stepgguf.convert.writer import disk_errors, manifest_path, write_all
-from stepgguf.errors import BadMetadata
+from stepgguf.errors import BadMetadata, OutputError
+from stepgguf.files import disk
+from stepgguf.files.disk import disk_errors
 
+ORIGINAL = "stepgguf.chat_template.original"
 _COPY = 64 * 2**20
 
 
@@ -36,25 +42,62 @@ def chat_template(path: Path) -> str:
 
 
 def replace_chat_template(path: Path, text: str) -> None:
-    """Put another chat template into a GGUF (the first file, if it is split)."""
-    path = split_files(path)[0]
+    """Put another chat template into a GGUF (the first file, if it is split). OutputError while another run does."""
+
+    def change(keys: dict[str, Key]) -> None:
+        original = keys.get(ORIGINAL) or keys.get(CHAT_TEMPLATE)
+        if original is not None:
+            keys[ORIGINAL] = Key(ORIGINAL, original.type, original.raw)
+        keys[CHAT_TEMPLATE] = Key.of(CHAT_TEMPLATE, text, GGUFValueType.STRING)
+
+    _rewrite(split_files(path)[0], change)
+
+
+def restore_chat_template(path: Path) -> None:
+    """Put back the chat template that a GGUF was made with."""
+
+    def change(keys: dict[str, Key]) -> None:
+        if ORIGINAL not in keys:
+            raise BadMetadata(
+                f"{path} has the chat template that it was made with", hint="There is nothing to put back."
+            )
+        original = keys.pop(ORIGINAL)
+        keys[CHAT_TEMPLATE] = Key(CHAT_TEMPLATE, original.type, original.raw)
+
+    _rewrite(split_files(path)[0], change)
+
+
+def _rewrite(path: Path, change: Callable[[dict[str, Key]], None]) -> None:
+    """The header with other keys, at the same length if there is room."""
     backup = path.with_name(path.name + ".header")
-    with disk_errors(path):
+    with disk_errors(path), _held(path):
         if backup.exists():
             _overwrite(path, backup.read_bytes())
         old = gguf_header.read(path)
         keys = {name: key for name, key in old.keys.items() if name != RESERVE}
-        keys[CHAT_TEMPLATE] = Key.of(CHAT_TEMPLATE, text, GGUFValueType.STRING)
+        change(keys)
         new = _fitted(keys, old)
         if new is None:
             new = gguf_header.encode([*keys.values(), reserve(RESERVE_BYTES)], old.tensors, old.alignment)
             _copy(path, old.data_start, new)
         else:
             with path.open("rb") as file:
-                _durable(backup, file.read(old.data_start))
+                disk.replace(backup, file.read(old.data_start))
             _overwrite(path, new)
         backup.unlink(missing_ok=True)
         _update_manifest(path, new)
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[None]:
+    try:
+        fd = disk.hold(path)
+    except BlockingIOError:
+        raise OutputError(f"{path} is in use: another stepgguf is changing it", hint="Wait for it to end.") from None
+    try:
+        yield
+    finally:
+        os.close(fd)
 
 
 def _fitted(keys: dict[str, Key], old: Header) -> bytes | None:
@@ -69,22 +112,15 @@ def _fitted(keys: dict[str, Key], old: Header) -> bytes | None:
 def _overwrite(path: Path, header: bytes) -> None:
     fd = os.open(path, os.O_RDWR)
     try:
-        write_all(fd, header, 0)
+        disk.write_all(fd, header, 0)
         os.fsync(fd)
     finally:
         os.close(fd)
 
 
-def _durable(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _copy(path: Path, data_start: int, header: bytes) -> None:
     """A new file with another header and the same data, renamed over the old one."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(path.name + ".new")
     try:
         with path.open("rb") as source, part.open("wb") as target:
             target.write(header)
@@ -94,14 +130,13 @@ def _copy(path: Path, data_start: int, header: bytes) -> None:
             target.flush()
             os.fsync(target.fileno())
         part.replace(path)
+        disk.sync_folder(path.parent)
     finally:
         part.unlink(missing_ok=True)
 
 
 def _update_manifest(path: Path, header: bytes) -> None:
-    manifest = manifest_path(path)
-    if manifest.exists():
-        content = json.loads(manifest.read_text())
-        content["header_sha256"] = hashlib.sha256(header).hexdigest()
-        content["bytes"] = path.stat().st_size
-        manifest.write_text(json.dumps(content, indent=1) + "\n")
+    if manifest_path(path).exists():
+        manifest = read_manifest(path, "Remove it, or fetch it again.")
+        manifest |= {"header_sha256": hashlib.sha256(header).hexdigest(), "bytes": path.stat().st_size}
+        write_manifest(path, manifest)

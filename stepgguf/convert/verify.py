@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 
 from stepgguf.convert.checkpoint import read_exactly
 from stepgguf.convert.header import Header, TensorInfo
+from stepgguf.convert.manifest import entries, read_manifest
 from stepgguf.convert.pipeline import UnitMaker
 from stepgguf.convert.plan import Plan, PlannedTensor, Unit, replan, row_ranges, rows_per_expert, unit_rows
 from stepgguf.convert.source import TensorSource
 from stepgguf.convert.splits import read_headers
-from stepgguf.convert.writer import read_manifest
 from stepgguf.quants.ggml import row_size
 
 Bytes = NDArray[np.uint8]
@@ -70,18 +70,20 @@ def verify_manifest(path: Path, step: Step) -> Report:
     report = Report(step)
     for header in read_headers(path):
         file = header.path
-        manifest = read_manifest(file, "Verify against the checkpoint: --against DIRECTORY.")
-        if _header_digest(header) != manifest.get("header_sha256"):
+        digest, tensors = entries(file, read_manifest(file, "Verify against the checkpoint: --against DIRECTORY."))
+        if _header_digest(header) != digest:
             report.problems.append(f"{file.name}: the header (metadata or tensor list) is not the one that was written")
         infos = {tensor.name: tensor for tensor in header.tensors}
         jobs = []
-        for name in {**infos, **manifest["tensors"]}:
-            info, entry = infos.get(name), manifest["tensors"].get(name)
-            if info is None or entry is None or [entry["type"], entry["shape"]] != [info.ggml_type.name, [*info.shape]]:
+        for name in {**infos, **tensors}:
+            info, entry = infos.get(name), tensors.get(name)
+            if info is None or entry is None or (entry.type, entry.shape) != (info.ggml_type.name, info.shape):
                 report.problems.append(f"{file.name}: {name} is not the same tensor in file and manifest")
                 continue
-            rows = row_ranges(info.shape, entry["rows_per_unit"])
-            jobs += [(info, *r, partial(_same_digest, d)) for r, d in zip(rows, entry["sha256"], strict=False)]
+            rows = list(row_ranges(info.shape, entry.rows_per_unit))
+            if len(rows) != len(entry.digests):
+                report.problems.append(f"{file.name}: {name} has {len(entry.digests)} digests, expected {len(rows)}")
+            jobs += [(info, *r, partial(_same_digest, d)) for r, d in zip(rows, entry.digests, strict=False)]
         report.look(header, jobs)
     return report
 

@@ -1,52 +1,44 @@
 """Output files that survive anything: written in place, journaled, resumed, renamed at the end.
 
-    DEST.part      the GGUF itself, full size from the start: header first, tensors at their final offsets
-    DEST.journal   line 1: JSON, what is being made of what; then 64 bytes for each finished unit:
-                   number u32, crc32 of number and the rest u32, sha256 of its bytes, its codec.Loss 3 x f64 (or NaN)
-    DEST.manifest.json   digests and losses, kept beside the finished file for `stepgguf verify` and `report`
+    DEST.part            the GGUF itself, full size from the start: header first, tensors at their final offsets
+    DEST.journal         which units of it are done (journal.py)
+    DEST.manifest.json   digests and losses, kept beside the finished file (manifest.py)
 
-A unit enters the journal only after its bytes are on the disk (fdatasync), so neither kill -9 nor a power cut leaves
-an entry without its bytes. Resuming redoes exactly the units that are not in the journal; since each unit's bytes are
-a function of source and plan, the end is byte-identical. The final name appears by rename, when all is there.
+Opening is a row of steps, and the first makes all others safe from a second process:
+
+    hold      the journal and every .part, made empty if they are not there
+    resume    are they of an interrupted run of the same command? then its finished units count
+    refuse    a name that is taken, unless --overwrite; of a resumed run too
+    space     enough for what is not resumed
+    clear     what an earlier run left
+    open      headers, full sizes, the journal's first line
+
+Resuming redoes exactly the units that are not in the journal; since each unit's bytes are a function of source and
+plan, the end is byte-identical. Finishing goes from the data to the name: data, manifest, rename, the journal last.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
-import json
-import math
 import os
 import shutil
-import struct
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stepgguf import __version__
-from stepgguf.convert import ledger
-from stepgguf.convert.plan import Plan, PlannedFile, Unit
-from stepgguf.errors import OutputError, VerifyError
+from stepgguf.convert import manifest
+from stepgguf.convert.journal import Journal, Made
+from stepgguf.convert.plan import Plan, PlannedFile
+from stepgguf.errors import OutputError
+from stepgguf.files import disk, jsonread
+from stepgguf.files.disk import disk_errors
 from stepgguf.quants.codec import Loss
 
-_RECORD = struct.Struct("<II56s")
-_MADE = struct.Struct("<32s3d")
-_VERSION = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Made:
-    """A finished unit: the sha256 of its bytes, and what encoding them lost (None: nothing was encoded)."""
-
-    digest: bytes
-    loss: Loss | None
+_VERSION = 3
 
 
 class Writer:
@@ -58,106 +50,103 @@ class Writer:
         self.plan = plan
         self.units = list(plan.units())
         self.finished: dict[int, Made] = {}
-        self._journal_path = _beside(plan.files[0].path, ".journal")
-        self._journal: int | None = None
-        self._fds: list[int] = []
+        self._folder = plan.files[0].path.parent
+        self._overwrite = overwrite
         self._label = _label(plan, identity)
+        self._journal: Journal | None = None
+        self._parts: list[int] = []  # descriptors, one for each file
+        self._renamed: set[int] = set()  # numbers of files that an interrupted run had finished
         try:
-            if self._journal_path.exists():
-                self._lock()
-            if restart:
-                self._forget()
-            resumed = self._resume()
-            if not resumed:
-                self._refuse_existing(overwrite)
-                self._check_space()
-            self._open(resumed)
+            with disk_errors(plan.files[0].path):
+                self._hold()
+                resumed = not restart and self._resume()
+                self._refuse_existing()
+                if not resumed:
+                    self._check_space()
+                    self._clear()
+                self._open(resumed)
         except BaseException:
             self.close()
             raise
 
     # opening ----------------------------------------------------------------------------------------------------
 
-    def _lock(self) -> None:
-        """Hold the journal, so that no second process writes the same files."""
-        if self._journal is None:
-            with disk_errors(self._journal_path):
-                self._journal = os.open(self._journal_path, os.O_RDWR | os.O_CREAT, 0o644)
+    def _hold(self) -> None:
+        if not self._folder.is_dir():
+            raise OutputError(f"{self._folder} is not a directory", hint=f"Create it first: mkdir -p {self._folder}")
+        with suppress(FileNotFoundError):
+            os.lstat(f"{manifest.manifest_path(self.plan.files[0].path)}.new")  # the longest name: can it be had?
         try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._journal = Journal(_beside(self.plan.files[0].path, ".journal"))
+            for file in self.plan.files:
+                self._parts.append(disk.hold(_part(file), make=True))
         except BlockingIOError:
             raise OutputError(
-                f"{self._journal_path} is in use: another stepgguf is writing this file", hint="Wait for it to end."
+                f"{self.plan.files[0].path} is in use: another stepgguf is writing it", hint="Wait for it to end."
             ) from None
-
-    def _forget(self) -> None:
-        for file in self.plan.files:
-            _beside(file.path, ".part").unlink(missing_ok=True)
-        self._journal_path.unlink(missing_ok=True)
-        self.close()
 
     def _resume(self) -> bool:
         """Read the journal of an interrupted run. A different run's journal is refused."""
-        if not self._journal_path.exists():
+        assert self._journal is not None
+        found = self._journal.read(len(self.units))
+        if found is None:
             return False
-        first, _, records = self._journal_path.read_bytes().partition(b"\n")
-        try:
-            found = json.loads(first)
-        except ValueError:
-            return False  # killed while the first line was being written: nothing is lost
-        changed = [key for key in self._label if found.get(key) != self._label[key]]
+        label, finished = found
+        changed = [key for key in self._label if label.get(key) != self._label[key]]
         if changed:
             raise OutputError(
-                f"{self._journal_path} is of an interrupted run with another {_named(changed, found, self._label)}",
+                f"{self._journal.path} is of an interrupted run with another {_named(changed, label, self._label)}",
                 hint="Repeat that command to finish it, or start anew with --restart.",
             )
-        finished: dict[int, Made] = {}
-        for number, check, made in _RECORD.iter_unpack(records[: len(records) // _RECORD.size * _RECORD.size]):
-            if check != zlib.crc32(made, number) or number >= len(self.units):
-                break  # torn by a crash: this and what follows is redone
-            digest, *sums = _MADE.unpack(made)
-            finished[number] = Made(digest, None if math.isnan(sums[0]) else Loss(*sums))
-        complete = len(finished) == len(self.units)  # then some files may have their final names already
-        for file in self.plan.files:
-            if not _beside(file.path, ".part").exists() and not (complete and _is_whole(file)):
-                return False  # somebody removed the data
-        self.finished = finished
+        missing = {i for i, file in enumerate(self.plan.files) if not _is_of(file, self._parts[i])}
+        if missing and not (len(finished) == len(self.units) and all(map(self._has_final_name, missing))):
+            return False  # somebody removed the data
+        self.finished, self._renamed = finished, missing
         return True
 
-    def _refuse_existing(self, overwrite: bool) -> None:
-        for file in self.plan.files:
-            if file.path.exists() and not overwrite:
+    def _has_final_name(self, index: int) -> bool:
+        file = self.plan.files[index]
+        try:
+            fd = os.open(file.path, os.O_RDONLY | os.O_NONBLOCK)
+        except OSError:
+            return False
+        try:
+            return _is_of(file, fd)
+        finally:
+            os.close(fd)
+
+    def _refuse_existing(self) -> None:
+        for index, file in enumerate(self.plan.files):
+            if index in self._renamed or not os.path.lexists(file.path):
+                continue
+            if file.path.is_dir():
+                raise OutputError(f"{file.path} is a directory", hint="Choose another name.")
+            if not self._overwrite:
                 raise OutputError(f"{file.path} exists", hint="Choose another name or replace it with --overwrite.")
 
     def _check_space(self) -> None:
-        folder = self.plan.files[0].path.parent
-        if not folder.is_dir():
-            raise OutputError(f"{folder} is not a directory", hint="Create it first.")
-        self._forget()
-        need, free = sum(file.size for file in self.plan.files), shutil.disk_usage(folder).free
+        held = sum(os.fstat(fd).st_blocks * 512 for fd in self._parts)
+        need, free = self.plan.file_bytes, shutil.disk_usage(self._folder).free + held
         if need > free:
             raise OutputError(
-                f"{folder} has {gib(free)} free, the output needs {gib(need)}",
+                f"{self._folder} has {gib(free)} free, the output needs {gib(need)}",
                 hint="Free some space, choose another disk or a smaller type.",
             )
 
-    def _open(self, resumed: bool) -> None:
-        self._lock()
+    def _clear(self) -> None:
         assert self._journal is not None
-        with disk_errors(self.plan.files[0].path):
-            for file in self.plan.files:
-                part = _beside(file.path, ".part")
-                target = part if part.exists() or not (resumed and _is_whole(file)) else file.path
-                fd = os.open(target, os.O_RDWR | os.O_CREAT, 0o644)
-                self._fds.append(fd)
-                os.ftruncate(fd, file.size)
-                write_all(fd, file.header, 0)
-            head = json.dumps(self._label).encode() + b"\n"
-            records = b"".join(self._record(number) for number in self.finished)
-            os.ftruncate(self._journal, 0)
-            write_all(self._journal, head + records, 0)
-            self._journal_end = len(head) + len(records)
-            os.fsync(self._journal)
+        for fd in (self._journal.fd, *self._parts):
+            os.ftruncate(fd, 0)
+
+    def _open(self, resumed: bool) -> None:
+        assert self._journal is not None
+        if resumed:
+            self._journal.resume()
+            return
+        for file, fd in zip(self.plan.files, self._parts, strict=True):
+            os.ftruncate(fd, file.size)
+            disk.write_all(fd, file.header, 0)
+        self._journal.begin(self._label)
 
     # writing ----------------------------------------------------------------------------------------------------
 
@@ -166,119 +155,49 @@ class Writer:
         unit = self.units[number]
         file = self.plan.files[unit.file]
         offset = len(file.header) + file.offsets[unit.tensor] + unit.start * file.tensors[unit.tensor].row_bytes
-        write_all(self._fds[unit.file], data.data, offset)
+        disk.write_all(self._parts[unit.file], data.data, offset)
         return Made(hashlib.sha256(data.data).digest(), loss)
 
     def commit(self, finished: Mapping[int, Made]) -> None:
         """Make finished units durable, then enter them in the journal."""
-        for index in {self.units[number].file for number in finished}:
-            os.fdatasync(self._fds[index]) if hasattr(os, "fdatasync") else os.fsync(self._fds[index])
-        self.finished.update(finished)
-        records = b"".join(self._record(number) for number in finished)
         assert self._journal is not None
-        write_all(self._journal, records, self._journal_end)
-        self._journal_end += len(records)
-        os.fsync(self._journal)
-
-    def _record(self, number: int) -> bytes:
-        made = self.finished[number]
-        sums = (math.nan,) * 3 if made.loss is None else (made.loss.weighted, made.loss.energy, made.loss.squared)
-        packed = _MADE.pack(made.digest, *sums)
-        return _RECORD.pack(number, zlib.crc32(packed, number), packed)
+        for index in {self.units[number].file for number in finished}:
+            fd = self._parts[index]
+            os.fdatasync(fd) if hasattr(os, "fdatasync") else os.fsync(fd)
+        self.finished.update(finished)
+        self._journal.enter(finished)
 
     def finish(self) -> None:
-        """Manifests, final names, and the journal's end."""
+        """Data, manifests, final names, and the journal's end: each on the disk before the next begins."""
+        assert self._journal is not None
         assert len(self.finished) == len(self.units)
         with disk_errors(self.plan.files[0].path):
+            self._refuse_existing()
+            for fd in self._parts:
+                os.fsync(fd)
             for index, file in enumerate(self.plan.files):
-                os.fsync(self._fds[index])
-                manifest = json.dumps(self._manifest(index), indent=1) + "\n"
-                _beside(file.path, ".manifest.json").write_text(manifest)
-            self.close()
-            for file in self.plan.files:
-                part = _beside(file.path, ".part")
-                if part.exists():
-                    part.replace(file.path)
-            _sync_directory(self.plan.files[0].path.parent)
-            self._journal_path.unlink()
+                manifest.write_manifest(file.path, manifest.content(self.plan, index, self.finished))
+            for index, file in enumerate(self.plan.files):
+                if index not in self._renamed:
+                    _part(file).replace(file.path)
+            disk.sync_folder(self._folder)
+            self._journal.remove()
+        self.close()
 
     def close(self) -> None:
-        """Let go of the files. What is committed can be resumed."""
-        for fd in (*self._fds, *([] if self._journal is None else [self._journal])):
-            os.close(fd)
-        self._fds, self._journal = [], None
+        """Let go of the files. What is committed can be resumed; what is empty is removed."""
+        journal, parts = self._journal, self._parts
+        self._journal, self._parts = None, []
+        for file, fd in zip(self.plan.files, parts, strict=False):
+            _let_go(fd, _part(file))
+        if journal is not None:
+            _let_go(journal.fd, journal.path)
 
     def __enter__(self) -> Writer:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-    def _manifest(self, index: int) -> dict[str, Any]:
-        file = self.plan.files[index]
-        units: dict[int, list[tuple[Unit, Made]]] = {}
-        for number, unit in enumerate(self.units):
-            if unit.file == index:
-                units.setdefault(unit.tensor, []).append((unit, self.finished[number]))
-        importance, recipe = self.plan.importance, self.plan.recipe
-        return {
-            "made_by": f"stepgguf {__version__}",
-            "file": file.path.name,
-            "bytes": file.size,
-            "type": self.plan.type_name,
-            **({} if recipe.is_stock else {"recipe": recipe.text}),
-            "header_sha256": hashlib.sha256(file.header).hexdigest(),
-            **({} if importance is None else {"imatrix": importance.described()}),
-            "tensors": {
-                tensor.name: {
-                    "type": tensor.ggml_type.name,
-                    "shape": list(tensor.shape),
-                    "rows_per_unit": tensor.rows_per_unit,
-                    "sha256": [made.digest.hex() for _, made in units[i]],
-                    **ledger.entry(tensor, [(unit, made.loss) for unit, made in units[i]], importance),
-                }
-                for i, tensor in enumerate(file.tensors)
-            },
-        }
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turns the system's errors into OutputError: a full disk says how to go on."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            message, remedy = f"{path.parent}: the disk is full", "Free some space and repeat the command; it resumes."
-        else:
-            message, remedy = f"{error.filename or path}: {error.strerror or error}", "Repeat the command; it resumes."
-        raise OutputError(message, hint=remedy) from error
-
-
-def manifest_path(path: Path) -> Path:
-    """The manifest of a finished file."""
-    return _beside(path, ".manifest.json")
-
-
-def read_manifest(file: Path, otherwise: str) -> dict[str, Any]:
-    """The manifest of a finished file. VerifyError, with the hint `otherwise`, if it has none that can be read."""
-    path = manifest_path(file)
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)  # NaN
-    except OSError:
-        raise VerifyError(f"{path} is not there", hint=otherwise) from None
-    except ValueError as error:
-        raise VerifyError(f"{path}: not valid JSON ({error})", hint=otherwise) from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("tensors"), dict):
-        raise VerifyError(f"{path}: not a manifest of stepgguf", hint=otherwise)
-    return manifest
-
-
-def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
-    view = memoryview(data).cast("B")
-    while view:
-        n = os.pwrite(fd, view, offset)
-        view, offset = view[n:], offset + n
 
 
 def gib(n: int) -> str:
@@ -289,9 +208,19 @@ def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
 
-def _is_whole(file: PlannedFile) -> bool:
-    """Whether this file of an interrupted run had already been renamed."""
-    return file.path.exists() and file.path.stat().st_size == file.size
+def _part(file: PlannedFile) -> Path:
+    return _beside(file.path, ".part")
+
+
+def _is_of(file: PlannedFile, fd: int) -> bool:
+    """Whether this is the planned file, of full size and with its header."""
+    return os.fstat(fd).st_size == file.size and os.pread(fd, len(file.header), 0) == file.header
+
+
+def _let_go(fd: int, path: Path) -> None:
+    if os.fstat(fd).st_size == 0 and disk.is_at(fd, path):
+        path.unlink()
+    os.close(fd)
 
 
 def _label(plan: Plan, identity: Mapping[str, str]) -> dict[str, Any]:
@@ -312,17 +241,13 @@ def _named(changed: Iterable[str], found: Mapping[str, Any], wanted: Mapping[str
     """The first difference in words."""
     key = next(iter(changed))
     if key == "source":
-        before, now = found.get(key) or {}, wanted[key]
+        before, now = found.get(key), wanted[key]
+        before = before if isinstance(before, dict) else {}
         files = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
         return f"source: {', '.join(files[:3])} changed"
     if key == "header":
         return "version, name, chat template or other metadata"
-    return f"{key}: {found.get(key)} then, {wanted[key]} now"
-
-
-def _sync_directory(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    before, now = (
+        value if isinstance(value, str) else jsonread.shown(value) for value in (found.get(key), wanted[key])
+    )
+    return f"{key}: {before[:60]} then, {now} now"

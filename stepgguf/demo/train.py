@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from stepgguf.chat.template import ChatTemplate
+from stepgguf.chat.template import CLOSE_THINKING, CLOSING_WORDS, ChatTemplate
 from stepgguf.convert.checkpoint import Checkpoint
 from stepgguf.demo import tasks, tokenizer
 from stepgguf.model.hparams import HParams
@@ -42,6 +42,9 @@ MODEL = Path(__file__).parent / "model"
 ROW, ROWS = 512, 4  # tokens in a packed row, rows in a step
 IGNORE = -100
 BIAS_STEP = 1e-3  # router bias nudge per step
+CUT = 0.35  # share of thinking that training cuts off
+CUT_BEFORE = 0.4  # share of the cuts before the first token, as with effort none
+CUT_SILENTLY = 0.3  # share of the cuts without the closing words
 
 
 def config(vocab_size: int, eos: list[int]) -> dict[str, Any]:
@@ -107,6 +110,7 @@ class Encoder:
         self.tokenizer = Tokenizer.from_str(tokenizer_json)
         self.template = ChatTemplate((MODEL / "chat_template.jinja").read_text(), bos_token=tokenizer.BOS)
         self.think, self.end, self.start = (self.id(t) for t in ("<think>", "<|im_end|>", "<|im_start|>"))
+        self.close = self.id("</think>")
 
     def id(self, token: str) -> int:
         found = self.tokenizer.token_to_id(token)
@@ -128,6 +132,23 @@ class Encoder:
                 learn = True
         return ids, labels
 
+    def cut(self, ids: list[int], labels: list[int], rng: random.Random) -> tuple[list[int], list[int]]:
+        """An example in which some thinking is cut, as engines do it: at any token, with words that it did not choose.
+
+        It learns to answer then, as well as it can, instead of thinking on.
+        """
+        ids, labels = ids.copy(), labels.copy()
+        for think in reversed([i for i, token in enumerate(ids) if token == self.think]):
+            if rng.random() >= CUT:
+                continue
+            first, end = think + 2, ids.index(self.close, think)  # "<think>\n" is the prompt's
+            n = 0 if rng.random() < CUT_BEFORE else rng.randint(1, rng.choice([min(24, end - first), end - first]))
+            words = "" if rng.random() < CUT_SILENTLY else CLOSING_WORDS
+            closing = self.encode((words if n else words.lstrip()) + CLOSE_THINKING)
+            ids[first + n : end + 2] = closing
+            labels[first + n : end + 2] = [IGNORE] * len(closing)
+        return ids, labels
+
 
 def rows(encoder: Encoder, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """An endless stream of packed batches: tokens, labels and document ids, each [ROWS, ROW]."""
@@ -141,7 +162,7 @@ def rows(encoder: Encoder, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]
             document: list[int] = []
             n = 0
             while len(waiting) < 32:
-                example = encoder.example(*tasks.conversation(rng))
+                example = encoder.cut(*encoder.example(*tasks.conversation(rng)), rng)
                 if len(example[0]) <= ROW:
                     waiting.append(example)
             while (fit := next((i for i, e in enumerate(waiting) if len(tokens) + len(e[0]) <= ROW), None)) is not None:

@@ -7,7 +7,7 @@ of the tests. Where neither is there, gguf-py's numpy code encodes what it can.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
 from stepgguf.errors import QuantError
+from stepgguf.files import installed
 from stepgguf.quants import ggml, lanes
 from stepgguf.quants.ggml import BF16, F32, row_size
 
@@ -26,7 +27,7 @@ _NUMPY_ENCODERS = frozenset(
     GGMLQuantizationType[name]
     for name in ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4")
 )
-_CHUNK = 256 * 1024  # values that are widened at a time where a kernel wants float32
+CHUNK = 256 * 1024  # values that are widened at a time where a kernel wants float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ def check_encoder(kind: GGMLQuantizationType, *, has_imatrix: bool = False, kern
     elif kind not in _NUMPY_ENCODERS:
         raise QuantError(
             f"{kind.name} is encoded by ggml's library, which is not installed",
-            hint="Install it with: pip install 'stepgguf[run]' (it ships with llama-cpp-python).",
+            hint=f"It ships with llama-cpp-python: {installed.with_extra('run')}",
         )
 
 
@@ -166,7 +167,33 @@ def dequantize(kind: GGMLQuantizationType, data: NDArray[np.uint8], out: NDArray
         np.left_shift(data.view(np.uint16).reshape(out.shape), 16, out=out.view(np.uint32), dtype=np.uint32)
     else:
         with np.errstate(invalid="ignore", over="ignore"):  # a damaged factor: its values are NaN or infinite
-            out[:] = gguf.quants.dequantize(data, kind).reshape(out.shape)
+            for start, stop in _runs(*out.shape):
+                out[start:stop] = gguf.quants.dequantize(data[start:stop], kind).reshape(-1, out.shape[1])
+
+
+def widened_runs(values: Values) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Rows as float32, CHUNK values at a time, each run with the number of its first row."""
+    n, columns = values.shape
+    for start, stop in _runs(n, columns):
+        part = rows_of(values, start, stop)
+        out = np.empty(part.shape, np.float32)
+        widen(part, out)
+        yield start, out
+
+
+def decoded_runs(kind: GGMLQuantizationType, data: NDArray[np.uint8]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """The same of encoded rows, data [n, row bytes]."""
+    block, n_bytes = GGML_QUANT_SIZES[kind]
+    columns = data.shape[1] // n_bytes * block
+    for start, stop in _runs(len(data), columns):
+        out = np.empty((len(data[start:stop]), columns), np.float32)
+        dequantize(kind, data[start:stop], out)
+        yield start, out
+
+
+def _runs(n: int, columns: int) -> Iterator[tuple[int, int]]:
+    step = max(1, CHUNK // columns)
+    return ((start, start + step) for start in range(0, n, step))
 
 
 def _stored(values: Values) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
@@ -186,9 +213,7 @@ def _largest(values: Values) -> float:
 
 
 def _chunks(values: Values, out: NDArray[np.uint8]) -> list[tuple[Values, NDArray[np.uint8]]]:
-    n, columns = values.shape
-    rows = max(1, _CHUNK // columns)
-    return [(rows_of(values, i, i + rows), out[i : i + rows]) for i in range(0, n, rows)]
+    return [(rows_of(values, start, stop), out[start:stop]) for start, stop in _runs(*values.shape)]
 
 
 def _quantize_widened(

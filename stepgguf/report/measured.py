@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from stepgguf.convert.ggufsource import ARCHITECTURE
 from stepgguf.convert.header import Header, TensorInfo
+from stepgguf.convert.manifest import manifest_path, read_manifest
 from stepgguf.convert.splits import read_headers
-from stepgguf.convert.writer import manifest_path, read_manifest
 from stepgguf.errors import BadMetadata, VerifyError
 
 Floats = NDArray[np.float64]

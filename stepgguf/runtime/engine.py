@@ -52,7 +52,7 @@ class Grammar:
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """The prompt ends inside the model's thinking. Any token of `ends` closes it.
+    """The prompt ends inside the model's thinking, or the answer may start with `opening`. Any of `ends` closes it.
 
     After `budget` tokens of thinking (None: no limit) `closing` is forced: an optional message and an end. With
     `break_loops` the same happens when the thinking repeats itself.
@@ -62,6 +62,7 @@ class Reasoning:
     closing: tuple[int, ...]
     budget: int | None = None
     break_loops: bool = True
+    opening: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,9 @@ class Request:
 
     max_tokens None: as many as the context holds. top_logprobs None: no log probabilities; 0: the chosen token's;
     k: also the k most likely. ignore_end: go on after an end token (to measure speed).
+
+    banned: token ids that are not sampled once somebody else than the model has closed its thinking: after `closing`,
+    or from the start if there is no `reasoning`.
     """
 
     prompt: tuple[int, ...]
@@ -80,6 +84,7 @@ class Request:
     turns: tuple[int, ...] = ()
     top_logprobs: int | None = None
     ignore_end: bool = False
+    banned: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

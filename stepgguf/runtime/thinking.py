@@ -12,7 +12,8 @@ class Thinking:
     def __init__(self, reasoning: Reasoning) -> None:
         self._reasoning = reasoning
         self._n = 0
-        self._open, self._closing = True, False
+        self._waiting = reasoning.opening is not None  # for the first token, which may open it
+        self._open, self._closing = not self._waiting, False
         self._loops = LoopDetector() if reasoning.break_loops else None
 
     @property
@@ -28,6 +29,9 @@ class Thinking:
 
     def feed(self, token: int, timings: Timings) -> tuple[int, ...]:
         """Take a token. What is to be forced after it, usually nothing."""
+        if self._waiting:
+            self._waiting, self._open = False, token == self._reasoning.opening
+            return ()
         if not self._open:
             return ()
         if token in self._reasoning.ends:

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from stepgguf.chat.exchange import Prepared, Reply
 from stepgguf.chat.grammar import constrain
-from stepgguf.chat.output import Delta
+from stepgguf.chat.output import Delta, Markers
 from stepgguf.chat.request import ToolChoice
 from stepgguf.errors import RequestError
 from stepgguf.runtime.engine import Request as EngineRequest
@@ -30,6 +30,7 @@ from stepgguf.server.stream import Exchange
 
 router = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
 MAX_TOKENS = 16  # OpenAI's default
+_NO_MARKERS = Markers(None, None, None)  # every token is text
 
 
 class CompletionBody(SamplingFields, FormatFields, Ignored, Body):
@@ -91,7 +92,7 @@ class CompletionBody(SamplingFields, FormatFields, Ignored, Body):
                 grammar=grammar,
                 top_logprobs=self.logprobs,
             )
-            prepared += copies(Prepared(request, markers, thinking=False, tools=(), stops=self.stops()), n)
+            prepared += copies(Prepared(request, _NO_MARKERS, thinking=False, tools=(), stops=self.stops()), n)
         return prepared
 
 

@@ -111,7 +111,7 @@ class Exchange:
         async with _calling(self.cancel, request):
             async for part in self.parts():
                 collected[part.index] += part.deltas
-        return [join(deltas) for deltas in collected]
+        return [join(reply.settle(deltas)) for reply, deltas in zip(self.replies, collected, strict=True)]
 
     def cancel(self) -> None:
         for ticket in self._tickets:

@@ -669,20 +669,23 @@ TOOLS = (
 )
 
 
-def test_calls_drawn_from_the_grammar_are_read_without_a_warning_and_valid(vocab: Vocab) -> None:
+def test_calls_drawn_from_the_grammar_are_read_to_the_same_end_and_valid(vocab: Vocab) -> None:
+    """Models may forget </parameter>, and only that, and repeat a parameter that has no schema."""
     grammar = free(None, *TOOLS)
     schemas = {tool.name: tool.parameters for tool in TOOLS}
     phrases = (
         "\n</parameter>\n",
         "</function>\n</tool_call>",
+        "\n</function>\n</tool_call>",
         '"',
         "}",
         "]",
         "1",
         "<parameter=path>\n",
         "<parameter=tags>\n",
+        "\n<parameter=force>\n",
     )
-    seen = 0
+    seen, forgotten = 0, 0
     for seed in range(60):
         with Walk(vocab, grammar.gbnf, "calls") as walk:
             ids = walk.random(random.Random(seed), phrases, limit=600)
@@ -690,7 +693,10 @@ def test_calls_drawn_from_the_grammar_are_read_without_a_warning_and_valid(vocab
             continue
         machine = OutputMachine(MARKERS, thinking=True, tools=TOOLS)
         deltas = [d for i in [762, *ids] for d in machine.feed(Step(i, vocab.pieces[i]))] + machine.close()
-        assert [w for w in machine.warnings if "call of extra" not in w or "twice" not in w] == []
+        forgotten += sum("lacks a tag" in w for w in machine.warnings)
+        known = ("lacks a tag", "twice")
+        assert [w for w in machine.warnings if not any(part in w for part in known)] == []
+        assert not any("twice" in w and "call of extra" not in w for w in machine.warnings)
         assert not any(d.kind in ("text", "reasoning") for d in deltas)
         names = [d.text for d in deltas if d.kind == "call"]
         for index, name in enumerate(names):
@@ -698,6 +704,7 @@ def test_calls_drawn_from_the_grammar_are_read_without_a_warning_and_valid(vocab
             jsonschema.validate(arguments, schemas[name] or {"type": "object", "maxProperties": 0})
         seen += len(names)
     assert seen >= 60
+    assert forgotten >= 10
 
 
 # refusals ------------------------------------------------------------------------------------------------------------

@@ -8,13 +8,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stepgguf.chat.exchange import Prepared, Reply
 from stepgguf.chat.output import Delta, Markers, OutputMachine
 from stepgguf.chat.request import Tool
-from stepgguf.runtime.engine import Step
+from stepgguf.runtime.engine import Request, Step
 
-END, CALL, END_CALL = 97, 98, 99
-MARKERS = Markers(END, CALL, END_CALL)
-SPECIAL = {"⟨end⟩": (END, b"</think>"), "⟨call⟩": (CALL, b"<tool_call>"), "⟨/call⟩": (END_CALL, b"</tool_call>")}
+THINK, END, CALL, END_CALL = 996, 997, 998, 999
+MARKERS = Markers(END, CALL, END_CALL, THINK)
+SPECIAL = {
+    "⟨think⟩": (THINK, b"<think>"),
+    "⟨end⟩": (END, b"</think>"),
+    "⟨call⟩": (CALL, b"<tool_call>"),
+    "⟨/call⟩": (END_CALL, b"</tool_call>"),
+}
 TOOLS = (
     Tool("write", None, {"type": "object", "properties": {"path": {"type": "string"}, "text": {"type": "string"}}}),
     Tool("add", None, {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": ["number", "null"]}}}),
@@ -33,6 +39,7 @@ class Answer:
     calls: list[tuple[str, str]] = field(default_factory=list)
     order: str = ""
     steps: list[Step] = field(default_factory=list)
+    deltas: list[Delta] = field(default_factory=list)
 
 
 def steps(script: str, cuts: list[int]) -> list[Step]:
@@ -63,17 +70,28 @@ def _split(part: str, marker: str) -> list[str]:
 
 
 def run(
-    script: str, cuts: list[int], *, thinking: bool = True, tools: tuple[Tool, ...] = TOOLS, stops: tuple[str, ...] = ()
+    script: str,
+    cuts: list[int],
+    *,
+    thinking: bool = True,
+    tools: tuple[Tool, ...] = TOOLS,
+    stops: tuple[str, ...] = (),
+    cut: bool = False,
 ) -> Answer:
     machine = OutputMachine(MARKERS, thinking=thinking, tools=tools, stops=stops)
     answer = Answer(machine)
-    deltas = [delta for step in steps(script, cuts) for delta in machine.feed(step)] + machine.close()
-    for delta in deltas:
+    answer.deltas = [delta for step in steps(script, cuts) for delta in machine.feed(step)] + machine.close(cut=cut)
+    for delta in answer.deltas:
         assert delta.text
         add(answer, delta)
     assert len(answer.calls) == machine.n_calls
-    for _, arguments in answer.calls:
-        json.loads(arguments)
+    for index, (_, arguments) in enumerate(answer.calls):
+        if index == machine.cut_call:
+            assert arguments.startswith("{")
+            with pytest.raises(json.JSONDecodeError):
+                json.loads(arguments)
+        else:
+            json.loads(arguments)
     return answer
 
 
@@ -87,7 +105,7 @@ def add(answer: Answer, delta: Delta) -> None:
         answer.calls[-1] = name, arguments + delta.text
     else:
         setattr(answer, delta.kind, getattr(answer, delta.kind) + delta.text)
-    assert not delta.steps or delta.kind == "text"
+    assert delta.kind == "text" or not delta.steps
     answer.steps += delta.steps
     if not answer.order.endswith(delta.kind[0]):
         answer.order += delta.kind[0]
@@ -95,7 +113,7 @@ def add(answer: Answer, delta: Delta) -> None:
 
 CUTS = st.one_of(st.lists(st.integers(0, 300)), st.just(list(range(300))))
 SCRIPT = (
-    "Let me see.\n\n</think> <tool_call> spelled out is text: ｜é🙂\n⟨end⟩\n3 r's: naïve 🙂\n⟨end⟩ <tool_call> ⟨/call⟩"
+    "Let me see.\n\n</think> <tool_call> spelled out is text: ｜é🙂\n⟨end⟩\n3 r's: naïve 🙂\n</think> <tool_call> ⟨/call⟩"
     f" \n\n⟨call⟩{WRITE}⟨/call⟩\n \n⟨call⟩{ADD}⟨/call⟩\n\nDone. 🙂\n"
 )
 
@@ -156,7 +174,52 @@ def test_reasoning_that_never_ends_is_all_there() -> None:
 
 
 def test_without_thinking_everything_is_text() -> None:
-    assert run("\nx⟨end⟩\n", [], thinking=False).text == "\nx</think>\n"
+    answer = run("\n <think> x </think>\n", [1, 3], thinking=False)
+    assert (answer.text, answer.reasoning) == ("\n <think> x </think>\n", "")
+
+
+@given(CUTS)
+def test_thinking_that_the_model_opens_itself_is_split_off(cuts: list[int]) -> None:
+    for opening in ("⟨think⟩\n", "⟨think⟩", "\n \n⟨think⟩\n"):
+        answer = run(f"{opening}why é\n⟨end⟩\nbecause ⟨think⟩", cuts, thinking=False)
+        assert (answer.reasoning, answer.text) == ("why é", "because <think>")
+        assert answer.machine.n_reasoning == len(steps(f"{opening}why é\n⟨end⟩", cuts))
+        assert answer.machine.warnings == []
+
+
+@given(CUTS)
+def test_only_the_start_of_an_answer_opens_thinking(cuts: list[int]) -> None:
+    answer = run("So ⟨think⟩ it is\n", cuts, thinking=False)
+    assert (answer.reasoning, answer.text) == ("", "So <think> it is\n")
+    assert run("why⟨end⟩\n⟨think⟩ x", cuts).text == "<think> x"
+
+
+def settled(answer: Answer) -> tuple[str, str]:
+    """Reasoning and text of the whole answer."""
+    reply = Reply(Prepared(Request((0,)), MARKERS, False, (), ()))
+    reply._machine = answer.machine
+    deltas = reply.settle(answer.deltas)
+    return tuple("".join(d.text for d in deltas if d.kind == kind) for kind in ("reasoning", "text"))  # type: ignore[return-value]
+
+
+@given(CUTS, st.booleans())
+def test_an_end_of_thinking_in_the_answer_is_never_text(cuts: list[int], thinking: bool) -> None:
+    start = "so⟨end⟩\n" if thinking else ""
+    answer = run(f"{start}No, é wait\n⟨end⟩\n3 r's\n⟨end⟩⟨end⟩\nor 4", cuts, thinking=thinking)
+    assert "think>" not in answer.text + answer.reasoning
+    assert settled(answer) == ("soNo, é wait3 r's" if thinking else "No, é wait3 r's", "or 4")
+    assert len(answer.machine.warnings) == 3
+    ids = [step.token_id for step in steps(f"{start}No, é wait\n⟨end⟩\n3 r's\n⟨end⟩⟨end⟩\nor 4", cuts)]
+    assert answer.machine.n_text == ids[::-1].index(END)
+    assert answer.machine.n_reasoning == len(ids) - ids[::-1].index(END)
+
+
+@given(CUTS)
+def test_an_answer_that_ends_with_an_end_of_thinking_is_an_answer(cuts: list[int]) -> None:
+    answer = run("why⟨end⟩\n3 r's⟨end⟩", cuts)
+    assert settled(answer) == ("why", "3 r's")
+    answer = run(f"why⟨end⟩\nI call⟨call⟩{ADD}⟨/call⟩⟨end⟩\nDone", cuts)
+    assert settled(answer) == ("why", "I callDone")
 
 
 def test_bytes_that_are_no_text_are_replaced_and_not_lost() -> None:
@@ -243,7 +306,6 @@ def test_a_call_that_breaks_off_is_closed_and_the_rest_is_text(cuts: list[int]) 
     for body, rest in [
         (f"{head}</function>\nso it is⟨/call⟩!", "so it is</tool_call>!"),
         ("\n<function=add>\nwhat⟨/call⟩!", "what</tool_call>!"),
-        (f"{head}<parameter=\n", "<parameter=\n"),
     ]:
         answer = run(f"⟨end⟩⟨call⟩{body}", cuts)
         assert json.loads(answer.calls[0][1]) == ({} if "what" in body else {"a": 5})
@@ -251,17 +313,74 @@ def test_a_call_that_breaks_off_is_closed_and_the_rest_is_text(cuts: list[int]) 
         assert len(answer.machine.warnings) == 1
 
 
-@pytest.mark.parametrize("n", range(1, len(WRITE)))
-def test_a_call_cut_by_the_end_of_generation_is_valid_and_complete_as_far_as_it_came(n: int) -> None:
-    answer = run(f"⟨end⟩⟨call⟩{WRITE[:n]}", list(range(0, 300, 3)))
-    ended = WRITE[:n].rstrip().endswith("</function>")
-    assert bool(answer.machine.warnings) != ended
-    if not answer.calls:
-        assert answer.text == "<tool_call>" + WRITE[:n]
-    else:
-        shown = "".join(json.loads(answer.calls[0][1]).values())
-        assert shown[:3] in WRITE[:n]
-        assert not ended or (json.loads(answer.calls[0][1]), answer.text) == (WRITTEN, "")
+TOKENS = list(range(0, 300, 3))
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize("before", ["", "Let me see.\n\n", f"⟨call⟩{ADD}⟨/call⟩\n"], ids=["", "text", "call"])
+def test_a_call_that_is_cut_is_an_unclosed_prefix_and_nothing_leaks(before: str, thinking: bool) -> None:
+    whole = steps(f"{'why⟨end⟩' if thinking else ''}\n{before}⟨call⟩{WRITE}⟨/call⟩", TOKENS)
+    text = "Let me see." if "Let" in before else ""
+    first = next(i for i, step in enumerate(whole) if step.token_id == CALL and (i > 20 or "⟨call⟩" not in before))
+    for n in range(first + 1, len(whole)):
+        machine = OutputMachine(MARKERS, thinking=thinking, tools=TOOLS)
+        deltas = [d for step in whole[:n] for d in machine.feed(step)] + machine.close(cut=True)
+        assert "".join(d.text for d in deltas if d.kind == "text").strip() == text
+        calls = [d for d in deltas if d.kind == "call"]
+        n_whole = before.count("⟨call⟩")
+        assert machine.cut_call == (n_whole if len(calls) > n_whole else None)
+        arguments = "".join(d.text for d in deltas if d.kind == "arguments" and d.index == n_whole)
+        if machine.cut_call is not None:
+            assert json.dumps(WRITTEN, ensure_ascii=False, separators=(",", ":")).startswith(arguments)
+            assert arguments[:1] == "{"
+            assert not arguments.endswith("}")
+    machine = OutputMachine(MARKERS, thinking=thinking, tools=TOOLS)
+    deltas = [d for step in whole for d in machine.feed(step)] + machine.close(cut=True)
+    assert machine.cut_call is None
+
+
+@given(CUTS)
+def test_an_end_token_within_a_call_cuts_it_too_unless_it_is_whole(cuts: list[int]) -> None:
+    answer = run(f"⟨end⟩⟨call⟩{WRITE[:60]}", cuts)
+    assert answer.machine.cut_call == 0
+    assert answer.text == ""
+    whole = run(f"⟨end⟩⟨call⟩{WRITE.removesuffix('</function>' + chr(10))}", cuts)
+    assert json.loads(whole.calls[0][1]) == WRITTEN
+    assert (whole.machine.cut_call, whole.text) == (None, "")
+
+
+@given(CUTS)
+def test_a_call_whose_last_value_has_no_end_ends_with_its_token(cuts: list[int]) -> None:
+    answer = run("⟨end⟩⟨call⟩\n<function=write>\n<parameter=text>\npwd\n</function>\n⟨/call⟩after", cuts)
+    assert json.loads(answer.calls[0][1]) == {"text": "pwd"}
+    assert answer.text == "after"
+    assert len(answer.machine.warnings) == 1
+
+
+# calls without their token -------------------------------------------------------------------------------------------
+
+
+@given(CUTS, st.sampled_from(["", "\n", "⟨/call⟩", "\n⟨/call⟩\n"]))
+def test_a_line_that_starts_with_an_offered_function_is_a_call(cuts: list[int], end: str) -> None:
+    for before in ("", "Let me.\n\n", "x <y\n <"):
+        answer = run(f"why⟨end⟩\n{before}\n<function=add>{ADD.partition('>')[2].rstrip()}{end}", cuts)
+        assert [(name, json.loads(arguments)) for name, arguments in answer.calls] == [("add", ADDED)]
+        assert answer.text == before.rstrip()
+        assert answer.machine.warnings == ["a tool call has no <tool_call>"]
+
+
+@given(CUTS)
+def test_a_function_that_was_not_offered_or_stands_in_a_line_is_text(cuts: list[int]) -> None:
+    for text in ("<function=nope>\n</function>", "see <function=add>\n", "<functional>", "`<function=add>`", "\n<"):
+        assert run(f"⟨end⟩\n{text}", cuts).text == text
+    assert run(f"⟨end⟩\n{ADD}", cuts, tools=()).text == ADD
+
+
+@pytest.mark.parametrize("n", range(1, len(ADD) - 2))
+def test_a_call_without_its_token_that_is_cut_does_not_leak(n: int) -> None:
+    answer = run(f"⟨end⟩{ADD[:n]}", TOKENS, cut=True)
+    assert answer.text.strip() == ""
+    assert (answer.machine.cut_call == 0) == bool(answer.calls)
 
 
 def test_a_call_may_follow_one_that_lacks_its_end() -> None:

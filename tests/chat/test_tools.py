@@ -24,7 +24,7 @@ def written(*pairs: tuple[str, str]) -> str:
 
 
 def read(text: str, tools: dict[str, Tool], cuts: list[int] | None = None) -> tuple[CallReader, str]:
-    """The reader at its end, and the JSON it gave."""
+    """The reader at its end, where </tool_call> stands, and the JSON it gave: unclosed if that is within a value."""
     reader = CallReader(tools)
     edges = range(len(text) + 1) if cuts is None else sorted({0, len(text), *(c % (len(text) + 1) for c in cuts)})
     arguments = ""
@@ -33,6 +33,8 @@ def read(text: str, tools: dict[str, Tool], cuts: list[int] | None = None) -> tu
         if reader.problem is not None:
             reader.rest += text[b:]  # as the machine does: nothing is fed any more
             return reader, arguments
+    if reader.in_value and not reader.try_end():
+        return reader, arguments
     return reader, arguments + reader.finish()
 
 
@@ -90,8 +92,8 @@ def test_a_string_streams_and_other_values_wait_for_their_end() -> None:
     assert reader.feed("graph>\n") == "\\n</paragraph>"
     assert reader.feed("</parameter>\n<parameter=n>\n4") == '","n":'
     assert reader.feed("2") == ""
-    assert reader.feed("\n</parameter>\n</function>") == "42}"
-    assert reader.finish() == ""
+    assert reader.feed("\n</parameter>\n</function>") == "42"
+    assert reader.finish() == "}"
 
 
 VALUES = [
@@ -184,11 +186,6 @@ TYPED = tool(a={"type": "string"}, n={"type": "integer"})
         ("<function=f>\n</function>\nand more", "f", "{}", "\nand more"),
         ("<function=f>\n<parameter=a>\nx\n</parameter>\n</function>!", "f", '{"a":"x"}', "!"),
         ("<function=f>\n<parameter=a>\nx\n</parameter>\n<parameter=\n", "f", '{"a":"x"}', "<parameter=\n"),
-        ("<function=f>\n<parameter=a>", "f", '{"a":""}', ""),
-        ("<function=f>\n<parameter=a>\nx\n</par", "f", '{"a":"x\\n</par"}', ""),
-        ("<function=f>\n<parameter=a>\nx\n</parameter>\n</fun", "f", '{"a":"x"}', "\n</fun"),
-        ("<function=f>\n<parameter=n>\n12", "f", '{"n":12}', ""),
-        ("<function=f>\n<parameter=n>\n[1", "f", '{"n":"[1"}', ""),
     ],
 )
 def test_text_that_is_no_call_is_not_lost(text: str, name: str | None, arguments: str, rest: str) -> None:
@@ -205,7 +202,7 @@ def test_every_split_reads_the_same_even_if_cut(values: list[str], cuts: list[in
     reader, arguments = read(text, {**TYPED}, cuts)
     assert arguments == expected
     assert (reader.name, reader.problem, reader.rest) == (whole.name, whole.problem, whole.rest)
-    if arguments:
+    if arguments and not reader.in_value:
         json.loads(arguments)
 
 
@@ -215,6 +212,78 @@ def test_garbage_is_never_lost(text: str, cuts: list[int]) -> None:
     assert reader.problem
     assert reader.rest == text
     assert arguments == ""
+
+
+# what a model forgets ------------------------------------------------------------------------------------------------
+
+PLACE = {
+    "f": Tool(
+        "f",
+        None,
+        {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "state": {"type": "string"}, "n": {"type": "integer"}},
+            "required": ["city"],
+        },
+    )
+}
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("<parameter=city>\nDallas\n<parameter=state>\nTX\n</parameter>\n", {"city": "Dallas", "state": "TX"}),
+        ("<parameter=city>\nDallas</parameter>\n<parameter=state>TX</parameter>\n", {"city": "Dallas", "state": "TX"}),
+        ("<parameter=city>\nDallas\n</parameter>\n\n<parameter=n>\n5\n\n", {"city": "Dallas", "n": 5}),
+        ("<parameter=n>\n5\n<parameter=city>\npwd\n", {"n": 5, "city": "pwd"}),
+        ("<parameter=city>\npwd\n", {"city": "pwd"}),
+        ("<parameter=city>\n<parameter=state>\n", {"city": "", "state": ""}),
+        ("<parameter=city>\n</parameter>\n<parameter=state>\n\n", {"city": "", "state": ""}),
+        ("<parameter=city>\na\n</parameter>\n\n", {"city": "a"}),
+    ],
+)
+def test_a_forgotten_end_of_a_value_is_found_where_the_schema_says_so(body: str, expected: dict[str, Any]) -> None:
+    text = f"\n<function=f>\n{body}</function>\n"
+    for cuts in (None, []):
+        reader, arguments = read(text, PLACE, cuts)
+        assert json.loads(arguments) == expected
+        assert (reader.problem, reader.rest.strip()) == (None, "")
+        assert any("lacks a tag" in warning for warning in reader.warnings)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "x\n<parameter=other>\ny",  # no parameter of this function
+        "x\n<parameter=city>\ny",  # this one
+        "x <parameter=state>",  # not at the start of a line
+        "x\n</function>\ny",
+        "x\n</function>\n</tool_call>\ny",  # only the token ends a call
+        "a < b\n<",
+        "</parameter>",
+        "x</parameter>\n</function>\n",
+    ],
+)
+def test_what_looks_like_the_protocol_but_cannot_be_it_stays_in_the_value(value: str) -> None:
+    for cuts in (None, []):
+        reader, arguments = read(written(("city", value), ("state", "s")), PLACE, cuts)
+        assert (json.loads(arguments), reader.warnings) == ({"city": value, "state": "s"}, [])
+
+
+def test_a_call_does_not_end_before_its_required_parameters_are_there() -> None:
+    reader, arguments = read("\n<function=f>\n<parameter=state>\nTX\n</function>\n", PLACE)
+    assert reader.in_value
+    assert arguments == '{"state":"TX'
+
+
+def test_arguments_are_no_json_before_the_call_is_whole() -> None:
+    text = written(("a", "x\ny"), ("n", "12"), ("b", "z"))
+    for n in range(len(text) + 1):
+        reader = CallReader(tool(a={"type": "string"}, n={"type": "integer"}))
+        arguments = reader.feed(text[:n])
+        assert arguments.startswith("{") == (reader.name is not None)
+        with pytest.raises(json.JSONDecodeError):
+            json.loads(arguments)
 
 
 # types ---------------------------------------------------------------------------------------------------------------

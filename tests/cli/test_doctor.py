@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from stepgguf.cli.doctor import Finding, Model, doctor, examine, lines, read_model
 from stepgguf.cli.main import main
+from stepgguf.errors import BadMetadata
 from stepgguf.runtime.llama_build import LlamaBuild
 from stepgguf.runtime.machine import AmdMemory, Gpu, Machine
 from stepgguf.runtime.memory import GIB, LINUX_RESERVE, Context, need
@@ -250,10 +251,18 @@ def test_mtp_needs_the_blocks_and_the_engine(flash: Model, tmp_path: Path) -> No
 
 
 def test_the_file_s_own_troubles(flash: Model) -> None:
-    found = findings(LINUX, CPU_BUILD, replace(flash, has_template=False, network="nfs4", path=Path("/a b/x.gguf")))
+    broken = replace(flash, place=BadMetadata("no"), network="nfs4", path=Path("/a b/x.gguf"))
+    found = findings(LINUX, CPU_BUILD, broken)
     assert found["template"].level == "fail"
     assert fix(found["template"]) == "stepgguf template '/a b/x.gguf' Step-3.5-Flash/chat_template.jinja"
     assert (found["disk"].level, fix(found["disk"])) == ("warn", "cp '/a b/x.gguf' /a/local/disk/")
+
+
+def test_a_template_that_does_not_open_thinking_is_told(flash: Model) -> None:
+    assert "template" not in findings(LINUX, CPU_BUILD, flash)
+    assert "template" not in findings(LINUX, CPU_BUILD, replace(flash, place="answer"))
+    found = findings(LINUX, CPU_BUILD, replace(flash, place="start"))["template"]
+    assert (found.level, "does not open <think>" in found.message) == ("warn", True)
 
 
 def test_a_finding_is_a_line_with_its_fix_below() -> None:

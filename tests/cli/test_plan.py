@@ -24,6 +24,7 @@ from stepgguf.convert.checkpoint import Checkpoint
 from stepgguf.convert.ggufsource import GGUFSource
 from stepgguf.convert.plan import Options
 from stepgguf.convert.planner import plan_checkpoint
+from stepgguf.files import folders
 from stepgguf.runtime import catalogue
 from stepgguf.runtime.memory import GIB, Context, budget, need
 from tests.cli.test_cli import sparse_checkpoint
@@ -197,7 +198,7 @@ def test_this_machine_and_a_small_model(small: Path, capfd: pytest.CaptureFixtur
 def test_measured_rows_have_a_loss_and_rows_of_fit_lose_least(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(folders, "errors", lambda: tmp_path)
     monkeypatch.setattr(measure, "KINDS", [T.Q2_K, T.Q4_K, T.Q8_0])
     options = ["-m", "spark", "--ctx", 1024, "--measure", "--threads", 1]
     report = json.loads(run(capfd, small, *options, "--types", "Q8_0,Q6_K", "--json"))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stepgguf.cli.main import main
-from stepgguf.convert.writer import manifest_path
+from stepgguf.convert.manifest import manifest_path
 from tests.generate import Shape, config
 from tests.report.synthetic import write
 

@@ -19,10 +19,13 @@ from stepgguf.convert.checkpoint import Checkpoint
 from stepgguf.convert.metadata import RESERVE, rope_freqs
 from stepgguf.convert.plan import Options
 from stepgguf.convert.planner import plan_checkpoint
+from stepgguf.demo import CHECKPOINT
 from stepgguf.errors import BadConfig
 from stepgguf.model.hparams import HParams
 from stepgguf.reference.model import rope_scaling_factors
 from tests.conftest import real_config
+
+EVERYTHING = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
 
 def convert(source: Path, dest: Path, *options: str) -> gguf_header.Header:
@@ -309,7 +312,7 @@ def test_a_new_template_moves_no_data_and_keeps_the_file_whole(
     before = gguf_header.read(copy)
     data = copy.read_bytes()[before.data_start :]
     new = tmp_path / "new.jinja"
-    for text in ("{{ messages[0].content }}", "x" * 15000, "{{ bos_token }}"):
+    for text in (EVERYTHING, EVERYTHING + "x" * 15000, EVERYTHING + "{{ bos_token }}"):
         new.write_text(text)
         assert main(["template", str(copy), str(new)]) == 0
         after = gguf_header.read(copy)
@@ -320,17 +323,25 @@ def test_a_new_template_moves_no_data_and_keeps_the_file_whole(
         assert main(["verify", str(copy), "-q"]) == 0
     capfd.readouterr()
     assert main(["template", str(copy)]) == 0
-    assert capfd.readouterr().out == "{{ bos_token }}"
+    assert capfd.readouterr().out == EVERYTHING + "{{ bos_token }}"
     assert loads(copy) == 3
+    assert main(["template", str(copy), "--restore"]) == 0
+    after = gguf_header.read(copy)
+    kept = before.keys.keys() - {RESERVE}
+    assert {k: after.keys[k] for k in after.keys.keys() - {RESERVE}} == {k: before.keys[k] for k in kept}
+    assert copy.read_bytes()[after.data_start :] == data
+    assert main(["verify", str(copy), "-q"]) == 0
+    assert main(["template", str(copy), "--restore"]) == 1
+    assert "has the chat template that it was made with" in capfd.readouterr().err
 
 
 def test_a_template_that_does_not_fit_is_put_in_by_a_copy(copy: Path, tmp_path: Path) -> None:
     before = gguf_header.read(copy)
     data = copy.read_bytes()[before.data_start :]
-    (tmp_path / "new.jinja").write_text("y" * 100_000)
+    (tmp_path / "new.jinja").write_text(EVERYTHING + "y" * 100_000)
     assert main(["template", str(copy), str(tmp_path / "new.jinja")]) == 0
     after = gguf_header.read(copy)
-    assert after.get("tokenizer.chat_template") == "y" * 100_000
+    assert after.get("tokenizer.chat_template") == EVERYTHING + "y" * 100_000
     assert len(after.get(RESERVE)) == 16384
     assert copy.read_bytes()[after.data_start :] == data
     assert main(["verify", str(copy), "-q"]) == 0
@@ -343,17 +354,44 @@ def test_a_crash_between_the_two_headers_is_mended(copy: Path, tmp_path: Path) -
     Path(f"{copy}.header").write_bytes(whole[: header.data_start])
     with copy.open("r+b") as file:  # half of a new header is there
         file.write(b"\0" * 1000)
-    (tmp_path / "new.jinja").write_text("z")
+    (tmp_path / "new.jinja").write_text(EVERYTHING)
     assert main(["template", str(copy), str(tmp_path / "new.jinja")]) == 0
-    assert gguf_header.read(copy).get("tokenizer.chat_template") == "z"
+    assert gguf_header.read(copy).get("tokenizer.chat_template") == EVERYTHING
     assert main(["verify", str(copy), "-q"]) == 0
 
 
-def test_a_template_that_does_not_compile_is_refused(
-    copy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (b"{% if %}", "does not compile"),
+        (b"hello", "does not use `messages`"),
+        (b"{{ raise_exception('not for tools') }}", "not for tools"),
+        (b"{{ 'a' * 10**11 }}", "memory"),
+        (b"\xff\xfe\x00", "is not UTF-8 text"),
+        (None, "No such file"),
+    ],
+)
+def test_a_template_that_cannot_work_is_refused(
+    copy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], template: bytes | None, message: str
 ) -> None:
-    before = copy.read_bytes()
-    (tmp_path / "new.jinja").write_text("{% if %}")
-    assert main(["template", str(copy), str(tmp_path / "new.jinja")]) == 1
-    assert "does not compile" in capfd.readouterr().err
+    before, new = copy.read_bytes(), tmp_path / "new.jinja"
+    if template is not None:
+        new.write_bytes(template)
+        assert main(["convert", str(CHECKPOINT), str(tmp_path / "x.gguf"), "-q", "--chat-template", str(new)]) == 1
+        assert message in capfd.readouterr().err
+        assert not (tmp_path / "x.gguf").exists()
+    assert main(["template", str(copy), str(new)]) == 1
+    assert message in capfd.readouterr().err
     assert copy.read_bytes() == before
+
+
+def test_a_checkpoint_whose_template_cannot_work_is_refused(
+    small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = shutil.copytree(small, tmp_path / "source")
+    (source / "chat_template.jinja").write_text("hello")
+    assert main(["convert", str(source), str(tmp_path / "x.gguf"), "-q"]) == 1
+    assert "does not use `messages`" in capfd.readouterr().err
+    assert not (tmp_path / "x.gguf").exists()
+    good = ["--chat-template", str(small / "chat_template.jinja")]
+    assert main(["convert", str(source), str(tmp_path / "x.gguf"), "-q", *good]) == 0

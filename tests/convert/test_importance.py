@@ -14,7 +14,7 @@ import pytest
 from stepgguf.cli.main import main
 from stepgguf.convert.ggufsource import GGUFSource
 from stepgguf.convert.importance import Importance
-from stepgguf.convert.writer import manifest_path
+from stepgguf.convert.manifest import manifest_path
 from stepgguf.quants import codec, ggml, imatrix
 from stepgguf.quants.imatrix import Entry, Imatrix
 from tests.convert.test_bytes import same_tensors

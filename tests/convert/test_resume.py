@@ -208,7 +208,7 @@ def test_two_processes_do_not_write_one_file(small: Path, tmp_path: Path) -> Non
         plan = plan_for(checkpoint, tmp_path / "out.gguf")
         with Writer(plan, checkpoint.identity()) as writer:
             for restart in (False, True):
-                with pytest.raises(OutputError, match="another stepgguf is writing this file"):
+                with pytest.raises(OutputError, match="another stepgguf is writing it"):
                     Writer(plan, checkpoint.identity(), restart=restart)
             pipeline.run(checkpoint, writer)
 

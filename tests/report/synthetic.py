@@ -13,8 +13,8 @@ from gguf import GGMLQuantizationType, Keys
 
 from stepgguf.convert import header as gguf_header
 from stepgguf.convert.header import Key, TensorInfo, V
+from stepgguf.convert.manifest import manifest_path
 from stepgguf.convert.metadata import model_keys
-from stepgguf.convert.writer import manifest_path
 from stepgguf.model.hparams import HParams
 from stepgguf.model.tensors import TensorSpec, tensor_specs
 from stepgguf.quants.mixtures import Candidate, Facts, choose

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from stepgguf.cli.main import main
-from stepgguf.convert.writer import manifest_path
+from stepgguf.convert.manifest import manifest_path
 from stepgguf.errors import VerifyError
 from stepgguf.report import figures, measured
 from tests.conftest import real_config

@@ -2,10 +2,10 @@
 
 no fast-math    each operation rounds as written, in the order written; LLVM contracts nothing into FMA by itself
 nogil           threads run kernels in parallel
-cache           numba's folder for it (beside the source, or the user's where that is not writable). A file's name
-                digests the kernel, its argument types, the processor and all sources of this folder, since kernels
-                inline each other. numba's own index per function would let two processes that compile at the
-                same time mix up each other's code.
+cache           a file for each kernel in folders.kernels(): sha256 of the rest, then numba's own serialization. Its
+                name digests the kernel, its argument types, the processor and all sources of this folder, since
+                kernels inline each other. numba's own index per function would let two processes that compile at
+                the same time mix up each other's code. What is damaged is compiled again.
 """
 
 from __future__ import annotations
@@ -21,9 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import numba
-from numba.core.caching import FunctionCache
+from numba.core.caching import NullCache
+from numba.core.compiler import CompileResult
 from numba.core.extending import intrinsic
 from numba.core.serialize import dumps
+
+from stepgguf.files import folders
+
+_DIGEST = hashlib.sha256().digest_size
 
 
 def kernel(function: Callable[..., Any], name: str | None = None) -> Any:
@@ -32,8 +37,7 @@ def kernel(function: Callable[..., Any], name: str | None = None) -> Any:
     name: what tells it from others in the cache; functions made by the same factory need one.
     """
     dispatcher: Any = numba.njit(nogil=True, error_model="numpy")(function)
-    with contextlib.suppress(RuntimeError):  # no folder is writable: compile in each process
-        dispatcher._cache = _Cache(function, name or f"{function.__module__}.{function.__qualname__}")
+    dispatcher._cache = _Cache(name or f"{function.__module__}.{function.__qualname__}")
     return dispatcher
 
 
@@ -52,13 +56,14 @@ def is_cached(dispatcher: Any, arguments: tuple[Any, ...]) -> bool:
     signature = tuple(numba.typeof(argument) for argument in arguments)
     if signature in dispatcher.overloads:
         return True
-    cache = dispatcher._cache
-    return isinstance(cache, _Cache) and cache.file(signature, dispatcher.targetctx.codegen()).exists()
+    file: Path = dispatcher._cache.file(signature, dispatcher.targetctx.codegen())
+    return file.exists()
 
 
-class _Cache(FunctionCache):
-    def __init__(self, function: Callable[..., Any], name: str) -> None:
-        super().__init__(function)
+class _Cache(NullCache):
+    """What a dispatcher asks before it compiles, and tells afterwards."""
+
+    def __init__(self, name: str) -> None:
         self._name = name
 
     def file(self, signature: Any, codegen: Any) -> Path:
@@ -70,25 +75,30 @@ class _Cache(FunctionCache):
             platform.python_version(),
             _sources(),
         )
-        return Path(self._cache_path) / f"lanes-{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.nbc"
+        return folders.kernels() / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.nbc"
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         target_context.refresh()
         try:
-            data = self.file(sig, target_context.codegen()).read_bytes()
+            content = self.file(sig, target_context.codegen()).read_bytes()
         except OSError:
             return None
-        return self._impl.rebuild(target_context, pickle.loads(data))
+        digest, data = content[:_DIGEST], content[_DIGEST:]
+        if hashlib.sha256(data).digest() != digest:
+            return None
+        return CompileResult._rebuild(target_context, *pickle.loads(data))
 
     def save_overload(self, sig: Any, data: Any) -> None:
         path = self.file(sig, data.codegen)
         part = path.with_suffix(f".{os.getpid()}")
+        content = dumps(data._reduce())
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(dumps(self._impl.reduce(data)))
+            part.write_bytes(hashlib.sha256(content).digest() + content)
             part.replace(path)
-        except OSError:
-            part.unlink(missing_ok=True)  # a full or read-only disk costs time at the next start, nothing else
+        except OSError:  # a full or read-only disk costs time at the next start, nothing else
+            with contextlib.suppress(OSError):
+                part.unlink()
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -39,7 +40,11 @@ class Run:
         self._sampler = Sampler(model, request.sampling, request.prompt, request.grammar, ignore_end=request.ignore_end)
         self._thinking = Thinking(request.reasoning) if request.reasoning is not None else None
         self.timings = Timings(n_prompt=len(request.prompt))
-        self._forced: deque[int] = deque(self._thinking.check_budget(self.timings) if self._thinking else ())
+        self._forced: deque[int] = deque()
+        if self._thinking is not None:
+            self._force(self._thinking.check_budget(self.timings))
+        else:
+            self._sampler.ban(request.banned)
         self.cancelled = self.ended = False
         self.error: StepggufError | None = None
         self.last_taken = 0
@@ -150,11 +155,17 @@ class Run:
         self.tokens.append(token)
         self._sampler.accept(token)
         if self._thinking is not None:
-            self._forced.extend(self._thinking.feed(token, self.timings))
+            self._force(self._thinking.feed(token, self.timings))
 
     def end_reasoning(self) -> None:
         if self._thinking is not None:
-            self._forced.extend(self._thinking.close())
+            self._force(self._thinking.close())
+
+    def _force(self, closing: Iterable[int]) -> None:
+        """Close the thinking, if `closing` says so. It stays closed."""
+        self._forced.extend(closing)
+        if self._forced:
+            self._sampler.ban(self.request.banned)
 
     def count(self, n_guesses: int, n_accepted: int, n_taken: int) -> None:
         """What a decode brought."""

@@ -13,7 +13,7 @@ import ctypes
 import secrets
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import llama_cpp
@@ -44,6 +44,11 @@ class Sampler:
         self._bias = np.array([b for _, b in sampling.logit_bias] + [-np.inf] * len(ends), np.float32)
         self._generated: Counter[int] = Counter()
         self._seen = set(prompt) if sampling.repetition_penalty != 1 else set()
+
+    def ban(self, tokens: Collection[int]) -> None:
+        """Never sample these from now on, whatever the request's bias says."""
+        self._bias_ids = np.append(self._bias_ids, np.array(sorted(tokens), np.int64))
+        self._bias = np.append(self._bias, np.full(len(tokens), -np.inf, np.float32))
 
     def close(self) -> None:
         if self._chain is not None:

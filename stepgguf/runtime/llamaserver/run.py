@@ -61,6 +61,7 @@ class Run:
         self._thinking = Thinking(request.reasoning) if request.reasoning is not None else None
         self._answer_now = False  # end_reasoning was called
         self._forced: list[int] = []
+        self._banned = request.banned if request.reasoning is None else frozenset[int]()
         self._starts = dict(request.grammar.starts) if request.grammar is not None else {}
         self._rule = "root" if request.grammar is not None and not self._starts else None
         self._lock = threading.RLock()
@@ -132,6 +133,7 @@ class Run:
             self._forced.extend(self._thinking.close())
         if self._forced:
             forced, self._forced = self._forced[: self._n_left], []
+            self._banned = self._request.banned
             self._take([Step(token, self._backend.vocabulary.piece(token), forced=True) for token in forced])
         return self._leg() if self._n_left else "length"
 
@@ -248,6 +250,7 @@ class Run:
         request = self._request
         self._settings = self._settings or settings(request, self._backend.vocabulary, self._backend.n_ctx)
         body = {**self._settings, "prompt": self._tokens, "n_predict": limit}
+        body["logit_bias"] = [*self._settings["logit_bias"], *((token, False) for token in sorted(self._banned))]
         if request.sampling.seed is not None:  # no leg may draw again what the one before drew
             body["seed"] = (request.sampling.seed + len(self._tokens) - len(request.prompt)) & 0x7FFFFFFF
         if request.grammar is not None and self._rule is not None:

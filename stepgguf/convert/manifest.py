@@ -1,0 +1,99 @@
+"""FILE.gguf.manifest.json: digests and losses of what was made, beside the file, for `stepgguf verify` and `report`.
+
+{"made_by", "file", "bytes", "type", "recipe"?, "header_sha256", "imatrix"?,
+ "tensors": {name: {"type", "shape", "rows_per_unit", "sha256": [one of each unit], "ledger"?}}}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stepgguf import __version__
+from stepgguf.convert import ledger
+from stepgguf.convert.journal import Made
+from stepgguf.convert.plan import Plan, Unit
+from stepgguf.errors import VerifyError
+from stepgguf.files import disk, jsonread
+from stepgguf.files.jsonread import Value
+
+_CHANGED = "The manifest was changed or is damaged: fetch it again."
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor: how it was cut into units, and the digest of each."""
+
+    type: str
+    shape: tuple[int, ...]
+    rows_per_unit: int
+    digests: tuple[str, ...]
+
+
+def manifest_path(path: Path) -> Path:
+    """The manifest of a finished file."""
+    return path.with_name(f"{path.name}.manifest.json")
+
+
+def content(plan: Plan, index: int, finished: Mapping[int, Made]) -> dict[str, Any]:
+    """What the manifest of the plan's file number `index` says. finished: all units of the plan, by number."""
+    file = plan.files[index]
+    units: dict[int, list[tuple[Unit, Made]]] = {}
+    for number, unit in enumerate(plan.units()):
+        if unit.file == index:
+            units.setdefault(unit.tensor, []).append((unit, finished[number]))
+    importance, recipe = plan.importance, plan.recipe
+    return {
+        "made_by": f"stepgguf {__version__}",
+        "file": file.path.name,
+        "bytes": file.size,
+        "type": plan.type_name,
+        **({} if recipe.is_stock else {"recipe": recipe.text}),
+        "header_sha256": hashlib.sha256(file.header).hexdigest(),
+        **({} if importance is None else {"imatrix": importance.described()}),
+        "tensors": {
+            tensor.name: {
+                "type": tensor.ggml_type.name,
+                "shape": list(tensor.shape),
+                "rows_per_unit": tensor.rows_per_unit,
+                "sha256": [made.digest.hex() for _, made in units[i]],
+                **ledger.entry(tensor, [(unit, made.loss) for unit, made in units[i]], importance),
+            }
+            for i, tensor in enumerate(file.tensors)
+        },
+    }
+
+
+def write_manifest(file: Path, manifest: Mapping[str, Any]) -> None:
+    """Durably."""
+    disk.replace(manifest_path(file), (json.dumps(manifest, indent=1) + "\n").encode())
+
+
+def read_manifest(file: Path, otherwise: str) -> dict[str, Any]:
+    """The manifest of a finished file. VerifyError, with the hint `otherwise`, if it has none that can be read."""
+    path = manifest_path(file)
+    if not path.exists():
+        raise VerifyError(f"{path} is not there", hint=otherwise)
+    manifest: Any = jsonread.read(path, VerifyError, otherwise).raw
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("tensors"), dict):
+        raise VerifyError(f"{path}: not a manifest of stepgguf", hint=otherwise)
+    return manifest
+
+
+def entries(file: Path, manifest: Mapping[str, Any]) -> tuple[str, dict[str, Entry]]:
+    """The header's digest, and the tensors by name. VerifyError for a manifest of another shape."""
+    document = Value(manifest, str(manifest_path(file)), VerifyError, _CHANGED)
+    return document["header_sha256"].text(), {name: _entry(entry) for name, entry in document["tensors"].members()}
+
+
+def _entry(entry: Value) -> Entry:
+    return Entry(
+        entry["type"].text(),
+        tuple(extent.integer(1) for extent in entry["shape"].array()),
+        entry["rows_per_unit"].integer(1),
+        tuple(digest.text() for digest in entry["sha256"].array()),
+    )

@@ -1,0 +1,46 @@
+"""Where this program keeps what is its own, by the habits of the system (platformdirs); `stepgguf doctor` shows it.
+
+                Linux                       macOS
+    cache()     ~/.cache/stepgguf           ~/Library/Caches/stepgguf               can be made again, may be deleted
+    data()      ~/.local/share/stepgguf     ~/Library/Application Support/stepgguf  cannot: what was said in chat
+
+On Linux XDG_CACHE_HOME and XDG_DATA_HOME move them. A folder is made by whoever writes into it first.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import platformdirs
+
+_NAME = "stepgguf"
+
+
+def cache() -> Path:
+    """The two below."""
+    return platformdirs.user_cache_path(_NAME, appauthor=False)
+
+
+def errors() -> Path:
+    """What each type would lose in each tensor, a file for each source and imatrix that was measured."""
+    return cache() / "errors"
+
+
+def kernels() -> Path:
+    """Encoders and decoders as compiled for this machine's processor."""
+    return cache() / "kernels"
+
+
+def data() -> Path:
+    """Sessions and the history of what was typed."""
+    return platformdirs.user_data_path(_NAME, appauthor=False)
+
+
+def sessions() -> Path:
+    """One file for each conversation of `stepgguf chat`."""
+    return data() / "sessions"
+
+
+def history() -> Path:
+    """The file of what was typed in `stepgguf chat`."""
+    return data() / "history"

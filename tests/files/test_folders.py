@@ -1,0 +1,22 @@
+"""Everything of the program's own lies where the system's users look for it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from stepgguf.files import folders
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="XDG is Linux's habit")
+def test_the_folders_of_linux_are_those_of_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "c"))
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "d"))
+    assert folders.kernels() == tmp_path / "c" / "stepgguf" / "kernels"
+    assert folders.sessions() == tmp_path / "d" / "stepgguf" / "sessions"
+    assert folders.history() == tmp_path / "d" / "stepgguf" / "history"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert folders.cache() == tmp_path / ".cache" / "stepgguf"
