@@ -9,7 +9,7 @@ from gguf import Keys
 
 from stepgguf.convert import header as gguf_header
 from stepgguf.convert.header import Header
-from stepgguf.convert.hub import hub_id
+from stepgguf.convert.hub import hub_id, snapshot
 from stepgguf.errors import BadMetadata, GGUFError, MissingShard
 from stepgguf.files.jsonread import shown
 
@@ -22,7 +22,9 @@ def split_files(path: Path) -> list[Path]:
     GGUFError for what cannot be one, MissingShard if a part is not there. What is in the files is not looked at.
     """
     if path.is_dir():
-        inside, hint = sorted(path.glob("*.gguf")), "Give a file that `stepgguf convert` wrote, or another GGUF file."
+        folder = snapshot(path)
+        inside = sorted([*folder.glob("*.gguf"), *folder.glob("*/*.gguf")])
+        hint = "Give a file that `stepgguf convert` wrote, or another GGUF file."
         if inside:
             hint = f"Give a file in it: {inside[0]}"
         elif (path / "config.json").exists():

@@ -59,8 +59,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A small model as BF16 and as block-FP8; experts of 256 rows, so that gate and up meet between two tiles."""
     folder = tmp_path_factory.mktemp("spellings")
     shape = Shape(n_layer=3, n_dense=1, n_mtp=1, n_expert=3)
-    config_layers = {"bf16": False, "fp8": True}
-    return {name: write_checkpoint(folder / name, shape, fp8=fp8) for name, fp8 in config_layers.items()}
+    return {name: write_checkpoint(folder / name, shape, fp8=name == "fp8") for name in ("bf16", "fp8")}
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
@@ -79,11 +78,8 @@ def in_memory(tensors: State) -> State:
         if rest.startswith("gate_proj."):
             end = rest.removeprefix("gate_proj.weight")
             up = tensors[name.replace("gate_proj", "up_proj")]
-            result[f"{head}.mlp.experts.gate_up_proj{end}"] = (
-                torch.cat([tensor.view(torch.uint8), up.view(torch.uint8)], 1).view(tensor.dtype)
-                if tensor.dtype == torch.float8_e4m3fn
-                else torch.cat([tensor, up], 1)
-            )
+            both = torch.cat([part.view(torch.uint8) for part in (tensor, up)], 1)  # torch cannot join FP8
+            result[f"{head}.mlp.experts.gate_up_proj{end}"] = both.view(tensor.dtype)
         elif rest.startswith("down_proj."):
             result[f"{head}.mlp.experts.down_proj{rest.removeprefix('down_proj.weight')}"] = tensor
         elif rest == "router_bias":

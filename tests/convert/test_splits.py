@@ -11,6 +11,7 @@ import pytest
 from stepgguf.cli.main import main
 from stepgguf.convert import header as gguf_header
 from stepgguf.convert import metadata
+from stepgguf.convert.ggufsource import GGUFSource
 from stepgguf.convert.splits import model_stem, read_headers, split_files
 from stepgguf.errors import BadMetadata, GGUFError, MissingShard
 from tests.convert.test_bytes import same_tensors
@@ -73,6 +74,12 @@ def test_a_split_model_answers_whichever_part_is_given(
     assert "5" in capfd.readouterr().out
 
 
+def test_a_link_into_the_hubs_blobs_keeps_its_own_name(made: tuple[Path, ...], tmp_path: Path) -> None:
+    (tmp_path / "step.gguf").symlink_to(made[0].parent / "x.gguf")
+    with GGUFSource(tmp_path / "step.gguf") as source:
+        assert source.name == "step"
+
+
 def test_the_name_of_what_is_made_of_a_part_has_no_number(made: tuple[Path, ...], tmp_path: Path) -> None:
     assert main(["quantize", str(made[1]), str(tmp_path), "-t", "Q8_0", "-q"]) == 0
     assert (tmp_path / "first-Q8_0.gguf").exists()
@@ -133,11 +140,20 @@ def test_a_part_that_holds_less_than_promised_is_named(made: tuple[Path, ...], t
 
 
 def test_a_folder_and_a_hub_id_are_named(
-    made: tuple[Path, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: tuple[Path, ...], small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(GGUFError, match="is a directory and not a GGUF file") as caught:
         split_files(made[0].parent)
     assert made[0].name in (caught.value.hint or "")
+    cached = tmp_path / "models--a--b-GGUF" / "snapshots" / ("0" * 40) / "Q8_0"
+    cached.mkdir(parents=True)
+    (cached / "b.gguf").touch()
+    with pytest.raises(GGUFError, match="is a directory and not a GGUF file") as caught:
+        split_files(tmp_path / "models--a--b-GGUF")
+    assert str(cached / "b.gguf") in (caught.value.hint or "")
+    with pytest.raises(GGUFError, match="is a directory and not a GGUF file") as caught:
+        split_files(small)
+    assert f"stepgguf convert {small}" in (caught.value.hint or "")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(GGUFError, match="looks like a model on the Hugging Face Hub") as caught:
         split_files(Path("stepfun-ai/Step-3.5-Flash-GGUF"))
