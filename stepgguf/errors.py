@@ -16,7 +16,8 @@
     │   ├── BadMagic             not a GGUF
     │   ├── TruncatedFile        shorter than its own header says
     │   └── BadMetadata          a key is missing or wrong
-    ├── RecipeError              a type that does not exist or cannot be had
+    ├── RecipeError              a type that cannot be had, a recipe that is none
+    │   └── UnknownType          there is no such type; `near` names those that may be meant
     ├── QuantError               ggml refused
     ├── ImatrixError             an importance matrix: damaged, or of another model
     ├── DoesNotFit               a byte budget below what the smallest types need
@@ -109,6 +110,12 @@ class BadMetadata(GGUFError):
 
 class RecipeError(StepggufError):
     pass
+
+
+class UnknownType(RecipeError):
+    def __init__(self, message: str, *, hint: str | None = None, near: tuple[str, ...] = ()) -> None:
+        super().__init__(message, hint=hint)
+        self.near = near
 
 
 class QuantError(StepggufError):

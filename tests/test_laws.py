@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "quants": {"files"},
     "convert": {"files", "model", "quants"},
     "reference": {"model", "quants", "convert"},
-    "runtime": set(),
+    "runtime": {"files"},
     "chat": {"files", "runtime.engine"},
     "server": {"chat", "runtime.engine"},
     "demo": {"chat.template", "convert.checkpoint", "model", "reference"},

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import re
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from stepgguf.cli.destinations import Destination
+
 if TYPE_CHECKING:
     from stepgguf.convert.budget import Limits
     from stepgguf.convert.importance import Importance
 
+_SIZE = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -20,11 +25,11 @@ def parse_size(text: str | int) -> int:
     """ "50G" is 50 * 10^9 bytes (as llama.cpp reads it), "50GiB" is 50 * 2^30. An int is a default: bytes."""
     if isinstance(text, int):
         return text
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    match = _SIZE.fullmatch(text)
     if match is None or (match[3] and not match[2]):
         raise typer.BadParameter(f"{text!r} is not a size; write for example 50G or 2GiB")
     unit = match[2].upper()
-    value = int(float(match[1]) * (_BINARY[unit] if match[3] else _UNITS[unit]))
+    value = int(Fraction(match[1]) * (_BINARY[unit] if match[3] else _UNITS[unit]))
     if value <= 0:
         raise typer.BadParameter(f"{text!r}: a size must be positive")
     return value
@@ -41,7 +46,7 @@ Type = Annotated[
     typer.Option(
         "--type", "-t", metavar="TYPE", show_default=DEFAULT_TYPE,
         help="F32, F16, BF16, Q8_0, any llama.cpp mixture (Q4_K_M, Q4_K_S, Q5_K_M, Q6_K, Q3_K_M, Q2_K, IQ4_XS, "
-        "IQ3_XXS, IQ2_XS, MXFP4_MOE, ...), a recipe of stepgguf's (64gb, 96gb, 128gb, 192gb) or one of yours (.toml).",
+        "IQ3_XXS, IQ2_XS, MXFP4_MOE, ...), a recipe (64gb, 96gb, 128gb, 192gb; see `stepgguf recipes`) or your .toml.",
     ),
 ]  # fmt: skip
 Fit = Annotated[
@@ -97,7 +102,7 @@ SplitMaxSize = Annotated[
     int | None,
     typer.Option(parser=parse_size, metavar="SIZE", help="Write llama.cpp splits of at most this size, e.g. 50G."),
 ]
-Threads = Annotated[int | None, typer.Option(min=1, help="Worker threads. Default: all cores.")]
+Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="Worker threads. Default: all cores.")]
 Memory = Annotated[
     int,
     typer.Option(
@@ -112,6 +117,13 @@ Restart = Annotated[bool, typer.Option("--restart", help="Throw an interrupted r
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output file.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")]
 Json = Annotated[bool, typer.Option("--json", help="The report as JSON on stdout.")]
+Dest = Annotated[
+    Destination,
+    typer.Argument(
+        parser=Destination, metavar="DEST",
+        help="The GGUF to write, or a folder/ for it, made if it is not there: then the file is named SRC-TYPE.gguf.",
+    ),
+]  # fmt: skip
 Gguf = Annotated[Path, typer.Argument(metavar="FILE.gguf", help="A GGUF file; of a split one, any of its files.")]
 
 
@@ -121,6 +133,9 @@ def read_budget(
     """--fit, --target-bpw, --min-tps with --bandwidth; None if none of them is given."""
     from stepgguf.convert.budget import Limits
 
+    for option, value in (("--target-bpw", target_bpw), ("--min-tps", min_tps)):
+        if value is not None and not math.isfinite(value):
+            raise typer.BadParameter(f"{value} is not a number", param_hint=option)
     if (min_tps is None) != (bandwidth is None):
         given, lacking = ("--bandwidth", "--min-tps") if min_tps is None else ("--min-tps", "--bandwidth")
         raise typer.BadParameter(f"{given} needs {lacking}: together they say how much a token may read")

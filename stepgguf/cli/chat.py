@@ -26,13 +26,17 @@ def chat(
     url: Annotated[
         str | None, typer.Option(metavar="URL", help="Chat with a running server instead, e.g. http://127.0.0.1:8080.")
     ] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="STEPGGUF_API_KEY", help="The server's key.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="STEPGGUF_API_KEY", metavar="KEY", help="The server's key.")
+    ] = None,
     prompt: Annotated[
         str | None,
-        typer.Option("--prompt", "-p", help="Ask this, print the answer, leave. Piped input is added to it."),
+        typer.Option(
+            "--prompt", "-p", metavar="QUESTION", help="Ask this, print the answer, leave. Piped input is added to it."
+        ),
     ] = None,
     continue_: Annotated[bool, typer.Option("--continue", "-c", help="Go on with the last session.")] = False,
-    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    system: Annotated[str | None, typer.Option(metavar="MESSAGE", help="A system message.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, thinking included.")] = None,
     ctx: loading.Ctx = None,
     gpu_layers: loading.GpuLayers = -1,
@@ -56,9 +60,13 @@ def chat(
     temperature: Annotated[
         float | None, typer.Option(min=0.0, help="Default: the file's. 0 always takes the best token.")
     ] = None,
-    top_k: Annotated[int | None, typer.Option(min=0)] = None,
-    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
-    min_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, help="Choose among so many tokens; 0 is all.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Choose among the likeliest tokens with this share in all.")
+    ] = None,
+    min_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Leave out tokens below this share of the likeliest's.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Show Markdown as it is written.")] = False,
     json: Annotated[
@@ -150,9 +158,9 @@ def _piped() -> str | None:
     """What stdin has, if it is open; bytes that are no text become U+FFFD."""
     if sys.stdin is None:
         return None
-    if not isinstance(sys.stdin, io.TextIOWrapper):
-        return sys.stdin.read().strip()
-    return sys.stdin.buffer.read().decode("utf-8", errors="replace").strip()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+    return sys.stdin.read().strip()
 
 
 @contextmanager

@@ -12,9 +12,7 @@ from stepgguf.cli import arguments
 
 def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Directory with config.json and *.safetensors.")],
-    dest: Annotated[
-        Path, typer.Argument(metavar="DEST", help="The GGUF to write; in a directory it is named SRC-TYPE.gguf.")
-    ],
+    dest: arguments.Dest,
     type: arguments.Type = None,
     fit: arguments.Fit = None,
     target_bpw: arguments.TargetBpw = None,
@@ -28,7 +26,9 @@ def convert(
         Path | None,
         typer.Option(exists=True, dir_okay=False, metavar="FILE", help="Use this template and not the checkpoint's."),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="general.name. Default: the directory's name.")] = None,
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="general.name. Default: the directory's name.")
+    ] = None,
     imatrix: arguments.ImatrixFile = None,
     imatrix_prior: arguments.ImatrixPrior = "pooled",
     kernel: arguments.Kernel = "lanes",
@@ -54,8 +54,7 @@ def convert(
     - `stepgguf convert Step-3.5-Flash/ step.gguf --fit 104GiB --imatrix imatrix.gguf --dry-run`
     """
     from stepgguf.chat.template import ChatTemplate, read
-    from stepgguf.cli.converting import Run, planned
-    from stepgguf.convert import budget
+    from stepgguf.cli.converting import Run, chosen, planned
     from stepgguf.convert.checkpoint import Checkpoint
     from stepgguf.convert.metadata import CHAT_TEMPLATE
     from stepgguf.convert.plan import MTP_MODES, Options
@@ -65,7 +64,7 @@ def convert(
     if chat_template is not None:
         read(chat_template)  # tried before anything is written
     limits = arguments.read_budget(fit, target_bpw, min_tps, bandwidth)
-    recipe, limits = budget.resolve(type, limits, arguments.DEFAULT_TYPE)
+    recipe, limits = chosen(type, limits, source, arguments.DEFAULT_TYPE)
     options = Options(
         recipe,
         mtp,
@@ -77,9 +76,8 @@ def convert(
         kernel=arguments.parse_kernel(kernel),
     )
     with Checkpoint(source) as checkpoint:
-        if dest.is_dir():
-            dest = dest / f"{name or checkpoint.name}-{recipe.name}.gguf"
-        plan = planned(checkpoint, dest, options, limits, threads=threads, quiet=quiet)
+        file = dest.file(f"{name or checkpoint.name}-{recipe.name}")
+        plan = planned(checkpoint, file, options, limits, threads=threads, quiet=quiet)
         carried = [key.value for key in plan.files[0].keys if key.name == CHAT_TEMPLATE]
         if carried and chat_template is None:
             ChatTemplate(carried[0]).probe()
@@ -87,4 +85,6 @@ def convert(
         if dry_run:
             run.show_plan()
         else:
+            dest.make_folder()
             run.execute(restart=restart, overwrite=overwrite, threads=threads, memory=memory)
+            run.say_next()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import resource
-import sys
+import shlex
 import time
 from pathlib import Path
 from typing import Any
 
 import typer
+from rich.text import Text
 
 from stepgguf.cli import output
 from stepgguf.convert import budget, measure, pipeline
@@ -16,11 +17,14 @@ from stepgguf.convert.budget import Limits, Trunk
 from stepgguf.convert.checkpoint import Checkpoint
 from stepgguf.convert.fold import Line, fold
 from stepgguf.convert.ggufsource import GGUFSource
+from stepgguf.convert.opening import open_source
 from stepgguf.convert.plan import Options, Plan
 from stepgguf.convert.planner import plan_source
-from stepgguf.convert.sizes import inventory
+from stepgguf.convert.sizes import Inventory, inventory
 from stepgguf.convert.source import TensorSource
 from stepgguf.convert.writer import Writer
+from stepgguf.errors import StepggufError, UnknownType
+from stepgguf.quants.recipe import Recipe
 
 
 def planned(
@@ -32,12 +36,35 @@ def planned(
     threads: int | None,
     quiet: bool,
 ) -> Plan:
-    """The plan; within a budget after measuring what each type loses."""
+    """The plan; within a budget after measuring what each type loses, if there is a choice."""
     if limits is None:
         return plan_source(source, dest, options)
-    return budget.plan_within(
-        limits, source, dest, options, priced(source, dest, options, threads=threads, quiet=quiet)
-    )
+    plan = budget.settled(limits, source, dest, options)
+    if plan is not None:
+        return plan
+    trunk = priced(source, dest, options, threads=threads, quiet=quiet)
+    return budget.plan_within(limits, source, dest, options, trunk)
+
+
+def chosen(type_name: str | None, limits: Limits | None, source: Path, default: str) -> tuple[Recipe, Limits | None]:
+    """The recipe and the budget. For a type that there is not, the error says what those that come near would take."""
+    try:
+        return budget.resolve(type_name, limits, default)
+    except UnknownType as error:
+        try:
+            with open_source(source) as opened:
+                raise sized(error, inventory(opened)) from None
+        except StepggufError as other:
+            raise other if isinstance(other, UnknownType) else error from None  # one thing at a time
+
+
+def sized(error: UnknownType, model: Inventory) -> UnknownType:
+    """The same with the sizes that the types which come near give this model."""
+    if not error.near:
+        return error
+    sizes = sorted(((model.sizes(name), name) for name in error.near), key=lambda pair: pair[0].total)
+    found = [f"{name} {output.size(s.total)}{' (with an imatrix)' * s.needs_imatrix}" for s, name in sizes]
+    return UnknownType(error.message, hint=f"Types that come near: {', '.join(found)}.", near=error.near)
 
 
 def priced(
@@ -52,7 +79,7 @@ def priced(
                 dest,
                 options,
                 threads=threads,
-                progress=lambda tensor: meter.step(2 * measure.sampled(tensor.shape)),  # as BF16
+                progress=lambda tensor, kept: meter.step(2 * measure.sampled(tensor.shape), earlier=kept),  # as BF16
                 compiling=meter.compiling,
             )
     except KeyboardInterrupt:
@@ -71,18 +98,25 @@ class Run:
         return fold((t.name, t.ggml_type.name, t.n_bytes, t.n_values, t.reason) for t in self.plan.tensors)
 
     def plan_text(self) -> str:
-        total = (
-            f"{len(self.plan.tensors)} tensors in {len(self.plan.files)} file{'s' * (len(self.plan.files) > 1)}, "
-            f"{self.plan.n_bytes / 2**30:.2f} GiB ({self.plan.n_bytes / 1e9:.2f} GB), {self.plan.bpw:.3f} bpw"
-        )
-        return f"{output.table(self.lines())}\n{total}"
+        return "\n".join(text.plain for text in self._table())
 
     def show_plan(self) -> None:
         """--dry-run."""
         if self.json:
             output.data(self._report() | {"plan": [_line(line) for line in self.lines()]})
-        else:
-            sys.stdout.write(self.plan_text() + "\n")
+            return
+        output.show(self._table())
+        if not self.quiet:
+            output.note(f"nothing is written; without --dry-run it becomes {self.plan.files[0].path}")
+
+    def _table(self) -> list[Text]:
+        plan = self.plan
+        files = f"{len(plan.files)} file{'s' * (len(plan.files) > 1)}"
+        total = (
+            f"{len(plan.tensors)} tensors in {files}, {output.size(plan.n_bytes)} ({plan.n_bytes / 1e9:.2f} GB), "
+            f"{plan.bpw:.3f} bpw"
+        )
+        return [*output.columns(self.lines()), Text(total, "bold")]
 
     def execute(self, *, restart: bool, overwrite: bool, threads: int | None, memory: int) -> None:
         """Make the files. Ctrl+C commits what is done and exits with 130."""
@@ -114,11 +148,19 @@ class Run:
             )
         elif not self.quiet:
             for file in self.plan.files:
-                output.note(f"wrote {file.path} ({file.size / 2**30:.2f} GiB)")
-            rate = (self.plan.n_bytes - meter.resumed) / seconds / 1e6
+                output.note(f"wrote {file.path} ({output.size(file.size)})")
+            compiled = f" (and {meter.compile_seconds:.1f} s of compiling)" if meter.compile_seconds else ""
+            working = seconds - meter.compile_seconds
+            rate = (self.plan.n_bytes - meter.resumed) / working / 1e6
             output.note(
-                f"{self.plan.bpw:.3f} bpw, {seconds:.1f} s, {rate:.0f} MB/s out, peak memory {output.size(peak_rss())}"
+                f"{self.plan.bpw:.3f} bpw, {working:.1f} s{compiled}, {rate:.0f} MB/s out, "
+                f"peak memory {output.size(peak_rss())}"
             )
+
+    def say_next(self) -> None:
+        """What to do with the file."""
+        if not (self.quiet or self.json):
+            output.note(f"next: stepgguf chat {shlex.quote(str(self.plan.files[0].path))}")
 
     def _report(self) -> dict[str, Any]:
         return {

@@ -40,7 +40,7 @@ def demo(
     from stepgguf.convert.plan import Options
     from stepgguf.convert.planner import plan_checkpoint
     from stepgguf.demo import CHECKPOINT
-    from stepgguf.quants.mixtures import check_name
+    from stepgguf.quants.typenames import check_name
 
     with tempfile.TemporaryDirectory(prefix="stepgguf-demo-") as folder:
         options = Options(check_name(type), name="stepgguf demo")

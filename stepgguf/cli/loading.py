@@ -131,6 +131,9 @@ def _loaded(path: Path, name: str, where: str, options: EngineOptions, *, verb: 
     from stepgguf.cli.capacity import read_model
     from stepgguf.runtime.machine import probe
 
+    if name == IN_PROCESS:
+        from stepgguf.runtime import llama  # noqa: F401  if it is not installed, that is said first
+
     here, model = probe(), read_model(path, options.mtp_file, verb=verb)
     if not options.force:
         _require(here, model, options, served=name == LLAMA_SERVER)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -11,8 +12,25 @@ from typing import Annotated
 import typer
 
 from stepgguf import __version__
-from stepgguf.cli import bench, chat, convert, demo, doctor, inspect, plan, quantize, report, serve, template, verify
+from stepgguf.cli import (
+    bench,
+    chat,
+    convert,
+    demo,
+    doctor,
+    foreign,
+    help,
+    inspect,
+    plan,
+    quantize,
+    recipes,
+    report,
+    serve,
+    template,
+    verify,
+)
 from stepgguf.errors import StepggufError
+from stepgguf.files import installed
 
 # Packages that come with an extra and not with stepgguf itself.
 EXTRAS = {
@@ -29,26 +47,28 @@ EXTRAS = {
 
 app = typer.Typer(
     name="stepgguf",
+    cls=help.Group,
     help="Step-3.5-Flash on your workstation: convert the published safetensors to a quantized GGUF in one pass, "
     "check it, chat with it and serve it.",
     epilog="Try it without any download: stepgguf demo",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-app.command("convert")(convert.convert)
-app.command("quantize")(quantize.quantize)
-app.command("plan")(plan.plan)
-app.command("inspect")(inspect.inspect)
-app.command("verify")(verify.verify)
-app.command("report")(report.report)
-app.command("template")(template.template)
-app.command("chat")(chat.chat)
-app.command("serve")(serve.serve)
-app.command("doctor")(doctor.doctor)
-app.command("bench")(bench.bench)
-app.command("demo")(demo.demo)
+app.command("convert", cls=help.Command)(convert.convert)
+app.command("quantize", cls=help.Command)(quantize.quantize)
+app.command("plan", cls=help.Command)(plan.plan)
+app.command("recipes", cls=help.Command)(recipes.recipes)
+app.command("inspect", cls=help.Command)(inspect.inspect)
+app.command("verify", cls=help.Command)(verify.verify)
+app.command("report", cls=help.Command)(report.report)
+app.command("template", cls=help.Command)(template.template)
+app.command("chat", cls=help.Command)(chat.chat)
+app.command("serve", cls=help.Command)(serve.serve)
+app.command("doctor", cls=help.Command)(doctor.doctor)
+app.command("bench", cls=help.Command)(bench.bench)
+app.command("demo", cls=help.Command)(demo.demo)
 
 
 def _version(value: bool) -> None:
@@ -60,7 +80,7 @@ def _version(value: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
@@ -71,50 +91,59 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl+C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments  # accepted anywhere on the line
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    _write_anything()
     try:
-        app(args=[a for a in arguments if a != "--debug"], prog_name="stepgguf")
-    except SystemExit as exit:
-        return exit.code if isinstance(exit.code, int) else 0 if exit.code is None else 1
+        code = _command(arguments)
+        sys.stdout.flush()
     except StepggufError as error:
         if debug:
             raise
-        from stepgguf.cli import output
-
-        output.error(error.message, error.hint)
-        return 1
+        return _refused(error.message, error.hint)
     except ModuleNotFoundError as error:
         extra = EXTRAS.get(error.name or "")
         if debug or extra is None:
             raise
-        from stepgguf.cli import output
-
-        output.error(f"this needs {error.name}, which is not installed", f"pip install 'stepgguf[{extra}]'")
-        return 1
-    except BrokenPipeError:  # whoever read what we print has seen enough
-        return 1
-    except OSError as error:
+        return _refused(f"this needs {error.name}, which is not installed", installed.with_extra(extra))
+    except OSError as error:  # of files; what has more to say is a StepggufError by now
         if debug:
             raise
-        from stepgguf.cli import output
+        if error.filename is None and error.errno in (errno.EPIPE, errno.ENOSPC):  # of a file, it is named
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere
+            return 1 if error.errno == errno.EPIPE else _refused(f"standard output: {error.strerror}", None)
+        return _refused(f"{error.filename or 'a file'}: {error.strerror or error}", None)
+    return code
 
-        output.error(f"{error.filename or 'standard output'}: {error.strerror or error}", None)
-        return 1
+
+def _command(arguments: Sequence[str]) -> int:
+    other = foreign.answer(arguments)
+    if other is not None:
+        _refused(*other)
+        return 2
+    try:
+        app(args=arguments, prog_name="stepgguf")
+    except SystemExit as exit:
+        return exit.code if isinstance(exit.code, int) else 0 if exit.code is None else 1
     return 0
 
 
+def _refused(message: str, hint: str | None) -> int:
+    from stepgguf.cli import output
+
+    output.error(message, hint)
+    return 1
+
+
+def _write_anything() -> None:
+    """A terminal of another encoding shows a question mark for what it lacks."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def run() -> None:
-    """The console script. Streams that are closed take everything, and an ASCII terminal gets what it lacks spelled."""
+    """The console script. What was closed before it started takes everything and gives nothing."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  until the end
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    code = main()
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        code = code or 1
-        if not isinstance(error, BrokenPipeError):
-            sys.stderr.write(f"error: the output cannot be written: {error.strerror}\n")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left must not be tried again at the end
-    sys.exit(code)
+    sys.exit(main())

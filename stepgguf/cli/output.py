@@ -23,12 +23,15 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.text import Text
 
 if TYPE_CHECKING:
     from stepgguf.convert.fold import Line
     from stepgguf.convert.pipeline import Done
 
+stdout = Console(highlight=False)
 stderr = Console(stderr=True, highlight=False)
+_FLOATS = ("F32", "F16", "BF16")
 PLAIN_SECONDS = 5.0  # between two plain progress lines
 
 
@@ -65,8 +68,19 @@ def size(n: int) -> str:
     return f"{n} B"
 
 
+def show(texts: Iterable[Text]) -> None:
+    """Lines to stdout, with their colours if it is a terminal."""
+    for text in texts:
+        stdout.print(text, soft_wrap=True)
+
+
 def table(lines: Iterable[Line]) -> str:
-    """Folded tensors as aligned text: label, count, type, size, bits per weight, reason."""
+    """`columns` as plain text."""
+    return "\n".join(text.plain for text in columns(lines))
+
+
+def columns(lines: Iterable[Line]) -> list[Text]:
+    """Folded tensors, one a line: label, count, type, size, bits per weight, reason."""
     rows = [
         (
             line.label,
@@ -78,15 +92,24 @@ def table(lines: Iterable[Line]) -> str:
         )
         for line in lines
     ]
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    return "\n".join(
-        f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:<{widths[2]}}  {d:>{widths[3]}}  {e:>{widths[4]}}  {f}".rstrip()
+    widths = [max((len(row[i]) for row in rows), default=0) for i in range(5)]
+    return [
+        Text.assemble(
+            f"{a:<{widths[0]}}  {b:>{widths[1]}}  ",
+            (f"{c:<{widths[2]}}", "dim" if c in _FLOATS else "cyan"),
+            f"  {d:>{widths[3]}}  {e:>{widths[4]}}",
+            (f"  {f}".rstrip(), "dim"),
+        )
         for a, b, c, d, e, f in rows
-    )
+    ]
 
 
 class Meter:
-    """Progress over a known number of output bytes. Use as a context manager; call `unit` or `step`."""
+    """Progress over a known number of output bytes. Use as a context manager; call `unit` or `step`.
+
+    Rate and time left are those of this run: the clock starts when its first unit is done, and again after a kernel was
+    compiled, so that neither what an earlier run did nor the compiler counts.
+    """
 
     def __init__(self, title: str, total: int, *, quiet: bool = False, layers: dict[str, int] | None = None) -> None:
         self._title, self._total, self._quiet, self._layers = title, total, quiet, layers
@@ -95,8 +118,11 @@ class Meter:
         self._layer: TaskID | None = None
         self._layer_name = ""
         self._seen: dict[str, int] = {}
+        self._clock: tuple[float, int] | None = None  # when it was started, and what was done then
+        self._compiling: float | None = None  # since when
+        self._last_line = time.monotonic()
         self.done = self.resumed = 0
-        self.started = self._last_line = time.monotonic()
+        self.compile_seconds = 0.0
 
     def __enter__(self) -> Meter:
         if self._live is not None:
@@ -114,7 +140,6 @@ class Meter:
 
     def unit(self, done: Done) -> None:
         """A finished unit of a conversion."""
-        self.resumed += done.n_bytes if done.resumed else 0
         layer = layer_name(done.tensor.name)
         self._seen[layer] = self._seen.get(layer, 0) + done.n_bytes
         if self._live is not None and self._layer is not None and self._layers:
@@ -122,26 +147,35 @@ class Meter:
                 self._layer_name = layer
                 self._live.reset(self._layer, total=self._layers[layer], description=f"  {layer}")
             self._live.update(self._layer, completed=self._seen.get(self._layer_name, 0))
-        self.step(done.n_bytes)
+        self.step(done.n_bytes, earlier=done.resumed)
 
     def compiling(self, name: str) -> None:
         """A kernel is about to be compiled."""
+        self._compiling = self._compiling or time.monotonic()
         if not self._quiet:
             note(f"compiling the {name} kernel (once on this machine)")
 
-    def step(self, n_bytes: int) -> None:
+    def step(self, n_bytes: int, *, earlier: bool = False) -> None:
+        """So many bytes are done; `earlier`: by an earlier run."""
+        now = time.monotonic()
         self.done += n_bytes
+        if earlier:
+            self.resumed += n_bytes
+        elif self._clock is None or self._compiling is not None:
+            self.compile_seconds += now - (self._compiling or now)
+            self._clock, self._compiling = (now, self.done), None
+            if self._live is not None and self._whole is not None:
+                self._live.reset(self._whole, total=self._total, completed=self.done)
         if self._live is not None and self._whole is not None:
             self._live.update(self._whole, completed=self.done)
-        elif not self._quiet:
-            self._plain()
+        elif not self._quiet and self._clock is not None:
+            self._plain(now, *self._clock)
 
-    def _plain(self) -> None:
-        now = time.monotonic()
-        if now - self._last_line < PLAIN_SECONDS:
+    def _plain(self, now: float, started: float, before: int) -> None:
+        if now - self._last_line < PLAIN_SECONDS or self.done == before:
             return
         self._last_line = now
-        rate = max(1.0, (self.done - self.resumed) / (now - self.started))
+        rate = (self.done - before) / (now - started)
         left = (self._total - self.done) / rate
         note(
             f"{self._title}: {self.done / self._total:.0%} of {size(self._total)}, {rate / 1e6:.0f} MB/s, "

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
 from stepgguf.cli import arguments
 
@@ -30,8 +32,8 @@ def plan(
             help="spark, strix-128, mac-128, ... (a wrong name lists them); auto is this one.",
         ),
     ] = "auto",
-    ctx: Annotated[int, typer.Option(min=64, help="Context in tokens, for all requests together.")] = 32768,
-    parallel: Annotated[int, typer.Option(min=1, help="Requests at the same time.")] = 1,
+    ctx: Annotated[int, typer.Option(min=64, max=2**24, help="Context in tokens, for all requests together.")] = 32768,
+    parallel: Annotated[int, typer.Option(min=1, max=4096, help="Requests at the same time.")] = 1,
     mtp: Annotated[str, typer.Option(metavar="include|drop", help="With the MTP blocks or without.")] = "include",
     types: Annotated[
         str | None,
@@ -91,7 +93,11 @@ def plan(
     if json:
         output.data(report(result))
     else:
-        output.lines([*budget(result), "", *table(result.rows), "", *notes(result)])
+        output.lines([*budget(result), ""])
+        output.show(table(result.rows, result.best))
+        output.lines(["", *notes(result)])
+        if result.best is not None:
+            output.note(f"next: {command(result, result.best)}")
 
 
 def report(result: Planned) -> dict[str, Any]:
@@ -136,14 +142,38 @@ def budget(result: Planned) -> Iterator[str]:
     yield ""
     yield f"  {_gib(place.capacity(context))}  {_memory(place)}"
     yield from (f"- {_gib(n_bytes)}  {text}" for n_bytes, text in parts if n_bytes)
-    if result.room > 0:
-        yield f"= {_gib(result.room)}  for weights: convert --fit {result.room * 10 // 2**30 / 10:.1f}GiB"
-    else:
-        yield f"= {_gib(result.room)}  for weights: not even the context fits"
+    yield f"= {_gib(result.room)}  for weights: {_suggestion(result)}"
 
 
-def table(rows: Sequence[Row]) -> Iterator[str]:
-    """One line a row, after the heads of the columns."""
+def _suggestion(result: Planned) -> str:
+    """What to do with the room: a budget that can be had, or why there is none."""
+    from stepgguf.cli.output import size
+
+    plain, weighted = result.smallest
+    if result.room <= 0:
+        return "not even the context fits"
+    if result.room < weighted:
+        return f"the smallest types take {size(weighted)}"
+    unit, name = (2**30, "GiB") if result.room >= 2**30 else (2**20, "MiB")
+    text = f"convert --fit {result.room * 10 // unit / 10:.1f}{name}"
+    return text if result.room >= plain else f"{text} --imatrix FILE"
+
+
+def command(result: Planned, row: Row) -> str:
+    """What makes the row's file, or uses the one that is there."""
+    from stepgguf.cli.planning import OWN
+
+    source = shlex.quote(str(result.path))
+    if row.type == OWN:
+        return f"stepgguf chat {source} --ctx {result.context.n_ctx}"
+    verb = "convert" if result.path.is_dir() else "quantize"
+    choice = row.type.replace("fit ", "--fit ") if row.type.startswith("fit ") else f"--type {shlex.quote(row.type)}"
+    weighted, mtp = " --imatrix FILE" * row.needs_imatrix, "" if result.context.mtp else " --mtp drop"
+    return f"stepgguf {verb} {source} models/ {choice}{weighted}{mtp}"
+
+
+def table(rows: Sequence[Row], best: Row | None) -> Iterator[Text]:
+    """One line a row, after the heads of the columns: the best stands out, what does not fit is dim."""
     is_measured = any(row.loss is not None for row in rows)
     last = "loss" if is_measured else "MTP"
     heads = ("type", "GiB", "bpw", "total", "fits", "longest", "GB/token", "tok/s", "full", last)
@@ -163,10 +193,10 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
         for row in rows
     ]
     widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
-    for line in (heads, *cells):
-        yield f"{line[0]:<{widths[0]}}" + "".join(
-            f"  {cell:>{w}}" for cell, w in zip(line[1:], widths[1:], strict=True)
-        )
+    styles = ["bold", *("bold green" if row is best else "" if row.fits else "dim" for row in rows)]
+    for line, style in zip((heads, *cells), styles, strict=True):
+        others = "".join(f"  {cell:>{w}}" for cell, w in zip(line[1:], widths[1:], strict=True))
+        yield Text(f"{line[0]:<{widths[0]}}{others}", style)
 
 
 def notes(result: Planned) -> Iterator[str]:

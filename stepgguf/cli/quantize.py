@@ -14,7 +14,13 @@ def quantize(
     source: Annotated[
         Path, typer.Argument(metavar="SRC", help="A GGUF (of a split one, any of its files) or a checkpoint directory.")
     ],
-    dest: Annotated[Path, typer.Argument(metavar="DEST", help="The GGUF to write.")],
+    dest: arguments.Dest,
+    positional_type: Annotated[
+        str | None, typer.Argument(metavar="[TYPE]", help="The same as --type, where llama-quantize has it.")
+    ] = None,
+    positional_threads: Annotated[
+        int | None, typer.Argument(metavar="[THREADS]", min=0, help="The same as --threads; 0 is all cores.")
+    ] = None,
     type: arguments.Type = None,
     fit: arguments.Fit = None,
     target_bpw: arguments.TargetBpw = None,
@@ -43,17 +49,27 @@ def quantize(
     Examples:
 
     - `stepgguf quantize step-bf16.gguf step-q5_k_m.gguf --type Q5_K_M`
+    - `stepgguf quantize step-bf16.gguf step-q5_k_m.gguf Q5_K_M 16`
     - `stepgguf quantize step-bf16-00001-of-00009.gguf step-iq3_xxs.gguf --type IQ3_XXS --imatrix imatrix.gguf`
     - `stepgguf quantize Step-3.5-Flash/ step.gguf --type my-recipe.toml --dry-run`
     - `stepgguf quantize step-q8_0.gguf step-q4_k_s.gguf --type Q4_K_S --allow-requantize`
     """
-    from stepgguf.cli.converting import Run, planned
-    from stepgguf.convert import budget
+    from stepgguf.cli.converting import Run, chosen, planned
     from stepgguf.convert.opening import open_source
     from stepgguf.convert.plan import Options
+    from stepgguf.errors import OutputError
+    from stepgguf.quants.mixtures import BASE
 
+    if dest.text.upper() in BASE and not dest.is_folder:
+        raise OutputError(
+            f"{dest.text} is a type; the name of the file to write is missing",
+            hint=f"stepgguf quantize {source} {source.stem}-{dest.text}.gguf --type {dest.text}",
+        )
+    if positional_type is not None and type is not None and positional_type != type:
+        raise typer.BadParameter(f"{type} and {positional_type}: give one type", param_hint="--type")
+    type, threads = type or positional_type, threads or positional_threads or None
     limits = arguments.read_budget(fit, target_bpw, min_tps, bandwidth)
-    recipe, limits = budget.resolve(type, limits, arguments.DEFAULT_TYPE)
+    recipe, limits = chosen(type, limits, source, arguments.DEFAULT_TYPE)
     options = Options(
         recipe,
         mtp_type=mtp_type,
@@ -63,11 +79,12 @@ def quantize(
         kernel=arguments.parse_kernel(kernel),
     )
     with open_source(source) as opened:
-        if dest.is_dir():
-            dest = dest / f"{opened.name}-{recipe.name}.gguf"
-        plan = planned(opened, dest, options, limits, threads=threads, quiet=quiet)
+        file = dest.file(f"{opened.name}-{recipe.name}")
+        plan = planned(opened, file, options, limits, threads=threads, quiet=quiet)
         run = Run(plan, opened, quiet=quiet, json=json)
         if dry_run:
             run.show_plan()
         else:
+            dest.make_folder()
             run.execute(restart=restart, overwrite=overwrite, threads=threads, memory=memory)
+            run.say_next()

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from stepgguf.cli import arguments
+from stepgguf.cli.destinations import Destination
 
 
 def report(
     path: arguments.Gguf,
     page: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="PATH", help="Where the page goes. Default: FILE.gguf.report.html"),
+        Destination | None,
+        typer.Option(
+            "--output",
+            "-o",
+            parser=lambda text: Destination(text, ".html"),
+            metavar="PAGE.html",
+            help="Where the page goes; a folder/ is made. Default: FILE.gguf.report.html, beside the file.",
+        ),
     ] = None,
     overwrite: arguments.Overwrite = False,
     quiet: arguments.Quiet = False,
@@ -33,20 +39,20 @@ def report(
     """
     from stepgguf.cli import output
     from stepgguf.errors import OutputError
+    from stepgguf.files import disk
+    from stepgguf.files.disk import disk_errors
     from stepgguf.report import figures, measured
     from stepgguf.report.page import render
 
     subject = measured.read(path)
-    target = page or path.with_name(f"{path.name}.report.html")
+    target = page.file(f"{path.name}.report") if page else path.with_name(f"{path.name}.report.html")
     if target.exists() and not overwrite:
         raise OutputError(f"{target} exists", hint="Choose another name with -o or replace it with --overwrite.")
     text = render(subject)
-    try:
-        target.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(
-            f"{target}: {error.strerror or error}", hint="Choose another place for the page with -o."
-        ) from error
+    if page is not None:
+        page.make_folder()
+    with disk_errors(target):
+        disk.replace(target, text.encode())
     if json:
         output.data({"page": str(target), **figures.summary(subject)})
     if not quiet:

@@ -14,10 +14,11 @@ from stepgguf.cli import arguments, loading
 
 def serve(
     path: arguments.Gguf,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any free port.")] = 8080,
     api_key: Annotated[
-        str | None, typer.Option(envvar="STEPGGUF_API_KEY", help="Clients must send it, as Bearer or x-api-key.")
+        str | None,
+        typer.Option(envvar="STEPGGUF_API_KEY", metavar="KEY", help="Clients must send it, as Bearer or x-api-key."),
     ] = None,
     no_key: Annotated[
         bool,
@@ -44,7 +45,7 @@ def serve(
     low: Annotated[int, typer.Option("--effort-low", min=0, help="Tokens of thinking for effort low.")] = 2048,
     medium: Annotated[int, typer.Option("--effort-medium", min=0, help="Tokens of thinking for effort medium.")] = 8192,
     closing_message: Annotated[
-        str, typer.Option(metavar="TEXT", help="What the model thinks last when its thinking is cut off.")
+        str, typer.Option(metavar="WORDS", help="What the model thinks last when its thinking is cut off.")
     ] = "",
     loop_breaker: Annotated[
         bool, typer.Option("--loop-breaker/--no-loop-breaker", help="End thinking that repeats itself.")

@@ -19,7 +19,12 @@ def verify(
     all: Annotated[bool, typer.Option("--all", help="With --against: every row and not a sample.")] = False,
     sample: Annotated[
         float,
-        typer.Option(min=0.0, max=1.0, help="With --against: the share of each tensor to compare, at least one unit."),
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            metavar="N",
+            help="With --against: the share of each tensor to compare, at least one unit.",
+        ),
     ] = 0.01,
     imatrix: arguments.ImatrixFile = None,
     imatrix_prior: arguments.ImatrixPrior = "pooled",

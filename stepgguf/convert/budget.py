@@ -1,6 +1,7 @@
 """A budget instead of a type: what a model may take, what a token may read, and the types that lose least within both.
 
     draft plan -> tensors --measure--> errors of each type --objective--> costs --allocate--> types -> plan
+    smallest and largest plan: known without measuring, they say whether there is anything to choose
 
 The rules of a recipe stand: what one fixes is paid from the budget first, a floor bounds the choice. So are the MTP
 blocks paid first, whose errors cost speed and never an answer. What is chosen depends on the source, the importance
@@ -10,7 +11,7 @@ matrix and the budget alone, so that an interrupted conversion goes on with the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -119,16 +120,8 @@ class Trunk:
 
 
 def plan_within(limits: Limits, source: Checkpoint | GGUFSource, dest: Path, options: Options, trunk: Trunk) -> Plan:
-    """The plan whose types cost least within the budget, by `price` for the same options. DoesNotFit if none does."""
+    """The plan whose types cost least within the budget, by `price` for the same options, if `settled` left it open."""
     room = trunk.room(limits)
-    if trunk.least > room:
-        size = trunk.beside + trunk.least
-        bpw = 8 * (trunk.sketch.n_bytes - trunk.n_bytes + trunk.least) / trunk.sketch.n_values
-        raise DoesNotFit(
-            f"{limits.name}: with the smallest types the files have {size:,} bytes "
-            f"({_size(size)}, {bpw:.3f} bpw), {trunk.beside:,} of them for headers and MTP blocks",
-            hint="Give a larger budget, an --imatrix (types below Q2_K and IQ3_S need one), or leave out MTP blocks.",
-        )
     while True:
         types = trunk.choose(room, math.inf if limits.read_bytes is None else limits.read_bytes)
         allocated = {name: Choice(kind, REASON) for name, kind in types.items()}
@@ -136,8 +129,73 @@ def plan_within(limits: Limits, source: Checkpoint | GGUFSource, dest: Path, opt
         excess = 0 if limits.n_bytes is None else plan.file_bytes - limits.n_bytes
         if excess <= 0:
             break
-        room = min(room, trunk.most) - excess  # padding, and headers of more files
+        room = max(trunk.least, min(room, trunk.most) - excess)  # padding, and headers of more files
     return plan if options.importance is not None else replace(plan, warnings=(*plan.warnings, UNIFORM))
+
+
+def settled(limits: Limits, source: Checkpoint | GGUFSource, dest: Path, options: Options) -> Plan | None:
+    """The plan if nothing has to be measured for it: the largest types fit. DoesNotFit if not even the smallest do."""
+    model = sizes.inventory(source)
+    smallest = _extreme(min, model, source, dest, options)
+    if not _holds(limits, smallest, model):
+        token = f", {_size(_read_bytes(smallest, model))} read for a token" if limits.read_bytes is not None else ""
+        raise DoesNotFit(
+            f"{limits.name}: with the smallest types the files have {smallest.file_bytes:,} bytes "
+            f"({_size(smallest.file_bytes)}, {smallest.bpw:.3f} bpw{token})",
+            hint="Give a larger budget, an --imatrix (types below Q2_K and IQ3_S need one), or leave out MTP blocks.",
+        )
+    largest = _extreme(max, model, source, dest, options)
+    if not _holds(limits, largest, model):
+        return None
+    kinds = ", ".join(sorted({t.ggml_type.name for t in largest.tensors if t.reason == REASON}))
+    note = f"the budget holds the largest types that it chooses from ({kinds}, {_size(largest.file_bytes)} in all)"
+    return replace(largest, warnings=(*largest.warnings, note))
+
+
+def extreme_types(
+    pick: Callable[..., GGMLQuantizationType], model: Inventory, options: Options, *, has_imatrix: bool | None = None
+) -> dict[str, GGMLQuantizationType]:
+    """Name -> the smallest (pick: min) or largest (max) type of each tensor that the options leave open.
+
+    has_imatrix: whether there shall be an importance matrix for all tensors; None: what the options have.
+    """
+    types = {}
+    for c in model.matrices:
+        if not _is_open(c, model, options):
+            continue
+        kinds = measure.candidates(c.name, c.shape, options.importance, has_imatrix=has_imatrix)
+        floor = options.recipe.floor(c, model.facts)
+        if floor is not None:
+            least = recipe.bits_per_weight(floor)
+            kinds = {kind for kind in kinds if recipe.bits_per_weight(kind) >= least} or {floor}
+        types[c.name] = pick(kinds, key=recipe.bits_per_weight)
+    return types
+
+
+def _extreme(
+    pick: Callable[..., GGMLQuantizationType],
+    model: Inventory,
+    source: Checkpoint | GGUFSource,
+    dest: Path,
+    options: Options,
+) -> Plan:
+    types = extreme_types(pick, model, options)
+    return plan_source(source, dest, replace(options, allocated={n: Choice(kind, REASON) for n, kind in types.items()}))
+
+
+def _holds(limits: Limits, plan: Plan, model: Inventory) -> bool:
+    return (
+        (limits.n_bytes is None or plan.file_bytes <= limits.n_bytes)
+        and (limits.bpw is None or plan.bpw <= limits.bpw)
+        and (limits.read_bytes is None or _read_bytes(plan, model) <= limits.read_bytes)
+    )
+
+
+def _read_bytes(plan: Plan, model: Inventory) -> float:
+    """Of the trunk, for one token."""
+    trunk = {t.name for t in model.tensors if not model.is_mtp(t)}
+    shares = {t.name: t.n_bytes * objective.read_share(t, model.routing) for t in plan.tensors if t.name in trunk}
+    return math.fsum(shares.values())
 
 
 def draft(source: Checkpoint | GGUFSource, dest: Path, options: Options) -> Plan:
@@ -153,7 +211,7 @@ def price(
     options: Options,
     *,
     threads: int | None = None,
-    progress: Progress = lambda tensor: None,
+    progress: Progress = lambda tensor, kept: None,
     compiling: Compiling = lambda name: None,
 ) -> Trunk:
     """Measure what every type that the options leave to each tensor would cost."""

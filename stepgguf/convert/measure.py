@@ -78,7 +78,7 @@ class _Run:
 
 
 Losses = Mapping[GGMLQuantizationType, Loss | None]  # None: the source has this type, nothing is lost
-Progress = Callable[[PlannedTensor], None]
+Progress = Callable[[PlannedTensor, bool], None]  # a tensor is done; whether it was kept from an earlier time
 
 
 def measure(
@@ -88,19 +88,19 @@ def measure(
     *,
     importance: Importance | None = None,
     threads: int | None = None,
-    progress: Progress = lambda tensor: None,
+    progress: Progress = lambda tensor, kept: None,
     compiling: Compiling = lambda name: None,
 ) -> dict[str, Measured]:
     """Name -> what was measured, for each tensor, with every type of `candidates`.
 
     `progress` is called as each is done, at once where `cache` has it. CorruptTensor on values that are not finite.
     """
-    kinds = {tensor: candidates(tensor, importance) for tensor in tensors}
+    kinds = {tensor: candidates(tensor.name, tensor.shape, importance) for tensor in tensors}
     with _Cache(cache, _key(source, importance)) as known:
         todo = [t for t in tensors if not kinds[t] <= known.measured.get(t.name, _NOTHING).errors.keys()]
         for tensor in tensors:
             if tensor not in todo:
-                progress(tensor)
+                progress(tensor, True)
         maker = UnitMaker(source, importance)
         maker.prepare([replace(t, ggml_type=kind) for t in todo for kind in kinds[t]], compiling)
         runs = [run for tensor in todo for run in _runs(tensor, importance)]
@@ -109,18 +109,25 @@ def measure(
             losses = pool.map(lambda run: _lose(maker, run, kinds[run.tensor]), runs)
             for tensor, group in itertools.groupby(zip(runs, losses, strict=True), key=lambda pair: pair[0].tensor):
                 known.add(tensor.name, _sum(group))
-                progress(tensor)
+                progress(tensor, False)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
         return {tensor.name: known.measured[tensor.name] for tensor in tensors}
 
 
-def candidates(tensor: PlannedTensor, importance: Importance | None) -> set[GGMLQuantizationType]:
-    """The types that it can have: KINDS, or what replaces them in its rows, less those that lack their imatrix."""
-    fitting = {mixtures.fallback(kind, tensor.shape[-1]) for kind in KINDS}
-    if importance is not None and importance.has(tensor.name, tensor.shape):
+def candidates(
+    name: str, shape: tuple[int, ...], importance: Importance | None, *, has_imatrix: bool | None = None
+) -> set[GGMLQuantizationType]:
+    """The types that a tensor can have: KINDS, or what replaces them in its rows, less those that lack their imatrix.
+
+    has_imatrix: whether there shall be one with this tensor; None: whether `importance` has it.
+    """
+    fitting = {mixtures.fallback(kind, shape[-1]) for kind in KINDS}
+    if has_imatrix is None:
+        has_imatrix = importance is not None and importance.has(name, shape)
+    if has_imatrix:
         return fitting
-    plain = Candidate(tensor.name, "", tensor.shape, None)
+    plain = Candidate(name, "", shape, None)
     return {kind for kind in fitting if not mixtures.requires_imatrix("", plain, kind)}
 
 

@@ -27,6 +27,7 @@ from stepgguf.model.tensors import ROPE_FREQS, TensorSpec, file_order, layer_of,
 from stepgguf.quants import codec, coverage, mixtures
 from stepgguf.quants.coverage import Coverage
 from stepgguf.quants.mixtures import Candidate, Choice, Facts
+from stepgguf.quants.typenames import check_name
 
 F32 = GGMLQuantizationType.F32
 
@@ -167,7 +168,7 @@ def _choose(candidates: Sequence[Candidate], facts: Facts, options: Options) -> 
     result = {c.name: choice for c, choice in zip(candidates, choices, strict=True)}
     if options.mtp_type is None:
         return result
-    name = mixtures.check_name(options.mtp_type)
+    name = check_name(options.mtp_type)
     if name not in GGMLQuantizationType.__members__:
         raise RecipeError(f"--mtp-type {name} is a mixture", hint="Give one type, such as Q8_0, Q6_K or BF16.")
     kind = GGMLQuantizationType[name]

@@ -23,6 +23,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,8 @@ class Writer:
     def _hold(self) -> None:
         if not self._folder.is_dir():
             raise OutputError(f"{self._folder} is not a directory", hint=f"Create it first: mkdir -p {self._folder}")
+        with suppress(FileNotFoundError):
+            os.lstat(f"{manifest.manifest_path(self.plan.files[0].path)}.new")  # the longest name: can it be had?
         try:
             self._journal = Journal(_beside(self.plan.files[0].path, ".journal"))
             for file in self.plan.files:

@@ -12,7 +12,7 @@ import fcntl
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -47,12 +47,6 @@ def opened(path: Path) -> BinaryIO:
         os.close(fd)
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     return os.fdopen(fd, "rb")
-
-
-def read_text(path: Path) -> str:
-    """A whole text file in UTF-8. OSError, UnicodeDecodeError."""
-    with opened(path) as file:
-        return file.read().decode("utf-8")
 
 
 def hold(path: Path, *, make: bool = False) -> int:
@@ -93,11 +87,17 @@ def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
 def replace(path: Path, data: bytes) -> None:
     """Put a file at path, durably: it is there whole, or what was there before still is."""
     part = path.with_name(f"{path.name}.new")
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        error.filename = str(path)
+        with suppress(OSError):
+            part.unlink()
+        raise
     sync_folder(path.parent)
 
 

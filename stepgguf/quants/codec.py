@@ -17,6 +17,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
 from stepgguf.errors import QuantError
+from stepgguf.files import installed
 from stepgguf.quants import ggml, lanes
 from stepgguf.quants.ggml import BF16, F32, row_size
 
@@ -75,7 +76,7 @@ def check_encoder(kind: GGMLQuantizationType, *, has_imatrix: bool = False, kern
     elif kind not in _NUMPY_ENCODERS:
         raise QuantError(
             f"{kind.name} is encoded by ggml's library, which is not installed",
-            hint="Install it with: pip install 'stepgguf[run]' (it ships with llama-cpp-python).",
+            hint=f"It ships with llama-cpp-python: {installed.with_extra('run')}",
         )
 
 

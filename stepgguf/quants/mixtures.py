@@ -19,8 +19,6 @@ from dataclasses import dataclass
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
-from stepgguf.errors import RecipeError
-
 T = GGMLQuantizationType
 
 # The type that a mixture starts from (llama_ftype_get_default_type).
@@ -71,14 +69,6 @@ class Facts:
 class Choice:
     ggml_type: GGMLQuantizationType
     reason: str
-
-
-def check_name(name: str) -> str:
-    """The mixture's canonical name, or RecipeError."""
-    wanted = name.upper()
-    if wanted not in BASE:
-        raise RecipeError(f"unknown type {name!r}", hint=f"Choose one of: {', '.join(BASE)}.")
-    return wanted
 
 
 def file_type(name: str) -> LlamaFileType:

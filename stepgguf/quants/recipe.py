@@ -23,19 +23,20 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from stepgguf.errors import RecipeError
-from stepgguf.files import disk
+from stepgguf.files import textfile
 from stepgguf.quants import mixtures
 from stepgguf.quants.mixtures import BASE, Candidate, Choice, Facts
+from stepgguf.quants.typenames import did_you_mean, unknown
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -63,6 +64,14 @@ TYPES = {kind.name: kind for kind in BASE.values()}
 _FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 _FOLDER = Path(__file__).with_name("recipes")
 _LAYERS = re.compile(r"(?P<from>[0-9]{1,4})(?P<range>-(?P<to>[0-9]{0,4}))?|(?P<end>first|last) +(?P<n>[1-9][0-9]{0,3})")
+
+MAX_BYTES = 2**20
+_MAX_DOTS = 100
+# What can hide the end of a line, or is one. A string that is not closed is no token, and its quote is passed over.
+_TOKEN = re.compile(
+    r'''"""(?:[^\\]|\\.)*?"""|"(?:[^"\\\n]|\\.)*"|#[^\n]*|[\[\]{}\n]|''' r"""'{3}.*?'{3}|'[^'\n]*'""", re.DOTALL
+)
+_MAX_NAMES = 100  # that one key may stand for
 
 # Where a rule applies: a role in a layer, or outside the trunk's layers (None).
 Place = tuple[str, "int | None"]
@@ -181,24 +190,23 @@ def load(name_or_path: str) -> Recipe:
     """A stock mixture, a shipped recipe or a .toml file, looked for in this order. RecipeError if it is none."""
     if name_or_path.upper() in BASE:
         return parse(f'base = "{name_or_path.upper()}"\n', name_or_path.upper())
-    if name_or_path in shipped_names():
-        return parse((_FOLDER / f"{name_or_path}.toml").read_text("utf-8"), name_or_path)
+    if name_or_path.lower() in shipped_names():
+        return parse(shipped_text(name_or_path.lower()), name_or_path.lower())
     path = Path(name_or_path)
-    if path.suffix != ".toml":
-        raise _unknown_recipe(path)
-    try:
-        return parse(disk.read_text(path), name_or_path)
-    except FileNotFoundError:
-        raise _unknown_recipe(path) from None
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: not UTF-8 text, byte {error.start} is {error.object[error.start]:#04x}") from None
-    except OSError as error:
-        raise RecipeError(f"{path}: {error.strerror}") from None
+    files = sorted(str(file) for file in path.parent.glob("*.toml")) if path.parent.is_dir() else []
+    if path.suffix != ".toml" or not path.exists():
+        raise unknown(str(path), (*shipped_names(), *files))
+    return parse(textfile.read(path, RecipeError, most=MAX_BYTES), name_or_path)
 
 
 def shipped_names() -> list[str]:
     """The recipes that come with stepgguf, for the smallest machine first."""
     return sorted((path.stem for path in _FOLDER.glob("*.toml")), key=lambda name: (len(name), name))
+
+
+def shipped_text(name: str) -> str:
+    """The TOML of a shipped recipe."""
+    return (_FOLDER / f"{name}.toml").read_text("utf-8")
 
 
 def shipped() -> dict[str, str]:
@@ -231,24 +239,42 @@ def parse(text: str, origin: str) -> Recipe:
 
 
 def _statements(text: str, origin: str) -> Iterator[tuple[int, str, Any]]:
-    """Line, key and value of each top-level statement.
+    """Line, key and value of each top-level statement, in one pass over the text.
 
-    TOML ends a statement at the end of its line unless a string or a bracket is open, and then what was read so far is
-    not valid TOML. So the first run of lines that parses is one statement, and it starts where the last one ended.
+    TOML ends a statement at the end of its line unless a string or a bracket is open. Where one ends is found by the
+    tokens that can hide a line's end; what it says is for tomllib, which reads each statement once.
     """
-    start, statement = 1, ""
-    for number, line in enumerate(text.split("\n"), 1):
-        statement += line + "\n"
-        try:
-            table = tomllib.loads(statement)
-        except (ValueError, RecursionError):  # TOMLDecodeError, digits without end, brackets without end
-            continue
-        for key, value in table.items():
-            yield start, key, value
-        start, statement = number + 1, ""
-    if statement:
-        first = statement.split("\n", 1)[0].strip()[:80]
-        raise RecipeError(f"{origin} line {start}: not TOML: {first}", hint="A line is KEY = VALUE; quote the value.")
+    line, first, start, depth = 1, 1, 0, 0
+    for token in _TOKEN.finditer(text + "\n"):
+        what = token[0]
+        depth += (what in ("[", "{")) - (what in ("]", "}"))
+        line += what.count("\n")
+        if what == "\n" and depth <= 0:
+            statement = text[start : token.end()]
+            try:
+                table = _read(statement)
+            except (ValueError, RecursionError):  # TOMLDecodeError, digits without end, brackets without end
+                raise _not_toml(statement, f"{origin} line {first}") from None
+            for key, value in table.items():
+                yield first, key, value
+            first, start, depth = line, token.end(), 0
+    if start < len(text):
+        raise _not_toml(text[start:], f"{origin} line {first}")
+
+
+def _read(statement: str) -> dict[str, Any]:
+    """tomllib's time and memory grow with the square of the number of a key's parts: dots are bounded."""
+    if not statement.strip() or statement.startswith("#"):
+        return {}
+    if statement.count(".") > _MAX_DOTS:
+        raise ValueError
+    table: dict[str, Any] = tomllib.loads(statement)
+    return table
+
+
+def _not_toml(statement: str, where: str) -> RecipeError:
+    first = statement.lstrip("\n").split("\n", 1)[0].strip()[:80]
+    return RecipeError(f"{where}: not TOML: {first}", hint="A line is KEY = VALUE, and short; quote the value.")
 
 
 def _setting(key: str, value: Any, where: str) -> Any:
@@ -263,7 +289,8 @@ def _setting(key: str, value: Any, where: str) -> Any:
     if key == "base":
         if value.upper() not in BASE:
             raise RecipeError(
-                f"{where}: unknown stock mixture {value!r}{_near(value, BASE)}", hint=f"Choose from {', '.join(BASE)}."
+                f"{where}: unknown stock mixture {value!r}{did_you_mean(value, BASE)}",
+                hint=f"Choose from {', '.join(BASE)}.",
             )
         return value.upper()
     return value
@@ -293,10 +320,15 @@ def _rule(line: int, key: str, value: Any, where: str) -> Rule:
 def _roles(text: str, where: str) -> tuple[str, ...]:
     """Every role that one of the patterns names, in the order of ROLES."""
     found: set[str] = set()
-    for pattern in (p for part in re.split(r",(?![^{]*\})", text) for p in _expanded(part.strip())):
+    parts = re.split(r",(?![^{}]*\})", text) if text.count("{") <= _MAX_NAMES else []
+    patterns = [p for part in parts for p in islice(_expanded(part.strip()), _MAX_NAMES)]
+    if len(patterns) >= _MAX_NAMES or text.count("{") > _MAX_NAMES:
+        raise RecipeError(f"{where}: stands for {_MAX_NAMES} names and more", hint="Write * for any part of a name.")
+    for pattern in patterns:
         # A star does not cross the dot, so nothing but nextn itself reaches the MTP blocks.
-        regex = re.escape("nextn.*" if pattern == "nextn" else pattern).replace(r"\*", "[^.]*")
-        roles = {role for role in ROLES if re.fullmatch(regex, role)}
+        wanted = "nextn.*" if pattern == "nextn" else re.sub(r"\*+", "*", pattern)
+        regex = re.escape(wanted).replace(r"\*", "[^.]*")
+        roles = {role for role in ROLES if len(wanted) <= 2 * len(role) and re.fullmatch(regex, role)}
         if not roles:
             raise _unknown_role(pattern, regex, where)
         found |= roles
@@ -342,32 +374,19 @@ def _type(name: str, where: str) -> GGMLQuantizationType:
             f"{where}: {name} is a mixture of types; did you mean {BASE[wanted].name}?",
             hint=f'A rule and the default take one type; base = "{wanted}" starts from the mixture.',
         )
-    raise RecipeError(f"{where}: unknown type {name!r}{_near(name, TYPES)}", hint=f"Choose from {', '.join(TYPES)}.")
+    raise RecipeError(
+        f"{where}: unknown type {name!r}{did_you_mean(name, TYPES)}", hint=f"Choose from {', '.join(TYPES)}."
+    )
 
 
 def _unknown_role(pattern: str, regex: str, where: str) -> RecipeError:
-    kept = [role for role in FLOAT32_ROLES if re.fullmatch(regex, role)]
+    kept = [role for role in FLOAT32_ROLES if len(pattern) <= 2 * len(role) and re.fullmatch(regex, role)]
     if kept:
         return RecipeError(f"{where}: {', '.join(kept)} stays F32", hint="Norms and the router are never quantized.")
     return RecipeError(
-        f"{where}: unknown role {pattern!r}{_near(pattern, (*ROLES, 'nextn', *SETTINGS))}",
+        f"{where}: unknown role {pattern[:80]!r}{did_you_mean(pattern, (*ROLES, 'nextn', *SETTINGS))}",
         hint=f"Roles are {', '.join((*MODEL_ROLES, *LAYER_ROLES, 'nextn'))}; settings {', '.join(SETTINGS)}.",
     )
-
-
-def _unknown_recipe(path: Path) -> RecipeError:
-    files = sorted(str(file) for file in path.parent.glob("*.toml")) if path.parent.is_dir() else []
-    return RecipeError(
-        f"unknown type or recipe {str(path)!r}{_near(str(path), (*BASE, *shipped_names(), *files))}",
-        hint=f"Give a stock type ({', '.join(BASE)}), a recipe ({', '.join(shipped_names())}) or a .toml file.",
-    )
-
-
-def _near(word: str, known: Iterable[str]) -> str:
-    """The tail of a message: "; did you mean X?", whatever the case, or nothing."""
-    spelled = {other.lower(): other for other in known}
-    found = get_close_matches(word.lower(), spelled, 1)
-    return f"; did you mean {spelled[found[0]]}?" if found else ""
 
 
 @lru_cache(maxsize=8)

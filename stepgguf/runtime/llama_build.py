@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stepgguf.errors import EngineError
+from stepgguf.files import installed
 from stepgguf.runtime.machine import Gpu
 
 _GPU_TYPES = (1, 2)  # ggml_backend_dev_type: GPU, IGPU
@@ -50,11 +51,11 @@ def probe() -> LlamaBuild:
     try:
         import llama_cpp
     except ModuleNotFoundError as error:
-        raise EngineError("llama-cpp-python is not installed", hint="pip install 'stepgguf[run]'") from error
+        raise EngineError("llama-cpp-python is not installed", hint=installed.with_extra("run")) from error
     except (OSError, RuntimeError) as error:
         raise EngineError(
             f"llama-cpp-python cannot be loaded: {error}",
-            hint="pip install --force-reinstall --no-cache-dir 'llama-cpp-python>=0.3.36'",
+            hint=installed.pip("install --force-reinstall --no-cache-dir 'llama-cpp-python>=0.3.36'"),
         ) from error
     from stepgguf.runtime.llama import hooks
 

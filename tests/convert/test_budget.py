@@ -48,7 +48,8 @@ def within(budget: Limits, source: Path, options: Options | None = None, type_na
     assert limits is not None
     options = replace(options or Options(""), type=chosen)
     with Checkpoint(source) if source.is_dir() else GGUFSource(source) as opened:
-        return plan_within(limits, opened, DEST, options, module.price(opened, DEST, options, threads=1))
+        plan = module.settled(limits, opened, DEST, options)
+        return plan or plan_within(limits, opened, DEST, options, module.price(opened, DEST, options, threads=1))
 
 
 def types(plan: Plan) -> Mapping[str, GGMLQuantizationType]:
@@ -189,8 +190,28 @@ def test_a_budget_that_nothing_fits_names_what_the_smallest_types_take(small: Pa
         within(Limits(MIB), small)
     named = int(str(error.value).split("have ")[1].split(" ")[0].replace(",", ""))
     assert abs(named - least.file_bytes) < 1000  # headers name the recipe
-    with pytest.raises(DoesNotFit, match="one token reads"):
+    with pytest.raises(DoesNotFit, match=r"[KM]iB read for a token"):
         within(Limits(bpw=9, read_bytes=1000), small)
+
+
+@pytest.mark.parametrize("mtp", ["include", "separate", "drop"])
+def test_the_smallest_size_that_is_named_can_be_had_and_a_byte_less_cannot(
+    mtp: str, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(DoesNotFit) as error:
+        within(Limits(1), small, Options("", mtp))
+    least = int(str(error.value).split("have ")[1].split(" ")[0].replace(",", ""))
+    assert within(Limits(least), small, Options("", mtp)).file_bytes <= least
+    monkeypatch.setattr(Checkpoint, "values", None)  # refused before anything is read
+    with pytest.raises(DoesNotFit):
+        within(Limits(least - 100), small, Options("", mtp))  # a shorter name may make a smaller header
+
+
+def test_a_budget_that_holds_everything_is_not_measured(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Checkpoint, "values", None)
+    plan = within(Limits(2**40), small)
+    assert {t.ggml_type for t in plan.tensors if is_chosen(t)} == {T.Q8_0}
+    assert any("the budget holds the largest types" in warning for warning in plan.warnings)
 
 
 @pytest.mark.parametrize(

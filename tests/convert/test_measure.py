@@ -139,11 +139,12 @@ def test_without_importance_a_tensor_has_the_types_that_need_none(given: Given) 
 def test_llama_quantize_would_not_refuse_any_of_a_tensors_types(given: Given, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "KINDS", KINDS)
     tensor = given.tensors["attn_v"]
-    assert candidates(tensor, None) == set(KINDS) - {T.IQ2_XXS, T.IQ2_XS, T.IQ2_S, T.IQ3_XXS}
-    assert candidates(given.tensors["attn_k"], given.importance) == set(KINDS)
+    assert candidates(tensor.name, tensor.shape, None) == set(KINDS) - {T.IQ2_XXS, T.IQ2_XS, T.IQ2_S, T.IQ3_XXS}
+    attn_k = given.tensors["attn_k"]
+    assert candidates(attn_k.name, attn_k.shape, given.importance) == set(KINDS)
     # 96 columns are no multiple of 256: what llama.cpp falls back on (tests/quants/test_mixtures.py).
     narrow = replace(tensor, shape=(128, 96))
-    assert candidates(narrow, None) == {T.Q4_0, T.Q5_0, T.Q5_1, T.Q8_0, T.IQ4_NL}
+    assert candidates(narrow.name, narrow.shape, None) == {T.Q4_0, T.Q5_0, T.Q5_1, T.Q8_0, T.IQ4_NL}
 
 
 def test_a_second_run_reads_nothing(given: Given) -> None:
@@ -161,7 +162,7 @@ def test_another_imatrix_is_measured_anew(given: Given, tmp_path: Path) -> None:
 
 
 def test_what_an_interrupted_run_has_measured_is_kept(given: Given) -> None:
-    def interrupt(tensor: PlannedTensor) -> None:
+    def interrupt(tensor: PlannedTensor, kept: bool) -> None:
         if tensor.role == "attn_v":
             raise KeyboardInterrupt
 
@@ -201,7 +202,7 @@ def test_progress_names_each_tensor_once_kept_or_not(given: Given) -> None:
     seen: list[str] = []
     measure(
         given.checkpoint, [given.tensors[role] for role in ROLES], given.cache, importance=given.importance,
-        threads=1, progress=lambda tensor: seen.append(tensor.role),
+        threads=1, progress=lambda tensor, kept: seen.append(tensor.role),
     )  # fmt: skip
     assert sorted(seen) == sorted(ROLES)
 
@@ -218,7 +219,7 @@ def test_the_sample_is_as_large_as_it_is_said_to_be(given: Given) -> None:
     given.measure()
     for tensor in given.tensors.values():
         assert tensor.source is not None
-        n_types = len(candidates(tensor, given.importance))
+        n_types = len(candidates(tensor.name, tensor.shape, given.importance))
         # Each run once for each type, and before that a row for each, to know what to compile.
         assert read[tensor.source] == n_types * (module.sampled(tensor.shape) // tensor.shape[-1] + 1)
 

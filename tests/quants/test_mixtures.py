@@ -17,7 +17,7 @@ from stepgguf.convert.planner import select_checkpoint
 from stepgguf.errors import RecipeError
 from stepgguf.model.hparams import HParams
 from stepgguf.model.tensors import tensor_specs
-from stepgguf.quants import mixtures
+from stepgguf.quants import mixtures, typenames
 from stepgguf.quants.ggml import row_size
 from stepgguf.quants.mixtures import BASE, Candidate, Facts
 from tests.conftest import real_config
@@ -98,7 +98,7 @@ def test_the_trunks_types_do_not_depend_on_mtp() -> None:
 
 def test_an_unknown_type_is_refused_with_the_list() -> None:
     with pytest.raises(RecipeError, match="unknown type 'Q4_K_X'") as caught:
-        mixtures.check_name("Q4_K_X")
+        typenames.check_name("Q4_K_X")
     assert "Q4_K_M" in (caught.value.hint or "")
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
+import sys
+import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from stepgguf.errors import RecipeError
 from stepgguf.model.hparams import HParams
@@ -18,6 +23,11 @@ from stepgguf.quants.recipe import Recipe, load, parse, shipped
 from stepgguf.runtime.machine import AmdMemory, Gpu, Machine
 from stepgguf.runtime.memory import GIB, Context, Footprint, Layer, budget, need
 from tests.conftest import real_config
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 HP = HParams.from_config(real_config())
 FACTS = Facts(n_layer=45, n_expert=288, gqa=8)
@@ -304,7 +314,7 @@ def test_a_file_that_cannot_be_read_is_an_error_with_its_path(tmp_path: Path) ->
     with pytest.raises(RecipeError, match=r"bad\.toml: not UTF-8 text, byte 17 is 0xff"):
         load(str(path))
     (tmp_path / "folder.toml").mkdir()
-    with pytest.raises(RecipeError, match=r"folder\.toml: Is a directory"):
+    with pytest.raises(RecipeError, match=r"folder\.toml: not a file"):
         load(str(tmp_path / "folder.toml"))
 
 
@@ -388,3 +398,54 @@ def test_a_shipped_recipe_says_when_it_needs_an_imatrix(name: str) -> None:
         mixtures.requires_imatrix("", c, choice.ggml_type) for c, choice in zip(CANDIDATES, choices, strict=True)
     )
     assert policy.description.endswith("; needs an imatrix") == needed
+
+
+HOSTILE = {
+    "an open string": 'x = """' + "a\n" * 50_000,
+    "an open list with brackets in strings": "x = [" + '"]",\n' * 20_000,
+    "open brackets": "x = [" + "[\n" * 50_000,
+    "quotes": '"\n' * 50_000,
+    "triple quotes": "'''\n'" * 20_000,
+    "escapes": 'x = "' + "\\\\" * 50_000,
+    "comments": "# a\n" * 20_000,
+    "a key of many parts": "a." * 50_000 + "b = 1\n",
+    "alternatives": '"' + "{a,b}" * 20_000 + '" = "Q4_K"\n',
+    "alternatives in alternatives": '"' + "{a," * 20_000 + '" = "Q4_K"\n',
+    "stars": '"' + "*f*n" * 20_000 + '" = "Q4_K"\n',
+    "layers": '"ffn_down_exps @ ' + "1," * 50_000 + '1" = "Q4_K"\n',
+    "rules": "".join(f'"ffn_down @ {i % 40}" = "Q4_K" # {i}\n' for i in range(5_000)),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_reading_takes_time_in_proportion_to_the_length(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each character goes to tomllib at most once, and the time is a fraction of what a square would take."""
+    read, loads = 0, tomllib.loads
+
+    def count(text: str) -> dict[str, object]:
+        nonlocal read
+        read += len(text)
+        return loads(text)
+
+    monkeypatch.setattr(recipe.tomllib, "loads", count, raising=True)
+    text = 'default = "Q8_0"\n' + HOSTILE[kind]
+    started = time.process_time()
+    with contextlib.suppress(RecipeError):
+        parse(text, "hostile")
+    assert read <= len(text)
+    assert time.process_time() - started < 5.0
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.sampled_from(
+            ["# [ a comment \"\n", "\n", "a{n} = 'x]'\n", 'b{n} = "y # \\" ["\n', "c{n} = [\n  1, # ]\n  2,\n]\n",
+             'd{n} = """\n[ \'\'\' "" \n"""\n', "e{n} = \'\'\'\n\"\"\" [\n\'\'\'\n", 'f{n} = { g = "}" }\n']
+        )
+    )
+)  # fmt: skip
+def test_statements_are_what_tomllib_makes_of_the_whole(parts: list[str]) -> None:
+    text = "".join(part.replace("{n}", str(n)) for n, part in enumerate(parts))
+    found = {key: value for _, key, value in recipe._statements(text, "r")}
+    assert found == tomllib.loads(text)

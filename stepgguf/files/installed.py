@@ -1,0 +1,58 @@
+"""How this package was installed, so that hints name a command that works here.
+
+The package is on no index under its name: what pip installed it from (direct_url.json, PEP 610) is what it is installed
+from again with an extra. Where that is gone, the extra's own packages are named.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import sys
+from importlib import metadata
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+NAME = "stepgguf"
+_CHECKOUT = Path(__file__).parents[2]
+
+
+def pip(arguments: str) -> str:
+    """The command that has pip do something for this interpreter."""
+    here = shutil.which("python")
+    python = "python" if here is not None and Path(here).resolve() == Path(sys.executable).resolve() else sys.executable
+    if importlib.util.find_spec("pip") is None:
+        return f"uv pip {arguments.replace('install', f'install --python {sys.executable}', 1)}"
+    return f"{python} -m pip {arguments}"
+
+
+def with_extra(extra: str, distribution: metadata.Distribution | None = None) -> str:
+    """The command that adds an extra to the package as it is installed here."""
+    found = distribution or _distribution()
+    return pip(f"install {_with_extra(extra, found)}")
+
+
+def _distribution() -> metadata.Distribution | None:
+    try:
+        return metadata.distribution(NAME)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _with_extra(extra: str, found: metadata.Distribution | None) -> str:
+    origin = json.loads((found and found.read_text("direct_url.json")) or "{}")
+    url = str(origin.get("url", ""))
+    path = Path(unquote(urlparse(url).path))
+    if url.startswith("file:") and path.exists():
+        editable = "-e " if origin.get("dir_info", {}).get("editable") else ""
+        return f"{editable}'{path}[{extra}]'"
+    if url and not url.startswith("file:"):
+        vcs = origin.get("vcs_info", {}).get("vcs")
+        return f"'{NAME}[{extra}] @ {f'{vcs}+' if vcs else ''}{url}'"
+    if (_CHECKOUT / "pyproject.toml").exists():
+        return f"-e '{_CHECKOUT}[{extra}]'"
+    needed = [text.partition(";") for text in (found.requires if found else None) or []]
+    return " ".join(
+        f"'{name.strip()}'" for name, _, marker in needed if marker.replace('"', "'").endswith(f"'{extra}'")
+    )
