@@ -21,7 +21,7 @@ _THINKING = ("full", "fold", "hide")
 
 def chat(
     path: Annotated[
-        Path | None, typer.Argument(metavar="[FILE.gguf]", help="A GGUF file; of a split one, any of its files.")
+        Path | None, typer.Argument(metavar="FILE.gguf", help="A GGUF file; of a split one, any of its files.")
     ] = None,
     url: Annotated[
         str | None, typer.Option(metavar="URL", help="Chat with a running server instead, e.g. http://127.0.0.1:8080.")
