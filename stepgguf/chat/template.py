@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stepgguf.errors import BadMetadata, TemplateRefused
-from stepgguf.files import disk
+from stepgguf.files import textfile
 
 Message = Mapping[str, Any]
 Place = Literal["thinking", "answer", "start"]  # where a prompt ends; start: the model may open its thinking, or not
@@ -29,6 +29,7 @@ CLOSING_WORDS = "I have to stop thinking and answer now."  # without any, models
 _EOS = "<|im_end|>"  # of all Step-3 models
 _START = "import sys; sys.path[:] = sys.argv[1:]; from stepgguf.chat.renderer import main; main()"
 _REPLACE = "Replace it: stepgguf template FILE.gguf NEW.jinja"
+_MOST_BYTES = 2**20  # the published ones have 5 KB
 _PROBE: Sequence[Message] = (
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "How is the weather in Paris?"},
@@ -135,12 +136,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def read(path: Path) -> str:
     """A template's text from a file. BadMetadata: it cannot be read, is no text, or does not render a conversation."""
+    text = textfile.read(path, BadMetadata, most=_MOST_BYTES)
     try:
-        text = disk.read_text(path)
         ChatTemplate(text).probe()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise BadMetadata(f"{path} is no chat template: {reason}", hint="Give a jinja2 file.") from error
     except BadMetadata as error:
         raise BadMetadata(f"{path}: {error.message}", hint=error.hint) from error
     return text

@@ -136,6 +136,8 @@ def memory(machine: Machine, build: LlamaBuild | None, model: Model, context: Co
     parts.append(f"{size(needed.cache)} conversation cache ({size(checkpoint(model.footprint))} a checkpoint)")
     message = f"{size(needed.total)} = {' + '.join(parts)}"
     kept = f"{size(have.reserve)} is left to the system"
+    if not machine.ram:
+        return Finding("ok", "memory", f"{message}; how much memory this system has is not known")
     if needed.total > have.ceiling:
         fix = _smaller(model, context, needed, have)
         return Finding("fail", "memory", f"{message}; there is {size(have.ceiling)} ({kept})", fix)

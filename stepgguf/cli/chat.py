@@ -21,7 +21,7 @@ _THINKING = ("full", "fold", "hide")
 
 def chat(
     path: Annotated[
-        Path | None, typer.Argument(metavar="[FILE.gguf]", help="A GGUF file; of a split one, any of its files.")
+        Path | None, typer.Argument(metavar="FILE.gguf", help="A GGUF file; of a split one, any of its files.")
     ] = None,
     url: Annotated[
         str | None, typer.Option(metavar="URL", help="Chat with a running server instead, e.g. http://127.0.0.1:8080.")
@@ -158,9 +158,9 @@ def _piped() -> str | None:
     """What stdin has, if it is open; bytes that are no text become U+FFFD."""
     if sys.stdin is None:
         return None
-    if not isinstance(sys.stdin, io.TextIOWrapper):
-        return sys.stdin.read().strip()
-    return sys.stdin.buffer.read().decode("utf-8", errors="replace").strip()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+    return sys.stdin.read().strip()
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stepgguf.cli import arguments, output
+from stepgguf.errors import EngineError
 
 if TYPE_CHECKING:
     from stepgguf.cli.capacity import Model
@@ -131,7 +132,12 @@ def _loaded(path: Path, name: str, where: str, options: EngineOptions, *, verb: 
     from stepgguf.cli.capacity import read_model
     from stepgguf.runtime.machine import probe
 
+    if name == IN_PROCESS:
+        from stepgguf.runtime import llama  # noqa: F401  if it is not installed, that is said first
+
     here, model = probe(), read_model(path, options.mtp_file, verb=verb)
+    if options.cache_folder is not None:
+        _make(options.cache_folder)
     if not options.force:
         _require(here, model, options, served=name == LLAMA_SERVER)
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -141,6 +147,18 @@ def _loaded(path: Path, name: str, where: str, options: EngineOptions, *, verb: 
             return start(model, here, options, progress)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _make(folder: Path) -> None:
+    """The folder of cached conversations, before a large file is loaded."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "it is not a folder" if isinstance(error, FileExistsError) else error.strerror
+        raise EngineError(
+            f"conversations cannot be kept in {folder}: {reason}",
+            hint="Give --cache-folder a folder that you may write to.",
+        ) from error
 
 
 def _require(here: Machine, model: Model, options: EngineOptions, *, served: bool) -> None:

@@ -49,12 +49,6 @@ def opened(path: Path) -> BinaryIO:
     return os.fdopen(fd, "rb")
 
 
-def read_text(path: Path) -> str:
-    """A whole text file in UTF-8. OSError, UnicodeDecodeError."""
-    with opened(path) as file:
-        return file.read().decode("utf-8")
-
-
 def hold(path: Path, *, make: bool = False) -> int:
     """Open a file and hold it; `make` it if it is not there. BlockingIOError while another process holds it.
 

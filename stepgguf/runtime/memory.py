@@ -157,19 +157,20 @@ def budget(machine: Machine, gpus: Sequence[Gpu] = ()) -> Budget:
     ram = min(machine.ram, machine.container_limit or machine.ram)
     reserve = min(MACOS_RESERVE if kind == "mac" else LINUX_RESERVE, ram // 8)
     ceiling = ram - reserve
+    available = machine.ram_available or machine.ram  # a system that does not tell is taken for idle
     if kind == "mac":
         limit = min(ceiling, gpus[0].total if gpus and gpus[0].total else wired_limit(machine))
-        return Budget(limit, ceiling, min(limit, machine.ram_available), reserve)
+        return Budget(limit, ceiling, min(limit, available), reserve)
     if kind == "strix" and machine.amd is not None:
         limit = min(ceiling + machine.amd.vram, machine.amd.gtt + machine.amd.vram)
-        free = min(limit, machine.ram_available + machine.amd.vram)
+        free = min(limit, available + machine.amd.vram)
         return Budget(limit, ceiling + machine.amd.vram, free, reserve)
     cards = [gpu for gpu in (gpus or machine.gpus) if gpu.total] if kind != "spark" else []
     if cards:
         limit = sum(max(0, (gpu.total or 0) - GPU_RESERVE) for gpu in cards)
         free = sum(max(0, (gpu.free or 0) - GPU_RESERVE) for gpu in cards)
         return Budget(limit, limit + ceiling, free, GPU_RESERVE)
-    return Budget(ceiling, ceiling, min(ceiling, machine.ram_available), reserve)
+    return Budget(ceiling, ceiling, min(ceiling, available), reserve)
 
 
 def wired_limit(machine: Machine) -> int:

@@ -99,6 +99,11 @@ def test_a_small_machine_keeps_an_eighth_for_its_system() -> None:
     assert (budget(small).ceiling, budget(small).free) == (3584 * 2**20, 3 * GIB)
 
 
+def test_a_system_that_does_not_tell_its_memory_refuses_nothing(flash: Model) -> None:
+    assert memory(replace(LINUX, ram=0, ram_available=0), CPU_BUILD, flash, Context(32768)).level == "ok"
+    assert memory(replace(LINUX, ram_available=0), CPU_BUILD, flash, Context(32768)).level == "ok"
+
+
 def test_the_mtp_file_is_found_by_its_name(tmp_path: Path) -> None:
     for name in ("a.gguf", "mtp-a.gguf", "b-00001-of-00002.gguf", "mtp-b.gguf", "c[1].gguf", "d.gguf"):
         (tmp_path / name).touch()

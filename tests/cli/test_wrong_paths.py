@@ -109,7 +109,6 @@ def no_waiting() -> Iterator[None]:
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], demo_gguf: Path, tmp_path: Path):  # type: ignore[no-untyped-def]
     """Runs a command line with a path in it. Exit code and all that it printed, as one line."""
     monkeypatch.setattr(output.stderr, "_width", 500)
-    monkeypatch.setattr(output.stderr, "file", None)
     monkeypatch.setenv("COLUMNS", "500")
 
     def run(command: list[str], path: Path) -> tuple[int, str]:
@@ -130,7 +129,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], demo
 def is_named(path: Path, text: str) -> bool:
     """Boxes of wrong usage break long names in the middle."""
     text = text.replace(" ", "").replace("│", "")
-    return str(path) in text or (path.name in NAMES.values() and str(path.with_suffix("")) in text)
+    return str(path) in text or (len(str(path)) > 80 and str(path.with_suffix(""))[:70] in text)  # long ones are cut
 
 
 def made(kind: str, tmp_path: Path, good: Path, suffix: str = ".gguf") -> Path:
