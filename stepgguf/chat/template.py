@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stepgguf.errors import BadMetadata, TemplateRefused
+from stepgguf.files import textfile
+
+MAX_BYTES = 2**20  # the published ones have 5 KB
 
 Message = Mapping[str, Any]
 Place = Literal["thinking", "answer", "start"]  # where a prompt ends; start: the model may open its thinking, or not
@@ -136,11 +139,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def read(path: Path) -> str:
     """A template's text from a file. BadMetadata: it cannot be read, or is no text."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise BadMetadata(f"{path} is no chat template: {reason}", hint="Give a jinja2 file.") from error
+    return textfile.read(path, BadMetadata, most=MAX_BYTES)
 
 
 def place_of(prompt: str) -> Place:

@@ -25,6 +25,7 @@ from typing import Any
 from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
 
 from stepgguf.errors import BadMagic, BadMetadata, GGUFError, TruncatedFile
+from stepgguf.files import disk
 from stepgguf.files.jsonread import shown
 
 V = GGUFValueType
@@ -109,7 +110,7 @@ def encode(keys: Iterable[Key], tensors: Sequence[TensorInfo], alignment: int = 
 def read(path: Path, *, check_size: bool = True) -> Header:
     """Parse and check the header of a GGUF file. Raises BadMagic, TruncatedFile, BadMetadata."""
     try:
-        with path.open("rb") as file:
+        with disk.open_regular(path) as file:
             size = file.seek(0, 2)
             if size < 24:
                 raise BadMagic(f"{path}: {size} bytes is too short for a GGUF header", hint=_not_gguf(b""))

@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from stepgguf.errors import StepggufError
+from stepgguf.files import disk
 
 
 def read(path: Path, error: type[StepggufError], *, most: int) -> str:
     """The text of a file of at most so many bytes. `error`, which names it, for what is no file and no UTF-8 text."""
     try:
-        if path.exists() and not path.is_file():  # a FIFO would wait for ever
-            raise error(f"{path}: not a file", hint="Give a text file.")
-        with path.open("rb") as file:
+        with disk.open_regular(path) as file:
             data = file.read(most + 1)
         if len(data) > most:
             raise error(f"{path}: more than {most:,} bytes", hint="Give a text file.")

@@ -29,6 +29,7 @@ from gguf import GGUFReader, GGUFValueType, GGUFWriter, Keys
 from numpy.typing import NDArray
 
 from stepgguf.errors import ImatrixError, OutputError
+from stepgguf.files import disk
 
 Floats = NDArray[np.float32]
 
@@ -119,7 +120,7 @@ def _times(shape: Sequence[int]) -> str:
 def read(path: Path) -> Imatrix:
     """Map an importance matrix of either form, and check every value. Raises ImatrixError."""
     try:
-        with path.open("rb") as file:
+        with disk.open_regular(path) as file:
             magic = file.read(4)
     except OSError as error:
         raise ImatrixError(f"{path}: {error.strerror or error}", hint="Check the path.") from error

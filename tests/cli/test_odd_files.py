@@ -96,7 +96,7 @@ def test_every_kind_of_file_gets_an_answer(command: str, small: Path, whole: Pat
         "    print('CODE', code, line, file=sys.stderr, flush=True)\n"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code], input="\n".join(calls), capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", code], input="\n".join(calls), capture_output=True, text=True, timeout=60, check=False
     )
     assert "Traceback" not in result.stderr, result.stderr[-3000:]
     codes = [line for line in result.stderr.splitlines() if line.startswith("CODE")]
