@@ -91,7 +91,7 @@ def _front_matter(path: Path) -> tuple[dict[str, Any], list[str]]:
     if not path.is_file():
         return {}, []
     try:
-        with disk.opened(path) as file:
+        with disk.open_regular(path) as file:
             text = file.read(_MAX_BYTES).decode("utf-8-sig", errors="replace")
     except OSError:
         return {}, []

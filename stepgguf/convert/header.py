@@ -112,7 +112,7 @@ def read(path: Path, *, check_size: bool = True) -> Header:
     if path.exists() and not path.is_file():
         raise GGUFError(f"{path}: not a file", hint=_not_gguf(b""))  # opening a pipe would wait for ever
     try:
-        with disk.opened(path) as file:
+        with disk.open_regular(path) as file:
             size = file.seek(0, 2)
             if size < 24:
                 raise BadMagic(f"{path}: {size} bytes is too short for a GGUF header", hint=_not_gguf(b""))

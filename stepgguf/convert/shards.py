@@ -63,7 +63,7 @@ def read_shard(path: Path) -> Shard:
     if path.exists() and not path.is_file():
         raise CorruptShard(f"{path}: not a file", hint=_AGAIN)
     try:
-        with disk.opened(path) as file:
+        with disk.open_regular(path) as file:
             status = os.fstat(file.fileno())
             start = file.read(64)
             length = _header_length(path, start, status.st_size)
