@@ -33,6 +33,7 @@ from stepgguf.server.stream import Exchange
 
 log = logging.getLogger(__name__)
 OPEN = {"/", "/health", "/docs", "/openapi.json"}  # nothing there is secret
+STATIC = "/static"  # nor in the files below it
 METHODS = {"GET", "POST", "DELETE", "OPTIONS", "HEAD", "PUT", "PATCH"}  # a label must not be the client's to choose
 _SANE_ID = re.compile(r"[\w.:-]{1,64}")
 
@@ -150,7 +151,7 @@ class Key:
         self._app, self._key = app, key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN:
+        if scope["type"] == "http" and scope["path"] not in OPEN and not scope["path"].startswith(f"{STATIC}/"):
             headers = Headers(scope=scope)
             scheme, _, bearer = headers.get("authorization", "").partition(" ")
             given = [headers.get("x-api-key", ""), bearer.strip() if scheme.lower() == "bearer" else ""]

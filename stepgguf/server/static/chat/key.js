@@ -1,0 +1,35 @@
+// The API key, in this tab only, and the form that asks for it.
+
+import { $ } from "./dom.js";
+
+const NAME = "stepgguf.key";
+
+export const key = () => sessionStorage.getItem(NAME);
+
+/** The server answered 401. Its form opens; a key that was given is forgotten, and the form says that it was wrong. */
+export function askForKey() {
+  const field = $("key-field"), isWrong = Boolean(key()), isNew = $("key").hidden;
+  if (isWrong) {
+    sessionStorage.removeItem(NAME);
+    $("key-problem").textContent = "The server does not take this key. Please type it again.";
+    field.ariaInvalid = "true";
+  }
+  $("key").hidden = false;
+  if (isNew || isWrong) field.select();
+}
+
+export function keyIsRight() {
+  $("key").hidden = true;
+  $("key-field").value = $("key-problem").textContent = "";
+  $("key-field").ariaInvalid = "false";
+}
+
+/** use(): with the key that was typed. */
+export function onKey(use) {
+  $("key").onsubmit = (event) => {
+    event.preventDefault();
+    $("key-problem").textContent = "";
+    sessionStorage.setItem(NAME, $("key-field").value.trim());
+    use();
+  };
+}

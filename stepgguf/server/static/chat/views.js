@@ -1,0 +1,119 @@
+// A question and an answer as elements. What the model or the user wrote becomes text nodes.
+//
+// Both are given `does`: what their buttons do, each with the index of its message.
+
+import { runs } from "./answers.js";
+import { siblings } from "./chats.js";
+import { button, copy, grouped, make, rate, showAll } from "./dom.js";
+import { blocks, rendered } from "./markdown.js";
+
+/** The way to the other versions of a message. */
+function versions(chat, index, does) {
+  const all = siblings(chat, index), at = all.indexOf(index);
+  if (all.length < 2) return [];
+  const to = (i, sign, name) => button(sign, "version", () => does.show(all[i]), { ariaLabel: name, disabled: !(i in all) });
+  return [make("span", { className: "versions", role: "group", ariaLabel: "Versions" },
+    to(at - 1, "‹", "Previous version"), `${at + 1} of ${all.length}`, to(at + 1, "›", "Next version"))];
+}
+
+export function questionView(chat, index, does) {
+  const text = chat.messages[index].content, shown = make("p", {}, text);
+  const edit = button("Edit", "edit", () => node.replaceChildren(editor()));
+  const show = () => node.replaceChildren(shown, make("div", { className: "actions" }, ...versions(chat, index, does), edit));
+  const editor = () => {
+    const area = make("textarea", { value: text, ariaLabel: "Edit the question" });
+    const cancel = button("Cancel", "cancel", () => { show(); edit.focus(); });
+    const form = make("form", {}, area, cancel, make("button", { className: "main" }, "Send"));
+    does.typing(area, form, (changed) => does.ask(changed, chat.messages[index].parent));
+    queueMicrotask(() => { area.oninput(); area.focus(); });
+    return form;
+  };
+  const node = make("article", { className: "message question", ariaLabel: "Question" });
+  show();
+  return { node };
+}
+
+export function answerView(chat, index, does) {
+  const answer = chat.messages[index], label = make("b"), words = make("span");
+  const thoughts = make("div", { className: "thoughts" });
+  const details = make("details", {}, make("summary", {}, label, make("span", { className: "tail" }, words)), thoughts);
+  const now = button("Answer now", "answer-now", async () => {
+    now.disabled = true;
+    await does.answerNow(index).catch(() => { now.disabled = false; });
+  });
+  const thinking = make("div", { className: "thinking" }, details, now);
+  const status = make("p", { className: "status" }), text = make("div", { className: "text" });
+  const note = make("p"), stats = make("p", { className: "stats" });
+  const actions = make("div", { className: "actions" }, ...versions(chat, index, does),
+    button("Copy", "copy", ({ target }) => copy(answer.content, target)),
+    button("Regenerate", "again", () => does.regenerate(index)));
+
+  const showThoughts = () => {
+    const paragraphs = details.open ? answer.reasoning.split(/\n{2,}/) : [];
+    showAll(thoughts, paragraphs.map((key) => ({ key })), ({ key }) => make("p", {}, key));
+  };
+  details.ontoggle = showThoughts;
+  const update = () => {
+    const { reasoning, content, at, end } = answer, live = end === "running", still = live && at.thought === undefined;
+    const lost = runs.get(chat.id)?.lost ?? true;
+    status.hidden = !live || (at.first !== undefined && !lost);
+    status.textContent = lost ? "Looking for the answer on the server …"
+      : `Waiting for the first token, ${((Date.now() - at.asked) / 1000).toFixed(1)} s`;
+    thinking.hidden = !reasoning;
+    now.hidden = !still;
+    label.textContent = thinkingLine(answer, still);
+    words.textContent = still ? reasoning.slice(-160).replace(/\s+/g, " ") : "";
+    showThoughts();
+    showAll(text, blocks(content, live), rendered);
+    note.textContent = live ? "" : ending(answer);
+    note.className = end === "error" ? "note wrong" : "note";
+    stats.textContent = live ? progress(answer) : figures(answer);
+    note.hidden = !note.textContent;
+    stats.hidden = !stats.textContent;
+  };
+  update();
+  const parts = [thinking, text, status, note, stats, actions];
+  return { node: make("article", { className: "message answer", ariaLabel: "Answer" }, ...parts), update };
+}
+
+/** While it thinks with its speed, since there is no other line then. */
+function thinkingLine(answer, still) {
+  const { at, usage, pieces } = answer, exact = usage?.output_tokens_details?.reasoning_tokens;
+  const tokens = exact === undefined ? pieces && `about ${grouped(pieces.reasoning)} tokens` : `${grouped(exact)} tokens`;
+  const took = ((still ? Date.now() : at.thought ?? at.last) - at.first) / 1000;
+  const speed = still && speedOf(pieces.reasoning, at);
+  return [`${still ? "Thinking" : "Thought for"} ${took.toFixed(1)} s`, tokens, speed].filter(Boolean).join(", ");
+}
+
+function progress({ pieces: { reasoning, text }, at }) {
+  if (!text) return "";
+  return [`about ${grouped(text)} tokens`, speedOf(reasoning + text, at)].filter(Boolean).join(" · ");
+}
+
+function speedOf(tokens, { first, last }) {
+  const speed = 1000 * (tokens - 1) / (last - first);
+  return Number.isFinite(speed) && speed > 0 ? rate(speed) : "";
+}
+
+function ending({ end, error, content, max_tokens, usage }) {
+  const lost = "The server no longer has this answer. What had come of it is kept; Regenerate asks again.";
+  if (end !== "length") return { error, stopped: "Stopped.", lost }[end] ?? "";
+  if (!max_tokens || usage?.output_tokens < max_tokens)
+    return "Cut off: the context is full. Start a new chat, or start the server with a larger --ctx.";
+  const why = content ? "" : " All of them went into thinking; a lower thinking effort leaves some for the answer.";
+  return `Cut off at ${grouped(max_tokens)} tokens.${why} Raise the limit in the settings or clear it, then regenerate.`;
+}
+
+function figures({ usage, at }) {
+  if (usage?.output_tokens === undefined) return "";
+  const { output_tokens: all, input_tokens: prompt, input_tokens_details: { cached_tokens: cached } } = usage;
+  const { reasoning_tokens: thought, reasoning_cut: cut } = usage.output_tokens_details;
+  return [
+    thought ? `${grouped(thought)} thinking + ${grouped(all - thought)} answer tokens` : `${grouped(all)} tokens`,
+    speedOf(all, at),
+    at.first !== undefined && `first after ${((at.first - at.asked) / 1000).toFixed(2)} s`,
+    `prompt ${grouped(prompt)}, ${grouped(cached)} cached`,
+    { loop: "the thinking repeated itself and was ended", budget: "the thinking was ended by its limit",
+      asked: "the thinking was ended at your request" }[cut],
+  ].filter(Boolean).join(" · ");
+}
