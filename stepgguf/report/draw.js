@@ -20,6 +20,9 @@ const set = (element, properties) => {
   return element;
 };
 
+/** A sentence; what stands in backquotes is code. */
+const prose = (text) => text.split("`").map((part, i) => (i % 2 ? make("code", {}, part) : part));
+
 // ---- numbers in words ----------------------------------------------------------------------------------------------
 
 const NONE = "–";

@@ -6,8 +6,11 @@ const make = (tag, fields = {}, ...children) => {
   element.append(...children);
   return element;
 };
-const base = new URL(".", location.href).href;
+const base = new URL(".", location.href).href.slice(0, -1);
 const spec = await (await fetch("openapi.json")).json();
+
+/** A description; what stands in backquotes is code. */
+const prose = (text = "") => make("p", {}, ...text.split("`").map((part, i) => (i % 2 ? make("code", {}, part) : part)));
 
 const follow = (schema) => (schema?.$ref ? spec.components.schemas[schema.$ref.split("/").pop()] : schema ?? {});
 
@@ -31,10 +34,10 @@ function fields(schema, seen = new Set()) {
   const rows = [true, false].flatMap((needed) => entries.filter(([name]) => required.includes(name) === needed));
   const table = make("dl", { className: "fields" }, ...rows.map(([name, field]) => make("div", {},
     make("dt", {}, make("code", {}, name), ...(required.includes(name) ? [make("em", {}, "required")] : [])),
-    make("dd", {}, make("code", {}, typeOf(field)), ...(field.description ? [make("p", {}, field.description)] : [])))));
+    make("dd", {}, make("code", {}, typeOf(field)), ...(field.description ? [prose(field.description)] : [])))));
   const named = rows.flatMap(([, field]) => inside(field)).filter(({ $ref }) => !seen.has($ref) && seen.add($ref));
   return [
-    ...(description ? [make("p", {}, description)] : []), ...(rows.length ? [table] : []),
+    ...(description ? [prose(description)] : []), ...(rows.length ? [table] : []),
     ...named.map((one) => make("details", {}, make("summary", {}, typeOf(one)), ...fields(one, seen))),
   ];
 }
@@ -45,7 +48,7 @@ function example(path, schema) {
   const wanted = Object.entries(properties).filter(([name, { examples }]) =>
     examples && (required.includes(name) || ["messages", "prompt", "text", "tokens", "input", "max_tokens"].includes(name)));
   const data = JSON.stringify(Object.fromEntries(wanted.map(([name, { examples: [first] }]) => [name, first])));
-  return `curl ${base}${path.slice(1)} -H 'content-type: application/json' \\\n  -d '${data.replaceAll("'", "'\\''")}'`;
+  return `curl ${base}${path} -H 'content-type: application/json' \\\n  -d '${data.replaceAll("'", "'\\''")}'`;
 }
 
 function route(path, verb, { description, requestBody, responses }) {
@@ -54,8 +57,8 @@ function route(path, verb, { description, requestBody, responses }) {
   const part = (title, ...content) => [make("h3", {}, title), ...content];
   return make("details", { className: "route" },
     make("summary", {}, make("b", {}, verb.toUpperCase()), make("code", {}, path),
-      make("span", {}, description?.split(/(?<=\.)\s/)[0] ?? "")),
-    make("p", {}, description ?? ""),
+      make("span", {}, description?.split(/(?<=\.)\s/)[0].replaceAll("`", "") ?? "")),
+    prose(description),
     ...(asked ? part("Try it", make("pre", { tabIndex: 0 }, example(path, asked))) : []),
     ...(asked ? part("Request", ...fields(asked)) : []), ...(answer ? part("Answer", ...fields(answer)) : []));
 }
