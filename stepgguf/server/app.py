@@ -20,6 +20,7 @@ from stepgguf.server import completions, guard, messages, models, responses, tok
 from stepgguf.server.config import ServerConfig
 from stepgguf.server.metrics import Metrics
 from stepgguf.server.problems import AnthropicError, OpenAIError, Refusal
+from stepgguf.server.responses_store import Answers
 from stepgguf.server.service import Service, now
 
 STATIC = Path(__file__).parent / "static"
@@ -45,6 +46,7 @@ def create_app(chat: ChatModel, config: ServerConfig) -> FastAPI:
         middleware=_middleware(config, metrics),
     )
     app.state.service = Service(chat, config, metrics, now())
+    app.state.answers = Answers(config)
     for kind in (HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _leave_to_guard)
     for module in (chat_completions, completions, responses, models, tokens):
@@ -83,7 +85,7 @@ def _middleware(config: ServerConfig, metrics: Metrics) -> list[Middleware]:
             Middleware(
                 CORSMiddleware,
                 allow_origins=config.cors_origins,
-                allow_methods=["GET", "POST"],
+                allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["*"],
                 expose_headers=["x-request-id"],
             )

@@ -19,7 +19,7 @@ class ServerConfig:
     top. max_json_depth: a level of a JSON schema costs two or three. A stream that has nothing to say says that it is
     alive every keep_alive_seconds. A client that has not taken what was written for slow_client_seconds, or not sent
     its body in body_seconds, is let go. max_n: answers of one request. efforts: as EFFORTS,
-    with all its keys.
+    with all its keys. stored_*: how many answers of the Responses dialect are kept, and how long after their last use.
     """
 
     model_ids: tuple[str, ...]
@@ -34,6 +34,9 @@ class ServerConfig:
     slow_client_seconds: float = 60.0
     efforts: Mapping[str, int | None] = field(default_factory=lambda: EFFORTS)
     max_n: int = 8
+    stored_answers: int = 1024
+    stored_bytes: int = 64 * 2**20
+    stored_seconds: float = 3600.0
 
     @property
     def known_ids(self) -> tuple[str, ...]:

@@ -191,6 +191,8 @@ def explain(errors: Sequence[Mapping[str, Any]], body: object) -> tuple[str, str
 
 def _path(loc: Sequence[str | int], kind: str, body: object) -> tuple[str | int, ...]:
     """The parts of pydantic's location that are in the body; the others name alternatives of unions."""
+    if loc[0] != "body":  # query, path
+        return tuple(loc[1:])
     path: list[str | int] = []
     for part in loc[1:]:
         inside = isinstance(part, int) and part < len(body) if isinstance(body, list) else False

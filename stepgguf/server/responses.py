@@ -1,53 +1,167 @@
-"""OpenAI's Responses API: POST /v1/responses. Nothing is stored, so there is nothing to fetch or delete later."""
+"""OpenAI's Responses API: POST /v1/responses, and what can be done with an answer later, or while it is made."""
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request
+import json
+from collections.abc import AsyncGenerator
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, Query, Request
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
+from typing_extensions import TypedDict
 
 from stepgguf.server.body import JsonRoute
-from stepgguf.server.problems import Problem, Refusal
-from stepgguf.server.responses_request import SEND_ALL, ResponseBody
+from stepgguf.server.problems import Problem
+from stepgguf.server.responses_request import Asked, Prompt, ResponseBody
+from stepgguf.server.responses_store import Answer, Answers
 from stepgguf.server.responses_writer import Event, ResponseWriter
-from stepgguf.server.service import TheService, now, trace
-from stepgguf.server.sse import Events, EventStream, event
-from stepgguf.server.stream import Exchange
+from stepgguf.server.service import Service, TheService, now, trace
+from stepgguf.server.sse import EventStream, event
+from stepgguf.server.stream import Exchange, calling
 
 router = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
+STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 
 
-@router.post("/v1/responses", responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}})
-async def create(body: ResponseBody, request: Request, service: TheService) -> Response:
-    """Answer a conversation, as OpenAI's Responses API does. With `stream`, as server-sent events."""
+def _answers(request: Request) -> Answers:
+    answers: Answers = request.app.state.answers
+    return answers
+
+
+TheAnswers = Annotated[Answers, Depends(_answers)]
+
+
+class Counted(TypedDict):
+    object: Literal["response.input_tokens"]
+    input_tokens: int
+
+
+class ItemList(TypedDict):
+    object: Literal["list"]
+    data: list[dict[str, Any]]
+    first_id: str
+    last_id: str
+    has_more: bool
+
+
+class Deleted(TypedDict):
+    id: str
+    object: Literal["response"]
+    deleted: Literal[True]
+
+
+@router.post("/v1/responses", responses=STREAM)
+async def create(body: ResponseBody, request: Request, service: TheService, answers: TheAnswers) -> Response:
+    """Answer a conversation, as OpenAI's Responses API does. With `stream`, as server-sent events. With `background`
+    at once, and the answer goes on until it is finished or cancelled, whether or not the client stays."""
     model = service.model(body.model)
-    asked = body.chat_request(service)
-    exchange = await service.start([await service.prepare(asked)], request)
-    writer = ResponseWriter(trace(request), model, now(), body.echo(asked.sampling), sealed=body.sealed)
+    asked = await run_in_threadpool(body.asked, service, answers)
+    context = await run_in_threadpool(lambda: json.dumps(asked.items).encode())
+    exchange = await _start(body, asked, request, service)
+    echo = body.echo(asked.request.sampling)
+    writer = ResponseWriter(trace(request), model, now(), echo, asked.offers.by_name, sealed=body.sealed)
+    answer = Answer(writer, exchange, context, keeps=body.stored, background=bool(body.background))
+    answers.add(answer)
     if body.stream:
-
-        def failure(problem: Problem) -> bytes:
-            return _joined(writer.fail(problem))
-
-        return EventStream(stream(exchange, writer), service.config, failure=failure)
-    (deltas,) = await exchange.whole(request)
-    writer.feed(deltas)
-    writer.finish(exchange.reply)
+        return _stream(answer, service)
+    if not body.background:
+        async with calling(answer.cancel, request):
+            await answer.finished()
+        if answer.error is not None:
+            raise answer.error
     return JSONResponse(writer.response)
 
 
-@router.api_route("/v1/responses/{id}", methods=["GET", "DELETE"], include_in_schema=False)
-async def missing(id: str) -> None:
-    """Nothing is stored."""
-    raise Refusal(404, f"there is no response {id!r}: {SEND_ALL}", param="id")
+@router.post("/v1/responses/input_tokens")
+async def input_tokens(body: Prompt, service: TheService, answers: TheAnswers) -> Counted:
+    """How many tokens the prompt of such a response has."""
+    service.model(body.model)
+    asked = await run_in_threadpool(body.asked, service, answers)
+    prompt, _ = await run_in_threadpool(service.chat.prompt, asked.request)
+    return {"object": "response.input_tokens", "input_tokens": len(prompt)}
 
 
-async def stream(exchange: Exchange, writer: ResponseWriter) -> Events:
-    yield _joined(writer.start())
-    async for part in exchange.parts():
-        if chunk := _joined(writer.feed(part.deltas)):
-            yield chunk
-    yield _joined(writer.finish(exchange.reply))
+@router.get("/v1/responses/{id}", responses=STREAM)
+async def retrieve(
+    id: str,
+    service: TheService,
+    answers: TheAnswers,
+    stream: Annotated[bool, Query(description="As server-sent events, until it is finished.")] = False,
+    starting_after: Annotated[
+        int | None, Query(ge=0, description="The sequence_number of the last event that is known already.")
+    ] = None,
+) -> Response:
+    """An answer as far as it has come."""
+    answer = answers.get(id)
+    if stream:
+        return _stream(answer, service, 0 if starting_after is None else starting_after + 1)
+    return JSONResponse(answer.writer.response)
 
 
-def _joined(events: list[Event]) -> bytes:
-    return b"".join(event(data, data["type"]) for data in events)
+@router.delete("/v1/responses/{id}")
+async def delete(id: str, answers: TheAnswers) -> Deleted:
+    """Forget an answer; if it is still being made, that ends."""
+    answers.delete(id)
+    return {"id": id, "object": "response", "deleted": True}
+
+
+@router.get("/v1/responses/{id}/input_items")
+async def input_items(
+    id: str,
+    answers: TheAnswers,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    order: Literal["asc", "desc"] = "desc",
+    after: Annotated[str | None, Query(description="The id of the last item that is known already.")] = None,
+) -> ItemList:
+    """What an answer answers: with previous_response_id, the whole conversation before it."""
+    items = await run_in_threadpool(answers.get(id).items)
+    if order == "desc":
+        items.reverse()
+    start = next((i + 1 for i, item in enumerate(items) if item["id"] == after), 0)
+    data = items[start : start + limit]
+    first, last = (data[0]["id"], data[-1]["id"]) if data else ("", "")
+    has_more = start + limit < len(items)
+    return {"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": has_more}
+
+
+@router.post("/v1/responses/{id}/cancel")
+async def cancel(id: str, answers: TheAnswers) -> Response:
+    """End an answer where it is. One that is finished stays as it is."""
+    answer = answers.get(id)
+    answer.cancel()
+    await answer.finished()
+    return JSONResponse(answer.writer.response)
+
+
+@router.post("/v1/responses/{id}/end_reasoning")
+async def end_reasoning(id: str, answers: TheAnswers) -> Response:
+    """End the thinking of an answer that is being made, so that the answer itself begins. Not OpenAI's."""
+    answer = answers.get(id)
+    answer.end_reasoning()
+    return JSONResponse(answer.writer.response)
+
+
+async def _start(body: ResponseBody, asked: Asked, request: Request, service: Service) -> Exchange:
+    prepared = [await service.prepare(asked.request)]
+    if body.background:  # the store owns it, not the request
+        return await Exchange.start(service.engine, prepared, service.metrics)
+    return await service.start(prepared, request)
+
+
+def _stream(answer: Answer, service: Service, start: int = 0) -> EventStream:
+    return EventStream(_told(answer, start), service.config, failure=_failure)
+
+
+async def _told(answer: Answer, start: int) -> AsyncGenerator[bytes, None]:
+    async for events in answer.events(start):
+        yield b"".join(map(_named, events))
+
+
+def _failure(problem: Problem) -> bytes:
+    """An answer that fails says so itself; this is for a stream that does."""
+    return _named({"type": "error", "code": problem.code, "message": problem.message, "param": None})
+
+
+def _named(data: Event) -> bytes:
+    return event(data, data["type"])

@@ -1,52 +1,169 @@
-"""One answer as a response of OpenAI's Responses API: from deltas to the stream's events, and to the whole object.
+"""One answer as a response of OpenAI's Responses API: from deltas to the whole object and to the stream's events.
 
     response.created  response.in_progress  item*  response.completed | response.incomplete | response.failed
-    item := response.output_item.added  (part | arguments)  response.output_item.done     output_index 0, 1, 2, ...
-    part := response.content_part.added  *_text.delta*  *_text.done  response.content_part.done
-    arguments := response.function_call_arguments.delta*  response.function_call_arguments.done
+    item := response.output_item.added  (part | fragment* done)  response.output_item.done     output_index 0, 1, 2, ...
+    part := response.content_part.added  fragment* done  response.content_part.done
+    fragment := response.KIND.delta, done := response.KIND.done: KIND is reasoning_text, output_text,
+                function_call_arguments, custom_tool_call_input
 
-Every event has the next sequence_number. Reasoning is the item's content (reasoning_text); there is no summary, for
-nobody wrote one.
+Nothing is kept but the answer: its items, each with its text and where the fragments ended in which it came. `events`
+tells what happened from that, as often as it is asked and from any number on, so a stream that is live and one that is
+attached to later are the same. Reasoning is an item's content (reasoning_text); there is no summary, for nobody wrote
+one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+import json
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from stepgguf.chat.exchange import Reply
 from stepgguf.chat.output import Delta
 from stepgguf.server.problems import Problem
+from stepgguf.server.responses_tools import InputReader, Offer
 from stepgguf.server.sealed import seal
 from stepgguf.server.service import now
 
 Event = dict[str, Any]  # its "type" is also the event's name
-ITEM_TYPES = {"reasoning": "reasoning", "text": "message", "call": "function_call"}
-TEXT_EVENTS = {"reasoning": "response.reasoning_text", "message": "response.output_text"}
+ItemStatus = Literal["in_progress", "completed", "incomplete"]
+OPENING = ("created", "in_progress")
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What an item of a type looks like. id: the prefix of its ids. text: what the events of its text are called. part:
+    the type of its one content part; None: the text is the field `field`."""
+
+    id: str
+    text: str
+    part: str | None = None
+    field: str = "content"
+
+
+KINDS = {
+    "reasoning": _Kind("rs", "response.reasoning_text", "reasoning_text"),
+    "message": _Kind("msg", "response.output_text", "output_text"),
+    "function_call": _Kind("fc", "response.function_call_arguments", field="arguments"),
+    "custom_tool_call": _Kind("ctc", "response.custom_tool_call_input", field="input"),
+}
+FEEDS = {"reasoning": "reasoning", "message": "text"}  # the deltas that go on with an item
 
 
 @dataclass(slots=True)
-class _Open:
-    """The item that is being written: as it will be in the response, and its text so far."""
+class _Item:
+    """One item of the output. head: its fields before its text. text: UTF-8; ends: of its fragments, in bytes. reader:
+    what takes the text of a custom tool's call out of JSON."""
 
-    item: dict[str, Any]
-    parts: list[str]
+    head: dict[str, Any]
+    sealed: bool = False
+    reader: InputReader | None = None
+    status: ItemStatus = "in_progress"
+    text: bytearray = field(default_factory=bytearray)
+    ends: array[int] = field(default_factory=lambda: array("I"))
+
+    @property
+    def kind(self) -> _Kind:
+        return KINDS[self.head["type"]]
+
+    @property
+    def n_events(self) -> int:
+        n_before = 1 if self.kind.part is None else 2
+        return n_before + len(self.ends) + (0 if self.status == "in_progress" else n_before + 1)
+
+    @property
+    def whole(self) -> dict[str, Any]:
+        """As far as it has come."""
+        text = self.text.decode()
+        item = {**self.head, "status": self.status, self.kind.field: self._content(text)}
+        if self.sealed and item["type"] == "reasoning" and self.status != "in_progress":
+            item["encrypted_content"] = seal(text)
+        return item
+
+    @property
+    def is_call(self) -> bool:
+        """One that is whole, if the answer was cut right after it."""
+        if self.reader is not None:
+            return self.reader.ended
+        try:
+            return self.kind.part is None and isinstance(json.loads(self.text), dict)
+        except ValueError:
+            return False
+
+    def add(self, fragment: str) -> None:
+        text = fragment if self.reader is None else self.reader.feed(fragment)
+        if text:
+            self.text += text.encode()
+            self.ends.append(len(self.text))
+
+    def events(self, skip: int) -> Iterator[Event]:
+        """All but the first `skip`, without what the events of all items have."""
+        before = self._before()
+        yield from before[skip:]
+        skip = max(0, skip - len(before))
+        for i in range(skip, len(self.ends)):
+            fragment = self.text[self.ends[i - 1] if i else 0 : self.ends[i]].decode()
+            yield self._event(f"{self.kind.text}.delta", delta=fragment, **self._logprobs())
+        if self.status != "in_progress":
+            yield from self._after()[max(0, skip - len(self.ends)) :]
+
+    def _before(self) -> list[Event]:
+        started = {**self.head, "status": "in_progress", self.kind.field: "" if self.kind.part is None else []}
+        added: list[Event] = [{"type": "response.output_item.added", "item": started}]
+        if self.kind.part is not None:
+            added.append(self._event("response.content_part.added", part=self._part("")))
+        return added
+
+    def _after(self) -> list[Event]:
+        text = self.text.decode()
+        name = {"name": self.head["name"]} if self.head["type"] == "function_call" else {}
+        field = {"text" if self.kind.part else self.kind.field: text}
+        events = [self._event(f"{self.kind.text}.done", **name, **field, **self._logprobs())]
+        if self.kind.part is not None:
+            events.append(self._event("response.content_part.done", part=self._part(text)))
+        return [*events, {"type": "response.output_item.done", "item": self.whole}]
+
+    def _event(self, type: str, **fields: Any) -> Event:
+        index = {} if self.kind.part is None else {"content_index": 0}
+        return {"type": type, "item_id": self.head["id"], **index, **fields}
+
+    def _content(self, text: str) -> Any:
+        return text if self.kind.part is None else [self._part(text)]
+
+    def _part(self, text: str) -> dict[str, Any]:
+        more: dict[str, Any] = {"annotations": [], "logprobs": []} if self.kind.part == "output_text" else {}
+        return {"type": self.kind.part, "text": text, **more}
+
+    def _logprobs(self) -> dict[str, Any]:
+        """The field that text events must have and others do not."""
+        return {"logprobs": []} if self.kind.part == "output_text" else {}
 
 
 class ResponseWriter:
-    """start, feed..., then finish or fail. echo: the request's fields that the response repeats.
+    """feed..., then finish or fail. echo: the request's fields that the response repeats. offers: the tools, by the
+    names that the model knows.
 
     sealed: reasoning items also carry their text in encrypted_content, for clients that send back only that.
     """
 
-    def __init__(self, trace_id: str, model: str, created: int, echo: dict[str, Any], *, sealed: bool) -> None:
-        self._trace_id = trace_id
-        self._sealed = sealed
-        self._open: _Open | None = None
-        self._n_events = 0
-        self.response: dict[str, Any] = {
-            "id": f"resp_{trace_id}",
+    def __init__(
+        self,
+        trace_id: str,
+        model: str,
+        created: int,
+        echo: Mapping[str, Any],
+        offers: Mapping[str, Offer],
+        *,
+        sealed: bool,
+    ) -> None:
+        self.id = f"resp_{trace_id}"
+        self.finished = False
+        self._trace_id, self._offers, self._sealed = trace_id, offers, sealed
+        self._items: list[_Item] = []
+        self._fields: dict[str, Any] = {
+            "id": self.id,
             "object": "response",
             "created_at": created,
             "completed_at": None,
@@ -58,117 +175,100 @@ class ResponseWriter:
             "usage": None,
             **echo,
         }
-
-    def start(self) -> list[Event]:
-        return [self._state("created"), self._state("in_progress")]
-
-    def feed(self, deltas: Iterable[Delta]) -> list[Event]:
-        return [event for delta in deltas for event in self._write(delta)]
-
-    def finish(self, reply: Reply) -> list[Event]:
-        """After the last delta of a reply that did not fail."""
-        status = "incomplete" if reply.finish_reason == "length" else "completed"
-        events = self._close(status)
-        self.response |= {"status": status, "usage": _usage(reply)}
-        if status == "incomplete":
-            self.response["incomplete_details"] = {"reason": "max_output_tokens"}
-        else:
-            self.response["completed_at"] = now()
-        return [*events, self._state(status)]
-
-    def fail(self, problem: Problem) -> list[Event]:
-        """What was being written stays unfinished."""
-        self.response |= {"status": "failed", "error": {"code": "server_error", "message": problem.message}}
-        return [self._state("failed")]
-
-    def _write(self, delta: Delta) -> list[Event]:
-        events: list[Event] = []
-        if delta.kind == "call" or (delta.kind != "arguments" and not self._in_item(delta)):
-            events += [*self._close("completed"), *self._start(delta)]
-        if delta.kind == "call":
-            return events
-        assert self._open is not None
-        self._open.parts.append(delta.text)
-        item_type = self._open.item["type"]
-        if item_type == "function_call":
-            events.append(self._event("response.function_call_arguments.delta", delta=delta.text))
-        else:
-            events.append(self._part_event(f"{TEXT_EVENTS[item_type]}.delta", delta=delta.text, **_logprobs(item_type)))
-        return events
-
-    def _in_item(self, delta: Delta) -> bool:
-        return self._open is not None and self._open.item["type"] == ITEM_TYPES[delta.kind]
-
-    def _start(self, delta: Delta) -> list[Event]:
-        name = f"{self._trace_id}_{self._index}"
-        item: dict[str, Any]
-        if delta.kind == "reasoning":
-            item = {"id": f"rs_{name}", "type": "reasoning", "status": "in_progress", "summary": [], "content": []}
-        elif delta.kind == "text":
-            item = {"id": f"msg_{name}", "type": "message", "status": "in_progress", "role": "assistant", "content": []}
-        else:
-            item = {"id": f"fc_{name}", "type": "function_call", "status": "in_progress"}
-            item |= {"call_id": f"call_{name}", "name": delta.text, "arguments": ""}
-        self._open = _Open(item, [])
-        events = [self._event("response.output_item.added", item=dict(item))]
-        if delta.kind != "call":
-            events.append(self._part_event("response.content_part.added", part=_part(item["type"], "")))
-        return events
-
-    def _close(self, status: str) -> list[Event]:
-        if self._open is None:
-            return []
-        item, text = self._open.item, "".join(self._open.parts)
-        item["status"] = status
-        if item["type"] == "function_call":
-            item["arguments"] = text
-            events = [self._event("response.function_call_arguments.done", name=item["name"], arguments=text)]
-        else:
-            part = _part(item["type"], text)
-            item["content"] = [part]
-            done = f"{TEXT_EVENTS[item['type']]}.done"
-            events = [
-                self._part_event(done, text=text, **_logprobs(item["type"])),
-                self._part_event("response.content_part.done", part=part),
-            ]
-        if item["type"] == "reasoning" and self._sealed:
-            item["encrypted_content"] = seal(text)
-        events.append(self._event("response.output_item.done", item=item))
-        self.response["output"].append(item)
-        self._open = None
-        return events
+        self._started = dict(self._fields)
 
     @property
-    def _index(self) -> int:
-        return len(self.response["output"])
+    def response(self) -> dict[str, Any]:
+        """As far as it has come: an item that is being written has its text so far."""
+        return {**self._fields, "output": [item.whole for item in self._items]}
 
-    def _state(self, name: str) -> Event:
-        """With the output so far: the items that are finished."""
-        response = {**self.response, "output": list(self.response["output"])}
-        return self._numbered({"type": f"response.{name}", "response": response})
+    @property
+    def n_bytes(self) -> int:
+        """What its text takes, in memory."""
+        return sum(len(item.text) + item.ends.itemsize * len(item.ends) for item in self._items)
 
-    def _event(self, type: str, **fields: Any) -> Event:
-        assert self._open is not None
-        whose = {} if "item" in fields else {"item_id": self._open.item["id"]}
-        return self._numbered({"type": type, **whose, "output_index": self._index, **fields})
+    def feed(self, deltas: Iterable[Delta]) -> None:
+        for delta in deltas:
+            self._write(delta)
 
-    def _part_event(self, type: str, **fields: Any) -> Event:
-        return self._event(type, content_index=0, **fields)
+    def finish(self, reply: Reply) -> None:
+        """After the last delta of a reply that did not fail."""
+        assert reply.finished is not None
+        self._fields["usage"] = _usage(reply)
+        if reply.finished.reason == "cancelled" and reply.stopped is None:
+            self._end("cancelled")
+        elif reply.finish_reason == "length":
+            self._fields["incomplete_details"] = {"reason": "max_output_tokens"}
+            self._end("incomplete")
+        else:
+            self._fields["completed_at"] = now()
+            self._end("completed")
 
-    def _numbered(self, event: Event) -> Event:
-        self._n_events += 1
-        return {**event, "sequence_number": self._n_events - 1}
+    def fail(self, problem: Problem) -> None:
+        self._fields["error"] = {"code": "server_error", "message": problem.message}
+        self._end("failed")
 
+    def events(self, start: int = 0) -> list[Event]:
+        """Those that there are, from number `start` on."""
+        found = list(enumerate(self._opening()))[start:]
+        first = len(OPENING)
+        for index, item in enumerate(self._items):
+            if start < first + item.n_events:
+                skip = max(0, start - first)
+                events = enumerate(item.events(skip), first + skip)
+                found += [(number, {**event, "output_index": index}) for number, event in events]
+            first += item.n_events
+        if self.finished and start <= first:
+            found.append((first, self._closing()))
+        return [{**event, "sequence_number": number} for number, event in found]
 
-def _part(item_type: str, text: str) -> dict[str, Any]:
-    if item_type == "reasoning":
-        return {"type": "reasoning_text", "text": text}
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+    def _opening(self) -> list[Event]:
+        return [{"type": f"response.{name}", "response": self._started} for name in OPENING]
 
+    def _closing(self) -> Event:
+        status = self._fields["status"]
+        name = "incomplete" if status == "cancelled" else status  # there is no event response.cancelled
+        return {"type": f"response.{name}", "response": self.response}
 
-def _logprobs(item_type: str) -> dict[str, Any]:
-    """The field that text events must have and reasoning events do not."""
-    return {"logprobs": []} if item_type == "message" else {}
+    def _write(self, delta: Delta) -> None:
+        last = self._items[-1] if self._items else None
+        goes_on = last is not None and delta.kind in ("arguments", FEEDS.get(last.head["type"]))
+        if last is None or not goes_on:
+            self._close("completed")
+            last = self._call(delta.text) if delta.kind == "call" else self._text(delta.kind)
+            self._items.append(last)
+        if delta.kind != "call":
+            last.add(delta.text)
+
+    def _text(self, kind: str) -> _Item:
+        if kind == "reasoning":
+            return _Item({**self._named("reasoning"), "summary": []}, self._sealed)
+        return _Item({**self._named("message"), "role": "assistant"})
+
+    def _call(self, name: str) -> _Item:
+        offer = self._offers[name]
+        item_type = "custom_tool_call" if offer.custom else "function_call"
+        head = {**self._named(item_type), "call_id": f"call_{self._which}", "name": offer.name}
+        if offer.namespace is not None:
+            head["namespace"] = offer.namespace
+        return _Item(head, reader=InputReader() if offer.custom else None)
+
+    def _named(self, item_type: str) -> dict[str, Any]:
+        return {"id": f"{KINDS[item_type].id}_{self._which}", "type": item_type}
+
+    @property
+    def _which(self) -> str:
+        return f"{self._trace_id}_{len(self._items)}"
+
+    def _close(self, status: ItemStatus) -> None:
+        if self._items:
+            self._items[-1].status = status
+
+    def _end(self, status: str) -> None:
+        """An answer that was cut ends inside its last item, unless that is a whole call."""
+        self._close("completed" if status == "completed" or (self._items and self._items[-1].is_call) else "incomplete")
+        self._fields["status"] = status
+        self.finished = True
 
 
 def _usage(reply: Reply) -> dict[str, Any]:

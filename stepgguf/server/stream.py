@@ -108,7 +108,7 @@ class Exchange:
     async def whole(self, request: Request) -> list[list[Delta]]:
         """All deltas of every answer. If the client leaves, what came until then."""
         collected: list[list[Delta]] = [[] for _ in self.replies]
-        async with _calling(self.cancel, request):
+        async with calling(self.cancel, request):
             async for part in self.parts():
                 collected[part.index] += part.deltas
         return [join(deltas) for deltas in collected]
@@ -116,6 +116,10 @@ class Exchange:
     def cancel(self) -> None:
         for ticket in self._tickets:
             ticket.cancel()
+
+    def end_reasoning(self) -> None:
+        for ticket in self._tickets:
+            ticket.end_reasoning()
 
     def _read(self, index: int, events: Sequence[Event]) -> Part:
         reply = self.replies[index]
@@ -176,7 +180,7 @@ def join(deltas: Sequence[Delta]) -> list[Delta]:
 
 
 @asynccontextmanager
-async def _calling(cancel: Callable[[], None], request: Request) -> AsyncGenerator[None, None]:
+async def calling(cancel: Callable[[], None], request: Request) -> AsyncGenerator[None, None]:
     """Call `cancel` when the client leaves."""
 
     async def watch() -> None:

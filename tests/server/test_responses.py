@@ -16,7 +16,10 @@ from stepgguf.chat.request import ChatRequest
 from stepgguf.server.config import ServerConfig
 from stepgguf.server.metrics import Metrics
 from stepgguf.server.problems import Problem
-from stepgguf.server.responses_request import ResponseBody, conversation
+from stepgguf.server.responses_items import conversation
+from stepgguf.server.responses_request import ResponseBody
+from stepgguf.server.responses_store import Answers
+from stepgguf.server.responses_tools import FunctionTool, Offers
 from stepgguf.server.responses_writer import ResponseWriter
 from stepgguf.server.sealed import seal
 from stepgguf.server.service import Service
@@ -32,6 +35,7 @@ WEATHER: dict[str, Any] = {
     "strict": False,
 }
 COLD: dict[str, Any] = {"model": "demo", "temperature": 0}
+OFFERS = Offers([FunctionTool.model_validate(WEATHER)])
 ECHO = {"parallel_tool_calls": True, "tool_choice": "auto", "tools": []}
 
 
@@ -43,8 +47,10 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
 
 def written(pieces: list[str], *, sealed: bool = False, **how: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     deltas, reply = answer(pieces, **how)
-    writer = ResponseWriter("abc", "demo", 1763600000, ECHO, sealed=sealed)
-    return writer.start() + writer.feed(deltas) + writer.finish(reply), writer.response
+    writer = ResponseWriter("abc", "demo", 1763600000, ECHO, OFFERS.by_name, sealed=sealed)
+    writer.feed(deltas)
+    writer.finish(reply)
+    return writer.events(), writer.response
 
 
 # the writer -------------------------------------------------------------------------------------------------------
@@ -120,15 +126,20 @@ def test_an_answer_that_was_cut_is_incomplete_and_says_why() -> None:
     assert response["incomplete_details"] == {"reason": "max_output_tokens"}
 
 
-def test_an_answer_that_failed_ends_with_what_was_finished() -> None:
+def test_an_answer_that_failed_ends_with_what_there_was() -> None:
     deltas, _ = answer(["Hm", "</think>", "one, "])
-    writer = ResponseWriter("abc", "demo", 1763600000, ECHO, sealed=False)
-    events = writer.start() + writer.feed(deltas) + writer.fail(Problem(500, "it died", "server_error", "x"))
-    assert events[-1]["type"] == "response.failed"
-    response = events[-1]["response"]
+    writer = ResponseWriter("abc", "demo", 1763600000, ECHO, {}, sealed=False)
+    writer.feed(deltas)
+    writer.fail(Problem(500, "it died", "server_error", "x"))
+    last = writer.events()[-1]
+    assert last["type"] == "response.failed"
+    response = last["response"]
     assert (response["status"], response["error"]) == ("failed", {"code": "server_error", "message": "it died"})
-    assert [item["type"] for item in response["output"]] == ["reasoning"]
-    TypeAdapter(ResponseStreamEvent).validate_python(events[-1])
+    assert [(item["type"], item["status"]) for item in response["output"]] == [
+        ("reasoning", "completed"),
+        ("message", "incomplete"),
+    ]
+    TypeAdapter(ResponseStreamEvent).validate_python(last)
 
 
 def test_reasoning_is_also_sealed_if_the_client_asks_for_it() -> None:
@@ -139,7 +150,8 @@ def test_reasoning_is_also_sealed_if_the_client_asks_for_it() -> None:
 
 
 def messages_of(items: Any) -> list[dict[str, Any]]:
-    return conversation(ResponseBody.model_validate({"input": items}).input)
+    read: Any = ResponseBody.model_validate({"input": items}).input
+    return conversation(read, Offers(()))
 
 
 def test_items_of_the_assistant_make_one_message_and_reasoning_starts_the_next() -> None:
@@ -179,10 +191,11 @@ def test_a_string_is_a_message_of_the_user() -> None:
 
 
 def test_fields_become_those_of_the_request(chat_model: ChatModel) -> None:
-    service = Service(chat_model, ServerConfig(("demo",)), Metrics(chat_model.engine), 0)
+    config = ServerConfig(("demo",))
+    service = Service(chat_model, config, Metrics(chat_model.engine), 0)
 
     def request_of(**fields: Any) -> ChatRequest:
-        return ResponseBody.model_validate({"input": "Hello", **fields}).chat_request(service)
+        return ResponseBody.model_validate({"input": "Hello", **fields}).asked(service, Answers(config)).request
 
     plain = request_of()
     assert (plain.parallel_tool_calls, plain.reasoning_budget, plain.max_tokens) == (True, None, None)
@@ -325,11 +338,14 @@ IMAGE = [{"role": "user", "content": [{"type": "input_image", "image_url": "http
     [
         ({"input": IMAGE}, "input[0].content[0]", "the model reads text only, it cannot take input_image"),
         ({"input": []}, "input", "at least 1 item"),
-        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input[0]", "send the whole conversation"),
-        ({"input": [{"type": "shell_call"}]}, "input[0]", "items of type shell_call"),
+        ({"input": [{"type": "shell_call"}]}, "input", "nothing that can be shown"),
+        ({"input": ["Hello"]}, "input[0]", "expected"),
+        ({"input": None}, "input", "input is missing"),
+        ({"input": [{"type": "function_call", "name": "f", "arguments": "{}"}]}, "input[0].call_id", "is missing"),
         ({"previous_response_id": "resp_1"}, "previous_response_id", "send the whole conversation as `input`"),
-        ({"background": True}, "background", "use `stream`"),
-        ({"tools": [{"type": "web_search"}]}, "tools[0]", "there is no tool web_search here"),
+        ({"conversation": "conv_1"}, "conversation", "use previous_response_id"),
+        ({"prompt": {"id": "pmpt_1"}}, "prompt", "send the text as `instructions`"),
+        ({"background": True, "store": False}, "background", "needs store: true"),
         ({"include": ["message.output_text.logprobs"]}, "include", "/v1/chat/completions"),
         ({"top_logprobs": 3}, "top_logprobs", "/v1/chat/completions"),
         ({"max_tokens": 5}, "max_tokens", "did you mean max_output_tokens?"),
@@ -347,7 +363,10 @@ def test_what_cannot_be_done_is_refused_and_named(
 
 def test_what_means_nothing_here_is_accepted(server: Server) -> None:
     ignored = {
-        "store": True,
+        "moderation": {"model": "omni-moderation-latest"},
+        "prompt_cache_options": {"mode": "explicit"},
+        "max_tool_calls": 3,
+        "stream_options": {"include_obfuscation": False},
         "metadata": {"a": "b"},
         "user": "u",
         "truncation": "auto",
@@ -361,11 +380,4 @@ def test_what_means_nothing_here_is_accepted(server: Server) -> None:
     }
     answered = server.client.post("/v1/responses", json={"input": "Hello", "max_output_tokens": 2, **ignored})
     assert answered.status_code == 200
-    assert answered.json()["store"] is False
     assert answered.json()["metadata"] == {"a": "b"}
-
-
-@pytest.mark.parametrize("verb", ["retrieve", "delete"])
-def test_nothing_is_stored_and_the_error_says_so(client: openai.OpenAI, verb: str) -> None:
-    with pytest.raises(openai.NotFoundError, match="nothing is stored here"):
-        getattr(client.responses, verb)("resp_1")

@@ -17,6 +17,11 @@ ROUTES = {
     "/v1/chat/completions": {"post"},
     "/v1/completions": {"post"},
     "/v1/responses": {"post"},
+    "/v1/responses/input_tokens": {"post"},
+    "/v1/responses/{id}": {"get", "delete"},
+    "/v1/responses/{id}/input_items": {"get"},
+    "/v1/responses/{id}/cancel": {"post"},
+    "/v1/responses/{id}/end_reasoning": {"post"},
     "/v1/messages": {"post"},
     "/v1/messages/count_tokens": {"post"},
     "/v1/models": {"get"},
@@ -69,7 +74,7 @@ def test_nothing_that_can_be_sent_makes_it_fail(described: Any, path: str, verb:
             shorten(path, case.body)
         case.call_and_validate(checks=[not_a_server_error, response_schema_conformance, status_code_conformance])
 
-    if verb == "post" or mode is GenerationMode.POSITIVE:  # there is no wrong GET
+    if mode is GenerationMode.POSITIVE or (verb == "post" and "{" not in path):  # without a body nothing is wrong
         send()
 
 

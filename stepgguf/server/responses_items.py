@@ -1,0 +1,246 @@
+"""A conversation in items, as the Responses dialect has it, and in messages, as the chat template has it.
+
+    message                    system, developer, user; the assistant's own
+    reasoning                  reasoning_content of the assistant's message that follows
+    *_call                     tool_calls of the assistant's message
+    *_call_output, *_output    a message of role tool
+
+Items that follow one another and are the assistant's make one message; reasoning starts the next one. The history may
+hold items of tools that run elsewhere, or that are newer than this server: a call with a result is shown as the call of
+a function, whatever its type; of what else there is the log says once that it is left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, TypeAdapter, WrapValidator
+from pydantic_core.core_schema import ValidatorFunctionWrapHandler
+
+from stepgguf.server.body import Part
+from stepgguf.server.responses_tools import INPUT, LONGEST_NAME, Offers, note
+from stepgguf.server.sealed import unseal
+from stepgguf.server.unreadable import AnyPart, TextPart, as_text, just_written, refuse_unreadable
+
+Json = dict[str, Any]
+RESULTS = ("output", "outputs", "results")  # where an item that is a call and its result has the result
+
+
+def _parts(content: Any) -> Any:
+    """A string is short for one part; an assistant that only called tools has no content."""
+    if content is None:
+        return []
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+Content = Annotated[list[AnyPart], BeforeValidator(_parts)]
+
+
+def _output(value: Any) -> Any:
+    """What a tool gave is never wrong: what is no part of a message is shown as it is."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    return [_output_part(item) for item in values]
+
+
+def _output_part(value: Any) -> Any:
+    part = as_text(value)
+    if isinstance(part, TextPart):
+        return part
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return part
+    return TextPart(type="text", text=value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+
+
+class Message(Part):
+    type: Literal["message"]
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content = Field(default_factory=list)
+
+
+class ReasoningItem(Part):
+    """summary: what another model's provider gives instead of the reasoning."""
+
+    type: Literal["reasoning"]
+    content: Content = Field(default_factory=list)
+    encrypted_content: str | None = None
+    summary: Content = Field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        return join(self.content) or unseal(self.encrypted_content or "") or join(self.summary)
+
+
+class FunctionCall(Part):
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    namespace: str | None = None
+    arguments: str | Json | None = None
+
+
+class CustomCall(Part):
+    type: Literal["custom_tool_call"]
+    call_id: str
+    name: str
+    namespace: str | None = None
+    input: str
+
+    @property
+    def arguments(self) -> Json:
+        return {INPUT: self.input}
+
+
+class CallOutput(Part):
+    type: Literal["function_call_output", "custom_tool_call_output"]
+    call_id: str
+    output: Annotated[list[TextPart], BeforeValidator(_output)] = Field(default_factory=list)
+
+
+class ItemReference(Part):
+    """An item of an answer that this server keeps, by its id."""
+
+    type: Literal["item_reference"]
+    id: str
+
+
+class OtherItem(Part):
+    model_config = ConfigDict(extra="allow")
+    type: str
+
+
+Item = Message | ReasoningItem | FunctionCall | CustomCall | CallOutput | ItemReference | OtherItem
+_KNOWN = {
+    "message": Message,
+    "reasoning": ReasoningItem,
+    "function_call": FunctionCall,
+    "custom_tool_call": CustomCall,
+    "function_call_output": CallOutput,
+    "custom_tool_call_output": CallOutput,
+    "item_reference": ItemReference,
+}
+
+
+def _typed(item: Any) -> Any:
+    """The type may be left out of messages and of references."""
+    if not isinstance(item, dict) or item.get("type") is not None:
+        return item
+    return {**item, "type": "message" if "role" in item else "item_reference"}
+
+
+def _tag(item: Any) -> str:
+    kind = item.get("type") if isinstance(item, dict) else getattr(item, "type", None)
+    return kind if isinstance(kind, str) and kind in _KNOWN else "other"
+
+
+def _as_sent(value: Any, validate: ValidatorFunctionWrapHandler) -> list[Json]:
+    """References are replaced before the items are read, and answers are kept with the items as they came."""
+    items = [{"type": "message", "role": "user", "content": value}] if isinstance(value, str) else value
+    items = [_typed(item) for item in items] if isinstance(items, list) else items
+    validate(items)
+    return items
+
+
+_Tagged = (
+    Annotated[Message, Tag("message")]
+    | Annotated[ReasoningItem, Tag("reasoning")]
+    | Annotated[FunctionCall, Tag("function_call")]
+    | Annotated[CustomCall, Tag("custom_tool_call")]
+    | Annotated[CallOutput, Tag("function_call_output")]
+    | Annotated[CallOutput, Tag("custom_tool_call_output")]
+    | Annotated[ItemReference, Tag("item_reference")]
+    | Annotated[OtherItem, Tag("other")]
+)
+_List = list[Annotated[_Tagged, Discriminator(_tag)]]
+Items = Annotated[Annotated[_List, Field(min_length=1)], WrapValidator(_as_sent)]
+_adapter: TypeAdapter[list[Item]] = TypeAdapter(_List)
+
+
+def conversation(items: Sequence[Json], offers: Offers) -> list[Json]:
+    """As OpenAI's chat messages. Calls have the names under which these tools are offered now."""
+    messages: list[Json] = []
+    turn: Json | None = None  # the assistant's, while it goes on
+    for item in read(items):
+        if isinstance(item, CallOutput) or (isinstance(item, Message) and item.role != "assistant"):
+            messages.append(_theirs(item))
+            turn = None
+            continue
+        if turn is None or (isinstance(item, ReasoningItem) and (turn["content"] or turn["tool_calls"])):
+            turn = {"role": "assistant", "content": "", "reasoning_content": "", "tool_calls": []}
+            messages.append(turn)
+        _add(turn, item, offers)
+    return messages
+
+
+def read(items: Sequence[Json]) -> Iterator[Message | ReasoningItem | FunctionCall | CustomCall | CallOutput]:
+    """Those that can be shown to the model. Items as a request had them, and no references."""
+    for item in _adapter.validate_python(items):
+        if isinstance(item, OtherItem):
+            yield from _as_call(item)
+        elif not isinstance(item, ItemReference):
+            yield item
+
+
+def refuse_what_was_just_written(items: Sequence[Json], n_before: int) -> None:
+    """RequestError: the user has just sent what the model cannot read. n_before: items that are not in the body."""
+    read = _adapter.validate_python(items)
+    index = just_written([_role(item) for item in read])
+    if index is not None and index >= n_before:
+        message = read[index]
+        assert isinstance(message, Message)
+        refuse_unreadable(message.content, f"input[{index - n_before}].content")
+
+
+def join(parts: Iterable[TextPart]) -> str:
+    """Parts are paragraphs."""
+    return "\n\n".join(part.text for part in parts if part.text)
+
+
+def _role(item: Item) -> str:
+    if isinstance(item, Message):
+        return item.role
+    return "tool" if item.type.endswith("_output") else "assistant"
+
+
+def _as_call(item: OtherItem) -> Iterator[FunctionCall | CallOutput]:
+    """As the call of a function, its result, or both."""
+    fields = {name: value for name, value in (item.model_extra or {}).items() if value is not None}
+    call_id = fields.get("call_id", fields.get("id"))
+    results = [fields[name] for name in RESULTS if fields.get(name)]
+    rest: Json = {
+        name: value for name, value in fields.items() if name not in ("id", "call_id", "name", "status", *RESULTS)
+    }
+    if isinstance(call_id, str) and item.type.endswith("_output"):
+        yield _result(call_id, results[0] if results else rest)
+    elif isinstance(call_id, str) and item.type.endswith("_call") and ("call_id" in fields or results):
+        name, arguments = fields.get("name", item.type.removesuffix("_call")), fields.get("arguments", rest)
+        yield FunctionCall(type="function_call", call_id=call_id, name=str(name), arguments=_as_arguments(arguments))
+        if results:
+            yield _result(call_id, results[0])
+    else:
+        note(f"items of type {item.type[:LONGEST_NAME]!r} cannot be shown to the model; they are left out")
+
+
+def _result(call_id: str, output: Any) -> CallOutput:
+    return CallOutput(type="function_call_output", call_id=call_id, output=_output(output))
+
+
+def _as_arguments(value: Any) -> str | Json:
+    return value if isinstance(value, str | dict) else {"arguments": value}
+
+
+def _theirs(item: Message | CallOutput) -> Json:
+    if isinstance(item, Message):
+        return {"role": item.role, "content": join(item.content)}
+    return {"role": "tool", "tool_call_id": item.call_id, "content": join(item.output)}
+
+
+def _add(turn: Json, item: Message | ReasoningItem | FunctionCall | CustomCall, offers: Offers) -> None:
+    if isinstance(item, ReasoningItem):
+        turn["reasoning_content"] += item.text
+    elif isinstance(item, Message):
+        turn["content"] = "\n\n".join(filter(None, (turn["content"], join(item.content))))
+    else:
+        function = {"name": offers.name(item.namespace, item.name), "arguments": item.arguments or {}}
+        turn["tool_calls"].append({"id": item.call_id, "type": "function", "function": function})
