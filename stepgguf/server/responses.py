@@ -17,7 +17,7 @@ from stepgguf.server.responses_request import Asked, Prompt, ResponseBody
 from stepgguf.server.responses_store import Answer, Answers
 from stepgguf.server.responses_writer import Event, ResponseWriter
 from stepgguf.server.service import Service, TheService, now, trace
-from stepgguf.server.sse import EventStream, event
+from stepgguf.server.sse import EventStream, comment, event
 from stepgguf.server.stream import Exchange, calling
 
 router = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
@@ -154,8 +154,10 @@ def _stream(answer: Answer, service: Service, start: int = 0) -> EventStream:
 
 
 async def _told(answer: Answer, start: int) -> AsyncGenerator[bytes, None]:
+    """After what has come so far a comment counts its tokens, which no field of an unfinished answer does: with MTP a
+    fragment is several."""
     async for events in answer.events(start):
-        yield b"".join(map(_named, events))
+        yield b"".join([*map(_named, events), comment(f"{answer.n_generated} tokens")])
 
 
 def _failure(problem: Problem) -> bytes:

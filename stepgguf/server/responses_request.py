@@ -7,7 +7,7 @@ its tools.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, cast
 
@@ -49,10 +49,16 @@ class TextOptions(Body):
 
 class ReasoningOptions(Body):
     effort: Effort | None = None
+    max_tokens: int | None = Field(None, ge=0, description="OpenRouter's: at most so many tokens of thinking.")
     summary: Any = ignored("nobody writes one; the reasoning itself is sent")
     generate_summary: Any = ignored("nobody writes one; the reasoning itself is sent")
     context: Any = ignored("the chat template decides which reasoning stays")
     mode: Any = ignored("there is one mode")
+
+    def budget(self, efforts: Mapping[str, int | None]) -> int | None:
+        """The smaller one that is asked for. None: no limit."""
+        asked = [self.max_tokens, efforts[self.effort or "max"]]
+        return min((budget for budget in asked if budget is not None), default=None)
 
 
 def _never(reason: str) -> BeforeValidator:
@@ -108,7 +114,6 @@ class Prompt(Ignored):
         refuse_what_was_just_written(items, len(before))
         choice, offers = choose(self.tool_choice, Offers(self.tools or ()))
         told = [{"role": "system", "content": self.instructions}] if self.instructions else []
-        effort = self.reasoning.effort if self.reasoning else None
         said = conversation(items, offers)
         if not said:
             raise RequestError("input has nothing that can be shown to the model", param="input")
@@ -119,7 +124,7 @@ class Prompt(Ignored):
             tool_choice=choice,
             parallel_tool_calls=self.parallel_tool_calls is not False,
             format=self.text.format.as_format() if self.text and self.text.format else None,
-            reasoning_budget=service.config.efforts[effort or "max"],
+            reasoning_budget=(self.reasoning or ReasoningOptions()).budget(service.config.efforts),
         )
         return Asked(request, items, offers)
 

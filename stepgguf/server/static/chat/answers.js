@@ -4,37 +4,40 @@
 //     POST v1/responses, in the background -events-> take -> the answer's fields
 //     GET v1/responses/ID?stream=true&starting_after=CURSOR      from then on, whenever the stream breaks off
 //
-// An answer has reasoning, content, usage; pieces: the deltas of both; id and cursor: where it is on the server and what
-// was read of it; at: when it was asked for, and when its first token, the end of its reasoning and its last token came,
-// in ms; and end: "running", "stop", "length", "stopped", "lost" (the server has it no longer), "error" with `error`.
+// An answer has reasoning, content, usage; tokens: how many there are so far, thoughts: those of the reasoning; id and
+// cursor: where it is on the server and what was read of it; at: when it was asked for, and when its first token, the
+// end of its reasoning and its last token came, in ms, as far as this page was there; and end: "running", "stop",
+// "length", "stopped", "lost" (the server has it no longer), "error" with `error`.
 
-import { say } from "./dom.js";
+import { clock, say } from "./dom.js";
 import { api, events, problem } from "./server.js";
 import { settings } from "./settings.js";
 
 const PATIENCE = [0, 1000, 2000, 4000, 8000]; // ms between the tries to find a running answer again; the last again and again
+const KEPT = 2 * 3_600_000; // ms; the server forgets an answer after an hour
 
-export const runs = new Map(); // chat id -> {chat, index, answer, stop, lost}: what is being answered there
+export const runs = new Map(); // chat id -> {chat, answer, stop, lost}: what is being answered there
 
 /** What the model is asked: the messages before the answer, without answers that never got to their text. */
 function request(messages) {
   const input = messages.filter(({ content }) => content).map(({ role, content }) => ({ role, content }));
-  const { system, reasoning_effort, max_tokens, ...numbers } = settings();
+  const { system, reasoning_effort, thinking_budget_tokens, max_tokens, ...numbers } = settings();
   const fields = Object.fromEntries(Object.entries(numbers).map(([name, value]) => [name, Number(value)]));
   if (system) fields.instructions = system;
-  if (reasoning_effort) fields.reasoning = { effort: reasoning_effort };
+  const reasoning = { effort: reasoning_effort, max_tokens: thinking_budget_tokens && Number(thinking_budget_tokens) };
+  if (reasoning_effort || thinking_budget_tokens) fields.reasoning = reasoning;
   if (max_tokens) fields.max_output_tokens = Number(max_tokens);
   return { input, background: true, store: true, stream: true, ...fields };
 }
 
 export const newAnswer = () => ({
-  role: "assistant", reasoning: "", content: "", pieces: { reasoning: 0, text: 0 }, cursor: -1, at: { asked: Date.now() },
+  role: "assistant", reasoning: "", content: "", tokens: 0, at: { asked: clock() },
   end: "running", max_tokens: Number(settings().max_tokens) || undefined,
 });
 
 /** Asks for an answer, or goes on with one that was asked for. changed(run) is called with every event. */
 export async function run(chat, index, before, changed) {
-  const answer = chat.messages[index], stop = new AbortController(), running = { chat, index, answer, stop, lost: false };
+  const answer = chat.messages[index], stop = new AbortController(), running = { chat, answer, stop, lost: false };
   const asked = answer.id ? null : JSON.stringify(request(before));
   runs.set(chat.id, running);
   try {
@@ -54,15 +57,19 @@ export async function run(chat, index, before, changed) {
 }
 
 /** One connection, until it ends. Raises what the server says against it, and that an unasked question got nowhere. */
-async function listen({ answer, stop: { signal } }, asked, changed) {
+async function listen(running, asked, changed) {
+  const { chat, answer, stop: { signal } } = running;
   const again = `v1/responses/${answer.id}?stream=true&starting_after=${answer.cursor}`;
+  let isLive = !answer.id; // else what came while nobody listened comes first, and the first count ends it
   try {
     const response = answer.id ? await api(again, { signal })
       : await api("v1/responses", { method: "POST", body: asked, signal });
     for await (const event of events(response)) {
-      take(answer, event);
+      take(answer, event, isLive ? clock() : null);
+      isLive ||= event.tokens !== undefined;
       changed();
       if (answer.end !== "running") return;
+      if (running.unwanted && answer.id) stop(chat.id);
     }
   } catch (error) {
     if (signal.aborted || error.status || !answer.id) throw error;
@@ -86,29 +93,28 @@ function pause(ms, signal) {
   });
 }
 
-const ENDS = {
-  "response.completed": "stop", "response.incomplete": "length", "response.cancelled": "stopped",
-  "response.failed": "error",
-};
+const ENDS = { completed: "stop", incomplete: "length", cancelled: "stopped", failed: "error" };
 
-function take(answer, { type, sequence_number, response, delta }) {
-  const now = Date.now(), { at } = answer;
-  answer.cursor = sequence_number ?? answer.cursor;
+/** now: null if it happened when nobody knows. */
+function take(answer, { type, sequence_number, response, delta, tokens, message }, now) {
+  const { at } = answer;
+  if (type === "error") throw problem({ message }, 500); // the stream's, not the answer's
+  if (tokens === undefined) answer.cursor = sequence_number;
+  else answer.tokens = tokens;
+  if (tokens && answer.content) answer.thoughts ??= tokens - 1; // it is counted after the first of the text
   if (response) answer.id = response.id;
-  if (ENDS[type]) {
-    answer.end = ENDS[type];
-    answer.usage = response.usage ?? undefined;
-    if (response.error) answer.error = response.error.message;
+  if (response?.status in ENDS) {
+    Object.assign(answer, { end: ENDS[response.status], usage: response.usage ?? undefined });
+    if (response.error) answer.error = `${response.error.message}\nRequest ${response.id.replace("resp_", "")}`;
+    if (now === null) at.last = null;
   }
   if (type === "response.reasoning_text.delta") {
     if (!answer.reasoning) say("Thinking");
     answer.reasoning += delta;
-    answer.pieces.reasoning++;
   } else if (type === "response.output_text.delta") {
     if (!answer.content) say("Answering");
     answer.content += delta;
-    answer.pieces.text++;
-    at.thought ??= now;
+    if (at.thought === undefined) at.thought = now;
   } else return;
   at.first ??= now;
   at.last = now;
@@ -116,11 +122,19 @@ function take(answer, { type, sequence_number, response, delta }) {
 
 /** Ends an answer on the server; its last event says so. Where the server is out of reach, it ends here. */
 export async function stop(id) {
-  const running = runs.get(id);
+  const running = runs.get(id), { answer } = running ?? {};
   if (!running) return;
-  const { answer, stop } = running;
-  await (answer.id ? api(`v1/responses/${answer.id}/cancel`, { method: "POST" }) : Promise.reject()).catch(() => stop.abort());
+  running.unwanted = !answer.id; // as soon as the server has said where it is
+  if (answer.id) await api(`v1/responses/${answer.id}/cancel`, { method: "POST" }).catch(() => running.stop.abort());
 }
 
 /** Ends the reasoning of an answer: it goes on with its text. */
 export const answerNow = ({ id }) => api(`v1/responses/${id}/end_reasoning`, { method: "POST" });
+
+/** The server forgets an answer, and ends it if it is still being made. */
+export function discard(chat) {
+  runs.get(chat.id)?.stop.abort();
+  for (const { id, at } of chat.messages) {
+    if (id && clock() - at.asked < KEPT) api(`v1/responses/${id}`, { method: "DELETE" }).catch(() => {});
+  }
+}

@@ -11,7 +11,11 @@ export const button = (text, kind, onclick, fields = {}) =>
   make("button", { type: "button", className: `quiet ${kind}`, onclick, ...fields }, text);
 
 export const grouped = (n) => n.toLocaleString("en");
+export const counted = (n, word) => `${grouped(n)} ${word}${n === 1 ? "" : "s"}`;
 export const rate = (n) => `${n < 100 ? n.toFixed(1) : grouped(Math.round(n))} tokens/s`;
+
+/** ms since 1970, in fractions, and never going back while the page is open. */
+export const clock = () => performance.timeOrigin + performance.now();
 
 /** For screen readers. */
 export const say = (text) => { $("spoken").textContent = text; };

@@ -5,12 +5,14 @@ import { make } from "./dom.js";
 const LONGEST = 5_000; // characters; a longer formula is shown as it was written
 export const FORMULA = /\$\$[\s\S]+?\$\$|\\\([\s\S]+?\\\)|\\\[[\s\S]+?\\\]|\$(?![\s$])(?:[^$\n]*?[^\s$\\])\$(?!\d)/y;
 
-/** source: with its delimiters. What Temml cannot read is shown as it was written. */
+const CLOSES = { "$": "$", "$$": "$$", "\\(": "\\)", "\\[": "\\]" };
+
+/** source: with its delimiters. What is not closed yet, or what Temml cannot read, is shown as it was written. */
 export function formula(source) {
-  const n = source.startsWith("$") && !source.startsWith("$$") ? 1 : 2, displayMode = /^(\$\$|\\\[)/.test(source);
+  const open = /^(\$\$?|\\.)/.exec(source)[0], n = open.length, displayMode = open === "$$" || open === "\\[";
   const node = make("span", { className: displayMode ? "math display" : "math" });
   try {
-    if (source.length > LONGEST) throw new RangeError("too long");
+    if (source.length > LONGEST || !source.slice(n).endsWith(CLOSES[open])) throw new RangeError(source);
     temml.render(source.slice(n, -n), node, { displayMode, annotate: true, throwOnError: true, trust: false });
   } catch {
     node.classList.add("source");

@@ -13,9 +13,10 @@ export function askForKey() {
     sessionStorage.removeItem(NAME);
     $("key-problem").textContent = "The server does not take this key. Please type it again.";
     field.ariaInvalid = "true";
+    field.value = "";
   }
   $("key").hidden = false;
-  if (isNew || isWrong) field.select();
+  if (isNew || isWrong) field.focus();
 }
 
 export function keyIsRight() {

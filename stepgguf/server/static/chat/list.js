@@ -1,7 +1,7 @@
 // The list of chats, and what the search finds in them.
 
 import { chats, newestFirst, search } from "./chats.js";
-import { $, button, make } from "./dom.js";
+import { $, button, counted, make } from "./dom.js";
 
 let remove;
 
@@ -30,7 +30,7 @@ export function showList(current) {
     const gone = button("×", "", () => remove([chat]), { ariaLabel: `Delete ${chat.title}` });
     return make("li", {}, make("a", { href, title: chat.title, ...here }, make("span", {}, chat.title), ...place), gone);
   }));
-  $("found").textContent = words ? `${found.length || "No"} chat${found.length === 1 ? "" : "s"} found` : "";
+  $("found").textContent = words ? `${found.length ? counted(found.length, "chat") : "No chats"} found` : "";
   $("export").disabled = $("delete-all").disabled = !chats.size;
   document.title = current.title ? `${current.title} · stepgguf` : "stepgguf";
 }

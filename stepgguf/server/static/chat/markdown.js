@@ -189,7 +189,8 @@ const NODES = {
   code_block: (token) => codeBlock(token.content, ""),
   paragraph_open: (token) => make("p", token.hidden ? { className: "tight" } : {}),
   heading_open: (token) => make(`h${Math.min(Number(token.tag[1]) + 1, 6)}`),
-  ordered_list_open: (token) => make("ol", { start: Number(token.attrGet("start") ?? 1) }),
+  ordered_list_open: (token) =>
+    make("ol", { start: Number(token.attrGet("start") ?? 1), ...(token.markup === ")" && { className: "round" }) }),
   th_open: cell,
   td_open: cell,
   link_open: (token) => make("a", { href: token.attrGet("href"), target: "_blank", rel: "noopener noreferrer" }),
@@ -204,5 +205,5 @@ function codeBlock(code, info) {
 function healed(text) {
   const rest = text.replace(/(?<!`)(`+)(?!`)[\s\S]*?[^`]\1(?!`)/g, ""), ticks = /`+(?=[^`\s])/.exec(rest)?.[0];
   const parts = rest.split("**"), mark = ticks ?? (parts.length % 2 || !parts.at(-1).trim() ? "" : "**");
-  return text.replace(/\s*$/, (space) => mark + space);
+  return text.endsWith("\\") ? text : text.replace(/\s*$/, (space) => mark + space);
 }

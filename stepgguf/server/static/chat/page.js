@@ -4,7 +4,7 @@
 //
 // Everything comes from this server, so the page works offline and under a strict policy.
 
-import { answerNow, newAnswer, run, runs, stop } from "./answers.js";
+import { answerNow, discard, newAnswer, run, runs, stop } from "./answers.js";
 import * as store from "./chats.js";
 import { $, copy, grouped, make, say } from "./dom.js";
 import { keyIsRight, onKey } from "./key.js";
@@ -81,7 +81,7 @@ async function respond(chat, index) {
   keep(chat);
   const { end, error } = chat.messages[index];
   say({ stop: "The answer is complete", stopped: "Stopped", error }[end] ?? "The answer was cut off");
-  draw(chat);
+  update(chat);
   showRunning();
   showContext();
   look();
@@ -89,12 +89,14 @@ async function respond(chat, index) {
 
 let frame;
 function draw(chat) {
-  if (chat !== current) return;
   cancelAnimationFrame(frame);
-  frame = requestAnimationFrame(() => {
-    views.at(-1)?.update?.();
-    follow();
-  });
+  frame = requestAnimationFrame(() => update(chat));
+}
+
+function update(chat) {
+  if (chat !== current) return;
+  views.at(-1)?.update?.();
+  follow();
 }
 
 function keep(chat) {
@@ -228,8 +230,8 @@ document.body.onclick = ({ target }) => { if (target === document.body) showSide
 function remove(gone) {
   if (!confirm(gone.length === 1 ? `Delete “${gone[0].title}”?` : `Delete all ${gone.length} chats?`)) return;
   for (const chat of gone) {
-    stop(chat.id);
     store.forget(chat);
+    discard(chat);
   }
   if (gone.includes(current)) location.hash = "";
   showList(current);

@@ -18,7 +18,7 @@ export async function api(path, options = {}) {
   throw problem(body.error ?? { message: `The server answered with status ${response.status}.` }, response.status);
 }
 
-/** The data of server-sent events, until the stream ends. What is not data is a sign of life. */
+/** The data of server-sent events, until the stream ends; {tokens} where a comment counts them. */
 export async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   for (let buffer = ""; ;) {
@@ -28,7 +28,9 @@ export async function* events(response) {
     buffer = records.pop();
     for (const record of records) {
       const data = record.split("\n").find((line) => line.startsWith("data: "))?.slice(6);
-      if (data && data !== "[DONE]") yield JSON.parse(data);
+      const tokens = /^: (\d+) tokens$/.exec(record)?.[1];
+      if (data) yield JSON.parse(data);
+      else if (tokens) yield { tokens: Number(tokens) }; // other comments are signs of life
     }
   }
 }

@@ -4,7 +4,7 @@
 
 import { runs } from "./answers.js";
 import { siblings } from "./chats.js";
-import { button, copy, grouped, make, rate, showAll } from "./dom.js";
+import { button, clock, copy, counted, grouped, make, rate, showAll } from "./dom.js";
 import { blocks, rendered } from "./markdown.js";
 
 /** The way to the other versions of a message. */
@@ -58,7 +58,7 @@ export function answerView(chat, index, does) {
     const lost = runs.get(chat.id)?.lost ?? true;
     status.hidden = !live || (at.first !== undefined && !lost);
     status.textContent = lost ? "Looking for the answer on the server …"
-      : `Waiting for the first token, ${((Date.now() - at.asked) / 1000).toFixed(1)} s`;
+      : `Waiting for the first token, ${((clock() - at.asked) / 1000).toFixed(1)} s`;
     thinking.hidden = !reasoning;
     now.hidden = !still;
     label.textContent = thinkingLine(answer, still);
@@ -76,23 +76,22 @@ export function answerView(chat, index, does) {
   return { node: make("article", { className: "message answer", ariaLabel: "Answer" }, ...parts), update };
 }
 
-/** While it thinks with its speed, since there is no other line then. */
-function thinkingLine(answer, still) {
-  const { at, usage, pieces } = answer, exact = usage?.output_tokens_details?.reasoning_tokens;
-  const tokens = exact === undefined ? pieces && `about ${grouped(pieces.reasoning)} tokens` : `${grouped(exact)} tokens`;
-  const took = ((still ? Date.now() : at.thought ?? at.last) - at.first) / 1000;
-  const speed = still && speedOf(pieces.reasoning, at);
-  return [`${still ? "Thinking" : "Thought for"} ${took.toFixed(1)} s`, tokens, speed].filter(Boolean).join(", ");
+function thinkingLine({ at, usage, tokens, thoughts }, still) {
+  const n = usage?.output_tokens_details?.reasoning_tokens ?? thoughts ?? tokens;
+  const took = ((still ? clock() : at.thought ?? at.last) - at.first) / 1000, known = at.first && took >= 0;
+  return [
+    still ? `Thinking${known ? ` ${took.toFixed(1)} s` : ""}` : known ? `Thought for ${took.toFixed(1)} s` : "Thought",
+    n && counted(n, "token"), still && speedOf(tokens, at),
+  ].filter(Boolean).join(", ");
 }
 
-function progress({ pieces: { reasoning, text }, at }) {
-  if (!text) return "";
-  return [`about ${grouped(text)} tokens`, speedOf(reasoning + text, at)].filter(Boolean).join(" · ");
-}
+/** While the text comes. */
+const progress = ({ tokens, thoughts, at }) =>
+  (thoughts === undefined ? "" : [counted(tokens - thoughts, "token"), speedOf(tokens, at)].filter(Boolean).join(" · "));
 
 function speedOf(tokens, { first, last }) {
   const speed = 1000 * (tokens - 1) / (last - first);
-  return Number.isFinite(speed) && speed > 0 ? rate(speed) : "";
+  return first && last > first && speed > 0 ? rate(speed) : "";
 }
 
 function ending({ end, error, content, max_tokens, usage }) {
@@ -109,11 +108,10 @@ function figures({ usage, at }) {
   const { output_tokens: all, input_tokens: prompt, input_tokens_details: { cached_tokens: cached } } = usage;
   const { reasoning_tokens: thought, reasoning_cut: cut } = usage.output_tokens_details;
   return [
-    thought ? `${grouped(thought)} thinking + ${grouped(all - thought)} answer tokens` : `${grouped(all)} tokens`,
+    thought ? `${grouped(thought)} thinking + ${grouped(all - thought)} answer tokens` : counted(all, "token"),
     speedOf(all, at),
-    at.first !== undefined && `first after ${((at.first - at.asked) / 1000).toFixed(2)} s`,
+    at.first && at.asked && `first after ${((at.first - at.asked) / 1000).toFixed(2)} s`,
     `prompt ${grouped(prompt)}, ${grouped(cached)} cached`,
-    { loop: "the thinking repeated itself and was ended", budget: "the thinking was ended by its limit",
-      asked: "the thinking was ended at your request" }[cut],
+    { loop: "the thinking repeated itself and was ended", budget: "the thinking was ended by its limit" }[cut],
   ].filter(Boolean).join(" · ");
 }
