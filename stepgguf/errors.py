@@ -22,7 +22,8 @@
     ├── OutputError              the destination: exists, differs, no space
     ├── VerifyError              bytes are not what the manifest or the source says
     ├── RequestError             a request that cannot be served as it is; `param` names its field
-    │   └── BadGrammar           a grammar or a JSON schema that cannot be used, or is too large
+    │   ├── BadGrammar           a grammar or a JSON schema that cannot be used, or is too large
+    │   └── TemplateRefused      the chat template cannot show these messages
     └── EngineError              running a model
         ├── ModelLoadFailed
         ├── ContextLengthExceeded  `n_prompt` tokens do not fit into `n_ctx`
@@ -135,6 +136,10 @@ class BadGrammar(RequestError):
     pass
 
 
+class TemplateRefused(RequestError):
+    pass
+
+
 class EngineError(StepggufError):
     pass
 
@@ -144,8 +149,15 @@ class ModelLoadFailed(EngineError):
 
 
 class ContextLengthExceeded(EngineError):
-    def __init__(self, n_prompt: int, n_ctx: int, *, hint: str | None = None) -> None:
-        super().__init__(f"the prompt has {n_prompt} tokens, the context {n_ctx}", hint=hint)
+    """n_ctx_train: the longest context that the model knows, if that is known. `hint` names --ctx only where a larger
+    one would help."""
+
+    def __init__(self, n_prompt: int, n_ctx: int, n_ctx_train: int | None = None) -> None:
+        known = f" (the model knows up to {n_ctx_train})" if n_ctx_train is not None else ""
+        larger = f"Start with a larger --ctx{known} or a new chat."
+        shorter = f"The model knows no more than {n_ctx_train}: send less, or start a new chat."
+        helps = n_ctx_train is None or n_prompt < n_ctx_train
+        super().__init__(f"the prompt has {n_prompt} tokens, the context {n_ctx}", hint=larger if helps else shorter)
         self.n_prompt = n_prompt
         self.n_ctx = n_ctx
 

@@ -18,7 +18,7 @@ from stepgguf.errors import BadMetadata
 from stepgguf.runtime.engine import Engine, Event, Finished, Reasoning, Request, Timings, Tokens
 
 CLOSE_THINKING = "\n</think>\n"
-ANSWER_SHARE = 4  # with a budget for thinking, a quarter of max_tokens stays for the answer
+ANSWER_SHARE = 4  # with a budget for thinking, a quarter of what may be generated stays for the answer
 
 
 class ChatModel:
@@ -71,7 +71,7 @@ class ChatModel:
                 sampling=request.sampling,
                 max_tokens=request.max_tokens,
                 grammar=grammar,
-                reasoning=self._reasoning(request, tools) if thinking else None,
+                reasoning=self._reasoning(request, tools, len(prompt)) if thinking else None,
                 turns=self._turns(prompt),
                 top_logprobs=request.top_logprobs,
             ),
@@ -81,10 +81,12 @@ class ChatModel:
             request.stops,
         )
 
-    def _reasoning(self, request: ChatRequest, tools: tuple[Tool, ...]) -> Reasoning:
+    def _reasoning(self, request: ChatRequest, tools: tuple[Tool, ...], n_prompt: int) -> Reasoning:
         budget = request.reasoning_budget
-        if budget is not None and request.max_tokens is not None:
-            budget = max(1, min(budget, request.max_tokens - request.max_tokens // ANSWER_SHARE))
+        if budget is not None:
+            room = self.engine.info.n_ctx - n_prompt
+            most = min(room, request.max_tokens or room)
+            budget = max(1, min(budget, most - most // ANSWER_SHARE))
         call = self.markers.call if tools else None
         ends = {self.markers.end_of_thinking} | ({call} if call is not None else set())
         return Reasoning(frozenset(ends), self._closing, budget, self._break_loops)

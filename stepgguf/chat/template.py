@@ -8,6 +8,7 @@ starts with an underscore, no method that changes its object. Rendering follows 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -17,6 +18,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from stepgguf.errors import BadMetadata
 
 Message = Mapping[str, Any]
+# Claude Code puts this line before its system prompt. It changes with every request, so with it no request would find
+# its prefix in the cache; it says nothing to a model.
+_BILLING_LINE = re.compile(r"^[ \t]*x-anthropic-billing-header:[^\n]*\n*", re.MULTILINE)
 
 
 class ChatTemplate:
@@ -59,7 +63,8 @@ def normalize(messages: Sequence[Message]) -> list[dict[str, Any]]:
     (llama.cpp issue 24181). Tool arguments given as a JSON string, as OpenAI clients send them back, become a
     mapping, because the 3.5 template iterates over its items. Old reasoning may come as `reasoning_content`,
     `reasoning`, `reasoning_details` or inside <think> in the content; the first that says something counts, they are
-    never joined. The role `developer` is `system` to this model.
+    never joined. The role `developer` is `system` to this model. Claude Code's billing line is left out of it, whatever
+    dialect it came in.
     """
     result = []
     for message in messages:
@@ -73,12 +78,27 @@ def normalize(messages: Sequence[Message]) -> list[dict[str, Any]]:
             item["content"] = [_trimmed(part) for part in content]
         else:
             item["content"] = ""
+        if item.get("role") == "system":
+            item["content"] = _without_billing(item["content"])
+            if content and not item["content"]:
+                continue
         if item.get("role") == "assistant":
             _separate_reasoning(item, message)
         if item.get("tool_calls"):
             item["tool_calls"] = [_parsed(call) for call in item["tool_calls"]]
         result.append(item)
     return result
+
+
+def _without_billing(content: str | list[Any]) -> str | list[Any]:
+    if isinstance(content, str):
+        return _BILLING_LINE.sub("", content).strip()
+    return [
+        {**part, "text": _without_billing(part["text"])}
+        if isinstance(part, Mapping) and isinstance(part.get("text"), str)
+        else part
+        for part in content
+    ]
 
 
 def _separate_reasoning(item: dict[str, Any], message: Message) -> None:

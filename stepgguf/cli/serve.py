@@ -26,9 +26,20 @@ def serve(
     alias: Annotated[
         list[str] | None, typer.Option(metavar="ID", help="Another model id that clients may ask for.")
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Another name that this machine goes by, as behind a proxy. host.docker.internal is known.",
+        ),
+    ] = None,
     cors: Annotated[
         list[str] | None, typer.Option(metavar="ORIGIN", help="Let web pages of this origin use it.")
     ] = None,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Refuse unknown fields and model ids, instead of ignoring and serving them."),
+    ] = False,
     parallel: Annotated[int, typer.Option(min=1, max=64, help="Requests that are decoded at the same time.")] = 4,
     queue: Annotated[int, typer.Option(min=0, help="Requests that may wait besides; more are refused with 429.")] = 64,
     ctx: loading.Ctx = None,
@@ -64,7 +75,7 @@ def serve(
     """
     from stepgguf.chat.exchange import ChatModel
     from stepgguf.chat.request import EFFORTS
-    from stepgguf.cli import output
+    from stepgguf.cli import addresses, output
     from stepgguf.server import listen
     from stepgguf.server.app import create_app
     from stepgguf.server.config import ServerConfig
@@ -84,17 +95,18 @@ def serve(
         config = ServerConfig(
             model_ids=(path.stem, *(alias or ())),
             host=host,
+            allowed_hosts=tuple(allowed_host or ()),
+            strict=strict,
             api_key=api_key,
             cors_origins=tuple(cors or ()),
             efforts={**EFFORTS, "low": low, "medium": medium},
         )
         app = create_app(ChatModel(opened, closing_message=closing_message, break_loops=loop_breaker), config)
-        address = listener.getsockname()
-        shown = f"[{address[0]}]" if ":" in address[0] else address[0]
         if not quiet:
-            output.note(
-                f"{opened.info.name} at http://{shown}:{address[1]}, {parallel} at once in {opened.info.n_ctx} tokens"
-            )
+            first, *others = addresses.reachable(*listener.getsockname()[:2])
+            output.note(f"{opened.info.name} at {first}, {parallel} at once in {opened.info.n_ctx} tokens")
+            for other in others:
+                output.note(f"also at {other}")
         logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(asctime)s %(message)s")
         listen.serve(app, listener, opened, host=host)
         if not opened.stats().alive:

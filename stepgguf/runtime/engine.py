@@ -241,6 +241,9 @@ class Engine(Protocol):
     def tokenize_piece(self, text: str) -> list[int]:
         """The same without bos: text that goes on from other tokens."""
 
+    def tokenize_plain(self, text: str) -> list[int]:
+        """The same without bos, and special tokens written in the text stay text."""
+
     def token_id(self, text: str) -> int | None:
         """The id of a token by its text, None if this text is not one token."""
 

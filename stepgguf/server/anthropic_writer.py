@@ -4,7 +4,12 @@
     block := content_block_start content_block_delta* content_block_stop        index 0, 1, 2, ... one at a time
 
 A thinking block ends with a signature_delta, because the schema demands a signature; see sealed.py for what it holds. A
-tool_use block starts with an empty input and spells it out as fragments of JSON.
+tool_use block starts with an empty input and spells it out as fragments of JSON. There is always a block: an answer of
+which nothing came is an empty text, because clients read content[0].
+
+A call that max_tokens cut short must not be run. In a stream its fragments stay JSON that nobody closed. A whole
+message has no place for that: its `input` must be an object, and there are agents that run a tool with an empty one. So
+the call is left out of it, and stop_reason says that something is missing.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ from stepgguf.server.sealed import seal
 Event = dict[str, Any]  # its "type" is also the event's name
 Display = Literal["shown", "omitted", "hidden"]
 PING: Event = {"type": "ping"}
-STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+STOP_REASONS = {"stop": "end_turn", "tool_calls": "tool_use"}
 BLOCK_TYPES = {"reasoning": "thinking", "text": "text"}
 
 
@@ -36,10 +41,13 @@ class _Open:
 class MessageWriter:
     """start, feed..., finish. display: thinking blocks with their text, with a sealed signature only, or no blocks."""
 
-    def __init__(self, trace_id: str, model: str, display: Display) -> None:
+    def __init__(self, trace_id: str, model: str, display: Display, max_tokens: int) -> None:
         self._trace_id = trace_id
         self._display = display
+        self._max_tokens = max_tokens
         self._open: _Open | None = None
+        self._called: Delta | None = None  # a call of which only the name has come
+        self._n_blocks = 0
         self.message: dict[str, Any] = {
             "id": f"msg_{trace_id}",
             "type": "message",
@@ -62,26 +70,39 @@ class MessageWriter:
     def finish(self, reply: Reply) -> list[Event]:
         """After the last delta of a reply that did not fail."""
         timings = reply.timings
-        end = {
-            "stop_reason": "stop_sequence" if reply.stopped is not None else STOP_REASONS[reply.finish_reason],
-            "stop_sequence": reply.stopped,
-        }
+        events = self._close()
+        if not self._n_blocks:
+            events += [self._start(Delta("text", "")), *self._close()]
+        self.message["content"] = self.message["content"] or [{"type": "text", "text": ""}]
+        end = {"stop_reason": self._stop_reason(reply), "stop_sequence": reply.stopped}
         self.message |= end
         self.message["usage"] = usage(timings.n_prompt, timings.n_cached, timings.n_generated, reply.n_reasoning)
         return [
-            *self._close(),
+            *events,
             {"type": "message_delta", "delta": end, "usage": self.message["usage"]},
             {"type": "message_stop"},
         ]
 
+    def _stop_reason(self, reply: Reply) -> str:
+        if reply.stopped is not None:
+            return "stop_sequence"
+        if reply.finish_reason != "length":
+            return STOP_REASONS[reply.finish_reason]
+        return "max_tokens" if reply.timings.n_generated >= self._max_tokens else "model_context_window_exceeded"
+
     def _write(self, delta: Delta) -> list[Event]:
         if delta.kind == "reasoning" and self._display == "hidden":
             return []
-        events: list[Event] = []
-        if delta.kind == "call" or (delta.kind != "arguments" and not self._in_block(delta)):
-            events += [*self._close(), self._start(delta)]
         if delta.kind == "call":
-            return events
+            self._called = delta
+            return self._close()
+        events: list[Event] = []
+        if delta.kind == "arguments":
+            if self._called is not None:
+                events.append(self._start(self._called))
+                self._called = None
+        elif not self._in_block(delta):
+            events += [*self._close(), self._start(delta)]
         assert self._open is not None
         self._open.parts.append(delta.text)
         if delta.kind != "reasoning" or self._display == "shown":
@@ -101,7 +122,7 @@ class MessageWriter:
             call_id = f"toolu_{self._trace_id}_{delta.index}"
             block = {"type": "tool_use", "id": call_id, "name": delta.text, "input": {}}
         self._open = _Open(block, [])
-        return {"type": "content_block_start", "index": self._index, "content_block": dict(block)}
+        return {"type": "content_block_start", "index": self._n_blocks, "content_block": dict(block)}
 
     def _close(self) -> list[Event]:
         if self._open is None:
@@ -116,18 +137,25 @@ class MessageWriter:
         elif block["type"] == "text":
             block["text"] = text
         else:
-            block["input"] = json.loads(text)
-        events.append({"type": "content_block_stop", "index": self._index})
-        self.message["content"].append(block)
+            block["input"] = _parsed(text)
+        events.append({"type": "content_block_stop", "index": self._n_blocks})
+        if block.get("input", text) is not None:
+            self.message["content"].append(block)
+        self._n_blocks += 1
         self._open = None
         return events
 
     def _delta(self, delta: dict[str, str]) -> Event:
-        return {"type": "content_block_delta", "index": self._index, "delta": delta}
+        return {"type": "content_block_delta", "index": self._n_blocks, "delta": delta}
 
-    @property
-    def _index(self) -> int:
-        return len(self.message["content"])
+
+def _parsed(arguments: str) -> dict[str, Any] | None:
+    """A call's input; None if it was cut short."""
+    try:
+        value: dict[str, Any] = json.loads(arguments)
+    except ValueError:
+        return None
+    return value
 
 
 def _fragment(delta: Delta) -> dict[str, str]:

@@ -15,15 +15,18 @@ from starlette.staticfiles import StaticFiles
 
 from stepgguf import __version__
 from stepgguf.chat.exchange import ChatModel
+from stepgguf.server import astray, completions, guard, messages, models, responses, tokens
 from stepgguf.server import chat as chat_completions
-from stepgguf.server import completions, guard, messages, models, responses, tokens
 from stepgguf.server.config import ServerConfig
 from stepgguf.server.metrics import Metrics
 from stepgguf.server.problems import AnthropicError, OpenAIError, Refusal
 from stepgguf.server.responses_store import Answers
 from stepgguf.server.service import Service, now
+from stepgguf.server.unknown import UnknownFields
 
 STATIC = Path(__file__).parent / "static"
+OPENAI_ROUTERS = tuple(module.router for module in (chat_completions, completions, responses, models, tokens))
+PATHS = tuple(route.path for router in (*OPENAI_ROUTERS, messages.router) for route in router.routes)
 # The pages load nothing from elsewhere and run nothing but the files in static/.
 PAGE_HEADERS = {
     "content-security-policy": "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; "
@@ -45,12 +48,12 @@ def create_app(chat: ChatModel, config: ServerConfig) -> FastAPI:
         redoc_url=None,
         middleware=_middleware(config, metrics),
     )
-    app.state.service = Service(chat, config, metrics, now())
+    app.state.service = Service(chat, config, metrics, now(), UnknownFields(strict=config.strict))
     app.state.answers = Answers(config)
     for kind in (HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _leave_to_guard)
-    for module in (chat_completions, completions, responses, models, tokens):
-        app.include_router(module.router, responses=_errors(OpenAIError))
+    for router in OPENAI_ROUTERS:
+        app.include_router(router, responses=_errors(OpenAIError))
     app.include_router(messages.router, responses=_errors(AnthropicError))
     _add_page(app, "/", STATIC / "index.html")
     _add_page(app, "/docs", STATIC / "docs.html")
@@ -93,12 +96,13 @@ def _middleware(config: ServerConfig, metrics: Metrics) -> list[Middleware]:
     layers += [Middleware(guard.Errors), Middleware(guard.Host, config=config)]
     if config.api_key is not None:
         layers.append(Middleware(guard.Key, key=config.api_key))
-    return [*layers, Middleware(guard.Size, config=config)]
+    return [*layers, Middleware(guard.Form), Middleware(guard.Size, config=config)]
 
 
 async def _leave_to_guard(request: Request, error: Exception) -> Response:
     """FastAPI's own handlers would answer in its own form."""
     if isinstance(error, HTTPException) and error.status_code in (404, 405) and not isinstance(error, Refusal):
         asked = f"{request.method} {request.url.path}"
-        raise Refusal(error.status_code, f"there is no {asked}; /docs lists what there is", headers=error.headers)
+        advice = astray.advice(request.url.path, str(request.base_url), PATHS)
+        raise Refusal(error.status_code, f"there is no {asked}; {advice}", headers=error.headers)
     raise error

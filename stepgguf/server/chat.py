@@ -40,6 +40,7 @@ from stepgguf.server.problems import Problem, openai_error
 from stepgguf.server.service import TheService, copies, now, trace
 from stepgguf.server.sse import DONE, Events, EventStream, event
 from stepgguf.server.stream import Exchange
+from stepgguf.server.thinking import ThinkingMap
 
 router = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
 
@@ -57,15 +58,14 @@ async def chat_completions(body: ChatBody, request: Request, service: TheService
         model=service.model(body.model),
         fingerprint=service.fingerprint,
         shows_reasoning=body.shows_reasoning(),
-        with_details=body.reasoning is not None,
+        with_details=isinstance(body.reasoning, ThinkingMap),
         with_logprobs=bool(body.logprobs),
         trace=trace(request),
     )
-    n = body.n_answers(service)
+    n, with_usage = body.n_answers(service), body.with_usage
     prepared = await service.prepare(body.chat_request(service))
     exchange = await service.start(copies(prepared, n), request)
     if body.stream:
-        with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         events = writer.stream(exchange, with_usage=with_usage)
         return EventStream(events, service.config, failure=lambda problem: writer.failure(problem, exchange))
     return JSONResponse(writer.whole(exchange, await exchange.whole(request)))

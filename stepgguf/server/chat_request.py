@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from stepgguf.chat.request import ChatRequest, Tool, ToolChoice
 from stepgguf.errors import RequestError
-from stepgguf.server.body import Body, Ignored, Part
-from stepgguf.server.fields import FormatFields, ReasoningFields, SamplingFields
+from stepgguf.server.body import Body, ExtraBody, Ignored, Part, ignored
+from stepgguf.server.fields import AnswerTokens, FormatFields, SamplingFields, limit
 from stepgguf.server.service import Service
-
-
-class TextPart(Part):
-    type: Literal["text"]
-    text: str
-
-
-def _readable(part: Any) -> Any:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind in ("image_url", "image", "input_audio", "video_url", "file"):
-        raise PydanticCustomError("text_only", "the model reads text only, it cannot take {kind} parts", {"kind": kind})
-    return part
+from stepgguf.server.thinking import ReasoningFields
+from stepgguf.server.unreadable import AnyPart, just_written, refuse_unreadable
 
 
 class CalledFunction(Part):
@@ -37,28 +27,74 @@ class ToolCall(Part):
     function: CalledFunction
 
 
+def _as_function(call: Any) -> Any:
+    """Calls of other types in old turns: of a custom tool, which takes text, or of what is newer than this server."""
+    if not isinstance(call, dict) or isinstance(call.get("function"), dict):
+        return call
+    custom = call["custom"] if isinstance(call.get("custom"), dict) else {}
+    arguments = {"input": custom["input"]} if "input" in custom else {}
+    return {"id": call.get("id"), "function": {"name": custom.get("name", call.get("type")), "arguments": arguments}}
+
+
 class Message(Part):
     """`content`: null is empty. The thinking of earlier answers may come back under any of three names."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Annotated[TextPart, BeforeValidator(_readable)]] | None = None
+    content: str | list[AnyPart] | None = None
     name: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
     reasoning_details: list[dict[str, Any]] | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: list[Annotated[ToolCall, BeforeValidator(_as_function)]] | None = None
     tool_call_id: str | None = None
 
 
-class Function(Part):
+def as_chat(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """As OpenAI's chat messages. RequestError: the message that the user has just written has more than text."""
+    newest = just_written([message.role for message in messages])
+    if newest is not None and isinstance(parts := messages[newest].content, list):
+        refuse_unreadable(parts, f"messages[{newest}].content")
+    return [message.model_dump(exclude_none=True) for message in messages]
+
+
+class Function(Body):
     name: str = Field(pattern=r"^[^<>\s]{1,128}$")
     description: str | None = None
     parameters: dict[str, Any] | None = None
+    strict: Any = ignored("arguments are always kept to their schema")
+    cache_control: Any = ignored("every prefix is found without marks")
+    defer_loading: Any = ignored("the model sees all tools")
+    allowed_callers: Any = ignored("the model is the one caller")
+    input_examples: Any = ignored("the chat template shows no examples")
+    eager_input_streaming: Any = ignored("arguments are always sent as they come")
 
 
-class FunctionTool(Part):
+class FunctionTool(Body):
     type: Literal["function"] = "function"
     function: Function
+    cache_control: Any = ignored("every prefix is found without marks")
+
+
+class OtherTool(Part):
+    """It runs at some vendor's, or is newer than this server: the model does without."""
+
+    type: str
+
+
+def _runs_at(tool: Any) -> str:
+    kind = tool.get("type") if isinstance(tool, dict) else getattr(tool, "type", None)
+    return "the client" if kind in (None, "function") else "others"
+
+
+AnyTool = Annotated[
+    Annotated[FunctionTool, Tag("the client")] | Annotated[OtherTool, Tag("others")], Discriminator(_runs_at)
+]
+
+
+def functions(tools: Sequence[FunctionTool | OtherTool] | None, service: Service) -> list[FunctionTool]:
+    """Those that the client runs."""
+    service.unknown.ignore("type of tool", (tool.type for tool in tools or () if isinstance(tool, OtherTool)))
+    return [tool for tool in tools or () if isinstance(tool, FunctionTool)]
 
 
 def as_tools(offered: list[FunctionTool] | None) -> tuple[Tool, ...]:
@@ -80,48 +116,98 @@ class NamedTool(Part):
     function: FunctionName
 
 
-class StreamOptions(Part):
+class AllowedTools(Part):
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool]
+
+
+class AllowedToolChoice(Part):
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+def _form(choice: Any) -> str:
+    if isinstance(choice, str):
+        return "a word"
+    allowed = choice.get("type") == "allowed_tools" if isinstance(choice, dict) else hasattr(choice, "allowed_tools")
+    return "allowed tools" if allowed else "a tool"
+
+
+Choice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("a word")]
+    | Annotated[NamedTool, Tag("a tool")]
+    | Annotated[AllowedToolChoice, Tag("allowed tools")],
+    Discriminator(_form),
+]
+
+
+class StreamOptions(Body):
     include_usage: bool | None = Field(None, description="true: a last chunk, without choices, has the usage.")
+    include_obfuscation: Any = ignored("it only pads events")
+    continuous_usage_stats: Any = ignored("usage comes with the last chunk")
 
 
-class ChatBody(SamplingFields, FormatFields, ReasoningFields, Ignored, Body):
+class StreamFields(Body):
+    stream: bool | None = None
+    stream_options: StreamOptions | None = Field(None, description="Only with stream: true.")
+
+    @property
+    def with_usage(self) -> bool:
+        """RequestError: there is no stream to have options."""
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options is only allowed with stream: true", param="stream_options")
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+class ConversationFields(Body):
+    model: str | None = Field(
+        None, description="Any id: one model is served. Default: its own.", examples=["step-3.5-flash"]
+    )
+    messages: list[Message] = Field(
+        min_length=1, examples=[[{"role": "user", "content": "How many 'r's are in the word strawberry?"}]]
+    )
+
+
+class AnswerFields(Body):
+    max_completion_tokens: AnswerTokens | None = Field(
+        None, description="Thinking counts. Default, and -1: what the context holds."
+    )
+    max_tokens: AnswerTokens | None = Field(None, description="The old name of max_completion_tokens.")
+    tools: list[AnyTool] | None = Field(None, description="Functions that the client runs; other types are left out.")
+    tool_choice: Choice | None = None
+    parallel_tool_calls: bool | None = None
+    n: int | None = Field(None, ge=1, description="Answers to make.")
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    modalities: list[Literal["text"]] | None = None
+
+
+class ChatBody(
+    Ignored, ExtraBody, FormatFields, ReasoningFields, SamplingFields, AnswerFields, StreamFields, ConversationFields
+):
+    """pydantic takes the fields of the last base first: they stand in the order of their use."""
+
     elsewhere: ClassVar = {
         **FormatFields.elsewhere,
         "functions": "functions are not supported any more; use tools",
         "function_call": "function_call is not supported any more; use tool_choice",
-        "max_output_tokens": "that is the Responses dialect's; here it is max_completion_tokens",
         "audio": "the model writes text only",
+        "system": "here it is a message of role system",
+        "instructions": "here it is a message of role system",
     }
-    messages: list[Message] = Field(
-        min_length=1, examples=[[{"role": "user", "content": "How many 'r's are in the word strawberry?"}]]
-    )
-    model: str | None = Field(None, description="One of /v1/models. Default: the first.", examples=["step-3.5-flash"])
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: int | None = Field(None, ge=1, description="Answers to make.")
-    max_completion_tokens: int | None = Field(
-        None, ge=1, description="Thinking counts. Default: what the context holds."
-    )
-    max_tokens: int | None = Field(None, ge=1, description="The old name of max_completion_tokens.")
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
-    modalities: list[Literal["text"]] | None = None
-    tools: list[FunctionTool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    parallel_tool_calls: bool | None = None
 
     def chat_request(self, service: Service) -> ChatRequest:
         """RequestError: the fields do not go together."""
         info = service.engine.info
         return ChatRequest(
-            messages=[message.model_dump(exclude_none=True) for message in self.messages],
+            messages=as_chat(self.messages),
             sampling=self.sampling(info.sampling, info.n_vocab),
-            tools=as_tools(self.tools),
+            tools=as_tools(self._allowed(functions(self.tools, service))),
             tool_choice=self._tool_choice(),
             parallel_tool_calls=self.parallel_tool_calls is not False,
             format=self.format(),
-            reasoning_budget=self.reasoning_budget(service.config),
-            max_tokens=self.max_completion_tokens or self.max_tokens,
+            reasoning_budget=self.thinking_limit(service.config),
+            max_tokens=limit(self.max_completion_tokens or self.max_tokens),
             stops=self.stops(),
             top_logprobs=self._top_logprobs(),
         )
@@ -132,7 +218,15 @@ class ChatBody(SamplingFields, FormatFields, ReasoningFields, Ignored, Body):
             raise RequestError(f"n: this server makes at most {most} answers at a time, found {n}", param="n")
         return n
 
+    def _allowed(self, tools: list[FunctionTool]) -> list[FunctionTool]:
+        if not isinstance(self.tool_choice, AllowedToolChoice):
+            return tools
+        names = {tool.function.name for tool in self.tool_choice.allowed_tools.tools}
+        return [tool for tool in tools if tool.function.name in names]
+
     def _tool_choice(self) -> ToolChoice:
+        if isinstance(self.tool_choice, AllowedToolChoice):
+            return ToolChoice(self.tool_choice.allowed_tools.mode)
         if isinstance(self.tool_choice, NamedTool):
             return ToolChoice("required", self.tool_choice.function.name)
         return ToolChoice(self.tool_choice or "auto")

@@ -18,10 +18,10 @@ from stepgguf.chat.request import ToolChoice
 from stepgguf.errors import RequestError
 from stepgguf.runtime.engine import Request as EngineRequest
 from stepgguf.runtime.engine import Step
-from stepgguf.server.body import Body, Ignored, JsonRoute
+from stepgguf.server.body import Body, ExtraBody, Ignored, JsonRoute
 from stepgguf.server.chat import usage
-from stepgguf.server.chat_request import StreamOptions
-from stepgguf.server.fields import FormatFields, SamplingFields
+from stepgguf.server.chat_request import StreamFields
+from stepgguf.server.fields import AnswerTokens, FormatFields, SamplingFields, limit
 from stepgguf.server.openai_shapes import FinishReason, TextChoice, TextCompletion, TextLogprobs, Usage
 from stepgguf.server.problems import Problem, openai_error
 from stepgguf.server.service import Service, TheService, copies, now, trace
@@ -32,18 +32,29 @@ router = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
 MAX_TOKENS = 16  # OpenAI's default
 
 
-class CompletionBody(SamplingFields, FormatFields, Ignored, Body):
-    elsewhere: ClassVar = {**FormatFields.elsewhere, "messages": "messages belong to /v1/chat/completions"}
+class PromptFields(Body):
+    model: str | None = Field(None, description="Any id: one model is served. Default: its own.")
     prompt: str | list[str] | list[int] | list[list[int]] = Field(examples=["Once upon a time"])
-    model: str | None = Field(None, description="One of /v1/models. Default: the first.")
-    max_tokens: int | None = Field(None, ge=1, description=f"Default: {MAX_TOKENS}.")
+
+
+class AnswerFields(Body):
+    max_tokens: AnswerTokens | None = Field(
+        None, description=f"Default: {MAX_TOKENS}, as OpenAI's. -1: what the context holds."
+    )
     n: int | None = Field(None, ge=1, description="Answers to each prompt.")
     best_of: int | None = Field(None, ge=1, description="Must be n if it is given.")
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
     echo: bool | None = Field(None, description="The text starts with the prompt.")
-    logprobs: int | None = Field(None, ge=0, le=5)
+    logprobs: int | None = Field(None, ge=0, le=5, description="So many alternatives to each token, and the token.")
     suffix: str | None = Field(None, description="Refused: the model cannot fill in.")
+
+
+class CompletionBody(Ignored, ExtraBody, FormatFields, SamplingFields, AnswerFields, StreamFields, PromptFields):
+    """The fields of the last base come first."""
+
+    elsewhere: ClassVar = {
+        **FormatFields.elsewhere,
+        "messages": "messages belong to /v1/chat/completions",
+    }
 
     def check(self) -> None:
         """RequestError: what this server cannot do."""
@@ -87,7 +98,7 @@ class CompletionBody(SamplingFields, FormatFields, Ignored, Body):
             request = EngineRequest(
                 prompt,
                 self.sampling(info.sampling, info.n_vocab),
-                max_tokens=self.max_tokens or MAX_TOKENS,
+                max_tokens=limit(self.max_tokens or MAX_TOKENS),
                 grammar=grammar,
                 top_logprobs=self.logprobs,
             )
@@ -102,13 +113,12 @@ class CompletionBody(SamplingFields, FormatFields, Ignored, Body):
 )
 async def completions(body: CompletionBody, request: Request, service: TheService) -> Response:
     """Go on from a prompt as it is. For conversations use /v1/chat/completions."""
-    model = service.model(body.model)
+    model, with_usage = service.model(body.model), body.with_usage
     prepared = await run_in_threadpool(body.prepare, service)
     echoes = [_text(service, p) if body.echo else "" for p in prepared]
     writer = TextWriter(f"cmpl-{trace(request)}", now(), model, service.fingerprint, body.logprobs, trace(request))
     exchange = await service.start(prepared, request)
     if body.stream:
-        with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         events = writer.stream(exchange, echoes, with_usage=with_usage)
         return EventStream(events, service.config, failure=lambda problem: writer.failure(problem, exchange))
     return JSONResponse(writer.whole(exchange, echoes, await exchange.whole(request)))
@@ -177,11 +187,10 @@ class TextWriter:
             return None
         tokens = [step.piece.decode(errors="replace") for step in steps]
         offsets = [offset + sum(map(len, tokens[:i])) for i in range(len(tokens))]
-        tops = [{top.piece.decode(errors="replace"): top.logprob for top in step.top} for step in steps]
         return {
             "tokens": tokens,
             "token_logprobs": [step.logprob or 0.0 for step in steps],
-            "top_logprobs": tops if self.n_top else None,
+            "top_logprobs": [_tops(step) for step in steps],
             "text_offset": offsets,
         }
 
@@ -191,3 +200,10 @@ class TextWriter:
         total["prompt_tokens"] = exchange.n_prompt
         total["total_tokens"] = exchange.n_prompt + total["completion_tokens"]
         return cast(Usage, total)
+
+
+def _tops(step: Step) -> dict[str, float]:
+    """The likeliest tokens, and the one that was taken if it is not among them."""
+    alternatives = [(top.piece, top.logprob) for top in step.top]
+    taken = [(step.piece, step.logprob)] if step.logprob is not None else []
+    return {piece.decode(errors="replace"): logprob for piece, logprob in [*alternatives, *taken]}

@@ -13,7 +13,8 @@ ALIASES = ("step-3.5-flash", "stepfun/step-3.5-flash", "stepfun-ai/step-3.5-flas
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
     """model_ids: the file's id first; ALIASES are accepted besides. host: what the server is bound to; on a loopback
-    address a request must name one in its Host header. allowed_hosts: names that it may have besides.
+    address a request must name one in its Host header. allowed_hosts: names that it may have besides. strict: refuse
+    unknown fields and models, instead of ignoring the ones and serving the others.
 
     max_body_bytes: 262,144 tokens are about 1.2 MB of English and 2.5 MB of escaped Chinese; tools and quoting come on
     top. max_json_depth: a level of a JSON schema costs two or three. A stream that has nothing to say says that it is
@@ -25,6 +26,7 @@ class ServerConfig:
     model_ids: tuple[str, ...]
     host: str = "127.0.0.1"
     allowed_hosts: tuple[str, ...] = ()
+    strict: bool = False
     api_key: str | None = None
     cors_origins: tuple[str, ...] = ()
     max_body_bytes: int = 8 * 2**20

@@ -1,4 +1,7 @@
-"""Fields that several dialects share, and what they mean to the engine: sampling, the answer's form, thinking."""
+"""Fields that several dialects share, and what they mean to the engine: sampling, the answer's length and form.
+
+Within a class they stand in the order of their use, as /docs shows them.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +13,30 @@ from pydantic import Field
 from stepgguf.chat.request import Choice, Format, Gbnf, JsonObject, JsonSchema
 from stepgguf.errors import RequestError
 from stepgguf.runtime.engine import Sampling
-from stepgguf.server.body import Body, Part
-from stepgguf.server.config import ServerConfig
+from stepgguf.server.body import Body, ignored
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Bias = Annotated[float, Field(ge=-100, le=100)]
+UNLIMITED = -1  # llama.cpp's, LM Studio's, Ollama's
+Tokens = Annotated[int, Field(ge=UNLIMITED)]
+AnswerTokens = Annotated[int, Field(ge=1)] | Literal[-1]
+RANDOM_SEED = -1  # llama.cpp's, LM Studio's
 MOST_STOPS = 16
+NO_REGEX = "regular expressions are not supported; use grammar, or `pattern` in a JSON schema"
 GREEDY = 1e-3  # a temperature below makes logits overflow; the likeliest token it is in any case
+
+
+def limit(tokens: int | None) -> int | None:
+    """None is no limit."""
+    return None if tokens == UNLIMITED else tokens
 
 
 class SamplingFields(Body):
     """What is absent is as the model file says."""
 
     temperature: float | None = Field(None, ge=0, le=2, description="0 always takes the likeliest token.")
+    stop: str | list[str] | None = Field(None, description=f"Up to {MOST_STOPS} texts that end the answer.")
+    seed: int | None = Field(None, description="The same seed gives the same answer; -1 is a new one each time.")
     top_p: float | None = Field(None, ge=0, le=1, description="1 is off.")
     top_k: int | None = Field(None, ge=-1, description="0 and -1 are off.")
     min_p: float | None = Field(None, ge=0, le=1, description="0 is off.")
@@ -33,8 +47,6 @@ class SamplingFields(Body):
     logit_bias: dict[str, Bias] | list[tuple[int, Bias]] | None = Field(
         None, description="Token ids and what is added to their logits.", examples=[{"271": -100}]
     )
-    seed: int | None = Field(None, description="The same seed gives the same answer.")
-    stop: str | list[str] | None = Field(None, description=f"Up to {MOST_STOPS} texts that end the answer.")
 
     def sampling(self, default: Sampling, n_vocab: int) -> Sampling:
         given: dict[str, Any] = {
@@ -46,7 +58,7 @@ class SamplingFields(Body):
             "presence_penalty": self.presence_penalty,
             "repetition_penalty": self.repetition_penalty if self.repeat_penalty is None else self.repeat_penalty,
             "logit_bias": self._bias(n_vocab),
-            "seed": self.seed,
+            "seed": None if self.seed == RANDOM_SEED else self.seed,
         }
         return replace(default, **{name: value for name, value in given.items() if value is not None})
 
@@ -72,67 +84,85 @@ class SamplingFields(Body):
         return tuple(bias.items())
 
 
-class TextFormat(Part):
+class TextFormat(Body):
     type: Literal["text"]
 
 
-class JsonObjectFormat(Part):
+class JsonObjectFormat(Body):
     type: Literal["json_object"]
     schema_: dict[str, Any] | None = Field(None, alias="schema", description="llama.cpp's way to give a schema.")
 
 
-class NamedSchema(Part):
-    name: str | None = None
+class NamedSchema(Body):
+    name: Any = ignored("the schema says it all")
+    description: Any = ignored("the model does not see it")
+    strict: Any = ignored("a schema is always kept to")
     schema_: dict[str, Any] | bool = Field(True, alias="schema")
 
 
-class JsonSchemaFormat(Part):
+class JsonSchemaFormat(Body):
     type: Literal["json_schema"]
     json_schema: NamedSchema
 
 
-class Nvext(Part):
+class Nvext(Body):
     """NVIDIA's extensions. Others than these steer its own routers."""
 
     guided_json: dict[str, Any] | bool | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
+    max_thinking_tokens: Tokens | None = None
+
+
+class StructuredOutputs(Body):
+    """vLLM's."""
+
+    elsewhere: ClassVar = {"regex": NO_REGEX}
+    json_: dict[str, Any] | bool | None = Field(None, alias="json")
+    choice: list[str] | None = None
+    grammar: str | None = Field(None, description="In GBNF.")
 
 
 class FormatFields(Body):
     """Ways to ask for a form of the answer; one may be given. The thinking stays free."""
 
     elsewhere: ClassVar = {
-        "guided_regex": "regular expressions are not supported; use guided_grammar, or `pattern` in a JSON schema",
+        "guided_regex": NO_REGEX,
+        "regex": NO_REGEX,
+        "ebnf": "there is no EBNF here; use grammar, in GBNF",
+        "structural_tag": "there are no structural tags here; use tools or response_format",
     }
     response_format: TextFormat | JsonObjectFormat | JsonSchemaFormat | None = Field(None, discriminator="type")
     json_schema: dict[str, Any] | bool | None = Field(None, description="llama.cpp's: the answer is such JSON.")
     grammar: str | None = Field(None, description="llama.cpp's: the answer as GBNF.")
-    guided_json: dict[str, Any] | bool | None = Field(None, description="vLLM's and NVIDIA's json_schema.")
-    guided_choice: list[str] | None = Field(None, description="vLLM's and NVIDIA's: one of these texts.")
-    guided_grammar: str | None = Field(None, description="vLLM's and NVIDIA's grammar, here in GBNF.")
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | bool | None = Field(None, description="NVIDIA's and once vLLM's json_schema.")
+    guided_choice: list[str] | None = Field(None, description="NVIDIA's and once vLLM's: one of these texts.")
+    guided_grammar: str | None = Field(None, description="NVIDIA's and once vLLM's grammar, here in GBNF.")
     nvext: Nvext | None = None
 
     def format(self) -> Format | None:
-        nvext = self.nvext or Nvext()
-        asked: dict[str, Format] = {}
-        for name, schema in (
-            ("json_schema", self.json_schema),
-            ("guided_json", self.guided_json),
-            ("nvext.guided_json", nvext.guided_json),
-        ):
-            if schema is not None:
-                asked[name] = JsonSchema(schema)
-        for name, texts in (("guided_choice", self.guided_choice), ("nvext.guided_choice", nvext.guided_choice)):
-            if texts is not None:
-                asked[name] = Choice(tuple(texts))
-        for name, text in (
-            ("grammar", self.grammar),
-            ("guided_grammar", self.guided_grammar),
-            ("nvext.guided_grammar", nvext.guided_grammar),
-        ):
-            if text:
-                asked[name] = Gbnf(text)
+        nvext, vllm = self.nvext or Nvext(), self.structured_outputs or StructuredOutputs.model_validate({})
+        schemas = {
+            "json_schema": self.json_schema,
+            "guided_json": self.guided_json,
+            "nvext.guided_json": nvext.guided_json,
+            "structured_outputs.json": vllm.json_,
+        }
+        choices = {
+            "guided_choice": self.guided_choice,
+            "nvext.guided_choice": nvext.guided_choice,
+            "structured_outputs.choice": vllm.choice,
+        }
+        grammars = {
+            "grammar": self.grammar,
+            "guided_grammar": self.guided_grammar,
+            "nvext.guided_grammar": nvext.guided_grammar,
+            "structured_outputs.grammar": vllm.grammar,
+        }
+        asked: dict[str, Format] = {name: JsonSchema(schema) for name, schema in schemas.items() if schema is not None}
+        asked |= {name: Choice(tuple(texts)) for name, texts in choices.items() if texts is not None}
+        asked |= {name: Gbnf(text) for name, text in grammars.items() if text}
         if (form := self._response_format()) is not None:
             asked["response_format"] = form
         if len(asked) > 1:
@@ -147,47 +177,3 @@ class FormatFields(Body):
         if isinstance(asked, JsonObjectFormat):
             return JsonObject() if asked.schema_ is None else JsonSchema(asked.schema_)
         return None
-
-
-class ReasoningMap(Body):
-    """OpenRouter's."""
-
-    enabled: bool | None = Field(None, description="false: no thinking.")
-    effort: Effort | None = None
-    max_tokens: int | None = Field(None, ge=0, description="At most so many tokens of thinking.")
-    exclude: bool | None = Field(None, description="Think, but do not send the thinking.")
-
-
-class TemplateSwitches(Body):
-    """vLLM's and llama.cpp's chat_template_kwargs. The template has no switches; these act on the thinking."""
-
-    enable_thinking: bool | None = None
-    thinking: bool | None = None
-
-
-class ReasoningFields(Body):
-    """Many spellings of one quantity: at most so many tokens of thinking. The smallest that is asked for counts."""
-
-    reasoning: ReasoningMap | None = None
-    reasoning_effort: Effort | None = Field(None, description="none: no thinking. low, medium: a limit to it.")
-    thinking_budget_tokens: int | None = Field(None, ge=-1, description="llama.cpp's limit; -1 is none.")
-    chat_template_kwargs: TemplateSwitches | None = None
-    include_reasoning: bool | None = Field(None, description="false: think, but do not send the thinking.")
-    reasoning_format: Literal["general", "deepseek-style", "deepseek", "auto"] | None = Field(
-        None, description="StepFun's. The thinking is always sent under both names, reasoning and reasoning_content."
-    )
-
-    def reasoning_budget(self, config: ServerConfig) -> int | None:
-        asked, switches = (
-            self.reasoning or ReasoningMap.model_validate({}),
-            self.chat_template_kwargs or TemplateSwitches(),
-        )
-        budgets = [config.efforts[effort] for effort in (asked.effort, self.reasoning_effort) if effort is not None]
-        budgets += [asked.max_tokens, None if self.thinking_budget_tokens == -1 else self.thinking_budget_tokens]
-        if False in (asked.enabled, switches.enable_thinking, switches.thinking):
-            budgets.append(0)
-        return min((budget for budget in budgets if budget is not None), default=None)
-
-    def shows_reasoning(self) -> bool:
-        excluded = self.reasoning is not None and self.reasoning.exclude
-        return not excluded and self.include_reasoning is not False

@@ -6,7 +6,8 @@ that its reader has gone.
       Errors    what anything inside raises becomes a body
        Host     the names this server goes by
         Key     the API key
-         Size   how large a body may be, and how slow
+         Form   what a web page of somebody else could send
+          Size  how large a body may be, and how slow
 """
 
 from __future__ import annotations
@@ -34,13 +35,18 @@ from stepgguf.server.stream import Exchange
 log = logging.getLogger(__name__)
 OPEN = {"/", "/health", "/docs", "/openapi.json"}  # nothing there is secret
 STATIC = "/static"  # nor in the files below it
+POLLED = {"/health", "/metrics"}  # every few seconds, by programs: not in the log
+# This machine as containers on it call it (Docker, Podman, Lima, OrbStack, minikube). Nobody can register `.internal`.
+FROM_CONTAINERS = {f"host.{name}.internal" for name in ("docker", "containers", "lima", "orb", "minikube")}
+JSON = "application/json"
 METHODS = {"GET", "POST", "DELETE", "OPTIONS", "HEAD", "PUT", "PATCH"}  # a label must not be the client's to choose
 _SANE_ID = re.compile(r"[\w.:-]{1,64}")
 
 
 class Trace:
     """The id goes out as x-request-id, and as request-id for Anthropic's clients. The client's own is only logged: it
-    may be anything, twice. Of a request nothing is logged that its sender wrote, but the path."""
+    may be anything, twice. Of a request nothing is logged that its sender wrote, but the path and, once, the names of
+    fields that are not known here."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics
@@ -73,6 +79,8 @@ class Trace:
     def _note(self, scope: Scope, exchange: Exchange | None, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")
         self._metrics.answered(scope["method"] if scope["method"] in METHODS else "OTHER", route, status)
+        if scope["path"] in POLLED and status == 200:
+            return
         line = f"{scope['method']} {scope['path']!a} {status} {seconds * 1000:.0f} ms {scope['state']['trace']}"
         if exchange is not None:
             line += f" {exchange.n_prompt}+{exchange.n_generated} tokens"
@@ -121,20 +129,33 @@ async def _answer(error: Exception, scope: Scope, receive: Receive, send: Send) 
 
 class Host:
     """A server on a loopback address answers only to names of this machine. Else a web page could have its own name
-    point here and read the answers (DNS rebinding)."""
+    point here and read the answers (DNS rebinding). An address in place of a name points nowhere else, and `.localhost`
+    never leaves the machine (RFC 6761)."""
 
     def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
         self._app = app
-        self._names = {"localhost", "127.0.0.1", "[::1]", config.host, *config.allowed_hosts}
+        self._names = {"localhost", *FROM_CONTAINERS, *(name.lower() for name in (config.host, *config.allowed_hosts))}
         self._checks = is_loopback(config.host)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._checks and scope["type"] == "http":
             host = Headers(scope=scope).get("host")
             name = re.sub(r":\d*$", "", host).lower() if host is not None else "localhost"
-            if name not in self._names:
-                raise Refusal(403, f"this server listens on this machine only and does not go by the name {name!r}")
+            if not (name in self._names or name.endswith(".localhost") or _is_address(name)):
+                raise Refusal(
+                    403,
+                    f"this server listens on this machine only and does not go by the name {name!r}; "
+                    "if that is a name of this machine or of a proxy on it, start the server with --allowed-host NAME",
+                )
         await self._app(scope, receive, send)
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return False
+    return True
 
 
 def is_loopback(host: str) -> bool:
@@ -163,6 +184,26 @@ class Key:
                     "an API key is needed: Authorization: Bearer KEY" if missing else "the API key is wrong",
                     headers={"www-authenticate": "Bearer"},
                 )
+        await self._app(scope, receive, send)
+
+
+class Form:
+    """Whatever else it says it is, a body is read as JSON: curl says form. Not what a web page of somebody else could
+    send to a server on this machine without asking the browser's permission: forms, text, or no type at all. Browsers
+    say where such a post comes from; text is refused without that too, as older ones leave it out of forms, and a form
+    of text can be made to look like JSON, which a urlencoded one cannot."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST":
+            headers = MutableHeaders(scope=scope)
+            said = headers.get("content-type", "").partition(";")[0].strip().lower()
+            from_page = "origin" in headers or "sec-fetch-site" in headers
+            if not said.endswith(("/json", "+json")) and (from_page or said.startswith(("text/", "multipart/"))):
+                raise Refusal(415, f"the body must be JSON and say so: content-type: {JSON}")
+            headers["content-type"] = JSON
         await self._app(scope, receive, send)
 
 

@@ -28,7 +28,7 @@ async def create(body: Create, request: Request, service: TheService) -> Respons
     """Answer a conversation, as Anthropic's API does. With `stream`, as server-sent events."""
     model = service.model(body.model)
     exchange = await service.start([await service.prepare(body.chat_request(service))], request)
-    writer = MessageWriter(trace(request), model, body.display)
+    writer = MessageWriter(trace(request), model, body.display, body.max_tokens)
     if body.stream:
 
         def failure(problem: Problem) -> bytes:

@@ -113,9 +113,11 @@ class ChatChunk(TypedDict):
 
 
 class TextLogprobs(TypedDict):
+    """top_logprobs: of each token the likeliest, and its own if that is not among them."""
+
     tokens: list[str]
     token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    top_logprobs: list[dict[str, float]]
     text_offset: list[int]
 
 

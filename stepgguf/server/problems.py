@@ -5,20 +5,28 @@
 
 `object` is there because ChatNVIDIA raises errors inside a stream only if it says "error". openai's clients repeat a
 request after 408, 409, 429 and 5xx unless `x-should-retry: false` is sent: what would fail again carries that.
+
+Agents make a conversation shorter and go on when they recognise a full context, and they recognise it by words. Those
+of the dialect come first, our hint after them:
+
+    Anthropic   prompt is too long: 27782 tokens > 27136 maximum            Claude Code reads both numbers
+    OpenAI      This model's maximum context length is 27136 tokens. However, your messages resulted in 27782 tokens
+                LangChain, which has no eye for the code, goes by: prompt is too long
+                clients of llama-server: exceeds the available context size, exceed_context_size_error, and the numbers
+                as n_prompt_tokens and n_ctx
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from stepgguf.errors import (
-    BadMetadata,
     ContextLengthExceeded,
     EngineBusy,
     EngineDied,
@@ -47,12 +55,14 @@ ANTHROPIC_TYPES = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
+PROMPT_FIELDS = {"/v1/completions": "prompt", "/v1/responses": "input"}  # where it is not `messages`
 SHOWN = 60  # characters of a wrong value that are shown
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """param: the field of the request that is wrong, as a path. headers: of the response, beside the usual."""
+    """param: the field of the request that is wrong, as a path. headers: of the response, beside the usual. overflow:
+    the context is too small, which each dialect says in its own words."""
 
     status: int
     message: str
@@ -60,6 +70,7 @@ class Problem:
     code: str
     param: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    overflow: ContextLengthExceeded | None = None
 
 
 class _OpenAIDetail(TypedDict):
@@ -69,6 +80,8 @@ class _OpenAIDetail(TypedDict):
     code: str
     object: Literal["error"]
     request_id: str
+    n_prompt_tokens: NotRequired[int]
+    n_ctx: NotRequired[int]
 
 
 class OpenAIError(TypedDict):
@@ -118,11 +131,9 @@ def problem(error: Exception) -> Problem:
 
 def _of_ours(error: StepggufError, message: str) -> Problem:
     if isinstance(error, ContextLengthExceeded):
-        return _problem(400, message, "context_length_exceeded", "messages")
+        return replace(_problem(400, message, "context_length_exceeded", "messages"), overflow=error)
     if isinstance(error, RequestError):
         return _problem(400, message, param=error.param)
-    if isinstance(error, BadMetadata):  # the chat template refuses these messages
-        return _problem(400, message, param="messages")
     if isinstance(error, EngineBusy):
         return _problem(429, message, headers={"retry-after": str(error.retry_after)})
     if isinstance(error, EngineDied) and error.recovered:
@@ -141,22 +152,31 @@ def _problem(
     return Problem(status, message, kind, code or CODES.get(status, "internal_error"), param, headers or {})
 
 
-def openai_error(problem: Problem, trace: str) -> OpenAIError:
-    return {
-        "error": {
-            "message": problem.message,
-            "type": problem.type,
-            "param": problem.param,
-            "code": problem.code,
-            "object": "error",
-            "request_id": trace,
-        }
+def openai_error(problem: Problem, trace: str, path: str = "") -> OpenAIError:
+    detail: _OpenAIDetail = {
+        "message": problem.message,
+        "type": problem.type,
+        "param": problem.param,
+        "code": problem.code,
+        "object": "error",
+        "request_id": trace,
     }
+    if (full := problem.overflow) is not None:
+        prompt = PROMPT_FIELDS.get(path, "messages")
+        detail["message"] = (
+            f"This model's maximum context length is {full.n_ctx} tokens. However, your {prompt} resulted in "
+            f"{full.n_prompt} tokens: the prompt is too long and exceeds the available context size "
+            f"(exceed_context_size_error). {full.hint}"
+        )
+        detail["param"], detail["n_prompt_tokens"], detail["n_ctx"] = prompt, full.n_prompt, full.n_ctx
+    return {"error": detail}
 
 
 def anthropic_error(problem: Problem, trace: str) -> AnthropicError:
-    kind = "invalid_request_error" if problem.status < 500 else "api_error"
-    error: _AnthropicDetail = {"type": ANTHROPIC_TYPES.get(problem.status, kind), "message": problem.message}
+    message, kind = problem.message, "invalid_request_error" if problem.status < 500 else "api_error"
+    if (full := problem.overflow) is not None:
+        message = f"prompt is too long: {full.n_prompt} tokens > {full.n_ctx} maximum. {full.hint}"
+    error: _AnthropicDetail = {"type": ANTHROPIC_TYPES.get(problem.status, kind), "message": message}
     return {"type": "error", "error": error, "request_id": trace}
 
 
@@ -164,7 +184,7 @@ def body(problem: Problem, path: str, trace: str) -> OpenAIError | AnthropicErro
     """In the dialect of the route."""
     if path.startswith("/v1/messages"):
         return anthropic_error(problem, trace)
-    return openai_error(problem, trace)
+    return openai_error(problem, trace, path)
 
 
 # a body that does not fit its schema ----------------------------------------------------------------------------

@@ -50,7 +50,11 @@ def _output_part(value: Any) -> Any:
         return part
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return part
-    return TextPart(type="text", text=value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    return TextPart(type="text", text=_shown(value))
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 class Message(Part):
@@ -110,7 +114,8 @@ class OtherItem(Part):
     type: str
 
 
-Item = Message | ReasoningItem | FunctionCall | CustomCall | CallOutput | ItemReference | OtherItem
+Own = Message | ReasoningItem | FunctionCall | CustomCall | CallOutput
+Item = Own | ItemReference | OtherItem
 _KNOWN = {
     "message": Message,
     "reasoning": ReasoningItem,
@@ -157,11 +162,25 @@ Items = Annotated[Annotated[_List, Field(min_length=1)], WrapValidator(_as_sent)
 _adapter: TypeAdapter[list[Item]] = TypeAdapter(_List)
 
 
-def conversation(items: Sequence[Json], offers: Offers) -> list[Json]:
+def read(items: Sequence[Json]) -> list[Item]:
+    """Items as a request had them."""
+    return _adapter.validate_python(items)
+
+
+def refuse_what_was_just_written(items: Sequence[Item], n_before: int) -> None:
+    """RequestError: the user has just sent what the model cannot read. n_before: items that are not in the body."""
+    index = just_written([_role(item) for item in items])
+    if index is not None and index >= n_before:
+        message = items[index]
+        assert isinstance(message, Message)
+        refuse_unreadable(message.content, f"input[{index - n_before}].content")
+
+
+def conversation(items: Iterable[Item], offers: Offers) -> list[Json]:
     """As OpenAI's chat messages. Calls have the names under which these tools are offered now."""
     messages: list[Json] = []
     turn: Json | None = None  # the assistant's, while it goes on
-    for item in read(items):
+    for item in _shown_to_the_model(items):
         if isinstance(item, CallOutput) or (isinstance(item, Message) and item.role != "assistant"):
             messages.append(_theirs(item))
             turn = None
@@ -173,28 +192,17 @@ def conversation(items: Sequence[Json], offers: Offers) -> list[Json]:
     return messages
 
 
-def read(items: Sequence[Json]) -> Iterator[Message | ReasoningItem | FunctionCall | CustomCall | CallOutput]:
-    """Those that can be shown to the model. Items as a request had them, and no references."""
-    for item in _adapter.validate_python(items):
+def join(parts: Iterable[TextPart]) -> str:
+    """Parts are paragraphs."""
+    return "\n\n".join(part.text for part in parts if part.text)
+
+
+def _shown_to_the_model(items: Iterable[Item]) -> Iterator[Own]:
+    for item in items:
         if isinstance(item, OtherItem):
             yield from _as_call(item)
         elif not isinstance(item, ItemReference):
             yield item
-
-
-def refuse_what_was_just_written(items: Sequence[Json], n_before: int) -> None:
-    """RequestError: the user has just sent what the model cannot read. n_before: items that are not in the body."""
-    read = _adapter.validate_python(items)
-    index = just_written([_role(item) for item in read])
-    if index is not None and index >= n_before:
-        message = read[index]
-        assert isinstance(message, Message)
-        refuse_unreadable(message.content, f"input[{index - n_before}].content")
-
-
-def join(parts: Iterable[TextPart]) -> str:
-    """Parts are paragraphs."""
-    return "\n\n".join(part.text for part in parts if part.text)
 
 
 def _role(item: Item) -> str:
@@ -217,7 +225,7 @@ def _as_call(item: OtherItem) -> Iterator[FunctionCall | CallOutput]:
         name, arguments = fields.get("name", item.type.removesuffix("_call")), fields.get("arguments", rest)
         yield FunctionCall(type="function_call", call_id=call_id, name=str(name), arguments=_as_arguments(arguments))
         if results:
-            yield _result(call_id, results[0])
+            yield _result(call_id, _shown(results[0]))
     else:
         note(f"items of type {item.type[:LONGEST_NAME]!r} cannot be shown to the model; they are left out")
 

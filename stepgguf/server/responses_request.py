@@ -19,7 +19,7 @@ from stepgguf.errors import RequestError
 from stepgguf.runtime.engine import Sampling
 from stepgguf.server.body import Body, Ignored, Part, ignored
 from stepgguf.server.fields import Effort, SamplingFields
-from stepgguf.server.responses_items import Items, Json, conversation, refuse_what_was_just_written
+from stepgguf.server.responses_items import Items, Json, conversation, read, refuse_what_was_just_written
 from stepgguf.server.responses_store import Answers
 from stepgguf.server.responses_tools import AnyChoice, AnyTool, Offers, choose
 from stepgguf.server.service import Service
@@ -49,7 +49,9 @@ class TextOptions(Body):
 
 class ReasoningOptions(Body):
     effort: Effort | None = None
-    max_tokens: int | None = Field(None, ge=0, description="OpenRouter's: at most so many tokens of thinking.")
+    max_tokens: Annotated[int | None, Field(ge=0, description="OpenRouter's: so many tokens of thinking at most.")] = (
+        None
+    )
     summary: Any = ignored("nobody writes one; the reasoning itself is sent")
     generate_summary: Any = ignored("nobody writes one; the reasoning itself is sent")
     context: Any = ignored("the chat template decides which reasoning stays")
@@ -111,10 +113,11 @@ class Prompt(Ignored):
             raise RequestError("input is missing", param="input")
         before = answers.conversation(self.previous_response_id) if self.previous_response_id else []
         items = [*before, *answers.resolve(cast("list[Json]", self.input or []))]  # see Items
-        refuse_what_was_just_written(items, len(before))
+        known = read(items)
+        refuse_what_was_just_written(known, len(before))
         choice, offers = choose(self.tool_choice, Offers(self.tools or ()))
         told = [{"role": "system", "content": self.instructions}] if self.instructions else []
-        said = conversation(items, offers)
+        said = conversation(known, offers)
         if not said:
             raise RequestError("input has nothing that can be shown to the model", param="input")
         request = ChatRequest(

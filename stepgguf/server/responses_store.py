@@ -22,7 +22,7 @@ from typing import Any
 
 from stepgguf.errors import StepggufError
 from stepgguf.server.config import ServerConfig
-from stepgguf.server.problems import Refusal, problem
+from stepgguf.server.problems import SHOWN, Refusal, problem
 from stepgguf.server.responses_writer import Event, ResponseWriter
 from stepgguf.server.stream import Exchange
 
@@ -62,11 +62,11 @@ class Answer:
     async def events(self, start: int = 0) -> AsyncGenerator[list[Event], None]:
         """All from number `start` on, as they come. At least one at a time."""
         while True:
-            changed = self._changed
+            changed, last = self._changed, self.writer.finished
             if events := self.writer.events(start):
                 start = events[-1]["sequence_number"] + 1
-                yield events
-            if self.writer.finished:
+                yield events  # while the reader takes them, the answer goes on
+            if last:
                 return
             await changed.wait()
 
@@ -155,7 +155,7 @@ class Answers:
         """Refusal: there is none."""
         answer = self.find(id)
         if answer is None:
-            raise Refusal(404, f"Response with id {id!r} not found. {KEPT}", param="id")
+            raise Refusal(404, f"Response with id {id[:SHOWN]!r} not found. {KEPT}", param="id")
         return answer
 
     def delete(self, id: str) -> None:
@@ -166,7 +166,7 @@ class Answers:
         """What a previous answer answered, and that answer. Refusal: there is none, or it is not finished."""
         answer = self.find(id)
         if answer is None:
-            text = f"Previous response with id {id!r} not found. {KEPT}; send the whole conversation as `input`"
+            text = f"Previous response with id {id[:SHOWN]!r} not found. {KEPT}; send the whole conversation as `input`"
             raise Refusal(400, text, code="previous_response_not_found", param="previous_response_id")
         if not answer.writer.finished:
             text = f"the previous response {id!r} is still being made; wait for its end or cancel it"
@@ -194,7 +194,7 @@ class Answers:
             item = next((item for item in items if item["id"] == id), None)
             if item is not None:
                 return item
-        text = f"Item with id {id!r} not found. {KEPT}; send the item itself instead of its id"
+        text = f"Item with id {id[:SHOWN]!r} not found. {KEPT}; send the item itself instead of its id"
         raise Refusal(404, text, param=param)
 
     def _sweep(self) -> None:

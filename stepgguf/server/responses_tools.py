@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from stepgguf.chat.request import Tool, ToolChoice
 from stepgguf.errors import RequestError
@@ -28,6 +28,7 @@ from stepgguf.server.chat_request import Function
 log = logging.getLogger(__name__)
 LONGEST_NAME = 128
 INPUT = "input"  # what a custom tool's one parameter is called
+AS_SENT = ConfigDict(extra="allow")  # the response repeats it
 _OPENING = re.compile(r'\{\s*"(?:[^"\\]|\\.)*"\s*:\s*"')
 _WHOLE = re.compile(r'(?:[^"\\]|\\u[0-9a-fA-F]{4}|\\[^u])*')  # no half of an escape
 
@@ -35,6 +36,7 @@ _WHOLE = re.compile(r'(?:[^"\\]|\\u[0-9a-fA-F]{4}|\\[^u])*')  # no half of an es
 class FunctionTool(Function):
     """In chat completions the function is an object of its own."""
 
+    model_config = AS_SENT
     type: Literal["function"]
     strict: bool | None = None
 
@@ -46,6 +48,7 @@ class GrammarFormat(Part):
 
 
 class CustomTool(Part):
+    model_config = AS_SENT
     type: Literal["custom"]
     name: str = Field(pattern=r"^[^<>\s]{1,128}$")
     description: str | None = None
@@ -63,6 +66,7 @@ class CustomTool(Part):
 class OtherTool(Part):
     """It runs at OpenAI, or it is newer than this server."""
 
+    model_config = AS_SENT
     type: str
 
 
@@ -81,6 +85,7 @@ _Other = Annotated[OtherTool, Tag("other")]
 
 
 class NamespaceTool(Part):
+    model_config = AS_SENT
     type: Literal["namespace"]
     name: str
     tools: list[Annotated[_Own | _Other, _tag("function", "custom")]]

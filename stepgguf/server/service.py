@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -18,6 +18,9 @@ from stepgguf.server.config import ServerConfig
 from stepgguf.server.metrics import Metrics
 from stepgguf.server.problems import Refusal
 from stepgguf.server.stream import Exchange
+from stepgguf.server.unknown import UnknownFields
+
+LONGEST_ID = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,7 @@ class Service:
     config: ServerConfig
     metrics: Metrics
     started: int
+    unknown: UnknownFields = field(default_factory=UnknownFields)
 
     @property
     def engine(self) -> Engine:
@@ -38,14 +42,16 @@ class Service:
         return f"stepgguf-{__version__}-{self.engine.info.engine.replace(' ', '-')}"
 
     def model(self, asked: str | None) -> str:
-        """The id to answer under: the one that was asked for. 404 if it is none of ours."""
+        """The id to answer under: the one that was asked for. One model is served, so any id means it; a strict server
+        answers 404 to one that is none of its own."""
         known = self.config.known_ids
-        if asked is None:
+        if not asked:
             return known[0]
-        if asked not in known:
+        strange = self.config.strict and _plain(asked) not in map(_plain, known)
+        if strange or len(asked) > LONGEST_ID:  # it is in every chunk of a stream
             raise Refusal(
                 404,
-                f"there is no model {asked!r}; this server has {', '.join(known)}",
+                f"there is no model {asked[:LONGEST_ID]!r}; this server has {', '.join(known)}",
                 code="model_not_found",
                 param="model",
             )
@@ -60,6 +66,11 @@ class Service:
         exchange = await Exchange.start(self.engine, prepared, self.metrics)
         request.state.exchange = exchange  # for the log
         return exchange
+
+
+def _plain(id: str) -> str:
+    """As ids are compared: capitals and the file's ending do not matter."""
+    return id.casefold().removesuffix(".gguf")
 
 
 def copies(prepared: Prepared, n: int) -> list[Prepared]:

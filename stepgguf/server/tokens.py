@@ -1,6 +1,8 @@
-"""The tokenizer over HTTP, how the server is, and what to say to clients that look in the wrong place."""
+"""The tokenizer over HTTP, and how the server is."""
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 from fastapi import APIRouter, Response
 from pydantic import Field
@@ -10,7 +12,7 @@ from typing_extensions import TypedDict
 from stepgguf.chat.request import ChatRequest
 from stepgguf.errors import RequestError
 from stepgguf.server.body import Body, JsonRoute
-from stepgguf.server.chat_request import FunctionTool, Message, as_tools
+from stepgguf.server.chat_request import AnyTool, Message, as_chat, as_tools, functions
 from stepgguf.server.problems import Refusal
 from stepgguf.server.service import Service, TheService
 
@@ -18,34 +20,64 @@ router = APIRouter(route_class=JsonRoute, tags=["stepgguf"])
 
 
 class TokenizeBody(Body):
-    """`text` as it is, or `messages` as /v1/chat/completions would show them to the model."""
+    """`text` as it is, or `messages` as /v1/chat/completions would show them to the model. `content` is llama-server's
+    name of text."""
 
+    elsewhere: ClassVar = {"prompt": "here it is text"}
     text: str | None = Field(None, examples=["Hello"])
     messages: list[Message] | None = Field(None, min_length=1)
-    tools: list[FunctionTool] | None = None
+    tools: list[AnyTool] | None = None
+    content: str | None = None
+    add_special: bool | None = Field(
+        None, description="Put the model's first token in front. Default: true for text, false for content."
+    )
+    parse_special: bool | None = Field(
+        None, description="Special tokens that are written in the text become theirs. Default: true."
+    )
+    with_pieces: bool | None = Field(None, description="Tokens with their text, or bytes where that is none.")
+
+    def tokenized(self, service: Service) -> Tokenized:
+        ids = self.ids(service)
+        tokens = [_piece(service, id) for id in ids] if self.with_pieces else ids
+        return {"tokens": tokens, "count": len(ids), "context_length": service.engine.info.n_ctx}
 
     def ids(self, service: Service) -> list[int]:
-        if (self.text is None) == (self.messages is None):
-            raise RequestError("expected either text or messages", param="text")
-        if self.messages is None:
-            return service.engine.tokenize(self.text or "")
-        messages = [message.model_dump(exclude_none=True) for message in self.messages]
-        request = ChatRequest(messages, service.engine.info.sampling, tools=as_tools(self.tools))
-        return service.chat.prompt(request)[0]
+        given = [name for name in ("text", "content", "messages") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise RequestError("expected either text or content or messages", param=given[1] if given else "text")
+        if self.messages is not None:
+            tools = as_tools(functions(self.tools, service))
+            request = ChatRequest(as_chat(self.messages), service.engine.info.sampling, tools=tools)
+            return service.chat.prompt(request)[0]
+        text, engine = self.text or self.content or "", service.engine
+        starts = given == ["text"] if self.add_special is None else self.add_special
+        if self.parse_special is False:
+            return [*(engine.tokenize("") if starts else ()), *engine.tokenize_plain(text)]
+        return engine.tokenize(text) if starts else engine.tokenize_piece(text)
 
 
 class DetokenizeBody(Body):
     tokens: list[int] = Field(examples=[[72, 105]])
 
 
+class Piece(TypedDict):
+    """piece: text, or the bytes of a part of a character."""
+
+    id: int
+    piece: str | list[int]
+
+
 class Tokenized(TypedDict):
-    tokens: list[int]
+    tokens: list[int] | list[Piece]
     count: int
     context_length: int
 
 
 class Detokenized(TypedDict):
+    """content: llama-server's name of text."""
+
     text: str
+    content: str
 
 
 class Health(TypedDict):
@@ -56,8 +88,15 @@ class Health(TypedDict):
 
 @router.post("/tokenize")
 async def tokenize(body: TokenizeBody, service: TheService) -> Tokenized:
-    ids = await run_in_threadpool(body.ids, service)
-    return {"tokens": ids, "count": len(ids), "context_length": service.engine.info.n_ctx}
+    return await run_in_threadpool(body.tokenized, service)
+
+
+def _piece(service: Service, id: int) -> Piece:
+    piece = service.engine.piece(id)
+    try:
+        return {"id": id, "piece": piece.decode()}
+    except UnicodeDecodeError:
+        return {"id": id, "piece": list(piece)}
 
 
 @router.post("/detokenize")
@@ -67,7 +106,8 @@ async def detokenize(body: DetokenizeBody, service: TheService) -> Detokenized:
     for token in body.tokens:
         if not 0 <= token < n_vocab:
             raise RequestError(f"tokens: expected ids from 0 to {n_vocab - 1}, found {token}", param="tokens")
-    return {"text": b"".join(map(service.engine.piece, body.tokens)).decode(errors="replace")}
+    text = b"".join(map(service.engine.piece, body.tokens)).decode(errors="replace")
+    return {"text": text, "content": text}
 
 
 @router.get("/health")
@@ -83,13 +123,3 @@ async def health(service: TheService) -> Health:
 async def metrics(service: TheService) -> Response:
     """Counters for Prometheus."""
     return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-
-@router.api_route("/v1/v1/{path:path}", methods=["GET", "POST"], include_in_schema=False)
-async def twice(path: str) -> Response:
-    """Anthropic's clients add /v1 to their base URL, OpenAI's do not."""
-    raise Refusal(
-        404,
-        f"/v1 is there twice: it is /v1/{path}. "
-        "The base URL of OpenAI's clients ends with /v1, that of Anthropic's does not",
-    )

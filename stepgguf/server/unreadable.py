@@ -54,8 +54,11 @@ AnyPart = Annotated[TextPart, BeforeValidator(as_text)]
 
 def sentence(part_type: str) -> str:
     """What stands in the place of a part of this type."""
-    named = next((word for name, word in WORDS.items() if name in part_type), part_type[:LONGEST_TYPE])
-    return f"[{named}: this model reads text only]"
+    return f"[{_word(part_type)}: this model reads text only]"
+
+
+def _word(part_type: str) -> str:
+    return next((word for name, word in WORDS.items() if name in part_type), part_type[:LONGEST_TYPE])
 
 
 def just_written(roles: Sequence[str]) -> int | None:
@@ -69,10 +72,13 @@ def just_written(roles: Sequence[str]) -> int | None:
 
 def refuse_unreadable(parts: Iterable[object], param: str) -> None:
     """The parts of the message that the user has just written. RequestError: one cannot be read. param: where they are
-    in the body."""
+    in the body.
+
+    Its first words are Anthropic's: by them Claude Code knows to take the image or the PDF out and to go on."""
     for i, part in enumerate(parts):
         if isinstance(part, UnreadablePart):
             raise RequestError(
+                f"Could not process {'PDF' if 'document' in part.was else _word(part.was)}: "
                 f"the model reads text only, it cannot take {part.was[:LONGEST_TYPE]}",
                 param=f"{param}[{i}]",
                 hint="Take it out of the message, or say in words what it shows.",

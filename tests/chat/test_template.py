@@ -70,6 +70,17 @@ def test_messages_as_clients_send_them(case: str) -> None:
     assert TEMPLATE.render(normalize(messages)) == text
 
 
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_claude_codes_billing_line_is_in_no_system_text(role: str) -> None:
+    line = "x-anthropic-billing-header: cc_version=2.1.37.0d9; cc_entrypoint=cli; cch=fa690;"
+    told = [{"role": role, "content": content} for content in (f"{line}\nYou help.", line)]
+    parts = [{"role": role, "content": [{"type": "text", "text": text} for text in (line, "You help.")]}]
+    assert normalize(told) == [{"role": "system", "content": "You help."}]
+    assert [part["text"] for part in normalize(parts)[0]["content"]] == ["", "You help."]
+    asked = [{"role": "user", "content": line}]
+    assert normalize(asked) == asked, "what the user says is the user's"
+
+
 def test_reasoning_in_two_spellings_is_never_joined() -> None:
     (message,) = normalize([{"role": "assistant", "content": "x", "reasoning": "r", "reasoning_content": "r"}])
     assert message == {"role": "assistant", "content": "x", "reasoning_content": "r"}

@@ -12,10 +12,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
+from stepgguf.cli.addresses import reachable
 from stepgguf.cli.main import main
 from tests.conftest import INTERRUPTIBLE
 
@@ -73,6 +75,36 @@ def test_the_key_comes_from_the_environment_and_is_never_shown(demo_gguf: Path) 
 def test_other_machines_are_served_only_with_a_key(demo_gguf: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", str(demo_gguf), "--host", "0.0.0.0"]) == 2
     assert "can be reached from other machines" in " ".join(capfd.readouterr().err.split())
+
+
+def test_it_names_the_addresses_at_which_others_reach_it(demo_gguf: Path) -> None:
+    with serving(demo_gguf, "--host", "0.0.0.0", "--no-key") as (process, _):
+        assert process.stderr is not None
+        process.send_signal(signal.SIGTERM)
+        told = re.findall(r"also at (http://\S+)", process.stderr.read())
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("198.51.100.1", 9))
+        except OSError:
+            pytest.skip("this machine has no network")
+        assert any(urlsplit(url).hostname == probe.getsockname()[0] for url in told)
+    assert all(urlsplit(url).hostname != "0.0.0.0" for url in told)
+
+
+def test_every_address_that_is_named_works() -> None:
+    for family, host in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::"), (socket.AF_INET, "127.0.0.1")):
+        with socket.create_server((host, 0), family=family, dualstack_ipv6=family == socket.AF_INET6) as listener:
+            urls = reachable(*listener.getsockname()[:2])
+            assert urls
+            for url in urls:
+                socket.create_connection((urlsplit(url).hostname or "", urlsplit(url).port or 0), timeout=5).close()
+
+
+def test_names_and_strictness_are_options(demo_gguf: Path) -> None:
+    with serving(demo_gguf, "--allowed-host", "spark.lan", "--allowed-host", "proxy.lan", "--strict") as (_, url):
+        for name, status in (("spark.lan", 200), ("proxy.lan:8080", 200), ("evil.lan", 403)):
+            assert httpx.get(url + "/v1/models", headers={"host": name}).status_code == status
+        assert httpx.get(url + "/v1/models/gpt-9").status_code == 404
 
 
 def test_a_taken_port_is_said_before_the_model_is_loaded(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -47,6 +47,16 @@ def events(lines: Iterator[str]) -> Iterator[str]:
     return (line.removeprefix("data: ") for line in lines if line.startswith("data: "))
 
 
+def test_a_body_is_read_whatever_curl_says_of_it(server: Server) -> None:
+    """By itself it says that it is a form, and with an empty header nothing."""
+    body = json.dumps({"messages": [user("Hello")], "temperature": 0})
+    for header in ((), ("-H", "content-type:")):
+        told = subprocess.run(
+            ["curl", "-s", f"{server.url}/v1/chat/completions", *header, "-d", body], capture_output=True, check=True
+        )
+        assert json.loads(told.stdout)["choices"][0]["message"]["content"] == "Hello! How can I help you?"
+
+
 def test_a_stream_appears_as_it_is_made(server: Server) -> None:
     body = endless(server, stream=True).decode()
     with terminal(f"exec {script(server, body)}") as (curl, lines):

@@ -6,7 +6,9 @@ from functools import reduce
 from operator import add
 from typing import Any, Literal
 
+import openai
 import pytest
+from langchain_core.exceptions import ContextOverflowError
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_openai import ChatOpenAI
 from pydantic import SecretStr
@@ -49,6 +51,18 @@ def test_a_tool_is_called_and_its_result_used(llm: ChatOpenAI, stream: bool) -> 
     assert second.content == FORECAST
 
 
+def test_a_tools_image_does_not_end_the_conversation(llm: ChatOpenAI) -> None:
+    armed = llm.bind_tools([get_weather])
+    turns: list[Any] = [HumanMessage(WEATHER)]
+    (call,) = (first := armed.invoke(turns)).tool_calls
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
+    result = {"type": "text", "text": get_weather(**call["args"])}
+    turns += [first, ToolMessage([result, image], tool_call_id=call["id"])]
+    assert armed.invoke(turns).content
+    with pytest.raises(openai.BadRequestError, match="reads text only"):
+        llm.invoke([HumanMessage([{"type": "text", "text": "What is this?"}, image])])
+
+
 @pytest.mark.parametrize("method", ["json_schema", "function_calling"])
 def test_structured_output_takes_one_answer(
     server: Server, llm: ChatOpenAI, method: Literal["json_schema", "function_calling"]
@@ -58,3 +72,13 @@ def test_structured_output_takes_one_answer(
     assert isinstance(found, Count)
     assert found.count == 3
     assert n_answers(server) == before + 1
+
+
+def test_a_full_context_is_an_error_of_its_own(server: Server, llm: ChatOpenAI) -> None:
+    """Middleware that summarizes a conversation waits for it."""
+    responses = llm.model_copy(update={"use_responses_api": True})
+    for model in (llm, responses):
+        with pytest.raises(ContextOverflowError):
+            model.invoke("a " * 5000)
+        with pytest.raises(ContextOverflowError):
+            streamed(model, "a " * 5000)

@@ -1,4 +1,4 @@
-"""openai for JavaScript: the scripts beside this file, each run by node, which report what they found as JSON."""
+"""openai and Vercel's ai for JavaScript: the scripts beside this file, run by node, report what they found as JSON."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ HERE = Path(__file__).parent
 def _installed() -> None:
     if shutil.which("node") is None:
         pytest.fail("there is no `node`: install Node.js 20 or newer, then run `make install`")
-    if not (HERE / "node_modules" / "openai").is_dir():
-        pytest.fail("the JavaScript client is not installed: run `make install`")
+    if not all((HERE / "node_modules" / name).is_dir() for name in ("openai", "ai")):
+        pytest.fail("the JavaScript clients are not installed: run `make install`")
 
 
 def command(server: Server, script: str, *options: str) -> list[str]:
@@ -55,7 +55,7 @@ def test_an_answer_keeps_to_a_schema(server: Server) -> None:
     [
         ({"temperature": 9}, "BadRequestError", 400, "invalid_request", "temperature"),
         ({"messages": [user("a " * 5000)]}, "BadRequestError", 400, "context_length_exceeded", "messages"),
-        ({"model": "gpt-4"}, "NotFoundError", 404, "model_not_found", "model"),
+        ({"model": "m" * 300}, "NotFoundError", 404, "model_not_found", "model"),
     ],
     ids=["field", "length", "model"],
 )
@@ -86,3 +86,13 @@ def test_an_abort_controller_frees_the_slot(server: Server) -> None:
         assert leaving.poll() is None
         leaving.stdin.close()
         assert leaving.wait(20) == 0
+
+
+def test_vercels_default_provider_sends_back_the_ids_of_items(server: Server) -> None:
+    found = node(server, "vercel.mjs", WEATHER, RESULT, json.dumps(TOOL), LETTERS)
+    assert found["texts"] == [FORECAST, FORECAST, COUNTED, COUNTED]
+    assert found["called"] == [{"city": "Paris"}] * 2
+    assert found["steps"] == ["tool-calls", "stop"]
+    assert found["referred"]
+    called = ["item_reference", "function_call", "function_call_output"]
+    assert found["sent"] == ["user", *called, "item_reference", "item_reference", "user"]

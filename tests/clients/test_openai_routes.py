@@ -22,8 +22,17 @@ def test_models_are_listed_and_found_also_under_ids_with_a_slash(client: openai.
     ids = [model.id for model in client.models.list()]
     assert ids == [MODEL_ID, "step-3.5-flash", "stepfun/step-3.5-flash", "stepfun-ai/step-3.5-flash"]
     assert [client.models.retrieve(id).id for id in ids] == ids
-    with pytest.raises(openai.NotFoundError, match="there is no model 'gpt/4'"):
-        client.models.retrieve("gpt/4")
+    assert client.models.retrieve("gpt/4").id == "gpt/4"
+
+
+def test_a_strict_server_has_no_other_models(serve: Serve) -> None:
+    with serve(strict=True) as server, openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        assert client.models.retrieve("stepfun-ai/Step-3.5-Flash").context_length == 4096  # type: ignore[attr-defined]
+        with pytest.raises(openai.NotFoundError, match="there is no model 'gpt/4'"):
+            client.models.retrieve("gpt/4")
+        with pytest.raises(openai.NotFoundError) as caught:
+            client.chat.completions.create(model="gpt-4", messages=[user("Hello")])
+        assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
 
 
 def test_a_prompt_goes_on_whole_and_streamed(client: openai.OpenAI) -> None:
@@ -52,7 +61,7 @@ def test_a_wrong_key_is_an_authentication_error(serve: Serve) -> None:
         ({"messages": [{"role": "king"}]}, openai.BadRequestError, "invalid_request", "messages[0].role"),
         ({"extra_body": {"temprature": 0}}, openai.BadRequestError, "invalid_request", "temprature"),
         ({"messages": [user("a " * 5000)]}, openai.BadRequestError, "context_length_exceeded", "messages"),
-        ({"model": "gpt-4"}, openai.NotFoundError, "model_not_found", "model"),
+        ({"extra_body": {"n_predict": 5}}, openai.BadRequestError, "invalid_request", "n_predict"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -212,7 +212,7 @@ def test_the_manifests_of_all_splits_are_gathered(small: Path, tmp_path: Path) -
     manifest_path(files[1]).unlink()
     part = figures.summary(measured.read(files[0]))
     assert part["bytes"] == whole["bytes"]
-    assert [files[1].name in text for text in part["missing"]][0]
+    assert files[1].name in part["missing"][0]
 
 
 def test_a_file_of_another_tool_needs_no_manifest(small: Path, tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_a_file_of_another_architecture_is_refused(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(UnsupportedModel, match="general.architecture is 'llama', expected 'step35'"):
+    with pytest.raises(UnsupportedModel, match=r"general\.architecture is 'llama', expected 'step35'"):
         measured.read(tmp_path / "x.gguf")
 
 

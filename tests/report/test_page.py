@@ -162,7 +162,8 @@ def test_the_heat_map_is_read_by_pointer_and_keys(made: Made, page: Page) -> Non
         count, rmse = counts[layer - 2], ledger(made, layer, "down", "rmse")[expert]
         kind, error = made.manifest["tensors"][f"blk.{layer}.ffn_down_exps.weight"]["type"], errors[layer - 2, expert]
         return (
-            f"Layer {layer}, expert {expert} · down {kind} · error {percent(error)}, {digits(error / levels[kind])} × {kind}'s level · "
+            f"Layer {layer}, expert {expert} · down {kind} · error {percent(error)}, "
+            f"{digits(error / levels[kind])} × {kind}'s level · "
             f"RMSE {digits(rmse)} · use {digits(count[expert] / count.mean())} ×, {int(count[expert]):,} tokens"
         )
 

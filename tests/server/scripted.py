@@ -13,11 +13,16 @@ CALL = ["<tool_call>", "\n<function=get_weather>\n", "<parameter=city>\n", "Par"
 
 
 def answer(
-    pieces: list[str], *, reason: FinishReason = "stop", stops: tuple[str, ...] = (), n_cached: int = 0
+    pieces: list[str],
+    *,
+    reason: FinishReason = "stop",
+    stops: tuple[str, ...] = (),
+    n_cached: int = 0,
+    tools: tuple[Tool, ...] = (WEATHER,),
 ) -> tuple[list[Delta], Reply]:
     """The deltas of these tokens, and the reply that has read them. The prompt had 10 tokens."""
     markers = Markers(SPECIAL["</think>"], SPECIAL["<tool_call>"], SPECIAL["</tool_call>"])
-    reply = Reply(Prepared(Request(prompt=(0,) * 10), markers, True, (WEATHER,), stops))
+    reply = Reply(Prepared(Request(prompt=(0,) * 10), markers, True, tools, stops))
     deltas = [
         delta for piece in pieces for delta in reply.feed(Tokens((Step(SPECIAL.get(piece, 100), piece.encode()),)))
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from typing import Any
 
@@ -287,6 +288,96 @@ def test_messages_come_in_many_forms(server: Server, messages: list[dict[str, An
     assert message(server.chat(messages=messages))["content"] == answer
 
 
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
+NOTES = {"type": "file", "file": {"filename": "notes.txt", "file_data": "data:text/plain;base64,SGVsbG8="}}
+
+
+def text(part_type: str) -> dict[str, Any]:
+    return {"type": "text", "text": f"[{part_type}: this model reads text only]"}
+
+
+@pytest.mark.parametrize(
+    ("part", "shown"),
+    [
+        (IMAGE, text("image")),
+        ({"type": "image", "source": {}}, text("image")),
+        ({"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}, text("audio")),
+        ({"type": "video_url", "video_url": {"url": "x"}}, text("video")),
+        ({"type": "file", "file": {"file_id": "f"}}, text("file")),
+        ({"type": "hologram"}, text("hologram")),
+        (NOTES, {"type": "text", "text": "notes.txt\n\nHello"}),
+    ],
+    ids=lambda part: part["type"],
+)
+@pytest.mark.parametrize("place", ["user", "assistant", "tool", "tool's image as a message"])
+def test_a_part_of_an_old_turn_or_of_a_tools_result_is_shown_as_text(
+    server: Server, place: str, part: dict[str, Any], shown: dict[str, Any]
+) -> None:
+    """A 400 there would end the session, as the same part comes with every later turn."""
+
+    def turns(part: dict[str, Any]) -> list[dict[str, Any]]:
+        call = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+        parts = {"user": "What?", "assistant": "That.", "tool": "It.", place: [part]}
+        asked = [{"role": "user", "content": parts["user"]}, {"role": "assistant", "tool_calls": [call]}]
+        asked += [{"role": "tool", "tool_call_id": "c1", "content": parts["tool"]}]
+        if place == "tool's image as a message":
+            return [*asked, {"role": "user", "content": [part]}]
+        if place == "tool":
+            return asked
+        return [*asked, {"role": "assistant", "content": parts["assistant"]}, {"role": "user", "content": "Hello"}]
+
+    assert server.chat(messages=turns(part), max_tokens=1).status_code == 200
+    told, expected = (server.client.post("/tokenize", json={"messages": turns(p)}).json() for p in (part, shown))
+    assert told == expected
+
+
+def test_a_file_of_text_is_text_in_the_newest_message_too(server: Server) -> None:
+    hello = {"type": "file", "file": {"file_data": "SGVsbG8="}}
+    assert message(server.chat(messages=[{"role": "user", "content": [hello]}]))["content"] == (
+        "Hello! How can I help you?"
+    )
+
+
+def test_tools_that_run_elsewhere_are_left_out_with_one_line(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    others = [{"type": "web_search"}, {"type": "custom", "custom": {"name": "sh"}}, {"type": "mcp", "server_url": "x"}]
+    with serve() as server, caplog.at_level(logging.WARNING, "stepgguf.server"):
+        for _ in range(2):
+            found = server.chat("What is the weather in Paris?", tools=[*others, WEATHER])
+            assert message(found)["tool_calls"][0]["function"]["name"] == "get_weather"
+        forced = server.chat(
+            "Hello", tools=others, tool_choice={"type": "function", "function": {"name": "web_search"}}
+        )
+    assert [m for m in caplog.messages if "type of tool" in m] == [
+        f"ignored a type of tool that is not known here (said once): {kind!r}"
+        for kind in ("web_search", "custom", "mcp")
+    ]
+    assert forced.status_code == 400
+
+
+def test_a_call_of_another_type_in_an_old_turn_is_kept(server: Server) -> None:
+    call = {"id": "c1", "type": "custom", "custom": {"name": "sh", "input": "ls"}}
+    asked = [{"role": "user", "content": "List."}, {"role": "assistant", "tool_calls": [call]}]
+    asked += [{"role": "tool", "tool_call_id": "c1", "content": "a.txt"}, {"role": "user", "content": "Hello"}]
+    assert server.chat(messages=asked, max_tokens=1).status_code == 200
+    tokens = server.client.post("/tokenize", json={"messages": asked}).json()["tokens"]
+    shown = server.client.post("/detokenize", json={"tokens": tokens}).json()["text"]
+    assert "<function=sh>\n<parameter=input>\nls\n" in shown
+
+
+def test_only_allowed_tools_are_offered(server: Server) -> None:
+    other = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+    named = {"type": "function", "function": {"name": "add"}}
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [named]}}
+    found = server.chat("What is the weather in Paris?", tools=[WEATHER, other], tool_choice=choice)
+    assert message(found)["tool_calls"][0]["function"]["name"] == "add"
+
+
+def test_what_openais_library_calls_extra_body_may_come_as_it_is(server: Server) -> None:
+    extra = {"thinking": {"type": "disabled"}, "temperature": 2}
+    assert message(server.chat("Hello", max_tokens=4, extra_body=extra))["reasoning"] is None
+    assert server.chat("Hello", extra_body={"temprature": 1}).json()["error"]["param"] == "temprature"
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "text"),
     [
@@ -303,6 +394,10 @@ def test_messages_come_in_many_forms(server: Server, messages: list[dict[str, An
             "reads text only",
         ),
         ({"functions": []}, "functions", "use tools"),
+        ({"stream": False, "stream_options": {"include_usage": True}}, "stream_options", "stream: true"),
+        ({"max_tokens": 0}, "max_tokens", "expected greater than or equal to 1 or expected -1, found 0"),
+        ({"reasoning_effort": "hihg"}, "reasoning_effort", "one of none, minimal, low"),
+        ({"tools": [{"function": {"name": "a", "paramaters": {}}}]}, "tools[0].function.paramaters", "mean parameters"),
         ({"guided_regex": "a*"}, "guided_regex", "pattern"),
         ({"top_logprobs": 2}, "top_logprobs", "logprobs: true"),
         ({"n": 100}, "n", "at most 8"),
@@ -329,23 +424,52 @@ def test_what_cannot_be_served_is_refused_in_a_sentence(
         assert error["request_id"] == response.headers["x-request-id"]
 
 
+def test_no_limit_is_minus_one(server: Server) -> None:
+    for name in ("max_tokens", "max_completion_tokens"):
+        answer = server.chat(**{name: -1}).json()
+        assert answer["choices"][0]["finish_reason"] == "stop"
+        assert answer["usage"]["completion_tokens"] == 21
+
+
+def test_null_is_absence_at_every_depth(server: Server) -> None:
+    """Each body of the table below with null for every field that it could have."""
+    null = dict.fromkeys(
+        ("functions", "function_call", "audio", "temprature", "n_predict", "stream_options", "thinking")
+    )
+    message = {
+        "role": "user",
+        "content": "Hello",
+        **dict.fromkeys(("name", "tool_calls", "audio", "reasoning_details")),
+    }
+    function = {"name": "get_weather", **dict.fromkeys(("description", "parameters", "strict", "paramaters"))}
+    fields = {
+        "messages": [message],
+        "tools": [{"type": None, "function": function, "functions": None}],
+        "response_format": {"type": "text", "json_schema": None},
+        "reasoning": {"effort": None, "efort": None},
+        "chat_template_kwargs": {"enable_thinking": None, "enable_thinkin": None},
+        "nvext": {"guided_jsn": None},
+    }
+    assert server.chat(**null, **fields).status_code == 200
+
+
 def test_fields_of_hosted_services_are_accepted(server: Server) -> None:
     fields = {"user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "provider": {"order": []}}
     assert server.chat("Hello", **fields).status_code == 200
 
 
-def test_a_prompt_that_does_not_fit_says_both_numbers(server: Server) -> None:
-    response = server.chat("word " * 5000, stream=True)
-    assert response.status_code == 400
-    error = response.json()["error"]
-    assert error["code"] == "context_length_exceeded"
-    assert re.search(r"has \d{4,5} tokens, the context 4096", error["message"])
+def test_the_one_model_is_served_under_any_id_which_is_echoed(server: Server) -> None:
+    assert server.chat(max_tokens=1).json()["model"] == "demo"
+    for id in ("stepfun-ai/Step-3.5-Flash", "Demo.GGUF", "gpt-9", "claude-opus-4-8"):
+        assert server.chat(model=id, max_tokens=1).json()["model"] == id
+    assert server.chat(model="x" * 5000).status_code == 404
 
 
-def test_an_alias_is_echoed_and_an_unknown_model_is_not_found(server: Server) -> None:
-    assert server.chat(model="stepfun-ai/step-3.5-flash").json()["model"] == "stepfun-ai/step-3.5-flash"
-    assert server.chat().json()["model"] == "demo"
-    response = server.chat(model="gpt-9")
+def test_a_strict_server_knows_its_ids_whatever_the_capitals(serve: Serve) -> None:
+    with serve(strict=True) as server:
+        for id in ("stepfun-ai/Step-3.5-Flash", "demo", "demo.gguf", "DEMO.GGUF"):
+            assert server.chat(model=id, max_tokens=1).json()["model"] == id
+        response = server.chat(model="gpt-9")
     assert response.status_code == 404
     assert response.json()["error"]["code"] == "model_not_found"
     assert "demo, step-3.5-flash" in response.json()["error"]["message"]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
-from tests.server.conftest import Server
+import llama_cpp
+
+from tests.server.conftest import Serve, Server
 
 PROMPT = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n<think>\n"
 RAW = "The user greets me. I will greet back.\n</think>\nHello! How can I help you?"
@@ -56,6 +59,22 @@ def test_logprobs_have_the_old_shape(server: Server) -> None:
     assert all(value <= 0 for value in logprobs["token_logprobs"])
 
 
+def test_the_token_that_was_taken_is_among_the_alternatives(server: Server) -> None:
+    for n_top in (0, 2):
+        fields = {"logprobs": n_top, "temperature": 2, "top_k": 0, "top_p": 1, "seed": 1}
+        found = complete(server, prompt=PROMPT, **fields)["choices"][0]["logprobs"]
+        taken = list(zip(found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True))
+        assert all(top[token] == logprob for token, logprob, top in taken)
+        assert {len(top) for *_, top in taken} == ({1} if n_top == 0 else {2, 3})
+        if n_top:
+            assert all(list(top)[-1] == token for token, _, top in taken if len(top) == 3)
+
+
+def test_no_limit_is_minus_one_and_the_default_is_openais(server: Server) -> None:
+    assert complete(server, prompt=PROMPT, max_tokens=-1)["usage"]["completion_tokens"] == 21
+    assert complete(server, prompt=PROMPT, max_tokens=None)["usage"]["completion_tokens"] == 16
+
+
 def test_a_grammar_holds(server: Server) -> None:
     assert complete(server, prompt="x", grammar='root ::= "a" "b"')["choices"][0]["text"] == "ab"
 
@@ -69,6 +88,8 @@ def test_what_it_cannot_do_is_refused(server: Server) -> None:
         ({"prompt": [10**9]}, "prompt"),
         ({"prompt": ["a"] * 9}, "n"),
         ({"messages": []}, "messages"),
+        ({"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options"),
+        ({"prompt": "a", "n_predict": 5}, "n_predict"),
     ):
         response = server.client.post("/v1/completions", json=fields)
         assert response.status_code == 400, fields
@@ -85,7 +106,13 @@ def test_the_models_are_one_model_under_its_names(server: Server) -> None:
     ]
     assert all(model["root"] is None and model["context_length"] == 4096 for model in data)
     assert server.client.get("/v1/models/stepfun/step-3.5-flash").json() == data[2]
-    assert server.client.get("/v1/models/other").json()["error"]["code"] == "model_not_found"
+    assert server.client.get("/v1/models/claude-opus-4-8").json() == {**data[0], "id": "claude-opus-4-8"}
+
+
+def test_a_strict_server_has_no_other_models(serve: Serve) -> None:
+    with serve(strict=True) as server:
+        assert server.client.get("/v1/models/Demo.gguf").json()["id"] == "Demo.gguf"
+        assert server.client.get("/v1/models/other").json()["error"]["code"] == "model_not_found"
 
 
 def test_the_tokenizer_goes_both_ways(server: Server) -> None:
@@ -94,4 +121,26 @@ def test_the_tokenizer_goes_both_ways(server: Server) -> None:
     messages = [{"role": "user", "content": "Hello"}]
     assert server.client.post("/tokenize", json={"messages": messages}).json()["count"] == 23
     assert server.client.post("/tokenize", json={}).status_code == 400
+    assert server.client.post("/tokenize", json={"text": "a", "content": "a"}).status_code == 400
     assert server.client.post("/detokenize", json={"tokens": [-1]}).status_code == 400
+
+
+def test_the_tokenizer_does_what_llama_servers_does(server: Server, demo_gguf: Path) -> None:
+    """bos in front or not, special tokens in the text or their text, tokens with their bytes."""
+    tokenizer = llama_cpp.Llama(str(demo_gguf), vocab_only=True, verbose=False)
+    text = "<|im_start|>user\nnaïve 步"
+    for add in (False, True):
+        for parse in (False, True):
+            expected = tokenizer.tokenize(text.encode(), add_bos=add, special=parse)
+            asked = {"add_special": add, "parse_special": parse}
+            for name in ("content", "text"):
+                found = server.client.post("/tokenize", json={name: text, **asked}).json()
+                assert found["tokens"] == expected
+    default = server.client.post("/tokenize", json={"content": text}).json()["tokens"]
+    assert default == tokenizer.tokenize(text.encode(), add_bos=False, special=True)
+    pieces = server.client.post("/tokenize", json={"content": text, "with_pieces": True}).json()["tokens"]
+    assert [piece["id"] for piece in pieces] == default
+    parts = [p["piece"].encode() if isinstance(p["piece"], str) else bytes(p["piece"]) for p in pieces]
+    assert b"".join(parts).decode() == text
+    assert any(isinstance(piece["piece"], list) for piece in pieces)
+    assert server.client.post("/detokenize", json={"tokens": default}).json()["content"] == text

@@ -50,13 +50,18 @@ def test_the_log_has_the_id_and_the_tokens_but_no_text(server: Server, caplog: p
             headers={"x-request-id": "theirs-1"},
         )
         server.client.post(CHAT, json={"messages": [{"role": "user", "content": ["secret"]}]})
-        server.client.get("/health", headers={"x-request-id": "<b>bad</b>"})
+        server.client.get("/v1/models", headers={"x-request-id": "<b>bad</b>"})
+        server.client.get("/health")
+        server.client.get("/metrics")
     trace = response.headers["x-request-id"]
     assert any(
         re.search(rf"POST .*{CHAT}. 200 \d+ ms {trace} \d+\+3 tokens client=theirs-1", m) for m in caplog.messages
     )
     assert "secret" not in caplog.text
     assert "<b>" not in caplog.text
+    assert "/v1/models" in caplog.text
+    assert "/health" not in caplog.text
+    assert "/metrics" not in caplog.text
 
 
 def test_a_key_is_asked_for_everywhere_but_where_nothing_is_secret(serve: Serve) -> None:
@@ -91,19 +96,47 @@ def test_messages_refuse_in_anthropics_form(serve: Serve) -> None:
 def test_a_page_that_renamed_itself_is_not_answered(server: Server) -> None:
     response = server.client.get("/v1/models", headers={"host": f"evil.example:{server.port}"})
     assert response.status_code == 403
-    for host in (f"localhost:{server.port}", "127.0.0.1", "[::1]:80", "LOCALHOST"):
+    assert "--allowed-host" in response.json()["error"]["message"]
+    for host in (
+        *(f"localhost:{server.port}", "127.0.0.1", "[::1]:80", "LOCALHOST", "192.168.1.7:8080", "chat.localhost"),
+        *("host.docker.internal:8080", "host.containers.internal"),
+    ):
         assert server.client.get("/v1/models", headers={"host": host}).status_code == 200
 
 
 def test_another_name_can_be_allowed(serve: Serve) -> None:
-    with serve(allowed_hosts=("spark.local",)) as server:
+    with serve(allowed_hosts=("Spark.local",)) as server:
         assert server.client.get("/health", headers={"host": "spark.local:80"}).status_code == 200
 
 
-def test_a_form_from_a_web_page_is_not_json(server: Server) -> None:
-    body = json.dumps({"messages": [{"role": "user", "content": "Hello"}]})
-    response = server.client.post(CHAT, content=body, headers={"content-type": "text/plain"})
-    assert response.status_code == 415
+BODY = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}).encode()
+FORM = "application/x-www-form-urlencoded"  # what curl -d says
+
+
+@pytest.mark.parametrize(
+    "said", [None, FORM, "application/octet-stream", "Application/JSON; charset=utf-8", "x/y+json"]
+)
+def test_a_program_need_not_say_that_its_body_is_json(server: Server, said: str | None) -> None:
+    headers = {} if said is None else {"content-type": said}
+    for path in (CHAT, "/v1/completions", "/tokenize"):
+        body = BODY if path == CHAT else b'{"prompt": "a", "max_tokens": 1}' if "v1" in path else b'{"text": "a"}'
+        assert server.client.post(path, content=body, headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "said", [None, FORM, "text/plain", "text/plain; application/json", "multipart/form-data", "x/y"]
+)
+@pytest.mark.parametrize(
+    "mark", [{"origin": "http://evil.example"}, {"origin": "null"}, {"sec-fetch-site": "cross-site"}]
+)
+def test_what_a_web_page_can_send_unasked_is_not_read(server: Server, said: str | None, mark: dict[str, str]) -> None:
+    headers = mark if said is None else {**mark, "content-type": said}
+    assert server.client.post(CHAT, content=BODY, headers=headers).status_code == 415
+
+
+def test_a_form_of_text_is_not_read_whoever_sends_it(server: Server) -> None:
+    for said in ("text/plain", "multipart/form-data; boundary=x"):
+        assert server.client.post(CHAT, content=BODY, headers={"content-type": said}).status_code == 415
 
 
 def test_cors_is_off_and_can_be_switched_on(server: Server, serve: Serve) -> None:
@@ -180,7 +213,28 @@ def test_where_there_is_nothing_it_says_what_there_is(server: Server) -> None:
     assert response.status_code == 404
     assert response.json()["error"]["message"] == "there is no GET /v1/chat; /docs lists what there is"
     assert server.client.get(CHAT).status_code == 405
-    assert "Base URL" in server.client.post("/v1/v1/chat/completions").text.replace("base URL", "Base URL")
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("/chat/completions", "it is /v1/chat/completions"),
+        ("/v1/v1/chat/completions", "it is /v1/chat/completions"),
+        ("/api/v1/models", "it is /v1/models"),
+        ("/openai/v1/responses/", "it is /v1/responses"),
+        ("/messages", "it is /v1/messages"),
+        ("/v1/v1/messages", "it is /v1/messages"),
+        ("/v1/", "the base URL"),
+        ("/completion", "it is /v1/completions"),
+        ("/api/chat", "not Ollama's"),
+    ],
+)
+def test_a_client_at_the_wrong_address_is_told_its_base_url(server: Server, asked: str, said: str) -> None:
+    response = server.client.post(asked, json={})
+    assert response.status_code == 404
+    message = response.json()["error"]["message"]
+    assert said in message
+    assert f"OpenAI's clients is {server.url}/v1, that of Anthropic's {server.url}" in message
 
 
 def test_a_defect_of_ours_is_a_500_without_a_traceback(

@@ -8,16 +8,19 @@ from typing import Any
 
 import openai
 import pytest
-from openai.types.responses import Response, ResponseStreamEvent
+from openai.types.responses import Response, ResponseStreamEvent, ResponseTextConfigParam
+from openai.types.responses.input_token_count_params import InputTokenCountParams
+from openai.types.responses.response_create_params import ResponseCreateParamsBase
+from openai.types.shared_params import Reasoning as ReasoningParam
 from pydantic import BaseModel, TypeAdapter
 
 from stepgguf.chat.exchange import ChatModel
 from stepgguf.chat.request import ChatRequest
+from stepgguf.server.body import Body
 from stepgguf.server.config import ServerConfig
 from stepgguf.server.metrics import Metrics
 from stepgguf.server.problems import Problem
-from stepgguf.server.responses_items import conversation
-from stepgguf.server.responses_request import ResponseBody
+from stepgguf.server.responses_request import Prompt, ReasoningOptions, ResponseBody, TextOptions
 from stepgguf.server.responses_store import Answers
 from stepgguf.server.responses_tools import FunctionTool, Offers
 from stepgguf.server.responses_writer import ResponseWriter
@@ -147,47 +150,6 @@ def test_reasoning_is_also_sealed_if_the_client_asks_for_it() -> None:
 
 
 # the request ------------------------------------------------------------------------------------------------------
-
-
-def messages_of(items: Any) -> list[dict[str, Any]]:
-    read: Any = ResponseBody.model_validate({"input": items}).input
-    return conversation(read, Offers(()))
-
-
-def test_items_of_the_assistant_make_one_message_and_reasoning_starts_the_next() -> None:
-    text = {"type": "output_text", "text": "Let me look.", "annotations": []}
-    items = [
-        {"role": "developer", "content": "Be brief."},
-        {"role": "user", "content": [{"type": "input_text", "text": "Weather?"}]},
-        {"type": "reasoning", "id": "rs", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm."}]},
-        {"type": "message", "id": "msg", "role": "assistant", "status": "completed", "content": [text]},
-        {"type": "function_call", "id": "fc", "call_id": "a", "name": "f", "arguments": "{}"},
-        {"type": "reasoning", "id": "rs", "summary": [], "encrypted_content": seal("More.")},
-        {"type": "function_call", "call_id": "b", "name": "f", "arguments": '{"x":1}'},
-        {"type": "function_call_output", "call_id": "a", "output": "21"},
-        {"type": "function_call_output", "call_id": "b", "output": [{"type": "input_text", "text": "22"}]},
-    ]
-
-    def call(id: str, arguments: str) -> dict[str, Any]:
-        return {"id": id, "type": "function", "function": {"name": "f", "arguments": arguments}}
-
-    assert messages_of(items) == [
-        {"role": "developer", "content": "Be brief."},
-        {"role": "user", "content": "Weather?"},
-        {
-            "role": "assistant",
-            "content": "Let me look.",
-            "reasoning_content": "Hm.",
-            "tool_calls": [call("a", "{}")],
-        },
-        {"role": "assistant", "content": "", "reasoning_content": "More.", "tool_calls": [call("b", '{"x":1}')]},
-        {"role": "tool", "tool_call_id": "a", "content": "21"},
-        {"role": "tool", "tool_call_id": "b", "content": "22"},
-    ]
-
-
-def test_a_string_is_a_message_of_the_user() -> None:
-    assert messages_of("Hello") == [{"role": "user", "content": "Hello"}]
 
 
 def test_fields_become_those_of_the_request(chat_model: ChatModel) -> None:
@@ -359,6 +321,19 @@ def test_what_cannot_be_done_is_refused_and_named(
     assert response.status_code == 400
     assert error["param"] == param
     assert said in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("documented", "body"),
+    [
+        (ResponseCreateParamsBase, ResponseBody),
+        (InputTokenCountParams, Prompt),
+        (ReasoningParam, ReasoningOptions),
+        (ResponseTextConfigParam, TextOptions),
+    ],
+)
+def test_every_field_that_openai_documents_is_known(documented: type, body: type[Body]) -> None:
+    assert set(documented.__annotations__) <= set(body.model_fields)
 
 
 def test_what_means_nothing_here_is_accepted(server: Server) -> None:

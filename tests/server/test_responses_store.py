@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import AsyncGenerator, Iterator
+from typing import Any, cast
 
 import httpx
 import openai
@@ -13,7 +14,11 @@ import pytest
 from openai.types.responses import Response, ResponseItemList, ResponseStreamEvent
 from pydantic import TypeAdapter
 
+from stepgguf.server.responses_store import Answer
+from stepgguf.server.responses_writer import ResponseWriter
+from stepgguf.server.stream import Exchange, Part
 from tests.server.conftest import Serve, Server
+from tests.server.scripted import answer
 from tests.server.test_responses import COLD, QUESTION, WEATHER
 from tests.server.test_stream import ENDS, Dying
 
@@ -192,6 +197,15 @@ def test_answers_are_forgotten(serve: Serve) -> None:
         assert not found(server, made(server))
 
 
+def test_answers_are_forgotten_though_nobody_asks(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stepgguf.server.responses_store.SWEEP_SECONDS", 0.05)
+    with serve(stored_seconds=0.5) as server:
+        id = made(server)
+        assert found(server, id)
+        time.sleep(1)
+        assert not found(server, id)
+
+
 def made(server: Server, text: str = "Hello") -> str:
     answered = server.client.post("/v1/responses", json={"input": text, "max_output_tokens": 1})
     return str(answered.json()["id"])
@@ -267,6 +281,39 @@ def test_an_answer_that_is_not_finished_cannot_be_continued(server: Server, clie
     with pytest.raises(openai.BadRequestError, match="still being made"):
         client.responses.create(input="Hello", previous_response_id=response.id, **COLD)
     client.responses.cancel(response.id)
+
+
+def test_what_comes_while_a_reader_is_busy_is_read_next() -> None:
+    """The end, above all: of it nobody is told again."""
+    _, reply = answer(["</think>", "Hello"])
+    deltas, _ = answer(["</think>", "Hello"])
+
+    class Made:
+        """An exchange that is over at once."""
+
+        n_prompt = n_generated = 0
+        warnings = ()
+
+        def __init__(self) -> None:
+            self.reply = reply
+
+        async def parts(self) -> AsyncGenerator[Part, None]:
+            yield Part(0, deltas, None)
+
+        def cancel(self) -> None:
+            pass
+
+    async def read() -> list[str]:
+        writer = ResponseWriter("abc", "demo", 0, {}, {}, sealed=False)
+        found = Answer(writer, cast(Exchange, Made()), b"[]", keeps=True, background=False)
+        names = []
+        async for events in found.events():
+            names += [event["type"] for event in events]
+            await found.finished()
+        return names
+
+    names = asyncio.run(read())
+    assert (names[0], names[-1]) == ("response.created", "response.completed")
 
 
 @pytest.mark.parametrize("streamed", [False, True])

@@ -55,6 +55,15 @@ def test_it_lists_the_routes_and_how_they_refuse(document: dict[str, Any]) -> No
             assert content["application/json"]["schema"] == {"$ref": f"#/components/schemas/{error}"}
 
 
+def test_fields_stand_in_the_order_of_their_use(document: dict[str, Any]) -> None:
+    schemas = document["components"]["schemas"]
+    chat = list(schemas["ChatBody"]["properties"])
+    assert chat[:4] == ["model", "messages", "stream", "stream_options"]
+    order = ["max_tokens", "tools", "temperature", "reasoning_effort", "response_format", "user", "store"]
+    assert sorted(order, key=chat.index) == order
+    assert list(schemas["CompletionBody"]["properties"])[:3] == ["model", "prompt", "stream"]
+
+
 def test_every_field_that_has_no_effect_says_why(document: dict[str, Any]) -> None:
     properties = document["components"]["schemas"]["ChatBody"]["properties"]
     without_effect = {name for name, field in properties.items() if "without effect" in field.get("description", "")}

@@ -113,6 +113,9 @@ class LlamaEngine:
     def tokenize_piece(self, text: str) -> list[int]:
         return self._model.tokenize(text, add_special=False)
 
+    def tokenize_plain(self, text: str) -> list[int]:
+        return self._model.tokenize(text, add_special=False, parse_special=False)
+
     def token_id(self, text: str) -> int | None:
         ids = self.tokenize_piece(text)
         return ids[0] if len(ids) == 1 else None
@@ -131,11 +134,7 @@ class LlamaEngine:
 
     def submit(self, request: Request, sink: Sink) -> LlamaTicket:
         if len(request.prompt) >= self._info.n_ctx:
-            raise ContextLengthExceeded(
-                len(request.prompt),
-                self._info.n_ctx,
-                hint=f"Start with a larger --ctx (the model knows up to {self._info.n_ctx_train}) or a new chat.",
-            )
+            raise ContextLengthExceeded(len(request.prompt), self._info.n_ctx, self._info.n_ctx_train)
         self._check_open()
         run = Run(self._model, request, sink, self._info.n_ctx)
         try:

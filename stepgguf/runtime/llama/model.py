@@ -82,12 +82,13 @@ class Model:
 
     # tokens -----------------------------------------------------------------------------------------------------
 
-    def tokenize(self, text: str, *, add_special: bool) -> list[int]:
-        """Special tokens that are written in the text become their ids; add_special puts bos in front, once."""
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool = True) -> list[int]:
+        """parse_special: special tokens that are written in the text become their ids. add_special puts bos in front,
+        once."""
         data = text.encode("utf-8", errors="replace")
         room = len(data) + 2
         buffer = (llama_cpp.llama_token * room)()
-        n = llama_cpp.llama_tokenize(self.vocab, data, len(data), buffer, room, add_special, True)
+        n = llama_cpp.llama_tokenize(self.vocab, data, len(data), buffer, room, add_special, parse_special)
         assert 0 <= n <= room  # a token covers at least one byte
         ids = list(buffer[:n])
         bos = llama_cpp.llama_vocab_bos(self.vocab)

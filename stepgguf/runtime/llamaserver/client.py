@@ -131,7 +131,7 @@ def problem(answer: Json) -> StepggufError:
     error = answer.get("error", answer)
     message, kind = str(error.get("message", error)), error.get("type")
     if kind == "exceed_context_size_error":
-        return ContextLengthExceeded(error["n_prompt_tokens"], error["n_ctx"], hint="Start with a larger --ctx.")
+        return ContextLengthExceeded(error["n_prompt_tokens"], error["n_ctx"])
     if kind == "invalid_request_error":
         return RequestError(f"llama-server refuses the request: {message}")
     if kind == "authentication_error":

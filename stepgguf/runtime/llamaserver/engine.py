@@ -122,6 +122,9 @@ class LlamaServerEngine:
     def tokenize_piece(self, text: str) -> list[int]:
         return self._ask(self._vocabulary.tokenize_piece, text)
 
+    def tokenize_plain(self, text: str) -> list[int]:
+        return self._ask(self._vocabulary.tokenize_plain, text)
+
     def token_id(self, text: str) -> int | None:
         ids = self.tokenize_piece(text)
         return ids[0] if len(ids) == 1 else None
@@ -141,7 +144,7 @@ class LlamaServerEngine:
     def submit(self, request: Request, sink: Sink) -> LlamaServerTicket:
         n_prompt, n_ctx = len(request.prompt), self._info.n_ctx
         if n_prompt >= n_ctx:
-            raise ContextLengthExceeded(n_prompt, n_ctx, hint="Start with a larger --ctx or a new chat.")
+            raise ContextLengthExceeded(n_prompt, n_ctx, self._info.n_ctx_train)
         if request.grammar is not None:
             check_rules(request.grammar)
         run = Run(self._backend, request, sink)

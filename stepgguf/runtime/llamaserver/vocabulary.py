@@ -24,6 +24,9 @@ class Vocabulary:
     def tokenize_piece(self, text: str) -> list[int]:
         return self._ids(text, add_special=False)
 
+    def tokenize_plain(self, text: str) -> list[int]:
+        return self._ids(text, add_special=False, parse_special=False)
+
     def piece(self, token_id: int) -> bytes:
         """A token that is a part of a character comes as U+FFFD."""
         if token_id not in self._pieces:
@@ -36,7 +39,7 @@ class Vocabulary:
         tokens = self._client.post("/tokenize", {"content": text, "with_pieces": True})["tokens"]
         return [(t["id"], t["piece"].encode() if isinstance(t["piece"], str) else bytes(t["piece"])) for t in tokens]
 
-    def _ids(self, text: str, *, add_special: bool) -> list[int]:
-        answer = self._client.post("/tokenize", {"content": text, "add_special": add_special, "parse_special": True})
-        ids: list[int] = answer["tokens"]
+    def _ids(self, text: str, *, add_special: bool, parse_special: bool = True) -> list[int]:
+        asked = {"content": text, "add_special": add_special, "parse_special": parse_special}
+        ids: list[int] = self._client.post("/tokenize", asked)["tokens"]
         return ids

@@ -127,7 +127,8 @@ def test_a_refusal_is_shown_with_its_request(server: Server, page: Page) -> None
     page.open(server.url)
     page.run("document.querySelector('#composer textarea').value = 'word '.repeat(5000)")
     page.ask(" ")
-    assert re.search(r"has \d{4,5} tokens, the context 4096[\s\S]*\nRequest [0-9a-f]{24}$", page.text(".note.wrong"))
+    refusal = r"context length is 4096 tokens[\s\S]* resulted in \d{4,5} tokens[\s\S]*\nRequest [0-9a-f]{24}$"
+    assert re.search(refusal, page.text(".note.wrong"))
     asked(page, "Hello", temperature="3")
     assert "less than or equal to 2" in page.text(".answer:last-child .note")
 

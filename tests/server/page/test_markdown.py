@@ -61,7 +61,8 @@ def test_nothing_that_is_written_becomes_a_page(tell: Tell, page: Page) -> None:
 
 MARKDOWN = r"""# Title
 
-A *slanted*, **bold**, ~~struck~~, `code <b>` and [linked](https://example.org/a_(b)) 2*3*4 snake_case_name $5, $6 and \( a_1 * b_1 \).
+A *slanted*, **bold**, ~~struck~~, `code <b>` and [linked](https://example.org/a_(b)) 2*3*4 snake_case_name
+$5, $6 and \( a_1 * b_1 \).
 
 | a | b |
 |---|--:|
@@ -101,7 +102,7 @@ def test_markdown_is_rendered_alike_in_one_piece_and_in_many(tell: Tell, script:
     for part in (
         "<h2>Title</h2>",
         "<em>slanted</em>, <strong>bold</strong>, <s>struck</s>, <code>code &lt;b&gt;</code>",
-        f'<a href="https://example.org/a_(b)" {rel}>linked</a> 2*3*4 snake_case_name $5, $6 and',
+        f'<a href="https://example.org/a_(b)" {rel}>linked</a> 2*3*4 snake_case_name\n$5, $6 and',
         '<annotation encoding="application/x-tex"> a_1 * b_1 </annotation>',
         '<td>1</td><td style="text-align: right;"><code>x|y</code></td><td>beyond</td>',
         '<ol start="3"><li><p>three</p><ul><li><p class="tight">inner</p></li></ul></li>',
@@ -184,8 +185,8 @@ def test_marks_that_are_probably_to_come_are_closed_while_a_text_grows(server: S
 
 
 WORDS = [f"w{i}x" for i in range(12)]
-PIECES = """< </div> <b> & &amp; ( ) [ ] ![ ](u) " = / \\ \\( \\) \\[ \\] { } ** * __ _ ` ``` ~~ ~~~ # > - + | |-|-| 1. 7) [a]:
-2*3 $ $$ \t 中文 ： é""".split()
+PIECES = """< </div> <b> & &amp; ( ) [ ] ![ ](u) " = / \\ \\( \\) \\[ \\] { } ** * __ _ ` ``` ~~ ~~~ # > - + | |-|-| 1. 7)
+[a]: 2*3 $ $$ \t 中文 ： é""".split()
 PIECE = st.sampled_from([*WORDS, *PIECES, " ", "\n", "\n\n", "    "])
 ALWAYS_SHOWN = set('<&()[]"=/;:{}!')
 

@@ -6,9 +6,10 @@ const NAME = "stepgguf.key";
 
 export const key = () => sessionStorage.getItem(NAME);
 
-/** The server answered 401. Its form opens; a key that was given is forgotten, and the form says that it was wrong. */
-export function askForKey() {
-  const field = $("key-field"), isWrong = Boolean(key()), isNew = $("key").hidden;
+/** The server answered 401 to this key. Its form opens; a wrong key is forgotten, and the form says that it was wrong. */
+export function askForKey(given) {
+  if (given !== key()) return; // another one has been typed since
+  const field = $("key-field"), isWrong = Boolean(given), isNew = $("key").hidden;
   if (isWrong) {
     sessionStorage.removeItem(NAME);
     $("key-problem").textContent = "The server does not take this key. Please type it again.";

@@ -7,13 +7,13 @@ export const problem = ({ message, request_id }, status) =>
   Object.assign(new Error(request_id ? `${message}\nRequest ${request_id}` : message), { status });
 
 export async function api(path, options = {}) {
-  const headers = { "content-type": "application/json" };
-  if (key()) headers.authorization = `Bearer ${key()}`;
+  const headers = { "content-type": "application/json" }, given = key();
+  if (given) headers.authorization = `Bearer ${given}`;
   const response = await fetch(path, { ...options, headers }).catch((error) => {
     throw error.name === "AbortError" ? error : problem({ message: "The server cannot be reached." });
   });
   if (response.ok) return response;
-  if (response.status === 401) askForKey();
+  if (response.status === 401) askForKey(given);
   const body = await response.json().catch(() => ({}));
   throw problem(body.error ?? { message: `The server answered with status ${response.status}.` }, response.status);
 }

@@ -1,0 +1,150 @@
+"""How much the model may think.
+
+Vendors have two dozen spellings of this one quantity, and clients send several at once. Each is a row of
+`ThinkingFields` and becomes a limit in tokens, of which the least counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
+
+from stepgguf.chat.request import EFFORTS
+from stepgguf.server.body import Body, ignored
+from stepgguf.server.config import ServerConfig
+from stepgguf.server.fields import UNLIMITED, Effort, Nvext, Tokens, limit
+
+# Words for efforts that are not among EFFORTS.
+SAID = dict.fromkeys(("off", "disabled", "disable", "false", "no"), "none")
+SAID |= dict.fromkeys(("on", "enabled", "enable", "true", "yes", "default", "auto", "adaptive", "dynamic"), "max")
+
+
+def _word(value: Any) -> Any:
+    """A word as EFFORTS has it. Clients write it with capitals, or say on and off."""
+    if not isinstance(value, str):
+        return value
+    word = SAID.get(value.strip().lower(), value.strip().lower())
+    if word not in EFFORTS:
+        known = ", ".join(EFFORTS)
+        raise PydanticCustomError("unknown_effort", "expected one of {known}, or a number of tokens", {"known": known})
+    return word
+
+
+def _inverse(value: bool | None) -> bool | None:
+    return None if value is None else not value
+
+
+def _low(value: Any) -> Any:
+    return {True: "low", False: "high"}[value] if isinstance(value, bool) else value
+
+
+Level = Annotated[bool | Tokens | Effort, BeforeValidator(_word)]
+
+
+class MapAmounts(Body):
+    """How much thinking, as an object says it."""
+
+    type: Level | None = Field(None, description="enabled, disabled, adaptive, auto.")
+    effort: Level | None = Field(None, description="OpenRouter's, OpenAI's.")
+    enabled: bool | None = Field(None, description="OpenRouter's, Together's. false: no thinking.")
+    enable: bool | None = Field(None, description="SGLang's other name of enabled.")
+    reasoning_effort: Level | None = Field(None, description="SGLang's other name of effort.")
+    max_tokens: Tokens | None = Field(None, description="OpenRouter's.")
+    budget_tokens: Tokens | None = Field(None, description="Anthropic's.")
+    token_budget: Tokens | None = Field(None, description="Cohere's.")
+
+    def asked(self) -> Iterator[HowMuch | None]:
+        return (getattr(self, name) for name in MapAmounts.model_fields)
+
+
+class ThinkingMap(MapAmounts):
+    exclude: bool | None = Field(None, description="OpenRouter's: think, but do not send the thinking.")
+    summary: Any = ignored("nobody writes one; the reasoning itself is sent")
+    generate_summary: Any = ignored("nobody writes one; the reasoning itself is sent")
+    display: Any = ignored("the reasoning itself is sent")
+    clear_thinking: Any = ignored("the chat template decides which reasoning stays")
+    keep: Any = ignored("the chat template decides which reasoning stays")
+
+
+HowMuch = Annotated[
+    Annotated[ThinkingMap, Tag("a map")] | Annotated[Level, Tag("a level")],
+    Discriminator(lambda value: "a map" if isinstance(value, dict | ThinkingMap) else "a level"),
+]
+
+
+class ThinkingFields(Body):
+    """THE table: every spelling of "at most so many tokens of thinking". A field is a row, and its type says how it is
+    read. Vendors have them in the body or, as vLLM, SGLang and llama.cpp, in chat_template_kwargs; here they may
+    stand in both. This model's template has no switches of its own."""
+
+    reasoning_effort: HowMuch | None = Field(
+        None,
+        description="OpenAI's and most others'. none: no thinking; low, medium: a limit to it; high: no limit. A "
+        f"number is a limit in tokens, {UNLIMITED} none. Of all spellings of this that are sent the least counts.",
+        examples=["low"],
+    )
+    reasoning: HowMuch | None = Field(None, description="OpenRouter's, Together's, SGLang's map; LM Studio's word.")
+    thinking: HowMuch | None = Field(
+        None, description="Map or switch of Anthropic, Z.ai, DeepSeek, Moonshot, Volcengine, Cohere, NVIDIA."
+    )
+    think: HowMuch | None = Field(None, description="Ollama's.")
+    enable_thinking: bool | None = Field(None, description="DashScope's, SiliconFlow's, Qwen's, GLM's.")
+    disable_reasoning: Annotated[bool | None, AfterValidator(_inverse)] = Field(None, description="Cerebras'.")
+    thinking_mode: Level | None = Field(None, description="MiniMax's.")
+    thinking_effort: Level | None = Field(None, description="Moonshot's.")
+    low_effort: Annotated[Level | None, BeforeValidator(_low)] = Field(None, description="NVIDIA's switch.")
+    thinking_budget: Tokens | None = Field(None, description="DashScope's, SiliconFlow's, Gemini's.")
+    thinking_budget_tokens: Tokens | None = Field(None, description="llama.cpp's.")
+    reasoning_budget_tokens: Tokens | None = Field(None, description="llama.cpp's other name of it.")
+    reasoning_budget: Tokens | None = Field(None, description="NVIDIA's.")
+    max_thinking_tokens: Tokens | None = Field(None, description="NVIDIA's.")
+    thinking_token_budget: Tokens | None = Field(None, description="vLLM's.")
+
+    def asked(self) -> Iterator[HowMuch | None]:
+        """How much each spelling allows."""
+        return (getattr(self, name) for name in ThinkingFields.model_fields)
+
+
+class ReasoningFields(ThinkingFields):
+    chat_template_kwargs: ThinkingFields | None = None
+    nvext: Nvext | None = None
+    include_reasoning: bool | None = Field(None, description="false: think, but do not send the thinking.")
+    reasoning_format: Literal["general", "deepseek-style", "deepseek", "auto", "parsed", "hidden"] | None = Field(
+        None,
+        description="StepFun's, llama.cpp's, Groq's. The thinking is always sent under both names, reasoning and "
+        "reasoning_content; hidden: not at all.",
+    )
+
+    def asked(self) -> Iterator[HowMuch | None]:
+        yield from super().asked()
+        if self.chat_template_kwargs is not None:
+            yield from self.chat_template_kwargs.asked()
+        if self.nvext is not None:
+            yield self.nvext.max_thinking_tokens
+
+    def thinking_limit(self, config: ServerConfig) -> int | None:
+        """In tokens; None is none."""
+        return _least(self.asked(), config.efforts)
+
+    def shows_reasoning(self) -> bool:
+        maps = (self.reasoning, self.thinking, self.reasoning_effort)
+        excluded = any(isinstance(one, ThinkingMap) and one.exclude for one in maps)
+        return not excluded and self.include_reasoning is not False and self.reasoning_format != "hidden"
+
+
+def _least(asked: Iterable[HowMuch | None], efforts: Mapping[str, int | None]) -> int | None:
+    limits = (_tokens(one, efforts) for one in asked)
+    return min((tokens for tokens in limits if tokens is not None), default=None)
+
+
+def _tokens(asked: HowMuch | None, efforts: Mapping[str, int | None]) -> int | None:
+    if isinstance(asked, ThinkingMap):
+        return _least(asked.asked(), efforts)
+    if isinstance(asked, bool):
+        return None if asked else 0
+    if isinstance(asked, str):
+        return efforts[asked]
+    return limit(asked)

@@ -1,0 +1,175 @@
+"""What the scripts here share: the real server before a model by script, an agent from a package registry, and a home
+of its own for it, in which nothing leads out of this machine.
+
+    python -m tests.clients.agents.claude_code
+
+installs the agent into a temporary folder, lets it work, prints what happened, and ends with 1 if something is wrong.
+The model's answers are texts in its own format, made from the prompt; all else is the real thing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from stepgguf.chat.exchange import ChatModel
+from stepgguf.errors import ContextLengthExceeded
+from stepgguf.runtime.engine import Finished, ModelInfo, Request, Sampling, Sink, Stats, Step, Timings, Tokens
+from stepgguf.server.config import ServerConfig
+from tests.server.conftest import running
+
+MODEL = "step-3.5-flash"
+KEY = "no-key-is-needed"
+NOWHERE = "http://127.0.0.1:9"  # as a proxy: what is not on this machine cannot be reached
+TIMEOUT = 180.0
+_PIECE = re.compile(r"<\|im_start\|>|<\|im_end\|>|</?think>|</?tool_call>|\s?\w{1,4}|.", re.DOTALL)
+
+Answer = Callable[[str], str]  # from the text of a prompt to what the model says to it, thinking first
+
+
+class ScriptedEngine:
+    """A model by script. A token is about as much text as one of a real vocabulary."""
+
+    def __init__(self, answer: Answer, n_ctx: int) -> None:
+        template = files("stepgguf.demo") / "model" / "chat_template.jinja"
+        self.info = ModelInfo("scripted", template.read_text(), Sampling(), n_ctx, n_ctx, 2**20, "script")
+        self.prompts: list[str] = []  # that were answered
+        self.refused: list[str] = []  # what was said to those that were too long
+        self._answer = answer
+        self._ids: dict[str, int] = {}
+        self._pieces: list[str] = []
+        self._lock = threading.Lock()
+
+    def tokenize_piece(self, text: str) -> list[int]:
+        with self._lock:
+            return [self._id(piece) for piece in _PIECE.findall(text)]
+
+    tokenize = tokenize_piece
+
+    def _id(self, piece: str) -> int:
+        if piece not in self._ids:
+            self._ids[piece] = len(self._pieces)
+            self._pieces.append(piece)
+        return self._ids[piece]
+
+    def token_id(self, text: str) -> int | None:
+        ids = self.tokenize_piece(text)
+        return ids[0] if len(ids) == 1 else None
+
+    def piece(self, token_id: int) -> bytes:
+        return self._pieces[token_id].encode()
+
+    def submit(self, request: Request, sink: Sink) -> ScriptedEngine:
+        n_prompt = len(request.prompt)
+        if n_prompt >= self.info.n_ctx:
+            error = ContextLengthExceeded(n_prompt, self.info.n_ctx, self.info.n_ctx_train)
+            self.refused.append(error.message)
+            raise error
+        prompt = "".join(self._pieces[token] for token in request.prompt)
+        self.prompts.append(prompt)
+        answer = self.tokenize_piece(self._answer(prompt))
+        room = self.info.n_ctx - n_prompt
+        said = answer[: min(room, request.max_tokens or room)]
+
+        def generate() -> None:
+            for token in said:
+                sink(Tokens((Step(token, self.piece(token)),)))
+            timings = Timings(n_prompt=n_prompt, n_generated=len(said))
+            sink(Finished("length" if len(said) < len(answer) else "stop", timings))
+
+        threading.Thread(target=generate).start()
+        return self
+
+    def cancel(self) -> None:
+        pass
+
+    def end_reasoning(self) -> None:
+        pass
+
+    def stats(self) -> Stats:
+        return Stats()
+
+
+def call(name: str, **arguments: str) -> str:
+    """A tool call in the model's format."""
+    values = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in arguments.items())
+    return f"<tool_call>\n<function={name}>\n{values}</function>\n</tool_call>"
+
+
+def thought(answer: str) -> str:
+    return f"Let me see.\n</think>\n{answer}"
+
+
+@dataclass
+class Stage:
+    """url: of the server, without /v1. home: an empty folder that is also the working directory. output: of the last
+    run, shown when a check fails."""
+
+    url: str
+    engine: ScriptedEngine
+    home: Path
+    output: str = ""
+    passed: bool = True
+
+    def run(self, command: Sequence[str | Path], environment: Mapping[str, str], input: str = "") -> str:
+        """Its output, stdout and stderr together. Nothing of this process's environment is passed on."""
+        bare = {"PATH": os.environ["PATH"], "HOME": str(self.home), "TERM": "dumb", "NO_COLOR": "1"}
+        bare |= {"HTTPS_PROXY": NOWHERE, "HTTP_PROXY": NOWHERE, "NO_PROXY": "127.0.0.1,localhost"}
+        process = subprocess.Popen(
+            [str(part) for part in command],
+            cwd=self.home,
+            env={**bare, **environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            output, _ = process.communicate(input, timeout=TIMEOUT)
+        except subprocess.TimeoutExpired:
+            output = f"{command[0]} was still running after {TIMEOUT:g} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # and what it started
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        self.output = output
+        return output
+
+    def shown(self, role: str, text: str) -> bool:
+        """Whether this is a whole turn of the last prompt. Roles: user, assistant, tool_response, system."""
+        return bool(self.engine.prompts) and f"<|im_start|>{role}\n{text}<|im_end|>" in self.engine.prompts[-1]
+
+    def check(self, what: str, holds: object) -> None:
+        self.passed &= bool(holds)
+        print("ok      " if holds else "FAILED  ", what, flush=True)
+        if not holds:
+            print(self.output)
+
+
+@contextlib.contextmanager
+def stage(answer: Answer, n_ctx: int = 131072) -> Iterator[Stage]:
+    engine = ScriptedEngine(answer, n_ctx)
+    with tempfile.TemporaryDirectory() as home, running(ChatModel(engine), ServerConfig((MODEL,))) as server:
+        yield Stage(server.url, engine, Path(home))
+
+
+@contextlib.contextmanager
+def installed(package: str, command: str) -> Iterator[Path]:
+    """The path of a package's command, from npm. The package is gone afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        install = ["npm", "install", "--no-audit", "--no-fund", "--loglevel=error", "--prefix", folder, package]
+        subprocess.run(install, check=True, stdout=subprocess.DEVNULL)
+        path = Path(folder, "node_modules", ".bin", command)
+        version = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout.strip()
+        print(f"{package}: {version}", flush=True)
+        yield path

@@ -1,0 +1,30 @@
+"""Which errors are the request's, and which the server's."""
+
+from __future__ import annotations
+
+import pytest
+
+from stepgguf.errors import GGUFError, RequestError, StepggufError, TemplateRefused
+from stepgguf.server.problems import problem
+
+
+def branch(kind: type[StepggufError]) -> list[type[StepggufError]]:
+    return [kind, *(kind for below in kind.__subclasses__() for kind in branch(below))]
+
+
+@pytest.mark.parametrize("kind", branch(RequestError))
+def test_an_error_of_the_request_is_a_400_with_its_field(kind: type[RequestError]) -> None:
+    found = problem(kind("no", param="messages", hint="Ask otherwise."))
+    assert (found.status, found.param, found.message) == (400, "messages", "no. Ask otherwise.")
+
+
+@pytest.mark.parametrize("kind", branch(GGUFError))
+def test_an_error_of_the_file_is_not_the_clients(kind: type[GGUFError]) -> None:
+    found = problem(kind("a key is missing"))
+    assert (found.status, found.param) == (500, None)
+    assert found.headers == {"x-should-retry": "false"}, "it would fail again"
+
+
+def test_a_template_that_refuses_messages_is_an_error_of_the_request() -> None:
+    assert issubclass(TemplateRefused, RequestError)
+    assert not issubclass(TemplateRefused, GGUFError)
