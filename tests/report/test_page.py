@@ -298,36 +298,14 @@ def test_the_page_asks_nobody_and_runs_nothing_else(made: Made, page: Page) -> N
     page.problems()  # the console has them too
 
 
-# Of every visible element with text of its own: its colour, and those behind it from the nearest that is opaque.
-CONTRASTS = """
-  const parse = (text) => { const [r, g, b, a = 1] = text.match(/[\\d.]+/g).map(Number); return [r, g, b, a]; };
-  const linear = (v) => v / 255 <= .04045 ? v / 255 / 12.92 : ((v / 255 + .055) / 1.055) ** 2.4;
-  const light = ([r, g, b]) => .2126 * linear(r) + .7152 * linear(g) + .0722 * linear(b);
-  const behind = (element) => {
-    const colour = parse(getComputedStyle(element).backgroundColor);
-    return colour[3] === 1 || !element.parentElement ? colour : behind(element.parentElement);
-  };
-  for (const details of document.querySelectorAll("details")) details.open = true;
-  const found = [];
-  for (const element of document.querySelectorAll("body *")) {
-    const own = [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
-    if (!own || !element.checkVisibility({ checkVisibilityCSS: true }) || element.closest("script, style")) continue;
-    const colours = [parse(getComputedStyle(element).color), behind(element)];
-    const [a, b] = colours.map(light).sort((x, y) => y - x);
-    found.push([(a + .05) / (b + .05), `${element.tagName} ${element.textContent.trim().slice(0, 30)} ${colours}`]);
-  }
-  return found;
-"""
-
-
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_all_text_has_the_contrast_that_wcag_asks_for(made: Made, page: Page, theme: str) -> None:
     """4.5 : 1 is level AA for text of any size (WCAG 2.2, 1.4.3)."""
-    page.devtools("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": theme}])
+    page.show_theme(theme)
     show(page, made, lambda manifest: manifest.update(recipe="default = 'Q4_K'"))
     is_dark = page.run("return getComputedStyle(document.body).backgroundColor") == "rgb(24, 23, 22)"
     assert is_dark == (theme == "dark")
-    found = page.run(CONTRASTS)
+    found = page.contrasts()
     assert len(found) > 300
     assert [text for ratio, text in found if ratio < 4.5] == []
 
@@ -335,9 +313,7 @@ def test_all_text_has_the_contrast_that_wcag_asks_for(made: Made, page: Page, th
 @pytest.mark.parametrize("width", [360, 768, 1400])
 def test_nothing_is_wider_than_the_window(made: Made, page: Page, width: int) -> None:
     show(page, made)
-    page.devtools(
-        "Emulation.setDeviceMetricsOverride", width=width, height=640, deviceScaleFactor=1, mobile=width < 500
-    )
+    page.show_width(width)
     page.run("for (const details of document.querySelectorAll('details')) details.open = true")
     assert page.run("return document.documentElement.scrollWidth") <= width
     canvas = page.run(f"const c = document.querySelector('{EXPERTS} canvas'); return [c.width, c.height]")

@@ -291,16 +291,6 @@ def test_answer_now_ends_the_thinking(tell: Tell, page: Page) -> None:
     assert page.text(".answer-now") == ""
 
 
-def test_answer_now_ends_the_thinking_of_the_model(server: Server, page: Page) -> None:
-    page.open(server.url)
-    page.run("document.querySelector('#composer textarea').value = arguments[0]", LETTERS)
-    page.type(ENTER)
-    page.until("document.querySelector('.answer-now')?.checkVisibility()")
-    page.run("document.querySelector('.answer-now').click()")
-    assert page.answer() != ""
-    assert int(page.text("summary").split(", ")[1].split()[0]) < 41  # what it thinks without
-
-
 def test_stop_before_the_answer_has_a_name_ends_it_too(tell: Tell, page: Page, scripted_engine: Scripted) -> None:
     tell(threading.Event())
     page.run("document.querySelector('#composer textarea').value = 'Go'")

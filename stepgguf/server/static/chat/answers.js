@@ -56,7 +56,7 @@ export async function run(chat, index, before, changed) {
   runs.delete(chat.id);
 }
 
-/** One connection, until it ends. Raises what the server says against it, and that an unasked question got nowhere. */
+/** One connection, until it ends. Raises what the server says against it, and that a question did not get there. */
 async function listen(running, asked, changed) {
   const { chat, answer, stop: { signal } } = running;
   const again = `v1/responses/${answer.id}?stream=true&starting_after=${answer.cursor}`;
@@ -72,7 +72,7 @@ async function listen(running, asked, changed) {
       if (running.unwanted && answer.id) stop(chat.id);
     }
   } catch (error) {
-    if (signal.aborted || error.status || !answer.id) throw error;
+    if (signal.aborted || !answer.id || error.status < 500) throw error;
   }
   if (!answer.id) throw problem({ message: "The connection was lost before the answer began." });
 }
@@ -98,7 +98,7 @@ const ENDS = { completed: "stop", incomplete: "length", cancelled: "stopped", fa
 /** now: null if it happened when nobody knows. */
 function take(answer, { type, sequence_number, response, delta, tokens, message }, now) {
   const { at } = answer;
-  if (type === "error") throw problem({ message }, 500); // the stream's, not the answer's
+  if (type === "error") throw problem({ message }); // the stream's, not the answer's
   if (tokens === undefined) answer.cursor = sequence_number;
   else answer.tokens = tokens;
   if (tokens && answer.content) answer.thoughts ??= tokens - 1; // it is counted after the first of the text

@@ -10,12 +10,13 @@ const CLOSES = { "$": "$", "$$": "$$", "\\(": "\\)", "\\[": "\\]" };
 /** source: with its delimiters. What is not closed yet, or what Temml cannot read, is shown as it was written. */
 export function formula(source) {
   const open = /^(\$\$?|\\.)/.exec(source)[0], n = open.length, displayMode = open === "$$" || open === "\\[";
-  const node = make("span", { className: displayMode ? "math display" : "math" });
+  const node = make("span", { className: displayMode ? "math display" : "math", title: source });
   try {
     if (source.length > LONGEST || !source.slice(n).endsWith(CLOSES[open])) throw new RangeError(source);
-    temml.render(source.slice(n, -n), node, { displayMode, annotate: true, throwOnError: true, trust: false });
+    temml.render(source.slice(n, -n), node, { displayMode, wrap: "tex", throwOnError: true, trust: false });
   } catch {
     node.classList.add("source");
+    node.removeAttribute("title");
     node.replaceChildren(source);
   }
   return node;
