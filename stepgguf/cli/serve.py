@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import socket
 from typing import Annotated
 
@@ -86,6 +87,9 @@ def serve(
             f"{host} can be reached from other machines: set --api-key or STEPGGUF_API_KEY, or say --no-key",
             param_hint="--host",
         )
+    for name in allowed_host or ():
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise typer.BadParameter(f"expected a name such as spark.lan, found {name!r}", param_hint="--allowed-host")
     if api_key == "":
         raise typer.BadParameter("the key is empty", param_hint="--api-key")
     options = loading.EngineOptions(

@@ -1,13 +1,10 @@
 """What a client of Anthropic's Messages API asks for, as a ChatRequest.
 
-    user      tool_result -> a message of role tool; text -> a user message; in the order of the blocks
-    assistant thinking -> reasoning_content; text -> content; tool_use -> tool_calls
+    messages  turn by turn; see anthropic_turns.py
     system    one message, from a string or from text blocks
 
-Blocks of other types. What holds text is text (unreadable.py). Images and documents become a sentence, in the results
-of tools and wherever they come again with the history; in what the user has just written they are refused. Blocks that
-speak of what Anthropic's own service did (server_tool_use, web_search_tool_result), and those newer than this server,
-are left out with a line in the log. So are tools that Anthropic defines, unless tool_choice demands one.
+Images and documents are refused in what the user has just written, and nowhere else. Blocks and tools that mean nothing
+to this model are left out with a line in the log, unless tool_choice demands such a tool.
 
 Thinking. This model always thinks unless its budget is 0.
     absent         it thinks, no more than effort medium does and in at most half of max_tokens, and no thinking blocks
@@ -21,157 +18,27 @@ output_config.effort is a limit as reasoning_effort is in chat completions. disp
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag
 
 from stepgguf.chat.request import ChatRequest, JsonSchema, Tool, ToolChoice
 from stepgguf.errors import RequestError
+from stepgguf.server.anthropic_turns import Texts, Turn, join
 from stepgguf.server.anthropic_writer import Display
 from stepgguf.server.body import Body, Part, ignored
 from stepgguf.server.chat_request import Function, FunctionTool, as_tools
 from stepgguf.server.fields import Effort, SamplingFields
-from stepgguf.server.sealed import unseal
 from stepgguf.server.service import Service
-from stepgguf.server.unreadable import (
-    LONGEST_TYPE,
-    WORDS,
-    AnyPart,
-    TextPart,
-    UnreadablePart,
-    as_text,
-    just_written,
-    refuse_unreadable,
-)
-
-log = logging.getLogger(__name__)
-MOST_LOGGED = 8
-
-
-class ThinkingBlock(Part):
-    type: Literal["thinking"]
-    thinking: str
-    signature: str = ""
-
-    @property
-    def reasoning(self) -> str:
-        return self.thinking or unseal(self.signature)
-
-
-class RedactedThinkingBlock(Part):
-    """Encrypted by Anthropic, for Anthropic: nothing of it can be read here."""
-
-    type: Literal["redacted_thinking"]
-
-
-class ToolUseBlock(Part):
-    type: Literal["tool_use"]
-    id: str
-    name: str
-    input: dict[str, Any]
-
-
-def _blocks(content: Any) -> Any:
-    """A string is short for one block."""
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
-Texts = Annotated[list[AnyPart], BeforeValidator(_blocks)]
-
-
-def _result_part(part: Any) -> Any:
-    """A client's search over its own tools gives their names; all of them are offered here from the start."""
-    if isinstance(part, dict) and part.get("type") == "tool_reference":
-        return {"type": "text", "text": f"The tool {part.get('tool_name')} is there."}
-    return part
-
-
-class ToolResultBlock(Part):
-    type: Literal["tool_result"]
-    tool_use_id: str
-    content: Annotated[list[Annotated[AnyPart, BeforeValidator(_result_part)]], BeforeValidator(_blocks)] | None = None
-    is_error: bool | None = None
-
-    @property
-    def text(self) -> str:
-        text = _join(block.text for block in self.content or ())
-        return f"Error: {text}" if self.is_error else text
-
-
-Block = TextPart | ThinkingBlock | RedactedThinkingBlock | ToolUseBlock | ToolResultBlock
-RENDERED: dict[str, tuple[type[Block], ...]] = {
-    "user": (TextPart, ToolResultBlock),
-    "assistant": (TextPart, ThinkingBlock, RedactedThinkingBlock, ToolUseBlock),
-    "system": (TextPart,),
-}
-OURS = ("text", "thinking", "redacted_thinking", "tool_use", "tool_result")
-
-
-def _block(block: Any) -> Any:
-    return block if isinstance(block, dict) and block.get("type") in OURS else as_text(block)
-
-
-_Block = Annotated[Annotated[Block, Field(discriminator="type")], BeforeValidator(_block)]
-
-
-class Turn(Part):
-    role: Literal["user", "assistant", "system"]
-    content: Annotated[list[_Block], BeforeValidator(_blocks)]
-
-    @property
-    def has_results(self) -> bool:
-        return any(isinstance(block, ToolResultBlock) for block in self.content)
-
-    def renders(self, block: Block) -> bool:
-        """Whether the model is shown anything of it. A sentence in an image's place is not put into its own mouth."""
-        if isinstance(block, UnreadablePart):
-            return self.role == "user" and any(word in block.was for word in WORDS)
-        return isinstance(block, RENDERED[self.role])
-
-    def messages(self) -> Iterator[dict[str, Any]]:
-        """As OpenAI's chat messages."""
-        blocks = [block for block in self.content if self.renders(block)]
-        if self.role == "assistant":
-            yield from _answer(blocks)
-            return
-        texts: list[str] = []
-        for block in blocks:
-            if isinstance(block, TextPart):
-                texts.append(block.text)
-            elif isinstance(block, ToolResultBlock):
-                yield from self._said(texts)
-                texts = []
-                yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": block.text}
-        yield from self._said(texts)
-
-    def _said(self, texts: list[str]) -> Iterator[dict[str, Any]]:
-        if texts:
-            yield {"role": self.role, "content": _join(texts)}
-
-
-def _answer(blocks: list[Block]) -> Iterator[dict[str, Any]]:
-    """The assistant's message, if there is anything of it."""
-    calls = [
-        {"id": b.id, "type": "function", "function": {"name": b.name, "arguments": b.input}}
-        for b in blocks
-        if isinstance(b, ToolUseBlock)
-    ]
-    message: dict[str, Any] = {
-        "role": "assistant",
-        "content": _join(b.text for b in blocks if isinstance(b, TextPart)),
-        "reasoning_content": _join(b.reasoning for b in blocks if isinstance(b, ThinkingBlock)),
-    }
-    if calls:
-        message["tool_calls"] = calls
-    if blocks:
-        yield message
+from stepgguf.server.unreadable import just_written, refuse_unreadable
 
 
 class CustomTool(Function):
+    type: str | None = None
     parameters: dict[str, Any] | None = Field(alias="input_schema")
+    eager_input_streaming: Any = ignored("arguments are streamed as they come")
 
 
 class ForeignTool(Part):
@@ -207,7 +74,8 @@ class Choice(Body):
 class Thinking(Body):
     type: Literal["enabled", "adaptive", "disabled"]
     budget_tokens: int | None = Field(None, ge=0)
-    display: Literal["summarized", "omitted"] | None = None
+    display: Literal["summarized", "omitted", "updates"] | None = None
+    block_binding: Any = ignored("a signature holds nothing that could be bound")
 
 
 class JsonFormat(Part):
@@ -218,6 +86,7 @@ class JsonFormat(Part):
 class OutputConfig(Body):
     effort: Effort | None = None
     format: JsonFormat | None = None
+    task_budget: Any = ignored("max_tokens is the limit")
 
 
 class Prompt(Body):
@@ -237,6 +106,7 @@ class Prompt(Body):
     compaction: Any = ignored("a prompt that does not fit is refused, not cut")
     mcp_servers: Any = ignored("nothing is called from here; offer their tools in `tools`")
     speed: Any = ignored("there is one speed")
+    billing_policy: Any = ignored("nothing is billed")
     user_profile_id: Any = ignored("there is one user")
     workspace_id: Any = ignored("there is one workspace")
     betas: Any = ignored("what is known is always on")
@@ -246,7 +116,8 @@ class Prompt(Body):
         choice = self.tool_choice or Choice(type="auto")
         config = self.output_config or OutputConfig()
         form = config.format or self.output_format
-        self._log_left_out()
+        service.unknown.ignore("type of tool", (t.type for t in self.tools or () if isinstance(t, ForeignTool)))
+        service.unknown.ignore("type of block", (kind for turn in self.messages for kind in turn.left_out))
         return ChatRequest(
             messages=[*self.told(), *(message for turn in self.messages for message in turn.messages())],
             sampling=service.engine.info.sampling,
@@ -271,21 +142,8 @@ class Prompt(Body):
             )
         return as_tools([FunctionTool(function=tool) for tool in offered])
 
-    def _log_left_out(self) -> None:
-        tools = [tool.type for tool in self.tools or () if isinstance(tool, ForeignTool)]
-        blocks = [
-            block.was if isinstance(block, UnreadablePart) else block.type
-            for turn in self.messages
-            for block in turn.content
-            if not turn.renders(block)
-        ]
-        for what, types in (("tools", tools), ("blocks", blocks)):
-            if types:
-                shown = [kind[:LONGEST_TYPE] for kind in dict.fromkeys(types)][:MOST_LOGGED]
-                log.info("left out %d %s that mean nothing to this model: %r", len(types), what, shown)
-
     def told(self) -> Iterator[dict[str, Any]]:
-        text = _join(block.text for block in self.system or ())
+        text = join(block.text for block in self.system or ())
         if text:
             yield {"role": "system", "content": text}
 
@@ -301,6 +159,7 @@ class Prompt(Body):
 class Create(Prompt, SamplingFields):
     """temperature: Anthropic's ends at 1, that of StepFun's own Messages API at 2."""
 
+    elsewhere: ClassVar = {"thread": "nothing is stored here: send the whole conversation as `messages`"}
     max_tokens: int = Field(ge=1)
     stop_sequences: list[str] | None = Field(None, description="Texts that end the answer.")
     stream: bool | None = None
@@ -310,6 +169,8 @@ class Create(Prompt, SamplingFields):
     container: Any = ignored("nothing is run here")
     diagnostics: Any = ignored("usage says what came from the cache")
     inference_geo: Any = ignored("it runs where it runs")
+    fallbacks: Any = ignored("there is one model")
+    fallback_credit_token: Any = ignored("nothing is billed")
 
     @property
     def display(self) -> Display:
@@ -343,8 +204,3 @@ class Create(Prompt, SamplingFields):
         if self.thinking is not None:
             return budget
         return half if budget is None else min(budget, half)
-
-
-def _join(texts: Iterable[str]) -> str:
-    """Blocks are paragraphs."""
-    return "\n\n".join(text for text in texts if text)

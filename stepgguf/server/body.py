@@ -1,4 +1,4 @@
-"""Request bodies: JSON that is safe to look at, then models that accept what they know and name what they do not.
+"""Request bodies: models that accept what they know and name what they do not.
 
 A field is honoured, or it is in `Ignored` with the reason, or unknown.py says what becomes of it. Null means absent, as
 clients send it.
@@ -6,29 +6,58 @@ clients send it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Coroutine, Mapping
+from inspect import get_annotations
 from typing import Any, ClassVar
 
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 
-from stepgguf.server.problems import Refusal
+from stepgguf.server.json_text import parse
+from stepgguf.server.problems import Refusal, explain
 from stepgguf.server.unknown import LONGEST_NAME, MOST_OF_ONE_REQUEST, REQUEST, OfOneRequest, namesake, near_miss
 
-TOO_DEEP = "the body is nested too deeply"
 WITHOUT_EFFECT = "Accepted, without effect"
+FIRST = ("model", "messages", "input")
+
+
+def _fail_fast(schema: Any) -> None:
+    """Of every list in it, as pydantic's FailFast does for one."""
+    if isinstance(schema, dict):
+        if schema.get("type") == "list":
+            schema["fail_fast"] = True
+        schema = list(schema.values())
+    if isinstance(schema, list):
+        for part in schema:
+            _fail_fast(part)
 
 
 class Part(BaseModel):
     """An object of a request, which may carry more than is read of it, because its makers keep adding to it. Null is
-    absence: clients send it for what they do not set."""
+    absence: clients send it for what they do not set. The first wrong item of a list refuses it: half a million
+    explanations would take seconds to collect."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False, protected_namespaces=())
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema = handler(source)
+        _fail_fast(schema)
+        return schema
 
     @model_validator(mode="before")
     @classmethod
@@ -41,6 +70,23 @@ class Body(Part):
     what to use instead. They are refused."""
 
     elsewhere: ClassVar[Mapping[str, str]] = {}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """The fields in the order of their use, as /docs shows them: FIRST, what is needed, the class's own, those
+        of its bases, last what has no effect."""
+        described = handler(schema)
+        found = handler.resolve_ref_schema(described)
+        fields, needed = cls.model_fields, found.get("required", ())
+        declared = [name for kind in cls.__mro__ for name in get_annotations(kind) if name in fields]
+        names = [fields[name].alias or name for name in declared]
+
+        def rank(item: tuple[str, JsonSchemaValue]) -> tuple[bool, bool, bool, int]:
+            name, told = item[0], item[1].get("description", "")
+            return told.startswith(WITHOUT_EFFECT), name not in FIRST, name not in needed, names.index(name)
+
+        found["properties"] = dict(sorted(found.get("properties", {}).items(), key=rank))
+        return described
 
     @model_validator(mode="before")
     @classmethod
@@ -126,50 +172,34 @@ class JsonRoute(APIRoute):
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
+        annotation: Any = self.body_field.field_info.annotation if self.body_field is not None else object
+        model = TypeAdapter(annotation)
 
         async def handle(request: Request) -> Response:
             REQUEST.set(OfOneRequest(request.app.state.service.unknown))
-            return await handler(JsonRequest(request.scope, request.receive))
+            return await handler(JsonRequest(request, model))
 
         return handle
 
 
 class JsonRequest(Request):
+    """A request whose JSON becomes the route's model off the event loop, since a large body takes a while. FastAPI
+    validates on the event loop; it then finds an instance and has nothing to do."""
+
+    def __init__(self, request: Request, model: TypeAdapter[Any]) -> None:
+        super().__init__(request.scope, request.receive)
+        self._model = model
+
     async def json(self) -> Any:
-        """Large bodies take a while: off the event loop."""
         depth = self.app.state.service.config.max_json_depth
-        return await run_in_threadpool(_parse, await self.body(), depth)
+        return await run_in_threadpool(_read, await self.body(), depth, self._model)
 
 
-def _parse(body: bytes, depth: int) -> Any:
+def _read(body: bytes, depth: int, model: TypeAdapter[Any]) -> Any:
+    value = parse(body, depth)
     try:
-        value = json.loads(body, parse_constant=_refuse)
-        _look_into(value, depth)
-    except RecursionError:
-        raise Refusal(400, TOO_DEEP, code="invalid_json") from None
-    except ValueError as error:
-        raise Refusal(400, f"the body is not JSON: {error}", code="invalid_json") from None
-    return value
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no number of JSON")
-
-
-def _look_into(value: object, depth: int) -> None:
-    """Everything that Python's parser lets through and that others stumble over. Goes down level by level."""
-    level = [value]
-    for _ in range(depth):
-        inner: list[object] = []
-        for item in level:
-            if isinstance(item, str):
-                item.encode()  # half a surrogate pair is a UnicodeEncodeError, which is a ValueError
-            elif isinstance(item, dict):
-                inner += item
-                inner += item.values()
-            elif isinstance(item, list):
-                inner += item
-        level = inner
-        if not level:
-            return
-    raise Refusal(400, TOO_DEEP, code="invalid_json")
+        return model.validate_python(value)
+    except ValidationError as error:
+        errors = [{**one, "loc": ("body", *one["loc"])} for one in error.errors(include_url=False)]
+        message, param = explain(errors, value)
+        raise Refusal(400, message, param=param) from None

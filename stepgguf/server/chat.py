@@ -22,7 +22,7 @@ from stepgguf.chat.exchange import Reply
 from stepgguf.chat.output import Delta
 from stepgguf.runtime.engine import Step
 from stepgguf.server.body import JsonRoute
-from stepgguf.server.chat_request import ChatBody
+from stepgguf.server.chat_request import ChatBody, wants_usage
 from stepgguf.server.openai_shapes import (
     ChatChoice,
     ChatChunk,
@@ -62,8 +62,8 @@ async def chat_completions(body: ChatBody, request: Request, service: TheService
         with_logprobs=bool(body.logprobs),
         trace=trace(request),
     )
-    n, with_usage = body.n_answers(service), body.with_usage
-    prepared = await service.prepare(body.chat_request(service))
+    n, with_usage = body.n_answers(service), wants_usage(body.stream, body.stream_options)
+    prepared = await service.prepare(body)
     exchange = await service.start(copies(prepared, n), request)
     if body.stream:
         events = writer.stream(exchange, with_usage=with_usage)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from stepgguf.chat.request import ChatRequest, Tool, ToolChoice
 from stepgguf.errors import RequestError
@@ -37,7 +38,8 @@ def _as_function(call: Any) -> Any:
 
 
 class Message(Part):
-    """`content`: null is empty. The thinking of earlier answers may come back under any of three names."""
+    """`content`: null is empty. The thinking of earlier answers may come back under any of three names, and old clients
+    send the functions of before there were tools."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[AnyPart] | None = None
@@ -47,6 +49,17 @@ class Message(Part):
     reasoning_details: list[dict[str, Any]] | None = None
     tool_calls: list[Annotated[ToolCall, BeforeValidator(_as_function)]] | None = None
     tool_call_id: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_tools(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        if data.get("role") == "function":
+            return {**data, "role": "tool"}
+        if data.get("function_call") and not data.get("tool_calls"):
+            return {**data, "tool_calls": [{"function": data["function_call"]}]}
+        return data
 
 
 def as_chat(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -100,9 +113,8 @@ def functions(tools: Sequence[FunctionTool | OtherTool] | None, service: Service
 def as_tools(offered: list[FunctionTool] | None) -> tuple[Tool, ...]:
     """RequestError: two have one name."""
     functions = [tool.function for tool in offered or ()]
-    names = [function.name for function in functions]
-    for name in names:
-        if names.count(name) > 1:
+    for name, n in Counter(function.name for function in functions).items():
+        if n > 1:
             raise RequestError(f"tools: two functions are called {name}", param="tools")
     return tuple(Tool(f.name, f.description, f.parameters or {}) for f in functions)
 
@@ -147,28 +159,30 @@ class StreamOptions(Body):
     continuous_usage_stats: Any = ignored("usage comes with the last chunk")
 
 
-class StreamFields(Body):
-    stream: bool | None = None
-    stream_options: StreamOptions | None = Field(None, description="Only with stream: true.")
-
-    @property
-    def with_usage(self) -> bool:
-        """RequestError: there is no stream to have options."""
-        if self.stream_options is not None and not self.stream:
-            raise RequestError("stream_options is only allowed with stream: true", param="stream_options")
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
+def wants_usage(stream: bool | None, options: StreamOptions | None) -> bool:
+    """RequestError: there is no stream to have options."""
+    if options is not None and not stream:
+        raise RequestError("stream_options is only allowed with stream: true", param="stream_options")
+    return options is not None and bool(options.include_usage)
 
 
-class ConversationFields(Body):
-    model: str | None = Field(
-        None, description="Any id: one model is served. Default: its own.", examples=["step-3.5-flash"]
-    )
+class ChatBody(SamplingFields, ReasoningFields, FormatFields, ExtraBody, Ignored):
+    elsewhere: ClassVar = {
+        **FormatFields.elsewhere,
+        "functions": "functions are not supported any more; use tools",
+        "function_call": "function_call is not supported any more; use tool_choice",
+        "audio": "the model writes text only",
+        "system": "here it is a message of role system",
+        "instructions": "here it is a message of role system",
+    }
     messages: list[Message] = Field(
         min_length=1, examples=[[{"role": "user", "content": "How many 'r's are in the word strawberry?"}]]
     )
-
-
-class AnswerFields(Body):
+    model: str | None = Field(
+        None, description="Any id: one model is served. Default: its own.", examples=["step-3.5-flash"]
+    )
+    stream: bool | None = None
+    stream_options: StreamOptions | None = Field(None, description="Only with stream: true.")
     max_completion_tokens: AnswerTokens | None = Field(
         None, description="Thinking counts. Default, and -1: what the context holds."
     )
@@ -180,21 +194,6 @@ class AnswerFields(Body):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     modalities: list[Literal["text"]] | None = None
-
-
-class ChatBody(
-    Ignored, ExtraBody, FormatFields, ReasoningFields, SamplingFields, AnswerFields, StreamFields, ConversationFields
-):
-    """pydantic takes the fields of the last base first: they stand in the order of their use."""
-
-    elsewhere: ClassVar = {
-        **FormatFields.elsewhere,
-        "functions": "functions are not supported any more; use tools",
-        "function_call": "function_call is not supported any more; use tool_choice",
-        "audio": "the model writes text only",
-        "system": "here it is a message of role system",
-        "instructions": "here it is a message of role system",
-    }
 
     def chat_request(self, service: Service) -> ChatRequest:
         """RequestError: the fields do not go together."""

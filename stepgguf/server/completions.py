@@ -18,9 +18,9 @@ from stepgguf.chat.request import ToolChoice
 from stepgguf.errors import RequestError
 from stepgguf.runtime.engine import Request as EngineRequest
 from stepgguf.runtime.engine import Step
-from stepgguf.server.body import Body, ExtraBody, Ignored, JsonRoute
+from stepgguf.server.body import ExtraBody, Ignored, JsonRoute
 from stepgguf.server.chat import usage
-from stepgguf.server.chat_request import StreamFields
+from stepgguf.server.chat_request import StreamOptions, wants_usage
 from stepgguf.server.fields import AnswerTokens, FormatFields, SamplingFields, limit
 from stepgguf.server.openai_shapes import FinishReason, TextChoice, TextCompletion, TextLogprobs, Usage
 from stepgguf.server.problems import Problem, openai_error
@@ -32,12 +32,15 @@ router = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
 MAX_TOKENS = 16  # OpenAI's default
 
 
-class PromptFields(Body):
-    model: str | None = Field(None, description="Any id: one model is served. Default: its own.")
+class CompletionBody(SamplingFields, FormatFields, ExtraBody, Ignored):
+    elsewhere: ClassVar = {
+        **FormatFields.elsewhere,
+        "messages": "messages belong to /v1/chat/completions",
+    }
     prompt: str | list[str] | list[int] | list[list[int]] = Field(examples=["Once upon a time"])
-
-
-class AnswerFields(Body):
+    model: str | None = Field(None, description="Any id: one model is served. Default: its own.")
+    stream: bool | None = None
+    stream_options: StreamOptions | None = Field(None, description="Only with stream: true.")
     max_tokens: AnswerTokens | None = Field(
         None, description=f"Default: {MAX_TOKENS}, as OpenAI's. -1: what the context holds."
     )
@@ -46,15 +49,6 @@ class AnswerFields(Body):
     echo: bool | None = Field(None, description="The text starts with the prompt.")
     logprobs: int | None = Field(None, ge=0, le=5, description="So many alternatives to each token, and the token.")
     suffix: str | None = Field(None, description="Refused: the model cannot fill in.")
-
-
-class CompletionBody(Ignored, ExtraBody, FormatFields, SamplingFields, AnswerFields, StreamFields, PromptFields):
-    """The fields of the last base come first."""
-
-    elsewhere: ClassVar = {
-        **FormatFields.elsewhere,
-        "messages": "messages belong to /v1/chat/completions",
-    }
 
     def check(self) -> None:
         """RequestError: what this server cannot do."""
@@ -66,14 +60,13 @@ class CompletionBody(Ignored, ExtraBody, FormatFields, SamplingFields, AnswerFie
             raise RequestError("echo: there are no logprobs of a prompt", param="echo", hint="Leave out one of them.")
 
     def prompts(self, service: Service) -> list[tuple[int, ...]]:
-        """Token ids of each. RequestError: a prompt is empty, or an id is not one."""
-        if isinstance(self.prompt, str):
-            tokenized: Sequence[Sequence[int]] = [service.engine.tokenize(self.prompt)]
-        elif self.prompt and isinstance(self.prompt[0], int):
-            tokenized = [self.prompt]
-        else:
-            given = cast("list[str] | list[list[int]]", self.prompt)
-            tokenized = [service.engine.tokenize(text) if isinstance(text, str) else text for text in given]
+        """Token ids of each. RequestError: a prompt is empty, an id is not one, or they are too many."""
+        one = isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int))
+        given = cast("list[str] | list[list[int]]", [self.prompt] if one else self.prompt)
+        n, most = len(given) * (self.n or 1), service.config.max_n
+        if n > most:
+            raise RequestError(f"this server makes at most {most} answers at a time, found {n}", param="n")
+        tokenized = [service.engine.tokenize(text) if isinstance(text, str) else text for text in given]
         if not tokenized or not all(tokenized):
             raise RequestError("prompt: expected at least one token", param="prompt")
         n_vocab = service.engine.info.n_vocab
@@ -84,17 +77,12 @@ class CompletionBody(Ignored, ExtraBody, FormatFields, SamplingFields, AnswerFie
 
     def prepare(self, service: Service) -> list[Prepared]:
         self.check()
-        info, markers, n, most = service.engine.info, service.chat.markers, self.n or 1, service.config.max_n
-        prompts = self.prompts(service)
-        if len(prompts) * n > most:
-            raise RequestError(
-                f"this server makes at most {most} answers at a time, found {len(prompts) * n}", param="n"
-            )
+        info, markers, n = service.engine.info, service.chat.markers, self.n or 1
         grammar = constrain(
             markers, thinking=False, format=self.format(), tools=(), choice=ToolChoice("none"), parallel=False
         )
         prepared = []
-        for prompt in prompts:
+        for prompt in self.prompts(service):
             request = EngineRequest(
                 prompt,
                 self.sampling(info.sampling, info.n_vocab),
@@ -113,9 +101,9 @@ class CompletionBody(Ignored, ExtraBody, FormatFields, SamplingFields, AnswerFie
 )
 async def completions(body: CompletionBody, request: Request, service: TheService) -> Response:
     """Go on from a prompt as it is. For conversations use /v1/chat/completions."""
-    model, with_usage = service.model(body.model), body.with_usage
+    model, with_usage = service.model(body.model), wants_usage(body.stream, body.stream_options)
     prepared = await run_in_threadpool(body.prepare, service)
-    echoes = [_text(service, p) if body.echo else "" for p in prepared]
+    echoes = await run_in_threadpool(lambda: [_text(service, p) if body.echo else "" for p in prepared])
     writer = TextWriter(f"cmpl-{trace(request)}", now(), model, service.fingerprint, body.logprobs, trace(request))
     exchange = await service.start(prepared, request)
     if body.stream:

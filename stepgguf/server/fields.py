@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from stepgguf.chat.request import Choice, Format, Gbnf, JsonObject, JsonSchema
 from stepgguf.errors import RequestError
@@ -22,6 +23,7 @@ Tokens = Annotated[int, Field(ge=UNLIMITED)]
 AnswerTokens = Annotated[int, Field(ge=1)] | Literal[-1]
 RANDOM_SEED = -1  # llama.cpp's, LM Studio's
 MOST_STOPS = 16
+MOST_BIASED = 4096
 NO_REGEX = "regular expressions are not supported; use grammar, or `pattern` in a JSON schema"
 GREEDY = 1e-3  # a temperature below makes logits overflow; the likeliest token it is in any case
 
@@ -29,6 +31,13 @@ GREEDY = 1e-3  # a temperature below makes logits overflow; the likeliest token 
 def limit(tokens: int | None) -> int | None:
     """None is no limit."""
     return None if tokens == UNLIMITED else tokens
+
+
+def _of_few_tokens(bias: Any) -> Any:
+    """Before each is looked at."""
+    if isinstance(bias, (dict, list)) and len(bias) > MOST_BIASED:
+        raise PydanticCustomError("too_long", "at most {most} tokens can have a bias", {"most": MOST_BIASED})
+    return bias
 
 
 class SamplingFields(Body):
@@ -44,7 +53,7 @@ class SamplingFields(Body):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, ge=0.01, le=2, description="1 is off.")
     repeat_penalty: float | None = Field(None, ge=0.01, le=2, description="llama.cpp's name of repetition_penalty.")
-    logit_bias: dict[str, Bias] | list[tuple[int, Bias]] | None = Field(
+    logit_bias: Annotated[dict[str, Bias] | list[tuple[int, Bias]] | None, BeforeValidator(_of_few_tokens)] = Field(
         None, description="Token ids and what is added to their logits.", examples=[{"271": -100}]
     )
 

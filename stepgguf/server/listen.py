@@ -13,6 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from stepgguf.runtime.engine import Engine
+from stepgguf.server.connection import Connection
 
 log = logging.getLogger(__name__)
 HEADER_BYTES = 32 * 1024  # of a request's head; browsers and agents stay below 16
@@ -22,12 +23,12 @@ SHUTDOWN_SECONDS = 5  # for answers that are being sent when the server is told 
 
 
 def uvicorn_config(app: FastAPI, *, host: str, port: int) -> uvicorn.Config:
-    """Port 0 is any free one. h11 because it alone bounds a request's head; the log is the application's own."""
+    """Port 0 is any free one. `Connection` is on h11, which alone bounds a head's size. The application has a log."""
     return uvicorn.Config(
         app,
         host=host,
         port=port,
-        http="h11",
+        http=Connection,
         ws="none",
         lifespan="off",
         access_log=False,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Request
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 from typing_extensions import TypedDict
 
@@ -27,7 +26,7 @@ router = APIRouter(route_class=JsonRoute, tags=["Anthropic"])
 async def create(body: Create, request: Request, service: TheService) -> Response:
     """Answer a conversation, as Anthropic's API does. With `stream`, as server-sent events."""
     model = service.model(body.model)
-    exchange = await service.start([await service.prepare(body.chat_request(service))], request)
+    exchange = await service.start([await service.prepare(body)], request)
     writer = MessageWriter(trace(request), model, body.display, body.max_tokens)
     if body.stream:
 
@@ -45,8 +44,7 @@ async def create(body: Create, request: Request, service: TheService) -> Respons
 async def count_tokens(body: Prompt, service: TheService) -> Counted:
     """How many tokens the prompt of such a message has."""
     service.model(body.model)
-    prompt, _ = await run_in_threadpool(service.chat.prompt, body.chat_request(service))
-    return {"input_tokens": len(prompt)}
+    return {"input_tokens": await service.count(body)}
 
 
 async def stream(exchange: Exchange, writer: MessageWriter) -> Events:

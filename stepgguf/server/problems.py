@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from json import JSONEncoder
 from typing import Any, Literal
 
 from fastapi.exceptions import RequestValidationError
@@ -234,5 +235,10 @@ def _expected(message: str) -> str:
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
+    """The start of a value as JSON. No more of it is written than that: it may be megabytes."""
+    text = ""
+    for piece in JSONEncoder(ensure_ascii=False, default=repr).iterencode(value):
+        text += piece
+        if len(text) > SHOWN:
+            return text[: SHOWN - 3] + "..."
+    return text

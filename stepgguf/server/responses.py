@@ -56,11 +56,19 @@ async def create(body: ResponseBody, request: Request, service: TheService, answ
     """Answer a conversation, as OpenAI's Responses API does. With `stream`, as server-sent events. With `background`
     at once, and the answer goes on until it is finished or cancelled, whether or not the client stays."""
     model = service.model(body.model)
-    asked = await run_in_threadpool(body.asked, service, answers)
+    asked = await run_in_threadpool(body.chat_request, service, answers)
     context = await run_in_threadpool(lambda: json.dumps(asked.items).encode())
     exchange = await _start(body, asked, request, service)
     echo = body.echo(asked.request.sampling)
-    writer = ResponseWriter(trace(request), model, now(), echo, asked.offers.by_name, sealed=body.sealed)
+    writer = ResponseWriter(
+        trace(request),
+        model,
+        now(),
+        echo,
+        asked.offers.by_name,
+        sealed=body.sealed,
+        shows_reasoning=body.shows_reasoning(),
+    )
     answer = Answer(writer, exchange, context, keeps=body.stored, background=bool(body.background))
     answers.add(answer)
     if body.stream:
@@ -77,7 +85,7 @@ async def create(body: ResponseBody, request: Request, service: TheService, answ
 async def input_tokens(body: Prompt, service: TheService, answers: TheAnswers) -> Counted:
     """How many tokens the prompt of such a response has."""
     service.model(body.model)
-    asked = await run_in_threadpool(body.asked, service, answers)
+    asked = await run_in_threadpool(body.chat_request, service, answers)
     prompt, _ = await run_in_threadpool(service.chat.prompt, asked.request)
     return {"object": "response.input_tokens", "input_tokens": len(prompt)}
 
@@ -143,7 +151,7 @@ async def end_reasoning(id: str, answers: TheAnswers) -> Response:
 
 
 async def _start(body: ResponseBody, asked: Asked, request: Request, service: Service) -> Exchange:
-    prepared = [await service.prepare(asked.request)]
+    prepared = [await run_in_threadpool(service.chat.prepare, asked.request)]
     if body.background:  # the store owns it, not the request
         return await Exchange.start(service.engine, prepared, service.metrics)
     return await service.start(prepared, request)

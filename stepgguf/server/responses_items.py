@@ -7,7 +7,7 @@
 
 Items that follow one another and are the assistant's make one message; reasoning starts the next one. The history may
 hold items of tools that run elsewhere, or that are newer than this server: a call with a result is shown as the call of
-a function, whatever its type; of what else there is the log says once that it is left out.
+a function, whatever its type; what else there is is left out.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, Typ
 from pydantic_core.core_schema import ValidatorFunctionWrapHandler
 
 from stepgguf.server.body import Part
-from stepgguf.server.responses_tools import INPUT, LONGEST_NAME, Offers, note
+from stepgguf.server.responses_tools import INPUT, Offers
 from stepgguf.server.sealed import unseal
 from stepgguf.server.unreadable import AnyPart, TextPart, as_text, just_written, refuse_unreadable
 
@@ -167,6 +167,11 @@ def read(items: Sequence[Json]) -> list[Item]:
     return _adapter.validate_python(items)
 
 
+def left_out(items: Iterable[Item]) -> list[str]:
+    """The types of those that the model is shown nothing of."""
+    return [item.type for item in items if isinstance(item, OtherItem) and not any(_as_call(item))]
+
+
 def refuse_what_was_just_written(items: Sequence[Item], n_before: int) -> None:
     """RequestError: the user has just sent what the model cannot read. n_before: items that are not in the body."""
     index = just_written([_role(item) for item in items])
@@ -212,7 +217,7 @@ def _role(item: Item) -> str:
 
 
 def _as_call(item: OtherItem) -> Iterator[FunctionCall | CallOutput]:
-    """As the call of a function, its result, or both."""
+    """As the call of a function, its result, or both. Nothing, if it is no call, or one of which nothing came."""
     fields = {name: value for name, value in (item.model_extra or {}).items() if value is not None}
     call_id = fields.get("call_id", fields.get("id"))
     results = [fields[name] for name in RESULTS if fields.get(name)]
@@ -226,8 +231,6 @@ def _as_call(item: OtherItem) -> Iterator[FunctionCall | CallOutput]:
         yield FunctionCall(type="function_call", call_id=call_id, name=str(name), arguments=_as_arguments(arguments))
         if results:
             yield _result(call_id, _shown(results[0]))
-    else:
-        note(f"items of type {item.type[:LONGEST_NAME]!r} cannot be shown to the model; they are left out")
 
 
 def _result(call_id: str, output: Any) -> CallOutput:

@@ -7,7 +7,7 @@ its tools.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, cast
 
@@ -18,11 +18,12 @@ from stepgguf.chat.request import ChatRequest, Format, JsonObject, JsonSchema
 from stepgguf.errors import RequestError
 from stepgguf.runtime.engine import Sampling
 from stepgguf.server.body import Body, Ignored, Part, ignored
-from stepgguf.server.fields import Effort, SamplingFields
-from stepgguf.server.responses_items import Items, Json, conversation, read, refuse_what_was_just_written
+from stepgguf.server.fields import AnswerTokens, SamplingFields, limit
+from stepgguf.server.responses_items import Items, Json, conversation, left_out, read, refuse_what_was_just_written
 from stepgguf.server.responses_store import Answers
 from stepgguf.server.responses_tools import AnyChoice, AnyTool, Offers, choose
 from stepgguf.server.service import Service
+from stepgguf.server.thinking import ReasoningFields, ThinkingMap
 
 NO_CONVERSATIONS = "there are no conversation objects here: use previous_response_id, or send the items as `input`"
 SEND_TEXT = "no prompt templates are stored here: send the text as `instructions` and `input`"
@@ -45,22 +46,6 @@ class TextFormat(Part):
 class TextOptions(Body):
     format: TextFormat | None = None
     verbosity: Any = ignored("the model has no such switch; ask for it in a message")
-
-
-class ReasoningOptions(Body):
-    effort: Effort | None = None
-    max_tokens: Annotated[int | None, Field(ge=0, description="OpenRouter's: so many tokens of thinking at most.")] = (
-        None
-    )
-    summary: Any = ignored("nobody writes one; the reasoning itself is sent")
-    generate_summary: Any = ignored("nobody writes one; the reasoning itself is sent")
-    context: Any = ignored("the chat template decides which reasoning stays")
-    mode: Any = ignored("there is one mode")
-
-    def budget(self, efforts: Mapping[str, int | None]) -> int | None:
-        """The smaller one that is asked for. None: no limit."""
-        asked = [self.max_tokens, efforts[self.effort or "max"]]
-        return min((budget for budget in asked if budget is not None), default=None)
 
 
 def _never(reason: str) -> BeforeValidator:
@@ -88,7 +73,7 @@ class Asked:
     offers: Offers
 
 
-class Prompt(Ignored):
+class Prompt(ReasoningFields, Ignored):
     """What is counted by /v1/responses/input_tokens too."""
 
     model: str | None = None
@@ -98,7 +83,6 @@ class Prompt(Ignored):
     tool_choice: AnyChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
-    reasoning: ReasoningOptions | None = None
     previous_response_id: str | None = None
 
     conversation: Annotated[None, _never(NO_CONVERSATIONS)] = None
@@ -107,7 +91,7 @@ class Prompt(Ignored):
     truncation: Any = ignored("a prompt that does not fit is refused, not cut")
     personality: Any = ignored("the model has no such switch; ask for it in `instructions`")
 
-    def asked(self, service: Service, answers: Answers) -> Asked:
+    def chat_request(self, service: Service, answers: Answers) -> Asked:
         """RequestError, Refusal: the fields do not go together, or refer to what is not stored."""
         if self.input is None and self.previous_response_id is None:
             raise RequestError("input is missing", param="input")
@@ -115,7 +99,10 @@ class Prompt(Ignored):
         items = [*before, *answers.resolve(cast("list[Json]", self.input or []))]  # see Items
         known = read(items)
         refuse_what_was_just_written(known, len(before))
-        choice, offers = choose(self.tool_choice, Offers(self.tools or ()))
+        declared = Offers(self.tools or ())
+        service.unknown.ignore("type of tool", declared.left_out)
+        service.unknown.ignore("type of item", left_out(known))
+        choice, offers = choose(self.tool_choice, declared)
         told = [{"role": "system", "content": self.instructions}] if self.instructions else []
         said = conversation(known, offers)
         if not said:
@@ -127,13 +114,15 @@ class Prompt(Ignored):
             tool_choice=choice,
             parallel_tool_calls=self.parallel_tool_calls is not False,
             format=self.text.format.as_format() if self.text and self.text.format else None,
-            reasoning_budget=(self.reasoning or ReasoningOptions()).budget(service.config.efforts),
+            reasoning_budget=self.thinking_limit(service.config),
         )
         return Asked(request, items, offers)
 
 
 class ResponseBody(Prompt, SamplingFields):
-    max_output_tokens: int | None = Field(None, ge=1)
+    max_output_tokens: AnswerTokens | None = Field(
+        None, description="Thinking counts. Default, and -1: what the context holds."
+    )
     include: Annotated[list[str] | None, BeforeValidator(_without_logprobs)] = None
     stream: bool | None = None
     store: bool | None = Field(None, description="false: forget the answer when it is finished.")
@@ -142,9 +131,7 @@ class ResponseBody(Prompt, SamplingFields):
 
     stream_options: Any = ignored("it only pads events")
     context_management: Any = ignored("a prompt that does not fit is refused, not cut")
-    prompt_cache_options: Any = ignored("every prefix is found without a key")
     client_metadata: Any = ignored("nothing is reported to anyone")
-    moderation: Any = ignored("nothing is moderated here")
     access_programs: Any = ignored("there are none")
     image: Any = ignored("the model reads text only")
     max_tool_calls: Any = ignored("it limits tools that run on the server, and there are none")
@@ -157,30 +144,30 @@ class ResponseBody(Prompt, SamplingFields):
     def stored(self) -> bool:
         return self.store is not False
 
-    def asked(self, service: Service, answers: Answers) -> Asked:
+    def chat_request(self, service: Service, answers: Answers) -> Asked:
         if self.background and not self.stored:
             raise RequestError("background needs store: true, for the answer is fetched later", param="background")
-        asked, info = super().asked(service, answers), service.engine.info
+        asked, info = super().chat_request(service, answers), service.engine.info
         request = replace(
             asked.request,
             sampling=self.sampling(info.sampling, info.n_vocab),
-            max_tokens=self.max_output_tokens,
+            max_tokens=limit(self.max_output_tokens),
             stops=self.stops(),
         )
         return replace(asked, request=request)
 
     def echo(self, sampling: Sampling) -> Json:
         """The fields that the response repeats, as they were understood. sampling: as used."""
-        reasoning = self.reasoning or ReasoningOptions()
+        effort = self.reasoning.effort if isinstance(self.reasoning, ThinkingMap) else self.reasoning
         form = self.text.format.model_dump(by_alias=True, exclude_none=True) if self.text and self.text.format else None
         return {
             "background": bool(self.background),
             "instructions": self.instructions,
-            "max_output_tokens": self.max_output_tokens,
+            "max_output_tokens": limit(self.max_output_tokens),
             "metadata": self.metadata or {},
             "parallel_tool_calls": self.parallel_tool_calls is not False,
             "previous_response_id": self.previous_response_id,
-            "reasoning": {"effort": reasoning.effort, "summary": None},
+            "reasoning": {"effort": effort if isinstance(effort, str) else None, "summary": None},
             "store": self.stored,
             "temperature": sampling.temperature,
             "text": {"format": form or {"type": "text"}},

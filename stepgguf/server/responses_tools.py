@@ -3,7 +3,7 @@
     function    as it is
     namespace   its functions, called NAMESPACE__NAME; a call of one comes back with `namespace` and `name` apart
     custom      a function of one string; a call of it comes back as custom_tool_call, with that string as `input`
-    any other   runs at OpenAI (web_search, code_interpreter, mcp, ...): it is left out, and the log says so once
+    any other   runs at OpenAI (web_search, code_interpreter, mcp, ...), or is newer than this server: it is left out
 
 A custom tool's grammar (format) is shown to the model and does not bind it: it is in Lark, which no engine here reads.
 """
@@ -11,11 +11,9 @@ A custom tool's grammar (format) is shown to the model and does not bind it: it 
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, Tag
@@ -25,7 +23,6 @@ from stepgguf.errors import RequestError
 from stepgguf.server.body import Part
 from stepgguf.server.chat_request import Function
 
-log = logging.getLogger(__name__)
 LONGEST_NAME = 128
 INPUT = "input"  # what a custom tool's one parameter is called
 AS_SENT = ConfigDict(extra="allow")  # the response repeats it
@@ -105,16 +102,18 @@ class Offer:
 
 
 class Offers:
-    """What is offered in one request. RequestError: two tools of the same namespace, or of none, have one name."""
+    """What is offered in one request. left_out: the types of the tools that are not. RequestError: two tools of one
+    namespace, or of none, have one name."""
 
     def __init__(self, declared: Sequence[AnyTool]) -> None:
         self._by_key: dict[tuple[str | None, str], Offer] = {}
         self.by_name: dict[str, Offer] = {}
+        self.left_out: list[str] = []
         alone = [(None, tool) for tool in declared]
         inside = [(space.name, tool) for space in declared if isinstance(space, NamespaceTool) for tool in space.tools]
         for namespace, tool in (*alone, *inside):  # a namespace's tools make way for the others
             if isinstance(tool, OtherTool):
-                note(f"tools of type {tool.type[:LONGEST_NAME]!r} do not run here; they are left out")
+                self.left_out.append(tool.type)
             elif not isinstance(tool, NamespaceTool):
                 self._add(namespace, tool)
 
@@ -249,9 +248,3 @@ def _absent(what: str) -> RequestError:
         param="tool_choice",
         hint="Offer it in `tools`. Tools that run at OpenAI are not here.",
     )
-
-
-@lru_cache(maxsize=256)
-def note(text: str) -> None:
-    """One line in the log, and not again."""
-    log.warning("%s", text)

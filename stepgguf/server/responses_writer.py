@@ -156,11 +156,13 @@ class ResponseWriter:
         echo: Mapping[str, Any],
         offers: Mapping[str, Offer],
         *,
-        sealed: bool,
+        sealed: bool = False,
+        shows_reasoning: bool = True,
     ) -> None:
         self.id = f"resp_{trace_id}"
         self.finished = False
-        self._trace_id, self._offers, self._sealed = trace_id, offers, sealed
+        self._trace_id, self._offers = trace_id, offers
+        self._sealed, self._shows_reasoning = sealed, shows_reasoning
         self._items: list[_Item] = []
         self._fields: dict[str, Any] = {
             "id": self.id,
@@ -189,7 +191,8 @@ class ResponseWriter:
 
     def feed(self, deltas: Iterable[Delta]) -> None:
         for delta in deltas:
-            self._write(delta)
+            if delta.kind != "reasoning" or self._shows_reasoning:
+                self._write(delta)
 
     def finish(self, reply: Reply) -> None:
         """After the last delta of a reply that did not fail."""

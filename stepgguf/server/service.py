@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated
+from typing import Annotated, Protocol
 
 from fastapi import Depends, Request
 from starlette.concurrency import run_in_threadpool
@@ -21,6 +21,13 @@ from stepgguf.server.stream import Exchange
 from stepgguf.server.unknown import UnknownFields
 
 LONGEST_ID = 256
+
+
+class Asks(Protocol):
+    """A body that asks for an answer, in whatever dialect."""
+
+    def chat_request(self, service: Service) -> ChatRequest:
+        """RequestError: the fields do not go together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +64,14 @@ class Service:
             )
         return asked
 
-    async def prepare(self, request: ChatRequest) -> Prepared:
+    async def prepare(self, body: Asks) -> Prepared:
         """Rendering and tokenizing a long conversation and building a grammar take time: off the event loop."""
-        return await run_in_threadpool(self.chat.prepare, request)
+        return await run_in_threadpool(lambda: self.chat.prepare(body.chat_request(self)))
+
+    async def count(self, body: Asks) -> int:
+        """Tokens of the prompt."""
+        prompt, _ = await run_in_threadpool(lambda: self.chat.prompt(body.chat_request(self)))
+        return len(prompt)
 
     async def start(self, prepared: Sequence[Prepared], request: Request) -> Exchange:
         """Submit. From here on tokens are made, unless this raises."""

@@ -17,9 +17,9 @@ from stepgguf.server.body import Body, ignored
 from stepgguf.server.config import ServerConfig
 from stepgguf.server.fields import UNLIMITED, Effort, Nvext, Tokens, limit
 
-# Words for efforts that are not among EFFORTS.
+# Words for efforts that are not among EFFORTS. Clients leave a field of theirs empty for "as you like".
 SAID = dict.fromkeys(("off", "disabled", "disable", "false", "no"), "none")
-SAID |= dict.fromkeys(("on", "enabled", "enable", "true", "yes", "default", "auto", "adaptive", "dynamic"), "max")
+SAID |= dict.fromkeys(("on", "enabled", "enable", "true", "yes", "default", "auto", "adaptive", "dynamic", ""), "max")
 
 
 def _word(value: Any) -> Any:
@@ -56,7 +56,7 @@ class MapAmounts(Body):
     budget_tokens: Tokens | None = Field(None, description="Anthropic's.")
     token_budget: Tokens | None = Field(None, description="Cohere's.")
 
-    def asked(self) -> Iterator[HowMuch | None]:
+    def spellings(self) -> Iterator[Level | None]:
         return (getattr(self, name) for name in MapAmounts.model_fields)
 
 
@@ -67,6 +67,8 @@ class ThinkingMap(MapAmounts):
     display: Any = ignored("the reasoning itself is sent")
     clear_thinking: Any = ignored("the chat template decides which reasoning stays")
     keep: Any = ignored("the chat template decides which reasoning stays")
+    context: Any = ignored("the chat template decides which reasoning stays")
+    mode: Any = ignored("there is one mode")
 
 
 HowMuch = Annotated[
@@ -103,31 +105,29 @@ class ThinkingFields(Body):
     max_thinking_tokens: Tokens | None = Field(None, description="NVIDIA's.")
     thinking_token_budget: Tokens | None = Field(None, description="vLLM's.")
 
-    def asked(self) -> Iterator[HowMuch | None]:
+    chat_template_kwargs: ThinkingFields | None = Field(None, description="vLLM's, SGLang's, llama.cpp's.")
+
+    def spellings(self) -> Iterator[Spelling]:
         """How much each spelling allows."""
         return (getattr(self, name) for name in ThinkingFields.model_fields)
 
+    def thinking_limit(self, config: ServerConfig) -> int | None:
+        """In tokens; None is none."""
+        return _least(self.spellings(), config.efforts)
+
 
 class ReasoningFields(ThinkingFields):
-    chat_template_kwargs: ThinkingFields | None = None
-    nvext: Nvext | None = None
     include_reasoning: bool | None = Field(None, description="false: think, but do not send the thinking.")
     reasoning_format: Literal["general", "deepseek-style", "deepseek", "auto", "parsed", "hidden"] | None = Field(
         None,
         description="StepFun's, llama.cpp's, Groq's. The thinking is always sent under both names, reasoning and "
         "reasoning_content; hidden: not at all.",
     )
+    nvext: Nvext | None = None
 
-    def asked(self) -> Iterator[HowMuch | None]:
-        yield from super().asked()
-        if self.chat_template_kwargs is not None:
-            yield from self.chat_template_kwargs.asked()
-        if self.nvext is not None:
-            yield self.nvext.max_thinking_tokens
-
-    def thinking_limit(self, config: ServerConfig) -> int | None:
-        """In tokens; None is none."""
-        return _least(self.asked(), config.efforts)
+    def spellings(self) -> Iterator[Spelling]:
+        yield from super().spellings()
+        yield self.nvext.max_thinking_tokens if self.nvext is not None else None
 
     def shows_reasoning(self) -> bool:
         maps = (self.reasoning, self.thinking, self.reasoning_effort)
@@ -135,14 +135,17 @@ class ReasoningFields(ThinkingFields):
         return not excluded and self.include_reasoning is not False and self.reasoning_format != "hidden"
 
 
-def _least(asked: Iterable[HowMuch | None], efforts: Mapping[str, int | None]) -> int | None:
+Spelling = HowMuch | ThinkingFields | None
+
+
+def _least(asked: Iterable[Spelling], efforts: Mapping[str, int | None]) -> int | None:
     limits = (_tokens(one, efforts) for one in asked)
     return min((tokens for tokens in limits if tokens is not None), default=None)
 
 
-def _tokens(asked: HowMuch | None, efforts: Mapping[str, int | None]) -> int | None:
-    if isinstance(asked, ThinkingMap):
-        return _least(asked.asked(), efforts)
+def _tokens(asked: Spelling, efforts: Mapping[str, int | None]) -> int | None:
+    if isinstance(asked, ThinkingMap | ThinkingFields):
+        return _least(asked.spellings(), efforts)
     if isinstance(asked, bool):
         return None if asked else 0
     if isinstance(asked, str):

@@ -59,6 +59,14 @@ class TokenizeBody(Body):
 class DetokenizeBody(Body):
     tokens: list[int] = Field(examples=[[72, 105]])
 
+    def spelled(self, service: Service) -> str:
+        """RequestError: an id is not one."""
+        n_vocab = service.engine.info.n_vocab
+        for token in self.tokens:
+            if not 0 <= token < n_vocab:
+                raise RequestError(f"tokens: expected ids from 0 to {n_vocab - 1}, found {token}", param="tokens")
+        return b"".join(map(service.engine.piece, self.tokens)).decode(errors="replace")
+
 
 class Piece(TypedDict):
     """piece: text, or the bytes of a part of a character."""
@@ -102,11 +110,7 @@ def _piece(service: Service, id: int) -> Piece:
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeBody, service: TheService) -> Detokenized:
     """Special tokens are written out."""
-    n_vocab = service.engine.info.n_vocab
-    for token in body.tokens:
-        if not 0 <= token < n_vocab:
-            raise RequestError(f"tokens: expected ids from 0 to {n_vocab - 1}, found {token}", param="tokens")
-    text = b"".join(map(service.engine.piece, body.tokens)).decode(errors="replace")
+    text = await run_in_threadpool(body.spelled, service)
     return {"text": text, "content": text}
 
 

@@ -354,14 +354,30 @@ def test_tools_that_run_elsewhere_are_left_out_with_one_line(serve: Serve, caplo
     assert forced.status_code == 400
 
 
-def test_a_call_of_another_type_in_an_old_turn_is_kept(server: Server) -> None:
-    call = {"id": "c1", "type": "custom", "custom": {"name": "sh", "input": "ls"}}
-    asked = [{"role": "user", "content": "List."}, {"role": "assistant", "tool_calls": [call]}]
-    asked += [{"role": "tool", "tool_call_id": "c1", "content": "a.txt"}, {"role": "user", "content": "Hello"}]
+@pytest.mark.parametrize(
+    ("call", "result"),
+    [
+        (
+            {"tool_calls": [{"id": "c1", "type": "custom", "custom": {"name": "sh", "input": "ls"}}]},
+            {"role": "tool", "tool_call_id": "c1"},
+        ),
+        (
+            {"function_call": {"name": "sh", "arguments": '{"input": "ls"}'}, "content": None},
+            {"role": "function", "name": "sh"},
+        ),
+    ],
+    ids=["custom", "before there were tools"],
+)
+def test_a_call_of_another_form_in_an_old_turn_is_kept(
+    server: Server, call: dict[str, Any], result: dict[str, Any]
+) -> None:
+    asked = [{"role": "user", "content": "List."}, {"role": "assistant", **call}, {**result, "content": "a.txt"}]
+    asked += [{"role": "user", "content": "Hello"}]
     assert server.chat(messages=asked, max_tokens=1).status_code == 200
     tokens = server.client.post("/tokenize", json={"messages": asked}).json()["tokens"]
     shown = server.client.post("/detokenize", json={"tokens": tokens}).json()["text"]
     assert "<function=sh>\n<parameter=input>\nls\n" in shown
+    assert "<tool_response>" in shown
 
 
 def test_only_allowed_tools_are_offered(server: Server) -> None:

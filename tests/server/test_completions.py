@@ -96,6 +96,12 @@ def test_what_it_cannot_do_is_refused(server: Server) -> None:
         assert response.json()["error"]["param"] == param
 
 
+def test_a_prompt_that_does_not_fit_is_the_field_prompt(server: Server) -> None:
+    error = server.client.post("/v1/completions", json={"prompt": "word " * 5000}).json()["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
+    assert "your prompt resulted in" in error["message"]
+
+
 def test_the_models_are_one_model_under_its_names(server: Server) -> None:
     data = server.client.get("/v1/models").json()["data"]
     assert [model["id"] for model in data] == [

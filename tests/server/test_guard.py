@@ -186,8 +186,6 @@ def test_a_body_that_does_not_come_times_out(serve: Serve) -> None:
         b'{"a":' * 200 + b"1" + b"}" * 200,
         b'{"messages":[{"role":"user","content":"x"}],"temperature":NaN}',
         b'{"messages":[{"role":"user","content":"x"}],"temperature":1e999}',
-        b'{"messages":[{"role":"user","content":"\\ud800"}]}',
-        b'{"messages":[{"role":"user","content":"x"}],"tools":[{"function":{"name":"a","description":"\\udfff"}}]}',
         b'{"messages":[{"role":"user","content":"x"}],"seed":' + b"9" * 5000 + b"}",
         b"[]",
         b'"text"',

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import typing
 from collections.abc import Iterator
 from typing import Any
 
 import anthropic
 import pytest
-from anthropic.types import RawMessageStreamEvent
+from anthropic.types import Message, RawMessageStreamEvent
 from pydantic import TypeAdapter
 
 from stepgguf.chat.exchange import ChatModel
@@ -17,7 +18,7 @@ from stepgguf.chat.output import Delta
 from stepgguf.chat.request import ChatRequest, ToolChoice
 from stepgguf.chat.template import normalize
 from stepgguf.runtime.engine import Sampling
-from stepgguf.server.anthropic_request import Create
+from stepgguf.server.anthropic_request import Choice, Create, CustomTool, OutputConfig, Prompt, Thinking
 from stepgguf.server.anthropic_writer import Display, MessageWriter
 from stepgguf.server.config import ServerConfig
 from stepgguf.server.messages import stream
@@ -158,6 +159,7 @@ def test_a_call_that_was_cut_is_json_that_nobody_closed_and_is_in_no_whole_messa
         assert sum(e["type"] == "content_block_start" for e in events) == 1
         assert writer.message["content"] == [{"type": "text", "text": ""}]
         assert writer.message["stop_reason"] == events[-2]["delta"]["stop_reason"] == "max_tokens"
+        Message.model_validate(writer.message, strict=True)
 
 
 @pytest.mark.parametrize("pieces", [[], ["Hm"], ["Hm", "</think>"]])
@@ -165,6 +167,7 @@ def test_an_answer_of_which_nothing_came_is_an_empty_text(pieces: list[str]) -> 
     events, message = written(pieces, "hidden", reason="length")
     assert shape(events[2:-2]) == ["content_block_start 0 text", "content_block_stop 0"]
     assert message["content"] == [{"type": "text", "text": ""}]
+    Message.model_validate(message, strict=True)
 
 
 def test_the_reason_to_stop_is_named_in_anthropics_words() -> None:
@@ -309,6 +312,14 @@ def test_thinking_that_is_bounded_leaves_room_for_the_answer_in_the_context_too(
     assert prepared.request.reasoning is not None
     room = chat_model.engine.info.n_ctx - len(prepared.request.prompt)
     assert prepared.request.reasoning.budget == room - room // 4
+
+
+def test_a_stream_without_thinking_asked_for_is_its_text(client: anthropic.Anthropic) -> None:
+    with client.messages.stream(messages=[QUESTION], **COLD) as stream:  # type: ignore[list-item]
+        assert "".join(stream.text_stream) == "There are 3 'r's."
+        message = stream.get_final_message()
+    assert [block.type for block in message.content] == ["text"]
+    assert message.usage.output_tokens_details.thinking_tokens > 0  # type: ignore[union-attr]
 
 
 def test_disabled_thinking_takes_no_token(client: anthropic.Anthropic) -> None:
@@ -461,6 +472,24 @@ def test_what_cannot_be_done_is_refused_in_anthropics_form(server: Server, field
     assert error["error"]["type"] == "invalid_request_error"
     assert said in error["error"]["message"]
     assert error["request_id"] == response.headers["request-id"]
+
+
+@pytest.mark.parametrize(
+    ("body", "documented", "refused"),
+    [
+        (Create, anthropic.types.beta.message_create_params.MessageCreateParamsStreaming, {"thread"}),
+        (Prompt, anthropic.types.beta.message_count_tokens_params.MessageCountTokensParams, set()),
+        (CustomTool, anthropic.types.beta.BetaToolParam, set()),
+        (Thinking, anthropic.types.beta.BetaThinkingConfigEnabledParam, set()),
+        (Thinking, anthropic.types.beta.BetaThinkingConfigAdaptiveParam, set()),
+        (OutputConfig, anthropic.types.beta.BetaOutputConfigParam, set()),
+        (Choice, anthropic.types.beta.BetaToolChoiceToolParam, set()),
+    ],
+)
+def test_every_field_that_anthropic_documents_is_known(body: Any, documented: Any, refused: set[str]) -> None:
+    known = {field.alias or name for name, field in body.model_fields.items()}
+    assert set(typing.get_type_hints(documented)) - known == refused
+    assert refused <= set(body.elsewhere)
 
 
 def test_what_means_nothing_here_is_accepted(server: Server) -> None:

@@ -20,12 +20,13 @@ from stepgguf.server.body import Body
 from stepgguf.server.config import ServerConfig
 from stepgguf.server.metrics import Metrics
 from stepgguf.server.problems import Problem
-from stepgguf.server.responses_request import Prompt, ReasoningOptions, ResponseBody, TextOptions
+from stepgguf.server.responses_request import Prompt, ResponseBody, TextOptions
 from stepgguf.server.responses_store import Answers
 from stepgguf.server.responses_tools import FunctionTool, Offers
 from stepgguf.server.responses_writer import ResponseWriter
 from stepgguf.server.sealed import seal
 from stepgguf.server.service import Service
+from stepgguf.server.thinking import ThinkingMap
 from tests.server.conftest import Serve, Server
 from tests.server.scripted import CALL, answer
 from tests.server.test_stream import Dying
@@ -157,7 +158,7 @@ def test_fields_become_those_of_the_request(chat_model: ChatModel) -> None:
     service = Service(chat_model, config, Metrics(chat_model.engine), 0)
 
     def request_of(**fields: Any) -> ChatRequest:
-        return ResponseBody.model_validate({"input": "Hello", **fields}).asked(service, Answers(config)).request
+        return ResponseBody.model_validate({"input": "Hello", **fields}).chat_request(service, Answers(config)).request
 
     plain = request_of()
     assert (plain.parallel_tool_calls, plain.reasoning_budget, plain.max_tokens) == (True, None, None)
@@ -245,9 +246,22 @@ def test_an_answer_keeps_to_a_schema(client: openai.OpenAI) -> None:
     assert free.output_text.startswith("{")
 
 
-def test_effort_none_is_no_reasoning(client: openai.OpenAI) -> None:
-    plain = client.responses.create(input=QUESTION, reasoning={"effort": "none"}, **COLD)
+@pytest.mark.parametrize(
+    "said",
+    [{"reasoning": {"effort": "none"}}, {"enable_thinking": False}, {"chat_template_kwargs": {"thinking": False}}],
+)
+def test_no_thinking_is_no_reasoning(client: openai.OpenAI, said: dict[str, Any]) -> None:
+    plain = client.responses.create(input=QUESTION, extra_body=said, **COLD)
     assert [item.type for item in plain.output] == ["message"]
+    assert plain.usage is not None
+    assert plain.usage.output_tokens_details.reasoning_tokens == 0
+
+
+def test_reasoning_can_be_hidden(client: openai.OpenAI) -> None:
+    hidden = client.responses.create(input=QUESTION, extra_body={"include_reasoning": False}, **COLD)
+    assert [item.type for item in hidden.output] == ["message"]
+    assert hidden.usage is not None
+    assert hidden.usage.output_tokens_details.reasoning_tokens > 0
 
 
 def test_max_output_tokens_cuts_and_says_so(client: openai.OpenAI) -> None:
@@ -310,7 +324,7 @@ IMAGE = [{"role": "user", "content": [{"type": "input_image", "image_url": "http
         ({"background": True, "store": False}, "background", "needs store: true"),
         ({"include": ["message.output_text.logprobs"]}, "include", "/v1/chat/completions"),
         ({"top_logprobs": 3}, "top_logprobs", "/v1/chat/completions"),
-        ({"max_tokens": 5}, "max_tokens", "did you mean max_output_tokens?"),
+        ({"max_tokens": 5}, "max_tokens", "here it is max_output_tokens"),
     ],
 )
 def test_what_cannot_be_done_is_refused_and_named(
@@ -328,7 +342,7 @@ def test_what_cannot_be_done_is_refused_and_named(
     [
         (ResponseCreateParamsBase, ResponseBody),
         (InputTokenCountParams, Prompt),
-        (ReasoningParam, ReasoningOptions),
+        (ReasoningParam, ThinkingMap),
         (ResponseTextConfigParam, TextOptions),
     ],
 )

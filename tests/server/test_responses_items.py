@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from stepgguf.errors import RequestError
-from stepgguf.server.responses_items import conversation, read, refuse_what_was_just_written
+from stepgguf.server.responses_items import conversation, left_out, read, refuse_what_was_just_written
 from stepgguf.server.responses_request import ResponseBody
-from stepgguf.server.responses_tools import Offers, note
+from stepgguf.server.responses_tools import Offers
 from stepgguf.server.sealed import seal
-from tests.server.conftest import Server
+from tests.server.conftest import Serve, Server
 
 UNSEEN = "[image: this model reads text only]"
 USER = {"role": "user", "content": "Look."}
@@ -177,11 +177,19 @@ def test_a_call_with_a_result_is_shown_whatever_its_type(items: Any, calls: Any,
     ],
     ids=lambda item: item["type"],
 )
-def test_what_cannot_be_shown_is_left_out_with_one_line(item: Any, caplog: pytest.LogCaptureFixture) -> None:
-    note.cache_clear()
-    for _ in range(2):
-        assert messages_of([USER, item]) == [{"role": "user", "content": "Look."}]
-    assert [item["type"] in record.message for record in caplog.records] == [True]
+def test_what_cannot_be_shown_is_left_out(item: Any) -> None:
+    assert messages_of([USER, item]) == [{"role": "user", "content": "Look."}]
+    assert left_out(typed([USER, item])) == [item["type"]]
+
+
+def test_the_log_says_once_what_is_left_out(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    items = [USER, {"type": "hologram"}, {"type": "hologram"}, {"type": "compaction", "encrypted_content": "x"}]
+    body = {"input": items, "tools": [{"type": "web_search"}], "max_output_tokens": 1}
+    with serve() as server:
+        for _ in range(2):
+            assert server.client.post("/v1/responses", json=body).status_code == 200
+    told = [record.message for record in caplog.records if "said once" in record.message]
+    assert [line.rsplit(" ", 1)[1] for line in told] == ["'web_search'", "'hologram'", "'compaction'"]
 
 
 def test_reasoning_of_another_provider_is_its_summary() -> None:

@@ -58,10 +58,12 @@ def test_it_lists_the_routes_and_how_they_refuse(document: dict[str, Any]) -> No
 def test_fields_stand_in_the_order_of_their_use(document: dict[str, Any]) -> None:
     schemas = document["components"]["schemas"]
     chat = list(schemas["ChatBody"]["properties"])
-    assert chat[:4] == ["model", "messages", "stream", "stream_options"]
+    assert chat[:4] == ["messages", "model", "stream", "stream_options"]
     order = ["max_tokens", "tools", "temperature", "reasoning_effort", "response_format", "user", "store"]
     assert sorted(order, key=chat.index) == order
     assert list(schemas["CompletionBody"]["properties"])[:3] == ["model", "prompt", "stream"]
+    assert list(schemas["ResponseBody"]["properties"])[:2] == ["model", "input"]
+    assert list(schemas["Create"]["properties"])[:3] == ["messages", "model", "max_tokens"]
 
 
 def test_every_field_that_has_no_effect_says_why(document: dict[str, Any]) -> None:

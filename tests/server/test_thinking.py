@@ -11,6 +11,7 @@ from stepgguf.chat.request import EFFORTS
 from stepgguf.server.chat_request import ChatBody
 from stepgguf.server.config import ServerConfig
 from stepgguf.server.thinking import SAID, ThinkingFields
+from tests.server.conftest import Server
 
 CONFIG = ServerConfig(("demo",), efforts=EFFORTS)
 LOW, MEDIUM = EFFORTS["low"], EFFORTS["medium"]
@@ -93,13 +94,10 @@ def test_a_spelling_is_a_limit(fields: dict[str, Any], tokens: int | None) -> No
 
 
 def test_every_row_of_the_table_stands_in_the_body_and_in_the_templates_arguments() -> None:
-    for name in ThinkingFields.model_fields:
-        off = name in ("disable_reasoning", "low_effort")
-        value, tokens = (off, 0) if "budget" not in name and "tokens" not in name else (0, 0)
-        if name == "low_effort":
-            tokens = LOW
-        assert limit(**{name: value}) == tokens, name
-        assert limit(chat_template_kwargs={name: value}) == tokens, name
+    for name in ThinkingFields.model_fields.keys() - {"chat_template_kwargs"}:
+        value = {"disable_reasoning": True, "low_effort": True}.get(name, 0)
+        tokens = LOW if name == "low_effort" else 0
+        assert limit(**{name: value}) == limit(chat_template_kwargs={name: value}) == tokens, name
 
 
 def test_of_several_the_least_counts() -> None:
@@ -129,9 +127,21 @@ def test_every_word_means_an_effort() -> None:
         assert limit(reasoning_effort=word) == limit(think=word.upper()) == EFFORTS[effort]
 
 
-@pytest.mark.parametrize(
-    "value", ["hihg", "", -2, [], {"efort": "low"}, {"effort": "lo"}, {"max_tokens": "many"}], ids=str
-)
+@pytest.mark.parametrize("value", ["hihg", -2, [], {"efort": "low"}, {"effort": "lo"}, {"max_tokens": "many"}], ids=str)
 def test_what_says_nothing_is_refused(value: Any) -> None:
     with pytest.raises(ValidationError):
         limit(reasoning_effort=value)
+
+
+def test_the_responses_dialect_knows_the_same_spellings(server: Server) -> None:
+    def cut(**fields: Any) -> dict[str, Any]:
+        body = {"input": "How many 'r's are in the word strawberry?", "temperature": 0, "store": False, **fields}
+        usage: dict[str, Any] = server.client.post("/v1/responses", json=body).json()["usage"]
+        return usage
+
+    whole = cut(max_output_tokens=-1)["output_tokens_details"]["reasoning_tokens"]
+    assert whole == 41
+    for fields in ({"thinking_budget": 8}, {"reasoning": {"max_tokens": 8}}, {"chat_template_kwargs": {"think": 8}}):
+        assert cut(**fields)["output_tokens_details"]["reasoning_tokens"] <= 8 + 3
+    for fields in ({"enable_thinking": False}, {"reasoning": {"effort": "none"}}, {"thinking": {"type": "disabled"}}):
+        assert cut(max_output_tokens=8, **fields)["output_tokens_details"]["reasoning_tokens"] == 0

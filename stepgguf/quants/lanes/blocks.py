@@ -6,7 +6,7 @@ from typing import Any
 
 from stepgguf.quants.lanes.compile import inlined
 from stepgguf.quants.lanes.rounding import from_half
-from stepgguf.quants.lanes.vector import floats, ints, load, load_bytes, sqrt, store, store_bytes
+from stepgguf.quants.lanes.vector import absolute, floats, ints, load, load_bytes, sqrt, store, store_bytes, where
 
 
 @inlined
@@ -32,6 +32,22 @@ def load_word(y: Any, i: int) -> Any:
 def load_half(y: Any, i: int) -> Any:
     """The finite FP16 in bytes i and i + 1, as f32."""
     return from_half(load_short(y, i))
+
+
+@inlined
+def extreme(x: Any, first: int, n: int) -> Any:
+    """The first with the largest size of the n values from vector `first` of x on; 0 where none is larger than 0."""
+    result = floats(0.0)
+    for i in range(first, first + n):
+        v = load(x, i)
+        result = where(absolute(v) > absolute(result), v, result)
+    return result
+
+
+@inlined
+def inverse_or_zero(v: Any) -> Any:
+    """1 / v, or 0 for 0."""
+    return where(v == floats(0.0), floats(0.0), floats(1.0) / v)
 
 
 @inlined

@@ -14,7 +14,15 @@ from typing import Any
 import numpy as np
 from gguf.quants import IQ4_NL
 
-from stepgguf.quants.lanes.blocks import load_half, load_short, store_half, sum_of_squares, weigh_or_square
+from stepgguf.quants.lanes.blocks import (
+    extreme,
+    inverse_or_zero,
+    load_half,
+    load_short,
+    store_half,
+    sum_of_squares,
+    weigh_or_square,
+)
 from stepgguf.quants.lanes.compile import inlined
 from stepgguf.quants.lanes.lanetype import lane_type
 from stepgguf.quants.lanes.rounding import clamp, nearest_int, to_half
@@ -74,27 +82,16 @@ def _fit(x: Any, w: Any, first: int, inverse: Any) -> Any:
 def _search(x: Any, w: Any, first: int) -> Any:
     """The scale of the 32 values from vector `first` of x on. w [32]: weights."""
     zero = floats(0.0)
-    size, extreme = zero, zero
-    for i in range(32):
-        v = load(x, first + i)
-        is_larger = absolute(v) > size
-        size = where(is_larger, absolute(v), size)
-        extreme = where(is_larger, v, extreme)
-    sum_vx, sum_v2 = _fit(x, w, first, floats(1.0) / (extreme / floats(-_VALUES[0])))
+    top = extreme(x, first, 32)
+    sum_vx, sum_v2 = _fit(x, w, first, floats(1.0) / (top / floats(-_VALUES[0])))
     scale = where(sum_v2 > zero, sum_vx / sum_v2, zero)
     best = scale * sum_vx
     for guess in range(-_GUESSES, _GUESSES + 1):
-        sum_vx, sum_v2 = _fit(x, w, first, floats(guess + _VALUES[0]) / extreme)
+        sum_vx, sum_v2 = _fit(x, w, first, floats(guess + _VALUES[0]) / top)
         is_better = (sum_v2 > zero) & (sum_vx * sum_vx > best * sum_v2)
         scale = where(is_better, sum_vx / sum_v2, scale)
         best = where(is_better, scale * sum_vx, best)
-    return where(size < floats(_EPS), zero, scale)
-
-
-@inlined
-def _inverse(v: Any) -> Any:
-    """1 / v, or 0 for 0."""
-    return where(v == floats(0.0), floats(0.0), floats(1.0) / v)
+    return where(absolute(top) < floats(_EPS), zero, scale)
 
 
 @inlined
@@ -121,7 +118,7 @@ def _encode_iq4_nl(x: Any, importance: Any, y: Any) -> None:
     weigh_or_square(x, importance, w, 0, 32, sigma2)
     scale = _search(x, w, 0)
     store_half(y, 0, to_half(scale))
-    _store_levels(x, y, 0, 2, _inverse(scale))
+    _store_levels(x, y, 0, 2, inverse_or_zero(scale))
 
 
 @inlined
@@ -136,11 +133,11 @@ def _encode_iq4_xs(x: Any, importance: Any, y: Any) -> None:
         largest = where(absolute(scale) > absolute(largest), scale, largest)
     d = largest / floats(-32.0)  # -0 in a block of zeros, as in ggml
     store_half(y, 0, to_half(d))
-    inverse = _inverse(d)
+    inverse = inverse_or_zero(d)
     upper, lower = ints(0), ints(0)
     for j in range(8):
         level = clamp(nearest_int(inverse * load(scales, j)), ints(-32), ints(31))
-        _store_levels(x, y, 32 * j, 8 + 16 * j, _inverse(d * to_float(level)))
+        _store_levels(x, y, 32 * j, 8 + 16 * j, inverse_or_zero(d * to_float(level)))
         level = level + ints(32)
         upper = upper | ((level >> ints(4)) << ints(2 * j))
         lower = lower | ((level & ints(15)) << ints(4 * j))

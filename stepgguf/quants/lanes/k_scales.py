@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from stepgguf.quants.lanes.blocks import load_half, store_half, sum_of_squares, weigh
+from stepgguf.quants.lanes.blocks import extreme, load_half, store_half, sum_of_squares, weigh
 from stepgguf.quants.lanes.compile import inlined
 from stepgguf.quants.lanes.lanetype import lane_type
 from stepgguf.quants.lanes.rounding import clamp, from_half, nearest_int, to_half
@@ -32,16 +32,6 @@ from stepgguf.quants.lanes.vector import (
 )
 
 _GRID_4, _GRID_32 = around_zero(4), around_zero(32)
-
-
-@inlined
-def _largest(scales: Any) -> Any:
-    """The first of the 16 scales with the largest size; 0 where none is larger than 0."""
-    largest = floats(0.0)
-    for j in range(16):
-        scale = load(scales, j)
-        largest = where(absolute(scale) > absolute(largest), scale, largest)
-    return largest
 
 
 @inlined
@@ -65,14 +55,9 @@ def _refine(x: Any, levels: Any, aux: Any, first: int) -> Any:
     aux [16]: scratch.
     """
     zero = floats(0.0)
-    size, extreme = zero, zero
-    for i in range(16):
-        v = load(x, first + i)
-        is_larger = absolute(v) > size
-        size = where(is_larger, absolute(v), size)
-        extreme = where(is_larger, v, extreme)
-    is_zero = size < floats(EPS)
-    inverse = floats(-4.0) / extreme
+    top = extreme(x, first, 16)
+    is_zero = absolute(top) < floats(EPS)
+    inverse = floats(-4.0) / top
     sum_xl, sum_l2 = zero, zero
     for i in range(16):
         v = load(x, first + i)
@@ -110,7 +95,7 @@ def _encode_q3_k(x: Any, importance: Any, y: Any) -> None:
     if importance is None:
         for j in range(16):
             store(scales, j, _refine(x, levels, aux, 16 * j))
-        largest = _largest(scales)
+        largest = extreme(scales, 0, 16)
         is_zero = largest == floats(0.0)
         inverse = floats(-32.0) / largest
         for j in range(16):
@@ -175,7 +160,7 @@ def _encode_q6_k(x: Any, importance: Any, y: Any) -> None:
             v = load(x, 16 * j + i)
             store(w, i, v * v if importance is None else floats(importance[16 * j + i]))
         store(scales, j, search_scale(x, w, levels, 16 * j, 16, 32, _GRID_32))
-    largest = _largest(scales)
+    largest = extreme(scales, 0, 16)
     is_zero = absolute(largest) < floats(EPS)  # then every byte is
     inverse = floats(-128.0) / largest
     d = where(is_zero, ints(0), to_half(floats(1.0) / inverse))

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from stepgguf.quants.lanes.blocks import load_half, store_half, weigh
+from stepgguf.quants.lanes.blocks import extreme, inverse_or_zero, load_half, store_half, weigh
 from stepgguf.quants.lanes.compile import inlined
 from stepgguf.quants.lanes.lanetype import lane_type
 from stepgguf.quants.lanes.rounding import to_half
@@ -36,12 +36,6 @@ from stepgguf.quants.lanes.vector import (
     to_int,
     where,
 )
-
-
-@inlined
-def _inverse(v: Any) -> Any:
-    """1 / v, or 0 for 0."""
-    return where(v == floats(0.0), floats(0.0), floats(1.0) / v)
 
 
 @inlined
@@ -84,14 +78,8 @@ def _scale(x: Any, importance: Any, levels: Any, mean_square: Any, grid: Any, ha
         w = np.empty(32 * LANES, np.float32)
         weigh(x, importance, w, 0, 32, mean_square)
         return to_half(search_scale(x, w, levels, 0, 32, half, grid))
-    size, extreme = floats(0.0), floats(0.0)
-    for i in range(32):
-        v = load(x, i)
-        is_larger = absolute(v) > size
-        size = where(is_larger, absolute(v), size)
-        extreme = where(is_larger, v, extreme)
-    d = extreme / floats(-half)
-    inverse = _inverse(d)
+    d = extreme(x, 0, 32) / floats(-half)
+    inverse = inverse_or_zero(d)
     top = ints(2 * half - 1)
     for i in range(32):
         level = to_int(load(x, i) * inverse + floats(half + 0.5)) & ints(0xFF)
@@ -148,7 +136,7 @@ def _scale_and_minimum(x: Any, importance: Any, levels: Any, mean_square: Any, g
         low = where(v < low, v, low)
         high = where(v > high, v, high)
     d = (high - low) / floats(highest)
-    inverse = _inverse(d)
+    inverse = inverse_or_zero(d)
     top = ints(highest)
     for i in range(32):
         level = to_int((load(x, i) - low) * inverse + floats(0.5)) & ints(0xFF)
@@ -210,7 +198,7 @@ def _largest(x: Any) -> Any:
 @inlined
 def _encode_q8_0(x: Any, importance: Any, y: Any) -> None:
     d = _largest(x) / floats(127.0)
-    inverse = _inverse(d)
+    inverse = inverse_or_zero(d)
     store_half(y, 0, to_half(d))
     for i in range(32):
         v = load(x, i) * inverse

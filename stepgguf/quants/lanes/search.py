@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from stepgguf.quants.lanes.blocks import extreme
 from stepgguf.quants.lanes.compile import inlined
 from stepgguf.quants.lanes.rounding import clamp, nearest_int
 from stepgguf.quants.lanes.vector import (
@@ -116,19 +117,14 @@ def search_scale(x: Any, w: Any, levels: Any, first: int, n: int, half: int, gri
     w [n]: weights. grid: around_zero(half).
     """
     zero = floats(0.0)
-    size, extreme = zero, zero
-    for i in range(n):
-        v = load(x, first + i)
-        is_larger = absolute(v) > size
-        size = where(is_larger, absolute(v), size)
-        extreme = where(is_larger, v, extreme)
-    is_zero = size < floats(EPS)
-    best_inverse = floats(grid[0]) / extreme
+    largest = extreme(x, first, n)
+    is_zero = absolute(largest) < floats(EPS)
+    best_inverse = floats(grid[0]) / largest
     sum_xl, sum_l2 = _fit(x, w, first, n, best_inverse, half)
     scale = where(sum_l2 != zero, sum_xl / sum_l2, zero)
     best = scale * sum_xl
     for step in range(1, len(grid)):
-        inverse = floats(grid[step]) / extreme
+        inverse = floats(grid[step]) / largest
         sum_xl, sum_l2 = _fit(x, w, first, n, inverse, half)
         is_better = (sum_l2 > zero) & (sum_xl * sum_xl > best * sum_l2)
         best_inverse = where(is_better, inverse, best_inverse)

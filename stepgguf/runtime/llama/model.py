@@ -14,6 +14,7 @@ import llama_cpp
 from stepgguf.errors import BadMagic, ModelLoadFailed, UnsupportedModel
 from stepgguf.runtime.engine import Sampling
 from stepgguf.runtime.llama_build import probe
+from stepgguf.runtime.passages import passages
 
 ARCHITECTURE = "step35"
 _LOG_ERROR = 4  # ggml_log_level
@@ -85,14 +86,20 @@ class Model:
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool = True) -> list[int]:
         """parse_special: special tokens that are written in the text become their ids. add_special puts bos in front,
         once."""
-        data = text.encode("utf-8", errors="replace")
+        first, *others = passages(text)
+        ids = self._tokenize(first, add_special, parse_special)
+        for passage in others:
+            ids += self._tokenize(passage, False, parse_special)
+        bos = llama_cpp.llama_vocab_bos(self.vocab)
+        return ids[1:] if add_special and ids[:2] == [bos, bos] else ids
+
+    def _tokenize(self, passage: str, add_special: bool, parse_special: bool) -> list[int]:
+        data = passage.encode("utf-8", errors="replace")
         room = len(data) + 2
         buffer = (llama_cpp.llama_token * room)()
         n = llama_cpp.llama_tokenize(self.vocab, data, len(data), buffer, room, add_special, parse_special)
         assert 0 <= n <= room  # a token covers at least one byte
-        ids = list(buffer[:n])
-        bos = llama_cpp.llama_vocab_bos(self.vocab)
-        return ids[1:] if add_special and ids[:2] == [bos, bos] else ids
+        return list(buffer[:n])
 
     def _piece(self, token_id: int) -> bytes:
         buffer = ctypes.create_string_buffer(256)

@@ -7,6 +7,7 @@ bytes of a token that is one; so where a character came in several tokens, its t
 from __future__ import annotations
 
 from stepgguf.runtime.llamaserver.client import Client
+from stepgguf.runtime.passages import passages
 
 
 class Vocabulary:
@@ -40,6 +41,8 @@ class Vocabulary:
         return [(t["id"], t["piece"].encode() if isinstance(t["piece"], str) else bytes(t["piece"])) for t in tokens]
 
     def _ids(self, text: str, *, add_special: bool, parse_special: bool = True) -> list[int]:
-        asked = {"content": text, "add_special": add_special, "parse_special": parse_special}
-        ids: list[int] = self._client.post("/tokenize", asked)["tokens"]
+        ids: list[int] = []
+        for passage in passages(text):
+            asked = {"content": passage, "add_special": add_special and not ids, "parse_special": parse_special}
+            ids += self._client.post("/tokenize", asked)["tokens"]
         return ids

@@ -8,12 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.clients.agents.stage import KEY, MODEL, Stage, call, installed, stage, thought
+from tests.clients.agents.stage import KEY, MODEL, PNG, UNSEEN, Stage, call, installed, stage, thought
 
-PNG = base64.b64decode(
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
-)
-UNSEEN = "[image: this model reads text only]"
 SUMMARY = "The notes were read up to line 750."
 QUIET = {
     "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",

@@ -3,18 +3,13 @@ context that runs full."""
 
 from __future__ import annotations
 
-import base64
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-from tests.clients.agents.stage import MODEL, Stage, call, installed, stage, thought
+from tests.clients.agents.stage import MODEL, PNG, UNSEEN, Stage, call, installed, stage, thought
 
-PNG = base64.b64decode(
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
-)
-UNSEEN = "[image: this model reads text only]"
 SUMMARY = "The notes were read four times."
 CONTEXT = 26_000  # tokens; its own instructions and tools are 15,000
 # An MCP server with one tool, over stdin and stdout.

@@ -6,8 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from tests.clients.agents.claude_code import PNG, UNSEEN
-from tests.clients.agents.stage import KEY, MODEL, Stage, call, installed, stage, thought
+from tests.clients.agents.stage import KEY, MODEL, PNG, UNSEEN, Stage, call, installed, stage, thought
 
 DIALECTS = {
     "chat completions": "@ai-sdk/openai-compatible",

@@ -9,6 +9,7 @@ The model's answers are texts in its own format, made from the prompt; all else 
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
 import re
@@ -31,6 +32,10 @@ MODEL = "step-3.5-flash"
 KEY = "no-key-is-needed"
 NOWHERE = "http://127.0.0.1:9"  # as a proxy: what is not on this machine cannot be reached
 TIMEOUT = 180.0
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+UNSEEN = "[image: this model reads text only]"
 _PIECE = re.compile(r"<\|im_start\|>|<\|im_end\|>|</?think>|</?tool_call>|\s?\w{1,4}|.", re.DOTALL)
 
 Answer = Callable[[str], str]  # from the text of a prompt to what the model says to it, thinking first

@@ -21,11 +21,10 @@ export const runs = new Map(); // chat id -> {chat, answer, stop, lost}: what is
 /** What the model is asked: the messages before the answer, without answers that never got to their text. */
 function request(messages) {
   const input = messages.filter(({ content }) => content).map(({ role, content }) => ({ role, content }));
-  const { system, reasoning_effort, thinking_budget_tokens, max_tokens, ...numbers } = settings();
+  const { system, reasoning_effort, max_tokens, ...numbers } = settings();
   const fields = Object.fromEntries(Object.entries(numbers).map(([name, value]) => [name, Number(value)]));
   if (system) fields.instructions = system;
-  const reasoning = { effort: reasoning_effort, max_tokens: thinking_budget_tokens && Number(thinking_budget_tokens) };
-  if (reasoning_effort || thinking_budget_tokens) fields.reasoning = reasoning;
+  if (reasoning_effort) fields.reasoning = { effort: reasoning_effort };
   if (max_tokens) fields.max_output_tokens = Number(max_tokens);
   return { input, background: true, store: true, stream: true, ...fields };
 }

@@ -1,0 +1,152 @@
+"""A conversation as a client of Anthropic's sends it: turns of blocks, and what the model is shown of them.
+
+    user      tool_result -> a message of role tool; text -> a user message; in the order of the blocks
+    assistant thinking -> reasoning_content; text -> content; tool_use -> tool_calls
+
+Blocks of other types. What holds text is text (unreadable.py). Images and documents become a sentence, in the results
+of tools and wherever they come again with the history. Blocks that speak of what Anthropic's own service did
+(server_tool_use, web_search_tool_result), and those newer than this server, are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from stepgguf.server.body import Part
+from stepgguf.server.sealed import unseal
+from stepgguf.server.unreadable import WORDS, AnyPart, TextPart, UnreadablePart, as_text
+
+
+class ThinkingBlock(Part):
+    type: Literal["thinking"]
+    thinking: str = ""
+    signature: str = ""
+
+    @property
+    def reasoning(self) -> str:
+        return self.thinking or unseal(self.signature)
+
+
+class RedactedThinkingBlock(Part):
+    """Encrypted by Anthropic, for Anthropic: nothing of it can be read here."""
+
+    type: Literal["redacted_thinking"]
+
+
+class ToolUseBlock(Part):
+    type: Literal["tool_use"]
+    id: str
+    name: str
+    input: dict[str, Any] | str = Field(default_factory=dict)  # some clients keep the JSON
+
+
+def as_blocks(content: Any) -> Any:
+    """A string is short for one block."""
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+Texts = Annotated[list[AnyPart], BeforeValidator(as_blocks)]
+
+
+def _result_part(part: Any) -> Any:
+    """A client's search over its own tools gives their names; all of them are offered here from the start."""
+    if isinstance(part, dict) and part.get("type") == "tool_reference":
+        return {"type": "text", "text": f"The tool {part.get('tool_name')} is there."}
+    return part
+
+
+class ToolResultBlock(Part):
+    type: Literal["tool_result"]
+    tool_use_id: str
+    content: Annotated[list[Annotated[AnyPart, BeforeValidator(_result_part)]], BeforeValidator(as_blocks)] | None = (
+        None
+    )
+    is_error: bool | None = None
+
+    @property
+    def text(self) -> str:
+        text = join(block.text for block in self.content or ())
+        return f"Error: {text}" if self.is_error else text
+
+
+Block = TextPart | ThinkingBlock | RedactedThinkingBlock | ToolUseBlock | ToolResultBlock
+RENDERED: dict[str, tuple[type[Block], ...]] = {
+    "user": (TextPart, ToolResultBlock),
+    "assistant": (TextPart, ThinkingBlock, RedactedThinkingBlock, ToolUseBlock),
+    "system": (TextPart,),
+}
+OURS = ("text", "thinking", "redacted_thinking", "tool_use", "tool_result")
+
+
+def _block(block: Any) -> Any:
+    return block if isinstance(block, dict) and block.get("type") in OURS else as_text(block)
+
+
+_Block = Annotated[Annotated[Block, Field(discriminator="type")], BeforeValidator(_block)]
+
+
+class Turn(Part):
+    role: Literal["user", "assistant", "system"]
+    content: Annotated[list[_Block], BeforeValidator(as_blocks)] = Field(default_factory=list)
+
+    @property
+    def has_results(self) -> bool:
+        return any(isinstance(block, ToolResultBlock) for block in self.content)
+
+    def renders(self, block: Block) -> bool:
+        """Whether the model is shown anything of it. A sentence in an image's place is not put into its own mouth."""
+        if isinstance(block, UnreadablePart):
+            return self.role == "user" and any(word in block.was for word in WORDS)
+        return isinstance(block, RENDERED[self.role])
+
+    @property
+    def left_out(self) -> list[str]:
+        """The types of the blocks that the model is shown nothing of."""
+        blocks = [block for block in self.content if not self.renders(block)]
+        return [block.was if isinstance(block, UnreadablePart) else block.type for block in blocks]
+
+    def messages(self) -> Iterator[dict[str, Any]]:
+        """As OpenAI's chat messages."""
+        blocks = [block for block in self.content if self.renders(block)]
+        if self.role == "assistant":
+            yield from _answer(blocks)
+            return
+        texts: list[str] = []
+        for block in blocks:
+            if isinstance(block, TextPart):
+                texts.append(block.text)
+            elif isinstance(block, ToolResultBlock):
+                yield from self._said(texts)
+                texts = []
+                yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": block.text}
+        yield from self._said(texts)
+
+    def _said(self, texts: list[str]) -> Iterator[dict[str, Any]]:
+        if texts:
+            yield {"role": self.role, "content": join(texts)}
+
+
+def _answer(blocks: list[Block]) -> Iterator[dict[str, Any]]:
+    """The assistant's message, if there is anything of it."""
+    calls = [
+        {"id": b.id, "type": "function", "function": {"name": b.name, "arguments": b.input}}
+        for b in blocks
+        if isinstance(b, ToolUseBlock)
+    ]
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": join(b.text for b in blocks if isinstance(b, TextPart)),
+        "reasoning_content": join(b.reasoning for b in blocks if isinstance(b, ThinkingBlock)),
+    }
+    if calls:
+        message["tool_calls"] = calls
+    if blocks:
+        yield message
+
+
+def join(texts: Iterable[str]) -> str:
+    """Blocks are paragraphs."""
+    return "\n\n".join(text for text in texts if text)
