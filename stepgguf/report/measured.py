@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import Keys, LlamaFileType
 from numpy.typing import NDArray
 
 from stepgguf.convert import header as gguf_header
@@ -29,6 +28,7 @@ from stepgguf.convert.ggufsource import ARCHITECTURE, split_files
 from stepgguf.convert.header import Header, TensorInfo
 from stepgguf.convert.writer import manifest_path, read_manifest
 from stepgguf.errors import BadMetadata, UnsupportedModel, VerifyError
+from stepgguf.quants.mixtures import file_type_name
 
 Floats = NDArray[np.float64]
 ROUTED, SHARED, ATTENTION, DENSE = "routed experts", "shared experts", "attention", "dense FFN"
@@ -102,9 +102,10 @@ def read(path: Path) -> Measured:
     headers = [gguf_header.read(file) for file in split_files(path)]
     manifests = [_manifest(header.path) for header in headers]
     first, how = headers[0], manifests[0] or {}
-    if first.get(Keys.General.ARCHITECTURE) != ARCHITECTURE:
+    architecture = first.get("general.architecture")
+    if architecture != ARCHITECTURE:
         raise UnsupportedModel(
-            f"{path}: general.architecture is {first.get(Keys.General.ARCHITECTURE)!r}, expected {ARCHITECTURE!r}",
+            f"{path}: general.architecture is {architecture!r}, expected {ARCHITECTURE!r}",
             hint="stepgguf reports on Step-3.5 and Step-3.7 files only.",
         )
     n_layer = _count(first, "block_count") - _count(first, "nextn_predict_layers")
@@ -196,9 +197,8 @@ def _imatrix_of(header: Header) -> Imatrix | None:
 
 def _type(header: Header) -> str | None:
     """The mixture's name. Our own key comes last: llama-quantize copies it from its source."""
-    number = header.get(Keys.General.FILE_TYPE)
-    names = {ftype.value: ftype.name.removeprefix("MOSTLY_").removeprefix("ALL_") for ftype in LlamaFileType}
-    return (names.get(number) if isinstance(number, int) else None) or _string(header.get("stepgguf.type"))
+    number = header.get("general.file_type")
+    return (file_type_name(number) if isinstance(number, int) else None) or _string(header.get("stepgguf.type"))
 
 
 def _count(header: Header, key: str) -> int:
