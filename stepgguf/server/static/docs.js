@@ -19,7 +19,7 @@ function typeOf(schema) {
   if (schema.$ref) return schema.$ref.split("/").pop().split("__").pop();
   if (schema.const !== undefined) return JSON.stringify(schema.const);
   if (schema.enum) return schema.enum.map((value) => JSON.stringify(value)).join(" | ");
-  if (schema.items) return `${typeOf(schema.items)}[]`;
+  if (schema.items) return typeOf(schema.items).replace(/^.* \| .*$/, "($&)") + "[]";
   const either = schema.anyOf ?? schema.oneOf;
   if (either) return [...new Set(either.filter((one) => one.type !== "null").map(typeOf))].join(" | ");
   return schema.type ?? "any";
