@@ -4,7 +4,9 @@
 // ---- every expert --------------------------------------------------------------------------------------------------
 
 const USE = data.experts?.count ? "Use" : "Signal"; // figures.py: what is known of an expert's use
-const MEASURES = { relative: ["Error over its type's level", times], error: ["Error", percent], rmse: ["RMSE", digits], use: [USE, times] };
+const MEASURES = {
+  relative: ["Error over its type's level", times], error: ["Error", percent], rmse: ["RMSE", digits], use: [USE, times],
+};
 const view = { projection: "down", measure: "relative", scale: "log", order: "number", layers: "relative" };
 const UNSEEN = "#d55e00"; // vermillion: not in viridis
 
@@ -76,12 +78,15 @@ function expertMap() {
       return colour(grid[i][e]);
     }),
   });
+  const legend = {
+    use: [make("span", {}, "1 × is the mean of the layer"), make("span", {}, swatch(UNSEEN), "none at all")],
+    relative: [make("span", {}, `1 × is the level: ${levelWords()}`)],
+  };
   const ticks = [0, 0.25, 0.5, 0.75, 1].map((t) => placed(written(scale.value(t)), t));
   $("experts-legend").replaceChildren(
     make("div", { role: "img", ariaLabel: `Colours from ${written(scale.value(0))} to ${written(scale.value(1))}` },
       pixels(1, 256, (_, i) => viridis(i / 255)), make("div", { className: "ticks" }, ...ticks)),
-    ...(isUse ? [make("span", {}, "1 × is the mean of the layer"), make("span", {}, swatch(UNSEEN), "none at all")] : []),
-    ...(view.measure === "relative" ? [make("span", {}, `1 × is the level: ${levelWords()}`)] : []));
+    ...legend[view.measure] ?? []);
 }
 
 function expertTable() {
@@ -124,7 +129,8 @@ function layerMap() {
   const low = Math.min(...all) / 1.15, high = Math.max(...all) * 1.15;
   const height = (x) => 1 - Math.log(x / low) / Math.log(high / low);
   const most = Math.ceil(Math.log10(high)), fine = high / low < 8 ? [1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8] : [1, 2, 5];
-  const steps = upTo(10).flatMap((power) => fine.map((k) => k * 10 ** (most - power))).filter((x) => x > low && x < high);
+  const rungs = upTo(10).flatMap((power) => fine.map((k) => k * 10 ** (most - power)));
+  const steps = rungs.filter((x) => x > low && x < high);
   const path = (line) => {
     const values = byLayer(line), point = (layer) => `${100 * (layer + 0.5) / n} ${100 * height(values[layer])}`;
     const points = upTo(n).map((layer) => (values[layer] > 0 ? point(layer) : ""));
@@ -165,8 +171,9 @@ function layers() {
 // ---- who stands out, and what calibration saw ---------------------------------------------------------------------
 
 function worst() {
-  const { use, count } = data.experts, { sigmas, times: least } = data.stands_out, { n_worst: n } = data;
-  $("worst-lead").textContent = `${counted(n, "figure")} of ${grouped(sum(Object.values(data.experts.error).map((rows) => rows.flat().length)))} ` +
+  const { use, count, error } = data.experts, { sigmas, times: least } = data.stands_out, { n_worst: n } = data;
+  const all = grouped(Object.values(error).flat(2).length);
+  $("worst-lead").textContent = `${counted(n, "figure")} of ${all} ` +
     `${n === 1 ? "is" : "are"} at least ${least} times the median of the same tensor and more than ${sigmas} standard ` +
     `deviations above it (in logarithms).${n > data.worst.length ? ` The first ${data.worst.length}:` : ""}`;
   const columns = [["Layer", "left"], ["Expert"], ["Projection", "left"], ["Type", "left"], ["Error"], ["× median"]];

@@ -41,7 +41,8 @@ function tile(title, text, more) {
 }
 
 function headline() {
-  const [first] = data.files, imatrix = data.imatrix ? "with importance matrix" : data.made_by && "without importance matrix";
+  const [first] = data.files; // without a manifest nobody knows whether there was an importance matrix
+  const imatrix = data.imatrix ? "with importance matrix" : data.made_by && "without importance matrix";
   $("kind").textContent = [data.type, imatrix].filter(Boolean).join(" · ");
   $("name").textContent = data.name;
   const more = data.files.length > 1 ? ` and ${data.files.length - 1} more` : "";

@@ -10,7 +10,8 @@ const base = new URL(".", location.href).href.slice(0, -1);
 const spec = await (await fetch("openapi.json")).json();
 
 /** A description; what stands in backquotes is code. */
-const prose = (text = "") => make("p", {}, ...text.split("`").map((part, i) => (i % 2 ? make("code", {}, part) : part)));
+const prose = (text = "") =>
+  make("p", {}, ...text.split("`").map((part, i) => (i % 2 ? make("code", {}, part) : part)));
 
 const follow = (schema) => (schema?.$ref ? spec.components.schemas[schema.$ref.split("/").pop()] : schema ?? {});
 
@@ -42,11 +43,12 @@ function fields(schema, seen = new Set()) {
   ];
 }
 
+const EXAMPLES = ["messages", "prompt", "text", "tokens", "input", "max_tokens"];
+
 /** A request that works as it stands: the fields that have an example and are needed, or bound the answer. */
 function example(path, schema) {
-  const { properties = {}, required = [] } = follow(schema);
-  const wanted = Object.entries(properties).filter(([name, { examples }]) =>
-    examples && (required.includes(name) || ["messages", "prompt", "text", "tokens", "input", "max_tokens"].includes(name)));
+  const { properties = {}, required = [] } = follow(schema), needed = [...required, ...EXAMPLES];
+  const wanted = Object.entries(properties).filter(([name, { examples }]) => examples && needed.includes(name));
   const data = JSON.stringify(Object.fromEntries(wanted.map(([name, { examples: [first] }]) => [name, first])));
   return `curl ${base}${path} -H 'content-type: application/json' \\\n  -d '${data.replaceAll("'", "'\\''")}'`;
 }

@@ -180,6 +180,25 @@ def test_drafts_survive_a_reload_each_with_its_chat(tell: Tell, page: Page) -> N
     assert page.run(draft) == ""
 
 
+def test_another_tab_sees_what_this_one_does(tell: Tell, page: Page, scripted: Server) -> None:
+    tell("</think>", "An answer.")
+    page.ask("First?")
+    first = page.ask_driver("GET", "window")
+    second = page.ask_driver("POST", "window/new", type="tab")["handle"]
+    page.ask_driver("POST", "window", handle=second)
+    page.ask_driver("POST", "url", url=scripted.url)
+    page.until("document.querySelector('aside li a')")
+    page.click("aside li a")
+    page.until("document.querySelector('.message')")
+    page.ask("Second?")
+    page.ask_driver("POST", "window", handle=first)
+    page.until("document.querySelectorAll('.message').length === 4")
+    assert page.run(QUESTIONS) == ["First?", "Second?"]
+    page.ask_driver("POST", "window", handle=second)
+    page.ask_driver("DELETE", "window")
+    page.ask_driver("POST", "window", handle=first)
+
+
 def test_two_chats_are_answered_at_a_time(tell: Tell, page: Page) -> None:
     go_on = threading.Event()
     tell("</think>", "One", go_on, " answer.")

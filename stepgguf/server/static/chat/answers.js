@@ -13,7 +13,7 @@ import { clock, say } from "./dom.js";
 import { api, events, problem } from "./server.js";
 import { settings } from "./settings.js";
 
-const PATIENCE = [0, 1000, 2000, 4000, 8000]; // ms between the tries to find a running answer again; the last again and again
+const PATIENCE = [0, 1000, 2000, 4000, 8000]; // ms before the first, second, ... try to find a running answer again
 const KEPT = 2 * 3_600_000; // ms; the server forgets an answer after an hour
 
 export const runs = new Map(); // chat id -> {chat, answer, stop, lost}: what is being answered there

@@ -3,7 +3,10 @@
 import { make } from "./dom.js";
 
 const LONGEST = 5_000; // characters; a longer formula is shown as it was written
-export const FORMULA = /\$\$[\s\S]+?\$\$|\\\([\s\S]+?\\\)|\\\[[\s\S]+?\\\]|\$(?![\s$])(?:[^$\n]*?[^\s$\\])\$(?!\d)/y;
+export const FORMULA = new RegExp([
+  String.raw`\$\$[^]{1,2000}?\$\$`, String.raw`\\\([^]{1,2000}?\\\)`, String.raw`\\\[[^]{1,2000}?\\\]`,
+  String.raw`\$(?![\s$])[^$\n]*?[^\s$\\]\$(?!\d)`, // not $5 and $6
+].join("|"), "y");
 
 const CLOSES = { "$": "$", "$$": "$$", "\\(": "\\)", "\\[": "\\]" };
 
@@ -13,7 +16,7 @@ export function formula(source) {
   const node = make("span", { className: displayMode ? "math display" : "math", title: source });
   try {
     if (source.length > LONGEST || !source.slice(n).endsWith(CLOSES[open])) throw new RangeError(source);
-    temml.render(source.slice(n, -n), node, { displayMode, wrap: "tex", throwOnError: true, trust: false });
+    temml.render(source.slice(n, -n), node, { displayMode, wrap: "tex", throwOnError: true });
   } catch {
     node.classList.add("source");
     node.removeAttribute("title");

@@ -25,10 +25,11 @@ export function listen(gone, changed) {
 export function showList(current) {
   const words = $("search").value.trim(), found = words ? search(words) : newestFirst().map((chat) => ({ chat }));
   document.querySelector("aside ul").replaceChildren(...found.map(({ chat, index = -1, before, match, after }) => {
-    const href = index < 0 ? `#${chat.id}` : `#${chat.id}/${index}`, here = chat === current ? { ariaCurrent: "page" } : {};
+    const href = index < 0 ? `#${chat.id}` : `#${chat.id}/${index}`, here = chat === current && { ariaCurrent: "page" };
     const place = index < 0 ? [] : [make("small", {}, before, make("mark", {}, match), after)];
     const gone = button("×", "", () => remove([chat]), { ariaLabel: `Delete ${chat.title}` });
-    return make("li", {}, make("a", { href, title: chat.title, ...here }, make("span", {}, chat.title), ...place), gone);
+    const link = make("a", { href, title: chat.title, ...here }, make("span", {}, chat.title), ...place);
+    return make("li", {}, link, gone);
   }));
   $("found").textContent = words ? `${found.length ? counted(found.length, "chat") : "No chats"} found` : "";
   $("export").disabled = $("delete-all").disabled = !chats.size;

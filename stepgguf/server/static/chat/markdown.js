@@ -13,6 +13,7 @@ import { highlighted } from "./syntax.js";
 
 const DEEPEST = 40; // tokens in each other; what lies deeper is plain text
 const LONGEST = 20_000; // characters of a paragraph that is searched for marks
+const MOST_LINES = 100; // of a formula
 const md = markdownit({ linkify: true }).disable(["reference", "entity", "image", "autolink", "lheading"]);
 md.linkify.set({ fuzzyLink: false, fuzzyEmail: false });
 md.validateLink = (url) => /^https?:/i.test(url);
@@ -43,7 +44,8 @@ function mathBlock(state, start, end, silent) {
   if (!mark) return false;
   const ends = (i) => lineAt(state, i).slice(i === start ? 2 : 0).includes(close);
   let last = start;
-  while (!ends(last) && state.sCount[last + 1] >= state.blkIndent && last + 1 < end) last++;
+  const most = Math.min(end, start + MOST_LINES) - 1;
+  while (!ends(last) && last < most && state.sCount[last + 1] >= state.blkIndent) last++;
   if (!ends(last) ? !state.env.open : !lineAt(state, last).endsWith(close)) return false;
   if (silent) return true;
   const token = state.push("math_block", "", 0);
@@ -65,7 +67,8 @@ function table(state, start, end, silent) {
   if (!lineAt(state, start).includes("|") || !belongs(state, start + 1, end)) return false;
   if (!DELIMITERS.test(lineAt(state, start + 1))) return false;
   if (silent) return true;
-  const aligns = cellsOf(lineAt(state, start + 1)).map((cell) => (!cell.endsWith(":") ? "" : cell.startsWith(":") ? "center" : "right"));
+  const alignOf = (cell) => (!cell.endsWith(":") ? "" : cell.startsWith(":") ? "center" : "right");
+  const aligns = cellsOf(lineAt(state, start + 1)).map(alignOf);
   const row = (i, tag) => {
     state.push("tr_open", "tr", 1);
     cellsOf(lineAt(state, i)).forEach((cell, column) => {

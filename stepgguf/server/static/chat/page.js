@@ -11,7 +11,7 @@ import { keyIsRight, onKey } from "./key.js";
 import { listen, showList } from "./list.js";
 import { api } from "./server.js";
 import "./settings.js";
-import { typing } from "./typing.js";
+import { coarse, typing } from "./typing.js";
 import { answerView, questionView } from "./views.js";
 
 const { chats } = store;
@@ -85,10 +85,12 @@ async function respond(chat, index) {
   showRunning();
   showContext();
   look();
+  if (end !== "running") resume();
 }
 
 let frame;
 function draw(chat) {
+  if (chat !== current) return;
   cancelAnimationFrame(frame);
   frame = requestAnimationFrame(() => update(chat));
 }
@@ -140,8 +142,8 @@ function showMessages() {
 
 /** A chat, at a message of it or at its end. */
 function open(id, at) {
-  const kept = chats.get(id);
-  if (kept && at in kept.messages) store.show(kept, Number(at));
+  const kept = chats.get(id), place = kept?.messages[at] && Number(at);
+  if (place >= 0) store.show(kept, place);
   if (!current || kept !== current) {
     views = [];
     current = kept ?? store.newChat();
@@ -153,7 +155,7 @@ function open(id, at) {
   showMessages();
   showList(current);
   follow(true);
-  const found = kept && at in kept.messages && views.find(({ index }) => index === Number(at));
+  const found = views.find(({ index }) => index === place);
   if (found) {
     sticks = false;
     found.node.scrollIntoView({ block: "start" });
@@ -185,7 +187,7 @@ onresize = () => follow();
 
 // ---- what the user does --------------------------------------------------------------------------------------------
 
-const field = document.querySelector("#composer textarea"), coarse = matchMedia("(pointer: coarse)");
+const field = document.querySelector("#composer textarea");
 typing(field, $("composer"), (text) => {
   if (runs.has(current.id)) return;
   field.value = "";

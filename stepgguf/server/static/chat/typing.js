@@ -1,6 +1,6 @@
 // A text area that grows with its text, and Enter sends it.
 
-const coarse = matchMedia("(pointer: coarse)"); // on a touch keyboard Enter starts a new line
+export const coarse = matchMedia("(pointer: coarse)"); // on a touch keyboard Enter starts a new line
 
 export function typing(area, form, send) {
   area.oninput = () => {

@@ -11,7 +11,8 @@ import { blocks, rendered } from "./markdown.js";
 function versions(chat, index, does) {
   const all = siblings(chat, index), at = all.indexOf(index);
   if (all.length < 2) return [];
-  const to = (i, sign, name) => button(sign, "version", () => does.show(all[i]), { ariaLabel: name, disabled: !(i in all) });
+  const to = (i, sign, ariaLabel) =>
+    button(sign, "version", () => does.show(all[i]), { ariaLabel, disabled: !(i in all) });
   return [make("span", { className: "versions", role: "group", ariaLabel: "Versions" },
     to(at - 1, "‹", "Previous version"), `${at + 1} of ${all.length}`, to(at + 1, "›", "Next version"))];
 }
@@ -19,7 +20,8 @@ function versions(chat, index, does) {
 export function questionView(chat, index, does) {
   const text = chat.messages[index].content, shown = make("p", {}, text);
   const edit = button("Edit", "edit", () => node.replaceChildren(editor()));
-  const show = () => node.replaceChildren(shown, make("div", { className: "actions" }, ...versions(chat, index, does), edit));
+  const actions = make("div", { className: "actions" }, ...versions(chat, index, does), edit);
+  const show = () => node.replaceChildren(shown, actions);
   const editor = () => {
     const area = make("textarea", { value: text, ariaLabel: "Edit the question" });
     const cancel = button("Cancel", "cancel", () => { show(); edit.focus(); });
@@ -86,8 +88,10 @@ function thinkingLine({ at, usage, tokens, thoughts }, still) {
 }
 
 /** While the text comes. */
-const progress = ({ tokens, thoughts, at }) =>
-  (thoughts === undefined ? "" : [counted(tokens - thoughts, "token"), speedOf(tokens, at)].filter(Boolean).join(" · "));
+function progress({ tokens, thoughts, at }) {
+  if (thoughts === undefined) return "";
+  return [counted(tokens - thoughts, "token"), speedOf(tokens, at)].filter(Boolean).join(" · ");
+}
 
 function speedOf(tokens, { first, last }) {
   const speed = 1000 * (tokens - 1) / (last - first);
