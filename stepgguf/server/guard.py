@@ -200,11 +200,18 @@ class Form:
         if scope["type"] == "http" and scope["method"] == "POST":
             headers = MutableHeaders(scope=scope)
             said = headers.get("content-type", "").partition(";")[0].strip().lower()
-            from_page = "origin" in headers or "sec-fetch-site" in headers
-            if not said.endswith(("/json", "+json")) and (from_page or said.startswith(("text/", "multipart/"))):
+            unasked = _is_from_elsewhere(headers) or said.startswith(("text/", "multipart/"))
+            if unasked and not said.endswith(("/json", "+json")):
                 raise Refusal(415, f"the body must be JSON and say so: content-type: {JSON}")
             headers["content-type"] = JSON
         await self._app(scope, receive, send)
+
+
+def _is_from_elsewhere(headers: Headers) -> bool:
+    """Whether a web page that is not this server's own sends it."""
+    if (origin := headers.get("origin")) is not None:
+        return origin.partition("://")[2] != headers.get("host")
+    return headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
 
 
 class Size:

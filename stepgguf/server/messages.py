@@ -22,7 +22,7 @@ class Counted(TypedDict):
 router = APIRouter(route_class=JsonRoute, tags=["Anthropic"])
 
 
-@router.post("/v1/messages", responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}})
+@router.post("/v1/messages", responses={200: {"content": {"text/event-stream": {}}}})
 async def create(body: Create, request: Request, service: TheService) -> Response:
     """Answer a conversation, as Anthropic's API does. With `stream`, as server-sent events."""
     model = service.model(body.model)

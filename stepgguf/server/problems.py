@@ -206,7 +206,8 @@ def explain(errors: Sequence[Mapping[str, Any]], body: object) -> tuple[str, str
     if error["type"] == "missing":
         return f"{field} is missing", field
     expected = dict.fromkeys(_expected(e["msg"]) for e, path in zip(errors, paths, strict=True) if path == deepest)
-    message = f"{field or 'the body'}: {' or '.join(expected)}, found {_shown(error.get('input'))}"
+    either = " or ".join(expected).replace(" or expected ", " or ")
+    message = f"{field or 'the body'}: {either}, found {_shown(error.get('input'))}"
     return message, field or None
 
 

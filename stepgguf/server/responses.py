@@ -21,7 +21,7 @@ from stepgguf.server.sse import EventStream, comment, event
 from stepgguf.server.stream import Exchange, calling
 
 router = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
-STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
 
 def _answers(request: Request) -> Answers:
@@ -57,19 +57,17 @@ async def create(body: ResponseBody, request: Request, service: TheService, answ
     at once, and the answer goes on until it is finished or cancelled, whether or not the client stays."""
     model = service.model(body.model)
     asked = await run_in_threadpool(body.chat_request, service, answers)
-    context = await run_in_threadpool(lambda: json.dumps(asked.items).encode())
     exchange = await _start(body, asked, request, service)
-    echo = body.echo(asked.request.sampling)
     writer = ResponseWriter(
         trace(request),
         model,
         now(),
-        echo,
+        asked.echo,
         asked.offers.by_name,
         sealed=body.sealed,
         shows_reasoning=body.shows_reasoning(),
     )
-    answer = Answer(writer, exchange, context, keeps=body.stored, background=bool(body.background))
+    answer = Answer(writer, exchange, asked.context, keeps=body.stored, background=bool(body.background))
     answers.add(answer)
     if body.stream:
         return _stream(answer, service)
@@ -114,23 +112,27 @@ async def delete(id: str, answers: TheAnswers) -> Deleted:
     return {"id": id, "object": "response", "deleted": True}
 
 
-@router.get("/v1/responses/{id}/input_items")
+@router.get("/v1/responses/{id}/input_items", response_model=ItemList)
 async def input_items(
     id: str,
     answers: TheAnswers,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Literal["asc", "desc"] = "desc",
     after: Annotated[str | None, Query(description="The id of the last item that is known already.")] = None,
-) -> ItemList:
+) -> Response:
     """What an answer answers: with previous_response_id, the whole conversation before it."""
-    items = await run_in_threadpool(answers.get(id).items)
-    if order == "desc":
-        items.reverse()
-    start = next((i + 1 for i, item in enumerate(items) if item["id"] == after), 0)
-    data = items[start : start + limit]
-    first, last = (data[0]["id"], data[-1]["id"]) if data else ("", "")
-    has_more = start + limit < len(items)
-    return {"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": has_more}
+    answer = answers.get(id)
+
+    def page() -> bytes:
+        items = answer.items()[:: 1 if order == "asc" else -1]
+        start = next((i + 1 for i, item in enumerate(items) if item["id"] == after), 0)
+        data = items[start : start + limit]
+        first, last = (data[0]["id"], data[-1]["id"]) if data else ("", "")
+        has_more = start + limit < len(items)
+        found: ItemList = {"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": has_more}
+        return json.dumps(found).encode()
+
+    return Response(await run_in_threadpool(page), media_type="application/json")
 
 
 @router.post("/v1/responses/{id}/cancel")

@@ -16,11 +16,11 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, TypeAdapter, WrapValidator
+from pydantic import BeforeValidator, ConfigDict, Field, Tag, TypeAdapter, WrapValidator
 from pydantic_core.core_schema import ValidatorFunctionWrapHandler
 
 from stepgguf.server.body import Part
-from stepgguf.server.responses_tools import INPUT, Offers
+from stepgguf.server.responses_tools import INPUT, Offers, by_type
 from stepgguf.server.sealed import unseal
 from stepgguf.server.unreadable import AnyPart, TextPart, as_text, just_written, refuse_unreadable
 
@@ -116,15 +116,6 @@ class OtherItem(Part):
 
 Own = Message | ReasoningItem | FunctionCall | CustomCall | CallOutput
 Item = Own | ItemReference | OtherItem
-_KNOWN = {
-    "message": Message,
-    "reasoning": ReasoningItem,
-    "function_call": FunctionCall,
-    "custom_tool_call": CustomCall,
-    "function_call_output": CallOutput,
-    "custom_tool_call_output": CallOutput,
-    "item_reference": ItemReference,
-}
 
 
 def _typed(item: Any) -> Any:
@@ -132,11 +123,6 @@ def _typed(item: Any) -> Any:
     if not isinstance(item, dict) or item.get("type") is not None:
         return item
     return {**item, "type": "message" if "role" in item else "item_reference"}
-
-
-def _tag(item: Any) -> str:
-    kind = item.get("type") if isinstance(item, dict) else getattr(item, "type", None)
-    return kind if isinstance(kind, str) and kind in _KNOWN else "other"
 
 
 def _as_sent(value: Any, validate: ValidatorFunctionWrapHandler) -> list[Json]:
@@ -147,6 +133,7 @@ def _as_sent(value: Any, validate: ValidatorFunctionWrapHandler) -> list[Json]:
     return items
 
 
+_CALLS = ("function_call", "function_call_output", "custom_tool_call", "custom_tool_call_output")
 _Tagged = (
     Annotated[Message, Tag("message")]
     | Annotated[ReasoningItem, Tag("reasoning")]
@@ -157,7 +144,7 @@ _Tagged = (
     | Annotated[ItemReference, Tag("item_reference")]
     | Annotated[OtherItem, Tag("other")]
 )
-_List = list[Annotated[_Tagged, Discriminator(_tag)]]
+_List = list[Annotated[_Tagged, by_type("message", "reasoning", *_CALLS, "item_reference")]]
 Items = Annotated[Annotated[_List, Field(min_length=1)], WrapValidator(_as_sent)]
 _adapter: TypeAdapter[list[Item]] = TypeAdapter(_List)
 

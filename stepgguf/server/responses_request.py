@@ -7,8 +7,9 @@ its tools.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import BeforeValidator, Field
@@ -21,7 +22,7 @@ from stepgguf.server.body import Body, Ignored, Part, ignored
 from stepgguf.server.fields import AnswerTokens, SamplingFields, limit
 from stepgguf.server.responses_items import Items, Json, conversation, left_out, read, refuse_what_was_just_written
 from stepgguf.server.responses_store import Answers
-from stepgguf.server.responses_tools import AnyChoice, AnyTool, Offers, choose
+from stepgguf.server.responses_tools import AnyChoice, AnyTool, Offers, choose, repeated
 from stepgguf.server.service import Service
 from stepgguf.server.thinking import ReasoningFields, ThinkingMap
 
@@ -66,11 +67,13 @@ def _without_logprobs(include: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """request: for the model. items: the conversation, without instructions. offers: what may be called."""
+    """request: for the model. context: the conversation, without instructions: items, as JSON. offers: what may be
+    called. echo: the fields that the response repeats, as JSON."""
 
     request: ChatRequest
-    items: Sequence[Json]
+    context: bytes
     offers: Offers
+    echo: bytes = b"{}"
 
 
 class Prompt(ReasoningFields, Ignored):
@@ -104,7 +107,7 @@ class Prompt(ReasoningFields, Ignored):
         service.unknown.ignore("type of item", left_out(known))
         choice, offers = choose(self.tool_choice, declared)
         told = [{"role": "system", "content": self.instructions}] if self.instructions else []
-        said = conversation(known, offers)
+        said = conversation(known, declared)
         if not said:
             raise RequestError("input has nothing that can be shown to the model", param="input")
         request = ChatRequest(
@@ -116,7 +119,7 @@ class Prompt(ReasoningFields, Ignored):
             format=self.text.format.as_format() if self.text and self.text.format else None,
             reasoning_budget=self.thinking_limit(service.config),
         )
-        return Asked(request, items, offers)
+        return Asked(request, json.dumps(items).encode(), offers)
 
 
 class ResponseBody(Prompt, SamplingFields):
@@ -129,6 +132,7 @@ class ResponseBody(Prompt, SamplingFields):
     background: bool | None = Field(None, description="The answer goes on when the client leaves; it must be stored.")
     top_logprobs: Annotated[None, _never(NO_LOGPROBS)] = None
 
+    metadata: Any = ignored("it is repeated in the answer")
     stream_options: Any = ignored("it only pads events")
     context_management: Any = ignored("a prompt that does not fit is refused, not cut")
     client_metadata: Any = ignored("nothing is reported to anyone")
@@ -154,30 +158,33 @@ class ResponseBody(Prompt, SamplingFields):
             max_tokens=limit(self.max_output_tokens),
             stops=self.stops(),
         )
-        return replace(asked, request=request)
+        return replace(asked, request=request, echo=json.dumps(self._echo(request.sampling)).encode())
 
-    def echo(self, sampling: Sampling) -> Json:
-        """The fields that the response repeats, as they were understood. sampling: as used."""
+    def _echo(self, sampling: Sampling) -> Json:
+        """As they were understood. sampling: as used."""
         effort = self.reasoning.effort if isinstance(self.reasoning, ThinkingMap) else self.reasoning
+        choice = self.tool_choice
         form = self.text.format.model_dump(by_alias=True, exclude_none=True) if self.text and self.text.format else None
         return {
             "background": bool(self.background),
             "instructions": self.instructions,
             "max_output_tokens": limit(self.max_output_tokens),
-            "metadata": self.metadata or {},
+            "metadata": _bounded(self.metadata),
             "parallel_tool_calls": self.parallel_tool_calls is not False,
             "previous_response_id": self.previous_response_id,
             "reasoning": {"effort": effort if isinstance(effort, str) else None, "summary": None},
             "store": self.stored,
             "temperature": sampling.temperature,
             "text": {"format": form or {"type": "text"}},
-            "tool_choice": _dumped(self.tool_choice) or "auto",
-            "tools": [_dumped(tool) for tool in self.tools or ()],
+            "tool_choice": choice.model_dump() if isinstance(choice, Part) else choice or "auto",
+            "tools": repeated(self.tools or ()),
             "top_p": sampling.top_p,
             "truncation": "disabled",
-            "user": self.user,
+            "user": self.user if isinstance(self.user, str) else None,
         }
 
 
-def _dumped(value: Any) -> Any:
-    return value.model_dump() if isinstance(value, Part) else value
+def _bounded(metadata: Any) -> dict[str, str]:
+    """As much as OpenAI takes: 16 pairs of 64 and 512 characters."""
+    pairs = islice(metadata.items(), 16) if isinstance(metadata, dict) else ()
+    return {key[:64]: str(value)[:512] for key, value in pairs}

@@ -180,7 +180,7 @@ class Answers:
         for i, item in enumerate(items):
             if item["type"] == "item_reference":
                 if item["id"] in seen:
-                    raise Refusal(400, f"Duplicate item found with id {item['id']!r}", param=f"input[{i}]")
+                    raise Refusal(400, f"Duplicate item found with id {item['id'][:SHOWN]!r}", param=f"input[{i}]")
                 seen.add(item["id"])
                 item = self._item(item["id"], f"input[{i}]")
             found.append(item)

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag
 
 from stepgguf.chat.request import Tool, ToolChoice
 from stepgguf.errors import RequestError
@@ -24,16 +25,15 @@ from stepgguf.server.body import Part
 from stepgguf.server.chat_request import Function
 
 LONGEST_NAME = 128
+MOST_ALLOWED = 1024
 INPUT = "input"  # what a custom tool's one parameter is called
-AS_SENT = ConfigDict(extra="allow")  # the response repeats it
 _OPENING = re.compile(r'\{\s*"(?:[^"\\]|\\.)*"\s*:\s*"')
-_WHOLE = re.compile(r'(?:[^"\\]|\\u[0-9a-fA-F]{4}|\\[^u])*')  # no half of an escape
+_WHOLE = re.compile(r'(?:[^"\\]+|\\u[0-9a-fA-F]{4}|\\[^u])*')  # no half of an escape
 
 
 class FunctionTool(Function):
     """In chat completions the function is an object of its own."""
 
-    model_config = AS_SENT
     type: Literal["function"]
     strict: bool | None = None
 
@@ -45,7 +45,6 @@ class GrammarFormat(Part):
 
 
 class CustomTool(Part):
-    model_config = AS_SENT
     type: Literal["custom"]
     name: str = Field(pattern=r"^[^<>\s]{1,128}$")
     description: str | None = None
@@ -63,12 +62,11 @@ class CustomTool(Part):
 class OtherTool(Part):
     """It runs at OpenAI, or it is newer than this server."""
 
-    model_config = AS_SENT
     type: str
 
 
-def _tag(*known: str) -> Discriminator:
-    """By type, and what is not known is "other"."""
+def by_type(*known: str) -> Discriminator:
+    """Of a union whose members are tagged with their types, and "other" for what is of no known type."""
 
     def tag(tool: Any) -> str:
         kind = tool.get("type") if isinstance(tool, dict) else getattr(tool, "type", None)
@@ -82,13 +80,26 @@ _Other = Annotated[OtherTool, Tag("other")]
 
 
 class NamespaceTool(Part):
-    model_config = AS_SENT
     type: Literal["namespace"]
     name: str
-    tools: list[Annotated[_Own | _Other, _tag("function", "custom")]]
+    description: str | None = None
+    tools: list[Annotated[_Own | _Other, by_type("function", "custom")]]
 
 
-AnyTool = Annotated[_Own | Annotated[NamespaceTool, Tag("namespace")] | _Other, _tag("function", "custom", "namespace")]
+AnyTool = Annotated[
+    _Own | Annotated[NamespaceTool, Tag("namespace")] | _Other, by_type("function", "custom", "namespace")
+]
+
+
+def repeated(tools: Iterable[AnyTool]) -> list[dict[str, Any]]:
+    """As the response repeats them: those that are offered, with the fields that have a meaning here."""
+    found = []
+    for tool in tools:
+        if isinstance(tool, NamespaceTool):
+            found.append({**tool.model_dump(), "tools": repeated(tool.tools)})
+        elif not isinstance(tool, OtherTool):
+            found.append(tool.model_dump())
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +120,7 @@ class Offers:
         self._by_key: dict[tuple[str | None, str], Offer] = {}
         self.by_name: dict[str, Offer] = {}
         self.left_out: list[str] = []
+        self._n_taken: Counter[str] = Counter()
         alone = [(None, tool) for tool in declared]
         inside = [(space.name, tool) for space in declared if isinstance(space, NamespaceTool) for tool in space.tools]
         for namespace, tool in (*alone, *inside):  # a namespace's tools make way for the others
@@ -123,7 +135,7 @@ class Offers:
 
     def name(self, namespace: str | None, name: str) -> str:
         """What the model calls a tool, offered or not."""
-        offer = self._by_key.get((namespace, name))
+        offer = self._by_key.get((namespace or None, name))
         return flat_name(namespace, name) if offer is None else offer.tool.name
 
     def only(self, keys: Iterable[tuple[str | None, str]]) -> Offers:
@@ -141,27 +153,25 @@ class Offers:
         if key in self._by_key:
             where = f" in the namespace {namespace!r}" if namespace else ""
             raise RequestError(f"tools: two functions{where} are called {tool.name}", param="tools")
-        name = next(name for name in _spellings(namespace, tool.name) if name not in self.by_name)
+        name = self._free(flat_name(namespace, tool.name))
         shown = Tool(name, tool.description, tool.parameters or {})
         self._by_key[key] = self.by_name[name] = Offer(shown, tool.name, namespace, isinstance(tool, CustomTool))
+
+    def _free(self, flat: str) -> str:
+        """The flat name, or another should it be taken: `a` has `b__c` and `a__b` has `c`; or it was cut."""
+        name = flat
+        while name in self.by_name:
+            self._n_taken[flat] += 1
+            name = f"{flat[: LONGEST_NAME - 8]}_{self._n_taken[flat] + 1}"
+        return name
 
 
 def flat_name(namespace: str | None, name: str) -> str:
     """One name of both: as agents called the tools of MCP servers before there were namespaces."""
-    if namespace is None:
+    if not namespace:
         return name
     separator = "" if namespace.endswith("__") else "__"
     return re.sub(r"[<>\s]", "_", f"{namespace}{separator}{name}")[:LONGEST_NAME]
-
-
-def _spellings(namespace: str | None, name: str) -> Iterator[str]:
-    """The flat name, and others should it be taken: `a` has `b__c` and `a__b` has `c`; or it was cut."""
-    flat = flat_name(namespace, name)
-    yield flat
-    number = 2
-    while True:
-        yield f"{flat[: LONGEST_NAME - 8]}_{number}"
-        number += 1
 
 
 class InputReader:
@@ -199,10 +209,18 @@ class NamedTool(Part):
     namespace: str | None = None
 
 
+class AllowedTool(Part):
+    """One that runs elsewhere has no name."""
+
+    type: str
+    name: str | None = None
+    namespace: str | None = None
+
+
 class AllowedTools(Part):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: list[dict[str, Any]]
+    tools: list[AllowedTool] = Field(max_length=MOST_ALLOWED)
 
 
 class OtherChoice(Part):
@@ -214,7 +232,7 @@ AnyChoice = (
     Literal["auto", "none", "required"]
     | Annotated[
         _Named | Annotated[AllowedTools, Tag("allowed_tools")] | Annotated[OtherChoice, Tag("other")],
-        _tag("function", "custom", "allowed_tools"),
+        by_type("function", "custom", "allowed_tools"),
     ]
 )
 
@@ -224,22 +242,17 @@ def choose(choice: AnyChoice | None, offers: Offers) -> tuple[ToolChoice, Offers
     if choice is None or isinstance(choice, str):
         chosen = ToolChoice(choice or "auto")
     elif isinstance(choice, AllowedTools):
-        offers = offers.only(map(_key, choice.tools))
+        offers = offers.only((tool.namespace or None, tool.name) for tool in choice.tools if tool.name)
         chosen = ToolChoice(choice.mode)
     elif isinstance(choice, NamedTool):
-        key = _key(choice.model_dump())
-        if key not in offers:
-            raise _absent(f"the tool {choice.name!r}")
-        chosen = ToolChoice("required", offers.name(*key))
+        if (choice.namespace or None, choice.name) not in offers:
+            raise _absent(f"the tool {choice.name[:LONGEST_NAME]!r}")
+        chosen = ToolChoice("required", offers.name(choice.namespace, choice.name))
     else:
         raise _absent(f"a tool of type {choice.type[:LONGEST_NAME]!r}")
     if chosen.mode == "required" and not offers.by_name:
         raise _absent("a tool")
     return chosen, offers
-
-
-def _key(named: Mapping[str, Any]) -> tuple[str | None, str]:
-    return named.get("namespace"), str(named.get("name"))
 
 
 def _absent(what: str) -> RequestError:

@@ -142,8 +142,8 @@ class _Item:
 
 
 class ResponseWriter:
-    """feed..., then finish or fail. echo: the request's fields that the response repeats. offers: the tools, by the
-    names that the model knows.
+    """feed..., then finish or fail. echo: the request's fields that the response repeats, as JSON. offers: the tools,
+    by the names that the model knows.
 
     sealed: reasoning items also carry their text in encrypted_content, for clients that send back only that.
     """
@@ -153,7 +153,7 @@ class ResponseWriter:
         trace_id: str,
         model: str,
         created: int,
-        echo: Mapping[str, Any],
+        echo: bytes,
         offers: Mapping[str, Offer],
         *,
         sealed: bool = False,
@@ -161,7 +161,7 @@ class ResponseWriter:
     ) -> None:
         self.id = f"resp_{trace_id}"
         self.finished = False
-        self._trace_id, self._offers = trace_id, offers
+        self._trace_id, self._echo, self._offers = trace_id, echo, offers
         self._sealed, self._shows_reasoning = sealed, shows_reasoning
         self._items: list[_Item] = []
         self._fields: dict[str, Any] = {
@@ -175,19 +175,19 @@ class ResponseWriter:
             "model": model,
             "output": [],
             "usage": None,
-            **echo,
         }
         self._started = dict(self._fields)
 
     @property
     def response(self) -> dict[str, Any]:
         """As far as it has come: an item that is being written has its text so far."""
-        return {**self._fields, "output": [item.whole for item in self._items]}
+        return {**self._fields, **json.loads(self._echo), "output": [item.whole for item in self._items]}
 
     @property
     def n_bytes(self) -> int:
-        """What its text takes, in memory."""
-        return sum(len(item.text) + item.ends.itemsize * len(item.ends) for item in self._items)
+        """What it takes in memory."""
+        texts = (len(item.text) + item.ends.itemsize * len(item.ends) for item in self._items)
+        return len(self._echo) + sum(texts)
 
     def feed(self, deltas: Iterable[Delta]) -> None:
         for delta in deltas:
@@ -213,7 +213,7 @@ class ResponseWriter:
 
     def events(self, start: int = 0) -> list[Event]:
         """Those that there are, from number `start` on."""
-        found = list(enumerate(self._opening()))[start:]
+        found = list(enumerate(self._opening()))[start:] if start < len(OPENING) else []
         first = len(OPENING)
         for index, item in enumerate(self._items):
             if start < first + item.n_events:
@@ -226,7 +226,8 @@ class ResponseWriter:
         return [{**event, "sequence_number": number} for number, event in found]
 
     def _opening(self) -> list[Event]:
-        return [{"type": f"response.{name}", "response": self._started} for name in OPENING]
+        response = {**self._started, **json.loads(self._echo)}
+        return [{"type": f"response.{name}", "response": response} for name in OPENING]
 
     def _closing(self) -> Event:
         status = self._fields["status"]

@@ -106,6 +106,7 @@ class ThinkingFields(Body):
     thinking_token_budget: Tokens | None = Field(None, description="vLLM's.")
 
     chat_template_kwargs: ThinkingFields | None = Field(None, description="vLLM's, SGLang's, llama.cpp's.")
+    custom_params: ThinkingFields | None = Field(None, description="SGLang's.")
 
     def spellings(self) -> Iterator[Spelling]:
         """How much each spelling allows."""

@@ -132,6 +132,9 @@ def test_special_tokens_and_bos(engine: LlamaServerEngine) -> None:
     assert ids[1] == engine.token_id("<|im_start|>")
     assert engine.tokenize("<｜begin▁of▁sentence｜>x")[:2].count(0) == 1
     assert engine.tokenize_piece("x") == engine.tokenize("x")[1:]
+    plain = engine.tokenize_plain("<|im_start|>")
+    assert b"".join(map(engine.piece, plain)) == b"<|im_start|>"
+    assert ids[1] not in plain
     assert engine.token_id("no such token") is None
     assert engine.piece(ids[1]) == b"<|im_start|>"
 

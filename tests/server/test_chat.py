@@ -411,7 +411,7 @@ def test_what_openais_library_calls_extra_body_may_come_as_it_is(server: Server)
         ),
         ({"functions": []}, "functions", "use tools"),
         ({"stream": False, "stream_options": {"include_usage": True}}, "stream_options", "stream: true"),
-        ({"max_tokens": 0}, "max_tokens", "expected greater than or equal to 1 or expected -1, found 0"),
+        ({"max_tokens": 0}, "max_tokens", "expected greater than or equal to 1 or -1, found 0"),
         ({"reasoning_effort": "hihg"}, "reasoning_effort", "one of none, minimal, low"),
         ({"tools": [{"function": {"name": "a", "paramaters": {}}}]}, "tools[0].function.paramaters", "mean parameters"),
         ({"guided_regex": "a*"}, "guided_regex", "pattern"),

@@ -127,11 +127,17 @@ def test_a_program_need_not_say_that_its_body_is_json(server: Server, said: str 
     "said", [None, FORM, "text/plain", "text/plain; application/json", "multipart/form-data", "x/y"]
 )
 @pytest.mark.parametrize(
-    "mark", [{"origin": "http://evil.example"}, {"origin": "null"}, {"sec-fetch-site": "cross-site"}]
+    "mark",
+    [{"origin": "http://evil.example"}, {"origin": "null"}, {"origin": "http://["}, {"sec-fetch-site": "cross-site"}],
 )
 def test_what_a_web_page_can_send_unasked_is_not_read(server: Server, said: str | None, mark: dict[str, str]) -> None:
     headers = mark if said is None else {**mark, "content-type": said}
     assert server.client.post(CHAT, content=BODY, headers=headers).status_code == 415
+
+
+def test_the_servers_own_page_need_not_say_it_either(server: Server) -> None:
+    for mark in ({"origin": server.url}, {"sec-fetch-site": "same-origin"}):
+        assert server.client.post(CHAT, content=BODY, headers=mark).status_code == 200
 
 
 def test_a_form_of_text_is_not_read_whoever_sends_it(server: Server) -> None:

@@ -29,6 +29,8 @@ from stepgguf.server.service import Service
 from stepgguf.server.thinking import ThinkingMap
 from tests.server.conftest import Serve, Server
 from tests.server.scripted import CALL, answer
+from tests.server.test_beat import MOST_SECONDS
+from tests.server.test_beat import pauses as pauses
 from tests.server.test_stream import Dying
 
 QUESTION = "How many 'r's are in the word strawberry?"
@@ -40,7 +42,7 @@ WEATHER: dict[str, Any] = {
 }
 COLD: dict[str, Any] = {"model": "demo", "temperature": 0}
 OFFERS = Offers([FunctionTool.model_validate(WEATHER)])
-ECHO = {"parallel_tool_calls": True, "tool_choice": "auto", "tools": []}
+ECHO = b'{"parallel_tool_calls": true, "tool_choice": "auto", "tools": []}'
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +134,7 @@ def test_an_answer_that_was_cut_is_incomplete_and_says_why() -> None:
 
 def test_an_answer_that_failed_ends_with_what_there_was() -> None:
     deltas, _ = answer(["Hm", "</think>", "one, "])
-    writer = ResponseWriter("abc", "demo", 1763600000, ECHO, {}, sealed=False)
+    writer = ResponseWriter("abc", "demo", 1763600000, ECHO, {})
     writer.feed(deltas)
     writer.fail(Problem(500, "it died", "server_error", "x"))
     last = writer.events()[-1]
@@ -302,6 +304,19 @@ def test_an_engine_that_dies_in_a_stream_fails_the_response(
     assert last.response.error.message.startswith("it broke")  # type: ignore[union-attr]
     with pytest.raises(openai.InternalServerError, match="it broke"):
         client.responses.create(input=QUESTION, **COLD)
+
+
+MANY = {f"x{i}": i for i in range(290_000)}
+
+
+@pytest.mark.parametrize(
+    "fields", [{"metadata": MANY}, {"tools": [{"type": "web_search", "filters": MANY}]}], ids=["metadata", "tool"]
+)
+def test_what_a_response_repeats_stops_nobody(server: Server, pauses: list[float], fields: dict[str, Any]) -> None:
+    answered = server.client.post("/v1/responses", json={"input": "Hello", "max_output_tokens": 1, **fields})
+    assert answered.status_code == 200
+    assert len(answered.content) < 5000
+    assert max(pauses) < MOST_SECONDS
 
 
 # refusals ---------------------------------------------------------------------------------------------------------

@@ -304,7 +304,7 @@ def test_what_comes_while_a_reader_is_busy_is_read_next() -> None:
             pass
 
     async def read() -> list[str]:
-        writer = ResponseWriter("abc", "demo", 0, {}, {}, sealed=False)
+        writer = ResponseWriter("abc", "demo", 0, b"{}", {})
         found = Answer(writer, cast(Exchange, Made()), b"[]", keeps=True, background=False)
         names = []
         async for events in found.events():

@@ -59,7 +59,7 @@ def call(name: str, value: str) -> list[str]:
 
 def written(offered: Offers, pieces: list[str], **how: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     deltas, reply = answer(["Hm", "</think>", *pieces], tools=offered.tools, **how)
-    writer = ResponseWriter("abc", "demo", 1763600000, ECHO, offered.by_name, sealed=False)
+    writer = ResponseWriter("abc", "demo", 1763600000, ECHO, offered.by_name)
     writer.feed(deltas)
     writer.finish(reply)
     for event in writer.events():
@@ -158,6 +158,7 @@ def test_a_choice_is_understood(choice: Any, mode: str, name: str | None, left: 
         {"type": "web_search_preview"},
         {"type": "mcp", "server_label": "x"},
         {"type": "allowed_tools", "mode": "required", "tools": [{"type": "web_search"}]},
+        {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "absent"}]},
     ],
 )
 def test_what_must_be_called_must_be_offered(server: Server, choice: Any) -> None:
@@ -219,7 +220,7 @@ def test_a_call_that_is_cut_is_incomplete_wherever_it_is_cut(tool: dict[str, Any
     _, reply = answer(["</think>"], reason="length")
     text = "input" if tool is PATCH else "arguments"
     for end in range(1, len(whole) + 1):
-        writer = ResponseWriter("abc", "demo", 1763600000, ECHO, offered.by_name, sealed=False)
+        writer = ResponseWriter("abc", "demo", 1763600000, ECHO, offered.by_name)
         writer.feed(whole[:end])
         writer.finish(reply)
         item, last = writer.response["output"][-1], writer.events()[-1]

@@ -78,6 +78,7 @@ def limit(**fields: Any) -> int | None:
         ({"reasoning_budget": 12}, 12),
         ({"max_thinking_tokens": 12}, 12),
         ({"nvext": {"max_thinking_tokens": 12}}, 12),
+        ({"custom_params": {"thinking_budget": 12}}, 12),
         ({"low_effort": True}, LOW),
         ({"low_effort": False}, None),
         ({"chat_template_kwargs": {"enable_thinking": False}}, 0),
@@ -94,7 +95,7 @@ def test_a_spelling_is_a_limit(fields: dict[str, Any], tokens: int | None) -> No
 
 
 def test_every_row_of_the_table_stands_in_the_body_and_in_the_templates_arguments() -> None:
-    for name in ThinkingFields.model_fields.keys() - {"chat_template_kwargs"}:
+    for name in ThinkingFields.model_fields.keys() - {"chat_template_kwargs", "custom_params"}:
         value = {"disable_reasoning": True, "low_effort": True}.get(name, 0)
         tokens = LOW if name == "low_effort" else 0
         assert limit(**{name: value}) == limit(chat_template_kwargs={name: value}) == tokens, name

@@ -22,7 +22,7 @@ HELLO = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
 # xAI, Perplexity, MiniMax, Dify, LiteLLM: none is a misspelling, however much it looks like one.
 EXTRAS = """
 add_generation_prompt allowed_token_ids auto_max_new_tokens bad_words ban_eos_token cache_salt
-continue_final_message custom_logit_processor custom_params documents dry_base dry_multiplier dry_penalty_last_n
+continue_final_message custom_logit_processor documents dry_base dry_multiplier dry_penalty_last_n
 dynamic_temperature early_stopping echo_prompt enable_search fallbacks guided_decoding_backend
 guided_whitespace_pattern id_slot ignore_eos include_stop_str_in_output incremental_output keep_alive
 kv_transfer_params length_penalty logits_processors lora_path max_input_tokens mask_sensitive_info min_keep
