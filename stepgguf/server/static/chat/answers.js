@@ -58,11 +58,11 @@ export async function run(chat, index, before, changed) {
 /** One connection, until it ends. Raises what the server says against it, and that a question did not get there. */
 async function listen(running, asked, changed) {
   const { chat, answer, stop: { signal } } = running;
-  const again = `v1/responses/${answer.id}?stream=true&starting_after=${answer.cursor}`;
+  const again = `v1/responses/${answer.id}?stream=true&count_tokens=true&starting_after=${answer.cursor}`;
   let isLive = !answer.id; // else what came while nobody listened comes first, and the first count ends it
   try {
     const response = answer.id ? await api(again, { signal })
-      : await api("v1/responses", { method: "POST", body: asked, signal });
+      : await api("v1/responses?count_tokens=true", { method: "POST", body: asked, signal });
     for await (const event of events(response)) {
       take(answer, event, isLive ? clock() : null);
       isLive ||= event.tokens !== undefined;
