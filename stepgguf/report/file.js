@@ -5,6 +5,8 @@
 const data = JSON.parse($("data").textContent);
 const narrow = matchMedia("(max-width: 40rem)");
 const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
+const [PER, UNIT] = data.values < 1e9 ? [1e6, "M"] : [1e9, "B"]; // one unit for all that is compared
+const weights = (n) => `${(n / PER).toFixed(3)} ${UNIT}`;
 const upTo = (n) => [...Array(n).keys()];
 
 // ---- colours of roles and types -------------------------------------------------------------------------------------
