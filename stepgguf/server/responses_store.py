@@ -28,6 +28,7 @@ from stepgguf.server.stream import Exchange
 
 log = logging.getLogger(__name__)
 SWEEP_SECONDS = 60.0
+MOST_AT_ONCE = 256  # events, of which a long answer has many: other requests wait meanwhile
 # Of an item of the output, or (in) of the input that was listed; see ResponseWriter and Answer.items.
 _ITEM_ID = re.compile(r"[a-z]+_([0-9a-f]+)_(in)?([0-9]{1,6})")
 KEPT = "Answers are kept in memory for an hour after their last use, and not with `store: false`"
@@ -63,12 +64,13 @@ class Answer:
         """All from number `start` on, as they come. At least one at a time."""
         while True:
             changed, last = self._changed, self.writer.finished
-            if events := self.writer.events(start):
+            if events := self.writer.events(start, MOST_AT_ONCE):
                 start = events[-1]["sequence_number"] + 1
                 yield events  # while the reader takes them, the answer goes on
-            if last:
+            elif last:
                 return
-            await changed.wait()
+            else:
+                await changed.wait()
 
     async def finished(self) -> None:
         await asyncio.shield(self._task)

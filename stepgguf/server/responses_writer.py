@@ -18,6 +18,7 @@ import json
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal
 
 from stepgguf.chat.exchange import Reply
@@ -211,19 +212,23 @@ class ResponseWriter:
         self._fields["error"] = {"code": "server_error", "message": problem.message}
         self._end("failed")
 
-    def events(self, start: int = 0) -> list[Event]:
-        """Those that there are, from number `start` on."""
-        found = list(enumerate(self._opening()))[start:] if start < len(OPENING) else []
+    def events(self, start: int = 0, most: int | None = None) -> list[Event]:
+        """Those that there are, from number `start` on; not more than `most`."""
+        return list(islice(self._events(start), most))
+
+    def _events(self, start: int) -> Iterator[Event]:
+        if start < len(OPENING):
+            for number, event in enumerate(self._opening()[start:], start):
+                yield {**event, "sequence_number": number}
         first = len(OPENING)
         for index, item in enumerate(self._items):
-            if start < first + item.n_events:
-                skip = max(0, start - first)
-                events = enumerate(item.events(skip), first + skip)
-                found += [(number, {**event, "output_index": index}) for number, event in events]
+            skip = max(0, start - first)
+            if skip < item.n_events:
+                for number, event in enumerate(item.events(skip), first + skip):
+                    yield {**event, "output_index": index, "sequence_number": number}
             first += item.n_events
         if self.finished and start <= first:
-            found.append((first, self._closing()))
-        return [{**event, "sequence_number": number} for number, event in found]
+            yield {**self._closing(), "sequence_number": first}
 
     def _opening(self) -> list[Event]:
         response = {**self._started, **json.loads(self._echo)}

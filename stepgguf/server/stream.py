@@ -4,9 +4,9 @@
 
 `start` submits and raises what submit raises, so that a status can still be chosen. When its request is over, for
 whatever reason, guard.Trace cancels it: that frees the slots within one decode. (A generator's own `finally` is not
-enough: one that was never started has none, and one inside another is closed when the garbage collector comes by.) A
-reader that lags gets what came meanwhile in one part; one that lags too far is given up, so that nobody can make the
-server hold his text.
+enough: one that was never started has none, and one inside another is closed when the garbage collector comes by.) Only
+what responses_store.py owns goes on. A reader that lags gets what came meanwhile in one part; one that lags too far is
+given up, so that nobody can make the server hold his text.
 """
 
 from __future__ import annotations

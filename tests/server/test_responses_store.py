@@ -14,7 +14,7 @@ import pytest
 from openai.types.responses import Response, ResponseItemList, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from stepgguf.server.responses_store import Answer
+from stepgguf.server.responses_store import MOST_AT_ONCE, Answer
 from stepgguf.server.responses_writer import ResponseWriter
 from stepgguf.server.stream import Exchange, Part
 from tests.server.conftest import Serve, Server
@@ -276,6 +276,14 @@ def test_deleting_a_running_answer_ends_it(server: Server, client: openai.OpenAI
     assert server.idle_within(2)
 
 
+def test_a_background_answer_ends_with_its_server(server: Server, serve: Serve) -> None:
+    with serve() as own:
+        body = endless(own, background=True)
+        assert own.client.post("/v1/responses", json=body).json()["status"] == "in_progress"
+        assert not own.idle_within(0.3)
+    assert server.idle_within(2), "they have one engine"
+
+
 def test_an_answer_that_is_not_finished_cannot_be_continued(server: Server, client: openai.OpenAI) -> None:
     response = running(server, client)
     with pytest.raises(openai.BadRequestError, match="still being made"):
@@ -283,37 +291,49 @@ def test_an_answer_that_is_not_finished_cannot_be_continued(server: Server, clie
     client.responses.cancel(response.id)
 
 
+class Made:
+    """An exchange that is over at once, of an answer of so many words."""
+
+    n_prompt = n_generated = 0
+    warnings = ()
+
+    def __init__(self, n_words: int) -> None:
+        self._deltas, self.reply = answer(["</think>", *["word "] * n_words])
+
+    async def parts(self) -> AsyncGenerator[Part, None]:
+        yield Part(0, self._deltas, None)
+
+    def cancel(self) -> None:
+        pass
+
+
+def read_while_busy(n_words: int) -> list[list[dict[str, Any]]]:
+    """What a reader gets who comes back only when the answer is finished."""
+
+    async def read() -> list[list[dict[str, Any]]]:
+        writer = ResponseWriter("abc", "demo", 0, b"{}", {})
+        found = Answer(writer, cast(Exchange, Made(n_words)), b"[]", keeps=True, background=False)
+        told = []
+        async for events in found.events():
+            told.append(events)
+            await found.finished()
+        return told
+
+    return asyncio.run(read())
+
+
 def test_what_comes_while_a_reader_is_busy_is_read_next() -> None:
     """The end, above all: of it nobody is told again."""
-    _, reply = answer(["</think>", "Hello"])
-    deltas, _ = answer(["</think>", "Hello"])
-
-    class Made:
-        """An exchange that is over at once."""
-
-        n_prompt = n_generated = 0
-        warnings = ()
-
-        def __init__(self) -> None:
-            self.reply = reply
-
-        async def parts(self) -> AsyncGenerator[Part, None]:
-            yield Part(0, deltas, None)
-
-        def cancel(self) -> None:
-            pass
-
-    async def read() -> list[str]:
-        writer = ResponseWriter("abc", "demo", 0, b"{}", {})
-        found = Answer(writer, cast(Exchange, Made()), b"[]", keeps=True, background=False)
-        names = []
-        async for events in found.events():
-            names += [event["type"] for event in events]
-            await found.finished()
-        return names
-
-    names = asyncio.run(read())
+    names = [event["type"] for events in read_while_busy(1) for event in events]
     assert (names[0], names[-1]) == ("response.created", "response.completed")
+
+
+def test_a_long_answer_is_told_in_parts() -> None:
+    told = read_while_busy(1000)
+    assert max(map(len, told)) == MOST_AT_ONCE
+    numbers = [event["sequence_number"] for events in told for event in events]
+    assert numbers == list(range(len(numbers)))
+    assert told[-1][-1]["type"] == "response.completed"
 
 
 @pytest.mark.parametrize("streamed", [False, True])
