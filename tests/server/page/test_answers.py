@@ -9,7 +9,7 @@ import socket
 import socketserver
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -222,10 +222,11 @@ def test_a_reload_finds_the_running_answer_again(tell: Tell, page: Page, scripte
 
 
 class Line(socketserver.ThreadingTCPServer):
-    """A line to a server. `cut` breaks the connections that there are."""
+    """A line to a server. `cut` breaks the connections that there are; while it is `dead`, what is sent is lost."""
 
     def __init__(self, port: int) -> None:
         super().__init__(("127.0.0.1", 0), Carry)
+        self.dead = False
         self.to, self.open = ("127.0.0.1", port), list[socket.socket]()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -244,41 +245,53 @@ class Carry(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         with socket.create_connection(self.server.to) as there:
             self.server.open += [self.request, there]
-            carrying = threading.Thread(target=self._carry, args=(there, self.request))
+            carrying = threading.Thread(target=self._carry, args=(there, self.request), daemon=True)
             carrying.start()
             self._carry(self.request, there)
             carrying.join()
 
-    @staticmethod
-    def _carry(source: socket.socket, sink: socket.socket) -> None:
+    def _carry(self, source: socket.socket, sink: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
-                sink.sendall(data)
+                if not self.server.dead:
+                    sink.sendall(data)
             sink.shutdown(socket.SHUT_RDWR)
 
 
-def test_a_connection_that_breaks_is_made_again(
-    scripted: Server, script: Tell, page: Page, scripted_engine: Scripted
-) -> None:
-    """As on a phone that was locked."""
-    go_on = threading.Event()
-    script("</think>", "One", go_on, " two.")
+@pytest.fixture
+def line(scripted: Server, page: Page) -> Iterator[Line]:
     with Line(scripted.port) as line:
         thread = threading.Thread(target=line.serve_forever)
         thread.start()
-        try:
-            page.open(line.url)
-            page.send("Count")
-            page.until("document.querySelector('.text')?.textContent === 'One'")
-            line.cut()
-            go_on.set()
-            assert page.answer() == "One two."
-            assert len(scripted_engine.requests) == 1
-            page.ask_driver("POST", "url", url="about:blank")
-            line.cut()
-        finally:
-            line.shutdown()
-            thread.join()
+        yield line
+        page.ask_driver("POST", "url", url="about:blank")
+        line.cut()
+        line.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("falls_silent", [False, True], ids=["breaks", "falls silent"])
+def test_a_connection_that_ends_is_made_again(
+    line: Line, script: Tell, page: Page, scripted_engine: Scripted, falls_silent: bool
+) -> None:
+    """As on a phone that was locked, or has changed its network."""
+    go_on = threading.Event()
+    script("</think>", "One", go_on, " two.")
+    page.open(line.url)
+    page.run("const wait = setTimeout; window.setTimeout = (f, ms, ...rest) => wait(f, ms / 50, ...rest)")
+    page.send("Count")
+    page.until("document.querySelector('.text')?.textContent === 'One'")
+    if falls_silent:
+        line.dead = True
+        go_on.set()
+        scripted_engine.tickets[0].join()
+        time.sleep(0.2)  # what is on the way is lost as well
+        line.dead = False
+    else:
+        line.cut()
+        go_on.set()
+    assert page.answer() == "One two."
+    assert len(scripted_engine.requests) == 1
 
 
 def test_answer_now_ends_the_thinking(tell: Tell, page: Page) -> None:

@@ -18,11 +18,15 @@ export async function api(path, options = {}) {
   throw problem(body.error ?? { message: `The server answered with status ${response.status}.` }, response.status);
 }
 
-/** The data of server-sent events, until the stream ends; {tokens} where a comment counts them. */
+const SILENCE = 30_000; // ms; the server shows every 10 s that it is there, so the line is dead
+
+/** The data of server-sent events, until the stream ends or falls silent; {tokens} where a comment counts them. */
 export async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   for (let buffer = ""; ;) {
+    const timer = setTimeout(() => reader.cancel(), SILENCE);
     const { done, value } = await reader.read().catch(() => ({ done: true }));
+    clearTimeout(timer);
     if (done) return;
     const records = (buffer + value).split("\n\n");
     buffer = records.pop();

@@ -23,6 +23,7 @@ class Nodes {
   finalize() { this.root.normalize(); }
   toHTML() { return ""; }
 }
+hljs.registerAliases(["cuda", "cu", "metal", "hip"], { languageName: "cpp" });
 hljs.configure({ __emitter: Nodes });
 
 /** A <code>: plain where the language is not known or its grammar stumbles. */
