@@ -74,6 +74,12 @@ def test_nothing_is_wider_than_the_window(tell: Tell, script: Tell, page: Page, 
     page.click(".again")
     page.until("document.querySelector('.answer-now')?.checkVisibility()")
     assert page.count(".versions") == 1
+    beside = page.run("""
+      const [label, button] = ["summary b", ".answer-now"].map((selector) => document.querySelector(selector));
+      label.textContent = "Thinking 12.3 s, 1,234 tokens, 1,234.5 tokens/s";
+      return button.getBoundingClientRect().left - label.getBoundingClientRect().right;
+    """)
+    assert beside >= 0
     assert fits()
     end.set()
     page.answer()

@@ -93,9 +93,10 @@ function progress({ tokens, thoughts, at }) {
   return [counted(tokens - thoughts, "token"), speedOf(tokens, at)].filter(Boolean).join(" · ");
 }
 
+/** "" where it is not known, as of an answer that came in one piece. */
 function speedOf(tokens, { first, last }) {
-  const speed = 1000 * (tokens - 1) / (last - first);
-  return first && last > first && speed > 0 ? rate(speed) : "";
+  const known = first && last - first > 20 && tokens > 1;
+  return known ? rate(1000 * (tokens - 1) / (last - first)) : "";
 }
 
 function ending({ end, error, content, max_tokens, usage }) {
