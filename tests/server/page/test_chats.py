@@ -7,7 +7,7 @@ import threading
 import time
 from pathlib import Path
 
-from tests.server.browser import WAIT, Page
+from tests.server.browser import ENTER, WAIT, Page
 from tests.server.conftest import Server
 from tests.server.page.conftest import Tell
 
@@ -178,6 +178,27 @@ def test_drafts_survive_a_reload_each_with_its_chat(tell: Tell, page: Page) -> N
     page.until("document.querySelectorAll('.message').length === 4")
     assert page.run(QUESTIONS) == ["First?", "half a question?"]
     assert page.run(draft) == ""
+
+
+def test_an_edit_survives_a_reload_too(tell: Tell, page: Page) -> None:
+    tell("</think>", "An answer.")
+    page.ask("First?")
+    page.click(".edit")
+    page.type(" Or", ".question textarea")
+    page.reload()
+    page.until("document.querySelector('.question textarea')")
+    assert page.run("return document.querySelector('.question textarea').value") == "First? Or"
+    page.type(" not?" + ENTER, ".question textarea")
+    assert page.answer() == "An answer."
+    assert page.run(QUESTIONS) == ["First? Or not?"]
+    page.click(".version")
+    assert page.run(QUESTIONS) == ["First?"]
+    page.click(".edit")
+    page.type("x", ".question textarea")
+    page.click(".cancel")
+    page.click("aside li button")
+    page.ask_driver("POST", "alert/accept")
+    assert page.run("return Object.keys(localStorage)") == ["stepgguf.settings"]
 
 
 def test_another_tab_sees_what_this_one_does(tell: Tell, page: Page, scripted: Server) -> None:

@@ -48,10 +48,10 @@ export function save(chat) {
   }
 }
 
-export function forget({ id }) {
+export function forget({ id, messages }) {
   chats.delete(id);
   localStorage.removeItem(CHAT + id);
-  keepDraft(id, "");
+  for (const place of [id, ...messages.map((_, i) => `${id}/${i}`)]) keepDraft(place, "");
 }
 
 /** Takes over what another tab did to a chat, unless this tab is busy with it, and tells its id. */
@@ -94,12 +94,13 @@ export function show(chat, i) {
 
 // ---- drafts and search ---------------------------------------------------------------------------------------------
 
-export const draft = (id) => localStorage.getItem(DRAFT + id) ?? "";
+/** place: a chat's id, "" for a new one; with /INDEX a question of it that is edited. */
+export const draft = (place) => localStorage.getItem(DRAFT + place) ?? "";
 
-export function keepDraft(id, text) {
+export function keepDraft(place, text) {
   try {
-    if (text) localStorage.setItem(DRAFT + id, text);
-    else localStorage.removeItem(DRAFT + id);
+    if (text) localStorage.setItem(DRAFT + place, text);
+    else localStorage.removeItem(DRAFT + place);
   } catch { /* the storage is full: save() says so */ }
 }
 

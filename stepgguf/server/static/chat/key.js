@@ -6,7 +6,7 @@ const NAME = "stepgguf.key";
 
 export const key = () => sessionStorage.getItem(NAME);
 
-/** The server answered 401 to this key: the form opens. A wrong one is forgotten, and the form says that it was wrong. */
+/** The server answered 401 to this key: the form opens. A wrong one is forgotten, and the form says so. */
 export function askForKey(given) {
   if (given !== key()) return; // another one has been typed since
   const field = $("key-field"), isWrong = Boolean(given), isNew = $("key").hidden;

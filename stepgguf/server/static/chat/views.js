@@ -3,7 +3,7 @@
 // Both are given `does`: what their buttons do, each with the index of its message.
 
 import { runs } from "./answers.js";
-import { siblings } from "./chats.js";
+import { draft, keepDraft, siblings } from "./chats.js";
 import { button, clock, copy, counted, grouped, make, rate, showAll } from "./dom.js";
 import { blocks, rendered } from "./markdown.js";
 
@@ -18,20 +18,29 @@ function versions(chat, index, does) {
 }
 
 export function questionView(chat, index, does) {
-  const text = chat.messages[index].content, shown = make("p", {}, text);
-  const edit = button("Edit", "edit", () => node.replaceChildren(editor()));
+  const text = chat.messages[index].content, shown = make("p", {}, text), place = `${chat.id}/${index}`;
+  const edit = button("Edit", "edit", () => {
+    node.replaceChildren(editor(text));
+    node.querySelector("textarea").focus();
+  });
   const actions = make("div", { className: "actions" }, ...versions(chat, index, does), edit);
   const show = () => node.replaceChildren(shown, actions);
-  const editor = () => {
-    const area = make("textarea", { value: text, ariaLabel: "Edit the question" });
-    const cancel = button("Cancel", "cancel", () => { show(); edit.focus(); });
-    const form = make("form", {}, area, cancel, make("button", { className: "main" }, "Send"));
-    does.typing(area, form, (changed) => does.ask(changed, chat.messages[index].parent));
-    queueMicrotask(() => { area.oninput(); area.focus(); });
+  const editor = (value) => {
+    const area = make("textarea", { value, ariaLabel: "Edit the question" });
+    const close = () => { keepDraft(place, ""); show(); edit.focus(); };
+    const cancel = button("Cancel", "cancel", close), send = make("button", { className: "main" }, "Send");
+    const form = make("form", {}, area, cancel, send);
+    does.typing(area, form, (changed) => {
+      close();
+      does.ask(changed, chat.messages[index].parent);
+    });
+    area.addEventListener("input", () => keepDraft(place, area.value));
+    requestAnimationFrame(area.oninput);
     return form;
   };
   const node = make("article", { className: "message question", ariaLabel: "Question" });
-  show();
+  if (draft(place)) node.append(editor(draft(place)));
+  else show();
   return { node };
 }
 
