@@ -26,10 +26,10 @@ def report(
     quiet: arguments.Quiet = False,
     json: arguments.Json = False,
 ) -> None:
-    """Draw a file: where its bytes are, its types by layer, the error and the use of every expert.
+    """Draw a file: the error of every expert and layer, who stands out, where its bytes are, its types by layer.
 
-    One HTML page with everything in it, to look at offline and to publish with the file. The numbers come from the
-    manifest beside the file.
+    One HTML page with everything in it, to look at offline and to publish with the file. What was measured comes from
+    the manifest beside the file; without one there are types and sizes.
 
     Examples:
 

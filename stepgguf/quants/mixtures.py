@@ -76,6 +76,12 @@ def file_type(name: str) -> LlamaFileType:
     return LlamaFileType["ALL_F32" if name == "F32" else f"MOSTLY_{name}"]
 
 
+def file_type_name(number: int) -> str | None:
+    """What llama.cpp calls this general.file_type: Q4_K_M; None if it knows none."""
+    names = {file_type.value: file_type.name for file_type in LlamaFileType}
+    return names[number].removeprefix("MOSTLY_").removeprefix("ALL_") if number in names else None
+
+
 def nearest_file_type(kind: GGMLQuantizationType) -> LlamaFileType:
     """general.file_type of a file that is mostly `kind`: of the smallest mixture on that base."""
     return file_type(next(name for name, base in BASE.items() if base == kind))

@@ -20,6 +20,9 @@ const set = (element, properties) => {
   return element;
 };
 
+/** A sentence; what stands in backquotes is code. */
+const prose = (text) => text.split("`").map((part, i) => (i % 2 ? make("code", {}, part) : part));
+
 // ---- numbers in words ----------------------------------------------------------------------------------------------
 
 const NONE = "–";
@@ -34,7 +37,6 @@ const share = (part, whole) => (whole ? `${(100 * part / whole).toFixed(1)} %` :
 const percent = (x) => (x === null ? NONE : `${digits(100 * x)} %`);
 const times = (x) => (x === null ? NONE : `${digits(x)} ×`);
 const counted = (n, word) => `${grouped(n)} ${word}${n === 1 ? "" : "s"}`;
-const weights = (n) => `${(n / 1e9).toFixed(3)} B`;
 
 function digits(x) { // three that count
   const power = x === 0 ? 0 : Math.floor(Math.log10(Number(x.toPrecision(3))));

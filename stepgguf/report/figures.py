@@ -3,6 +3,10 @@
 A token reads every dense byte, n_used / n_expert of the routed ones, one row of the embeddings and, without drafting,
 nothing of the MTP blocks.
 
+A type's level is the median error of all that was measured in it: each expert of each projection, each dense tensor.
+An error over the level of its type shows where a type does worse than elsewhere in the file, which the error itself
+hides among the steps from type to type.
+
 Use is an expert's calibration tokens over the mean of its layer, so 1 is an even share. A mean over experts is weighted
 by use, since that is how often a token meets the error. Where an imatrix does not count, the importance mass over its
 mean (how strongly an expert is driven) is shown in its place and weighs nothing.
@@ -21,6 +25,10 @@ from stepgguf.report.measured import ATTENTION, DENSE, EMBEDDINGS, GROUPS, MTP, 
 
 PROJECTIONS = {"gate": "ffn_gate_exps", "up": "ffn_up_exps", "down": "ffn_down_exps"}
 N_WORST = 20
+# An expert stands out whose error is so many standard deviations above the median of its tensor, in logarithms (the
+# deviation is 1.4826 times the median absolute one), and so many times the median. Of the 36,288 of the real model, if
+# they vary as a normal distribution does, one passes in a hundred files.
+STANDS_OUT = {"sigmas": 5.0, "times": 1.5}
 _FLOATS = ("F32", "F16", "BF16", "F64")
 
 
@@ -50,6 +58,11 @@ class Experts:
         unknown = np.full(self.n_expert, np.nan)
         return np.array([unknown if ledger is None else getattr(ledger, kind) for ledger in ledgers])
 
+    def levels(self, projection: str, levels: dict[str, float]) -> Floats:
+        """That of each layer's type, float64 [layers]; NaN where a type was not measured."""
+        types = [self.tensors[projection][layer].info.ggml_type.name for layer in self.layers]
+        return np.array([levels.get(name, np.nan) for name in types])
+
     def means(self, projection: str) -> Floats:
         """The mean error of each layer, float64 [layers]."""
         error = self.of(projection, "error")
@@ -57,8 +70,9 @@ class Experts:
 
 
 def summary(measured: Measured) -> dict[str, Any]:
-    """The headline, sizes, means by layer, worst and unseen experts, and what is missing."""
-    experts = routed(measured)
+    """The headline, sizes, means by layer, experts that stand out or were never seen, and what is missing."""
+    experts, by_type = routed(measured), levels(measured)
+    standing_out = outstanding(experts) if experts else []
     tensors = measured.tensors
     n_bytes, n_values = sum(t.info.n_bytes for t in tensors), sum(t.info.n_values for t in tensors)
     return {
@@ -75,8 +89,11 @@ def summary(measured: Measured) -> dict[str, Any]:
         "bpw": n_bytes * 8 / max(1, n_values),
         "read_per_token": sum(_read(t, measured) for t in tensors),
         "groups": _groups(measured),
-        "errors": _errors(measured, experts),
-        "worst": worst(experts) if experts else [],
+        "levels": by_type,
+        "errors": _errors(measured, experts, by_type),
+        "stands_out": STANDS_OUT,
+        "n_worst": len(standing_out),
+        "worst": standing_out[:N_WORST],
         "coverage": _coverage(experts) if experts else None,
         "missing": list(_missing(measured, experts)),
     }
@@ -128,27 +145,48 @@ def weighted_mean(values: Floats, weights: Floats) -> Floats:
     return mean
 
 
-def worst(experts: Experts, n: int = N_WORST) -> list[dict[str, Any]]:
-    """The n experts with the highest error, of all projections; `ratio` is to the mean of their tensor."""
-    rows = []
+def levels(measured: Measured) -> dict[str, float]:
+    """Of every type that was measured."""
+    errors: dict[str, list[Floats]] = {}
+    for t in measured.tensors:
+        if t.ledger is not None:
+            errors.setdefault(t.info.ggml_type.name, []).append(t.ledger.error[~np.isnan(t.ledger.error)])
+    known = {name: np.concatenate(parts) for name, parts in errors.items()}
+    return {name: float(np.median(values)) for name, values in known.items() if values.size and np.median(values) > 0}
+
+
+def outstanding(experts: Experts) -> list[dict[str, Any]]:
+    """The experts that stand out, of all projections; the first is the highest above the median of its tensor."""
+    found = []
     for projection in PROJECTIONS:
-        error, means = experts.of(projection, "error"), experts.means(projection)
-        for i, e in np.argwhere(~np.isnan(error)):
-            rows.append((error[i, e], -i, -e, projection, means[i]))
-    rows.sort(reverse=True)
-    return [_expert(experts, -i, -e, projection, mean) for _, i, e, projection, mean in rows[:n]]
+        for i, error in enumerate(experts.of(projection, "error")):
+            median, least = _bound(error[error > 0])
+            found += [(error[e] / median, -i, -e, projection) for e in np.flatnonzero(error > least)]
+    found.sort(reverse=True)
+    return [_expert(experts, -i, -int(e), projection, ratio) for ratio, i, e, projection in found]
 
 
-def _expert(experts: Experts, i: int, e: int, projection: str, mean: float) -> dict[str, Any]:
+def _bound(errors: Floats) -> tuple[float, float]:
+    """The median of a tensor's errors, and what an expert that stands out is above."""
+    if not errors.size:
+        return np.nan, np.nan
+    logs = np.log(errors)
+    median = np.median(logs)
+    sigma = 1.4826 * np.median(np.abs(logs - median))
+    above = max(STANDS_OUT["sigmas"] * sigma, np.log(STANDS_OUT["times"]))
+    return float(np.exp(median)), float(np.exp(median + above))
+
+
+def _expert(experts: Experts, i: int, e: int, projection: str, ratio: float) -> dict[str, Any]:
     tensor = experts.tensors[projection][experts.layers[i]]
     assert tensor.ledger is not None
     return {
         "layer": experts.layers[i],
-        "expert": int(e),
+        "expert": e,
         "projection": projection,
         "type": tensor.info.ggml_type.name,
         "error": float(tensor.ledger.error[e]),
-        "ratio": number(tensor.ledger.error[e] / mean if mean > 0 else np.nan),
+        "ratio": float(ratio),
         "use": None if experts.use is None else number(experts.use[i, e]),
         "count": None if experts.count is None else number(experts.count[i, e]),
     }
@@ -179,34 +217,39 @@ def _groups(measured: Measured) -> list[dict[str, Any]]:
     ]
 
 
-def _errors(measured: Measured, experts: Experts | None) -> list[dict[str, Any]]:
-    """The mean error of the experts' projections and of the dense groups: over all layers, and by layer."""
+def _errors(measured: Measured, experts: Experts | None, by_type: dict[str, float]) -> list[dict[str, Any]]:
+    """The mean error of the experts' projections and of the dense groups: over all layers, by layer, and by layer over
+    the level of the type."""
     lines: list[dict[str, Any]] = []
     if experts:
         for projection in PROJECTIONS:
             means = experts.means(projection)
-            lines.append(_line(f"experts: {projection}", dict(zip(experts.layers, means, strict=True))))
+            relative = means / experts.levels(projection, by_type)
+            lines.append(_line(f"experts: {projection}", experts.layers, means, relative))
     for group in (SHARED, ATTENTION, DENSE):
-        measured_here = [t for t in measured.tensors if t.group == group and t.layer is not None and t.ledger]
-        layers = sorted({t.layer for t in measured_here if t.layer is not None})
-        lines.append(_line(group, {i: _over_values([t for t in measured_here if t.layer == i]) for i in layers}))
+        here = [t for t in measured.tensors if t.group == group and t.layer is not None and t.ledger]
+        layers = sorted({t.layer for t in here if t.layer is not None})
+        pairs = [_over_values([t for t in here if t.layer == layer], by_type) for layer in layers]
+        lines.append(_line(group, layers, *np.array(pairs).reshape(-1, 2).T))
     return [line for line in lines if line["mean"] is not None]
 
 
-def _line(name: str, by_layer: dict[int, float]) -> dict[str, Any]:
-    known = [value for value in by_layer.values() if not np.isnan(value)]
+def _line(name: str, layers: list[int], means: Floats, relative: Floats) -> dict[str, Any]:
+    known = means[~np.isnan(means)]
     return {
         "name": name,
-        "mean": float(np.mean(known)) if known else None,
-        "by_layer": {layer: number(value) for layer, value in by_layer.items()},
+        "mean": float(known.mean()) if known.size else None,
+        "by_layer": {layer: number(value) for layer, value in zip(layers, means, strict=True)},
+        "relative": {layer: number(value) for layer, value in zip(layers, relative, strict=True)},
     }
 
 
-def _over_values(tensors: list[Tensor]) -> float:
-    """The mean error of dense tensors, each by its number of weights."""
-    pairs = [(t.ledger.error[0], float(t.info.n_values)) for t in tensors if t.ledger]
-    errors, n_values = np.array(pairs).T
-    return float(weighted_mean(errors, n_values))
+def _over_values(tensors: list[Tensor], by_type: dict[str, float]) -> tuple[float, float]:
+    """The mean error of dense tensors, each by its number of weights: as it is, and over the level of its type."""
+    errors = np.array([t.ledger.error[0] for t in tensors if t.ledger])
+    levels = np.array([by_type.get(t.info.ggml_type.name, np.nan) for t in tensors if t.ledger])
+    n_values = np.array([float(t.info.n_values) for t in tensors if t.ledger])
+    return float(weighted_mean(errors, n_values)), float(weighted_mean(errors / levels, n_values))
 
 
 def _mean_error(tensor: Tensor) -> float | None:
@@ -236,6 +279,12 @@ def _missing(measured: Measured, experts: Experts | None) -> Iterable[str]:
     bare = [t for t in quantized if t.ledger is None]
     if not quantized:
         yield "Errors are not shown: no tensor is quantized. `stepgguf quantize` measures them as it takes bits away."
+    elif measured.without_manifest and len(bare) == len(quantized):
+        yield ("Errors are not shown: there is no manifest beside the file. `stepgguf convert` and `stepgguf quantize` "
+               "measure while they quantize and write one.")  # fmt: skip
+    elif measured.without_manifest:
+        names = ", ".join(path.name for path in measured.without_manifest)
+        yield f"The errors of some tensors are not shown: there is no manifest beside {names}."
     elif len(bare) == len(quantized):
         yield ("Errors are not shown: the manifest has no ledger. Make the file again with `stepgguf convert` or "
                "`stepgguf quantize`, which measure while they quantize.")  # fmt: skip

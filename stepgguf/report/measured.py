@@ -3,6 +3,9 @@
     FILE.gguf                 header: names, shapes, types, sizes, n_expert and n_used     the truth about the file
     FILE.gguf.manifest.json   how it was made, and tensors[name].ledger                    what was measured
 
+The manifest may be missing, as beside a file that other tools made: then nothing is measured, and the header says how
+it was made as far as llama-quantize writes it there.
+
 A ledger (convert/ledger.py) has one figure for each expert, one in all for a tensor without experts; w is the
 importance of a channel, 1 without an imatrix, x a weight and q what became of it:
 
@@ -24,7 +27,8 @@ from stepgguf.convert.ggufsource import ARCHITECTURE
 from stepgguf.convert.header import Header, TensorInfo
 from stepgguf.convert.manifest import manifest_path, read_manifest
 from stepgguf.convert.splits import read_headers
-from stepgguf.errors import BadMetadata, VerifyError
+from stepgguf.errors import BadMetadata, UnsupportedModel, VerifyError
+from stepgguf.quants.mixtures import file_type_name
 
 Floats = NDArray[np.float64]
 ROUTED, SHARED, ATTENTION, DENSE = "routed experts", "shared experts", "attention", "dense FFN"
@@ -70,7 +74,10 @@ class Imatrix:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A file, of a split one all files. n_layer counts the trunk: from there on layers are MTP blocks."""
+    """A file, of a split one all files. n_layer counts the trunk: from there on layers are MTP blocks.
+
+    without_manifest: those of the files that have none.
+    """
 
     paths: tuple[Path, ...]
     name: str
@@ -78,23 +85,30 @@ class Measured:
     n_expert: int
     n_used: int
     tensors: tuple[Tensor, ...]
-    made_by: str
+    without_manifest: tuple[Path, ...]
+    made_by: str | None
     type: str | None
     source: str | None
     recipe: str | None
     imatrix: Imatrix | None
 
 
-_OTHERWISE = "`stepgguf convert` and `quantize` write it beside the file: fetch it, or make the file again."
+_OTHERWISE = "Fetch the manifest again, or remove it: types and sizes are shown without."
 
 
 def read(path: Path) -> Measured:
-    """Raises GGUFError if `path` is no GGUF file, VerifyError if a manifest is missing or is of another file."""
+    """Raises GGUFError if `path` is no GGUF file, UnsupportedModel if it is of another architecture, VerifyError if a
+    manifest is damaged or is of another file."""
     headers = read_headers(path)
-    manifests = [read_manifest(header.path, _OTHERWISE) for header in headers]
-    first, how = headers[0], manifests[0]
-    n_mtp = _count(first, "nextn_predict_layers")
-    n_layer = _count(first, "block_count") - n_mtp
+    manifests = [_manifest(header.path) for header in headers]
+    first, how = headers[0], manifests[0] or {}
+    architecture = first.get("general.architecture")
+    if architecture != ARCHITECTURE:
+        raise UnsupportedModel(
+            f"{path}: general.architecture is {architecture!r}, expected {ARCHITECTURE!r}",
+            hint="stepgguf reports on Step-3.5 and Step-3.7 files only.",
+        )
+    n_layer = _count(first, "block_count") - _count(first, "nextn_predict_layers")
     return Measured(
         paths=tuple(header.path for header in headers),
         name=str(first.get("general.name", first.path.stem)),
@@ -102,24 +116,29 @@ def read(path: Path) -> Measured:
         n_expert=_count(first, "expert_count"),
         n_used=_count(first, "expert_used_count"),
         tensors=tuple(
-            _tensor(info, manifest["tensors"], n_layer, manifest_path(header.path))
+            _tensor(info, manifest and manifest["tensors"], n_layer, manifest_path(header.path))
             for header, manifest in zip(headers, manifests, strict=True)
             for info in header.tensors
         ),
-        made_by=str(how.get("made_by", "an unknown tool")),
-        type=_text(how, "type") or _text({"type": first.get("stepgguf.type")}, "type"),
-        source=_text({"source": first.get("stepgguf.source")}, "source"),
+        without_manifest=tuple(h.path for h, manifest in zip(headers, manifests, strict=True) if manifest is None),
+        made_by=_text(how, "made_by"),
+        type=_text(how, "type") or _type(first),
+        source=_string(first.get("stepgguf.source")),
         recipe=_text(how, "recipe"),
-        imatrix=_imatrix(how.get("imatrix")),
+        imatrix=_imatrix(how.get("imatrix")) or _imatrix_of(first),
     )
 
 
-def _tensor(info: TensorInfo, entries: dict[str, Any], n_layer: int, path: Path) -> Tensor:
-    entry = entries.get(info.name)
+def _manifest(file: Path) -> dict[str, Any] | None:
+    return read_manifest(file, _OTHERWISE) if manifest_path(file).exists() else None
+
+
+def _tensor(info: TensorInfo, entries: dict[str, Any] | None, n_layer: int, path: Path) -> Tensor:
+    entry = None if entries is None else entries.get(info.name)
     if not isinstance(entry, dict):
         entry = {}
     found, expected = [entry.get("type"), entry.get("shape")], [info.ggml_type.name, [*info.shape]]
-    if found != expected:
+    if entries is not None and found != expected:
         raise VerifyError(
             f"{path}: {info.name} is {found}, the file has {expected}",
             hint="The manifest is of another file; fetch the one that was made with this file.",
@@ -170,6 +189,18 @@ def _imatrix(fields: Any) -> Imatrix | None:
     return Imatrix(_text(fields, "file"), _text(fields, "prior"), names)
 
 
+def _imatrix_of(header: Header) -> Imatrix | None:
+    """As llama-quantize notes it."""
+    file, dataset = (_string(header.get(f"quantize.imatrix.{key}")) for key in ("file", "dataset"))
+    return None if file is None else Imatrix(file, None, (dataset,) if dataset else ())
+
+
+def _type(header: Header) -> str | None:
+    """The mixture's name. Our own key comes last: llama-quantize copies it from its source."""
+    number = header.get("general.file_type")
+    return (file_type_name(number) if isinstance(number, int) else None) or _string(header.get("stepgguf.type"))
+
+
 def _count(header: Header, key: str) -> int:
     """A number of step35.*, 0 if it is not there."""
     value = header.get(f"{ARCHITECTURE}.{key}", 0)
@@ -181,5 +212,8 @@ def _count(header: Header, key: str) -> int:
 
 
 def _text(fields: dict[str, Any], key: str) -> str | None:
-    value = fields.get(key)
+    return _string(fields.get(key))
+
+
+def _string(value: Any) -> str | None:
     return value if isinstance(value, str) else None

@@ -1,7 +1,7 @@
 """The page: one HTML file with everything in it, which asks no network for anything.
 
     page.html   the skeleton: {{title}} {{policy}} {{style}} {{data}} {{script}}
-    page.css    draw.js and page.js, one after the other: put in as they are
+    page.css    put in as it is, and so are SCRIPTS, one after the other
     data        JSON that the script reads; `<` is written as \\u003c, so no name can end the element
 
 The policy allows this style and this script by their digests and nothing else, so what a name might smuggle in would
@@ -20,10 +20,12 @@ from importlib.resources import files
 from stepgguf.report import figures
 from stepgguf.report.measured import Measured
 
+SCRIPTS = ("draw.js", "file.js", "errors.js", "page.js")
+
 
 def render(measured: Measured) -> str:
     """The report as HTML."""
-    style, script = _file("page.css"), _file("draw.js") + _file("page.js")
+    style, script = _file("page.css"), "".join(map(_file, SCRIPTS))
     data = {**figures.summary(measured), **figures.maps(measured)}
     parts = {
         "title": html.escape(f"{measured.name} · {measured.paths[0].name}"),

@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import FileResponse
+from starlette.staticfiles import StaticFiles
 
 from stepgguf import __version__
 from stepgguf.chat.exchange import ChatModel
@@ -23,15 +24,16 @@ from stepgguf.server.responses_store import Answers
 from stepgguf.server.service import Service, now
 from stepgguf.server.unknown import UnknownFields
 
-HERE = Path(__file__).parent
+STATIC = Path(__file__).parent / "static"
 OPENAI_ROUTERS = tuple(module.router for module in (chat_completions, completions, responses, models, tokens))
 PATHS = tuple(route.path for router in (*OPENAI_ROUTERS, messages.router) for route in router.routes)
-# The pages load nothing from elsewhere. Their scripts and styles are inline.
+# The pages load nothing from elsewhere and run nothing but the files in static/.
 PAGE_HEADERS = {
-    "content-security-policy": "default-src 'self'; script-src 'self' 'unsafe-inline'; "
-    "style-src 'self' 'unsafe-inline'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'",
+    "content-security-policy": "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",  # kept, and asked for again by its ETag: a new version comes as a whole
 }
 
 
@@ -53,14 +55,22 @@ def create_app(chat: ChatModel, config: ServerConfig) -> FastAPI:
     for router in OPENAI_ROUTERS:
         app.include_router(router, responses=_errors(OpenAIError))
     app.include_router(messages.router, responses=_errors(AnthropicError))
-    _add_page(app, "/", HERE / "static" / "index.html")
-    _add_page(app, "/docs", HERE / "docs.html")
+    _add_page(app, "/", STATIC / "index.html")
+    _add_page(app, "/docs", STATIC / "docs.html")
+    app.mount(guard.STATIC, _Static(directory=STATIC))
     return app
 
 
 def _errors(model: object) -> dict[int | str, dict[str, Any]]:
     """For the OpenAPI document: every answer that is not a success has this form."""
     return {"default": {"model": model, "description": "What is wrong, and with which field."}}
+
+
+class _Static(StaticFiles):
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers.update(PAGE_HEADERS)
+        return response
 
 
 def _add_page(app: FastAPI, path: str, file: Path) -> None:

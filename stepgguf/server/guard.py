@@ -34,6 +34,7 @@ from stepgguf.server.stream import Exchange
 
 log = logging.getLogger(__name__)
 OPEN = {"/", "/health", "/docs", "/openapi.json"}  # nothing there is secret
+STATIC = "/static"  # nor in the files below it
 POLLED = {"/health", "/metrics"}  # every few seconds, by programs: not in the log
 # This machine as containers on it call it (Docker, Podman, Lima, OrbStack, minikube). Nobody can register `.internal`.
 FROM_CONTAINERS = {f"host.{name}.internal" for name in ("docker", "containers", "lima", "orb", "minikube")}
@@ -171,7 +172,7 @@ class Key:
         self._app, self._key = app, key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN:
+        if scope["type"] == "http" and scope["path"] not in OPEN and not scope["path"].startswith(f"{STATIC}/"):
             headers = Headers(scope=scope)
             scheme, _, bearer = headers.get("authorization", "").partition(" ")
             given = [headers.get("x-api-key", ""), bearer.strip() if scheme.lower() == "bearer" else ""]

@@ -56,6 +56,10 @@ class Answer:
     def n_bytes(self) -> int:
         return len(self._context) + self.writer.n_bytes
 
+    @property
+    def n_generated(self) -> int:
+        return self._exchange.n_generated
+
     async def events(self, start: int = 0) -> AsyncGenerator[list[Event], None]:
         """All from number `start` on, as they come. At least one at a time."""
         while True:

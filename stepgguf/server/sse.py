@@ -27,8 +27,15 @@ from stepgguf.server.problems import Problem, problem
 
 log = logging.getLogger(__name__)
 Events = AsyncGenerator[bytes, None]
-COMMENT = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
+
+
+def comment(text: str) -> bytes:
+    """One that clients pass over."""
+    return f": {text}\n\n".encode()
+
+
+COMMENT = comment("keep-alive")
 
 
 def compact(data: object) -> str:

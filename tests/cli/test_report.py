@@ -44,19 +44,28 @@ def test_json_is_the_summary(gguf: Path, capfd: pytest.CaptureFixture[str]) -> N
     assert main(["report", str(gguf), "--json"]) == 0
     found = json.loads(capfd.readouterr().out)
     assert found["page"] == str(gguf.with_name("step.gguf.report.html"))
-    tensors = json.loads(manifest_path(gguf).read_text())["tensors"]
-    errors = [entry["ledger"]["error"] for name, entry in tensors.items() if "_exps" in name]
-    assert found["worst"][0]["error"] == max(max(error) for error in errors)
-    assert len(found["worst"]) == 20
+    assert found["bytes"] < gguf.stat().st_size
+    assert found["levels"].keys() == {"Q4_K", "Q6_K"}
+    assert found["stands_out"] == {"sigmas": 5.0, "times": 1.5}
+    assert len(found["worst"]) == found["n_worst"]
+    assert all(expert["ratio"] >= 1.5 for expert in found["worst"])
 
 
-def test_a_file_without_a_manifest_is_two_lines(gguf: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_file_without_a_manifest_has_types_and_sizes(gguf: Path, capfd: pytest.CaptureFixture[str]) -> None:
     manifest_path(gguf).unlink()
+    assert main(["report", str(gguf), "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert (found["type"], found["errors"], found["worst"]) == ("Q4_K_M", [], [])
+    assert "no manifest beside the file" in found["missing"][0]
+
+
+def test_a_file_with_a_damaged_manifest_is_two_lines(gguf: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    manifest_path(gguf).write_text("{")
     assert main(["report", str(gguf)]) == 1
     out, err = capfd.readouterr()
     assert out == ""
-    assert err.startswith(f"error: {manifest_path(gguf)} is not there")
-    assert "hint: `stepgguf convert` and `quantize` write it beside the file" in err
+    assert err.startswith(f"error: {manifest_path(gguf)}: not valid JSON")
+    assert "hint: Fetch the manifest again, or remove it" in err
     assert not gguf.with_name("step.gguf.report.html").exists()
 
 

@@ -14,7 +14,8 @@ import httpx
 import numpy as np
 import pytest
 
-from stepgguf.report import measured
+from stepgguf.convert.writer import manifest_path
+from stepgguf.report import figures, measured
 from stepgguf.report.page import render
 from tests.conftest import real_config
 from tests.generate import Shape, config
@@ -28,6 +29,7 @@ MODEL = config(Shape(n_mtp=1, n_expert=40))  # layers 2 to 4 have experts, 5 is 
 RIGHT, DOWN, END, PAGE_DOWN = "\ue014", "\ue015", "\ue010", "\ue00f"  # WebDriver's keys
 YELLOW, VERMILLION = [253, 231, 37], [213, 94, 0]  # viridis' end; never seen
 EXPERTS = "#experts-map .cells"
+SECTIONS = "return [...document.querySelectorAll('section')].filter(s => s.checkVisibility()).map(s => s.id)"
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,7 @@ def ledger(made: Made, layer: int, projection: str, kind: str) -> np.ndarray:
 
 
 def digits(x: float) -> str:
-    return f"{x:#.3g}".rstrip(".")
+    return f"{x:#.3g}".rstrip(".") if x < 999.5 else f"{x:.0f}"
 
 
 def percent(x: float) -> str:
@@ -125,22 +127,28 @@ def test_the_headline_and_the_sizes_are_those_of_the_file(made: Made, page: Page
     assert first[3] == f"{routed * 2 / 40 / 1e3:.2f} kB"
 
 
-def test_the_worst_experts_are_numpys(made: Made, page: Page) -> None:
+def test_the_page_opens_on_the_errors(made: Made, page: Page) -> None:
     show(page, made)
-    every = [
-        (error, layer, expert, projection)
-        for layer in (2, 3, 4)
-        for projection in ("gate", "up", "down")
-        for expert, error in enumerate(ledger(made, layer, projection, "error"))
-    ]
-    expected = [
-        [str(layer), str(expert), projection, percent(error), f"{int(ledger(made, layer, 'gate', 'count')[expert]):,}"]
-        for error, layer, expert, projection in sorted(every, reverse=True)[:20]
-    ]
-    found = rows(page, "worst-table")
-    assert [[row[i] for i in (0, 1, 2, 4, 7)] for row in found] == expected
-    assert found[0][:5] == ["4", "11", "down", "Q6_K", "50.0 %"]
+    assert page.run(SECTIONS) == ["experts", "layers", "worst", "coverage", "sizes", "types", "made"]
+
+
+def test_experts_that_stand_out_are_named_and_only_they(made: Made, page: Page) -> None:
+    show(page, made)
     assert rows(page, "coverage-table") == [["3", "7-8"]]
+    found = rows(page, "worst-table")
+    expected = figures.outstanding(figures.routed(measured.read(made.path)))  # type: ignore[arg-type]
+    assert [row[:3] for row in found] == [[str(w["layer"]), str(w["expert"]), w["projection"]] for w in expected]
+    assert found[0][:5] == ["4", "11", "down", "Q6_K", "50.0 %"]
+    assert page.text("#worst-lead").startswith(f"{len(found)} figures of 360 are at least 1.5 times the median")
+
+    def even(manifest: dict[str, Any]) -> None:
+        for name, entry in manifest["tensors"].items():
+            if name.endswith("_exps.weight") and "ledger" in entry:
+                entry["ledger"]["error"] = [0.01 + 0.0001 * expert for expert in range(40)]
+
+    show(page, made, even)
+    assert "worst" not in page.run(SECTIONS)
+    assert page.text("#experts-lead").endswith("No expert stands out from its tensor.")
 
 
 def test_the_heat_map_is_read_by_pointer_and_keys(made: Made, page: Page) -> None:
@@ -148,11 +156,14 @@ def test_the_heat_map_is_read_by_pointer_and_keys(made: Made, page: Page) -> Non
     errors = np.array([ledger(made, layer, "down", "error") for layer in (2, 3, 4)])
     counts = np.array([ledger(made, layer, "gate", "count") for layer in (2, 3, 4)])
 
+    levels = figures.levels(measured.read(made.path))
+
     def words(layer: int, expert: int) -> str:
         count, rmse = counts[layer - 2], ledger(made, layer, "down", "rmse")[expert]
-        kind = made.manifest["tensors"][f"blk.{layer}.ffn_down_exps.weight"]["type"]
+        kind, error = made.manifest["tensors"][f"blk.{layer}.ffn_down_exps.weight"]["type"], errors[layer - 2, expert]
         return (
-            f"Layer {layer}, expert {expert} · down {kind} · error {percent(errors[layer - 2, expert])} · "
+            f"Layer {layer}, expert {expert} · down {kind} · error {percent(error)}, "
+            f"{digits(error / levels[kind])} × {kind}'s level · "
             f"RMSE {digits(rmse)} · use {digits(count[expert] / count.mean())} ×, {int(count[expert]):,} tokens"
         )
 
@@ -176,6 +187,12 @@ def test_the_heat_map_is_read_by_pointer_and_keys(made: Made, page: Page) -> Non
 def test_colours_run_over_what_is_shown_and_the_legend_says_so(made: Made, page: Page) -> None:
     show(page, made)
     ends = "return [...document.querySelectorAll('#experts-legend .ticks span')].map(e => e.textContent)"
+    levels = figures.levels(measured.read(made.path))
+    of_layers = [levels[made.manifest["tensors"][f"blk.{i}.ffn_down_exps.weight"]["type"]] for i in (2, 3, 4)]
+    over = np.array([ledger(made, i, "down", "error") / of_layers[i - 2] for i in (2, 3, 4)])
+    assert [page.run(ends)[i] for i in (0, -1)] == [f"{digits(over.min())} ×", f"{digits(over.max())} ×"]
+    assert pixel(page, 2, 11) == YELLOW
+    pick(page, "measure", "error")
     down = np.array([ledger(made, layer, "down", "error") for layer in (2, 3, 4)])
     low, high = down.min(), down.max()
     assert page.run(ends) == [percent(low * (high / low) ** t) for t in (0, 0.25, 0.5, 0.75, 1)]
@@ -209,7 +226,7 @@ def test_signal_takes_the_place_of_use_where_tokens_were_not_counted(made: Made,
 
     show(page, made, drop_counts)
     mass = ledger(made, 2, "gate", "mass")
-    assert page.text("#choose-measure").split() == ["Show", "Error", "RMSE", "Signal"]
+    assert page.text("#choose-measure").split() == "Show Error ÷ level Error RMSE Signal".split()
     assert readout(page, "experts", RIGHT).endswith(f" · signal {digits(mass[0] / mass.mean())} ×")
     assert page.run("return document.getElementById('coverage').checkVisibility()") is False
 
@@ -224,6 +241,10 @@ def test_types_and_errors_by_layer_are_read_like_the_heat_map(made: Made, page: 
     assert readout(page, "types", END).startswith("Layer 5 (MTP) · attn_q · Q8_0, 8.50 bits · ")
     assert readout(page, "types", PAGE_DOWN).startswith("Layer 5 (MTP) · nextn.")
     means = [np.average(ledger(made, 2, p, "error"), weights=ledger(made, 2, "gate", "count")) for p in ("gate", "up")]
+    over = {line["name"]: line["relative"].get(2) for line in figures.summary(measured.read(made.path))["errors"]}
+    layer = readout(page, "layers", RIGHT * 3)
+    assert layer.startswith(f"Layer 2 · experts: gate {digits(over['experts: gate'])} × · experts: up ")
+    page.click("#layers-controls label:has([value=error])")
     layer = readout(page, "layers", RIGHT * 3)
     assert layer.startswith(f"Layer 2 · experts: gate {percent(means[0])} · experts: up {percent(means[1])} · ")
     assert rows(page, "layers-table")[2][1:3] == [percent(mean) for mean in means]
@@ -277,36 +298,14 @@ def test_the_page_asks_nobody_and_runs_nothing_else(made: Made, page: Page) -> N
     page.problems()  # the console has them too
 
 
-# Of every visible element with text of its own: its colour, and those behind it from the nearest that is opaque.
-CONTRASTS = """
-  const parse = (text) => { const [r, g, b, a = 1] = text.match(/[\\d.]+/g).map(Number); return [r, g, b, a]; };
-  const linear = (v) => v / 255 <= .04045 ? v / 255 / 12.92 : ((v / 255 + .055) / 1.055) ** 2.4;
-  const light = ([r, g, b]) => .2126 * linear(r) + .7152 * linear(g) + .0722 * linear(b);
-  const behind = (element) => {
-    const colour = parse(getComputedStyle(element).backgroundColor);
-    return colour[3] === 1 || !element.parentElement ? colour : behind(element.parentElement);
-  };
-  for (const details of document.querySelectorAll("details")) details.open = true;
-  const found = [];
-  for (const element of document.querySelectorAll("body *")) {
-    const own = [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
-    if (!own || !element.checkVisibility({ checkVisibilityCSS: true }) || element.closest("script, style")) continue;
-    const colours = [parse(getComputedStyle(element).color), behind(element)];
-    const [a, b] = colours.map(light).sort((x, y) => y - x);
-    found.push([(a + .05) / (b + .05), `${element.tagName} ${element.textContent.trim().slice(0, 30)} ${colours}`]);
-  }
-  return found;
-"""
-
-
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_all_text_has_the_contrast_that_wcag_asks_for(made: Made, page: Page, theme: str) -> None:
     """4.5 : 1 is level AA for text of any size (WCAG 2.2, 1.4.3)."""
-    page.devtools("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": theme}])
+    page.show_theme(theme)
     show(page, made, lambda manifest: manifest.update(recipe="default = 'Q4_K'"))
     is_dark = page.run("return getComputedStyle(document.body).backgroundColor") == "rgb(24, 23, 22)"
     assert is_dark == (theme == "dark")
-    found = page.run(CONTRASTS)
+    found = page.contrasts()
     assert len(found) > 300
     assert [text for ratio, text in found if ratio < 4.5] == []
 
@@ -314,9 +313,7 @@ def test_all_text_has_the_contrast_that_wcag_asks_for(made: Made, page: Page, th
 @pytest.mark.parametrize("width", [360, 768, 1400])
 def test_nothing_is_wider_than_the_window(made: Made, page: Page, width: int) -> None:
     show(page, made)
-    page.devtools(
-        "Emulation.setDeviceMetricsOverride", width=width, height=640, deviceScaleFactor=1, mobile=width < 500
-    )
+    page.show_width(width)
     page.run("for (const details of document.querySelectorAll('details')) details.open = true")
     assert page.run("return document.documentElement.scrollWidth") <= width
     canvas = page.run(f"const c = document.querySelector('{EXPERTS} canvas'); return [c.width, c.height]")
@@ -342,9 +339,20 @@ def test_what_was_not_measured_is_said_and_not_drawn(made: Made, page: Page) -> 
 
     show(page, made, strip)
     assert page.text("#missing").startswith("Errors are not shown: the manifest has no ledger. Make the file again")
-    seen = "return [...document.querySelectorAll('section')].filter(s => s.checkVisibility()).map(s => s.id)"
-    assert page.run(seen) == ["sizes", "types", "made"]
+    assert page.run(SECTIONS) == ["sizes", "types", "made"]
     assert page.text("#kind") == "Q4_K_M · without importance matrix"
+
+
+def test_without_a_manifest_there_are_types_and_sizes(made: Made, page: Page) -> None:
+    manifest_path(made.path).unlink()
+    file = made.path.with_suffix(".html")
+    file.write_text(render(measured.read(made.path)), encoding="utf-8")
+    page.ask_driver("POST", "url", url=file.as_uri())
+    assert page.text("#missing").startswith("Errors are not shown: there is no manifest beside the file.")
+    assert page.run(SECTIONS) == ["sizes", "types", "made"]
+    assert page.text("#kind") == "Q4_K_M"  # whether there was an importance matrix, nobody knows
+    assert page.text("#file") == "step.gguf"
+    assert page.count("#types-table tbody tr") > 10
 
 
 def test_the_page_of_the_real_model_is_small_and_quick(tmp_path: Path, page: Page) -> None:

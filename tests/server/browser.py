@@ -19,6 +19,26 @@ FLAGS = """--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-r
 ENTER, ESCAPE, SHIFT = "\ue007", "\ue00c", "\ue008"
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # WebDriver's key of a reference to an element
 WAIT = 20.0
+# Of every visible element with text of its own: its colour, and those behind it from the nearest that is opaque.
+CONTRASTS = """
+  const parse = (text) => { const [r, g, b, a = 1] = text.match(/[\\d.]+/g).map(Number); return [r, g, b, a]; };
+  const linear = (v) => v / 255 <= .04045 ? v / 255 / 12.92 : ((v / 255 + .055) / 1.055) ** 2.4;
+  const light = ([r, g, b]) => .2126 * linear(r) + .7152 * linear(g) + .0722 * linear(b);
+  const behind = (element) => {
+    const colour = parse(getComputedStyle(element).backgroundColor);
+    return colour[3] === 1 || !element.parentElement ? colour : behind(element.parentElement);
+  };
+  for (const details of document.querySelectorAll("details")) details.open = true;
+  const found = [];
+  for (const element of document.querySelectorAll("body *")) {
+    const own = [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
+    if (!own || !element.checkVisibility({ checkVisibilityCSS: true }) || element.closest("script, style")) continue;
+    const colours = [parse(getComputedStyle(element).color), behind(element)];
+    const [a, b] = colours.map(light).sort((x, y) => y - x);
+    found.push([(a + .05) / (b + .05), `${element.tagName} ${element.textContent.trim().slice(0, 30)} ${colours}`]);
+  }
+  return found;
+"""
 
 
 class Page:
@@ -84,6 +104,18 @@ class Page:
 
     def devtools(self, command: str, **params: object) -> Any:
         return self.ask_driver("POST", "goog/cdp/execute", cmd=command, params=params)
+
+    def contrasts(self) -> list[tuple[float, str]]:
+        """Of every visible element with text of its own: the ratio to what is behind it, and what it is."""
+        return [(ratio, words) for ratio, words in self.run(CONTRASTS)]
+
+    def show_theme(self, theme: str) -> None:
+        self.devtools("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": theme}])
+
+    def show_width(self, width: int) -> None:
+        """A phone's, if it is narrow."""
+        sizes = {"width": width, "height": 640, "deviceScaleFactor": 1, "mobile": width < 500}
+        self.devtools("Emulation.setDeviceMetricsOverride", **sizes)
 
     def problems(self) -> list[str]:
         """What the browser's console has against the page: exceptions, broken policies. Not statuses."""

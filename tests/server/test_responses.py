@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -281,6 +282,17 @@ def test_the_bytes_of_a_stream_are_named_events_with_one_line_of_data(server: Se
         event, data = record.split("\n")
         value = json.loads(data.removeprefix("data: "))
         assert (event, number) == (f"event: {value['type']}", value["sequence_number"])
+
+
+def test_a_comment_counts_the_tokens_where_that_is_asked_for(server: Server) -> None:
+    body = {"input": QUESTION, "temperature": 0, "stream": True}
+    text = server.client.post("/v1/responses?count_tokens=true", json=body).text
+    counts = [int(n) for n in re.findall(r"^: (\d+) tokens$", text, re.MULTILINE)]
+    completed = json.loads(text.rpartition("data: ")[2].partition("\n")[0])["response"]
+    assert counts == sorted(counts)
+    assert counts[-1] == completed["usage"]["output_tokens"]
+    attached = server.client.get(f"/v1/responses/{completed['id']}?stream=true&count_tokens=true").text
+    assert attached.endswith(f"\n\n: {counts[-1]} tokens\n\n")
 
 
 def test_a_stream_that_has_nothing_to_say_sends_comments(serve: Serve) -> None:
