@@ -110,7 +110,7 @@ def encode(keys: Iterable[Key], tensors: Sequence[TensorInfo], alignment: int = 
 def read(path: Path, *, check_size: bool = True) -> Header:
     """Parse and check the header of a GGUF file. Raises BadMagic, TruncatedFile, BadMetadata."""
     try:
-        with disk.opened(path) as file:
+        with disk.open_regular(path) as file:
             size = file.seek(0, 2)
             if size < 24:
                 raise BadMagic(f"{path}: {size} bytes is too short for a GGUF header", hint=_not_gguf(b""))

@@ -61,7 +61,7 @@ class Shard:
 def read_shard(path: Path) -> Shard:
     """Read a shard's header. MissingShard, TruncatedShard or CorruptShard, each naming the file and what is wrong."""
     try:
-        with disk.opened(path) as file:
+        with disk.open_regular(path) as file:
             status = os.fstat(file.fileno())
             start = file.read(64)
             length = _header_length(path, start, status.st_size)

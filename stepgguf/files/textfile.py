@@ -11,7 +11,7 @@ from stepgguf.files import disk
 def read(path: Path, error: type[StepggufError], *, most: int) -> str:
     """The text of a file of at most so many bytes. `error`, which names it, for what is no file and no UTF-8 text."""
     try:
-        with disk.opened(path) as file:
+        with disk.open_regular(path) as file:
             data = file.read(most + 1)
         if len(data) > most:
             raise error(f"{path}: more than {most:,} bytes", hint="Give a text file.")

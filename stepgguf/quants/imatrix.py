@@ -120,7 +120,7 @@ def _times(shape: Sequence[int]) -> str:
 def read(path: Path) -> Imatrix:
     """Map an importance matrix of either form, and check every value. Raises ImatrixError."""
     try:
-        with disk.opened(path) as file:
+        with disk.open_regular(path) as file:
             magic = file.read(4)
     except OSError as error:
         raise ImatrixError(f"{path}: {error.strerror or error}", hint="Check the path.") from error
