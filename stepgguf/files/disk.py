@@ -40,15 +40,6 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise OutputError(found, hint=_HINTS.get(error.errno or 0, _RESUME)) from error
 
 
-def opened(path: Path) -> BinaryIO:
-    """A regular file to read. OSError for anything else: reading a pipe waits for somebody who writes into it."""
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
-    return os.fdopen(fd, "rb")
-
-
 def hold(path: Path, *, make: bool = False) -> int:
     """Open a file and hold it; `make` it if it is not there. BlockingIOError while another process holds it.
 
@@ -59,7 +50,7 @@ def hold(path: Path, *, make: bool = False) -> int:
         fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | (os.O_CREAT if make else 0), 0o644)
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise OSError(errno.EINVAL, "is not a regular file", str(path))
+                raise OSError(errno.EINVAL, "Not a regular file", str(path))
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if is_at(fd, path):
                 return fd
@@ -67,6 +58,18 @@ def hold(path: Path, *, make: bool = False) -> int:
             os.close(fd)
             raise
         os.close(fd)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read it. OSError for a folder, and for a pipe or a device, which might never end or begin."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(fd, "rb")
+    os.close(fd)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise OSError(errno.EINVAL, "Not a regular file", str(path))
 
 
 def is_at(fd: int, path: Path) -> bool:

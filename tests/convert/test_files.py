@@ -321,7 +321,7 @@ def test_a_crash_between_the_two_headers_is_mended(copy: Path, tmp_path: Path) -
         (b"hello", "does not use `messages`"),
         (b"{{ raise_exception('not for tools') }}", "not for tools"),
         (b"{{ 'a' * 10**11 }}", "memory"),
-        (b"\xff\xfe\x00", "is not UTF-8 text"),
+        (b"\xff\xfe\x00", "not UTF-8 text"),
         (None, "No such file"),
     ],
 )

@@ -314,7 +314,7 @@ def test_a_file_that_cannot_be_read_is_an_error_with_its_path(tmp_path: Path) ->
     with pytest.raises(RecipeError, match=r"bad\.toml: not UTF-8 text, byte 17 is 0xff"):
         load(str(path))
     (tmp_path / "folder.toml").mkdir()
-    with pytest.raises(RecipeError, match=r"folder\.toml: not a file"):
+    with pytest.raises(RecipeError, match=r"folder\.toml: Is a directory"):
         load(str(tmp_path / "folder.toml"))
 
 
