@@ -27,7 +27,8 @@ def convert(
         typer.Option(exists=True, dir_okay=False, metavar="FILE", help="Use this template and not the checkpoint's."),
     ] = None,
     name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="general.name. Default: the directory's name.")
+        str | None,
+        typer.Option(metavar="NAME", help="general.name. Default: what the model card says, or the directory's name."),
     ] = None,
     imatrix: arguments.ImatrixFile = None,
     imatrix_prior: arguments.ImatrixPrior = "pooled",

@@ -87,6 +87,8 @@ def read_card(folder: Path, config: Mapping[str, Any], origin: Origin) -> Card:
 
 def _front_matter(path: Path) -> tuple[dict[str, Any], list[str]]:
     """The mapping at the head of a Markdown file, all its scalars as texts; empty if there is none."""
+    if not path.is_file():
+        return {}, []
     try:
         with path.open("rb") as file:
             text = file.read(_MAX_BYTES).decode("utf-8-sig", errors="replace")

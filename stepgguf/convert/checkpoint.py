@@ -16,6 +16,7 @@ and a disk error is an OSError with a name instead of a SIGBUS.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -36,7 +37,7 @@ from stepgguf.files import jsonread
 from stepgguf.model.hparams import HParams
 from stepgguf.model.spelling import COMPUTED_SUFFIX, VISION_PREFIXES, published
 from stepgguf.model.tensors import TensorSpec, is_beyond, tensor_specs
-from stepgguf.quants.codec import FP8_TILE, Scaled, Values
+from stepgguf.quants.codec import FP8_TILE, Scaled, Values, widen
 
 INDEX = "model.safetensors.index.json"
 _GGML = {"BF16": GGMLQuantizationType.BF16, "F16": GGMLQuantizationType.F16, "F32": GGMLQuantizationType.F32}
@@ -63,7 +64,7 @@ class Checkpoint:
         index = _read_index(self.path / INDEX)
         self.warnings = _compare_with_index(index, entries)
         layout, specs = Layout(entries), tensor_specs(described)
-        self._matrices = self._trunk(layout, [spec for spec in specs if not spec.is_mtp], paths, index)
+        self._matrices = self._locate(layout, [spec for spec in specs if not spec.is_mtp], paths, index)
         self.mtp_note: str | None = None  # why MTP blocks that config.json names are left out
         self._mtp_fault: CheckpointError | None = None
         has_mtp = self._add_mtp(layout, described, [spec for spec in specs if spec.is_mtp], paths, index)
@@ -101,7 +102,7 @@ class Checkpoint:
 
     # opening ----------------------------------------------------------------------------------------------------
 
-    def _trunk(
+    def _locate(
         self, layout: Layout, specs: Sequence[TensorSpec], shards: Sequence[Path], index: Mapping[str, str]
     ) -> dict[str, tuple[Matrix, ...]]:
         found, lacking = locate(layout, specs)
@@ -110,12 +111,7 @@ class Checkpoint:
         return found
 
     def _add_mtp(
-        self,
-        layout: Layout,
-        hp: HParams,
-        specs: Sequence[TensorSpec],
-        shards: Sequence[Path],
-        index: Mapping[str, str],
+        self, layout: Layout, hp: HParams, specs: Sequence[TensorSpec], shards: Sequence[Path], index: Mapping[str, str]
     ) -> bool:
         """Find the MTP blocks' tensors; whether they are all there. If not, note why."""
         present = [name for name in layout.entries if is_beyond(name, hp.n_layer)]
@@ -130,9 +126,7 @@ class Checkpoint:
             )
             return False
         try:
-            found, lacking = locate(layout, specs)
-            if lacking:
-                raise diagnosis.missing(self.path, lacking, len(specs), shards, index)
+            found = self._locate(layout, specs, shards, index)
             _refuse_unknown(layout, present, hp)
         except CheckpointError as error:
             self._mtp_fault = type(error)(
@@ -207,12 +201,13 @@ class Checkpoint:
     def _scale_tables(self) -> dict[str, NDArray[np.float32]]:
         """All scales, each [n, row tiles, column tiles]: 46 MB in the published FP8 checkpoint."""
         scales = {m.scale.name: m.scale for matrices in self._matrices.values() for m in matrices if m.scale}
-        return {
-            name: read_exactly(self._files[entry.shard], entry.n_bytes, entry.offset, name)
-            .view(np.float32)
-            .reshape(-1, *entry.shape[-2:])
-            for name, entry in scales.items()
-        }
+        return {name: self._scale_table(entry) for name, entry in scales.items()}
+
+    def _scale_table(self, entry: Entry) -> NDArray[np.float32]:
+        data = read_exactly(self._files[entry.shard], entry.n_bytes, entry.offset, entry.name)
+        table = np.empty((math.prod(entry.shape[:-2]), *entry.shape[-2:]), np.float32)
+        widen((data.view(np.uint16) if entry.dtype == "BF16" else data.view(np.float32)).reshape(table.shape), table)
+        return table
 
 
 def _entries(shards: Iterable[Shard]) -> dict[str, Entry]:
@@ -263,7 +258,7 @@ def _read_index(path: Path) -> dict[str, str]:
     shards = dict(weight_map.members()) if weight_map is not None else {}
     for value in shards.values():
         name = value.text()
-        if not 0 < len(name.encode()) < 256 or Path(name).name != name or "\0" in name:
+        if not 0 < len(name.encode()) < 256 or name == ".." or Path(name).name != name or "\0" in name:
             raise value.wrong("a file's name in this directory")
     return {name: value.text() for name, value in shards.items()}
 

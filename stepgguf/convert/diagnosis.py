@@ -26,7 +26,6 @@ _MERGE = "Merge it into its base{base} (in PEFT: merge_and_unload, then save_pre
 _SAVE = "Load it with the program that wrote it, save it as safetensors (transformers: save_pretrained), convert that."
 
 # Files beside or in place of the weights: pattern, what the folder is, what to do.
-_ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _INSTEAD_OF_WEIGHTS = (
     ("*.gguf", "holds GGUF files and no safetensors", "Give the GGUF file itself, of a split one any part: {first}"),
     ("model_index.json", "is a diffusers pipeline", _ORIGINAL),
@@ -50,7 +49,7 @@ _INSTEAD_OF_WEIGHTS = (
 )
 
 # Ends of tensor names that other tools leave: pattern, what the checkpoint is.
-_QUANTIZED = (
+QUANTIZED = (
     (r"\.weight_scale_2$", "an NVFP4 checkpoint (ModelOpt)"),
     (r"\.weight_global_scale$", "an NVFP4 checkpoint (compressed-tensors)"),
     (r"\.weight_packed$", "a compressed-tensors checkpoint ({format})"),
@@ -64,6 +63,7 @@ _QUANTIZED = (
     (r"\.W_q$", "an HQQ checkpoint"),
     (r"\.weight_scale$", "an FP8 or INT8 checkpoint with scales of channels or tensors (compressed-tensors, ModelOpt)"),
 )
+_MARKS = re.compile("|".join(f"(?:{pattern})" for pattern, _ in QUANTIZED))
 _METHODS = {"gptq": "a GPTQ", "awq": "an AWQ", "auto-round": "an AutoRound", "auto_round": "an AutoRound"}
 
 
@@ -72,16 +72,18 @@ def check_files(folder: Path) -> list[Path]:
     files = _files(folder)
     names = [path.name for path in files if not path.name.startswith(".")]
     shards = [path for path in files if path.suffix == ".safetensors" and not path.name.startswith(".")]
-    weights = [path for path in shards if path.name not in _ADAPTERS]
-    adapter = next((name for name in names if name in _ADAPTERS), None)
-    if adapter is not None:
-        hint = _MERGE.format(base=_base(folder))
-        if not weights:
-            raise UnsupportedCheckpoint(f"{folder} is a LoRA adapter (it has {adapter}) and no whole model", hint=hint)
-        hint += " Or move adapter_* away to convert the base alone."
-        raise UnsupportedCheckpoint(f"{folder} holds a LoRA adapter ({adapter}) beside its base", hint=hint)
+    weights = [path for path in shards if not path.name.startswith("adapter_model.")]
+    adapter = next((name for name in names if name.startswith("adapter_model.")), None)
+    if not weights and (adapter or "adapter_config.json" in names):
+        raise UnsupportedCheckpoint(
+            f"{folder} is a LoRA adapter ({adapter or 'adapter_config.json'}) and no whole model",
+            hint=_MERGE.format(base=_base(folder)),
+        )
     if not weights:
         raise _without_weights(folder, names)
+    if adapter is not None:
+        hint = _MERGE.format(base=_base(folder)) + " Or move adapter_* away to convert the base alone."
+        raise UnsupportedCheckpoint(f"{folder} holds a LoRA adapter ({adapter}) beside its base", hint=hint)
     return shards
 
 
@@ -123,8 +125,9 @@ def check_weights(folder: Path, entries: Collection[Entry], formats: Collection[
     if "mlx" in formats:
         # Its norms are stored whole and not less one, also where it is not quantized.
         raise UnsupportedCheckpoint(f"{folder} is an MLX checkpoint", hint=_ORIGINAL)
-    for pattern, what in _QUANTIZED:
-        found = next((entry for entry in entries if re.search(pattern, entry.name)), None)
+    marked = [entry for entry in entries if _MARKS.search(entry.name)]
+    for pattern, what in QUANTIZED:
+        found = next((entry for entry in marked if re.search(pattern, entry.name)), None)
         if found is not None:
             named = what.format(format=kind or "packed", method=_METHODS.get(method or "", "a GPTQ or AWQ"))
             raise UnsupportedCheckpoint(f"{folder} is {named}: {found.name} is {found.dtype}", hint=_ORIGINAL)

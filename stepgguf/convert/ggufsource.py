@@ -47,7 +47,7 @@ class GGUFSource:
     @property
     def name(self) -> str:
         """The file's name without its ending and the number of its part, for files that are made of it."""
-        return model_stem(self.path.resolve())
+        return model_stem(self.path)
 
     def close(self) -> None:
         for fd in self._files.values():

@@ -109,6 +109,8 @@ def encode(keys: Iterable[Key], tensors: Sequence[TensorInfo], alignment: int = 
 
 def read(path: Path, *, check_size: bool = True) -> Header:
     """Parse and check the header of a GGUF file. Raises BadMagic, TruncatedFile, BadMetadata."""
+    if path.exists() and not path.is_file():
+        raise GGUFError(f"{path}: not a file", hint=_not_gguf(b""))  # opening a pipe would wait for ever
     try:
         with disk.open_regular(path) as file:
             size = file.seek(0, 2)
@@ -118,7 +120,8 @@ def read(path: Path, *, check_size: bool = True) -> Header:
                 header = _parse(path, data)
     except OSError as error:
         raise GGUFError(f"{path}: {error.strerror or error}", hint="Check the path.") from error
-    end = max((header.data_start + t.offset + t.n_bytes for t in header.tensors), default=header.data_start)
+    # Without tensors the header need not be padded, and gguf-py's are not.
+    end = max((header.data_start + t.offset + t.n_bytes for t in header.tensors), default=0)
     if check_size and size < end:
         raise TruncatedFile(
             f"{path}: {size:,} bytes, but its header promises {end:,}",

@@ -70,13 +70,15 @@ def _meant(path: Path) -> Path:
             raise UnsupportedCheckpoint(f"{path} is a GGUF file and no checkpoint", hint=hint)
         raise UnsupportedCheckpoint(f"{path} is a file and not a checkpoint's directory", hint=_GIVE)
     if path.is_dir():
-        return _snapshot(path)
+        return snapshot(path)
+    if path.exists():
+        raise CheckpointError(f"{path}: neither a file nor a directory", hint=_GIVE)
     found = hub_id(path)
     if found is None:
         raise CheckpointError(f"{path}: no such file or directory", hint=_GIVE)
     cached = _cache() / f"models--{found.replace('/', '--')}"
     if cached.is_dir():
-        return _snapshot(cached)
+        return snapshot(cached)
     raise CheckpointError(
         f"{path}: there is no such directory; it looks like a model on the Hugging Face Hub",
         hint=f"Download it first: hf download {found} --local-dir {found.split('/')[1]}",
@@ -91,17 +93,17 @@ def hub_id(path: Path) -> str | None:
 
 
 def unfinished(folder: Path) -> list[Path]:
-    """What downloads into a folder have left half done: the Hub's, aria2's, wget's and browsers'."""
+    """What downloads into a folder have left half done: the Hub's, aria2's and browsers'. Not a GGUF in the making."""
     blobs = folder.resolve().parent.parent / "blobs" if folder.resolve().parent.name == "snapshots" else None
     places = [folder, folder / ".cache" / "huggingface" / "download", *([blobs] if blobs else [])]
-    ends = (".incomplete", ".aria2", ".part", ".crdownload", ".download")
+    ends = (".incomplete", ".aria2", ".safetensors.part", ".crdownload", ".download")
     return sorted(f for place in places if place.is_dir() for f in place.iterdir() if f.name.endswith(ends))
 
 
 _GIVE = "Give the directory that holds config.json and the *.safetensors."
 
 
-def _snapshot(folder: Path) -> Path:
+def snapshot(folder: Path) -> Path:
     """The snapshot of a cache folder; any other folder itself."""
     if folder.name == "snapshots" and _CACHE_FOLDER.fullmatch(folder.resolve().parent.name):
         folder = folder.parent

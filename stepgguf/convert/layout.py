@@ -4,15 +4,15 @@
     by expert    moe.experts.E.gate_proj.weight [x, d], n times        as many tools and quantizers write it
     gate and up  moe.gate_up_proj.weight [n, 2x, d]                    as transformers holds it in memory
 
-A tensor is a Matrix for each expert, or one. Block-FP8: value = fp8 * scale, one float32 scale for each 128 x 128 tile
-of a stored matrix, in a tensor called NAME_scale_inv. quantization_config's module list uses runtime names and matches
-nothing on disk.
+A tensor is a Matrix for each expert, or one. Block-FP8: value = fp8 * scale, one scale for each 128 x 128 tile of a
+stored matrix, F32 or BF16, in a tensor called NAME_scale_inv. quantization_config's module list uses runtime names and
+matches nothing on disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from stepgguf.convert.shards import DTYPE_BYTES, Entry
 from stepgguf.errors import ShapeMismatch, TensorNotFound
@@ -48,47 +48,45 @@ class Layout:
         self.entries = entries
         self.used: set[str] = set()
 
-    def find(self, spec: TensorSpec) -> tuple[Matrix, ...] | None:
-        """The matrices of a tensor, None if nothing of it is there.
+    def find(self, spec: TensorSpec, lacking: list[str]) -> tuple[Matrix, ...]:
+        """The matrices of a tensor; or none, and the names of what is not there are added to `lacking`.
 
-        TensorNotFound if only some of its experts are there, ShapeMismatch for a shape or a dtype that cannot be.
+        Raises ShapeMismatch for a shape or a dtype that cannot be, TensorNotFound for FP8 without its scales.
         """
         if spec.source in self.entries:
             return self._stacked(spec, spec.source, 0, 1)
         stem, _, matrix = spec.source.removesuffix(".weight").rpartition(".")
-        if len(spec.shape) != 3:
-            return None
         fused = f"{stem}.gate_up_proj.weight"
         if fused in self.entries and matrix in ("gate_proj", "up_proj"):
             return self._stacked(spec, fused, int(matrix == "up_proj"), 2)
-        names = [f"{stem}.experts.{e}.{matrix}.weight" for e in range(spec.shape[0])]
+        n_experts = spec.shape[0] if len(spec.shape) == 3 else 0
+        names = [f"{stem}.experts.{e}.{matrix}.weight" for e in range(n_experts)]
         absent = [name for name in names if name not in self.entries]
         if len(absent) == len(names):
-            return None
+            absent = [spec.source]
+        lacking += absent
         if absent:
-            raise TensorNotFound(
-                f"{absent[0]} is in no shard ({len(absent)} of {len(names)} experts of {stem} are missing)",
-                hint="config.json and shards must belong together.",
-            )
-        found = [self._matrix(name, spec.shape[1:], 0, 0) for name in names]
+            return ()
+        found = tuple(self._matrix(name, spec.shape[1:], 0) for name in names)
         _check_dtypes(found)
-        return tuple(found)
+        return found
 
     def _stacked(self, spec: TensorSpec, name: str, part: int, n_parts: int) -> tuple[Matrix, ...]:
         """Part number `part` of n_parts, above each other in every matrix of a stored tensor."""
         if len(spec.shape) == 1:
-            return (self._matrix(name, spec.shape, 0, 0),)
+            return (self._matrix(name, spec.shape, 0),)
         *lead, rows, columns = spec.shape
-        shape = (*lead, rows * n_parts, columns)
-        return tuple(self._matrix(name, shape, e, part * rows) for e in range(lead[0] if lead else 1))
+        first = self._matrix(name, (*lead, rows * n_parts, columns), part * rows)
+        return tuple(replace(first, number=e) for e in range(lead[0] if lead else 1))
 
-    def _matrix(self, name: str, shape: Sequence[int], number: int, first: int) -> Matrix:
+    def _matrix(self, name: str, shape: tuple[int, ...], first: int) -> Matrix:
+        """The first matrix of a stored tensor, which must have such a shape, from row `first` on."""
         entry, scale = self.entries[name], self.entries.get(name + SCALE)
         if name not in self.used:
-            _check_entry(name, entry, scale, tuple(shape))
+            _check_entry(name, entry, scale, shape)
             self.used |= {name, name + SCALE} if entry.dtype == "F8_E4M3" else {name}
         rows = shape[-2] if len(shape) > 1 else 1
-        return Matrix(entry, number, first, rows, scale if entry.dtype == "F8_E4M3" else None)
+        return Matrix(entry, 0, first, rows, scale if entry.dtype == "F8_E4M3" else None)
 
 
 def _check_entry(name: str, entry: Entry, scale: Entry | None, shape: tuple[int, ...]) -> None:
@@ -109,7 +107,7 @@ def _check_entry(name: str, entry: Entry, scale: Entry | None, shape: tuple[int,
         raise TensorNotFound(f"{shard}: {entry.name} is F8_E4M3, but {name + SCALE} is in no shard")
     *lead, rows, columns = shape if len(shape) > 1 else (1, *shape)
     expected = (*lead, -(-rows // FP8_TILE), -(-columns // FP8_TILE))
-    if scale.shape != expected or scale.dtype != "F32":
+    if scale.shape != expected or scale.dtype not in ("F32", "BF16"):
         raise ShapeMismatch(
             f"{scale.shard.name}: {scale.name} is {scale.dtype} {list(scale.shape)}, expected F32 {list(expected)} "
             f"({FP8_TILE} x {FP8_TILE} blocks)"
@@ -126,12 +124,7 @@ def _check_dtypes(matrices: Iterable[Matrix]) -> None:
 
 
 def locate(layout: Layout, specs: Iterable[TensorSpec]) -> tuple[dict[str, tuple[Matrix, ...]], list[str]]:
-    """The matrices of every tensor by its name in the table, and the names of those that are not there."""
-    found, lacking = {}, []
-    for spec in specs:
-        matrices = layout.find(spec)
-        if matrices is None:
-            lacking.append(spec.source)
-        else:
-            found[spec.source] = matrices
+    """The matrices of every tensor by its name in the table, and the names of what is not there."""
+    lacking: list[str] = []
+    found = {spec.source: layout.find(spec, lacking) for spec in specs}
     return found, lacking

@@ -39,8 +39,10 @@ from stepgguf.convert.importance import Importance
 from stepgguf.convert.pipeline import Compiling, UnitMaker
 from stepgguf.convert.plan import PlannedTensor, Unit, rows_per_expert
 from stepgguf.convert.source import TensorSource
-from stepgguf.files import folders
+from stepgguf.errors import StepggufError
+from stepgguf.files import folders, jsonread
 from stepgguf.files.disk import disk_errors
+from stepgguf.files.jsonread import Value
 from stepgguf.quants import mixtures
 from stepgguf.quants.codec import Loss
 from stepgguf.quants.mixtures import Candidate
@@ -207,9 +209,9 @@ class _Cache:
         with disk_errors(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             lines = self._path.read_bytes().splitlines() if self._path.exists() else []
-            records = [record for line in lines if (record := _parsed(line)) is not None]
-            if records[:1] == [self._key]:
-                self.measured = {r["tensor"]: _read(r) for r in records[1:]}
+            first, *others = map(_parsed, lines or [b""])
+            if first is not None and first.raw == self._key:
+                self.measured = dict(read for record in others if record and (read := _read(record)))
                 self._file = self._path.open("a")
                 self._file.write("\n")  # ends a line that was cut off
             else:
@@ -233,14 +235,18 @@ class _Cache:
         self._file.flush()
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    """A line's object; None for one that was cut off."""
+def _parsed(line: bytes) -> Value | None:
+    """A line's document; None for one that was cut off."""
     try:
-        record = json.loads(line)
-    except ValueError:
+        return jsonread.parse(line, "a measurement", StepggufError)
+    except StepggufError:
         return None
-    return record if isinstance(record, dict) else None
 
 
-def _read(record: Mapping[str, Any]) -> Measured:
-    return Measured(record["energy"], {GGMLQuantizationType[name]: error for name, error in record["errors"].items()})
+def _read(record: Value) -> tuple[str, Measured] | None:
+    """A tensor's name and its errors; None for a line of another shape, whose tensor is measured again."""
+    try:
+        errors = {GGMLQuantizationType[name]: error.number(0.0) for name, error in record["errors"].members()}
+        return record["tensor"].text(), Measured(record["energy"].number(0.0), errors)
+    except (StepggufError, KeyError):
+        return None

@@ -201,7 +201,7 @@ class UnitMaker:
             where = f"index {column}"
         return CorruptTensor(
             f"{tensor.source}: {where} is {value} ({count} such values nearby)",
-            hint="The checkpoint is damaged; download the shard again.",
+            hint="The source is damaged; download it again.",
         )
 
 

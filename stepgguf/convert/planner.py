@@ -22,6 +22,7 @@ from stepgguf.convert.plan import Options, Plan, PlannedFile, PlannedTensor
 from stepgguf.convert.source import SourceTensor
 from stepgguf.convert.splits import split_path
 from stepgguf.errors import BadMetadata, OutputError, RecipeError
+from stepgguf.files.jsonread import shown
 from stepgguf.model.tensors import ROPE_FREQS, TensorSpec, file_order, layer_of, role_of
 from stepgguf.quants import codec, coverage, mixtures
 from stepgguf.quants.coverage import Coverage
@@ -153,7 +154,7 @@ def number(source: GGUFSource, key: str, default: int | None = None) -> int:
     value = source.headers[0].get(name, default)
     value = value[0] if isinstance(value, list) and value else value
     if not isinstance(value, int):
-        raise BadMetadata(f"{source.path}: key {name} is {value!r}, expected an integer", hint="Convert it again.")
+        raise BadMetadata(f"{source.path}: key {name} is {shown(value)}, expected an integer", hint="Convert it again.")
     return value
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,11 +60,11 @@ class Shard:
 
 def read_shard(path: Path) -> Shard:
     """Read a shard's header. MissingShard, TruncatedShard or CorruptShard, each naming the file and what is wrong."""
+    if path.exists() and not path.is_file():
+        raise CorruptShard(f"{path}: not a file", hint=_AGAIN)
     try:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise CorruptShard(f"{path}: not a file")
             start = file.read(64)
             length = _header_length(path, start, status.st_size)
             text = start[8 : 8 + length] + file.read(max(0, length - 56))

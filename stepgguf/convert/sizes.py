@@ -18,6 +18,8 @@ from stepgguf.convert.checkpoint import Checkpoint
 from stepgguf.convert.ggufsource import ARCHITECTURE, GGUFSource
 from stepgguf.convert.objective import Routing
 from stepgguf.convert.planner import gguf_facts, is_quantizable, model_facts, number
+from stepgguf.errors import BadMetadata
+from stepgguf.files.jsonread import shown
 from stepgguf.model.tensors import ROPE_FREQS, file_order, layer_of, role_of
 from stepgguf.quants import mixtures, recipe
 from stepgguf.quants.ggml import row_size
@@ -117,7 +119,10 @@ def _of_checkpoint(checkpoint: Checkpoint) -> Inventory:
 
 def _of_gguf(source: GGUFSource) -> Inventory:
     facts = gguf_facts(source)
-    scale = float(source.headers[0].get(Keys.LLM.EXPERT_WEIGHTS_SCALE.format(arch=ARCHITECTURE), 1.0))
+    name = Keys.LLM.EXPERT_WEIGHTS_SCALE.format(arch=ARCHITECTURE)
+    scale = source.headers[0].get(name, 1.0)
+    if not isinstance(scale, float) or not math.isfinite(scale):
+        raise BadMetadata(f"{source.path}: key {name} is {shown(scale)}, expected a number", hint="Convert it again.")
     names = sorted(source.tensors, key=file_order)
     return Inventory(
         facts=facts,

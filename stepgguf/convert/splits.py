@@ -9,7 +9,7 @@ from gguf import Keys
 
 from stepgguf.convert import header as gguf_header
 from stepgguf.convert.header import Header
-from stepgguf.convert.hub import hub_id
+from stepgguf.convert.hub import hub_id, snapshot
 from stepgguf.errors import BadMetadata, GGUFError, MissingShard
 from stepgguf.files.jsonread import shown
 
@@ -22,10 +22,13 @@ def split_files(path: Path) -> list[Path]:
     GGUFError for what cannot be one, MissingShard if a part is not there. What is in the files is not looked at.
     """
     if path.is_dir():
-        inside = sorted(path.glob("*.gguf"))
-        hint = (
-            f"Give one: {inside[0]}" if inside else "Give a file that `stepgguf convert` wrote, or another GGUF file."
-        )
+        folder = snapshot(path)
+        inside = sorted([*folder.glob("*.gguf"), *folder.glob("*/*.gguf")])
+        hint = "Give a file that `stepgguf convert` wrote, or another GGUF file."
+        if inside:
+            hint = f"Give a file in it: {inside[0]}"
+        elif (path / "config.json").exists():
+            hint = f"Convert it first: stepgguf convert {path} DEST.gguf --type Q4_K_S"
         raise GGUFError(f"{path} is a directory and not a GGUF file", hint=hint)
     if not path.exists() and (model := hub_id(path)) is not None:
         hint = f"Download it first: hf download {model} --include '*.gguf' --local-dir {model.split('/')[1]}"
@@ -36,8 +39,10 @@ def split_files(path: Path) -> list[Path]:
     number, count = int(match[2]), int(match[3])
     if not 1 <= number <= count:
         raise BadMetadata(f"{path}: its name says part {number} of {count}", hint="Give the file its right name.")
-    files = [split_path(path.with_name(match[1] + ".gguf"), i, count) for i in range(count)]
-    for file in files:
+    files = []
+    for i in range(count):
+        file = split_path(path.with_name(match[1] + ".gguf"), i, count)
+        files.append(file)
         if not file.exists():
             raise MissingShard(
                 f"{file} is missing ({path.name} is one of {count} parts)",

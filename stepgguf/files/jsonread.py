@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,6 +127,8 @@ def parse(data: bytes, document: str, error: type[StepggufError], hint: str | No
     try:
         if len(data) > MAX_BYTES:
             raise ValueError(f"more than {MAX_BYTES:,} bytes")
+        if data.startswith(b"version https://git-lfs"):
+            raise error(f"{document}: is a git-lfs pointer", hint="Fetch the real file with: git lfs pull")
         text = data.decode("utf-8-sig")
         value = json.loads(text, object_pairs_hook=_object)
         if _is_deeper(value, MAX_DEPTH):
@@ -162,8 +165,7 @@ def shown(value: Any) -> str:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
         raise ValueError(f"key {shown(twice)} is there twice")
     return result
 

@@ -159,15 +159,16 @@ def prepare(
 
 
 def dequantize(kind: GGMLQuantizationType, data: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
-    """Decode data [n, row bytes] into out [n, columns], float32."""
+    """Decode data [n, row bytes] into out [n, columns], float32. What a damaged factor scales is not finite."""
     lane = lanes.lane_type(kind)
     if lane is not None:
         lane.decode(data, out)
     elif kind == BF16:
         np.left_shift(data.view(np.uint16).reshape(out.shape), 16, out=out.view(np.uint32), dtype=np.uint32)
     else:
-        for start, stop in _runs(*out.shape):
-            out[start:stop] = gguf.quants.dequantize(data[start:stop], kind).reshape(-1, out.shape[1])
+        with np.errstate(invalid="ignore", over="ignore"):  # a damaged factor: its values are NaN or infinite
+            for start, stop in _runs(*out.shape):
+                out[start:stop] = gguf.quants.dequantize(data[start:stop], kind).reshape(-1, out.shape[1])
 
 
 def widened_runs(values: Values) -> Iterator[tuple[int, NDArray[np.float32]]]:

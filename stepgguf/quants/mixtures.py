@@ -133,7 +133,7 @@ class _Mixture:
         if tensor.role == "token_embd":
             return self._token_embd() or base
         category = next((c for c in _CATEGORIES if tensor.role.startswith(c)), None)
-        if category is None:
+        if category is None or tensor.layer is None:
             return base
         return (self._low(tensor, category) if self.name in _LOW else _CATEGORIES[category](self, tensor)) or base
 

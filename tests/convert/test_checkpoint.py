@@ -198,6 +198,25 @@ def test_damage_is_named_before_anything_is_written(copy: Path, case: str) -> No
         Checkpoint(copy)
 
 
+def test_scales_in_bf16_are_read(copy_fp8: Path) -> None:
+    for shard in sorted(copy_fp8.glob("*.safetensors")):
+        edit(
+            copy_fp8,
+            lambda t: t.update({k: v.bfloat16() for k, v in t.items() if k.endswith("_scale_inv")}),
+            shard.name,
+        )
+    with Checkpoint(copy_fp8) as checkpoint:
+        for shard in sorted(copy_fp8.glob("*.safetensors")):
+            tensors = load_file(shard)
+            for name in [name for name in tensors if name.endswith("up_proj.weight_scale_inv") and ".moe." in name]:
+                weight = name.removesuffix("_scale_inv")
+                scale = tensors[name].float().repeat_interleave(128, 1).repeat_interleave(128, 2)
+                rows = tensors[weight].shape[1]
+                out = np.empty((rows, tensors[weight].shape[2]), np.float32)
+                widen(checkpoint.values(weight, rows, 2 * rows), out)
+                np.testing.assert_array_equal(out, (tensors[weight].float() * scale)[1].numpy())
+
+
 def test_fp8_without_its_scale_is_named(copy_fp8: Path) -> None:
     for shard in sorted(copy_fp8.glob("*.safetensors")):
         edit(copy_fp8, lambda t: [t.pop(k) for k in list(t) if k.endswith("up_proj.weight_scale_inv")], shard.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import gguf
 import llama_cpp
@@ -14,8 +15,12 @@ import pytest
 from stepgguf import __version__
 from stepgguf.cli.main import main
 from stepgguf.convert import header as gguf_header
+from stepgguf.convert.checkpoint import Checkpoint
 from stepgguf.convert.metadata import RESERVE, rope_freqs
+from stepgguf.convert.plan import Options
+from stepgguf.convert.planner import plan_checkpoint
 from stepgguf.demo import CHECKPOINT
+from stepgguf.errors import BadConfig
 from stepgguf.model.hparams import HParams
 from stepgguf.reference.model import rope_scaling_factors
 from tests.conftest import real_config
@@ -82,6 +87,47 @@ def test_generation_config_overrides_the_recommended_sampling(small: Path, tmp_p
     header = convert(copy, tmp_path / "x.gguf", "-t", "Q8_0")
     assert header.get("general.sampling.temp") == 0.5
     assert header.get("general.sampling.top_k") == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        (
+            "generation_config.json",
+            {"temperature": 1e10},
+            "temperature is 10000000000.0, expected a number from 0 to 100",
+        ),
+        ("generation_config.json", {"top_k": 1e10}, r"top_k is 10000000000\.0, expected an integer from -1"),
+        ("generation_config.json", {"top_k": 10**10}, "top_k is 10000000000, expected an integer"),
+        ("generation_config.json", {"top_p": "0.9"}, r"top_p is '0\.9', expected a number"),
+        ("generation_config.json", {"min_p": True}, "min_p is True, expected a number"),
+        ("generation_config.json", [], "the document is a list of 0, expected a JSON object"),
+        ("tokenizer_config.json", {"eos_token": 7}, "eos_token is 7, expected a text"),
+        ("tokenizer_config.json", {"eos_token": {"text": "x"}}, "key 'content' is missing in eos_token"),
+        ("chat_template.json", {"chat_template": 7}, "chat_template is 7, expected a list"),
+        ("chat_template.json", {"chat_template": [{"name": 1}]}, r"chat_template\[0\]\.name is 1, expected a text"),
+    ],
+)
+def test_strange_settings_are_named_with_file_and_place(
+    small: Path, tmp_path: Path, name: str, content: Any, text: str
+) -> None:
+    copy = Path(shutil.copytree(small, tmp_path / "copy"))
+    (copy / "chat_template.jinja").unlink()
+    (copy / name).write_text(json.dumps(content))
+    with Checkpoint(copy) as checkpoint, pytest.raises(BadConfig, match=rf"copy/{name}: {text}"):
+        plan_checkpoint(checkpoint, tmp_path / "x.gguf", Options("Q8_0"))
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "chat_template.json", "tokenizer_config.json", "named"])
+def test_the_chat_template_may_be_in_any_of_three_files(small: Path, tmp_path: Path, name: str) -> None:
+    copy = Path(shutil.copytree(small, tmp_path / "copy"))
+    text = (copy / "chat_template.jinja").read_text()
+    (copy / "chat_template.jinja").unlink()
+    several = [{"name": "rag", "template": "no"}, {"name": "default", "template": text}]
+    content = {"chat_template": several if name == "named" else text}
+    name = "tokenizer_config.json" if name == "named" else name
+    (copy / name).write_text(text if name.endswith(".jinja") else json.dumps(content))
+    assert convert(copy, tmp_path / "x.gguf", "-t", "Q8_0").get("tokenizer.chat_template") == text
 
 
 def test_rope_freqs_are_the_reference_models_factors() -> None:

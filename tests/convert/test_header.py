@@ -113,3 +113,70 @@ def test_what_is_not_a_gguf_is_said(tmp_path: Path, content: bytes, error: type[
     path.write_bytes(content)
     with pytest.raises((error, TruncatedFile), match=text):
         gguf_header.read(path)
+
+
+def strings(n_levels: int) -> bytes:
+    """The value of an array of arrays of ... of no texts."""
+    return struct.pack("<IQ", V.ARRAY, 1) * n_levels + struct.pack("<IQ", V.STRING, 0)
+
+
+ARCHITECTURE = Key.of("general.architecture", "step35", V.STRING)
+F32 = GGMLQuantizationType.F32
+A, B = TensorInfo("a", (2, 8), F32, 0), TensorInfo("b", (8,), F32, 64)
+
+
+@pytest.mark.parametrize(
+    ("keys", "tensors", "text"),
+    [
+        ([ARCHITECTURE], [A, TensorInfo("a", (8,), F32, 64)], "tensor 'a' is there twice"),
+        ([ARCHITECTURE], [A, TensorInfo("b", (8,), F32, 32)], "tensors 'a' and 'b' overlap at 32"),
+        ([ARCHITECTURE], [A, TensorInfo("b", (8,), F32, 0)], "tensors 'a' and 'b' overlap at 0"),
+        ([ARCHITECTURE], [A, TensorInfo("b", (8,), F32, 68)], "tensor 'b' lies at 68, expected a multiple of 32"),
+        ([ARCHITECTURE], [A, TensorInfo("b", (), F32, 64)], "tensor 'b' has 0 dimensions, expected 1 to 4"),
+        ([ARCHITECTURE], [A, TensorInfo("b", (0, 8), F32, 64)], r"tensor 'b' is \[0, 8\]"),
+        ([ARCHITECTURE, ARCHITECTURE], [A], "key 'general.architecture' is there twice"),
+        ([Key("x", V.ARRAY, strings(1200))], [A], "arrays lie more than 4 deep in each other"),
+        ([Key.of("general.alignment", 24, V.UINT32)], [A], "general.alignment is 24, expected a power of two"),
+        ([Key.of("general.alignment", "x", V.STRING)], [A], "general.alignment is 'x', expected a power of two"),
+    ],
+)
+def test_headers_that_cannot_be_are_named(
+    tmp_path: Path, keys: list[Key], tensors: list[TensorInfo], text: str
+) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(gguf_header.encode(keys, tensors) + bytes(256))
+    with pytest.raises(BadMetadata, match=rf"x\.gguf: {text}") as caught:
+        gguf_header.read(path)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("at", [8, 16])
+@pytest.mark.parametrize("count", [2**32, 2**63, 2**64 - 1])
+def test_absurd_counts_are_an_error(tmp_path: Path, at: int, count: int) -> None:
+    path = tmp_path / "x.gguf"
+    data = bytearray(gguf_header.encode([ARCHITECTURE], [A, B]) + bytes(96))
+    struct.pack_into("<Q", data, at, count)
+    path.write_bytes(data)
+    with pytest.raises(GGUFError, match=r"x\.gguf: "):
+        gguf_header.read(path)
+
+
+def test_a_long_array_of_empty_texts_in_a_large_file_ends_at_a_headers_largest_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_header, "_MAX_HEADER", 10_000)
+    path = tmp_path / "x.gguf"
+    with path.open("wb") as file:
+        file.write(gguf_header.encode([Key("x", V.ARRAY, struct.pack("<IQ", V.STRING, 2**60))], [], 1))
+        file.truncate(2**33)
+    with pytest.raises(TruncatedFile, match="does not end in its first 10000 bytes"):
+        gguf_header.read(path)
+
+
+def test_a_file_without_tensors_need_not_be_padded(tmp_path: Path) -> None:
+    """gguf-py does not pad a file of metadata alone."""
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "step35")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert gguf_header.read(tmp_path / "x.gguf").get("general.architecture") == "step35"

@@ -190,6 +190,21 @@ def test_a_line_that_was_cut_off_is_measured_again(given: Given) -> None:
     assert given.checkpoint.read == []
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["[1]", "7", '{"tensor": "x"}', '{"tensor": 3, "energy": 1.0, "errors": {}}', "[" * 5000, '{"a": "\\ud800"}',
+     '{"tensor": "x", "energy": "1", "errors": {}}', '{"tensor": "x", "energy": 1.0, "errors": {"Q9": 1.0}}',
+     '{"tensor": "x", "energy": NaN, "errors": {}}', '{"tensor": "x", "energy": 1.0, "errors": [1]}'],
+)  # fmt: skip
+def test_a_line_of_another_shape_is_passed_over(line: str, given: Given) -> None:
+    whole = given.measure()
+    key, *lines = given.cache.read_text().splitlines()
+    given.cache.write_text("\n".join([key, line, *lines, line, ""]))
+    given.checkpoint.read.clear()
+    assert given.measure() == whole
+    assert given.checkpoint.read == []
+
+
 @pytest.mark.parametrize("content", [b"", b"\xff\x00 no JSON\n", b'{"version": 0}\n', b'[1]\n{"tensor": 3}\n'])
 def test_a_file_of_something_else_is_begun_anew(content: bytes, given: Given) -> None:
     given.cache.write_bytes(content)

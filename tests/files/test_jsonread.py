@@ -39,7 +39,8 @@ def test_any_bytes_are_a_document_or_one_error_that_names_it(data: bytes) -> Non
         parse(data)
     except BadConfig as caught:
         error = caught
-    assert error is None or (error.message.startswith("x.json: not valid JSON (") and error.hint == "Mend it.")
+    starts = ("x.json: not valid JSON (", "x.json: is a git-lfs pointer")
+    assert error is None or (error.message.startswith(starts) and error.hint)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +61,12 @@ def test_any_bytes_are_a_document_or_one_error_that_names_it(data: bytes) -> Non
 def test_what_is_no_json_is_said(data: bytes, text: str) -> None:
     with pytest.raises(BadConfig, match=text):
         parse(data)
+
+
+def test_a_git_lfs_pointer_is_named() -> None:
+    with pytest.raises(BadConfig, match=r"x\.json: is a git-lfs pointer") as caught:
+        parse(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    assert "git lfs pull" in (caught.value.hint or "")
 
 
 def test_what_is_unusual_but_right_is_read() -> None:
