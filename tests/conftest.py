@@ -52,3 +52,11 @@ def demo_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("embedded") / "demo.gguf"
     assert main(["convert", str(CHECKPOINT), str(path), "-t", "BF16", "-q"]) == 0
     return path
+
+
+@pytest.fixture(scope="session")
+def separate_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model in BF16 without its MTP blocks, which are in mtp-demo.gguf beside it. Read-only."""
+    path = tmp_path_factory.mktemp("separate") / "demo.gguf"
+    assert main(["convert", str(CHECKPOINT), str(path), "-t", "BF16", "--mtp", "separate", "-q"]) == 0
+    return path

@@ -10,9 +10,8 @@ from typing import Any
 
 from stepgguf.chat.exchange import ChatModel, Reply
 from stepgguf.chat.output import Delta
+from stepgguf.chat.records import Origin, Settings, Usage
 from stepgguf.chat.request import ChatRequest, Format, JsonObject, JsonSchema, Tool
-from stepgguf.chat.session import Settings, Usage
-from stepgguf.chat.transcript import Origin
 from stepgguf.runtime.engine import Event, Finished, Prefill, Queued, Sampling, Tokens
 
 

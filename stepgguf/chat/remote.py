@@ -21,43 +21,51 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from stepgguf.chat.output import Delta
-from stepgguf.chat.session import Settings, Usage
-from stepgguf.chat.transcript import Origin
+from stepgguf.chat.records import Origin, Settings, Usage
 from stepgguf.errors import EngineBusy, EngineError, RequestError, StepggufError
+from stepgguf.files import jsonread
+from stepgguf.files.jsonread import Value
 from stepgguf.runtime.engine import Prefill, Queued, Sampling
 
 _CONNECT_SECONDS = 10.0
 _MOST_ERROR = 2**16  # bytes of an error's body that are read
+_MOST_ANSWER = 2**24  # and of other documents
+_OTHER = "Is it a server of Chat Completions, and is the port right?"
 
 
 class Remote:
     """EngineError: there is no server at this address, or it is not one of these."""
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
-        parts = urlsplit(url if "//" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(url if "//" in url else f"http://{url}")
+            host, self._port = parts.hostname, parts.port
+            _Connection(host or "", self._port, tls=False).close()
+        except (ValueError, http.client.InvalidURL):  # a port, brackets or characters that cannot be
+            host = None
+        if not host or parts.scheme not in ("http", "https"):
             raise EngineError(f"{url}: not a server's address", hint="Write for example http://127.0.0.1:8080.")
-        self._tls, self._host, self._port = parts.scheme == "https", parts.hostname, parts.port
+        self._tls, self._host = parts.scheme == "https", host
         self._base = parts.path.rstrip("/").removesuffix("/v1")
         self._url = f"{parts.scheme}://{parts.netloc}{self._base}"
         self._headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
-        models = self._ask("/v1/models")
-        model = (models.get("data") or [{}])[0]
-        if "id" not in model:
-            raise EngineError(f"{self._url}/v1/models lists no model", hint="Is it a server of Chat Completions?")
-        self._model: str = model["id"]
+        listed = self._ask("/v1/models").get("data")
+        models = listed.array() if listed is not None else []
+        if not models:
+            raise EngineError(f"{self._url}/v1/models lists no model", hint=_OTHER)
+        self._model = models[0]["id"].text()
         self.origin = Origin(self._model, self._url)
-        self.n_ctx: int | None = model.get("context_length")
+        n_ctx = models[0].get("context_length")
+        self.n_ctx = n_ctx.integer(1) if n_ctx is not None else None
         self.default: Sampling | None = None
 
     def count(self, text: str) -> int | None:
         try:
-            n = self._ask("/tokenize", {"text": text}).get("count")
+            return self._ask("/tokenize", {"text": text})["count"].integer()
         except StepggufError:
             return None
-        return n if isinstance(n, int) else None
 
     def start(self, messages: Sequence[Mapping[str, Any]], settings: Settings) -> RemoteGeneration:
         body: dict[str, Any] = {
@@ -82,13 +90,13 @@ class Remote:
         usage = Usage(n_ctx=self.n_ctx)
         return RemoteGeneration(connection, lambda: self._send(connection, "/v1/chat/completions", body), usage)
 
-    def _ask(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def _ask(self, path: str, body: Mapping[str, Any] | None = None) -> Value:
         with closing(self._connection()) as connection:
             try:
-                answer = json.loads(self._send(connection, path, body).read())
-            except (ValueError, http.client.HTTPException, OSError) as error:
-                raise EngineError(f"{self._url}{path} did not answer with JSON", hint="Is the port right?") from error
-        return answer if isinstance(answer, dict) else {}
+                answer = self._send(connection, path, body).read(_MOST_ANSWER)
+            except (http.client.HTTPException, OSError) as error:
+                raise EngineError(f"{self._url}{path} broke off", hint="Is the port right?") from error
+        return jsonread.parse(answer, f"{self._url}{path}", EngineError, hint=_OTHER)
 
     def _connection(self) -> _Connection:
         return _Connection(self._host, self._port, tls=self._tls)
@@ -101,7 +109,7 @@ class Remote:
                 return response
             with response:
                 raise _refusal(response.status, response.read(_MOST_ERROR))
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a key with line breaks
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise EngineError(f"{self._url}: {reason}", hint="Start a server: stepgguf serve FILE.gguf") from error
 
@@ -140,7 +148,7 @@ class RemoteGeneration:
         self._cancelled = self._ended = False
         self._started = time.monotonic()
         self._first = 0.0
-        self._chunks: queue.SimpleQueue[dict[str, Any] | StepggufError | None] = queue.SimpleQueue()
+        self._chunks: queue.SimpleQueue[Value | StepggufError | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._read, args=(request,), name="stepgguf-remote", daemon=True)
         self._thread.start()
 
@@ -151,7 +159,7 @@ class RemoteGeneration:
             chunk = self._chunks.get(timeout=seconds)
         except queue.Empty:
             return []
-        if isinstance(chunk, dict):
+        if isinstance(chunk, Value):
             return self._deltas(chunk)
         self._ended = True
         if isinstance(chunk, StepggufError) and not self._cancelled:
@@ -173,19 +181,19 @@ class RemoteGeneration:
         self._connection.close()
         self._ended = True
 
-    def _deltas(self, chunk: dict[str, Any]) -> list[Queued | Prefill | Delta]:
+    def _deltas(self, chunk: Value) -> list[Queued | Prefill | Delta]:
         if usage := chunk.get("usage"):
             self._take_usage(usage)
         deltas: list[Queued | Prefill | Delta] = []
-        for choice in chunk.get("choices") or ():
-            delta = choice.get("delta") or {}
-            if thinking := delta.get("reasoning_content") or delta.get("reasoning"):
-                deltas.append(Delta("reasoning", thinking))
-            if text := delta.get("content"):
-                deltas.append(Delta("text", text))
-            for call in delta.get("tool_calls") or ():
-                deltas += _call(call)
-            if reason := choice.get("finish_reason"):
+        for choice in _items(chunk, "choices"):
+            if delta := choice.get("delta"):
+                if thinking := _text(delta, "reasoning_content") or _text(delta, "reasoning"):
+                    deltas.append(Delta("reasoning", thinking))
+                if text := _text(delta, "content"):
+                    deltas.append(Delta("text", text))
+                for call in _items(delta, "tool_calls"):
+                    deltas += _call(call)
+            if reason := _text(choice, "finish_reason"):
                 self.usage.finish_reason = reason
         self._count(deltas)
         return deltas
@@ -202,15 +210,16 @@ class RemoteGeneration:
         self.usage.n_reasoning += n_reasoning
         self.usage.n_text += len(deltas) - n_reasoning
 
-    def _take_usage(self, told: Mapping[str, Any]) -> None:
+    def _take_usage(self, told: Value) -> None:
         usage = self.usage
-        usage.n_prompt = told.get("prompt_tokens") or 0
-        usage.n_cached = (told.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-        details = told.get("completion_tokens_details") or {}
-        n_reasoning, cut = details.get("reasoning_tokens"), details.get("reasoning_cut")
-        usage.budget_reached, usage.loop_broken = cut == "budget", cut == "loop"
-        usage.n_reasoning = usage.n_reasoning if n_reasoning is None else n_reasoning
-        usage.n_text = max(0, (told.get("completion_tokens") or 0) - usage.n_reasoning)
+        usage.n_prompt = _number(told, "prompt_tokens") or 0
+        if details := told.get("prompt_tokens_details"):
+            usage.n_cached = _number(details, "cached_tokens") or 0
+        if details := told.get("completion_tokens_details"):
+            cut, n_reasoning = _text(details, "reasoning_cut"), _number(details, "reasoning_tokens")
+            usage.budget_reached, usage.loop_broken = cut == "budget", cut == "loop"
+            usage.n_reasoning = usage.n_reasoning if n_reasoning is None else n_reasoning
+        usage.n_text = max(0, (_number(told, "completion_tokens") or 0) - usage.n_reasoning)
 
     def _read(self, request: Callable[[], http.client.HTTPResponse]) -> None:
         """In a thread of its own: every event into the queue, then an error or None."""
@@ -221,9 +230,9 @@ class RemoteGeneration:
                     if event == "[DONE]":
                         end = None
                         break
-                    chunk = json.loads(event)
-                    if not isinstance(chunk, dict) or "error" in chunk:
-                        end = _error(500, chunk)
+                    chunk = jsonread.parse(event.encode(), "the answer broke off: an event", EngineError, hint=_OTHER)
+                    if "error" in chunk.object():
+                        end = _error(500, chunk.raw)
                         break
                     self._chunks.put(chunk)
         except StepggufError as error:
@@ -242,18 +251,35 @@ def _events(response: http.client.HTTPResponse) -> Iterator[str]:
             yield value.removeprefix(" ")
 
 
-def _call(call: Mapping[str, Any]) -> Iterator[Delta]:
-    function, index = call.get("function") or {}, call.get("index") or 0
-    if name := function.get("name"):
-        yield Delta("call", name, index)
-    if arguments := function.get("arguments"):
-        yield Delta("arguments", arguments, index)
+def _call(call: Value) -> Iterator[Delta]:
+    function, index = call.get("function"), _number(call, "index") or 0
+    if function is not None:
+        if name := _text(function, "name"):
+            yield Delta("call", name, index)
+        if arguments := _text(function, "arguments"):
+            yield Delta("arguments", arguments, index)
+
+
+def _items(value: Value, key: str) -> list[Value]:
+    """A list, empty if it is not there."""
+    found = value.get(key)
+    return found.array() if found is not None else []
+
+
+def _text(value: Value, key: str) -> str:
+    found = value.get(key)
+    return found.text() if found is not None else ""
+
+
+def _number(value: Value, key: str) -> int | None:
+    found = value.get(key)
+    return found.integer() if found is not None else None
 
 
 def _refusal(status: int, body: bytes) -> StepggufError:
     try:
         value = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = {}
     return _error(status, value)
 
@@ -262,7 +288,8 @@ def _error(status: int, body: Any) -> StepggufError:
     """An error body of OpenAI's, as ours."""
     error = body.get("error") if isinstance(body, dict) else None
     message = error.get("message") if isinstance(error, dict) else error if isinstance(error, str) else None
-    message = message or f"the server answered with status {status}"
+    if not isinstance(message, str) or not message:
+        message = f"the server answered with status {status}"
     if status == 401:
         return RequestError(message, hint="Give the server's key: --api-key, or STEPGGUF_API_KEY.")
     if status == 429:

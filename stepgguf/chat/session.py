@@ -10,71 +10,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Protocol, TypeVar
+from dataclasses import asdict
+from typing import Any, Protocol
 
 from stepgguf.chat.output import Delta
-from stepgguf.chat.transcript import Entry, Origin, Saved, Transcript
+from stepgguf.chat.records import Entry, Origin, Settings, Usage
+from stepgguf.chat.transcript import Saved, Transcript
 from stepgguf.errors import OutputError, StepggufError
 from stepgguf.runtime.engine import Prefill, Queued, Sampling
 
 PART_SECONDS = 5.0  # an answer under way is saved so often
 _STANDARD = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id")
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How answers are made. sampling: fields of Sampling that are not to be the backend's default.
-
-    json: the answer is any JSON object (True) or what this schema allows. The rest is ChatRequest's.
-    """
-
-    sampling: Mapping[str, Any] = field(default_factory=dict)
-    system: str | None = None
-    max_tokens: int | None = None
-    reasoning_budget: int | None = None
-    tools: tuple[Mapping[str, Any], ...] = ()
-    json: Mapping[str, Any] | bool = False
-
-
-@dataclass(slots=True)
-class Usage:
-    """Tokens and seconds of one answer, filled in while it comes. n_steps, n_drafted: 0 where they are not known.
-
-    finish_reason: stop, length, tool_calls, cancelled or error; "" until the end. n_ctx: None if it is not known.
-    """
-
-    n_prompt: int = 0
-    n_cached: int = 0
-    n_reasoning: int = 0
-    n_text: int = 0
-    n_steps: int = 0
-    n_drafted: int = 0
-    n_accepted: int = 0
-    n_ctx: int | None = None
-    prompt_seconds: float = 0.0
-    thinking_seconds: float = 0.0
-    generation_seconds: float = 0.0
-    finish_reason: str = ""
-    budget_reached: bool = False
-    loop_broken: bool = False
-
-    @property
-    def n_generated(self) -> int:
-        return self.n_reasoning + self.n_text
-
-    @property
-    def n_context(self) -> int:
-        """Tokens of the context that are in use after the answer."""
-        return self.n_prompt + self.n_generated
-
-    @property
-    def context_is_full(self) -> bool:
-        return self.n_ctx is not None and self.n_context >= self.n_ctx
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.n_generated / self.generation_seconds if self.generation_seconds else 0.0
 
 
 Update = Queued | Prefill | Delta | Usage
@@ -123,8 +69,10 @@ class Backend(Protocol):
 class Session:
     """Ask, iterate over the updates, ask again. `usage`: of the answer that came last or is coming."""
 
-    def __init__(self, backend: Backend, settings: Settings = Settings(), transcript: Transcript | None = None) -> None:
-        self.backend, self.settings, self.transcript = backend, settings, transcript
+    def __init__(
+        self, backend: Backend, settings: Settings | None = None, transcript: Transcript | None = None
+    ) -> None:
+        self.backend, self.settings, self.transcript = backend, settings or Settings(), transcript
         self.entries: list[Entry] = []
         self.usage = Usage(n_ctx=backend.n_ctx)
         self._generation: Generation | None = None
@@ -133,10 +81,10 @@ class Session:
     @classmethod
     def resume(cls, backend: Backend, saved: Saved, transcript: Transcript | None) -> Session:
         """Go on where a saved session stopped, with its settings."""
-        session = cls(backend, _known(Settings, {**saved.settings, "tools": tuple(saved.settings.get("tools", ()))}))
+        session = cls(backend, saved.settings)
         session.entries, session.transcript = list(saved.entries), transcript
         if usage := next((entry.usage for entry in reversed(saved.entries) if entry.usage), None):
-            session.usage = _known(Usage, {**usage, "n_ctx": backend.n_ctx})
+            session.usage = Usage(**{**usage, "n_ctx": backend.n_ctx})
         return session
 
     @property
@@ -264,14 +212,6 @@ class Session:
     def settings_record(self) -> dict[str, Any]:
         """The settings as they are saved."""
         return {"type": "settings", **asdict(self.settings)}
-
-
-T = TypeVar("T", Settings, Usage)
-
-
-def _known(kind: type[T], values: Mapping[str, Any]) -> T:
-    """Of a record what this version knows."""
-    return kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
 
 
 class _Collected:

@@ -21,8 +21,6 @@ from typing import Any, Literal
 from stepgguf.errors import BadMetadata, TemplateRefused
 from stepgguf.files import textfile
 
-MAX_BYTES = 2**20  # the published ones have 5 KB
-
 Message = Mapping[str, Any]
 Place = Literal["thinking", "answer", "start"]  # where a prompt ends; start: the model may open its thinking, or not
 
@@ -33,6 +31,7 @@ CLOSE_THINKING = "\n</think>\n"
 _EOS = "<|im_end|>"  # of all Step-3 models
 _START = "import sys; sys.path[:] = sys.argv[1:]; from stepgguf.chat.renderer import main; main()"
 _REPLACE = "Replace it: stepgguf template FILE.gguf NEW.jinja"
+_MOST_BYTES = 2**20  # the published ones have 5 KB
 _PROBE: Sequence[Message] = (
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "How is the weather in Paris?"},
@@ -138,8 +137,13 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def read(path: Path) -> str:
-    """A template's text from a file. BadMetadata: it cannot be read, or is no text."""
-    return textfile.read(path, BadMetadata, most=MAX_BYTES)
+    """A template's text from a file. BadMetadata: it cannot be read, is no text, or does not render a conversation."""
+    text = textfile.read(path, BadMetadata, most=_MOST_BYTES)
+    try:
+        ChatTemplate(text).probe()
+    except BadMetadata as error:
+        raise BadMetadata(f"{path}: {error.message}", hint=error.hint) from error
+    return text
 
 
 def place_of(prompt: str) -> Place:

@@ -6,72 +6,41 @@
     {"type": "part", "reasoning": ..., "text": ...}     of an answer under way; counts only if its message never came
     {"type": "cut", "n": 2}                  messages from number 2 on were taken back
 
-Reading folds the lines. A last line that was not written whole is passed over. The file appears with its first
-message and is locked while a session writes to it.
+Reading folds the lines. A line that is damaged is passed over and counted, and the file is never changed but by adding
+to it. It appears with its first message and is locked while a session writes to it.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from stepgguf.chat.records import Entry, Origin, Settings
 from stepgguf.errors import OutputError
+from stepgguf.files import jsonread
+from stepgguf.files.jsonread import Value
 
 VERSION = 1
 _SUFFIX = ".jsonl"
-_SAMPLE = 2**20  # bytes at each end of a model file that its digest covers: reading 100 GB to start a chat is too slow
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """What answered. digest: SHA-256 over the size and both ends of the model file; file may be a server's URL."""
-
-    model: str
-    file: str
-    size: int | None = None
-    digest: str | None = None
-
-    @classmethod
-    def of(cls, model: str, path: Path) -> Origin:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            digest = hashlib.sha256(b"%d " % size + file.read(_SAMPLE))
-            file.seek(max(_SAMPLE, size - _SAMPLE))
-            digest.update(file.read())
-        return cls(model, str(path.resolve()), size, digest.hexdigest())
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A message of the conversation; on an answer, its session.Usage as a mapping, and whether it was cut short."""
-
-    message: dict[str, Any]
-    usage: Mapping[str, Any] | None = None
-    interrupted: bool = False
-
-    def record(self) -> dict[str, Any]:
-        record: dict[str, Any] = {"type": "message", "message": self.message}
-        if self.usage is not None:
-            record["usage"] = dict(self.usage)
-        return record | ({"interrupted": True} if self.interrupted else {})
+_NO_SESSION = "It is not a session of stepgguf's, or its start is damaged; it is left as it is."
 
 
 @dataclass(slots=True)
 class Saved:
-    """A session as it was when its last line was written."""
+    """A session as it was when its last line was written. n_damaged: lines that could not be read."""
 
     path: Path
-    origin: Origin = Origin("", "")
-    settings: dict[str, Any] = field(default_factory=dict)
+    origin: Origin = field(default_factory=lambda: Origin("", ""))
+    settings: Settings = field(default_factory=Settings)
     entries: list[Entry] = field(default_factory=list)
+    n_damaged: int = 0
 
     @property
     def name(self) -> str:
@@ -123,9 +92,12 @@ class Transcript:
         if self.path is None:
             raise OutputError("there is nothing to save yet", hint="A session is saved from its first message on.")
         path = session_path(self._folder, name)
-        if path.exists():
-            raise OutputError(f"there is a session {path.stem}", hint="Take another name.")
-        self.path = self.path.rename(path)
+        try:
+            if path.exists():
+                raise OutputError(f"there is a session {path.stem}", hint="Take another name.")
+            self.path = self.path.rename(path)
+        except OSError as error:
+            raise OutputError(f"{path.stem}: {error.strerror}", hint="Take another name.") from error
         return path
 
     def close(self) -> None:
@@ -147,17 +119,19 @@ class Transcript:
 
 
 def _locked(path: Path) -> TextIO:
-    file = path.open("a", encoding="utf-8")
     try:
+        file = path.open("a", encoding="utf-8")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         raise OutputError(f"{path.stem} is open in another chat", hint="Leave that one first.") from None
+    except OSError as error:
+        raise OutputError(f"{path}: {error.strerror}", hint="Start without -c for a new session.") from error
     return file
 
 
 def session_path(folder: Path, name: str) -> Path:
-    if not name or name.startswith(".") or "/" in name:
+    if not name or name.startswith(".") or "/" in name or "\0" in name:
         raise OutputError(f"{name!r} cannot be the name of a session", hint="Take a word, without slashes.")
     return folder / f"{name.removesuffix(_SUFFIX)}{_SUFFIX}"
 
@@ -165,40 +139,58 @@ def session_path(folder: Path, name: str) -> Path:
 def read(path: Path) -> Saved:
     """OutputError: there is no such session, or it is not one."""
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        if path.exists() and not path.is_file():
+            raise OutputError(f"{path}: it is not a file", hint="/list shows the sessions that there are.")
+        lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise OutputError(f"{path.stem}: {error.strerror}", hint="/list shows the sessions that there are.") from error
-    saved, part = Saved(path), {"reasoning": "", "text": ""}
-    for record in _records(path, text):
-        kind = record["type"]
-        if kind == "session":
-            if record["version"] > VERSION:
-                raise OutputError(
-                    f"{path.stem} has version {record['version']}, expected {VERSION}", hint="Update stepgguf."
-                )
-            saved.origin = Origin(**record["origin"])
-        elif kind == "settings":
-            saved.settings = record
-        elif kind == "message":
-            saved.entries.append(Entry(record["message"], record.get("usage"), record.get("interrupted", False)))
-        elif kind == "cut":
-            del saved.entries[record["n"] :]
-        part = {key: part[key] + record[key] if kind == "part" else "" for key in part}
-    if any(part.values()):
-        message = {"role": "assistant", "content": part["text"], "reasoning_content": part["reasoning"]}
-        saved.entries.append(Entry(message, interrupted=True))
-    return saved
-
-
-def _records(path: Path, text: str) -> Iterator[dict[str, Any]]:
-    for i, line in enumerate(text.split("\n")):
+    fold = _Fold(Saved(path))
+    fold.head(jsonread.parse(lines[0], f"{path}: line 1", OutputError, hint=_NO_SESSION))
+    for i, line in enumerate(lines[1:], 2):
+        if not line.strip():
+            continue  # what `Transcript` puts behind a line that a kill cut off
         try:
-            record = json.loads(line)
-        except ValueError as error:
-            if i == 0:
-                raise OutputError(f"{path}: line 1 is not JSON", hint="It is not a session.") from error
-            continue  # a kill cut it off
-        yield record
+            fold.line(jsonread.parse(line, f"{path}: line {i}", OutputError))
+        except OutputError:
+            fold.saved.n_damaged += i < len(lines)  # the last one was not written whole: nothing special
+    return fold.end()
+
+
+class _Fold:
+    """Lines of a session, one after the other. OutputError: this line is not one."""
+
+    def __init__(self, saved: Saved) -> None:
+        self.saved = saved
+        self._part = {"reasoning": "", "text": ""}
+
+    def head(self, value: Value) -> None:
+        version = value["version"].integer()
+        if version > VERSION:
+            raise OutputError(
+                f"{self.saved.name} has version {version}, expected {VERSION}", hint="Update stepgguf to go on with it."
+            )
+        self.line(value)
+
+    def line(self, value: Value) -> None:
+        kind, saved, part = value["type"].text(), self.saved, {"reasoning": "", "text": ""}
+        if kind == "session":
+            saved.origin = Origin.read(value["origin"])
+        elif kind == "settings":
+            saved.settings = Settings.read(value)
+        elif kind == "message":
+            saved.entries.append(Entry.read(value))
+        elif kind == "cut":
+            del saved.entries[value["n"].integer() :]
+        elif kind == "part":
+            part = {name: self._part[name] + value[name].text() for name in part}
+        self._part = part
+
+    def end(self) -> Saved:
+        if any(self._part.values()):
+            content, reasoning = self._part["text"], self._part["reasoning"]
+            message = {"role": "assistant", "content": content, "reasoning_content": reasoning}
+            self.saved.entries.append(Entry(message, interrupted=True))
+        return self.saved
 
 
 def sessions(folder: Path) -> list[Path]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +24,8 @@ QUESTION = "Add 4807 and 3996 step by step, then explain how a heat pump works."
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One measurement. tok/s of all requests together; drafted and accepted MTP tokens by head."""
+    """One measurement: mean and standard deviation of its repetitions. tok/s of all requests together; drafted and
+    accepted MTP tokens by head."""
 
     depth: int
     batch: int
@@ -30,16 +34,24 @@ class Row:
     tokens_per_step: float
     drafted: list[int]
     accepted: list[int]
+    prompt_tps_stdev: float = 0.0
+    generation_tps_stdev: float = 0.0
 
 
 def bench(
     path: arguments.Gguf,
     depths: Annotated[str, typer.Option(metavar="N,N", help="Tokens of context before the measurement.")] = "0,4096",
     batches: Annotated[str, typer.Option(metavar="N,N", help="Requests at the same time.")] = "1,4",
-    tokens: Annotated[int, typer.Option("--tokens", "-n", min=8, help="Tokens to generate in each.")] = 64,
+    tokens: Annotated[int, typer.Option("--tokens", "-n", min=8, metavar="N", help="Tokens to generate in each.")] = 64,
+    repetitions: Annotated[
+        int,
+        typer.Option("--repetitions", "-r", min=1, metavar="N", help="Measure each so often: mean ± deviation."),
+    ] = 3,
     gpu_layers: loading.GpuLayers = -1,
     threads: arguments.Threads = None,
-    mmap: loading.Mmap = True,
+    mtp_file: loading.MtpFile = None,
+    mmap: loading.Mmap = None,
+    force: loading.Force = False,
     json: arguments.Json = False,
     quiet: arguments.Quiet = False,
 ) -> None:
@@ -58,31 +70,72 @@ def bench(
     depth_list, batch_list = _numbers(depths, "--depths", 0), _numbers(batches, "--batches", 1)
     most = max(batch_list)
     ctx = most * (max(depth_list) + PROMPT + 2 * tokens + 64)
-    options = loading.EngineOptions(ctx, most, gpu_layers=gpu_layers, threads=threads, mmap=mmap, cache_ram=0)
-    with loading.engine(path, options, quiet=quiet) as engine:
+    options = loading.EngineOptions(
+        ctx,
+        most,
+        gpu_layers=gpu_layers,
+        threads=threads,
+        mmap=mmap,
+        cache_ram=0,
+        mtp_file=mtp_file,
+        force=force,
+        trained=False,
+    )
+    with loading.engine(path, options, verb="bench", quiet=quiet) as engine:
         llama: LlamaEngine = engine  # type: ignore[assignment]
         llama.set_draft(0)
-        _measure(llama, 0, 1, 8)  # the first decode of each shape sets things up
-        rows = [_measure(llama, depth, batch, tokens) for depth in depth_list for batch in batch_list]
-        drafting = [_draft(llama, n, tokens) for n in range(llama.n_heads + 1)] if llama.n_heads else []
+        _measure(llama, 0, 1, 8, 0)  # the first decode of each shape sets things up
+        show = _silent if json else _show
+        rows, drafting = [], []
+        show("depth    batch   prompt tok/s        generation tok/s")
+        for depth, batch in itertools.product(depth_list, batch_list):
+            rows.append(_mean([_measure(llama, depth, batch, tokens, i) for i in range(repetitions)]))
+            show(_speed_line(rows[-1]))
+        if llama.n_heads and llama.info.chat_template is not None:
+            show("\ndrafted  tokens/step  tok/s               gain    accepted by head")
+            for n in range(llama.n_heads + 1):
+                drafting.append(_mean([_draft(llama, n, tokens) for _ in range(repetitions)]))
+                show(_draft_line(n, drafting))
         name, used = llama.info.name, llama.info.engine
     if json:
         output.data(
             {"model": name, "engine": used, "speed": [asdict(r) for r in rows], "mtp": [asdict(r) for r in drafting]}
         )
-        return
-    output.lines(_table(rows))
-    if drafting:
-        output.lines(["", *_mtp_table(drafting)])
 
 
-def _measure(engine: LlamaEngine, depth: int, batch: int, tokens: int) -> Row:
-    """Prompts of `depth` tokens are read first, then PROMPT more are timed, then the tokens that follow."""
+def _show(line: str) -> None:
+    """A row when it is known: the next may take minutes."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def _silent(line: str) -> None:
+    pass
+
+
+def _mean(rows: Sequence[Row]) -> Row:
+    """Of repetitions. Counts are those of the last."""
+    prompt, generation = [r.prompt_tps for r in rows], [r.generation_tps for r in rows]
+    return replace(
+        rows[-1],
+        prompt_tps=statistics.fmean(prompt),
+        generation_tps=statistics.fmean(generation),
+        prompt_tps_stdev=statistics.stdev(prompt) if len(rows) > 1 else 0.0,
+        generation_tps_stdev=statistics.stdev(generation) if len(rows) > 1 else 0.0,
+    )
+
+
+def _measure(engine: LlamaEngine, depth: int, batch: int, tokens: int, repetition: int) -> Row:
+    """Prompts of `depth` tokens are read first, then PROMPT more are timed, which are others in each repetition, then
+    the tokens that follow."""
     n_vocab = engine.info.n_vocab
     starts = [[(7 * i + 31 * n) % (n_vocab - 100) + 50 for i in range(depth)] for n in range(batch)]
     if depth:
         _together(engine, starts, 1)
-    prompts = [s + [(11 * i + n) % (n_vocab - 100) + 50 for i in range(PROMPT)] for n, s in enumerate(starts)]
+    prompts = [
+        s + [(11 * i + n + 101 * repetition) % (n_vocab - 100) + 50 for i in range(PROMPT)]
+        for n, s in enumerate(starts)
+    ]
     timings = _together(engine, prompts, tokens)
     n_read = sum(t.n_prompt - t.n_cached for t in timings)
     longest = max(t.prompt_seconds for t in timings)
@@ -121,19 +174,20 @@ def _together(engine: LlamaEngine, prompts: Sequence[list[int]], tokens: int) ->
     return [f.timings for f in finished if f is not None]
 
 
-def _table(rows: Sequence[Row]) -> list[str]:
-    lines = ["depth    batch   prompt tok/s   generation tok/s"]
-    lines += [f"{r.depth:<8} {r.batch:<7} {r.prompt_tps:<14.1f} {r.generation_tps:.1f}" for r in rows]
-    return lines
+def _speed_line(row: Row) -> str:
+    prompt = _spread(row.prompt_tps, row.prompt_tps_stdev)
+    return f"{row.depth:<8} {row.batch:<7} {prompt:<19} {_spread(row.generation_tps, row.generation_tps_stdev)}"
 
 
-def _mtp_table(rows: Sequence[Row]) -> list[str]:
-    lines = ["drafted  tokens/step  tok/s     gain    accepted by head"]
-    for n, r in enumerate(rows):
-        heads = " ".join(f"{a / d:.0%}" for a, d in zip(r.accepted, r.drafted, strict=True) if d)
-        gain = r.generation_tps / rows[0].generation_tps
-        lines.append(f"{n:<8} {r.tokens_per_step:<12.2f} {r.generation_tps:<9.1f} {gain:<7.2f} {heads}".rstrip())
-    return lines
+def _draft_line(n: int, rows: Sequence[Row]) -> str:
+    row = rows[-1]
+    heads = " ".join(f"{a / d:.0%}" for a, d in zip(row.accepted, row.drafted, strict=True) if d)
+    speed, gain = _spread(row.generation_tps, row.generation_tps_stdev), row.generation_tps / rows[0].generation_tps
+    return f"{n:<8} {row.tokens_per_step:<12.2f} {speed:<19} {gain:<7.2f} {heads}".rstrip()
+
+
+def _spread(mean: float, deviation: float) -> str:
+    return f"{mean:.1f} ± {deviation:.1f}"
 
 
 def _numbers(text: str, option: str, least: int) -> list[int]:

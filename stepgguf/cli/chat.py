@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ _THINKING = ("full", "fold", "hide")
 
 def chat(
     path: Annotated[
-        Path | None, typer.Argument(metavar="[FILE.gguf]", help="A GGUF file; of a split one, any of its files.")
+        Path | None, typer.Argument(metavar="FILE.gguf", help="A GGUF file; of a split one, any of its files.")
     ] = None,
     url: Annotated[
         str | None, typer.Option(metavar="URL", help="Chat with a running server instead, e.g. http://127.0.0.1:8080.")
@@ -42,7 +42,8 @@ def chat(
     gpu_layers: loading.GpuLayers = -1,
     threads: arguments.Threads = None,
     draft: loading.Draft = None,
-    mmap: loading.Mmap = True,
+    mtp_file: loading.MtpFile = None,
+    mmap: loading.Mmap = None,
     cache_folder: loading.CacheFolder = None,
     engine: loading.EngineName = loading.IN_PROCESS,
     rpc: loading.Rpc = None,
@@ -72,6 +73,7 @@ def chat(
         bool, typer.Option("--json", help="With -p or piped input: answer, thinking and usage as JSON on stdout.")
     ] = False,
     no_save: Annotated[bool, typer.Option("--no-save", help="Do not keep this session.")] = False,
+    force: loading.Force = False,
     quiet: arguments.Quiet = False,
 ) -> None:
     """Chat with a GGUF, or with a running server. /help lists what can be done in it.
@@ -91,20 +93,25 @@ def chat(
     if (path is None) == (url is None):
         raise typer.BadParameter("give a GGUF file or --url", param_hint="FILE.gguf")
     interactive = sys.stdin is not None and sys.stdin.isatty()
-    piped = sys.stdin.read().strip() if sys.stdin is not None and not interactive else None
-    question = "\n\n".join(part for part in (prompt, piped) if part)
+    piped = None if interactive else _piped()
+    given_prompt = prompt and prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    question = "\n\n".join(part for part in (given_prompt, piped) if part)
     if not question and (prompt is not None or json or not interactive):
         raise typer.BadParameter("there is nothing to answer", param_hint="--prompt")
 
     from dataclasses import replace
 
-    from stepgguf.chat.session import Session, Settings
+    from stepgguf.chat.records import Settings
+    from stepgguf.chat.session import Session
     from stepgguf.chat.transcript import Transcript, sessions
     from stepgguf.cli.dialogue import Dialogue, one_shot, resume, view
     from stepgguf.cli.terminal.view import Pipe, Screen
+    from stepgguf.files import folders
 
     screen: Screen | Pipe = view(thinking=thinking, plain=plain, silent=json)  # type: ignore[arg-type]
-    folder = _data_folder() / "sessions"
+    if sys.platform == "darwin":  # where older versions kept them on every system
+        folders.adopt(Path.home() / ".local" / "share" / "stepgguf")
+    folder = folders.sessions()
     last = sessions(folder)[:1] if continue_ else []
     if continue_ and not last:
         raise typer.BadParameter(f"there is no session in {folder}", param_hint="--continue")
@@ -112,7 +119,18 @@ def chat(
     sampling = {key: value for key, value in given.items() if value is not None}
     changes: dict[str, Any] = {"system": system, "max_tokens": max_tokens, "reasoning_budget": reasoning_budget}
     options = loading.EngineOptions(
-        ctx, 1, 0, gpu_layers, threads, draft, mmap, cache_folder=cache_folder, engine=engine, rpc=tuple(rpc or ())
+        ctx,
+        1,
+        0,
+        gpu_layers,
+        threads,
+        draft,
+        mmap,
+        cache_folder=cache_folder,
+        engine=engine,
+        rpc=tuple(rpc or ()),
+        mtp_file=mtp_file,
+        force=force,
     )
     with _backend(path, url, api_key, options, quiet=quiet) as backend:
         session = Session(backend, Settings())
@@ -128,12 +146,21 @@ def chat(
             if not quiet:
                 limit = f", context {backend.n_ctx:,}" if backend.n_ctx is not None else ""
                 screen.note(f"{backend.origin.model}{limit}. /help lists the commands, Ctrl+D leaves.")
-            dialogue = Dialogue(session, screen, folder, history=None if no_save else _data_folder() / "history")
+            dialogue = Dialogue(session, screen, folder, history=None if no_save else folders.history())
             if last:
                 dialogue.recall()
             dialogue.run()
         else:
             raise typer.BadParameter("a conversation needs a terminal; ask with --prompt", param_hint="--prompt")
+
+
+def _piped() -> str | None:
+    """What stdin has, if it is open; bytes that are no text become U+FFFD."""
+    if sys.stdin is None:
+        return None
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+    return sys.stdin.read().strip()
 
 
 @contextmanager
@@ -148,12 +175,7 @@ def _backend(
     assert path is not None
     from stepgguf.chat.exchange import ChatModel
     from stepgguf.chat.inprocess import InProcess
-    from stepgguf.chat.transcript import Origin
+    from stepgguf.chat.records import Origin
 
-    with loading.engine(path, options, quiet=quiet) as engine:
+    with loading.engine(path, options, verb="chat", quiet=quiet) as engine:
         yield InProcess(ChatModel(engine), Origin.of(engine.info.name, path))
-
-
-def _data_folder() -> Path:
-    home = os.environ.get("XDG_DATA_HOME")
-    return (Path(home) if home else Path.home() / ".local" / "share") / "stepgguf"

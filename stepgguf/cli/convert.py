@@ -63,7 +63,7 @@ def convert(
     if mtp not in MTP_MODES:
         raise typer.BadParameter(f"{mtp!r} is not one of {', '.join(MTP_MODES)}", param_hint="--mtp")
     if chat_template is not None:
-        ChatTemplate(read(chat_template)).probe()
+        read(chat_template)  # tried before anything is written
     limits = arguments.read_budget(fit, target_bpw, min_tps, bandwidth)
     recipe, limits = chosen(type, limits, source, arguments.DEFAULT_TYPE)
     options = Options(

@@ -30,7 +30,8 @@ def demo(
 
     from stepgguf.chat.exchange import ChatModel
     from stepgguf.chat.inprocess import InProcess
-    from stepgguf.chat.session import Session, Settings
+    from stepgguf.chat.records import Settings
+    from stepgguf.chat.session import Session
     from stepgguf.cli import output
     from stepgguf.cli.converting import Run
     from stepgguf.cli.dialogue import Dialogue, one_shot, view
@@ -48,7 +49,7 @@ def demo(
             run = Run(plan_checkpoint(checkpoint, path, options), checkpoint)
             output.note(f"{run.plan_text()}\n")
             run.execute(restart=True, overwrite=True, threads=None, memory=2 * 2**30)
-        with loading.engine(path, loading.EngineOptions(), quiet=False) as engine:
+        with loading.engine(path, loading.EngineOptions(), verb="chat", quiet=False) as engine:
             session = Session(InProcess(ChatModel(engine)), Settings({"temperature": 0.0}))
             screen = view(thinking="full")
             output.note(f"\n> {QUESTION}")

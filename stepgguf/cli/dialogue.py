@@ -212,6 +212,8 @@ def resume(session: Session, path: Path) -> Session:
     """The saved session of this path with a session's backend. OutputError: it cannot be had."""
     saved = read(path)
     origin = session.backend.origin
+    if saved.n_damaged:
+        output.warn([f"{saved.n_damaged} damaged lines of {path} were passed over; the file is as it was"])
     if saved.origin.digest != origin.digest:
         output.warn([f"{saved.name} was made with {saved.origin.model} ({saved.origin.file}), this is {origin.model}"])
     return Session.resume(session.backend, saved, Transcript(path.parent, origin, path))

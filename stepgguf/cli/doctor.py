@@ -7,76 +7,37 @@ The probes are taken once; everything after them is a function of what they say.
 
 from __future__ import annotations
 
+import functools
+import os
 import shlex
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stepgguf.cli import arguments
-from stepgguf.cli.footprint import footprint
+from stepgguf.cli import arguments, loading
+from stepgguf.cli.capacity import SHARED, Finding, Model, context_length, memory, read_model
 from stepgguf.errors import BadMetadata, StepggufError
+from stepgguf.files import folders
 from stepgguf.runtime import llama_build
 from stepgguf.runtime import machine as machines
 from stepgguf.runtime.llama_build import LlamaBuild
 from stepgguf.runtime.machine import Machine
-from stepgguf.runtime.memory import (
-    GIB,
-    GPU_RESERVE,
-    LINUX_RESERVE,
-    Budget,
-    Context,
-    Footprint,
-    Need,
-    budget,
-    checkpoint,
-    gpu_layers,
-    largest_context,
-    need,
-)  # fmt: skip
+from stepgguf.runtime.memory import DEFAULT_CTX, GIB, Context, Need, budget, need
 
 if TYPE_CHECKING:
     from stepgguf.chat.template import Place
-    from stepgguf.convert.ggufsource import GGUFSource
 
 _UPGRADE = "pip install --upgrade 'llama-cpp-python>=0.3.36'"
 _REBUILD = "pip install --force-reinstall --no-cache-dir --no-binary llama-cpp-python llama-cpp-python"
-_SHARED = {"spark": "DGX Spark", "mac": "Mac", "strix": "Strix Halo"}  # CPU and GPU have one memory
 _BACKENDS = {"spark": "CUDA", "gpu": "CUDA", "mac": "METAL", "strix": "VULKAN"}  # GGML_<this>=on
 _FEATURES = {  # as the kernel names them -> as llama.cpp does; those that its matrix products use
     "avx2": "AVX2", "fma": "FMA", "avx512f": "AVX512", "avx512_vnni": "AVX512_VNNI", "amx_int8": "AMX_INT8",
     "asimddp": "DOTPROD", "i8mm": "MATMUL_INT8", "sve": "SVE",
 }  # fmt: skip
-_TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "IQ4_XS", "Q3_K_M", "Q3_K_S", "Q2_K")  # large to small
-_SHORT = 4096  # a context below this is no help: thinking alone takes more
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """fix: a command, or what else to do."""
-
-    level: Literal["ok", "warn", "fail"]
-    subject: str
-    message: str
-    fix: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """What a file says of itself. place: where its chat template's prompts end, or else what is wrong with it.
-    sizes: the bytes that it would have as other types, large to small."""
-
-    path: Path
-    footprint: Footprint
-    place: Place | StepggufError
-    network: str | None
-    sizes: tuple[tuple[str, int], ...]
-
-    def command(self, options: str) -> str:
-        return f"stepgguf chat {shlex.quote(str(self.path))} {options}"
 
 
 def doctor(
@@ -84,9 +45,10 @@ def doctor(
         Path | None, typer.Argument(metavar="FILE.gguf", help="The model to run; of a split one, any of its files.")
     ] = None,
     ctx: Annotated[
-        int | None, typer.Option(min=64, help="Context in tokens. Default: the model's, at most 32768.")
+        int | None, typer.Option(min=64, metavar="TOKENS", help="Context. Default: the model's, at most 32768.")
     ] = None,
-    parallel: Annotated[int, typer.Option(min=1, help="Requests at the same time.")] = 1,
+    parallel: Annotated[int, typer.Option(min=1, metavar="N", help="Requests at the same time.")] = 1,
+    mtp_file: loading.MtpFile = None,
     json: arguments.Json = False,
 ) -> None:
     """Say whether this machine can run a model well, and how to fix what is in the way.
@@ -109,13 +71,13 @@ def doctor(
         findings.append(Finding("fail", "engine", error.message, error.hint))
     if path is not None:
         try:
-            model = read_model(path)
+            model = read_model(path, mtp_file)
         except StepggufError as error:
             findings.append(Finding("fail", "file", error.message, error.hint))
         else:
-            n_ctx = ctx or min(model.footprint.n_ctx_train, 32768)
+            n_ctx = ctx or min(model.footprint.n_ctx_train, DEFAULT_CTX)
             context = Context(n_ctx, parallel, mtp=build is None or build.mtp)
-    findings = [*examine(here, build, model, context), *findings]
+    findings = [*examine(here, build, model, context), _folders(), *findings]
     if json:
         output.data(report(here, build, model, context, findings))
     else:
@@ -148,39 +110,6 @@ def report(
     return result
 
 
-def read_model(path: Path) -> Model:
-    """Read the header of a file, or of all files of a split one. Raises what is wrong with it."""
-    from stepgguf.convert.ggufsource import GGUFSource
-    from stepgguf.convert.metadata import CHAT_TEMPLATE
-
-    with GGUFSource(path) as source:
-        return Model(
-            path,
-            footprint(source),
-            _place(source.keys[CHAT_TEMPLATE].value if CHAT_TEMPLATE in source.keys else None),
-            machines.network_filesystem(path),
-            tuple(_sizes(source)),
-        )
-
-
-def _place(template: object) -> Place | StepggufError:
-    from stepgguf.chat.template import ChatTemplate, place_of
-
-    if not isinstance(template, str):
-        return BadMetadata("the file has no chat template, so it cannot chat")
-    try:
-        return place_of(ChatTemplate(template).probe())
-    except StepggufError as error:
-        return error
-
-
-def _sizes(source: GGUFSource) -> Iterator[tuple[str, int]]:
-    from stepgguf.convert import sizes
-
-    inventory = sizes.inventory(source)
-    return ((name, inventory.sizes(name).total) for name in _TYPES)
-
-
 # findings -----------------------------------------------------------------------------------------------------------
 
 
@@ -195,19 +124,26 @@ def examine(
         yield from _processor(machine, build)
     if model is not None and context is not None:
         yield from _file(model, build)
-        needed = need(model.footprint, context)
-        have = budget(machine, build.gpus if build else ())
-        if context.n_ctx > model.footprint.n_ctx_train:
-            message = f"{context.n_ctx:,} tokens are more than the {model.footprint.n_ctx_train:,} it was trained for"
-            yield Finding("warn", "context", message, model.command(f"--ctx {model.footprint.n_ctx_train}"))
-        yield _memory(machine, model, context, needed, have)
-        yield from _limits(machine, model, needed)
+        yield context_length(model, context.n_ctx)
+        yield memory(machine, build, model, context)
+        yield from _limits(machine, need(model.footprint, context))
+
+
+def _folders() -> Finding:
+    """Where this program keeps what is its own."""
+    kept = f"sessions and what was typed in {folders.data()}; kernels and measured errors in {folders.cache()}"
+    for folder in (folders.data(), folders.cache()):
+        there = next(f for f in (folder, *folder.parents) if f.exists())
+        if not os.access(there, os.W_OK):
+            message = f"{folder} cannot be written to ({kept})"
+            return Finding("warn", "folders", message, f"Make {there} yours, or set XDG_DATA_HOME and XDG_CACHE_HOME.")
+    return Finding("ok", "folders", kept)
 
 
 def _machine(machine: Machine) -> Finding:
     from stepgguf.cli.output import size
 
-    parts = [_SHARED[machine.kind]] if machine.kind in _SHARED else []
+    parts = [SHARED[machine.kind]] if machine.kind in SHARED else []
     memory = "shared by CPU and GPU" if parts else "RAM"
     parts += [machine.cpu, f"{machine.cores} cores"]
     parts.append(f"{size(machine.ram)} {memory}, {size(machine.ram_available)} of it available")
@@ -248,13 +184,10 @@ def _file(model: Model, build: LlamaBuild | None) -> Iterator[Finding]:
     from stepgguf.cli.output import size
 
     path = shlex.quote(str(model.path))
-    yield Finding("ok", "file", f"{model.path}: {size(model.footprint.weights)}, {len(model.footprint.layers)} blocks")
-    fix = f"stepgguf template {path} Step-3.5-Flash/chat_template.jinja"
-    if isinstance(model.place, StepggufError):
-        yield Finding("fail", "template", model.place.message, fix)
-    elif model.place == "start":
-        message = "the chat template does not open <think>: reasoning is split off only where the model opens it"
-        yield Finding("warn", "template", message, fix)
+    mtp = f", those of {model.mtp_file} included" if model.mtp_file else ""
+    blocks = f"{size(model.footprint.weights)}, {len(model.footprint.layers)} blocks{mtp}"
+    yield Finding("ok", "file", f"{model.path}: {blocks}")
+    yield from _template(model.template, f"stepgguf template {path} Step-3.5-Flash/chat_template.jinja")
     if not model.footprint.has_mtp and (build is None or build.mtp):
         fix = f"stepgguf convert Step-3.5-Flash/ {path} --mtp include --overwrite"
         yield Finding("warn", "mtp", "the file has no MTP blocks, with which answers come faster", fix)
@@ -263,65 +196,35 @@ def _file(model: Model, build: LlamaBuild | None) -> Iterator[Finding]:
         yield Finding("warn", "disk", message, f"cp {path} /a/local/disk/")
 
 
-def _memory(machine: Machine, model: Model, context: Context, needed: Need, have: Budget) -> Finding:
-    from stepgguf.cli.output import size
-
-    parts = [f"{size(needed.weights)} weights", f"{size(needed.kv)} KV cache for {context.n_ctx:,} tokens"]
-    parts += [f"{size(needed.mtp)} MTP"] if needed.mtp else []
-    parts.append(f"{size(needed.compute)} buffers (estimate)")
-    parts.append(f"{size(needed.cache)} conversation cache ({size(checkpoint(model.footprint))} a checkpoint)")
-    message = f"{size(needed.total)} = {' + '.join(parts)}"
-    kept = f"{size(have.reserve)} is left to the system"
-    if needed.total > have.ceiling:
-        return Finding(
-            "fail",
-            "memory",
-            f"{message}; there is {size(have.ceiling)} ({kept})",
-            _smaller(model, context, needed, have),
-        )
-    if needed.device > have.limit:
-        level: Literal["warn", "fail"] = "fail" if machine.kind in _SHARED else "warn"
-        message += f"; the GPU may have {size(have.limit)}"
-        return Finding(level, "memory", message, _raise_limit(machine, model, needed, have))
-    if needed.device > have.free:
-        message += f"; of {size(have.limit)} only {size(have.free)} is free now"
-        return Finding("warn", "memory", message, "Close other programs.")
-    return Finding("ok", "memory", f"{message}; there is {size(have.limit)} ({kept})")
+def _template(template: str | None, fix: str) -> Iterator[Finding]:
+    place = _place(template)
+    if isinstance(place, StepggufError):
+        yield Finding("fail", "template", place.message, fix)
+    elif place == "start":
+        message = "the chat template does not open <think>: reasoning is split off only where the model opens it"
+        yield Finding("warn", "template", message, fix)
 
 
-def _smaller(model: Model, context: Context, needed: Need, have: Budget) -> str:
-    """A shorter context if that is enough, else the largest type that is."""
-    from stepgguf.cli.output import size
+@functools.cache
+def _place(template: str | None) -> Place | StepggufError:
+    """Where the prompts of a chat template end, or what is wrong with it."""
+    from stepgguf.chat.template import ChatTemplate, place_of
 
-    n_ctx = largest_context(model.footprint, context, have.ceiling)
-    if n_ctx is not None and n_ctx >= _SHORT:
-        return model.command(f"--ctx {n_ctx}")
-    for name, n_bytes in model.sizes:
-        if needed.total - needed.weights + n_bytes <= have.ceiling:
-            return f"stepgguf convert Step-3.5-Flash/ . --type {name}  # {size(n_bytes)}"
-    return "This machine is too small for this model, whatever its type."
-
-
-def _raise_limit(machine: Machine, model: Model, needed: Need, have: Budget) -> str:
-    """The model fits the memory, but not the part of it that the GPU may use."""
-    if machine.kind == "mac":
-        wanted = -(-(needed.device + GPU_RESERVE) // GIB) * GIB
-        return f"sudo sysctl iogpu.wired_limit_mb={min(wanted, have.ceiling) // 2**20}  # until the next start"
-    if machine.kind == "strix":
-        installed = -(-machine.ram // (16 * GIB)) * 16 * GIB  # /proc/meminfo leaves out what the kernel took first
-        mapped = installed - LINUX_RESERVE
-        parameters = f"amdgpu.gttsize={mapped // 2**20} ttm.pages_limit={mapped // 4096}"
-        return f"Add to the kernel's command line and restart: {parameters}"
-    return model.command(f"--gpu-layers {gpu_layers(model.footprint, needed, have.limit)}")
+    if template is None:
+        return BadMetadata("the file has no chat template, so it cannot chat")
+    try:
+        return place_of(ChatTemplate(template).probe())
+    except StepggufError as error:
+        return error
 
 
-def _limits(machine: Machine, model: Model, needed: Need) -> Iterator[Finding]:
+def _limits(machine: Machine, needed: Need) -> Iterator[Finding]:
     """What the system does to a model that fits by its numbers."""
     from stepgguf.cli.output import size
 
     if machine.kind == "spark":
-        message = "loading through mmap is slow here: 224 s were measured, and 22 s without"
-        yield Finding("warn", "mmap", message, model.command("--no-mmap"))
+        message = "files are read and not mapped here: others measured 22 s to load this model, and 224 s through mmap"
+        yield Finding("ok", "mmap", message)
     if machine.kind != "gpu" and machine.container_limit and needed.total > machine.container_limit:
         message = f"this container may use {size(machine.container_limit)} of memory"
         yield Finding("fail", "container", message, f"docker run --memory={-(-needed.total // GIB) + 4}g ...")

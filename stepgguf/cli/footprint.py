@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from stepgguf.errors import BadMetadata
@@ -31,31 +32,66 @@ def checkpoint_footprint(hp: HParams) -> Footprint:
 
 def footprint(source: GGUFSource) -> Footprint:
     """What the memory arithmetic needs of a GGUF's keys and tensors."""
-
-    def key(name: str) -> Any:
-        full = f"step35.{name}"
-        if full not in source.keys:
-            raise BadMetadata(f"{source.path}: the key {full} is missing", hint="Convert the model again.")
-        return source.keys[full].value
-
-    if "blk.0.attn_norm.weight" not in source.tensors:
-        raise BadMetadata(f"{source.path}: holds no trunk, only MTP blocks", hint="Give the file with the trunk.")
-    n_layer = sum(f"blk.{i}.attn_norm.weight" in source.tensors for i in range(key("block_count")))
-    sliding = key("attention.sliding_window_pattern")
-    kv = key("attention.head_count_kv")
+    if "blk.0.attn_norm.weight" not in source.tensors or "token_embd.weight" not in source.tensors:
+        what = "only MTP blocks" if any(".nextn." in name for name in source.tensors) else "no tensors of one"
+        raise BadMetadata(f"{source.path}: holds no trunk, {what}", hint="Give the file with the trunk.")
     return Footprint(
-        weights=sum(tensor.n_bytes for header in source.headers for tensor in header.tensors),
-        layers=tuple(
-            Layer(kv[i] if isinstance(kv, list) else kv, sliding[i], f"blk.{i}.nextn.eh_proj.weight" in source.tensors)
-            for i in range(n_layer)
-        ),
-        key_length=key("attention.key_length"),
-        value_length=key("attention.value_length"),
-        window=key("attention.sliding_window"),
-        n_embd=key("embedding_length"),
-        n_ff=key("feed_forward_length"),
+        weights=_weights(source),
+        layers=_layers(source),
+        key_length=_number(source, "attention.key_length"),
+        value_length=_number(source, "attention.value_length"),
+        window=_number(source, "attention.sliding_window"),
+        n_embd=_number(source, "embedding_length"),
+        n_ff=_number(source, "feed_forward_length"),
         n_vocab=source.tensors["token_embd.weight"].shape[0],
-        n_expert_used=key("expert_used_count"),
-        expert_size=key("expert_feed_forward_length"),
-        n_ctx_train=key("context_length"),
+        n_expert_used=_number(source, "expert_used_count"),
+        expert_size=_number(source, "expert_feed_forward_length"),
+        n_ctx_train=_number(source, "context_length"),
     )
+
+
+def with_heads(model: Footprint, heads: GGUFSource) -> Footprint:
+    """The model with the MTP blocks of another file, which repeats the embedding and the output."""
+    layers = tuple(layer for layer in _layers(heads) if layer.is_mtp)
+    if not layers:
+        raise BadMetadata(f"{heads.path}: holds no MTP blocks", hint="Give what `convert --mtp separate` wrote.")
+    return replace(model, weights=model.weights + _weights(heads), layers=(*model.layers, *layers))
+
+
+def _weights(source: GGUFSource) -> int:
+    return sum(tensor.n_bytes for header in source.headers for tensor in header.tensors)
+
+
+def _layers(source: GGUFSource) -> tuple[Layer, ...]:
+    """The layers whose tensors are there, in order."""
+    n = _number(source, "block_count")
+    here = [i for i in range(min(n, len(source.tensors))) if f"blk.{i}.attn_norm.weight" in source.tensors]
+    sliding = _per_layer(source, "attention.sliding_window_pattern", n)
+    kv = _per_layer(source, "attention.head_count_kv", n)
+    return tuple(Layer(kv[i], bool(sliding[i]), f"blk.{i}.nextn.eh_proj.weight" in source.tensors) for i in here)
+
+
+def _number(source: GGUFSource, name: str) -> int:
+    value = _value(source, name)
+    if not isinstance(value, int) or value < 0:
+        raise _bad(source, name, "is no count")
+    return value
+
+
+def _per_layer(source: GGUFSource, name: str, n: int) -> list[int]:
+    """One value a layer; a file may have one for all."""
+    value = _value(source, name)
+    values = value if isinstance(value, list) else [value] * n
+    if len(values) < n or not all(isinstance(v, int) and v >= 0 for v in values):
+        raise _bad(source, name, f"is no list of {n} counts")
+    return values
+
+
+def _value(source: GGUFSource, name: str) -> Any:
+    if f"step35.{name}" not in source.keys:
+        raise _bad(source, name, "is missing")
+    return source.keys[f"step35.{name}"].value
+
+
+def _bad(source: GGUFSource, name: str, what: str) -> BadMetadata:
+    return BadMetadata(f"{source.path}: the key step35.{name} {what}", hint="Convert the model again.")

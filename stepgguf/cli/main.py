@@ -108,10 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # of files; what has more to say is a StepggufError by now
         if debug:
             raise
-        if error.filename is None and error.errno in (
-            errno.EPIPE,
-            errno.ENOSPC,
-        ):  # where files are written, it is named
+        if error.filename is None and error.errno in (errno.EPIPE, errno.ENOSPC):  # of a file, it is named
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere
             return 1 if error.errno == errno.EPIPE else _refused(f"standard output: {error.strerror}", None)
         return _refused(f"{error.filename or 'a file'}: {error.strerror or error}", None)
@@ -145,5 +142,8 @@ def _write_anything() -> None:
 
 
 def run() -> None:
-    """The console script."""
+    """The console script. What was closed before it started takes everything and gives nothing."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  until the end
     sys.exit(main())

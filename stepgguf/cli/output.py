@@ -51,8 +51,9 @@ def note(message: str) -> None:
 
 
 def data(value: Any) -> None:
-    """JSON to stdout."""
-    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    """JSON to stdout, escaped where its encoding has not every character."""
+    ascii_only = "utf" not in (sys.stdout.encoding or "utf-8").lower()
+    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=ascii_only) + "\n")
 
 
 def lines(texts: Iterable[str]) -> None:

@@ -36,7 +36,8 @@ def serve(
     gpu_layers: loading.GpuLayers = -1,
     threads: arguments.Threads = None,
     draft: loading.Draft = None,
-    mmap: loading.Mmap = True,
+    mtp_file: loading.MtpFile = None,
+    mmap: loading.Mmap = None,
     cache_ram: loading.CacheRam = 2 * 2**30,
     cache_folder: loading.CacheFolder = None,
     engine: loading.EngineName = loading.IN_PROCESS,
@@ -49,6 +50,7 @@ def serve(
     loop_breaker: Annotated[
         bool, typer.Option("--loop-breaker/--no-loop-breaker", help="End thinking that repeats itself.")
     ] = True,
+    force: loading.Force = False,
     quiet: arguments.Quiet = False,
 ) -> None:
     """Serve a GGUF to everything that speaks to OpenAI's, StepFun's, OpenRouter's, NVIDIA's or Anthropic's API.
@@ -79,9 +81,21 @@ def serve(
     if api_key == "":
         raise typer.BadParameter("the key is empty", param_hint="--api-key")
     options = loading.EngineOptions(
-        ctx, parallel, queue, gpu_layers, threads, draft, mmap, cache_ram, cache_folder, engine, tuple(rpc or ())
+        ctx,
+        parallel,
+        queue,
+        gpu_layers,
+        threads,
+        draft,
+        mmap,
+        cache_ram,
+        cache_folder,
+        engine,
+        tuple(rpc or ()),
+        mtp_file=mtp_file,
+        force=force,
     )
-    with _bound(host, port) as listener, loading.engine(path, options, quiet=quiet) as opened:
+    with _bound(host, port) as listener, loading.engine(path, options, verb="serve", quiet=quiet) as opened:
         config = ServerConfig(
             model_ids=(path.stem, *(alias or ())),
             host=host,

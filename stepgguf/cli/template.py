@@ -34,7 +34,7 @@ def template(
     """
     import sys
 
-    from stepgguf.chat.template import ChatTemplate, read
+    from stepgguf.chat.template import read
     from stepgguf.cli import output
     from stepgguf.convert import rewrite
 
@@ -47,6 +47,5 @@ def template(
         sys.stdout.write(rewrite.chat_template(path))
     else:
         text = read(jinja)
-        ChatTemplate(text).probe()
         rewrite.replace_chat_template(path, text)
         output.note(f"{path}: the chat template is now {jinja} ({len(text)} characters)")

@@ -25,6 +25,7 @@ from gguf import GGUFValueType, Keys, Metadata
 
 from stepgguf.convert.header import Key
 from stepgguf.convert.hub import HUB, Origin
+from stepgguf.files import disk
 
 V, General = GGUFValueType, Keys.General
 _MAX_BYTES = 256 * 1024  # of front matter
@@ -90,7 +91,7 @@ def _front_matter(path: Path) -> tuple[dict[str, Any], list[str]]:
     if not path.is_file():
         return {}, []
     try:
-        with path.open("rb") as file:
+        with disk.open_regular(path) as file:
             text = file.read(_MAX_BYTES).decode("utf-8-sig", errors="replace")
     except OSError:
         return {}, []

@@ -36,7 +36,7 @@ class GGUFSource:
         if architecture != ARCHITECTURE:
             raise UnsupportedModel(
                 f"{path}: general.architecture is {shown(architecture)}, expected {ARCHITECTURE!r}",
-                hint="stepgguf quantizes Step-3.5 and Step-3.7 files only.",
+                hint="stepgguf quantizes and runs Step-3.5 and Step-3.7 only; llama.cpp's own tools run others.",
             )
         self._where: dict[str, tuple[Header, TensorInfo]] = {t.name: (h, t) for h in self.headers for t in h.tensors}
         self._files = {h.path: os.open(h.path, os.O_RDONLY) for h in self.headers}

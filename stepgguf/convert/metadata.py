@@ -21,7 +21,7 @@ from stepgguf.convert.checkpoint import Checkpoint
 from stepgguf.convert.ggufsource import ARCHITECTURE
 from stepgguf.convert.header import Key
 from stepgguf.errors import BadConfig
-from stepgguf.files import jsonread
+from stepgguf.files import jsonread, textfile
 from stepgguf.files.jsonread import Value
 from stepgguf.model.hparams import HParams
 from stepgguf.model.tokenizer import MODEL, PRE, Vocabulary, vocabulary
@@ -47,6 +47,7 @@ _GENERATION_CONFIG = {
     "min_p": (Keys.General.SAMPLING_MIN_P, 1.0),
 }
 _TOKENIZER = "Take tokenizer.json from the model's repository."
+_MOST_TEMPLATE = 2**20  # bytes; the published ones have 5 KB
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +129,11 @@ def vocab_keys(checkpoint: Checkpoint, chat_template: Path | None) -> Vocab:
         warnings.append(
             f"config.json names {len(hp.eos_token_ids)} end tokens; GGUF has room for 3, {others[2:]} are lost"
         )
-    template = _text(chat_template) if chat_template else _template(checkpoint.path, settings)
+    template = (
+        textfile.read(chat_template, BadConfig, most=_MOST_TEMPLATE)
+        if chat_template
+        else _template(checkpoint.path, settings)
+    )
     if template is None:
         warnings.append("the checkpoint has no chat template; add one with --chat-template FILE")
     else:
@@ -243,7 +248,7 @@ def _template(path: Path, settings: Value) -> str | None:
     """chat_template.jinja, chat_template.json of older processors, or the one inside tokenizer_config.json."""
     file = path / "chat_template.jinja"
     if file.exists():
-        return _text(file)
+        return _read(file)
     inside = _optional_json(path / "chat_template.json").get("chat_template") or settings.get("chat_template")
     if inside is None:
         return None
@@ -253,11 +258,5 @@ def _template(path: Path, settings: Value) -> str | None:
     return named.get("default")
 
 
-def _text(path: Path) -> str:
-    """A text file in UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise BadConfig(f"{path}: {error.strerror}", hint="Check the path and its permissions.") from error
-    except UnicodeDecodeError as error:
-        raise BadConfig(f"{path}: byte {error.start} is not UTF-8", hint="A chat template is a text file.") from error
+def _read(path: Path) -> str:
+    return textfile.read(path, BadConfig, most=_MOST_TEMPLATE)

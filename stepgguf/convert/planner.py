@@ -6,6 +6,7 @@ GGUF ----------^
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -117,7 +118,7 @@ def plan_gguf(source: GGUFSource, dest: Path, options: Options) -> Plan:
     replaced = _provenance(options, facts, tensors, source.path.name)
     kept = [key for name, key in source.keys.items() if name not in {k.name for k in replaced}]
     files = _split(PlannedFile(dest, (*kept, *replaced), tuple(tensors)), options.split_max_size)
-    if {file.path.resolve() for file in files} & {header.path.resolve() for header in source.headers}:
+    if {os.path.realpath(file.path) for file in files} & {os.path.realpath(h.path) for h in source.headers}:
         raise OutputError(f"{dest} is the source", hint="Write to another name.")
     return _plan(files, source.tensors, facts, options)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stepgguf.errors import CorruptShard, MissingShard, TruncatedShard
-from stepgguf.files import jsonread
+from stepgguf.files import disk, jsonread
 from stepgguf.files.jsonread import Value
 
 _MAX_HEADER = 100_000_000  # safetensors' own limit
@@ -63,7 +63,7 @@ def read_shard(path: Path) -> Shard:
     if path.exists() and not path.is_file():
         raise CorruptShard(f"{path}: not a file", hint=_AGAIN)
     try:
-        with path.open("rb") as file:
+        with disk.open_regular(path) as file:
             status = os.fstat(file.fileno())
             start = file.read(64)
             length = _header_length(path, start, status.st_size)

@@ -119,8 +119,9 @@ class Writer:
         for index, file in enumerate(self.plan.files):
             if index in self._renamed or not os.path.lexists(file.path):
                 continue
-            if file.path.is_dir():
-                raise OutputError(f"{file.path} is a directory", hint="Choose another name.")
+            if not file.path.is_file():  # never rename over a device or a pipe, whoever asks for it
+                what = "a directory" if file.path.is_dir() else "there and not a file"
+                raise OutputError(f"{file.path} is {what}", hint="Choose another name.")
             if not self._overwrite:
                 raise OutputError(f"{file.path} exists", hint="Choose another name or replace it with --overwrite.")
 

@@ -9,6 +9,7 @@ On Linux XDG_CACHE_HOME and XDG_DATA_HOME move them. A folder is made by whoever
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import platformdirs
@@ -34,6 +35,15 @@ def kernels() -> Path:
 def data() -> Path:
     """Sessions and the history of what was typed."""
     return platformdirs.user_data_path(_NAME, appauthor=False)
+
+
+def adopt(old: Path) -> None:
+    """Take what an older version kept in another folder over as data(), where there is nothing yet."""
+    new = data()
+    if old.is_dir() and not new.exists():
+        with contextlib.suppress(OSError):  # it stays where it is
+            new.parent.mkdir(parents=True, exist_ok=True)
+            old.rename(new)
 
 
 def sessions() -> Path:

@@ -1,4 +1,4 @@
-"""Text that somebody else wrote, from a file of theirs: recipes, templates."""
+"""Text that somebody else wrote, from a file of theirs: recipes, templates, what a question inlines."""
 
 from __future__ import annotations
 

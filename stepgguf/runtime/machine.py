@@ -200,7 +200,10 @@ def _cores(cpuinfo: str) -> int:
 
 
 def _vm_stat(text: str) -> int:
-    """Free and inactive pages, as psutil counts what is available."""
+    """What programs could get: free and inactive pages, as psutil counts them, or free ones and cached files, which a
+    file that was just written or read makes many of; whichever is more."""
     page = re.search(r"page size of (\d+) bytes", text)
-    pages = re.findall(r"^Pages (?:free|inactive):\s+(\d+)\.$", text, re.MULTILINE)
-    return sum(map(int, pages)) * int(page[1]) if page else 0
+    pages = {name: int(n) for name, n in re.findall(r"^(.+?):\s+(\d+)\.$", text, re.MULTILINE)}
+    files = pages.get("Pages purgeable", 0) + pages.get("File-backed pages", 0)  # read ahead ("speculative") included
+    available = pages.get("Pages free", 0) + max(pages.get("Pages inactive", 0), files)
+    return available * int(page[1]) if page else 0

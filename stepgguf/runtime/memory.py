@@ -23,10 +23,12 @@ from stepgguf.runtime.machine import Gpu, Machine
 
 GIB = 2**30
 F16, F32 = 2, 4
+DEFAULT_CTX = 32768  # tokens of context at most, unless more are asked for: they take memory
 CELLS = 256  # the cache grows in steps of so many cells
 
-# What is left to the system. Linux: what the 124 of 128 GiB that Strix Halo is set up for leave. macOS: its window
-# server and its own wired pages. A GPU of its own: what llama.cpp's --fit leaves (common.h, fit_params_target).
+# What is left to the system, of a small memory an eighth. Linux: what the 124 of 128 GiB that Strix Halo is set up
+# for leave. macOS: its window server and its own wired pages. A GPU of its own: what llama.cpp's --fit leaves
+# (common.h, fit_params_target).
 LINUX_RESERVE, MACOS_RESERVE, GPU_RESERVE = 4 * GIB, 8 * GIB, 1 * GIB
 
 
@@ -60,13 +62,15 @@ class Footprint:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """How the model is run: n_parallel sequences in n_ctx cells, batches of n_ubatch. cache_ram in bytes."""
+    """How the model is run: n_parallel sequences in n_ctx cells, batches of n_ubatch. cache_ram in bytes. gpu_layers:
+    so many on a GPU with memory of its own; -1 is all."""
 
     n_ctx: int
     n_parallel: int = 1
     n_ubatch: int = 512
     cache_ram: int = 2 * GIB
     mtp: bool = True
+    gpu_layers: int = -1
 
     @property
     def cells(self) -> int:
@@ -150,22 +154,23 @@ def gpu_layers(model: Footprint, needed: Need, n_bytes: int) -> int:
 def budget(machine: Machine, gpus: Sequence[Gpu] = ()) -> Budget:
     """What this machine has. `gpus`: what the engine sees, which is preferred to what the machine says of itself."""
     kind = machine.kind
-    reserve = MACOS_RESERVE if kind == "mac" else LINUX_RESERVE
     ram = min(machine.ram, machine.container_limit or machine.ram)
-    ceiling = max(0, ram - reserve)
+    reserve = min(MACOS_RESERVE if kind == "mac" else LINUX_RESERVE, ram // 8)
+    ceiling = ram - reserve
+    available = machine.ram_available or machine.ram  # a system that does not tell is taken for idle
     if kind == "mac":
         limit = min(ceiling, gpus[0].total if gpus and gpus[0].total else wired_limit(machine))
-        return Budget(limit, ceiling, min(limit, machine.ram_available), reserve)
+        return Budget(limit, ceiling, min(limit, available), reserve)
     if kind == "strix" and machine.amd is not None:
         limit = min(ceiling + machine.amd.vram, machine.amd.gtt + machine.amd.vram)
-        free = min(limit, machine.ram_available + machine.amd.vram)
+        free = min(limit, available + machine.amd.vram)
         return Budget(limit, ceiling + machine.amd.vram, free, reserve)
     cards = [gpu for gpu in (gpus or machine.gpus) if gpu.total] if kind != "spark" else []
     if cards:
         limit = sum(max(0, (gpu.total or 0) - GPU_RESERVE) for gpu in cards)
         free = sum(max(0, (gpu.free or 0) - GPU_RESERVE) for gpu in cards)
         return Budget(limit, limit + ceiling, free, GPU_RESERVE)
-    return Budget(ceiling, ceiling, min(ceiling, machine.ram_available), reserve)
+    return Budget(ceiling, ceiling, min(ceiling, available), reserve)
 
 
 def wired_limit(machine: Machine) -> int:

@@ -202,6 +202,64 @@ def test_a_busy_server_and_one_that_speaks_otherwise() -> None:
         list(Session(remote).ask("?"))
 
 
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        [],
+        7,
+        {"choices": 1},
+        {"choices": [1]},
+        {"choices": [{"delta": []}]},
+        {"choices": [{"delta": {"content": 5}}]},
+        {"choices": [{"delta": {"tool_calls": {"a": 1}}}]},
+        {"choices": [{"delta": {"tool_calls": [{"index": -1, "function": {"name": "x"}}]}}]},
+        {"choices": [{"delta": {}, "finish_reason": 3}]},
+        {"choices": [], "usage": [1]},
+        {"choices": [], "usage": {"prompt_tokens": "many"}},
+        {"error": {"message": 5}},
+        {"error": ["no"]},
+    ],
+    ids=json.dumps,
+)
+def test_events_of_another_shape_end_the_answer_with_a_sentence(chunk: object) -> None:
+    answer = events(choice(content="Yes"), chunk)
+    with saying(lambda connection: connection.sendall(answer)) as remote:
+        session = Session(remote)
+        with pytest.raises(EngineError):
+            list(session.ask("?"))
+    assert session.entries[-1].message["content"] == "Yes"
+    assert session.entries[-1].interrupted
+
+
+@pytest.mark.parametrize(
+    "models", [b"", b"[]", b'{"data": 1}', b'{"data": []}', b'{"data": [1]}', b'{"data": [{"id": 1}]}', b"[" * 10**5]
+)
+def test_what_is_no_list_of_models_is_said(models: bytes) -> None:
+    def serve() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            read_request(connection)
+            connection.sendall(HEAD + models)
+
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(EngineError, match="/v1/models"):
+            Remote(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        thread.join(timeout=10)
+
+
+@pytest.mark.parametrize("url", ["http://x:99999", "http://[::1", "ftp://x", "http://", "http://x:y", "http://a b:1"])
+def test_what_is_no_address_is_said(url: str) -> None:
+    with pytest.raises(EngineError):
+        Remote(url)
+
+
+def test_a_key_that_no_header_can_hold_is_said(server: Server) -> None:
+    with pytest.raises(EngineError, match="Invalid header value"):
+        Remote(server.url, "a\nb")
+
+
 @pytest.mark.parametrize("head", [HEAD, b""])
 def test_silence_can_be_interrupted(head: bytes) -> None:
     def say_nothing(connection: socket.socket) -> None:

@@ -310,11 +310,16 @@ def test_what_is_no_session_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="No such file"):
         read(path)
     path.write_text("hello\n")
-    with pytest.raises(OutputError, match="line 1 is not JSON"):
+    with pytest.raises(OutputError, match="line 1: not valid JSON"):
         read(path)
     path.write_text('{"type": "session", "version": 2, "origin": {}}\n')
     with pytest.raises(OutputError, match="version 2, expected 1"):
         read(path)
+    path.write_text("[]\n")
+    with pytest.raises(OutputError, match="line 1: the document is a list of 0, expected a JSON object"):
+        read(path)
+    with pytest.raises(OutputError, match="it is not a file"):
+        read(tmp_path)
 
 
 def test_the_origin_tells_model_files_apart(tmp_path: Path) -> None:

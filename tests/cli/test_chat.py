@@ -145,7 +145,7 @@ def test_a_conversation(demo_gguf: Path, terminal: Any) -> None:
     chat.type(CTRL_D)
     assert chat.wait() == 0
     assert [entry.message["role"] for entry in chat.saved.entries] == ["user", "assistant"]
-    assert chat.saved.settings["reasoning_budget"] == 5
+    assert chat.saved.settings.reasoning_budget == 5
 
 
 def test_several_lines_and_files(demo_gguf: Path, terminal: Any, tmp_path: Path) -> None:

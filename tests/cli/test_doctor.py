@@ -14,9 +14,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from stepgguf.cli.doctor import Finding, Model, doctor, examine, lines, read_model
+from stepgguf.cli.capacity import Finding, Model, read_model
+from stepgguf.cli.doctor import doctor, examine, lines
+from stepgguf.cli.loading import maps
 from stepgguf.cli.main import main
-from stepgguf.errors import BadMetadata
+from stepgguf.files import folders
 from stepgguf.runtime.llama_build import LlamaBuild
 from stepgguf.runtime.machine import AmdMemory, Gpu, Machine
 from stepgguf.runtime.memory import GIB, LINUX_RESERVE, Context, need
@@ -32,6 +34,10 @@ MAC = replace(LINUX, system="Darwin", cpu="Apple M1 Ultra", ram=128 * GIB, ram_a
 STRIX = replace(LINUX, cpu="AMD RYZEN AI MAX+ 395 w/ Radeon 8060S", ram=130966528 << 10, ram_available=121 * GIB,
                 amd=AmdMemory(GIB // 2, 63968 << 20))  # fmt: skip
 CARD = replace(LINUX, gpus=(Gpu("NVIDIA H100", 80 * GIB, 79 * GIB),))
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+)
 
 CPU_BUILD = LlamaBuild("0.3.36", frozenset({"AVX2"}), gpu_offload=False, gpus=(), mtp=True, compiler=("GCC", (12, 2)))
 CUDA_BUILD = replace(CPU_BUILD, gpu_offload=True, gpus=(Gpu("NVIDIA", 80 * GIB, 79 * GIB),))
@@ -86,6 +92,15 @@ def test_without_a_file_it_looks_at_the_machine_alone() -> None:
     assert not {"file", "memory"} & subjects
 
 
+def test_it_says_where_sessions_and_caches_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folders, "data", lambda: tmp_path / "d" / "stepgguf")
+    monkeypatch.setattr(folders, "cache", lambda: tmp_path / "c" / "stepgguf")
+    output = CliRunner().invoke(app, []).output
+    assert f"sessions and what was typed in {tmp_path}/d/stepgguf; " in output
+    assert f"kernels and measured errors in {tmp_path}/c/stepgguf" in output
+    assert not list(tmp_path.iterdir()), "it only looks"
+
+
 @pytest.mark.parametrize("n_bytes", [1000, 100_000])
 def test_a_file_that_is_still_being_downloaded_fails(small_gguf: Path, tmp_path: Path, n_bytes: int) -> None:
     (tmp_path / "cut.gguf").write_bytes(small_gguf.read_bytes()[:n_bytes])
@@ -108,8 +123,9 @@ def test_without_llama_cpp_python_it_says_how_to_get_it(small_gguf: Path) -> Non
     command = [sys.executable, "-c", code, str(small_gguf)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (1, "")
-    expected = "fail  engine     llama-cpp-python is not installed\n                 pip install 'stepgguf[run]'\n"
-    assert expected in result.stdout
+    assert re.search(
+        r"^fail  engine     llama-cpp-python is not installed\n {17}\S.*pip install .*\[run\]'$", result.stdout, re.M
+    )
     assert "ok    memory" in result.stdout
 
 
@@ -121,17 +137,26 @@ def test_a_file_of_mtp_blocks_alone_is_no_model(small: Path, tmp_path: Path) -> 
     assert "holds no trunk, only MTP blocks" in result.output
     result = CliRunner().invoke(app, [str(trunk)])
     assert result.exit_code == 0
+    assert f"8 blocks, those of {heads} included" in result.output
+    heads.rename(tmp_path / "elsewhere.gguf")
+    result = CliRunner().invoke(app, [str(trunk)])
+    assert result.exit_code == 0
     assert "--mtp include" in result.output
+    result = CliRunner().invoke(app, [str(trunk), "--mtp-file", str(tmp_path / "elsewhere.gguf")])
+    assert "8 blocks, those of" in result.output
+    result = CliRunner().invoke(app, [str(trunk), "--mtp-file", str(trunk)])
+    assert (result.exit_code, "holds no MTP blocks" in result.output) == (1, True)
 
 
 # the fixes fix ------------------------------------------------------------------------------------------------------
 
 
-def test_a_spark_holds_the_model_and_is_warned_of_mmap(flash: Model) -> None:
+def test_a_spark_holds_the_model_and_reads_it_without_mmap(flash: Model) -> None:
     found = findings(SPARK, CUDA_BUILD, flash)
     assert found["memory"].level == "ok"
     assert "shared by CPU and GPU" in found["machine"].message
-    assert (found["mmap"].level, fix(found["mmap"])) == ("warn", f"stepgguf chat {flash.path} --no-mmap")
+    assert (found["mmap"].level, "read and not mapped" in found["mmap"].message) == ("ok", True)
+    assert (maps(SPARK, None), maps(SPARK, True), maps(LINUX, None), maps(LINUX, False)) == (False, True, True, False)
     assert "mmap" not in findings(LINUX, CPU_BUILD, flash)
 
 
@@ -206,9 +231,9 @@ def test_a_container_is_named_as_the_limit(flash: Model) -> None:
     assert findings(replace(LINUX, container_limit=wanted * GIB), CPU_BUILD, flash)["memory"].level == "ok"
 
 
-def test_a_context_beyond_the_trained_one_is_a_warning(flash: Model) -> None:
+def test_a_context_beyond_the_trained_one_fails(flash: Model) -> None:
     found = findings(LINUX, CPU_BUILD, flash, 300000)["context"]
-    assert (found.level, fix(found)) == ("warn", f"stepgguf chat {flash.path} --ctx 262144")
+    assert (found.level, fix(found)) == ("fail", f"stepgguf chat {flash.path} --ctx 262144")
 
 
 # the engine ---------------------------------------------------------------------------------------------------------
@@ -251,7 +276,7 @@ def test_mtp_needs_the_blocks_and_the_engine(flash: Model, tmp_path: Path) -> No
 
 
 def test_the_file_s_own_troubles(flash: Model) -> None:
-    broken = replace(flash, place=BadMetadata("no"), network="nfs4", path=Path("/a b/x.gguf"))
+    broken = replace(flash, template=None, network="nfs4", path=Path("/a b/x.gguf"))
     found = findings(LINUX, CPU_BUILD, broken)
     assert found["template"].level == "fail"
     assert fix(found["template"]) == "stepgguf template '/a b/x.gguf' Step-3.5-Flash/chat_template.jinja"
@@ -260,8 +285,8 @@ def test_the_file_s_own_troubles(flash: Model) -> None:
 
 def test_a_template_that_does_not_open_thinking_is_told(flash: Model) -> None:
     assert "template" not in findings(LINUX, CPU_BUILD, flash)
-    assert "template" not in findings(LINUX, CPU_BUILD, replace(flash, place="answer"))
-    found = findings(LINUX, CPU_BUILD, replace(flash, place="start"))["template"]
+    assert "template" not in findings(LINUX, CPU_BUILD, replace(flash, template=f"{TEMPLATE}<think>\n</think>\n"))
+    found = findings(LINUX, CPU_BUILD, replace(flash, template=TEMPLATE))["template"]
     assert (found.level, "does not open <think>" in found.message) == ("warn", True)
 
 

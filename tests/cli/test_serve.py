@@ -125,7 +125,7 @@ def test_what_cannot_be_is_said(
 
 
 def test_bench_measures_depths_batches_and_drafts(demo_gguf: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    options = ["--depths", "0,600", "--batches", "1,2", "-n", "8", "--threads", "1"]
+    options = ["--depths", "0,600", "--batches", "1,2", "-n", "8", "--threads", "1", "-r", "2"]
     assert main(["bench", str(demo_gguf), *options, "--json"]) == 0
     report = json.loads(capfd.readouterr().out)
     assert [(r["depth"], r["batch"]) for r in report["speed"]] == [(0, 1), (0, 2), (600, 1), (600, 2)]
@@ -133,6 +133,19 @@ def test_bench_measures_depths_batches_and_drafts(demo_gguf: Path, capfd: pytest
     assert [len(r["drafted"]) for r in report["mtp"]] == [0, 1, 2, 3]
     assert report["mtp"][0]["tokens_per_step"] == pytest.approx(1, abs=0.05)
     assert report["mtp"][1]["tokens_per_step"] > 1
-    assert main(["bench", str(demo_gguf), *options]) == 0
-    assert "tokens/step" in capfd.readouterr().out
+    assert all(r["prompt_tps_stdev"] > 0 and r["generation_tps_stdev"] > 0 for r in report["speed"])
     assert main(["bench", str(demo_gguf), "--depths", "zero"]) == 2
+
+
+def test_bench_shows_each_row_when_it_is_measured(demo_gguf: Path) -> None:
+    command = [sys.executable, "-m", "stepgguf", "bench", str(demo_gguf), "--depths", "0,256", "--batches", "1,2"]
+    with subprocess.Popen(
+        [*command, "-n", "64", "--threads", "1", "-q"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(3)]
+        assert process.poll() is None, "three rows came, and it goes on"
+        lines += process.stdout.readlines()
+    spread = r"\d+\.\d ± \d+\.\d"
+    assert all(re.match(rf"(0|256) +[12] +{spread} +{spread}$", line) for line in lines[1:5])
+    assert re.match(rf"3 +\d\.\d\d +{spread} +\d\.\d\d +\d+% \d+% \d+%$", lines[-1])

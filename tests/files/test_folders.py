@@ -20,3 +20,20 @@ def test_the_folders_of_linux_are_those_of_xdg(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert folders.cache() == tmp_path / ".cache" / "stepgguf"
+
+
+def test_what_an_older_version_kept_elsewhere_is_taken_over_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = tmp_path / "old", tmp_path / "library" / "stepgguf"
+    monkeypatch.setattr(folders, "data", lambda: new)
+    folders.adopt(old)
+    assert not new.exists()
+    (old / "sessions").mkdir(parents=True)
+    (old / "sessions" / "a.jsonl").write_text("{}")
+    folders.adopt(old)
+    assert (new / "sessions" / "a.jsonl").read_text() == "{}"
+    assert not old.exists()
+    old.mkdir()
+    folders.adopt(old)
+    assert old.exists(), "what is there is never replaced"

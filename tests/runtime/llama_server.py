@@ -23,6 +23,7 @@ def main() -> int:
     parser.add_argument("--gpu-layers", type=int)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--spec-type", choices=["draft-mtp"])
+    parser.add_argument("--model-draft")
     parser.add_argument("--rpc")
     parser.add_argument("--no-webui", action="store_true")
     options = parser.parse_args()
@@ -44,7 +45,9 @@ def main() -> int:
         params.cpuparams.n_threads = options.threads
     if options.spec_type:
         params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_MTP]
-        params.load_mtp = True
+        params.load_mtp = options.model_draft is None
+    if options.model_draft:
+        params.speculative.draft.mparams.path = options.model_draft
     server = xllamacpp.Server(params)
     sys.stderr.write(f"listening on {server.listening_address}\n")
     signal.pause()

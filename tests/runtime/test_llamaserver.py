@@ -336,6 +336,15 @@ def test_mtp_drafts_and_changes_nothing(
     assert all(step.logprob is not None for step in steps), "also of tokens that could have been drafted"
 
 
+def test_heads_in_a_file_of_their_own_draft_as_well(
+    spawn: Callable[..., LlamaServerEngine], engine: LlamaServerEngine, prompt: tuple[int, ...], separate_gguf: Path
+) -> None:
+    fast = spawn(separate_gguf, mtp=True, mtp_file=separate_gguf.with_name("mtp-demo.gguf"), n_parallel=1)
+    steps, finished = run(fast, Request(prompt, GREEDY))
+    assert steps == run(engine, Request(prompt, GREEDY))[0]
+    assert finished.timings.accepted[0] > 10
+
+
 # several requests ---------------------------------------------------------------------------------------------------
 
 

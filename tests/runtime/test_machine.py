@@ -104,6 +104,12 @@ def test_a_mac() -> None:
     assert (found.kind, found.cpu, found.architecture) == ("mac", "Apple M1 Ultra", "arm64")
     assert (found.ram, found.swap, found.wired_limit) == (128 << 30, 2 << 30, 0)
     assert found.ram_available == (5242880 + 1048576) * 16384
+    cached = (
+        MAC["vm_stat"]
+        + "Pages purgeable:                         100000.\nFile-backed pages:                      2000000.\n"
+    )
+    after_writing = probe("Darwin", run=says(MAC | {"vm_stat": cached}))
+    assert after_writing.ram_available == (5242880 + 100000 + 2000000) * 16384, "cached files can go"
     assert probe("Darwin", run=says(MAC | {"sysctl -n iogpu.wired_limit_mb": "114688"})).wired_limit == 112 << 30
     without = {key: value for key, value in MAC.items() if "wired" not in key}
     assert probe("Darwin", run=says(without)).wired_limit is None

@@ -5,29 +5,25 @@ from __future__ import annotations
 import base64
 import difflib
 import json
-import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepgguf.chat import transcript
+from stepgguf.chat import records, transcript
+from stepgguf.chat.records import BOUNDS, Usage
 from stepgguf.chat.request import EFFORTS
-from stepgguf.chat.session import Usage
 from stepgguf.cli.terminal import footer
 from stepgguf.cli.terminal.complete import read_file
 from stepgguf.cli.terminal.view import THINKING
 from stepgguf.errors import OutputError, RequestError
-from stepgguf.runtime.engine import Sampling
+from stepgguf.files.jsonread import Value
 
 if TYPE_CHECKING:
     from stepgguf.cli.dialogue import Dialogue
 
 LEVELS = {"off": 0, **{name: EFFORTS[name] for name in ("low", "medium", "high")}}  # tokens of thinking
-_WHOLE = ("top_k", "seed", "max_tokens")
-_SIGNED = ("frequency_penalty", "presence_penalty", "seed")
-_KEYS = [f.name for f in fields(Sampling) if f.name != "logit_bias"] + ["max_tokens"]
 _LISTED = 20  # sessions
 
 
@@ -94,8 +90,8 @@ def _set(dialogue: Dialogue, argument: str) -> None:
     settings = session.settings
     if argument:
         key, _, text = argument.replace("=", " ").partition(" ")
-        if key not in _KEYS:
-            raise RequestError(f"/set {key}: not known", hint=f"There are {', '.join(_KEYS)}.")
+        if key not in BOUNDS:
+            raise RequestError(f"/set {key}: not known", hint=f"There are {', '.join(BOUNDS)}.")
         value = _number(key, text.strip())
         if key == "max_tokens":
             settings = replace(settings, max_tokens=value)
@@ -105,7 +101,7 @@ def _set(dialogue: Dialogue, argument: str) -> None:
         session.set(settings)
     default = session.backend.default
     lines = []
-    for key in _KEYS[:-1]:
+    for key in [key for key in BOUNDS if key != "max_tokens"]:
         standard = getattr(default, key) if default is not None else "the server's"
         own = key in settings.sampling
         lines.append(f"{key} {settings.sampling[key] if own else standard}" + (f" (default {standard})" if own else ""))
@@ -120,15 +116,10 @@ def _number(key: str, text: str) -> Any:
     if text in ("default", "none", "off"):
         return None
     try:
-        value = int(text) if key in _WHOLE else float(text)
-    except ValueError as error:
-        kind = "a whole number" if key in _WHOLE else "a number"
-        raise RequestError(f"{key} {text!r} is not {kind}", hint="Or say default.") from error
-    low = 1 if key == "max_tokens" else -math.inf if key in _SIGNED else 0
-    high = 1 if key in ("top_p", "min_p") else math.inf
-    if not low <= value <= high or math.isinf(value):
-        raise RequestError(f"{key} {text} is not between {low} and {high}", hint="Or say default.")
-    return value
+        raw: Any = json.loads(text)
+    except ValueError:
+        raw = text
+    return records.number(Value(raw, f"/set {key}", RequestError, "Or say default.", key), key)
 
 
 def _system(dialogue: Dialogue, argument: str) -> None:
@@ -319,7 +310,7 @@ COMMANDS = {
         lambda _: (*LEVELS, "show", "fold", "hide"),
     ),
     "/t": Command("/t", "fold or unfold the thinking; shows the last", _toggle),
-    "/set": Command("/set [KEY VALUE|default]", "sampling and max_tokens", _set, lambda _: _KEYS),
+    "/set": Command("/set [KEY VALUE|default]", "sampling and max_tokens", _set, lambda _: BOUNDS),
     "/system": Command("/system [TEXT|off]", "the system message", _system),
     "/file": Command("/file PATH", "put a file into the next question", _file, lambda _: ["@"]),
     "/regen": Command("/regen", "answer the last question anew", _regenerate),

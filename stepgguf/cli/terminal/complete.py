@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stepgguf.errors import RequestError
+from stepgguf.files import textfile
 
 _MENTION = re.compile(r'(?<![^\s(])@(?:"([^"\n]+)"|([^\s"]+))')
 _PARTIAL = re.compile(r'(?:^|(?<=[\s(]))@("?)([^\s"]*)$')
 _TRAILING = ".,;:!?)"  # belong to the sentence if no file is called so
 _MOST = 50  # paths in a menu
+_MOST_BYTES = 16 * 2**20  # more than any context holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +31,7 @@ class Attachment:
 
 def read_file(name: str) -> Attachment:
     """RequestError: there is no such file, or it is not text."""
-    path = Path(name).expanduser()
-    try:
-        return Attachment(name, path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{name} is not UTF-8 text", hint="The model reads text only.") from error
-    except OSError as error:
-        raise RequestError(f"{name}: {error.strerror}", hint="Give the path of a text file.") from error
+    return Attachment(name, textfile.read(Path(name).expanduser(), RequestError, most=_MOST_BYTES))
 
 
 def mentioned(question: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stepgguf.chat.session import Usage
+from stepgguf.chat.records import Usage
 
 CROWDED = 0.8  # share of the context from which on a warning is due
 

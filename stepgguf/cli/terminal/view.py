@@ -12,7 +12,8 @@ import time
 from typing import Literal, TextIO, get_args
 
 from stepgguf.chat.output import Delta
-from stepgguf.chat.session import Update, Usage
+from stepgguf.chat.records import Usage
+from stepgguf.chat.session import Update
 from stepgguf.cli.terminal import footer
 from stepgguf.cli.terminal.live import Live, fit, printable, wrap
 from stepgguf.cli.terminal.markdown import Blocks, Renderer

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import llama_cpp
 
-from stepgguf.errors import ContextLengthExceeded, EngineDied, EngineError
+from stepgguf.errors import ContextLengthExceeded, EngineDied, EngineError, ModelLoadFailed
 from stepgguf.runtime.engine import FinishReason, ModelInfo, Request, Sink, Stats
 from stepgguf.runtime.llama import hooks
 from stepgguf.runtime.llama.context import Context
@@ -27,9 +27,9 @@ from stepgguf.runtime.llama.prefix import Prefixes
 from stepgguf.runtime.llama.run import Run
 from stepgguf.runtime.llama.scheduler import DecodeFailed, Scheduler
 from stepgguf.runtime.llama.store import Store
+from stepgguf.runtime.memory import DEFAULT_CTX
 
 BATCH = 512  # rows of a decode: what a cancel may have to wait for
-MAX_CTX = 32768  # the default's limit: memory for more should be asked for
 MOST_RECOVERIES = 3  # within RECOVERY_SECONDS; after that something is wrong for good
 RECOVERY_SECONDS = 600.0
 
@@ -46,6 +46,7 @@ class LlamaEngine:
         gpu_layers: int = -1,
         threads: int | None = None,
         draft: int | None = None,
+        mtp_file: Path | None = None,
         mmap: bool = True,
         queue_limit: int = 64,
         cache_ram: int = 2 * 2**30,
@@ -57,13 +58,15 @@ class LlamaEngine:
 
         n_ctx: tokens that all requests share; None is what the model was trained for, at most 32768. n_parallel: so
         many requests are decoded at once, queue_limit more wait. draft: MTP tokens to draft; None finds the best
-        number, 0 is off.
+        number, 0 is off. mtp_file: another GGUF that holds the MTP blocks, as `convert --mtp separate` writes it.
         cache_ram, cache_folder, cache_disk: bytes and place for conversations that are not in the context.
         """
         self._draft = draft
         mtp = draft != 0 and hooks.AVAILABLE
-        self._model = Model(path, gpu_layers=gpu_layers, mtp=mtp, mmap=mmap, progress=progress)
-        self._n_ctx = n_ctx or min(self._model.n_ctx_train, MAX_CTX)
+        inside = mtp and mtp_file is None
+        self._model = Model(path, gpu_layers=gpu_layers, mtp=inside, mmap=mmap, progress=progress)
+        self._heads = self._model  # whose MTP blocks draft
+        self._n_ctx = n_ctx or min(self._model.n_ctx_train, DEFAULT_CTX)
         self._n_parallel, self._queue_limit = n_parallel, queue_limit
         self._threads = threads or os.cpu_count() or 1
         self._context: Context | None = None
@@ -75,11 +78,14 @@ class LlamaEngine:
         self._stopping = False
         self._failures: list[float] = []
         try:
-            self._store = Store(cache_ram, cache_folder, cache_disk, self._fingerprint())
+            if mtp and mtp_file is not None:
+                self._heads = Model(mtp_file, gpu_layers=gpu_layers, mtp=True, mmap=mmap, progress=None)
+                self._check_heads()
+            self._store = Store(cache_ram, cache_folder, cache_disk, self._fingerprint(), self._model.n_embd)
             self._scheduler = self._start()
         except BaseException:
             self._free()
-            self._model.close()
+            self._close_models()
             raise
         self._info = self._describe()
         self._thread = threading.Thread(target=self._loop, name="stepgguf-engine", daemon=True)
@@ -163,7 +169,7 @@ class LlamaEngine:
         self._commands.put(lambda: None)
         self._thread.join()
         self._free()
-        self._model.close()
+        self._close_models()
 
     # the engine's thread ----------------------------------------------------------------------------------------
 
@@ -223,21 +229,33 @@ class LlamaEngine:
         if self._context is None:
             self._stopping = True
 
+    def _check_heads(self) -> None:
+        model, heads = self._model, self._heads
+        if not heads.n_heads:
+            raise ModelLoadFailed(f"{heads.path} holds no MTP blocks", hint="Give what `--mtp separate` wrote.")
+        found, expected = ((m.n_embd, m.n_vocab, m.n_swa) for m in (heads, model))
+        if found != expected:
+            raise ModelLoadFailed(
+                f"{heads.path} is of another model than {model.path}: its width, vocabulary and window are "
+                f"{found}, expected {expected}",
+                hint="Give the MTP file that was written with this model.",
+            )
+
     def _start(self) -> Scheduler:
-        model, n_seq = self._model, self._n_parallel
+        model, heads, n_seq = self._model, self._heads, self._n_parallel
         n_batch = min(BATCH, self._n_ctx)
         self._context = Context(
             model,
             n_ctx=self._n_ctx,
             n_seq=n_seq,
             n_batch=n_batch,
-            n_outputs=n_seq * (1 + model.n_heads),
+            n_outputs=n_seq * (1 + heads.n_heads),
             threads=self._threads,
             of=None,
         )
-        if model.n_heads:
-            self._drafter = Drafter(model, self._context, n_seq=n_seq, threads=self._threads)
-        tuner = DepthTuner(model.n_heads, self._draft) if self._drafter else None
+        if heads.n_heads:
+            self._drafter = Drafter(heads, self._context, n_seq=n_seq, threads=self._threads)
+        tuner = DepthTuner(heads.n_heads, self._draft) if self._drafter else None
         prefixes = Prefixes(self._context, self._drafter, model.n_swa)
         return Scheduler(prefixes, tuner, self._store, self._stats, self._ended)
 
@@ -261,11 +279,17 @@ class LlamaEngine:
             self._context.close()
         self._context = self._drafter = None
 
+    def _close_models(self) -> None:
+        self._model.close()
+        self._heads.close()  # of one file both are the same, and the second time does nothing
+
     def _fingerprint(self) -> str:
         """What the bytes of a saved sequence depend on."""
-        stat = self._model.path.stat()
-        heads = self._model.n_heads
-        return f"{self._model.path.name} {stat.st_size} {stat.st_mtime_ns} {llama_cpp.__version__} f16 {heads}"
+        parts = [f"{llama_cpp.__version__} f16 {self._heads.n_heads}"]
+        for path in dict.fromkeys((self._model.path, self._heads.path)):
+            stat = path.stat()
+            parts.append(f"{path.name} {stat.st_size} {stat.st_mtime_ns}")
+        return " ".join(parts)
 
 
 class LlamaTicket:

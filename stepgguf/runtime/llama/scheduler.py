@@ -178,7 +178,8 @@ class Scheduler:
         return target
 
     def _bring_back(self, sequence: Sequence, entry: Entry, prompt: TokenArray) -> None:
-        if not self._context.restore(sequence.id, entry.cells, window_only=False):
+        restored = self._context.restore(sequence.id, entry.cells, window_only=False)
+        if not restored or self._context.newest(sequence.id) != len(entry.tokens) - 1:
             self._prefixes.clear(sequence)
             return
         sequence.extend(entry.tokens)

@@ -65,6 +65,7 @@ class LlamaServerEngine:
         gpu_layers: int,
         threads: int | None,
         mtp: bool,
+        mtp_file: Path | None = None,
         rpc: Sequence[str] = (),
         extra: Sequence[str] = (),
         queue_limit: int,
@@ -72,7 +73,8 @@ class LlamaServerEngine:
     ) -> LlamaServerEngine:
         """Start llama-server for a GGUF and wait until it is loaded. ModelLoadFailed has its last lines.
 
-        n_ctx None and gpu_layers < 0: llama-server fits them into the memory that is free. rpc: host:port of machines
+        n_ctx None and gpu_layers < 0: llama-server fits them into the memory that is free. mtp_file: where the
+        MTP blocks are, if not in the model's file. rpc: host:port of machines
         that run llama.cpp's rpc-server and take a share of the weights. progress is told 0 and 1: llama-server does
         not say how far it is.
         """
@@ -87,6 +89,7 @@ class LlamaServerEngine:
             arguments += ["--threads", str(threads)]
         if mtp:
             arguments += ["--spec-type", "draft-mtp"]
+            arguments += ["--model-draft", str(mtp_file)] if mtp_file else []
         if rpc:
             arguments += ["--rpc", ",".join(rpc)]
         process = LlamaProcess(model, binary, [*arguments, *extra])

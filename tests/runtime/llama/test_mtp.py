@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from stepgguf.errors import ModelLoadFailed
 from stepgguf.runtime.engine import Sampling
 from stepgguf.runtime.llama import LlamaEngine
 from stepgguf.runtime.llama.depth import DepthTuner
 from tests.runtime.llama.conftest import question, run
 
+Start = Callable[..., LlamaEngine]
 TEXTS = [question(f"What is {a} + {b}?") for a, b in ((347, 286), (12, 5), (999, 1), (450, 405))] + [
     question("How many 'r's are in the word strawberry?"),
     question("Hello"),
@@ -100,3 +102,26 @@ def test_a_file_without_heads_runs(tmp_path: Path, start: Callable[..., LlamaEng
     engine = start(tmp_path / "trunk.gguf", n_ctx=512)
     assert engine.n_heads == 0
     assert run(engine, engine.tokenize(TEXTS[0]))[1].reason == "stop"
+
+
+def test_heads_in_a_file_of_their_own_draft_the_same(demo_gguf: Path, separate_gguf: Path, start: Start) -> None:
+    """The same tokens in the same steps, and as many guesses of each head are right."""
+    together = start(demo_gguf, n_ctx=1024, draft=3)
+    apart = start(separate_gguf, mtp_file=separate_gguf.with_name("mtp-demo.gguf"), n_ctx=1024, draft=3)
+    assert apart.n_heads == 3
+    for text in TEXTS:
+        prompt = together.tokenize(text)
+        expected, got = (run(engine, prompt, max_tokens=150) for engine in (together, apart))
+        assert got[0] == expected[0]
+        for name in ("n_steps", "drafted", "accepted"):
+            assert getattr(got[1].timings, name) == getattr(expected[1].timings, name)
+        assert got[1].timings.accepted[0] > 0
+
+
+def test_a_file_that_holds_no_heads_or_those_of_another_model_is_refused(
+    demo_gguf: Path, separate_gguf: Path, random_model: Path
+) -> None:
+    with pytest.raises(ModelLoadFailed, match="holds no MTP blocks"):
+        LlamaEngine(separate_gguf, mtp_file=separate_gguf, n_ctx=256, threads=1)
+    with pytest.raises(ModelLoadFailed, match="is of another model"):
+        LlamaEngine(separate_gguf, mtp_file=random_model, n_ctx=256, threads=1)

@@ -1,0 +1,86 @@
+r"""CommonMark with tables and ~~strikethrough~~, read so that what is no style stays in the text, as it was written.
+
+<Enter>  std::vector<int>  <https://x.org>  &lt;  \(a_1\)  \*      text, and nothing inside is style
+\[ ... \]  $$ ... $$                                              the same over several lines
+[text](url "title")                                               a link, whose href is everything in parentheses
+![text](url)                                                      the same behind an exclamation mark
+[name]: url                                                       text: a definition that is used nowhere would vanish
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from markdown_it import MarkdownIt
+from markdown_it.rules_block import StateBlock
+from markdown_it.rules_inline import StateInline, autolink, escape, html_inline, link
+
+Rule = Callable[[StateInline, bool], bool]
+_FORMULA = re.compile(r"\\\(.+?\\\)|\\\[.+?\\\]|\$\$.+?\$\$", re.DOTALL)
+_OPENING = ("\\[", "$$")
+
+
+def parser() -> MarkdownIt:
+    markdown = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    markdown.disable(["reference", "entity", "image"])
+    for name, rule in (("escape", _escape), ("html_inline", html_inline), ("autolink", autolink)):
+        markdown.inline.ruler.at(name, _verbatim(rule))
+    markdown.inline.ruler.at("link", _link)
+    markdown.block.ruler.before("fence", "formula", _formula, {"alt": ["paragraph", "blockquote", "list"]})
+    return markdown
+
+
+def _verbatim(rule: Rule) -> Any:
+    """What the rule takes becomes text."""
+
+    def as_text(state: StateInline, silent: bool) -> bool:
+        start = state.pos
+        if not rule(state, True):
+            return False
+        if not silent:
+            state.push("text", "", 0).content = state.src[start : state.pos]
+        return True
+
+    return as_text
+
+
+def _escape(state: StateInline, silent: bool) -> bool:
+    """A formula or what the backslash stands before."""
+    if state.src.startswith(("\\", "$$"), state.pos) and (found := _FORMULA.match(state.src, state.pos, state.posMax)):
+        state.pos = found.end()
+        return True
+    return escape(state, silent)
+
+
+def _link(state: StateInline, silent: bool) -> bool:
+    start, n = state.pos, len(state.tokens)
+    if not link(state, silent):
+        return False
+    if not silent:
+        end = state.md.helpers.parseLinkLabel(state, start, True)
+        opening = next(token for token in state.tokens[n:] if token.type == "link_open")
+        opening.attrs["href"] = state.src[end + 2 : state.pos - 1]
+    return True
+
+
+def _formula(state: StateBlock, start: int, end: int, silent: bool) -> bool:
+    """A block of the lines from one that begins a formula to the one that ends it: no line of it is a list. What
+    does not end yet may do so when more of the answer comes, unless an empty line comes first."""
+    begin = state.bMarks[start] + state.tShift[start]
+    if state.is_code_block(start) or not state.src.startswith(_OPENING, begin):
+        return False
+    for line in range(start, end):
+        if state.isEmpty(line) or state.sCount[line] < state.blkIndent:
+            return False
+        text = state.getLines(start, line + 1, state.blkIndent, False).strip()
+        if found := _FORMULA.match(text):
+            if found.end() < len(text):
+                return False
+            break
+    if not silent:
+        state.line = line + 1
+        token = state.push("formula", "", 0)
+        token.content, token.map = text, [start, state.line]
+    return True
