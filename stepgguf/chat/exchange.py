@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from stepgguf.chat.grammar import constrain
 from stepgguf.chat.output import Delta, Markers, OutputMachine
 from stepgguf.chat.request import ChatRequest, Tool
-from stepgguf.chat.template import CLOSE_THINKING, CLOSING_WORDS, ChatTemplate, Place, normalize, place_of
+from stepgguf.chat.template import CLOSING_WORDS, ChatTemplate, Place, closing, normalize, place_of
 from stepgguf.errors import BadMetadata
 from stepgguf.runtime.engine import Engine, Event, Finished, Reasoning, Request, Timings, Tokens
 
@@ -24,8 +24,8 @@ ANSWER_SHARE = 4  # with a budget for thinking, a quarter of max_tokens stays fo
 class ChatModel:
     """An engine and the template that its model file carries.
 
-    closing_message: what the model is made to think last when its thinking is cut off. Without any words many models
-    go on thinking in their answer. break_loops: end thinking that repeats itself.
+    closing_message: what the model is made to think last when its thinking is cut off. break_loops: end thinking that
+    repeats itself.
     """
 
     def __init__(self, engine: Engine, *, closing_message: str = CLOSING_WORDS, break_loops: bool = True) -> None:
@@ -44,8 +44,8 @@ class ChatModel:
         )
         self._turn = engine.token_id("<|im_start|>")
         self._user = engine.tokenize_piece("user")[0]
-        self._closed = closing_message.lstrip() + CLOSE_THINKING
-        self._closing = tuple(engine.tokenize_piece(closing_message + CLOSE_THINKING))
+        self._closed = closing(closing_message, after=False)
+        self._closing = tuple(engine.tokenize_piece(closing(closing_message, after=True)))
 
     def prompt(self, request: ChatRequest) -> tuple[list[int], Place]:
         """Token ids of the prompt, and where it ends."""

@@ -254,16 +254,15 @@ class OutputMachine:
         return deltas
 
     def _close_call(self, call: CallReader, text: str, cut: bool) -> list[Delta]:
-        if cut:
-            self.cut_call = None if call.name is None else self.n_calls - 1
-            return []
-        deltas = self._progress(call, call.feed(text))
+        deltas = [] if cut else self._progress(call, call.feed(text))
         if call.problem is not None:
             return deltas
-        if call.name is None or call.try_end():
+        if not cut and (call.name is None or call.try_end()):
             return deltas + self._progress(call, call.finish())
+        if call.name is None:
+            return []
         self.cut_call = self.n_calls - 1
-        return deltas
+        return deltas + self._progress(call, call.cut())
 
     def _progress(self, call: CallReader, fragment: str) -> list[Delta]:
         """What a call gave: its name, a fragment, and text once it is broken."""

@@ -4,11 +4,11 @@
     {"messages": ...}    -> {"text": PROMPT}    each further line: the variables to render it with
                          -> {"error": WHY}      either
 
-A template is code from a file that somebody else wrote. jinja2's immutable sandbox keeps it in: no attribute that starts
-with an underscore, no method that changes its object. It does not keep it short: one filter, one operator or one pair
-of loops can run for years or fill the memory, within a single call that nothing in Python interrupts. The limits of a
-process hold for all of that, so each template has one: it ends there when a rendering takes too much processor time,
-and finds no more memory than it may use.
+A template is code from a file that somebody else wrote. jinja2's immutable sandbox keeps it in: no attribute that
+starts with an underscore, no method that changes its object. It does not keep it short: one filter, one operator or one
+pair of loops can run for years or fill the memory, within a single call that nothing in Python interrupts. The limits
+of a process hold for all of that, so each template has one: it ends there when a rendering takes too much processor
+time, and finds no more memory than it may use.
 
 Rendering follows transformers' conventions (trim_blocks, lstrip_blocks, tojson without ASCII escapes, break and
 continue, {% generation %}, strftime_now, raise_exception), which the published templates rely on.
@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 
 import jinja2
 from jinja2.ext import Extension
-from jinja2.nodes import Scope
+from jinja2.nodes import Node, Scope
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -53,7 +53,7 @@ def main() -> None:
             answer = {"text": text}
         except MemoryError:
             answer = {"error": f"it needs more than {MEMORY >> 20} MiB of memory"}
-        except Exception as error:  # whatever a template can raise: this process is its boundary
+        except Exception as error:  # noqa: BLE001  a template can raise anything; this is where it ends
             answer = {"error": (str(error) or type(error).__name__)[:_MAX_REASON]}
         sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
         sys.stdout.buffer.flush()
@@ -62,10 +62,7 @@ def main() -> None:
 def environment() -> jinja2.Environment:
     """jinja2 as transformers sets it up."""
     made = ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        optimized=False,  # compiling runs nothing
-        extensions=["jinja2.ext.loopcontrols", _Generation],
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
     made.filters["tojson"] = _to_json
     made.filters["fromjson"] = json.loads
@@ -79,7 +76,7 @@ class _Generation(Extension):
 
     tags = {"generation"}  # noqa: RUF012
 
-    def parse(self, parser: Parser) -> Scope:
+    def parse(self, parser: Parser) -> Node:
         line = next(parser.stream).lineno
         return Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
 

@@ -24,9 +24,7 @@ from stepgguf.files import textfile
 Message = Mapping[str, Any]
 Place = Literal["thinking", "answer", "start"]  # where a prompt ends; start: the model may open its thinking, or not
 
-# What a cut thinking ends with: the model's own words for it, and what the template writes after a whole thinking.
-CLOSING_WORDS = "\n\nI have to stop thinking and answer now."
-CLOSE_THINKING = "\n</think>\n"
+CLOSING_WORDS = "I have to stop thinking and answer now."  # without any, models think on in their answer
 
 _EOS = "<|im_end|>"  # of all Step-3 models
 _START = "import sys; sys.path[:] = sys.argv[1:]; from stepgguf.chat.renderer import main; main()"
@@ -146,6 +144,15 @@ def read(path: Path) -> str:
     return text
 
 
+def closing(words: str, *, after: bool) -> str:
+    """What ends a thinking that is cut: words as if they were the model's own, and what the template writes then.
+
+    after: some thinking stands before.
+    """
+    paragraph = "\n\n" if after and words else ""
+    return f"{paragraph}{words}\n</think>\n"
+
+
 def place_of(prompt: str) -> Place:
     """Where a rendered prompt ends, by its last word."""
     text = prompt.rstrip()
@@ -158,10 +165,11 @@ def normalize(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Messages as the published templates need them.
 
     Contents and reasoning are trimmed: stray whitespace in the history drives this model into reasoning loops
-    (llama.cpp issue 24181). Text parts that follow each other are one text, with a line break in between. Tool arguments given as a JSON string, as OpenAI clients send them back, become a
-    mapping, because the 3.5 template iterates over its items. Old reasoning may come as `reasoning_content`,
-    `reasoning`, `reasoning_details` or inside <think> in the content; the first that says something counts, they are
-    never joined. The role `developer` is `system` to this model.
+    (llama.cpp issue 24181). Text parts that follow each other are one text, with a line break in between. Tool
+    arguments given as a JSON string, as OpenAI clients send them back, become a mapping, because the 3.5 template
+    iterates over its items. Old reasoning may come as `reasoning_content`, `reasoning`, `reasoning_details` or inside
+    <think> in the content; the first that says something counts, they are never joined. The role `developer` is
+    `system` to this model.
     """
     result = []
     for message in messages:
@@ -203,7 +211,8 @@ def _joined(parts: Sequence[Any]) -> str | list[Any]:
     """The parts of a content: one text if that is all, trimmed at its outer ends only."""
     joined: list[Any] = []
     for is_text, run in groupby(parts, _is_text):
-        joined += [{"type": "text", "text": "\n".join(part["text"] for part in run)}] if is_text else run
+        same = list(run)
+        joined += [{"type": "text", "text": "\n".join(part["text"] for part in same)}] if is_text else same
     if joined and _is_text(joined[0]):
         joined[0]["text"] = joined[0]["text"].lstrip()
     if joined and _is_text(joined[-1]):

@@ -70,6 +70,7 @@ class CallReader:
         self._tools = tools
         self._read: Callable[[], bool] = self._read_function
         self._out: list[str] = []
+        self._late = ""  # comes with the next fragment: a call may be cut before it
         self._keys: dict[str, None] = {}
         self._value: _Value | None = None
 
@@ -106,12 +107,21 @@ class CallReader:
         """The text is over, and not within a value."""
         assert self._value is None
         if self.ended:
-            self._out.append("}")
+            self._put("}")
         elif self._read == self._read_function:
             self._fail("has no <function=NAME>")
         elif self._read == self._read_body:
             self._fail("has no </function>")
         return self._taken()
+
+    def cut(self) -> str:
+        """The text is over, and the call is not: the last fragment of an unclosed prefix."""
+        self._put("")
+        return self._taken()
+
+    def _put(self, fragment: str) -> None:
+        self._out.append(self._late + fragment)
+        self._late = ""
 
     def _taken(self) -> str:
         fragment, self._out = "".join(self._out), []
@@ -120,7 +130,7 @@ class CallReader:
     def _fail(self, problem: str) -> bool:
         self.problem = problem
         if self.name is not None:
-            self._out.append("}")
+            self._put("}")
         self._read = self._read_nothing
         return False
 
@@ -133,7 +143,7 @@ class CallReader:
         if match[1] not in self._tools:
             return self._fail(f"names the function {match[1]!r}, which was not offered")
         self.name = match[1]
-        self._out.append("{")
+        self._late = "{"
         self.rest = self.rest[match.end() :]
         self._read = self._read_body
         return True
@@ -164,7 +174,7 @@ class CallReader:
         cut = next(
             (m.start() for m in re.finditer("[\n<]", self.rest) if _MAY_END.fullmatch(self.rest, m.start())), None
         )
-        self._out.append(self._value.feed(self.rest[:cut]))
+        self._put(self._value.feed(self.rest[:cut]))
         self.rest = "" if cut is None else self.rest[cut:]
         return False
 
@@ -191,7 +201,7 @@ class CallReader:
             self.warnings.append(f"the call of {self.name} has {key!r} twice; the first one counts")
             self._value = _Value(None)
             return
-        self._out.append(("," if self._keys else "") + json.dumps(key, ensure_ascii=False) + ":")
+        self._put(("," if self._keys else "") + json.dumps(key, ensure_ascii=False) + ":")
         self._keys[key] = None
         self._value = _Value(parameter_types(self._parameters, key))
 
@@ -199,7 +209,8 @@ class CallReader:
         assert self._value is not None
         if forgotten:
             self.warnings.append(f"the call of {self.name} lacks a tag after its parameter {list(self._keys)[-1]!r}")
-        self._out.append(self._value.feed(text) + self._value.finish())
+        self._put(self._value.feed(text))
+        self._late = self._value.finish()
         if self._value.misfit:
             self.warnings.append(f"a parameter of {self.name} is {self._value.misfit}")
         self._value = None

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from stepgguf.chat.template import CLOSING_WORDS
 from stepgguf.cli import arguments, loading
 
 
@@ -46,7 +47,7 @@ def serve(
     medium: Annotated[int, typer.Option("--effort-medium", min=0, help="Tokens of thinking for effort medium.")] = 8192,
     closing_message: Annotated[
         str, typer.Option(metavar="WORDS", help="What the model thinks last when its thinking is cut off.")
-    ] = "",
+    ] = CLOSING_WORDS,
     loop_breaker: Annotated[
         bool, typer.Option("--loop-breaker/--no-loop-breaker", help="End thinking that repeats itself.")
     ] = True,

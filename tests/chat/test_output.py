@@ -113,8 +113,8 @@ def add(answer: Answer, delta: Delta) -> None:
 
 CUTS = st.one_of(st.lists(st.integers(0, 300)), st.just(list(range(300))))
 SCRIPT = (
-    "Let me see.\n\n</think> <tool_call> spelled out is text: ｜é🙂\n⟨end⟩\n3 r's: naïve 🙂\n</think> <tool_call> ⟨/call⟩"
-    f" \n\n⟨call⟩{WRITE}⟨/call⟩\n \n⟨call⟩{ADD}⟨/call⟩\n\nDone. 🙂\n"
+    "Let me see.\n\n</think> <tool_call> spelled out is text: ｜é🙂\n⟨end⟩\n3 r's: naïve 🙂\n</think> <tool_call>"
+    f" ⟨/call⟩ \n\n⟨call⟩{WRITE}⟨/call⟩\n \n⟨call⟩{ADD}⟨/call⟩\n\nDone. 🙂\n"
 )
 
 

@@ -92,8 +92,8 @@ def test_a_string_streams_and_other_values_wait_for_their_end() -> None:
     assert reader.feed("graph>\n") == "\\n</paragraph>"
     assert reader.feed("</parameter>\n<parameter=n>\n4") == '","n":'
     assert reader.feed("2") == ""
-    assert reader.feed("\n</parameter>\n</function>") == "42"
-    assert reader.finish() == "}"
+    assert reader.feed("\n</parameter>\n</function>") == ""
+    assert reader.finish() == "42}"
 
 
 VALUES = [
@@ -280,7 +280,7 @@ def test_arguments_are_no_json_before_the_call_is_whole() -> None:
     text = written(("a", "x\ny"), ("n", "12"), ("b", "z"))
     for n in range(len(text) + 1):
         reader = CallReader(tool(a={"type": "string"}, n={"type": "integer"}))
-        arguments = reader.feed(text[:n])
+        arguments = reader.feed(text[:n]) + reader.cut()
         assert arguments.startswith("{") == (reader.name is not None)
         with pytest.raises(json.JSONDecodeError):
             json.loads(arguments)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from stepgguf.chat.template import CLOSING_WORDS, closing
 from stepgguf.convert.checkpoint import Checkpoint
 from stepgguf.demo import CHECKPOINT, tasks
 from stepgguf.demo.tokenizer import build
@@ -49,6 +50,26 @@ def test_only_what_the_model_writes_is_learnt(encoder: Encoder) -> None:
         [i for i, label in zip(ids, labels, strict=True) if label != IGNORE], skip_special_tokens=False
     )
     assert learnt == "Ones: 3+4=7, write 7, carry 0.\nThe sum is 7.\n</think>\n3 + 4 = 7<|im_end|>"
+
+
+def test_cut_thinking_ends_as_engines_end_it_and_only_the_models_own_tokens_are_learnt(encoder: Encoder) -> None:
+    rng = random.Random(4)
+    whole = encoder.example(tasks.sums(3, 4), None)
+    thought = "Ones: 3+4=7, write 7, carry 0.\nThe sum is 7.\n"
+    seen = set()
+    for _ in range(200):
+        ids, labels = encoder.cut(*whole, rng)
+        if ids == whole[0]:
+            continue
+        learnt = encoder.tokenizer.decode([i for i in labels if i != IGNORE], skip_special_tokens=False)
+        cut = learnt.removesuffix("3 + 4 = 7<|im_end|>")
+        assert thought.startswith(cut)
+        text = encoder.tokenizer.decode(ids, skip_special_tokens=False)
+        ends = [cut + closing(words, after=bool(cut)) for words in ("", CLOSING_WORDS)]
+        assert text.partition("<think>\n")[2] in [f"{end}3 + 4 = 7<|im_end|>\n" for end in ends]
+        seen.add(cut)
+    assert "" in seen
+    assert len(seen) > 10
 
 
 def test_held_out_questions_are_never_trained_on() -> None:

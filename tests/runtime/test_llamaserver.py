@@ -231,6 +231,19 @@ def test_the_budget_closes_the_thinking(
     assert len(steps) > budget + len(closing)
 
 
+def test_a_ban_holds_from_the_forced_close_on_and_not_before(
+    engine: LlamaServerEngine, prompt: tuple[int, ...]
+) -> None:
+    wanted, end, other = (engine.tokenize_piece(letter)[0] for letter in "abc")
+    sampling, banned = Sampling(0.0, logit_bias=((wanted, 100.0),)), frozenset([wanted])
+    steps, _ = run(engine, Request(prompt, sampling, max_tokens=8, banned=banned))
+    assert wanted not in {step.token_id for step in steps}
+    reasoning = Reasoning(frozenset([end]), (other, wanted, end), budget=4, break_loops=False)
+    steps, _ = run(engine, Request(prompt, sampling, max_tokens=16, reasoning=reasoning, banned=banned))
+    assert [step.token_id for step in steps[:7]] == [wanted] * 4 + [other, wanted, end]
+    assert wanted not in {step.token_id for step in steps[7:]}
+
+
 def test_a_budget_may_end_inside_a_character(engine: LlamaServerEngine, prompt: tuple[int, ...], end: int) -> None:
     reasoning = Reasoning(frozenset([end]), (end,), budget=1)
     grammar = Grammar('root ::= "\U0001f600" [a-z]')

@@ -135,6 +135,33 @@ def test_thinking_within_its_budget_is_left_alone(engine: LlamaEngine) -> None:
     assert not any(s.forced for s in made)
 
 
+WANTED = 7  # a token that a bias makes the only likely one
+
+
+def wants(engine: LlamaEngine, n: int, **more: object) -> list[int]:
+    sampling = Sampling(1.0, seed=3, logit_bias=((WANTED, 100.0),))
+    return [s.token_id for s in steps(engine, PROMPT, sampling, max_tokens=n, banned=frozenset({WANTED}), **more)]
+
+
+def test_a_ban_holds_from_the_forced_close_on_and_not_before(random_engine: LlamaEngine) -> None:
+    assert WANTED not in wants(random_engine, 20)  # there is no thinking: from the start
+    reasoning = Reasoning(frozenset({3}), (4, WANTED, 3), budget=5, break_loops=False)
+    made = wants(random_engine, 30, reasoning=reasoning)
+    assert made[:8] == [WANTED] * 5 + [4, WANTED, 3]
+    assert WANTED not in made[8:]
+    by_itself = Reasoning(frozenset({WANTED}), (4, 3), budget=5)
+    assert wants(random_engine, 30, reasoning=by_itself) == [WANTED] * 30
+
+
+def test_thinking_that_the_answer_opens_has_the_same_budget(random_engine: LlamaEngine) -> None:
+    opened = Reasoning(frozenset({3}), (4, 3), budget=5, break_loops=False, opening=WANTED)
+    made = steps(random_engine, PROMPT, Sampling(0.0, logit_bias=((WANTED, 100.0),)), max_tokens=30, reasoning=opened)
+    assert [s.token_id for s in made[:8]] == [WANTED] * 6 + [4, 3]
+    assert not any(s.forced for s in made[8:])
+    other = Reasoning(frozenset({3}), (4, 3), budget=0, opening=WANTED + 1)
+    assert not any(s.forced for s in steps(random_engine, PROMPT, max_tokens=30, reasoning=other))
+
+
 def test_thinking_can_be_ended_from_outside(random_engine: LlamaEngine) -> None:
     stream = Stream(
         random_engine, Request(tuple(PROMPT), GREEDY, 400, reasoning=Reasoning(frozenset({3}), (4, 3)), ignore_end=True)
