@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from gguf import GGUFValueType
 
@@ -73,7 +74,7 @@ def _rewrite(path: Path, change: Callable[[dict[str, Key]], None]) -> None:
     with disk_errors(path), _held(path):
         if backup.exists():
             _overwrite(path, backup.read_bytes())
-        old = gguf_header.read(path)
+        old, manifest = gguf_header.read(path), _manifest(path)
         keys = {name: key for name, key in old.keys.items() if name != RESERVE}
         change(keys)
         new = _fitted(keys, old)
@@ -85,7 +86,9 @@ def _rewrite(path: Path, change: Callable[[dict[str, Key]], None]) -> None:
                 disk.replace(backup, file.read(old.data_start))
             _overwrite(path, new)
         backup.unlink(missing_ok=True)
-        _update_manifest(path, new)
+        if manifest is not None:
+            changes = {"header_sha256": hashlib.sha256(new).hexdigest(), "bytes": path.stat().st_size}
+            write_manifest(path, manifest | changes)
 
 
 @contextmanager
@@ -135,8 +138,6 @@ def _copy(path: Path, data_start: int, header: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
-def _update_manifest(path: Path, header: bytes) -> None:
-    if manifest_path(path).exists():
-        manifest = read_manifest(path, "Remove it, or fetch it again.")
-        manifest |= {"header_sha256": hashlib.sha256(header).hexdigest(), "bytes": path.stat().st_size}
-        write_manifest(path, manifest)
+def _manifest(path: Path) -> dict[str, Any] | None:
+    """Read before anything is changed: a damaged one is an error, and then the file is as it was."""
+    return read_manifest(path, "Remove it, or fetch it again.") if manifest_path(path).exists() else None

@@ -92,7 +92,8 @@ def test_every_kind_of_file_gets_an_answer(command: str, small: Path, whole: Pat
     code = (
         "import sys\nfrom stepgguf.cli.main import main\n"
         "for line in sys.stdin.read().splitlines():\n"
-        "    code = main([*line.split(), '-q'] if not line.startswith(('plan', 'inspect', 'template')) else line.split())\n"
+        "    words = line.split()\n"
+        "    code = main(words if words[0] in ('plan', 'inspect', 'template') else [*words, '-q'])\n"
         "    print('CODE', code, line, file=sys.stderr, flush=True)\n"
     )
     result = subprocess.run(
