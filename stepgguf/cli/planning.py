@@ -15,19 +15,17 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import typer
-from gguf import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType
 
 from stepgguf.cli import output
 from stepgguf.cli.converting import sized
 from stepgguf.cli.footprint import checkpoint_footprint, footprint
-from stepgguf.convert.budget import Limits, Trunk, extreme_types, resolve
+from stepgguf.convert.budget import Limits, Trunk, smallest_size
 from stepgguf.convert.checkpoint import Checkpoint
 from stepgguf.convert.ggufsource import GGUFSource
 from stepgguf.convert.opening import open_source
-from stepgguf.convert.plan import Options
 from stepgguf.convert.sizes import Inventory, Sizes, inventory
 from stepgguf.errors import RecipeError, UnknownType
-from stepgguf.quants import mixtures, recipe
+from stepgguf.quants import recipe
 from stepgguf.runtime import catalogue, speed
 from stepgguf.runtime.catalogue import Listed
 from stepgguf.runtime.machine import Machine, probe
@@ -38,9 +36,6 @@ TYPES = (
     "Q6_K", "Q8_0",
 )  # fmt: skip
 AUTO = "auto"
-HEADER = 16 * 2**20  # bytes, more than the published vocabulary takes
-ALIGNMENT = GGUF_DEFAULT_ALIGNMENT
-Q8_0 = GGMLQuantizationType.Q8_0
 FRONTIER = 6  # rows of what --fit would choose
 OWN = "this file"  # the row of a GGUF in its own types
 
@@ -113,7 +108,7 @@ class Planned:
     context: Context
     need: Need
     room: int
-    smallest: tuple[int, int]
+    smallest: tuple[int, ...]
     rows: tuple[Row, ...]
 
     @property
@@ -167,23 +162,14 @@ def planned(
     rows = (
         _row(name, sizes, model, replace(size, weights=sizes.total), where, context, trunk) for name, sizes in found
     )
-    smallest = (_smallest(model, context.mtp, has_imatrix=False), _smallest(model, context.mtp, has_imatrix=True))
+    smallest = tuple(smallest_size(model, mtp=context.mtp, has_imatrix=has) for has in (False, True))
     in_order = tuple(sorted(rows, key=lambda row: row.weights))
     return Planned(path, where, size, context, needed, room, smallest, in_order)
 
 
-def _smallest(model: Inventory, mtp: bool, *, has_imatrix: bool) -> int:
-    """Bytes of the smallest file that convert --fit makes, with room for its header."""
-    options = Options(resolve(None, Limits(1), "")[0])
-    types = extreme_types(min, model, options, has_imatrix=has_imatrix)
-    heads = {t.name: mixtures.fallback(Q8_0, t.shape[-1]) for t in model.tensors if model.is_mtp(t)}
-    heads = {name: kind for name, kind in heads.items() if name in model.quantizable}
-    return model.with_types(types | heads, mtp=mtp).total + HEADER
-
-
 def _frontier(model: Inventory, mtp: bool, trunk: Trunk, room: int) -> Iterator[tuple[str, Sizes]]:
     """The best types for budgets from the room down to the smallest types, evenly spaced and rounded down."""
-    least = trunk.beside + trunk.least + ALIGNMENT * len(trunk.items)  # padding at most
+    least = trunk.smallest_file
     most = min(room, trunk.beside + trunk.most)
     unit = (2**30 if most >= 2**30 else 2**20) / 10
     sizes = {math.floor((most - i * (most - least) / FRONTIER) / unit) * unit for i in range(FRONTIER)}

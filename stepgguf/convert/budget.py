@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gguf import GGMLQuantizationType
+from gguf import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType
 
 from stepgguf.convert import measure, objective, sizes
 from stepgguf.convert.checkpoint import Checkpoint
@@ -31,6 +31,7 @@ from stepgguf.quants.allocate import Item, Option, solve
 from stepgguf.quants.mixtures import Candidate, Choice
 from stepgguf.quants.recipe import Recipe
 
+_HEADER = 16 * 2**20  # bytes; published headers have 10 MB
 REASON = "least loss in the budget"
 UNIFORM = "types are chosen without an importance matrix: all channels and experts count alike (see --imatrix)"
 
@@ -94,6 +95,11 @@ class Trunk:
     def least(self) -> int:
         """Bytes of the trunk in its smallest types."""
         return sum(min(option.n_bytes for option in item.options) for item in self.items)
+
+    @property
+    def smallest_file(self) -> int:
+        """At most so many bytes of all files, with the smallest types: what is between tensors may be less."""
+        return self.beside + self.least + GGUF_DEFAULT_ALIGNMENT * len(self.items)
 
     @property
     def most(self) -> int:
@@ -170,6 +176,13 @@ def extreme_types(
             kinds = {kind for kind in kinds if recipe.bits_per_weight(kind) >= least} or {floor}
         types[c.name] = pick(kinds, key=recipe.bits_per_weight)
     return types
+
+
+def smallest_size(model: Inventory, *, mtp: bool, has_imatrix: bool) -> int:
+    """Bytes of a file with the smallest types that a budget chooses, whatever its vocabulary."""
+    types = extreme_types(min, model, Options(resolve(None, Limits(1), "")[0]), has_imatrix=has_imatrix)
+    heads = {t.name: _q8_0(t.shape) for t in model.tensors if model.is_mtp(t) and t.name in model.quantizable}
+    return model.with_types(types | heads, mtp=mtp).total + _HEADER
 
 
 def _extreme(

@@ -20,10 +20,12 @@ from stepgguf.cli.main import main
 from stepgguf.cli.plan import notes
 from stepgguf.cli.planning import OWN, Place, Row, place, planned
 from stepgguf.convert import measure
+from stepgguf.convert.budget import Limits, resolve, settled
 from stepgguf.convert.checkpoint import Checkpoint
 from stepgguf.convert.ggufsource import GGUFSource
 from stepgguf.convert.plan import Options
 from stepgguf.convert.planner import plan_checkpoint
+from stepgguf.errors import DoesNotFit
 from stepgguf.files import folders
 from stepgguf.runtime import catalogue
 from stepgguf.runtime.memory import GIB, Context, budget, need
@@ -179,6 +181,29 @@ def test_the_lines_above_the_table_add_up(real: Path, capfd: pytest.CaptureFixtu
     assert lines[-1].startswith("= ")
     assert have - sum(parts) == pytest.approx(left, abs=0.005 * len(lines))  # each line is rounded to 0.01
     assert f"--fit {int(left * 10) / 10}GiB" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("machine", "ctx", "suggestion"),
+    [
+        ("spark", 131072, "convert --fit 109.1GiB"),
+        ("mac-64", 1024, "convert --fit 53.5GiB --imatrix FILE"),  # too little for the types that need none
+        ("mac-64", 131072, "the smallest types take 49.9 GiB"),
+    ],
+)
+def test_a_budget_is_suggested_only_where_it_can_be_had(
+    machine: str, ctx: int, suggestion: str, real: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert f"for weights: {suggestion}\n" in run(capfd, real, "-m", machine, "--ctx", ctx, "--types", "Q4_K_S")
+
+
+def test_what_is_suggested_is_enough_without_an_imatrix_or_not_as_it_says(real: Path) -> None:
+    recipe, _ = resolve(None, Limits(1), "")
+    with Checkpoint(real) as checkpoint:
+        enough, too_little = (Limits(parse_size(size)) for size in ("109.1GiB", "53.5GiB"))
+        assert settled(enough, checkpoint, Path("x.gguf"), Options(recipe)) is None  # something is left to choose
+        with pytest.raises(DoesNotFit):
+            settled(too_little, checkpoint, Path("x.gguf"), Options(recipe))
 
 
 def test_json_says_the_same(real: Path, capfd: pytest.CaptureFixture[str]) -> None:
