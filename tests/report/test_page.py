@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 import pytest
 
-from stepgguf.convert.writer import manifest_path
+from stepgguf.convert.manifest import manifest_path
 from stepgguf.report import figures, measured
 from stepgguf.report.page import render
 from tests.conftest import real_config
