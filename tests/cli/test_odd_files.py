@@ -1,6 +1,7 @@
 """Devices, endless files and bytes that are no text, also where the program keeps its own: journal, part, manifest.
 
-What test_wrong_paths.py does not have; none hangs, takes the memory or shows a traceback."""
+What test_wrong_paths.py does not have; none hangs, takes the memory or shows a traceback.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +14,7 @@ from pathlib import Path
 
 import pytest
 
-KINDS = (
-    "missing",
-    "folder",
-    "fifo",
-    "device",
-    "empty",
-    "binary",
-    "nul",
-    "utf-16",
-    "loop",
-    "long",
-    "unreadable",
-    "huge",
-)
+KINDS = ("folder", "fifo", "device", "binary", "nul", "utf-16", "loop", "unreadable", "huge")
 
 
 def make(kind: str, folder: Path, suffix: str) -> Path:
