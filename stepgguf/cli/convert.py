@@ -78,7 +78,9 @@ def convert(
     )
     with Checkpoint(source) as checkpoint:
         file = dest.file(f"{name or checkpoint.name}-{recipe.name}")
-        plan = planned(checkpoint, file, options, limits, threads=threads, quiet=quiet)
+        plan = planned(
+            checkpoint, file, options, limits, threads=threads, quiet=quiet, must_be_free=not (dry_run or overwrite)
+        )
         carried = [key.value for key in plan.files[0].keys if key.name == CHAT_TEMPLATE]
         if carried and chat_template is None:
             ChatTemplate(carried[0]).probe()

@@ -22,7 +22,7 @@ from stepgguf.convert.plan import Options, Plan
 from stepgguf.convert.planner import plan_source
 from stepgguf.convert.sizes import Inventory, inventory
 from stepgguf.convert.source import TensorSource
-from stepgguf.convert.writer import Writer
+from stepgguf.convert.writer import Writer, is_taken, taken
 from stepgguf.errors import StepggufError, UnknownType
 from stepgguf.quants.recipe import Recipe
 
@@ -35,13 +35,19 @@ def planned(
     *,
     threads: int | None,
     quiet: bool,
+    must_be_free: bool,
 ) -> Plan:
-    """The plan; within a budget after measuring what each type loses, if there is a choice."""
+    """The plan; within a budget after measuring what each type loses, if there is a choice.
+
+    must_be_free: a destination that is taken is refused before anything is measured.
+    """
     if limits is None:
         return plan_source(source, dest, options)
     plan = budget.settled(limits, source, dest, options)
     if plan is not None:
         return plan
+    if must_be_free and is_taken(dest):
+        raise taken(dest)
     trunk = priced(source, dest, options, threads=threads, quiet=quiet)
     return budget.plan_within(limits, source, dest, options, trunk)
 

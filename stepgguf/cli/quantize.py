@@ -80,7 +80,9 @@ def quantize(
     )
     with open_source(source) as opened:
         file = dest.file(f"{opened.name}-{recipe.name}")
-        plan = planned(opened, file, options, limits, threads=threads, quiet=quiet)
+        plan = planned(
+            opened, file, options, limits, threads=threads, quiet=quiet, must_be_free=not (dry_run or overwrite)
+        )
         run = Run(plan, opened, quiet=quiet, json=json)
         if dry_run:
             run.show_plan()

@@ -123,7 +123,7 @@ class Writer:
                 what = "a directory" if file.path.is_dir() else "there and not a file"
                 raise OutputError(f"{file.path} is {what}", hint="Choose another name.")
             if not self._overwrite:
-                raise OutputError(f"{file.path} exists", hint="Choose another name or replace it with --overwrite.")
+                raise taken(file.path)
 
     def _check_space(self) -> None:
         held = sum(os.fstat(fd).st_blocks * 512 for fd in self._parts)
@@ -199,6 +199,15 @@ class Writer:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def taken(path: Path) -> OutputError:
+    return OutputError(f"{path} exists", hint="Choose another name or replace it with --overwrite.")
+
+
+def is_taken(path: Path) -> bool:
+    """Whether there is a file, and no interrupted run that was about to finish it."""
+    return os.path.lexists(path) and not _beside(path, ".journal").exists()
 
 
 def gib(n: int) -> str:

@@ -1,4 +1,7 @@
-"""Files of the wrong kind: each command names what it was given, and never hangs or shows a traceback."""
+"""Devices, endless files and bytes that are no text, also where the program keeps its own: journal, part, manifest.
+
+What test_wrong_paths.py does not have; none hangs, takes the memory or shows a traceback.
+"""
 
 from __future__ import annotations
 
@@ -11,59 +14,35 @@ from pathlib import Path
 
 import pytest
 
-KINDS = (
-    "missing",
-    "folder",
-    "fifo",
-    "device",
-    "empty",
-    "binary",
-    "nul",
-    "utf-16",
-    "loop",
-    "long",
-    "unreadable",
-    "huge",
-)
+KINDS = ("folder", "fifo", "device", "binary", "nul", "utf-16", "loop", "unreadable", "huge")
 
 
 def make(kind: str, folder: Path, suffix: str) -> Path:
     path = folder / f"x{suffix}"
     makers: dict[str, Callable[[], object]] = {
-        "missing": lambda: None,
         "folder": path.mkdir,
         "fifo": lambda: os.mkfifo(path),
         "device": lambda: path.symlink_to("/dev/zero"),
-        "empty": path.touch,
         "binary": lambda: path.write_bytes(bytes(range(256)) * 40),
         "nul": lambda: path.write_bytes(bytes(4096)),
         "utf-16": lambda: path.write_text('default = "Q8_0"\n', encoding="utf-16"),
         "loop": lambda: path.symlink_to(path),
-        "long": lambda: None,
         "unreadable": lambda: (path.write_text('default = "Q8_0"\n'), path.chmod(0)),
         "huge": lambda: os.truncate(os.open(path, os.O_CREAT | os.O_WRONLY), 2**40),
     }
     makers[kind]()
-    return folder / f"{'x' * 300}{suffix}" if kind == "long" else path
+    return path
 
 
 COMMANDS = {
-    "convert --imatrix": ("convert {small} {out} -t Q4_K_M --imatrix {odd}", ".gguf"),
     "convert --imatrix .dat": ("convert {small} {out} -t Q4_K_M --imatrix {odd}", ".dat"),
     "convert --type": ("convert {small} {out} -t {odd}", ".toml"),
     "convert --chat-template": ("convert {small} {out} -t Q8_0 --chat-template {odd}", ".jinja"),
-    "convert SRC": ("convert {odd} {out} -t Q8_0", ""),
-    "quantize SRC": ("quantize {odd} {out} -t Q8_0", ".gguf"),
-    "plan SRC": ("plan {odd} -m spark", ".gguf"),
     "plan --types": ("plan {small} -m spark --types {odd}", ".toml"),
-    "verify": ("verify {odd}", ".gguf"),
-    "verify --against": ("verify {whole} --against {odd}", ".gguf"),
+    "quantize SRC": ("quantize {odd} {out} -t Q8_0", ".gguf"),
     "verify, manifest": ("verify {copy}", ".gguf.manifest.json"),
     "convert, journal": ("convert {small} {folder}/x.gguf -t Q8_0", ".gguf.journal"),
     "convert, part": ("convert {small} {folder}/x.gguf -t Q8_0", ".gguf.part"),
-    "report": ("report {odd}", ".gguf"),
-    "inspect": ("inspect {odd}", ".gguf"),
-    "template": ("template {whole} {odd}", ".jinja"),
 }
 
 
@@ -93,7 +72,7 @@ def test_every_kind_of_file_gets_an_answer(command: str, small: Path, whole: Pat
         "import sys\nfrom stepgguf.cli.main import main\n"
         "for line in sys.stdin.read().splitlines():\n"
         "    words = line.split()\n"
-        "    code = main(words if words[0] in ('plan', 'inspect', 'template') else [*words, '-q'])\n"
+        "    code = main(words if words[0] == 'plan' else [*words, '-q'])\n"
         "    print('CODE', code, line, file=sys.stderr, flush=True)\n"
     )
     result = subprocess.run(
@@ -106,9 +85,5 @@ def test_every_kind_of_file_gets_an_answer(command: str, small: Path, whole: Pat
     readable = os.getuid() == 0  # root reads what nobody may
     for kind, found in zip(KINDS, codes, strict=True):
         if kind == "unreadable" and readable:
-            continue
-        if kind in ("empty", "missing") and command == "template":
-            continue
-        if kind in ("missing", "long") and command == "convert, journal":
             continue
         assert found.startswith(expected), f"{kind}: {result.stderr[-3000:]}"

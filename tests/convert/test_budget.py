@@ -241,6 +241,15 @@ def test_convert_fit_writes_a_file_that_fits_with_a_proof(
     assert main(["verify", str(path), "--against", str(small), "-q"]) == 0
 
 
+def test_a_name_that_is_taken_is_refused_before_anything_is_measured(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Checkpoint, "values", None)
+    (tmp_path / "x.gguf").write_text("precious")
+    assert main(["convert", str(small), str(tmp_path / "x.gguf"), "--fit", "6.5MiB", "-q"]) == 1
+    assert "x.gguf exists" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -44,10 +44,11 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Tens
 
 
 def units(source: TensorSource, made: str) -> Iterator[tuple[PlannedTensor, Unit]]:
-    """A unit of each matrix of the plan, made as this type."""
+    """A unit of a matrix of each shape, made as this type."""
     plan = plan_source(source, Path("x.gguf"), Options("F32", allow_requantize=True))  # type: ignore[arg-type]
-    for tensor in plan.tensors:
-        if tensor.source is not None and tensor.name.startswith("blk.") and tensor.n_values >= 2**20:
+    shapes = {tensor.shape: tensor for tensor in plan.tensors if tensor.source is not None}
+    for tensor in shapes.values():
+        if tensor.name.startswith("blk.") and tensor.n_values >= 2**20:
             tensor = replace(tensor, ggml_type=GGMLQuantizationType[made])
             yield tensor, Unit(0, 0, *next(unit_rows(tensor)))
 
