@@ -120,7 +120,7 @@ class Transcript:
 
 def _locked(path: Path) -> TextIO:
     try:
-        file = path.open("a", encoding="utf-8")
+        file = path.open("a", encoding="utf-8", errors="replace")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()

@@ -385,3 +385,16 @@ def test_no_server_is_one_line_and_a_hint() -> None:
     result = piped("--url", "http://127.0.0.1:9", "-p", "Hello")
     assert result.returncode == 1
     assert re.fullmatch(r"error: http://127.0.0.1:9: .*\nhint: Start a server: .*\n", result.stderr)
+
+
+def test_a_history_that_cannot_be_kept_ends_nothing(demo_gguf: Path, terminal: Any) -> None:
+    chat = terminal(demo_gguf, "--temperature", "0")
+    chat.until(PROMPT)
+    history = chat.home / "stepgguf" / "history"
+    history.unlink()
+    history.mkdir()
+    chat.type("Hello\r")
+    chat.until(r"Hello! How can I help you\?")
+    chat.until(PROMPT)
+    chat.type(CTRL_D)
+    assert chat.wait() == 0

@@ -13,10 +13,11 @@ from markdown_it import MarkdownIt
 from stepgguf.chat.session import Usage
 from stepgguf.cli.terminal import footer
 from stepgguf.cli.terminal.commands import COMMANDS
-from stepgguf.cli.terminal.complete import Attachment, candidates, mentioned
+from stepgguf.cli.terminal.complete import Attachment, candidates, mentioned, read_file
 from stepgguf.cli.terminal.live import Live, fit, printable, wrap
 from stepgguf.cli.terminal.markdown import Blocks, Renderer
 from stepgguf.cli.terminal.prompt import is_open, unquoted
+from stepgguf.errors import RequestError
 
 DOCUMENT = """# Title
 
@@ -244,3 +245,14 @@ def test_footer_and_remarks() -> None:
         "the budget for thinking was used up",
         "the thinking repeated itself and was ended",
     ]
+
+
+def test_names_that_no_file_can_have_are_words(tmp_path: Path) -> None:
+    for name in ("n" * 300, "~nobody-at-all/x", "a\0b", "loop"):
+        (tmp_path / "loop").unlink(missing_ok=True)
+        (tmp_path / "loop").symlink_to("loop")
+        assert mentioned(f"see @{name} please") == []
+        assert list(candidates(f"see @{name}/", lambda _: ())) == []
+    for path in (tmp_path, tmp_path / "loop", Path("~nobody-at-all/x"), tmp_path / ("n" * 300)):
+        with pytest.raises(RequestError):
+            read_file(str(path))

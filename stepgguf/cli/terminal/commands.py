@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import difflib
 import json
+import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -230,10 +231,10 @@ def _export(dialogue: Dialogue, argument: str) -> None:
     writers = {"md": transcript.as_markdown, "json": transcript.as_json}
     if kind not in writers or not name:
         raise RequestError(f"/export {argument}: not known", hint="/export md chat.md, or /export json chat.json")
-    session, path = dialogue.session, Path(name).expanduser()
+    session, path = dialogue.session, Path(os.path.expanduser(name))
     text = writers[kind](session.backend.origin, session.settings_record(), session.entries)
     try:
-        with path.open("x", encoding="utf-8") as file:
+        with path.open("x", encoding="utf-8", errors="replace") as file:
             file.write(text)
     except OSError as error:
         raise OutputError(f"{path}: {error.strerror}", hint="Give the name of a new file.") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ class Attachment:
 
 def read_file(name: str) -> Attachment:
     """RequestError: there is no such file, or it is not text."""
-    return Attachment(name, textfile.read(Path(name).expanduser(), RequestError, most=_MOST_BYTES))
+    return Attachment(name, textfile.read(Path(os.path.expanduser(name)), RequestError, most=_MOST_BYTES))
 
 
 def mentioned(question: str) -> list[str]:
@@ -39,7 +40,7 @@ def mentioned(question: str) -> list[str]:
     names = []
     for match in _MENTION.finditer(question):
         for name in (match[1] or match[2], (match[2] or "").rstrip(_TRAILING)):
-            if name and Path(name).expanduser().is_file():
+            if name and os.path.isfile(os.path.expanduser(name)):  # pathlib's raise for "~nobody" and long names
                 names.append(name)
                 break
     return list(dict.fromkeys(names))
@@ -72,8 +73,8 @@ def candidates(text: str, words: Callable[[str], Iterable[str]]) -> Iterator[tup
 def _paths(start: str) -> list[str]:
     folder, slash, name = start.rpartition("/")
     try:
-        entries = sorted(Path(folder + slash or ".").expanduser().iterdir())
-    except OSError:
+        entries = sorted(Path(os.path.expanduser(folder + slash or ".")).iterdir())
+    except (OSError, ValueError):
         return []
     found = [e for e in entries if e.name.startswith(name) and (name.startswith(".") or not e.name.startswith("."))]
-    return [f"{folder}{slash}{e.name}{'/' if e.is_dir() else ''}" for e in found[:_MOST]]
+    return [f"{folder}{slash}{e.name}{'/' if os.path.isdir(e) else ''}" for e in found[:_MOST]]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,14 +51,27 @@ class Prompt:
                 for word, n in candidates(document.text_before_cursor, words):
                     yield Completion(word, start_position=-n)
 
+        class Lines(FileHistory):
+            """A file that cannot be read or written is no reason to end a conversation."""
+
+            def load_history_strings(self) -> Iterable[str]:
+                with suppress(OSError):
+                    return list(super().load_history_strings())
+                return []
+
+            def store_string(self, string: str) -> None:
+                with suppress(OSError):
+                    super().store_string(string)
+
         self._running: PromptSession[str] | None = None
         if history is not None:
-            history.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            history.touch(mode=0o600)
+            with suppress(OSError):
+                history.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                history.touch(mode=0o600)
         self._session: PromptSession[str] = PromptSession(
             multiline=True,
             prompt_continuation="  ",
-            history=FileHistory(str(history)) if history is not None else InMemoryHistory(),
+            history=Lines(str(history)) if history is not None else InMemoryHistory(),
             completer=Words(),
             complete_while_typing=False,
             key_bindings=_bindings(),
