@@ -250,7 +250,8 @@ class OutputMachine:
         deltas = self._progress(call, fragment + call.finish())
         if call.name is None:
             return [*deltas, *self._text(step.piece.decode(errors="replace"))]
-        self._call = None
+        if self._call is call:
+            self._call = None
         return deltas
 
     def _close_call(self, call: CallReader, text: str, cut: bool) -> list[Delta]:
