@@ -66,7 +66,7 @@ class OutputMachine:
     thinking: the prompt ends inside it. n_reasoning, n_text: tokens that the model made, not those that were forced on
     it; <think> and </think> count as reasoning, calls as text. stopped: the stop that ended the answer; nothing comes
     after it. n_misplaced: </think> outside of thinking, before any call. cut_call: the index of a call that the end of
-    generation cut off, whose arguments are an unclosed prefix of JSON. warnings: what the model did wrong, in sentences.
+    generation cut off; its arguments are an unclosed prefix of JSON. warnings: what the model did wrong, in sentences.
     """
 
     def __init__(
