@@ -63,10 +63,10 @@ class Delta:
 class OutputMachine:
     """Feed it tokens; `close` at the end gives what was held back.
 
-    thinking: the prompt ends inside it. n_reasoning, n_text: tokens; <think> and </think> count as reasoning, calls as
-    text. stopped: the stop that ended the answer; nothing comes after it. n_misplaced: </think> outside of thinking,
-    before any call. cut_call: the index of a call that the end of generation cut off, whose arguments are an unclosed
-    prefix of JSON. warnings: what the model did wrong, in sentences.
+    thinking: the prompt ends inside it. n_reasoning, n_text: tokens that the model made, not those that were forced on
+    it; <think> and </think> count as reasoning, calls as text. stopped: the stop that ended the answer; nothing comes
+    after it. n_misplaced: </think> outside of thinking, before any call. cut_call: the index of a call that the end of
+    generation cut off; its arguments are an unclosed prefix of JSON. warnings: what the model did wrong, in sentences.
     """
 
     def __init__(
@@ -99,9 +99,9 @@ class OutputMachine:
         if self._starting and step.token_id == self._markers.thinking:
             return self._start_thinking()
         if self._thinking and not calls:
-            self.n_reasoning += 1
+            self.n_reasoning += not step.forced
             return self._reasoning(step)
-        self.n_text += 1
+        self.n_text += not step.forced
         if self._call is not None and not (calls and self._call.ended):
             return self._in_call(self._call, step)
         if calls:
@@ -250,7 +250,8 @@ class OutputMachine:
         deltas = self._progress(call, fragment + call.finish())
         if call.name is None:
             return [*deltas, *self._text(step.piece.decode(errors="replace"))]
-        self._call = None
+        if self._call is call:
+            self._call = None
         return deltas
 
     def _close_call(self, call: CallReader, text: str, cut: bool) -> list[Delta]:

@@ -28,7 +28,7 @@ CLOSING_WORDS = "I have to stop thinking and answer now."  # without any, models
 
 _EOS = "<|im_end|>"  # of all Step-3 models
 _START = "import sys; sys.path[:] = sys.argv[1:]; from stepgguf.chat.renderer import main; main()"
-_REPLACE = "Replace it: stepgguf template FILE.gguf NEW.jinja"
+_REPLACE = "Use another: `--chat-template FILE` when converting, or `stepgguf template FILE.gguf NEW.jinja`."
 _MOST_BYTES = 2**20  # the published ones have 5 KB
 _PROBE: Sequence[Message] = (
     {"role": "system", "content": "Be brief."},
@@ -70,25 +70,30 @@ class ChatTemplate:
             "bos_token": self._bos_token,
             "eos_token": _EOS,
         }
-        with self._lock:
-            if self._process is None:
-                self._compile()
-            answer = self._ask(variables)
+        answer = self._answer(variables)
         if "error" in answer:
             raise TemplateRefused(
                 f"the chat template cannot render these messages: {answer['error']}", param="messages", hint=_REPLACE
             )
-        return str(answer["text"])
+        return answer["text"]
 
     def probe(self) -> str:
         """Render a conversation that has everything in it. BadMetadata: that fails, or the template leaves it out."""
         try:
             text = self.render(_PROBE, tools=[_PROBE_TOOL])
         except TemplateRefused as error:
-            raise BadMetadata(error.message.replace("these messages", "a conversation with a tool call")) from error
+            raise BadMetadata(f"tried with a tool call and its result: {error.message}", hint=_REPLACE) from error
         if not all(message["content"] in text for message in _PROBE if message["role"] == "user"):
-            raise BadMetadata("the chat template leaves out what the user says: it does not use `messages`")
+            raise BadMetadata(
+                "the chat template leaves out what the user says: it does not use `messages`", hint=_REPLACE
+            )
         return text
+
+    def _answer(self, variables: Mapping[str, Any]) -> dict[str, str]:
+        with self._lock:
+            if self._process is None:
+                self._compile()
+            return self._ask(variables)
 
     def _compile(self) -> None:
         self._process = subprocess.Popen(
@@ -104,12 +109,16 @@ class ChatTemplate:
             raise BadMetadata(f"the chat template does not compile: {answer['error']}", hint=_REPLACE)
 
     def _ask(self, question: Mapping[str, Any]) -> dict[str, str]:
+        try:
+            written = json.dumps(question).encode() + b"\n"
+        except RecursionError:
+            return {"error": "they nest too deep"}
         process, line = self._process, b""
         assert process is not None
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            process.stdin.write(json.dumps(question).encode() + b"\n")
+            process.stdin.write(written)
             process.stdin.flush()
             line = process.stdout.readline()
         except BrokenPipeError:

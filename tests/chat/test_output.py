@@ -140,6 +140,14 @@ def test_tokens_are_counted_and_text_tokens_come_once(cuts: list[int]) -> None:
     assert run(script, cuts).steps == shown
 
 
+def test_what_is_forced_on_the_model_is_shown_and_not_counted() -> None:
+    machine = OutputMachine(MARKERS, thinking=True)
+    forced = [Step(1, b"Enough.", forced=True), Step(END, b"</think>", forced=True), Step(2, b"\n", forced=True)]
+    deltas = [d for step in (Step(3, b"Hm. "), *forced, Step(4, b"5")) for d in machine.feed(step)]
+    assert [(d.kind, d.text) for d in deltas] == [("reasoning", "Hm. "), ("reasoning", "Enough."), ("text", "5")]
+    assert (machine.n_reasoning, machine.n_text) == (1, 1)
+
+
 def test_tokens_of_a_call_count_as_text_and_have_no_place_in_it() -> None:
     script = f"x⟨end⟩ab \n⟨call⟩{ADD}⟨/call⟩"
     answer = run(script, [0])

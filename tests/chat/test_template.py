@@ -199,6 +199,15 @@ def test_a_hostile_template_ends_and_the_next_rendering_works(name: str) -> None
     assert spent.ru_maxrss << 10 <= MEMORY
 
 
+def test_messages_that_nest_too_deep_are_refused() -> None:
+    deep: Any = "x"
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(TemplateRefused, match="nest too deep"):
+        TEMPLATE.render([user(deep)])
+    assert TEMPLATE.render([user("x")])
+
+
 def test_an_interrupted_rendering_does_not_answer_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
     template = ChatTemplate("{{ messages[0].content }}")
     assert template._process is not None

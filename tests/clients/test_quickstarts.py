@@ -100,7 +100,7 @@ def test_openrouters_reasoning_map_limits_and_hides_the_thinking(client: openai.
         stream_options={"include_usage": True},
         extra_body={"reasoning": {"max_tokens": 8, "exclude": True}},
     )
-    assert 0 < last.usage.completion_tokens_details.reasoning_tokens < 41  # without a limit
+    assert 0 < last.usage.completion_tokens_details.reasoning_tokens <= 8
     chunks = list(stream(client, "step-3.5-flash", extra_body={"reasoning": {"exclude": True}}))
     assert all(chunk.choices[0].delta.reasoning is None for chunk in chunks)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == COUNTED
