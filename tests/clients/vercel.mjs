@@ -13,7 +13,7 @@ const model = createOpenAI({ baseURL, apiKey: "none", fetch: recorded })("step-3
 const called = [];
 const execute = (args) => {
   called.push(args);
-  return JSON.parse(result);
+  return result; // a text: the embedded model knows JSON with spaces only
 };
 const asked = {
   model,

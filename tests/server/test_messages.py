@@ -86,8 +86,6 @@ def test_thinking_text_and_a_call_are_blocks_one_after_the_other() -> None:
         "content_block_delta 2 input_json_delta",
         "content_block_delta 2 input_json_delta",
         "content_block_delta 2 input_json_delta",
-        "content_block_delta 2 input_json_delta",
-        "content_block_delta 2 input_json_delta",
         "content_block_stop 2",
         "message_delta",
         "message_stop",
