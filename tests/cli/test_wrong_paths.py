@@ -92,7 +92,7 @@ WRITING: dict[str, list[str]] = {
     "serve --cache-folder": ["serve", "GOOD", "--port", "0", "--cache-folder", "@"],
     "demo --keep": ["demo", "--type", "BF16", "--keep", "@"],
 }
-SHOWS = {("inspect", "other"), ("inspect", "bare"), ("inspect", "hollow")}  # it says what they are
+SHOWS = {("inspect", "other"), *((command, kind) for command in ("inspect", "report") for kind in ("bare", "hollow"))}
 
 
 @contextmanager
