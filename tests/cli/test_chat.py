@@ -135,6 +135,12 @@ def test_a_conversation(demo_gguf: Path, terminal: Any) -> None:
     assert "│ The user greets me." in chat.until("How can I help you")  # /t unfolds the next one too
     chat.ask("/hlep")
     chat.until("unknown command /hlep\n.*Did you mean /help")
+    chat.ask("/sessions")
+    chat.until("unknown command /sessions\n.*Did you mean /list")
+    chat.ask("/set")
+    chat.until("seed random\nmax_tokens no limit")
+    chat.ask("/think none")
+    chat.until("thinking: off")
     chat.ask("/think 5")
     chat.until("at most 5 tokens")
     chat.ask("/undo")
