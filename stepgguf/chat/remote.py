@@ -13,6 +13,7 @@ import http.client
 import json
 import queue
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from stepgguf.runtime.engine import Prefill, Queued, Sampling
 _CONNECT_SECONDS = 10.0
 _MOST_ERROR = 2**16  # bytes of an error's body that are read
 _MOST_ANSWER = 2**24  # and of other documents
+_NO_TLS = "Does the server speak TLS, with a certificate that this machine trusts? If not, write http://."
 _OTHER = "Is it a server of Chat Completions, and is the port right?"
 
 
@@ -111,7 +113,8 @@ class Remote:
                 raise _refusal(response.status, response.read(_MOST_ERROR))
         except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a key with line breaks
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise EngineError(f"{self._url}: {reason}", hint="Start a server: stepgguf serve FILE.gguf") from error
+            hint = _NO_TLS if isinstance(error, ssl.SSLError) else "Start a server: stepgguf serve FILE.gguf"
+            raise EngineError(f"{self._url}: {reason}", hint=hint) from error
 
 
 class _Connection:
@@ -231,10 +234,12 @@ class RemoteGeneration:
                         end = None
                         break
                     chunk = jsonread.parse(event.encode(), "the answer broke off: an event", EngineError, hint=_OTHER)
-                    if "error" in chunk.object():
+                    if chunk.get("error"):
                         end = _error(500, chunk.raw)
                         break
                     self._chunks.put(chunk)
+                    if any(_text(choice, "finish_reason") for choice in _items(chunk, "choices")):
+                        end = None  # not every server says [DONE]
         except StepggufError as error:
             end = error
         except (OSError, ValueError, http.client.HTTPException, AttributeError) as error:

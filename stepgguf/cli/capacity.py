@@ -15,6 +15,7 @@ from stepgguf.runtime import machine as machines
 from stepgguf.runtime.llama_build import LlamaBuild
 from stepgguf.runtime.machine import Machine
 from stepgguf.runtime.memory import (
+    CACHE_RAM,
     GIB,
     GPU_RESERVE,
     LINUX_RESERVE,
@@ -160,9 +161,12 @@ def _left_in_ram(machine: Machine, model: Model, context: Context, needed: Need)
 
 
 def _smaller(model: Model, context: Context, needed: Need, have: Budget) -> str:
-    """A shorter context if that is enough, else the largest type that is."""
+    """A smaller conversation cache if it was made larger, else a shorter context, else the largest type that fits."""
     from stepgguf.cli.output import size
 
+    room = have.ceiling - needed.device
+    if context.cache_ram > CACHE_RAM and room >= 0:
+        return model.command(f"--ctx {context.n_ctx} --cache-ram {room // 2**20}MiB")
     n_ctx = largest_context(model.footprint, context, have.ceiling)
     if n_ctx is not None and n_ctx >= _SHORT:
         return model.command(f"--ctx {n_ctx}")

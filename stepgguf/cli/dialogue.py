@@ -102,7 +102,8 @@ class Dialogue:
         self.leaving = False
         self._saving = session.transcript is not None
         self._attached: list[Attachment] = []
-        self._interrupted = 0.0
+        self._interrupted = 0.0  # when an answer was
+        self._warned = False  # that another Ctrl+C leaves, since the last line
         self._prompt = Prompt(history, lambda command: commands.words(self, command))
 
     def run(self) -> None:
@@ -123,6 +124,7 @@ class Dialogue:
         except EOFError:
             self.leaving = True
             return
+        self._warned = False
         try:
             if line.startswith("/") and not line.startswith("//"):
                 commands.execute(self, line)
@@ -133,9 +135,8 @@ class Dialogue:
 
     def _interrupt(self) -> None:
         """Ctrl+C on an empty line, or between two lines."""
-        now = time.monotonic()
-        self.leaving = now - self._interrupted < AGAIN_SECONDS
-        self._interrupted = now
+        self.leaving = self._warned or time.monotonic() - self._interrupted < AGAIN_SECONDS
+        self._warned = True
         if not self.leaving:
             self.screen.note("Ctrl+C again, or Ctrl+D, leaves")
 

@@ -24,6 +24,7 @@ from stepgguf.runtime.machine import Gpu, Machine
 GIB = 2**30
 F16, F32 = 2, 4
 DEFAULT_CTX = 32768  # tokens of context at most, unless more are asked for: they take memory
+CACHE_RAM = 2 * GIB  # for conversations, unless it is said otherwise
 CELLS = 256  # the cache grows in steps of so many cells
 
 # What is left to the system, of a small memory an eighth. Linux: what the 124 of 128 GiB that Strix Halo is set up
@@ -68,7 +69,7 @@ class Context:
     n_ctx: int
     n_parallel: int = 1
     n_ubatch: int = 512
-    cache_ram: int = 2 * GIB
+    cache_ram: int = CACHE_RAM
     mtp: bool = True
     gpu_layers: int = -1
 

@@ -109,6 +109,9 @@ def test_what_cannot_be_reached_is_named(server: Server) -> None:
         port = free.getsockname()[1]
     with pytest.raises(EngineError, match="Connection refused"):
         Remote(f"http://127.0.0.1:{port}")
+    with pytest.raises(EngineError) as no_tls:
+        Remote(server.url.replace("http:", "https:"))
+    assert "http://" in (no_tls.value.hint or "")
     with pytest.raises(EngineError, match="not a server's address"):
         Remote("ftp://x")
     with pytest.raises(RequestError, match="key") as error:
@@ -170,6 +173,14 @@ def test_other_servers_streams_are_understood() -> None:
     assert session.messages[1] == {"role": "assistant", "content": "Yes", "reasoning_content": "Hm"}
     assert (session.usage.n_prompt, session.usage.n_reasoning, session.usage.n_text) == (5, 1, 6)
     assert (remote.origin.model, remote.n_ctx) == ("other/model", 99)
+
+
+def test_an_answer_without_done_is_whole_once_it_has_a_reason_to_end() -> None:
+    answer = events({**choice(content="Yes"), "error": None}, choice("stop"))
+    with saying(lambda connection: connection.sendall(answer)) as remote:
+        session = Session(remote)
+        assert deltas(session.ask("?")) == "Yes"
+    assert session.usage.finish_reason == "stop"
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,14 @@ def test_what_is_refused_is_what_doctor_would_say(flash: Model) -> None:
     refuse(flash, [])
 
 
+def test_a_conversation_cache_that_is_too_large_is_what_has_to_be_smaller(flash: Model) -> None:
+    machine = replace(LINUX, ram=128 * GIB, ram_available=127 * GIB)
+    finding = memory(machine, CPU_BUILD, flash, Context(32768, cache_ram=64 * GIB))
+    assert finding.level == "fail"
+    n = int(str(finding.fix).split("--ctx 32768 --cache-ram ")[1].removesuffix("MiB"))
+    assert memory(machine, CPU_BUILD, flash, Context(32768, cache_ram=n * 2**20)).level == "ok"
+
+
 def test_what_is_free_now_counts_and_a_context_that_fits_into_it_is_named(flash: Model) -> None:
     needed = need(flash.footprint, Context(65536))
     machine = replace(LINUX, ram_available=needed.device)

@@ -135,6 +135,12 @@ def test_a_conversation(demo_gguf: Path, terminal: Any) -> None:
     assert "│ The user greets me." in chat.until("How can I help you")  # /t unfolds the next one too
     chat.ask("/hlep")
     chat.until("unknown command /hlep\n.*Did you mean /help")
+    chat.ask("/sessions")
+    chat.until("unknown command /sessions\n.*Did you mean /list")
+    chat.ask("/set")
+    chat.until("seed random\nmax_tokens no limit")
+    chat.ask("/think none")
+    chat.until("thinking: off")
     chat.ask("/think 5")
     chat.until("at most 5 tokens")
     chat.ask("/undo")
@@ -192,6 +198,7 @@ def test_enter_ends_the_thinking_and_ctrl_c_the_answer(babbler: Path, terminal: 
     time.sleep(1.1)  # so that the next is not the second in a second
     chat.type(CTRL_C + CTRL_C)
     chat.until("or Ctrl\\+D, leaves")
+    time.sleep(1.1)  # what it promised holds however slow the machine or the reader is
     chat.type(CTRL_C)
     assert chat.wait() in (0, 130)  # 130 if it comes between two lines
     assert sessions(chat.home / "stepgguf" / "sessions") == []

@@ -79,6 +79,7 @@ def test_every_visible_character_of_an_answer_is_shown(text: str, width: int, si
         '[x]: https://a.org "a title"',
         "| a |\n|---|\n| 1 | 2 | 3 |",
         r"a \| b",
+        "2*3*4 = 24, a*b*c and un*believ*able",
     ],
 )
 def test_what_is_no_style_is_shown_as_it_was_written(text: str) -> None:
@@ -93,6 +94,7 @@ def test_links_and_images_keep_their_addresses() -> None:
 
 def test_style_is_still_style() -> None:
     assert shown("**bold** *em* `code` ~~old~~\n\n# Title\n\n- a\n\n> q\n\n1. x") == "boldemcodeoldTitle•a▌q1x"
+    assert shown("日*本*語 f(*x*) 2**3**4") == "日本語f(x)234"
 
 
 def test_code_in_a_list_says_its_language() -> None:

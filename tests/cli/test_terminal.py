@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from markdown_it import MarkdownIt
 
+from stepgguf.chat.output import Delta
 from stepgguf.chat.session import Usage
 from stepgguf.cli.terminal import footer
 from stepgguf.cli.terminal.commands import COMMANDS
@@ -17,6 +18,7 @@ from stepgguf.cli.terminal.complete import Attachment, candidates, mentioned, re
 from stepgguf.cli.terminal.live import Live, fit, printable, wrap
 from stepgguf.cli.terminal.markdown import Blocks, Renderer
 from stepgguf.cli.terminal.prompt import is_open, unquoted
+from stepgguf.cli.terminal.view import Pipe
 from stepgguf.errors import RequestError
 
 DOCUMENT = """# Title
@@ -245,6 +247,15 @@ def test_footer_and_remarks() -> None:
         "the budget for thinking was used up",
         "the thinking repeated itself and was ended",
     ]
+
+
+def test_thinking_and_answer_in_one_file_are_two_paragraphs() -> None:
+    file = io.StringIO()
+    pipe = Pipe(file, file, thinking="full")
+    for delta in (Delta("reasoning", "Hm"), Delta("reasoning", "."), Delta("text", "Y"), Delta("text", "es")):
+        pipe.take(delta, Usage())
+    pipe.finish(Usage())
+    assert file.getvalue() == "Hm.\nYes\n"
 
 
 def test_names_that_no_file_can_have_are_words(tmp_path: Path) -> None:

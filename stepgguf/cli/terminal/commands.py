@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 
 LEVELS = {"off": 0, **{name: EFFORTS[name] for name in ("low", "medium", "high")}}  # tokens of thinking
 _LISTED = 20  # sessions
+_UNSET = {"seed": "random", "max_tokens": "no limit"}
+_ELSEWHERE = {  # what other programs call them
+    "/?": "/help", "/bye": "/exit", "/quit": "/exit", "/q": "/exit", "/clear": "/new", "/reset": "/new",
+    "/retry": "/regen", "/regenerate": "/regen", "/sessions": "/list", "/resume": "/load", "/read": "/file",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +46,10 @@ def execute(dialogue: Dialogue, line: str) -> None:
     name, _, argument = line.partition(" ")
     command = COMMANDS.get(name)
     if command is None:
-        near = difflib.get_close_matches(name, COMMANDS, 1, cutoff=0.5)
+        near = _ELSEWHERE.get(name) or next(iter(difflib.get_close_matches(name, COMMANDS, 1, cutoff=0.7)), None)
         raise RequestError(
             f"unknown command {name}",
-            hint=(f"Did you mean {near[0]}? " if near else "") + "/help lists all; // at the start sends a slash.",
+            hint=(f"Did you mean {near}? " if near else "") + "/help lists all; // at the start sends a slash.",
         )
     command.run(dialogue, argument.strip())
 
@@ -60,12 +65,12 @@ def words(dialogue: Dialogue, command: str) -> Iterable[str]:
 
 
 def _think(dialogue: Dialogue, argument: str) -> None:
-    shown = {"show": "full"}.get(argument, argument)
+    shown = {"show": "full", "none": "off"}.get(argument, argument)
     session = dialogue.session
     if shown in THINKING:
         dialogue.screen.thinking = shown
-    elif argument in LEVELS:
-        session.set(replace(session.settings, reasoning_budget=LEVELS[argument]))
+    elif shown in LEVELS:
+        session.set(replace(session.settings, reasoning_budget=LEVELS[shown]))
     elif argument.isdecimal():
         session.set(replace(session.settings, reasoning_budget=int(argument)))
     elif argument:
@@ -104,9 +109,10 @@ def _set(dialogue: Dialogue, argument: str) -> None:
     lines = []
     for key in [key for key in BOUNDS if key != "max_tokens"]:
         standard = getattr(default, key) if default is not None else "the server's"
+        standard = _UNSET[key] if standard is None else standard
         own = key in settings.sampling
         lines.append(f"{key} {settings.sampling[key] if own else standard}" + (f" (default {standard})" if own else ""))
-    lines.append(f"max_tokens {settings.max_tokens}")
+    lines.append(f"max_tokens {_UNSET['max_tokens'] if settings.max_tokens is None else settings.max_tokens}")
     dialogue.screen.note("\n".join(lines))
     if settings.sampling.get("temperature") == 0:
         dialogue.screen.remark("temperature 0 makes this model repeat itself in long thinking")

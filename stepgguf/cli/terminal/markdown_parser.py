@@ -5,6 +5,7 @@ r"""CommonMark with tables and ~~strikethrough~~, read so that what is no style 
 [text](url "title")                                               a link, whose href is everything in parentheses
 ![text](url)                                                      the same behind an exclamation mark
 [name]: url                                                       text: a definition that is used nowhere would vanish
+2*3*4                                                             text: a single star inside a word is a star
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from markdown_it.rules_inline import StateInline, autolink, escape, html_inline,
 
 Rule = Callable[[StateInline, bool], bool]
 _FORMULA = re.compile(r"\\\(.+?\\\)|\\\[.+?\\\]|\$\$.+?\$\$", re.DOTALL)
+_WIDE = "\u2e80"  # from here on: CJK
 _OPENING = ("\\[", "$$")
 
 
@@ -28,6 +30,7 @@ def parser() -> MarkdownIt:
     for name, rule in (("escape", _escape), ("html_inline", html_inline), ("autolink", autolink)):
         markdown.inline.ruler.at(name, _verbatim(rule))
     markdown.inline.ruler.at("link", _link)
+    markdown.inline.ruler.before("emphasis", "star", _star)
     markdown.block.ruler.before("fence", "formula", _formula, {"alt": ["paragraph", "blockquote", "list"]})
     return markdown
 
@@ -52,6 +55,17 @@ def _escape(state: StateInline, silent: bool) -> bool:
         state.pos = found.end()
         return True
     return escape(state, silent)
+
+
+def _star(state: StateInline, silent: bool) -> bool:
+    """Chinese and Japanese are written without spaces, so there it may be a mark."""
+    before, here, after = (state.src[i : i + 1] for i in (max(0, state.pos - 1), state.pos, state.pos + 1))
+    if here != "*" or not (before.isalnum() and after.isalnum()) or max(before, after) >= _WIDE:
+        return False
+    if not silent:
+        state.pending += "*"
+    state.pos += 1
+    return True
 
 
 def _link(state: StateInline, silent: bool) -> bool:

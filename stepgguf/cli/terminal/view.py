@@ -248,6 +248,8 @@ class Pipe:
     def take(self, update: Update | None, usage: Usage) -> None:
         if not isinstance(update, Delta) or (update.kind == "reasoning" and self.thinking != "full"):
             return
+        if update.kind == "text" and "text" not in self._last:
+            self._end_lines()  # of the thinking: both may go to one place
         file = self._out if update.kind == "text" else self._err
         file.write(update.text)
         file.flush()
@@ -261,11 +263,15 @@ class Pipe:
         """There is nothing to fold."""
 
     def finish(self, usage: Usage) -> None:
+        self._end_lines()
+        self._last = {}
+
+    def _end_lines(self) -> None:
         for kind, text in self._last.items():
             file = self._out if kind == "text" else self._err
             file.write("" if text.endswith("\n") else "\n")
             file.flush()
-        self._last = {}
+            self._last[kind] = "\n"
 
     def footer(self, usage: Usage, max_tokens: int | None) -> None:
         self._err.write(" · ".join(footer.counts(usage)) + "\n")

@@ -131,6 +131,45 @@ def test_chats_of_an_older_version_are_read(tell: Tell, page: Page) -> None:
     assert page.run(QUESTIONS) == ["Before?", "And now?"]
 
 
+def test_damaged_storage_is_passed_over(tell: Tell, page: Page) -> None:
+    tell("</think>", "New.")
+    good = {"id": "x", "created": "2025-01-01", "title": "Kept", "messages": [{"role": "user", "content": "Kept?"}]}
+    damaged = [
+        None, [], "text", {**good, "id": 1}, {**good, "title": None}, {**good, "messages": {}},
+        *({**good, "messages": [{"role": "user", "content": "?", **part}]} for part in (
+            {"content": None}, {"content": [{"type": "text"}]}, {"role": "system"}, {"parent": 0}, {"parent": 7},
+            {"parent": "-1"},
+        )),
+    ]  # fmt: skip
+    stored = {f"stepgguf.chat.{i}": json.dumps(one) for i, one in enumerate(damaged)}
+    stored["stepgguf.chat.x"] = json.dumps({**good, "leaf": 99})
+    for settings in ("{", "null", "7", '"text"', '{"length": 1, "top_k": {}, "gone": "1"}'):
+        for key, value in {**stored, "stepgguf.settings": settings}.items():
+            page.run("localStorage.setItem(arguments[0], arguments[1])", key, value)
+        page.reload()
+        page.until("document.getElementById('context').textContent")
+        assert page.run("return [...document.querySelectorAll('aside li a')].map(a => a.textContent)") == ["Kept"]
+        page.type("kept", "#search")
+        page.click("aside li a")
+        page.until("document.querySelector('.question')")
+        assert page.run(QUESTIONS) == ["Kept?"]
+
+
+def test_a_full_storage_keeps_the_page_alive_and_says_so(tell: Tell, page: Page) -> None:
+    tell("</think>", "An answer.")
+    page.run("localStorage.clear()")
+    page.run("""for (let n = 2 ** 22, i = 0; n; ) try { localStorage.setItem(i++, "x".repeat(n)); }
+        catch { n = Math.floor(n / 2); }""")
+    page.reload()
+    page.until("document.getElementById('context').textContent")
+    page.click("#settings-button")
+    page.type("1", "[name=top_k]")
+    page.click("#settings form button")
+    assert page.text("#settings-button") == "Settings (1)"
+    assert page.ask("First?") == "An answer."
+    assert page.text("#warning").startswith("This browser stores no more")
+
+
 def test_the_search_finds_the_place_and_opens_its_branch(tell: Tell, script: Tell, page: Page) -> None:
     tell("</think>", "The capital is Canberra, not Sydney.")
     page.ask("Australia?")

@@ -21,13 +21,17 @@ for (const name of Object.keys(localStorage).filter((name) => name.startsWith(CH
 function read(json) {
   try {
     const chat = JSON.parse(json);
+    if (typeof chat.id !== "string" || typeof chat.title !== "string") return null;
     chat.messages.forEach((message, i) => {
       message.parent ??= i - 1;
-      if (message.role !== "assistant") return;
+      const { role, content, parent } = message;
+      if (typeof content !== "string" || !Number.isInteger(parent) || parent < -1 || parent >= i) throw new TypeError();
+      if (role === "user") return;
+      if (role !== "assistant") throw new TypeError();
       message.reasoning ??= message.reasoning_content ?? "";
       message.at ??= Object.fromEntries(Object.entries(message.seconds ?? {}).map(([when, s]) => [when, 1000 * s]));
     });
-    chat.leaf ??= chat.messages.length - 1;
+    if (!(chat.leaf in chat.messages)) chat.leaf = chat.messages.length - 1;
     return chat;
   } catch {
     return null;
