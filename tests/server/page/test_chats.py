@@ -259,6 +259,29 @@ def test_another_tab_sees_what_this_one_does(tell: Tell, page: Page, scripted: S
     page.ask_driver("POST", "window", handle=first)
 
 
+def test_what_another_tab_saved_meanwhile_is_kept(tell: Tell, page: Page) -> None:
+    """This tab is busy with its answer and has not looked at what the other one asked."""
+    go_on = threading.Event()
+    tell("</think>", "One", go_on, " answer.")
+    page.send("First?")
+    page.until("document.querySelector('.text').textContent === 'One'")
+    page.until("Object.keys(localStorage).some((name) => name.startsWith('stepgguf.chat.'))")
+    page.run("""
+      const name = Object.keys(localStorage).find((name) => name.startsWith("stepgguf.chat."));
+      const chat = JSON.parse(localStorage[name]);
+      chat.messages.push({ key: "x", role: "user", content: "Elsewhere?", parent: 1 });
+      chat.messages.push({ key: "y", role: "assistant", content: "There.", parent: 2, end: "stop", at: {} });
+      localStorage[name] = JSON.stringify(chat);
+    """)
+    go_on.set()
+    assert page.answer() == "One answer."
+    page.reload()
+    page.until("document.querySelector('aside li a')")
+    stored = page.run("return Object.entries(localStorage).find(([name]) => name.startsWith('stepgguf.chat.'))[1]")
+    messages = [(message["content"], message["parent"]) for message in json.loads(stored)["messages"]]
+    assert messages == [("First?", -1), ("One answer.", 0), ("Elsewhere?", 1), ("There.", 2)]
+
+
 def test_two_chats_are_answered_at_a_time(tell: Tell, page: Page) -> None:
     go_on = threading.Event()
     tell("</think>", "One", go_on, " answer.")

@@ -1,11 +1,12 @@
 // The chats in this browser's storage, one key each, and what is typed but not sent.
 //
 //     chat     id, created, title, messages, leaf
-//     message  role, content, parent: the index of the message before it, -1 for none; of an answer also what
-//              answers.js writes
+//     message  role, content, parent: the index of the message before it, -1 for none; key: what it is known by in
+//              every tab; of an answer also what answers.js writes
 //
 // The messages of a chat are a tree, in the order in which they were written. `leaf` is the end of the branch that is
-// shown. An edited question or a second answer is a sibling of the first; nothing is taken away.
+// shown. An edited question or a second answer is a sibling of the first; nothing is taken away. Two tabs may write the
+// same chat at a time: whoever saves takes over first what the other has saved.
 
 const CHAT = "stepgguf.chat.", DRAFT = "stepgguf.draft.";
 const AROUND = 36; // characters shown before what was searched for
@@ -41,15 +42,33 @@ function read(json) {
 export const newChat = () =>
   ({ id: Date.now().toString(36), created: new Date().toISOString(), title: "", messages: [], leaf: -1 });
 
-/** False if the browser stores no more. */
-export function save(chat) {
+const saved = new Map(); // chat id -> what this tab has saved
+
+/** False if the browser stores no more. writing: the answer that this tab is writing, if it is. */
+export function save(chat, writing) {
   if (!chats.has(chat.id)) return true; // it was deleted while it was answered
+  const stored = localStorage.getItem(CHAT + chat.id);
+  const other = stored && stored !== saved.get(chat.id) ? read(stored) : null;
+  if (other) takeOver(chat, other, writing);
   try {
-    localStorage.setItem(CHAT + chat.id, JSON.stringify(chat));
+    saved.set(chat.id, JSON.stringify(chat));
+    localStorage.setItem(CHAT + chat.id, saved.get(chat.id));
     return true;
   } catch {
     return false;
   }
+}
+
+/** Messages that only the other tab has, and what it knows more of the others. Those of before there were keys have the
+ * same index in all tabs. */
+function takeOver({ messages }, other, writing) {
+  const known = new Map(messages.map(({ key }, i) => [key ?? i, i])), index = [];
+  const progress = ({ content, reasoning = "", end }) => content.length + reasoning.length + (end !== "running");
+  other.messages.forEach((theirs, i) => {
+    const ours = messages[index[i] = known.get(theirs.key ?? i) ?? messages.length];
+    if (!ours) messages.push({ ...theirs, parent: index[theirs.parent] ?? -1 });
+    else if (ours !== writing && progress(theirs) > progress(ours)) Object.assign(ours, theirs, { parent: ours.parent });
+  });
 }
 
 export function forget({ id, messages }) {
@@ -83,7 +102,7 @@ export const siblings = (chat, i) => children(chat, chat.messages[i].parent);
 
 /** Writes a message after another one; its index. */
 export function add(chat, parent, message) {
-  chat.leaf = chat.messages.push({ ...message, parent }) - 1;
+  chat.leaf = chat.messages.push({ key: Math.random().toString(36).slice(2), ...message, parent }) - 1;
   return chat.leaf;
 }
 

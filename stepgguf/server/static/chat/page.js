@@ -61,7 +61,7 @@ function ask(text, parent) {
 /** To a question; in the place of an answer that has nothing in it, if there is one. */
 function answer(question, empty) {
   if (empty === undefined) empty = store.add(current, question, newAnswer());
-  else current.messages[empty] = { ...newAnswer(), parent: question };
+  else current.messages[empty] = { ...newAnswer(), key: current.messages[empty].key, parent: question };
   respond(current, empty);
   showMessages();
   follow(true);
@@ -102,7 +102,7 @@ function update(chat) {
 }
 
 function keep(chat) {
-  $("warning").hidden = store.save(chat);
+  $("warning").hidden = store.save(chat, runs.get(chat.id)?.answer);
 }
 
 // ---- what is shown -------------------------------------------------------------------------------------------------
