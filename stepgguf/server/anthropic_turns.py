@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, Field
 
 from stepgguf.server.body import Part
 from stepgguf.server.sealed import unseal
-from stepgguf.server.unreadable import WORDS, AnyPart, TextPart, UnreadablePart, as_text
+from stepgguf.server.unreadable import WORDS, AnyPart, TextPart, UnreadablePart, as_output, as_text
 
 
 class ThinkingBlock(Part):
@@ -40,7 +40,7 @@ class ToolUseBlock(Part):
     type: Literal["tool_use"]
     id: str
     name: str
-    input: dict[str, Any] | str = Field(default_factory=dict)  # some clients keep the JSON
+    input: Any = Field(default_factory=dict)  # some clients keep the JSON
 
 
 def _blocks(content: Any) -> Any:
@@ -58,7 +58,11 @@ def _result_part(part: Any) -> Any:
     return part
 
 
-_Results = Annotated[list[Annotated[AnyPart, BeforeValidator(_result_part)]], BeforeValidator(_blocks)]
+def _result(content: Any) -> list[Any]:
+    return as_output([_result_part(part) for part in content] if isinstance(content, list) else content)
+
+
+_Results = Annotated[list[TextPart], BeforeValidator(_result)]
 
 
 class ToolResultBlock(Part):
@@ -79,7 +83,7 @@ RENDERED: dict[str, tuple[type[Block], ...]] = {
     "assistant": (TextPart, ThinkingBlock, RedactedThinkingBlock, ToolUseBlock),
     "system": (TextPart,),
 }
-OURS = ("text", "thinking", "redacted_thinking", "tool_use", "tool_result")
+OURS = ("thinking", "redacted_thinking", "tool_use", "tool_result")
 
 
 def _known(block: Any) -> Any:

@@ -31,5 +31,7 @@ def advice(asked: str, origin: str, routes: Iterable[str]) -> str:
 def _meant(asked: str, routes: Iterable[str]) -> str | None:
     """The longest route whose end is asked for: without /v1, with it twice, below some other prefix."""
     ends = {route.removeprefix(API): route for route in routes if "{" not in route}
+    if asked in ends.values():  # it takes another method
+        return None
     found = [end for end, route in ends.items() if asked.endswith(end) and asked != route]
     return ends[max(found, key=len)] if found else None

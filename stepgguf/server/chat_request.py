@@ -14,17 +14,17 @@ from stepgguf.server.body import Body, ExtraBody, Ignored, Part, ignored
 from stepgguf.server.fields import AnswerTokens, FormatFields, SamplingFields, limit
 from stepgguf.server.service import Service
 from stepgguf.server.thinking import ReasoningFields
-from stepgguf.server.unreadable import AnyPart, just_written, refuse_unreadable
+from stepgguf.server.unreadable import AnyPart, as_output, just_written, refuse_unreadable
 
 
 class CalledFunction(Part):
     name: str
-    arguments: str | dict[str, Any] = "{}"
+    arguments: Any = "{}"
 
 
 class ToolCall(Part):
-    id: str | None = None
-    type: Literal["function"] = "function"
+    id: str | int | None = None
+    type: str = "function"
     function: CalledFunction
 
 
@@ -37,26 +37,51 @@ def _as_function(call: Any) -> Any:
     return {"id": call.get("id"), "function": {"name": custom.get("name", call.get("type")), "arguments": arguments}}
 
 
+def _thinking(value: Any) -> Any:
+    """Text, or the text of parts: Mistral's {"thinking": [{"text": ...}]}, Anthropic's {"thinking": ...}."""
+    if isinstance(value, list):
+        return "".join(_thinking(part) for part in value)
+    if isinstance(value, dict):
+        return _thinking(value.get("thinking", value.get("text", value.get("content"))))
+    return value if isinstance(value, str) else ""
+
+
+THOUGHT = ("thinking", "redacted_thinking", "reasoning", "reasoning_text")  # parts of an answer
+_Thinking = Annotated[str | None, BeforeValidator(_thinking)]
+
+
+def _answer(data: dict[str, Any]) -> dict[str, Any]:
+    """The assistant's own message, of parts: its thinking goes where thinking belongs."""
+    thought = [part for part in data["content"] if isinstance(part, dict) and part.get("type") in THOUGHT]
+    if not thought:
+        return data
+    told = [part for part in data["content"] if part not in thought]
+    return {**data, "content": told, "reasoning_content": data.get("reasoning_content") or thought}
+
+
 class Message(Part):
-    """`content`: null is empty. The thinking of earlier answers may come back under any of three names, and old clients
-    send the functions of before there were tools."""
+    """`content`: null is empty; that of a tool may be anything. The thinking of earlier answers may come back under any
+    of three names, and old clients send the functions of before there were tools."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[AnyPart] | None = None
     name: str | None = None
-    reasoning: str | None = None
-    reasoning_content: str | None = None
-    reasoning_details: list[dict[str, Any]] | None = None
+    reasoning: _Thinking = None
+    reasoning_content: _Thinking = None
+    reasoning_details: Any = None
     tool_calls: list[Annotated[ToolCall, BeforeValidator(_as_function)]] | None = None
-    tool_call_id: str | None = None
+    tool_call_id: str | int | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _with_tools(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        if data.get("role") == "function":
-            return {**data, "role": "tool"}
+        if data.get("role") in ("tool", "function"):
+            content = data.get("content")
+            return {**data, "role": "tool", "content": content if isinstance(content, str) else as_output(content)}
+        if data.get("role") == "assistant" and isinstance(data.get("content"), list):
+            data = _answer(data)
         if data.get("function_call") and not data.get("tool_calls"):
             return {**data, "tool_calls": [{"function": data["function_call"]}]}
         return data

@@ -204,7 +204,7 @@ def explain(errors: Sequence[Mapping[str, Any]], body: object) -> tuple[str, str
         return f"{field}: {error['msg']}", field
     field = _spelled(deepest)
     if error["type"] == "missing":
-        return f"{field} is missing", field
+        return f"{field or 'the body'} is missing", field or None
     expected = dict.fromkeys(_expected(e["msg"]) for e, path in zip(errors, paths, strict=True) if path == deepest)
     either = " or ".join(expected).replace(" or expected ", " or ")
     message = f"{field or 'the body'}: {either}, found {_shown(error.get('input'))}"

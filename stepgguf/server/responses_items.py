@@ -12,7 +12,6 @@ a function, whatever its type; what else there is is left out.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
@@ -22,7 +21,7 @@ from pydantic_core.core_schema import ValidatorFunctionWrapHandler
 from stepgguf.server.body import Part
 from stepgguf.server.responses_tools import INPUT, Offers, by_type
 from stepgguf.server.sealed import unseal
-from stepgguf.server.unreadable import AnyPart, TextPart, as_text, just_written, refuse_unreadable
+from stepgguf.server.unreadable import AnyPart, TextPart, as_output, just_written, refuse_unreadable, shown
 
 Json = dict[str, Any]
 RESULTS = ("output", "outputs", "results")  # where an item that is a call and its result has the result
@@ -36,25 +35,6 @@ def _parts(content: Any) -> Any:
 
 
 Content = Annotated[list[AnyPart], BeforeValidator(_parts)]
-
-
-def _output(value: Any) -> Any:
-    """What a tool gave is never wrong: what is no part of a message is shown as it is."""
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    return [_output_part(item) for item in values]
-
-
-def _output_part(value: Any) -> Any:
-    part = as_text(value)
-    if isinstance(part, TextPart):
-        return part
-    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return part
-    return TextPart(type="text", text=_shown(value))
-
-
-def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 class Message(Part):
@@ -81,7 +61,7 @@ class FunctionCall(Part):
     call_id: str
     name: str
     namespace: str | None = None
-    arguments: str | Json | None = None
+    arguments: Any = None
 
 
 class CustomCall(Part):
@@ -99,7 +79,7 @@ class CustomCall(Part):
 class CallOutput(Part):
     type: Literal["function_call_output", "custom_tool_call_output"]
     call_id: str
-    output: Annotated[list[TextPart], BeforeValidator(_output)] = Field(default_factory=list)
+    output: Annotated[list[TextPart], BeforeValidator(as_output)] = Field(default_factory=list)
 
 
 class ItemReference(Part):
@@ -217,11 +197,11 @@ def _as_call(item: OtherItem) -> Iterator[FunctionCall | CallOutput]:
         name, arguments = fields.get("name", item.type.removesuffix("_call")), fields.get("arguments", rest)
         yield FunctionCall(type="function_call", call_id=call_id, name=str(name), arguments=_as_arguments(arguments))
         if results:
-            yield _result(call_id, _shown(results[0]))
+            yield _result(call_id, shown(results[0]))
 
 
 def _result(call_id: str, output: Any) -> CallOutput:
-    return CallOutput(type="function_call_output", call_id=call_id, output=_output(output))
+    return CallOutput(type="function_call_output", call_id=call_id, output=as_output(output))
 
 
 def _as_arguments(value: Any) -> str | Json:

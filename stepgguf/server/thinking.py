@@ -55,6 +55,8 @@ class MapAmounts(Body):
     max_tokens: Tokens | None = Field(None, description="OpenRouter's.")
     budget_tokens: Tokens | None = Field(None, description="Anthropic's.")
     token_budget: Tokens | None = Field(None, description="Cohere's.")
+    thinking_budget: Tokens | None = Field(None, description="Gemini's.")
+    thinking_level: Level | None = Field(None, description="Gemini's.")
 
     def spellings(self) -> Iterator[Level | None]:
         return (getattr(self, name) for name in MapAmounts.model_fields)
@@ -69,6 +71,7 @@ class ThinkingMap(MapAmounts):
     keep: Any = ignored("the chat template decides which reasoning stays")
     context: Any = ignored("the chat template decides which reasoning stays")
     mode: Any = ignored("there is one mode")
+    include_thoughts: Any = ignored("the reasoning itself is sent")
 
 
 HowMuch = Annotated[
@@ -105,6 +108,8 @@ class ThinkingFields(Body):
     max_thinking_tokens: Tokens | None = Field(None, description="NVIDIA's.")
     thinking_token_budget: Tokens | None = Field(None, description="vLLM's.")
 
+    thinking_config: HowMuch | None = Field(None, description="Gemini's map.")
+    google: ThinkingFields | None = Field(None, description="What Gemini's own is in, behind OpenAI's dialect.")
     chat_template_kwargs: ThinkingFields | None = Field(None, description="vLLM's, SGLang's, llama.cpp's.")
     custom_params: ThinkingFields | None = Field(None, description="SGLang's.")
 

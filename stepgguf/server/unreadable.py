@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 import re
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
@@ -23,6 +24,7 @@ from stepgguf.server.body import Part
 WORDS = {"image": "image", "screenshot": "image", "audio": "audio", "video": "video"}
 WORDS |= {"document": "document", "file": "file", "upload": "file"}
 LONGEST_TYPE = 64
+TEXTS = ("text", "input_text", "output_text")
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f]")  # not in text; escape is, in what terminals show
 
 
@@ -40,8 +42,15 @@ class UnreadablePart(TextPart):
 
 
 def as_text(part: Any) -> Any:
-    """Before a part is validated as a TextPart: every part with a type becomes one. What is no part stays."""
-    if not isinstance(part, dict) or not isinstance(part.get("type"), str) or part["type"] == "text":
+    """Before a part is validated as a TextPart: every part with a type becomes one, and a string, which is short for
+    one. Null is no text. What is no part stays."""
+    if isinstance(part, str):
+        return TextPart(type="text", text=part)
+    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+        return part
+    if part["type"] in TEXTS and part.get("text", part) is None:
+        return TextPart(type="text", text="")
+    if part["type"] == "text":
         return part
     text = _text(part)
     if text is None:
@@ -50,6 +59,24 @@ def as_text(part: Any) -> Any:
 
 
 AnyPart = Annotated[TextPart, BeforeValidator(as_text)]
+
+
+def as_output(value: Any) -> list[Any]:
+    """Before what a tool gave is validated as parts. It is never wrong: what is no part of a message is shown as it
+    is."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    return [_output_part(item) for item in values]
+
+
+def _output_part(value: Any) -> Any:
+    part = as_text(value)
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return part
+    return part if isinstance(part, TextPart) else TextPart(type="text", text=shown(value))
+
+
+def shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def sentence(part_type: str) -> str:

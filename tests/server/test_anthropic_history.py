@@ -13,6 +13,7 @@ from stepgguf.chat.exchange import ChatModel
 from stepgguf.chat.request import ChatRequest
 from stepgguf.errors import RequestError
 from stepgguf.server.anthropic_request import Create
+from stepgguf.server.anthropic_turns import ToolResultBlock
 from stepgguf.server.config import ServerConfig
 from stepgguf.server.metrics import Metrics
 from stepgguf.server.service import Service
@@ -26,6 +27,12 @@ NOTES = base64.b64encode(b"Buy milk.").decode()
 WEATHER: dict[str, Any] = {"name": "get_weather", "input_schema": {"type": "object", "properties": {}}}
 BASH = {"type": "bash_20250124", "name": "bash"}
 SEARCH = {"type": "web_search_20250305", "name": "web_search", "max_uses": 3}
+
+
+def test_what_a_tool_gave_is_never_wrong() -> None:
+    for given, shown in ((3, "3"), ({"a": 1}, '{"a": 1}'), (["a", {"b": 1}], 'a\n\n{"b": 1}')):
+        block = ToolResultBlock.model_validate({"type": "tool_result", "tool_use_id": "x", "content": given})
+        assert block.text == shown
 
 
 def text(said: str) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import httpx
 import pytest
 
 from stepgguf.chat.request import EFFORTS
-from stepgguf.chat.template import CLOSING_WORDS
+from stepgguf.chat.template import CLOSING_WORDS, normalize
+from stepgguf.server.chat_request import Message, as_chat
 from tests.server.conftest import Serve, Server
 
 LETTERS = "How many 'r's are in the word strawberry?"
@@ -332,6 +333,52 @@ def test_a_part_of_an_old_turn_or_of_a_tools_result_is_shown_as_text(
     assert server.chat(messages=turns(part), max_tokens=1).status_code == 200
     told, expected = (server.client.post("/tokenize", json={"messages": turns(p)}).json() for p in (part, shown))
     assert told == expected
+
+
+@pytest.mark.parametrize(
+    ("result", "shown"),
+    [
+        (3, "3"),
+        ({"temp": 3}, '{"temp": 3}'),
+        (["a", "b"], "a\nb"),
+        ([{"temp": 3}, None], '{"temp": 3}\nnull'),
+        ([{"type": "text", "text": None}], ""),
+    ],
+    ids=str,
+)
+def test_what_a_tool_gave_is_never_wrong(server: Server, result: Any, shown: str) -> None:
+    def told(result: Any) -> dict[str, Any]:
+        call = {"id": 1, "type": "", "function": {"name": "look", "arguments": [1]}}
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}]
+        messages += [{"role": "tool", "tool_call_id": 1, "content": result}]
+        found = server.client.post("/tokenize", json={"messages": messages})
+        assert found.status_code == 200
+        answer: dict[str, Any] = found.json()
+        return answer
+
+    assert told(result) == told(shown)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {
+            "content": [
+                {"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]},
+                {"type": "text", "text": "x"},
+            ]
+        },
+        {"content": [{"type": "thinking", "thinking": "Hm.", "signature": "s"}, {"type": "text", "text": "x"}]},
+        {"content": [{"type": "reasoning", "text": "Hm."}, "x"]},
+        {"content": "x", "reasoning": [{"type": "reasoning.text", "text": "Hm."}]},
+        {"content": "x", "reasoning_content": {"text": "Hm."}},
+    ],
+    ids=str,
+)
+def test_the_thinking_of_an_old_answer_is_thinking_whatever_its_form(answer: dict[str, Any]) -> None:
+    read = as_chat([Message.model_validate({"role": "assistant", **answer})])
+    (found,) = normalize(read)
+    assert (found["content"], found["reasoning_content"]) == ("x", "Hm.")
 
 
 def test_a_file_of_text_is_text_in_the_newest_message_too(server: Server) -> None:

@@ -55,6 +55,10 @@ def limit(**fields: Any) -> int | None:
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, 1024),
         ({"thinking": {"type": "disabled", "budget_tokens": 1024}}, 0),
         ({"thinking": {"type": "enabled", "token_budget": 7}}, 7),
+        # Gemini, behind OpenAI's dialect
+        ({"thinking_config": {"thinking_budget": 0, "include_thoughts": True}}, 0),
+        ({"extra_body": {"google": {"thinking_config": {"thinking_budget": 100}}}}, 100),
+        ({"google": {"thinking_config": {"thinking_level": "low"}}}, LOW),
         ({"thinking": False}, 0),
         ({"thinking": "disabled"}, 0),
         ({"thinking_mode": "disabled"}, 0),
@@ -95,7 +99,7 @@ def test_a_spelling_is_a_limit(fields: dict[str, Any], tokens: int | None) -> No
 
 
 def test_every_row_of_the_table_stands_in_the_body_and_in_the_templates_arguments() -> None:
-    for name in ThinkingFields.model_fields.keys() - {"chat_template_kwargs", "custom_params"}:
+    for name in ThinkingFields.model_fields.keys() - {"chat_template_kwargs", "custom_params", "google"}:
         value = {"disable_reasoning": True, "low_effort": True}.get(name, 0)
         tokens = LOW if name == "low_effort" else 0
         assert limit(**{name: value}) == limit(chat_template_kwargs={name: value}) == tokens, name

@@ -44,6 +44,8 @@ def test_a_sentence_stands_in_its_place(part: dict[str, Any], text: str) -> None
 @pytest.mark.parametrize(
     ("part", "text"),
     [
+        (" a ", " a "),
+        ({"type": "text", "text": None}, ""),
         ({"type": "input_text", "text": " a "}, " a "),
         ({"type": "refusal", "refusal": "no"}, "no"),
         ({"type": "newer", "text": "a"}, "a"),
@@ -72,7 +74,7 @@ def test_what_holds_text_is_text(part: dict[str, Any], text: str) -> None:
     assert found.text == text
 
 
-@pytest.mark.parametrize("part", [1, "a", {}, {"type": 1}, {"type": "text"}, {"type": "text", "text": 1}])
+@pytest.mark.parametrize("part", [1, {}, {"type": 1}, {"type": "text"}, {"type": "text", "text": 1}])
 def test_what_is_no_part_is_an_error(part: Any) -> None:
     with pytest.raises(ValidationError):
         any_part.validate_python(part)
