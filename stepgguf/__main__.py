@@ -1,5 +1,16 @@
-"""python -m stepgguf"""
+"""python -m stepgguf, and the console script: Ctrl+C ends it quietly also while it starts."""
 
-from stepgguf.cli.main import run
+import sys
 
-run()
+
+def run() -> None:
+    try:
+        from stepgguf.cli.main import run as command
+
+        command()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run()

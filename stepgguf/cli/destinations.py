@@ -33,9 +33,9 @@ class Destination:
         return self.text.endswith((os.sep, f"{os.sep}.")) or (self.text != "" and self.path.is_dir())
 
     def file(self, name: str) -> Path:
-        """The file: in a folder, `name` with the ending. OutputError for a name without it."""
+        """The file: in a folder, `name` with the ending (a slash would leave it). OutputError for a name without it."""
         if self.is_folder:
-            return self.path / f"{name}{self.ending}"
+            return self.path / f"{name.replace(os.sep, '-')}{self.ending}"
         meant = self._meant()
         if meant != self.path:
             raise OutputError(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 _RECIPE = "a recipe says it: see `stepgguf recipes`"
 _CONVERTING = {
     "--outtype": "--type TYPE",
+    "-o": "DEST, the second argument, without an option",
     "--outfile": "DEST, the second argument, without an option",
     "--ftype": "--type TYPE",
     "--model-name": "--name NAME",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -63,7 +64,9 @@ def quantize(
     if dest.text.upper() in BASE and not dest.is_folder:
         raise OutputError(
             f"{dest.text} is a type; the name of the file to write is missing",
-            hint=f"stepgguf quantize {source} {source.stem}-{dest.text}.gguf --type {dest.text}",
+            hint=shlex.join(
+                ["stepgguf", "quantize", str(source), f"{source.stem}-{dest.text}.gguf", "--type", dest.text]
+            ),
         )
     if positional_type is not None and type is not None and positional_type != type:
         raise typer.BadParameter(f"{type} and {positional_type}: give one type", param_hint="--type")

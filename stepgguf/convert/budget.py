@@ -65,7 +65,7 @@ def resolve(type_name: str | None, limits: Limits | None, default: str) -> tuple
     RecipeError for a stock mixture with a budget, which would leave nothing of it.
     """
     if limits is None:
-        chosen = recipe.load(type_name or default)
+        chosen = recipe.load(default if type_name is None else type_name)
         return chosen, Limits(bpw=chosen.bpw) if chosen.bpw is not None else None
     if type_name is None:
         return Recipe(limits.name, "", limits.name, "", ()), limits

@@ -35,7 +35,7 @@ from stepgguf.convert.source import SourceTensor
 from stepgguf.errors import BadConfig, CheckpointError, TruncatedShard, UnexpectedTensor
 from stepgguf.files import jsonread
 from stepgguf.model.hparams import HParams
-from stepgguf.model.spelling import COMPUTED_SUFFIX, VISION_PREFIXES, published
+from stepgguf.model.spelling import NO_WEIGHT, VISION_PREFIXES, published
 from stepgguf.model.tensors import TensorSpec, is_beyond, tensor_specs
 from stepgguf.quants.codec import FP8_TILE, Scaled, Values, widen
 
@@ -114,7 +114,7 @@ class Checkpoint:
         self, layout: Layout, hp: HParams, specs: Sequence[TensorSpec], shards: Sequence[Path], index: Mapping[str, str]
     ) -> bool:
         """Find the MTP blocks' tensors; whether they are all there. If not, note why."""
-        present = [name for name in layout.entries if is_beyond(name, hp.n_layer)]
+        present = [name for name in layout.entries if is_beyond(name, hp.n_layer) and not name.endswith(NO_WEIGHT)]
         if not specs:
             if present:
                 self.warnings.append(f"config.json names no MTP blocks; {len(present)} tensors of such are left out")
@@ -143,7 +143,7 @@ class Checkpoint:
         others = [
             name
             for name in layout.entries
-            if name not in layout.used and not is_beyond(name, hp.n_layer) and not name.endswith(COMPUTED_SUFFIX)
+            if name not in layout.used and not is_beyond(name, hp.n_layer) and not name.endswith(NO_WEIGHT)
         ]
         vision = [name for name in others if "text_config" in self.config and name.startswith(VISION_PREFIXES)]
         _refuse_unknown(layout, set(others).difference(vision), hp)

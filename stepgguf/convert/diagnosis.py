@@ -14,8 +14,10 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from shlex import quote
 
 from stepgguf.convert.hub import origin, unfinished
+from stepgguf.convert.layout import SCALE
 from stepgguf.convert.shards import DTYPE_BYTES, Entry
 from stepgguf.errors import CheckpointError, MissingShard, TensorNotFound, UnsupportedCheckpoint
 from stepgguf.files import jsonread
@@ -150,6 +152,9 @@ def missing(
     if absent:
         listed = f"{folder / absent[0]} is missing" + (f" and {len(absent) - 1} more shards" if len(absent) > 1 else "")
         return MissingShard(f"{listed}; {count}", hint="Download the missing shards into the same directory.")
+    if names[0].endswith(SCALE):
+        weight = names[0].removesuffix(SCALE)
+        return TensorNotFound(f"{folder}: {weight} is F8_E4M3, but {names[0]} is in no shard", hint=_ORIGINAL)
     if names == ["lm_head.weight"]:
         return TensorNotFound(
             f"{folder}: lm_head.weight is in no shard: the model was saved without its head",
@@ -194,5 +199,9 @@ def _word(settings: Value | None, key: str) -> str | None:
 
 
 def _resume(folder: Path) -> str:
-    command = f"hf download {model}" if (model := origin(folder).id) else f"hf download ORG/NAME --local-dir {folder}"
+    command = (
+        f"hf download {model}"
+        if (model := origin(folder).id)
+        else f"hf download ORG/NAME --local-dir {quote(str(folder))}"
+    )
     return f"Repeat the download: {command} (it goes on where it stopped)."

@@ -27,8 +27,8 @@ class GGUFSource:
     """An opened GGUF. For a split one, give any of its files. `keys` are those of the first file, less split.*."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         self.headers = read_headers(path)
+        self.path = self.headers[0].path  # whichever part was given, the output is the same
         self.keys: dict[str, Key] = {
             name: key for name, key in self.headers[0].keys.items() if not name.startswith("split.")
         }

@@ -13,6 +13,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from stepgguf.errors import CheckpointError, UnsupportedCheckpoint
 
@@ -66,7 +67,9 @@ def _meant(path: Path) -> Path:
         if is_part(path):
             return path.parent
         if path.suffix.lower() == ".gguf":
-            hint = f"It is converted already; to quantize it: stepgguf quantize {path} DEST.gguf --type Q4_K_S"
+            hint = (
+                f"It is converted already; to quantize it: stepgguf quantize {quote(str(path))} DEST.gguf --type Q4_K_S"
+            )
             raise UnsupportedCheckpoint(f"{path} is a GGUF file and no checkpoint", hint=hint)
         raise UnsupportedCheckpoint(f"{path} is a file and not a checkpoint's directory", hint=_GIVE)
     if path.is_dir():

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from stepgguf.convert.shards import DTYPE_BYTES, Entry
-from stepgguf.errors import ShapeMismatch, TensorNotFound
+from stepgguf.errors import ShapeMismatch
 from stepgguf.model.tensors import TensorSpec
 from stepgguf.quants.codec import FP8_TILE
 
@@ -51,7 +51,7 @@ class Layout:
     def find(self, spec: TensorSpec, lacking: list[str]) -> tuple[Matrix, ...]:
         """The matrices of a tensor; or none, and the names of what is not there are added to `lacking`.
 
-        Raises ShapeMismatch for a shape or a dtype that cannot be, TensorNotFound for FP8 without its scales.
+        Raises ShapeMismatch for a shape or a dtype that cannot be.
         """
         if spec.source in self.entries:
             return self._stacked(spec, spec.source, 0, 1)
@@ -101,16 +101,15 @@ def _check_entry(name: str, entry: Entry, scale: Entry | None, shape: tuple[int,
             f"{shard}: {entry.name} has dtype {entry.dtype}, expected one of {', '.join(DTYPE_BYTES)}",
             hint="Convert from the BF16 or the FP8 checkpoint.",
         )
-    if entry.dtype != "F8_E4M3":
+    if entry.dtype != "F8_E4M3" or scale is None:
         return
-    if scale is None:
-        raise TensorNotFound(f"{shard}: {entry.name} is F8_E4M3, but {name + SCALE} is in no shard")
     *lead, rows, columns = shape if len(shape) > 1 else (1, *shape)
     expected = (*lead, -(-rows // FP8_TILE), -(-columns // FP8_TILE))
     if scale.shape != expected or scale.dtype not in ("F32", "BF16"):
         raise ShapeMismatch(
             f"{scale.shard.name}: {scale.name} is {scale.dtype} {list(scale.shape)}, expected F32 {list(expected)} "
-            f"({FP8_TILE} x {FP8_TILE} blocks)"
+            f"({FP8_TILE} x {FP8_TILE} blocks)",
+            hint="Convert from the BF16 or the FP8 checkpoint.",
         )
 
 
@@ -124,7 +123,9 @@ def _check_dtypes(matrices: Iterable[Matrix]) -> None:
 
 
 def locate(layout: Layout, specs: Iterable[TensorSpec]) -> tuple[dict[str, tuple[Matrix, ...]], list[str]]:
-    """The matrices of every tensor by its name in the table, and the names of what is not there."""
+    """The matrices of every tensor by its name in the table, and the names of what is not there, scales of FP8 too."""
     lacking: list[str] = []
     found = {spec.source: layout.find(spec, lacking) for spec in specs}
+    entries = {m.entry.name: m for matrices in found.values() for m in matrices if m.entry.dtype == "F8_E4M3"}
+    lacking += [name + SCALE for name, matrix in entries.items() if matrix.scale is None]
     return found, lacking

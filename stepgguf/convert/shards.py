@@ -14,7 +14,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from stepgguf.errors import CorruptShard, MissingShard, TruncatedShard
+from stepgguf.errors import CheckpointError, CorruptShard, MissingShard, TruncatedShard
 from stepgguf.files import disk, jsonread
 from stepgguf.files.jsonread import Value
 
@@ -68,6 +68,8 @@ def read_shard(path: Path) -> Shard:
             start = file.read(64)
             length = _header_length(path, start, status.st_size)
             text = start[8 : 8 + length] + file.read(max(0, length - 56))
+    except PermissionError as error:  # safetensors makes files that only their owner may read
+        raise CheckpointError(f"{path}: {error.strerror}", hint="Check its permissions.") from error
     except OSError as error:
         broken = path.is_symlink() and not path.exists()
         problem = "a link to a file that is not there" if broken else error.strerror

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from shlex import quote
 
 from gguf import Keys
 
@@ -28,7 +29,7 @@ def split_files(path: Path) -> list[Path]:
         if inside:
             hint = f"Give a file in it: {inside[0]}"
         elif (path / "config.json").exists():
-            hint = f"Convert it first: stepgguf convert {path} DEST.gguf --type Q4_K_S"
+            hint = f"Convert it first: stepgguf convert {quote(str(path))} DEST.gguf --type Q4_K_S"
         raise GGUFError(f"{path} is a directory and not a GGUF file", hint=hint)
     if not path.exists() and (model := hub_id(path)) is not None:
         hint = f"Download it first: hf download {model} --include '*.gguf' --local-dir {model.split('/')[1]}"

@@ -25,6 +25,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,9 @@ class Writer:
 
     def _hold(self) -> None:
         if not self._folder.is_dir():
-            raise OutputError(f"{self._folder} is not a directory", hint=f"Create it first: mkdir -p {self._folder}")
+            raise OutputError(
+                f"{self._folder} is not a directory", hint=f"Create it first: mkdir -p {quote(str(self._folder))}"
+            )
         with suppress(FileNotFoundError):
             os.lstat(f"{manifest.manifest_path(self.plan.files[0].path)}.new")  # the longest name: can it be had?
         try:

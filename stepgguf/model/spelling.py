@@ -31,8 +31,9 @@ VISION_PREFIXES = (
     "multi_modal_projector.", "model.multi_modal_projector.",
 )  # fmt: skip
 
-# Buffers that old versions of transformers saved; they follow from config.json.
-COMPUTED_SUFFIX = ".rotary_emb.inv_freq"
+# What is no weight: buffers that old versions of transformers saved, which follow from config.json, and scales by which
+# other programs quantize activations and their cache while they run.
+NO_WEIGHT = (".rotary_emb.inv_freq", ".input_scale", ".activation_scale", ".k_scale", ".v_scale", ".kv_scale")
 
 
 def published(name: str) -> str:

@@ -194,8 +194,13 @@ def load(name_or_path: str) -> Recipe:
         return parse(shipped_text(name_or_path.lower()), name_or_path.lower())
     path = Path(name_or_path)
     files = sorted(str(file) for file in path.parent.glob("*.toml")) if path.parent.is_dir() else []
-    if path.suffix != ".toml" or not path.exists():
-        raise unknown(str(path), (*shipped_names(), *files))
+    if path.suffix == ".toml" and not path.exists():
+        raise RecipeError(
+            f"{path}: no such file{did_you_mean(str(path), files)}",
+            hint="Those that come with stepgguf: stepgguf recipes.",
+        )
+    if path.suffix != ".toml":
+        raise unknown(name_or_path, (*shipped_names(), *files))
     return parse(textfile.read(path, RecipeError, most=MAX_BYTES), name_or_path)
 
 

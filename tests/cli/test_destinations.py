@@ -40,6 +40,14 @@ def test_folders_give_the_file_a_name(tmp_path: Path) -> None:
     assert not Destination(f"{tmp_path}/new").is_folder
 
 
+@pytest.mark.parametrize("name", ["Step/Fun 3.5", "../evil", "/evil"])
+def test_a_models_name_does_not_lead_out_of_the_folder(name: str, small: Path, tmp_path: Path) -> None:
+    assert main(["convert", str(small), f"{tmp_path}/a/", "-t", "BF16", "-q", "--mtp", "drop", "--name", name]) == 0
+    made = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.parent for path in made} == {tmp_path / "a"}
+    assert f"{name.replace('/', '-')}-BF16.gguf" in [path.name for path in made]
+
+
 @pytest.mark.parametrize("command", ["convert", "quantize"])
 def test_a_slash_at_the_end_makes_the_folder(command: str, small: Path, tmp_path: Path) -> None:
     folder = tmp_path / "a" / "models"

@@ -12,6 +12,7 @@ import pytest
 
 from stepgguf.cli.main import main
 from stepgguf.convert import header as gguf_header
+from stepgguf.demo import CHECKPOINT
 from stepgguf.files import installed
 
 
@@ -113,6 +114,7 @@ def test_without_a_name_for_the_file_the_whole_command_is_said(bf16: Path, capfd
         (["quantize", "a", "b.gguf", "--token-embedding-type", "q8_0"], "recipe"),
         (["quantize", "--pure", "a", "b.gguf", "Q4_K_M"], "recipe"),
         (["convert", "a", "b.gguf", "--model-name", "x"], "--name"),
+        (["convert", "a", "-o", "b.gguf"], "DEST"),
     ],
 )
 def test_other_tools_options_are_answered_with_ours(
@@ -122,6 +124,23 @@ def test_other_tools_options_are_answered_with_ours(
     text = said(capfd)
     assert "is an option of llama.cpp's tools" in text
     assert ours in text.partition("hint:")[2]
+
+
+def test_an_empty_type_is_not_the_default(bf16: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", str(bf16.parent), str(tmp_path / "x.gguf"), "--type", "", "--dry-run"]) == 1
+    assert "unknown type or recipe ''" in said(capfd)
+
+
+def test_commands_in_hints_hold_names_with_spaces(
+    bf16: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    spaced = tmp_path / "my model.gguf"
+    spaced.write_bytes(bf16.read_bytes())
+    for arguments in (["quantize", str(spaced), "Q4_K_M"], ["convert", str(spaced), "x.gguf"]):
+        assert main(arguments) == 1
+        assert f"stepgguf quantize '{spaced}' " in said(capfd)
+    assert main(["convert", str(CHECKPOINT), str(tmp_path / "no folder" / "x.gguf"), "-q"]) == 1
+    assert f"mkdir -p '{tmp_path / 'no folder'}'" in said(capfd)
 
 
 def test_a_gguf_is_not_converted_but_quantized(bf16: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -228,3 +228,36 @@ def test_scales_of_another_block_size_are_named(copy_fp8: Path) -> None:
     edit(copy_fp8, lambda t: t.update({k: v[:, :1].clone() for k, v in t.items() if k.endswith("_scale_inv")}))
     with pytest.raises(ShapeMismatch, match=r"expected F32 \[6, 2, 2\] \(128 x 128 blocks\)"):
         Checkpoint(copy_fp8)
+
+
+def test_a_shard_that_is_not_there_is_named_also_where_only_scales_were_in_it(copy_fp8: Path) -> None:
+    scales: dict[str, torch.Tensor] = {}
+    (copy_fp8 / INDEX).unlink()
+    for shard in sorted(copy_fp8.glob("*.safetensors")):
+        edit(
+            copy_fp8, lambda t: [scales.update({k: t.pop(k)}) for k in list(t) if k.endswith("_scale_inv")], shard.name
+        )
+    for shard in sorted(copy_fp8.glob("*.safetensors")):
+        shard.rename(copy_fp8 / f"{shard.stem}-of-00003.safetensors")
+    with pytest.raises(MissingShard, match=r"model-00003-of-00003\.safetensors is missing"):
+        Checkpoint(copy_fp8)
+    save_file(scales, copy_fp8 / "model-00003-of-00003.safetensors")
+    Checkpoint(copy_fp8).close()
+
+
+def test_scales_of_activations_and_of_the_cache_are_no_weights(copy_fp8: Path, small_fp8: Path) -> None:
+    with Checkpoint(small_fp8) as before:
+        specs = before.specs
+    for shard in sorted(copy_fp8.glob("*.safetensors")):
+        edit(
+            copy_fp8,
+            lambda t: t.update(
+                {k.replace("weight_scale_inv", "input_scale"): torch.ones([]) for k in t if k.endswith("_scale_inv")}
+            ),
+            shard.name,
+        )
+    cache = ("model.layers.0.self_attn.k_scale", "model.layers.5.self_attn.v_scale")
+    edit(copy_fp8, lambda t: t.update({name: torch.ones([]) for name in cache}))
+    with Checkpoint(copy_fp8) as checkpoint:
+        checkpoint.require_mtp()
+        assert checkpoint.specs == specs

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from stepgguf.cli.main import main
 from stepgguf.convert.checkpoint import INDEX, Checkpoint
 from stepgguf.convert.diagnosis import QUANTIZED
+from stepgguf.convert.shards import read_shard
 from stepgguf.errors import CheckpointError, MissingShard, StepggufError, UnsupportedCheckpoint
 from stepgguf.model.hparams import HParams
 from stepgguf.model.tensors import tensor_specs
@@ -309,3 +311,20 @@ def test_the_tables_patterns_match_nothing_of_a_good_checkpoint() -> None:
     names = {spec.source: torch.zeros(2, 1) for spec in specs}
     for name in [*names, *by_expert(names), *(f"{n}_scale_inv" for n in names)]:
         assert not [pattern for pattern, _ in QUANTIZED if re.search(pattern, name)]
+
+
+def test_a_shard_that_may_not_be_read_need_not_be_downloaded_again(copy: Path) -> None:
+    shard = copy / "model-00001.safetensors"
+    with tempfile.TemporaryDirectory() as open_to_all:
+        moved = shard.rename(Path(open_to_all) / shard.name)
+        moved.chmod(0)
+        os.chmod(open_to_all, 0o755)
+        user = os.geteuid()
+        try:
+            if user == 0:  # root may read everything
+                os.seteuid(65534)
+            with pytest.raises(CheckpointError, match="Permission denied") as caught:
+                read_shard(moved)
+        finally:
+            os.seteuid(user)
+    assert caught.value.hint == "Check its permissions."

@@ -165,6 +165,23 @@ def test_ctrl_c_in_the_terminal_exits_130_and_says_how_to_go_on(tmp_path: Path) 
     assert main(["verify", str(tmp_path / "out.gguf"), "-q"]) == 0
 
 
+def test_ctrl_c_while_it_starts_is_no_traceback() -> None:
+    """It comes while the first module of the command line is imported: the place of a hand that is quick."""
+    code = (
+        "import builtins, runpy, signal, sys\n"
+        "real = builtins.__import__\n"
+        "def slow(name, *rest, **named):\n"
+        "    if name == 'typer': signal.raise_signal(signal.SIGINT)\n"
+        "    return real(name, *rest, **named)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "builtins.__import__ = slow\n"
+        "sys.argv = ['stepgguf', '--version']\n"
+        "runpy.run_module('stepgguf.__main__', run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 CHANGES = {
     "type": (["-t", "Q5_K_M"], "type: Q4_K_M then, Q5_K_M now"),
     "mtp": (["-t", "Q4_K_M", "--mtp", "drop"], "mtp: include then, drop now"),

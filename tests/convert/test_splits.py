@@ -51,6 +51,7 @@ def test_any_part_stands_for_all_in_every_command(
     assert main(["quantize", given, str(tmp_path / "q.gguf"), "-t", "Q8_0", "-q"]) == 0
     assert main(["quantize", str(made[0].parent / "x.gguf"), str(tmp_path / "r.gguf"), "-t", "Q8_0", "-q"]) == 0
     same_tensors(tmp_path / "q.gguf", tmp_path / "r.gguf")
+    assert gguf_header.read(tmp_path / "q.gguf").get("stepgguf.source") == made[0].name
     capfd.readouterr()
     assert main(["inspect", given]) == 0
     assert "5 layers and no MTP blocks" in capfd.readouterr().out

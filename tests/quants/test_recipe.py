@@ -320,10 +320,16 @@ def test_a_file_that_cannot_be_read_is_an_error_with_its_path(tmp_path: Path) ->
 
 def test_an_unknown_name_has_the_near_miss_of_types_recipes_and_files(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text(RULE_OF_THUMB)
-    misses = {"Q4KM": "Q4_K_M", "q5_k_n": r"Q5_K_\w", "128": "128gb", str(tmp_path / "mien.toml"): r"\S+/mine\.toml"}
+    misses = {"Q4KM": "Q4_K_M", "q5_k_n": r"Q5_K_\w", "128": "128gb", str(tmp_path / "mine.tml"): r"\S+/mine\.toml"}
     for name, near in misses.items():
         with pytest.raises(RecipeError, match=rf"unknown type or recipe '{re.escape(name)}'; did you mean {near}\?$"):
             load(name)
+
+
+def test_a_recipe_file_that_is_not_there_is_no_such_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(RULE_OF_THUMB)
+    with pytest.raises(RecipeError, match=r"mien\.toml: no such file; did you mean \S+/mine\.toml\?$"):
+        load(str(tmp_path / "mien.toml"))
 
 
 # the shipped recipes --------------------------------------------------------------------------------------------
