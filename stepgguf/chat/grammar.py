@@ -19,6 +19,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 
+from stepgguf.chat import ambiguity
 from stepgguf.chat.gbnf import MAX_TEXT, Rules, all_but, char_class, characters, literal
 from stepgguf.chat.jsonrules import SchemaRules, define_json
 from stepgguf.chat.output import Markers
@@ -33,9 +34,9 @@ _MAX_NAMES = 1024  # characters of parameter names in the rule `text`, each of w
 _ENDING = re.compile(r"</parameter>|^<parameter=|^</function>", re.MULTILINE)  # what may end a value
 _MAX_GROUPS = 64  # in each other, in a grammar of the user's: llama.cpp's parser recurses on its C stack
 _PYTHON = {"boolean": ('"True"', '"False"'), "null": ('"None"',)}  # how the template writes them in the history
-# strings, classes, tokens, counts and comments of GBNF; and outside of them names and groups
+# strings, classes, tokens, counts and comments of GBNF, closed or not; and outside of them names and groups
 _GBNF = re.compile(
-    r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|<[^>\n]*>|\{[^}\n]*\}|#[^\n]*|(?P<name>[a-zA-Z0-9-]+)|(?P<group>[()])',
+    r'"(?:\\.|[^"\\])*"?|\[(?:\\.|[^\]\\])*\]?|<[^>\n]*>?|\{[^}\n]*\}?|#[^\n]*|(?P<name>[a-zA-Z0-9-]+)|(?P<group>[()])',
     re.DOTALL,
 )
 
@@ -115,6 +116,7 @@ def _own_names(format: Gbnf, param: str) -> str:
     text = "" if problem else _GBNF.sub(rename, format.text)
     if not problem and ("root" not in names or deepest > _MAX_GROUPS):
         problem = f"has no rule `root`, or more than {_MAX_GROUPS} groups in each other"
+    problem = problem or ambiguity.problem(format.text) or ""
     if problem:
         raise BadGrammar(f"{param}: the grammar {problem}", param=param, hint="See llama.cpp's grammars/README.md.")
     return text + "\n"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from string import hexdigits
 
+from stepgguf.chat.ambiguity import MAX_EMPTY
 from stepgguf.chat.gbnf import MAX_REPEAT, Range, Rules, all_but, char_class, literal
 
 MAX_LENGTH = 1000  # characters: no pattern that a person wrote is longer
@@ -48,7 +49,7 @@ class _Reader:
         self._pattern = pattern
         self._rules = rules
         self._depth = 0
-        self._empty: set[str] = set()  # symbols that may stand for no character
+        self._empty: dict[str, int] = {}  # symbols that may stand for no character: in how many in a row of it
         self.at = 0
 
     def _next(self, text: str) -> bool:
@@ -67,8 +68,9 @@ class _Reader:
         while self._next("|"):
             sequences.append(self._sequence(top))
         symbol = self._rules.either(" ".join(symbols) or '""' for symbols in sequences)
-        if any(self._empty.issuperset(symbols) for symbols in sequences):
-            self._empty.add(symbol)
+        runs = [sum(map(self._empty.__getitem__, s)) for s in sequences if self._empty.keys() >= set(s)]
+        if runs:
+            self._empty[symbol] = max(1, *runs, self._empty.get(symbol, 0))
         return symbol
 
     def _sequence(self, top: bool) -> list[str]:
@@ -163,9 +165,14 @@ class _Reader:
         self._next("?")  # a lazy quantifier matches the same texts
         if high is None and symbol in self._empty:
             raise ValueError("a repetition without end of what may be empty")
+        run = self._empty.get(symbol, 1) * (high or 1)
+        if symbol in self._empty and run > MAX_EMPTY:
+            raise ValueError(f"{run} repetitions of what may be empty; the limit is {MAX_EMPTY}")
         repeated = self._rules.repeat(symbol, low, high)
-        if low == 0:
-            self._empty.add(repeated)
+        if symbol in self._empty:
+            self._empty[repeated] = max(1, run)
+        elif low == 0:
+            self._empty[repeated] = 1
         return repeated
 
     def _counts(self) -> tuple[int, int | None]:

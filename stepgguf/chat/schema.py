@@ -56,7 +56,7 @@ def resolve(root: Any, ref: Any) -> Part | None:
         name = name.replace("~1", "/").replace("~0", "~")
         if isinstance(found, dict) and name in found:
             found = found[name]
-        elif isinstance(found, list) and name.isdecimal() and int(name) < len(found):
+        elif isinstance(found, list) and name.isdecimal() and len(name) < 9 and int(name) < len(found):
             found = found[int(name)]
         else:
             return None

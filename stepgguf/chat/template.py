@@ -254,7 +254,7 @@ def _parsed(call: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             function["arguments"] = json.loads(arguments or "{}")
-        except ValueError:
+        except (ValueError, RecursionError):
             function["arguments"] = None
     if not isinstance(function.get("arguments"), Mapping):
         function["arguments"] = {} if not arguments else {"arguments": arguments}

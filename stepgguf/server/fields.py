@@ -83,7 +83,7 @@ class SamplingFields(Body):
         pairs = self.logit_bias.items() if isinstance(self.logit_bias, dict) else self.logit_bias
         bias = {}
         for token, value in pairs:
-            if not str(token).isdecimal() or int(token) >= n_vocab:
+            if not str(token).isdecimal() or len(str(token)) > 9 or int(token) >= n_vocab:
                 raise RequestError(
                     f"logit_bias: expected token ids from 0 to {n_vocab - 1}, found {token!r}",
                     param="logit_bias",

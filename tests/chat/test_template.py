@@ -239,3 +239,10 @@ def test_the_probe_tells_where_prompts_end() -> None:
 def test_the_probe_refuses_what_leaves_messages_out(source: str) -> None:
     with pytest.raises(BadMetadata, match="does not use `messages`"):
         ChatTemplate(source).probe()
+
+
+def test_arguments_that_nest_too_deep_to_be_read_are_a_text() -> None:
+    arguments = "[" * 100_000
+    message = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+    (read,) = normalize([message])
+    assert read["tool_calls"][0]["function"]["arguments"] == {"arguments": arguments}

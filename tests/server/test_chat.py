@@ -555,3 +555,14 @@ def test_thinking_that_goes_in_circles_is_ended_and_the_usage_says_so(server: Se
     stuck = server.chat(LETTERS, logit_bias={"99": 100}, max_tokens=300).json()
     assert stuck["usage"]["completion_tokens_details"]["reasoning_cut"] == "loop"
     assert stuck["choices"][0]["message"]["content"] is not None
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"logit_bias": {"1" * 5000: 1}},
+        {"json_schema": {"anyOf": [{"type": "string"}], "allOf": [{"$ref": "#/anyOf/" + "1" * 5000}]}},
+    ],
+)
+def test_a_number_too_long_for_python_is_a_wrong_request(server: Server, fields: dict[str, Any]) -> None:
+    assert server.chat(**fields).status_code == 400
