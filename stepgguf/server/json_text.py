@@ -14,8 +14,8 @@ from typing import Any
 
 from stepgguf.server.problems import Refusal
 
-MOST_COMMAS = 300_000  # a comma in a text is a token, or a part of one that has more: the longest context is 262,144
-FEW_COMMAS = 30_000
+MOST_SIGNS = 300_000  # of commas, or of brackets. In a text each is about a token: the longest context is 262,144
+FEW_SIGNS = 30_000
 MOST_OBJECTS = 65_536  # an agent's history that fills the context has a tenth of that
 
 # Escapes of a JSON string. The group is what may stay: pairs of surrogates, and whatever is no surrogate.
@@ -28,12 +28,15 @@ _ESCAPE = re.compile(
 def parse(body: bytes, depth: int) -> Any:
     """The value. Refusal: it is not JSON, nested deeper than `depth`, or has more in it than any prompt. A lone
     surrogate, which clients make when they cut a text in the middle of a character, becomes U+FFFD."""
-    if (n_commas := body.count(b",")) > MOST_COMMAS:
-        raise _refused(f"the body has {n_commas:,} commas, more than {MOST_COMMAS:,}: no context holds as much")
+    n_signs = max(body.count(b","), body.count(b"[") + body.count(b"{"))
+    if n_signs > MOST_SIGNS:
+        raise _refused(
+            f"the body has {n_signs:,} commas or brackets, more than {MOST_SIGNS:,}: no context holds as much"
+        )
     if b"\\ud" in body or b"\\uD" in body:
         body = _ESCAPE.sub(lambda escape: escape[1] or rb"\ufffd", body)
     try:
-        kind = json.JSONDecoder if n_commas <= FEW_COMMAS else _PatientDecoder
+        kind = json.JSONDecoder if n_signs <= FEW_SIGNS else _PatientDecoder
         value = kind(parse_constant=_refuse).decode(body.decode(json.detect_encoding(body)))
         _check(value, depth)
     except RecursionError:

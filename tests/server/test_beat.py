@@ -26,6 +26,8 @@ BODIES: dict[str, tuple[str, Any]] = {
     "unknown fields": (CHAT, {"messages": ASK, **{f"x{i}": "y" * 10 for i in range(250_000)}}),
     "keys": (CHAT, {"messages": WRONG, "metadata": {f"x{i}": i for i in range(290_000)}}),
     "bias": (CHAT, {"messages": ASK, "logit_bias": {str(i): "x" for i in range(290_000)}}),
+    "brackets": (CHAT, {"messages": [[[[[[[]]]]]]] * 280_000}),
+    "fewer brackets": (CHAT, {"messages": [[[[[[[]]]]]]] * 40_000}),
     "commas": (CHAT, {"messages": ASK, "stop": [1] * 2_000_000}),
     "one long text": (CHAT, {"messages": [{"role": "user", "content": "A" * 7_900_000}, *WRONG]}),
     "half characters": (CHAT, {"messages": [{"role": "user", "content": "\ud83d" * 1_300_000}, *WRONG]}),
