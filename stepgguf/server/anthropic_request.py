@@ -13,12 +13,13 @@ Thinking. This model always thinks unless its budget is 0.
     enabled        at most budget_tokens; blocks are sent
     adaptive       as much as it likes; blocks are sent
     disabled       none
-output_config.effort is a limit as reasoning_effort is in chat completions. display "omitted": see sealed.py.
+output_config.effort, and whatever other vendors call it (thinking.py), is a limit as reasoning_effort is in chat
+completions; the least counts. display "omitted": see sealed.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -30,8 +31,10 @@ from stepgguf.server.anthropic_turns import Texts, Turn, join
 from stepgguf.server.anthropic_writer import Display
 from stepgguf.server.body import Body, Part, ignored
 from stepgguf.server.chat_request import Function, FunctionTool, as_tools
-from stepgguf.server.fields import Effort, SamplingFields
+from stepgguf.server.config import ServerConfig
+from stepgguf.server.fields import UNLIMITED, AnswerTokens, Effort, SamplingFields, limit
 from stepgguf.server.service import Service
+from stepgguf.server.thinking import Spelling, ThinkingFields, ThinkingMap
 from stepgguf.server.unreadable import just_written, refuse_unreadable
 
 
@@ -71,13 +74,6 @@ class Choice(Body):
         return ToolChoice("required" if self.type == "any" else self.type)
 
 
-class Thinking(Body):
-    type: Literal["enabled", "adaptive", "disabled"]
-    budget_tokens: int | None = Field(None, ge=0)
-    display: Literal["summarized", "omitted", "updates"] | None = None
-    block_binding: Any = ignored("a signature holds nothing that could be bound")
-
-
 class JsonFormat(Part):
     type: Literal["json_schema"]
     format_schema: dict[str, Any] = Field(alias="schema")
@@ -89,7 +85,7 @@ class OutputConfig(Body):
     task_budget: Any = ignored("max_tokens is the limit")
 
 
-class Prompt(Body):
+class Prompt(ThinkingFields):
     """What is counted by count_tokens, and what both routes ignore."""
 
     model: str | None = None
@@ -97,7 +93,6 @@ class Prompt(Body):
     system: Texts | None = None
     tools: list[AnyTool] | None = None
     tool_choice: Choice | None = None
-    thinking: Thinking | None = None
     output_config: OutputConfig | None = None
     output_format: JsonFormat | None = Field(None, description="The old name of output_config.format.")
 
@@ -125,7 +120,7 @@ class Prompt(Body):
             tool_choice=choice.as_tool_choice(),
             parallel_tool_calls=not choice.disable_parallel_tool_use,
             format=JsonSchema(form.format_schema) if form else None,
-            reasoning_budget=self._budget(service.config.efforts, config.effort),
+            reasoning_budget=self._budget(service.config),
         )
 
     def _tools(self, choice: Choice) -> tuple[Tool, ...]:
@@ -147,20 +142,21 @@ class Prompt(Body):
         if text:
             yield {"role": "system", "content": text}
 
-    def _budget(self, efforts: Mapping[str, int | None], effort: Effort | None) -> int | None:
+    def spellings(self) -> Iterator[Spelling]:
+        yield from super().spellings()
+        yield self.output_config.effort if self.output_config is not None else None
+
+    def _budget(self, config: ServerConfig) -> int | None:
         """Tokens of thinking."""
-        if self.thinking is None:
-            return efforts[effort or "medium"]
-        if self.thinking.type == "adaptive":
-            return efforts[effort or "max"]
-        return 0 if self.thinking.type == "disabled" else self.thinking.budget_tokens
+        says_nothing = all(spelling is None for spelling in self.spellings())
+        return config.efforts["medium"] if says_nothing else self.thinking_limit(config)
 
 
 class Create(Prompt, SamplingFields):
     """temperature: Anthropic's ends at 1, that of StepFun's own Messages API at 2."""
 
     elsewhere: ClassVar = {"thread": "nothing is stored here: send the whole conversation as `messages`"}
-    max_tokens: int = Field(ge=1)
+    max_tokens: AnswerTokens = Field(description=f"Thinking counts. {UNLIMITED}: what the context holds.")
     stop_sequences: list[str] | None = Field(None, description="Texts that end the answer.")
     stream: bool | None = None
 
@@ -176,7 +172,8 @@ class Create(Prompt, SamplingFields):
     def display(self) -> Display:
         if self.thinking is None:
             return "hidden"
-        return "omitted" if self.thinking.display == "omitted" else "shown"
+        is_omitted = isinstance(self.thinking, ThinkingMap) and self.thinking.display == "omitted"
+        return "omitted" if is_omitted else "shown"
 
     def chat_request(self, service: Service) -> ChatRequest:
         """A last message of the assistant's, which Anthropic's older models continue, is refused: this model's turn
@@ -195,12 +192,13 @@ class Create(Prompt, SamplingFields):
         return replace(
             super().chat_request(service),
             sampling=self.sampling(info.sampling, info.n_vocab),
-            max_tokens=self.max_tokens,
+            max_tokens=limit(self.max_tokens),
             stops=(*self.stops(), *(self.stop_sequences or ())),
         )
 
-    def _budget(self, efforts: Mapping[str, int | None], effort: Effort | None) -> int | None:
-        budget, half = super()._budget(efforts, effort), self.max_tokens // 2
-        if self.thinking is not None:
+    def _budget(self, config: ServerConfig) -> int | None:
+        budget = super()._budget(config)
+        if self.thinking is not None or limit(self.max_tokens) is None:
             return budget
+        half = self.max_tokens // 2
         return half if budget is None else min(budget, half)

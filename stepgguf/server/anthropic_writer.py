@@ -41,7 +41,7 @@ class _Open:
 class MessageWriter:
     """start, feed..., finish. display: thinking blocks with their text, with a sealed signature only, or no blocks."""
 
-    def __init__(self, trace_id: str, model: str, display: Display, max_tokens: int) -> None:
+    def __init__(self, trace_id: str, model: str, display: Display, max_tokens: int | None) -> None:
         self._trace_id = trace_id
         self._display = display
         self._max_tokens = max_tokens
@@ -88,7 +88,7 @@ class MessageWriter:
         if reply.finish_reason != "length":
             return STOP_REASONS[reply.finish_reason]
         full = reply.finished is not None and reply.finished.reason == "length"  # and not a call that was left open
-        if full and reply.timings.n_generated < self._max_tokens:
+        if full and (self._max_tokens is None or reply.timings.n_generated < self._max_tokens):
             return "model_context_window_exceeded"
         return "max_tokens"
 

@@ -9,6 +9,7 @@ from typing_extensions import TypedDict
 from stepgguf.server.anthropic_request import Create, Prompt
 from stepgguf.server.anthropic_writer import PING, Event, MessageWriter
 from stepgguf.server.body import JsonRoute
+from stepgguf.server.fields import limit
 from stepgguf.server.problems import Problem, anthropic_error
 from stepgguf.server.service import TheService, trace
 from stepgguf.server.sse import Events, EventStream, event
@@ -27,7 +28,7 @@ async def create(body: Create, request: Request, service: TheService) -> Respons
     """Answer a conversation, as Anthropic's API does. With `stream`, as server-sent events."""
     model = service.model(body.model)
     exchange = await service.start([await service.prepare(body)], request)
-    writer = MessageWriter(trace(request), model, body.display, body.max_tokens)
+    writer = MessageWriter(trace(request), model, body.display, limit(body.max_tokens))
     if body.stream:
 
         def failure(problem: Problem) -> bytes:

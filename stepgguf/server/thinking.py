@@ -66,7 +66,10 @@ class ThinkingMap(MapAmounts):
     exclude: bool | None = Field(None, description="OpenRouter's: think, but do not send the thinking.")
     summary: Any = ignored("nobody writes one; the reasoning itself is sent")
     generate_summary: Any = ignored("nobody writes one; the reasoning itself is sent")
-    display: Any = ignored("the reasoning itself is sent")
+    display: Literal["summarized", "omitted", "updates"] | None = Field(
+        None, description="Anthropic's. omitted: blocks are sent sealed, without their text."
+    )
+    block_binding: Any = ignored("a signature holds nothing that could be bound")
     clear_thinking: Any = ignored("the chat template decides which reasoning stays")
     keep: Any = ignored("the chat template decides which reasoning stays")
     context: Any = ignored("the chat template decides which reasoning stays")

@@ -17,7 +17,7 @@ from stepgguf.chat.exchange import ChatModel
 from stepgguf.chat.request import ChatRequest, ToolChoice
 from stepgguf.chat.template import normalize
 from stepgguf.runtime.engine import Sampling
-from stepgguf.server.anthropic_request import Choice, Create, CustomTool, OutputConfig, Prompt, Thinking
+from stepgguf.server.anthropic_request import Choice, Create, CustomTool, OutputConfig, Prompt
 from stepgguf.server.anthropic_writer import Display, MessageWriter
 from stepgguf.server.config import ServerConfig
 from stepgguf.server.messages import stream
@@ -25,6 +25,7 @@ from stepgguf.server.metrics import Metrics
 from stepgguf.server.sealed import seal
 from stepgguf.server.service import Service
 from stepgguf.server.stream import Exchange
+from stepgguf.server.thinking import ThinkingMap
 from tests.server.conftest import Serve, Server
 from tests.server.scripted import CALL, answer
 from tests.server.test_stream import Dying
@@ -256,6 +257,13 @@ def request_of(chat: ChatModel, **fields: Any) -> ChatRequest:
         ({"thinking": OFF, "output_config": {"effort": "high"}}, 0),
         ({"thinking": ADAPTIVE, "output_config": {"effort": "low"}}, 2048),
         ({"thinking": ADAPTIVE, "output_config": {"effort": "max"}}, None),
+        ({"thinking": False}, 0),
+        ({"thinking": "disabled"}, 0),
+        ({"thinking": True, "max_tokens": -1}, None),
+        ({"max_tokens": -1}, 8192),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, 0),
+        ({"max_tokens": 32_000, "reasoning_effort": "low"}, 2048),
+        ({"thinking": ADAPTIVE, "thinking_budget": 5}, 5),
     ],
 )
 def test_thinking_and_effort_are_a_budget(chat_model: ChatModel, fields: dict[str, Any], budget: int | None) -> None:
@@ -485,8 +493,8 @@ def test_what_cannot_be_done_is_refused_in_anthropics_form(server: Server, field
         (Create, anthropic.types.beta.message_create_params.MessageCreateParamsStreaming, {"thread"}),
         (Prompt, anthropic.types.beta.message_count_tokens_params.MessageCountTokensParams, set()),
         (CustomTool, anthropic.types.beta.BetaToolParam, set()),
-        (Thinking, anthropic.types.beta.BetaThinkingConfigEnabledParam, set()),
-        (Thinking, anthropic.types.beta.BetaThinkingConfigAdaptiveParam, set()),
+        (ThinkingMap, anthropic.types.beta.BetaThinkingConfigEnabledParam, set()),
+        (ThinkingMap, anthropic.types.beta.BetaThinkingConfigAdaptiveParam, set()),
         (OutputConfig, anthropic.types.beta.BetaOutputConfigParam, set()),
         (Choice, anthropic.types.beta.BetaToolChoiceToolParam, set()),
     ],
