@@ -1,8 +1,10 @@
-"""Options of llama.cpp's tools that are called otherwise here: what to write instead."""
+"""What users of llama.cpp's tools write, and what to write here instead."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
+from itertools import takewhile
 
 _RECIPE = "a recipe says it: see `stepgguf recipes`"
 _CONVERTING = {
@@ -38,13 +40,27 @@ OPTIONS = {"convert": _CONVERTING, "quantize": _CONVERTING}
 
 
 def answer(arguments: Sequence[str]) -> tuple[str, str] | None:
-    """Message and hint for the first option of another tool's; None if there is none."""
+    """Message and hint for what is another tool's: an option, or a place for an argument; None if there is nothing."""
     if not arguments or arguments[0] not in OPTIONS:
         return None
+    if arguments[0] == "convert" and (found := _misplaced(arguments)) is not None:
+        return found
     for argument in arguments[1:]:
         option = argument.partition("=")[0]
         if option == "--":
             return None
         if option in OPTIONS[arguments[0]]:
             return f"{option} is an option of llama.cpp's tools", f"Here it is {OPTIONS[arguments[0]][option]}."
+    return None
+
+
+def _misplaced(arguments: Sequence[str]) -> tuple[str, str] | None:
+    """convert FILE.gguf, and convert SRC DEST TYPE, as quantize has it."""
+    leading = list(takewhile(lambda argument: not argument.startswith("-"), arguments[1:]))
+    if len(leading) == 1 and leading[0].lower().endswith(".gguf"):
+        command = shlex.join(["stepgguf", "quantize", leading[0], "DEST.gguf", "--type", "Q4_K_S"])
+        return f"{leading[0]} is a GGUF file and no checkpoint", f"It is converted already; to quantize it: {command}"
+    if len(leading) == 3:
+        command = shlex.join(["stepgguf", "convert", *leading[:2], "--type", leading[2]])
+        return f"convert takes SRC and DEST, and there is {leading[2]!r} too", f"If it is the type: {command}"
     return None

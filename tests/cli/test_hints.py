@@ -126,6 +126,21 @@ def test_other_tools_options_are_answered_with_ours(
     assert ours in text.partition("hint:")[2]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (["convert", "a.gguf"], "stepgguf quantize a.gguf DEST.gguf --type Q4_K_S"),
+        (["convert", "a.gguf", "--dry-run"], "stepgguf quantize a.gguf DEST.gguf --type Q4_K_S"),
+        (["convert", "a b", "c.gguf", "Q4_K_M", "-q"], "stepgguf convert 'a b' c.gguf --type Q4_K_M"),
+    ],
+)
+def test_arguments_where_other_tools_have_them_are_answered_with_the_command(
+    arguments: list[str], command: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert command in said(capfd).partition("hint:")[2]
+
+
 def test_an_empty_type_is_not_the_default(bf16: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", str(bf16.parent), str(tmp_path / "x.gguf"), "--type", "", "--dry-run"]) == 1
     assert "unknown type or recipe ''" in said(capfd)
