@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from json import JSONEncoder
 from typing import ClassVar
 
 from fastapi import APIRouter, Response
@@ -94,9 +95,15 @@ class Health(TypedDict):
     queued: int
 
 
-@router.post("/tokenize")
-async def tokenize(body: TokenizeBody, service: TheService) -> Tokenized:
-    return await run_in_threadpool(body.tokenized, service)
+@router.post("/tokenize", response_model=Tokenized)
+async def tokenize(body: TokenizeBody, service: TheService) -> Response:
+    return await run_in_threadpool(lambda: _encoded(body.tokenized(service)))
+
+
+def _encoded(tokenized: Tokenized) -> Response:
+    """In pieces, so that others get the interpreter meanwhile: a text of 8 MB has millions of tokens."""
+    pieces = JSONEncoder(ensure_ascii=False, separators=(",", ":")).iterencode(tokenized)
+    return Response("".join(pieces), media_type="application/json")
 
 
 def _piece(service: Service, id: int) -> Piece:

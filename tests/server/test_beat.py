@@ -66,6 +66,12 @@ def test_a_body_stops_nobody(server: Server, pauses: list[float], name: str) -> 
     assert max(pauses) < MOST_SECONDS
 
 
+def test_a_long_list_of_tokens_stops_nobody(server: Server, pauses: list[float]) -> None:
+    response = server.client.post("/tokenize", json={"text": "é" * 400_000})
+    assert response.status_code == 200
+    assert max(pauses) < MOST_SECONDS
+
+
 def test_half_a_character_becomes_a_replacement(server: Server) -> None:
     body = rb'{"text": "a \ud83d b \\ud83d c \ud83d\ude00 d \ude00\ud83d \u00e9"}'
     response = server.client.post("/tokenize", content=body, headers={"content-type": "application/json"})
