@@ -1,16 +1,18 @@
 """How much work a grammar of a user's is for llama.cpp, told before it has any.
 
 llama.cpp keeps a stack for each way to read what was written so far, and compares each new one with all others, within
-one call that nothing interrupts. Two things make that hours and all memory: rules that begin in very many ways,
+one call that nothing interrupts. Three things make that hours and all memory: rules that begin in very many ways,
 
     a ::= b | b "x"    b ::= c | c "x"    ...        2^n ways to begin
 
-and long runs of what may be empty, where each symbol may be followed by each later one: x{0,2000} with x ::= "a"?
+long runs of what may be empty, where each symbol may be followed by each later one: x{0,2000} with x ::= "a"?, and
+counts that run backward: x{5,2}.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 MAX_WAYS = 1 << 14  # to begin one rule: llama.cpp compares them in a second
@@ -49,6 +51,8 @@ _NOTHING = _Cost(False, 0, 0)
 def problem(gbnf: str) -> str | None:
     """What makes the grammar too much work, if anything does. What is wrong with its syntax llama.cpp says better."""
     rules = _read(gbnf)
+    if (least := next(_backward(rules), None)) is not None:
+        return f"repeats something at least {least.low} and at most {least.high} times"
     meter = _Meter(rules)
     try:
         costs = [meter.rule(name) for name in rules]
@@ -82,6 +86,17 @@ def _read(gbnf: str) -> dict[str, list[list[_Item]]]:
             item = alternatives[-1].pop()
             alternatives[-1].append(_Item([[item]], *_counts(match["repeat"])))
     return rules
+
+
+def _backward(rules: dict[str, list[list[_Item]]]) -> Iterator[_Item]:
+    """Repeats with more times at least than at most: llama.cpp counts up from the first until all memory is used."""
+    open_ = [item for alternatives in rules.values() for items in alternatives for item in items]
+    while open_:
+        item = open_.pop()
+        if item.high is not None and item.high < item.low:
+            yield item
+        if not isinstance(item.of, str):
+            open_ += [inner for items in item.of for inner in items]
 
 
 def _counts(repeat: str) -> tuple[int, int | None]:
