@@ -31,7 +31,7 @@ DOUBLING = "".join(f'a{i} ::= a{i + 1} | a{i + 1} "y"\n' for i in range(60))
 )
 def test_a_grammar_that_explodes_is_refused(gbnf: str) -> None:
     assert problem(gbnf)
-    with pytest.raises(BadGrammar, match="the grammar (has|repeats)"):
+    with pytest.raises(BadGrammar, match=r"the grammar (has|repeats)"):
         constrain(
             Markers(1, 2, 3, 4), thinking=False, format=Gbnf(gbnf), tools=(), choice=ToolChoice("auto"), parallel=True
         )
