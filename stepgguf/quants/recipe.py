@@ -196,7 +196,7 @@ def load(name_or_path: str) -> Recipe:
     files = sorted(str(file) for file in path.parent.glob("*.toml")) if path.parent.is_dir() else []
     if path.suffix == ".toml" and not path.exists():
         raise RecipeError(
-            f"{path}: no such file{did_you_mean(str(path), files)}",
+            f"{path}: no such file{did_you_mean(str(path), files, 0.8)}",  # they all end alike
             hint="Those that come with stepgguf: stepgguf recipes.",
         )
     if path.suffix != ".toml":

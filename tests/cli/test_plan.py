@@ -267,7 +267,7 @@ def test_an_unknown_machine_gets_the_nearest_and_the_list(real: Path, capfd: pyt
 
 
 @pytest.mark.parametrize(
-    ("types", "text"), [("Q4_K_Z", "did you mean Q4_K_S?"), ("./none.toml", "unknown type or recipe 'none.toml'")]
+    ("types", "text"), [("Q4_K_Z", "did you mean Q4_K_S?"), ("./none.toml", "none.toml: no such file\n")]
 )
 def test_an_unknown_type_or_recipe_is_an_error(
     types: str, text: str, real: Path, capfd: pytest.CaptureFixture[str]

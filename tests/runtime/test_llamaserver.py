@@ -293,9 +293,8 @@ def test_end_reasoning_closes_it_live(engine: LlamaServerEngine, prompt: tuple[i
     for event in stream:
         if isinstance(event, Tokens):
             steps += event.steps
-            if len(steps) == 5:
-                stream.end_reasoning()
-    stream.end_reasoning()  # nothing, now
+            if len(steps) >= 5:  # of several that come at a time it may be the fifth and the sixth
+                stream.end_reasoning()  # once; after that it does nothing
     assert [step.token_id for step in steps if step.forced] == [end]
     assert 5 <= [step.forced for step in steps].index(True) < 1000
     assert not steps[-1].forced, "the answer went on"
