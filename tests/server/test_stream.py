@@ -165,7 +165,7 @@ def test_a_reader_that_lags_too_far_is_given_up(chat_model: ChatModel, monkeypat
 
     with pytest.raises(RequestError, match="lags"):
         asyncio.run(lag())
-    assert 20 <= n_read < 200
+    assert 0 < n_read < 200  # of 4,073 that fit; a token that completes no character is in none
 
 
 def test_models_and_health_answer_while_tokens_are_made(server: Server) -> None:
