@@ -27,7 +27,7 @@ from pydantic import Discriminator, Field, Tag
 
 from stepgguf.chat.request import ChatRequest, JsonSchema, Tool, ToolChoice
 from stepgguf.errors import RequestError
-from stepgguf.server.anthropic_turns import Texts, Turn, join
+from stepgguf.server.anthropic_turns import Texts, Turn
 from stepgguf.server.anthropic_writer import Display
 from stepgguf.server.body import Body, Part, ignored
 from stepgguf.server.chat_request import Function, FunctionTool, as_tools
@@ -35,7 +35,7 @@ from stepgguf.server.config import ServerConfig
 from stepgguf.server.fields import UNLIMITED, AnswerTokens, Effort, SamplingFields, limit
 from stepgguf.server.service import Service
 from stepgguf.server.thinking import Spelling, ThinkingFields, ThinkingMap
-from stepgguf.server.unreadable import just_written, refuse_unreadable
+from stepgguf.server.unreadable import just_written, paragraphs, refuse_unreadable
 
 
 class CustomTool(Function):
@@ -138,7 +138,7 @@ class Prompt(ThinkingFields):
         return as_tools([FunctionTool(function=tool) for tool in offered])
 
     def told(self) -> Iterator[dict[str, Any]]:
-        text = join(block.text for block in self.system or ())
+        text = paragraphs(block.text for block in self.system or ())
         if text:
             yield {"role": "system", "content": text}
 

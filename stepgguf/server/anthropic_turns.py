@@ -10,14 +10,23 @@ of tools and wherever they come again with the history. Blocks that speak of wha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
 from stepgguf.server.body import Part
 from stepgguf.server.sealed import unseal
-from stepgguf.server.unreadable import WORDS, AnyPart, TextPart, UnreadablePart, as_output, as_text
+from stepgguf.server.unreadable import (
+    WORDS,
+    AnyPart,
+    TextPart,
+    UnreadablePart,
+    as_output,
+    as_parts,
+    as_text,
+    paragraphs,
+)
 
 
 class ThinkingBlock(Part):
@@ -43,12 +52,7 @@ class ToolUseBlock(Part):
     input: Any = Field(default_factory=dict)  # some clients keep the JSON
 
 
-def _blocks(content: Any) -> Any:
-    """A string is short for one block."""
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
-Texts = Annotated[list[AnyPart], BeforeValidator(_blocks)]
+Texts = Annotated[list[AnyPart], BeforeValidator(as_parts)]
 
 
 def _result_part(part: Any) -> Any:
@@ -73,7 +77,7 @@ class ToolResultBlock(Part):
 
     @property
     def text(self) -> str:
-        text = join(block.text for block in self.content or ())
+        text = paragraphs(block.text for block in self.content or ())
         return f"Error: {text}" if self.is_error else text
 
 
@@ -95,7 +99,7 @@ _Block = Annotated[Annotated[Block, Field(discriminator="type")], BeforeValidato
 
 class Turn(Part):
     role: Literal["user", "assistant", "system"]
-    content: Annotated[list[_Block], BeforeValidator(_blocks)] = Field(default_factory=list)
+    content: Annotated[list[_Block], BeforeValidator(as_parts)] = Field(default_factory=list)
 
     @property
     def has_results(self) -> bool:
@@ -131,7 +135,7 @@ class Turn(Part):
 
     def _said(self, texts: list[str]) -> Iterator[dict[str, Any]]:
         if texts:
-            yield {"role": self.role, "content": join(texts)}
+            yield {"role": self.role, "content": paragraphs(texts)}
 
 
 def _answer(blocks: list[Block]) -> Iterator[dict[str, Any]]:
@@ -143,15 +147,10 @@ def _answer(blocks: list[Block]) -> Iterator[dict[str, Any]]:
     ]
     message: dict[str, Any] = {
         "role": "assistant",
-        "content": join(b.text for b in blocks if isinstance(b, TextPart)),
-        "reasoning_content": join(b.reasoning for b in blocks if isinstance(b, ThinkingBlock)),
+        "content": paragraphs(b.text for b in blocks if isinstance(b, TextPart)),
+        "reasoning_content": paragraphs(b.reasoning for b in blocks if isinstance(b, ThinkingBlock)),
     }
     if calls:
         message["tool_calls"] = calls
     if blocks:
         yield message
-
-
-def join(texts: Iterable[str]) -> str:
-    """Blocks are paragraphs."""
-    return "\n\n".join(text for text in texts if text)

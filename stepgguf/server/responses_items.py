@@ -21,20 +21,22 @@ from pydantic_core.core_schema import ValidatorFunctionWrapHandler
 from stepgguf.server.body import Part
 from stepgguf.server.responses_tools import INPUT, Offers, by_type
 from stepgguf.server.sealed import unseal
-from stepgguf.server.unreadable import AnyPart, TextPart, as_output, just_written, refuse_unreadable, shown
+from stepgguf.server.unreadable import (
+    AnyPart,
+    TextPart,
+    as_output,
+    as_parts,
+    just_written,
+    paragraphs,
+    refuse_unreadable,
+    shown,
+)
 
 Json = dict[str, Any]
 RESULTS = ("output", "outputs", "results")  # where an item that is a call and its result has the result
 
 
-def _parts(content: Any) -> Any:
-    """A string is short for one part; an assistant that only called tools has no content."""
-    if content is None:
-        return []
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
-Content = Annotated[list[AnyPart], BeforeValidator(_parts)]
+Content = Annotated[list[AnyPart], BeforeValidator(as_parts)]
 
 
 class Message(Part):
@@ -53,7 +55,7 @@ class ReasoningItem(Part):
 
     @property
     def text(self) -> str:
-        return join(self.content) or unseal(self.encrypted_content or "") or join(self.summary)
+        return _joined(self.content) or unseal(self.encrypted_content or "") or _joined(self.summary)
 
 
 class FunctionCall(Part):
@@ -164,9 +166,8 @@ def conversation(items: Iterable[Item], offers: Offers) -> list[Json]:
     return messages
 
 
-def join(parts: Iterable[TextPart]) -> str:
-    """Parts are paragraphs."""
-    return "\n\n".join(part.text for part in parts if part.text)
+def _joined(parts: Iterable[TextPart]) -> str:
+    return paragraphs(part.text for part in parts)
 
 
 def _shown_to_the_model(items: Iterable[Item]) -> Iterator[Own]:
@@ -210,15 +211,15 @@ def _as_arguments(value: Any) -> str | Json:
 
 def _theirs(item: Message | CallOutput) -> Json:
     if isinstance(item, Message):
-        return {"role": item.role, "content": join(item.content)}
-    return {"role": "tool", "tool_call_id": item.call_id, "content": join(item.output)}
+        return {"role": item.role, "content": _joined(item.content)}
+    return {"role": "tool", "tool_call_id": item.call_id, "content": _joined(item.output)}
 
 
 def _add(turn: Json, item: Message | ReasoningItem | FunctionCall | CustomCall, offers: Offers) -> None:
     if isinstance(item, ReasoningItem):
         turn["reasoning_content"] += item.text
     elif isinstance(item, Message):
-        turn["content"] = "\n\n".join(filter(None, (turn["content"], join(item.content))))
+        turn["content"] = paragraphs((turn["content"], _joined(item.content)))
     else:
         function = {"name": offers.name(item.namespace, item.name), "arguments": item.arguments or {}}
         turn["tool_calls"].append({"id": item.call_id, "type": "function", "function": function})

@@ -61,6 +61,16 @@ def as_text(part: Any) -> Any:
 AnyPart = Annotated[TextPart, BeforeValidator(as_text)]
 
 
+def as_parts(content: Any) -> Any:
+    """Before a list of parts is validated: a string is short for one part."""
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def paragraphs(texts: Iterable[str]) -> str:
+    """The texts of parts or blocks as one."""
+    return "\n\n".join(text for text in texts if text)
+
+
 def as_output(value: Any) -> list[Any]:
     """Before what a tool gave is validated as parts. It is never wrong: what is no part of a message is shown as it
     is."""
@@ -122,7 +132,7 @@ def _text(part: dict[str, Any]) -> str | None:
     if text is None:
         return None
     named = (part.get("title"), part.get("context"), inner.get("filename"))
-    return "\n\n".join([*(name for name in named if name and isinstance(name, str)), text])
+    return paragraphs([*(name for name in named if isinstance(name, str)), text])
 
 
 def _held(source: dict[str, Any]) -> str | None:
@@ -132,7 +142,7 @@ def _held(source: dict[str, Any]) -> str | None:
         return content
     if isinstance(content, list):
         texts = [_text(part) or "" for part in content if isinstance(part, dict)]
-        return "\n\n".join(filter(None, texts)) or None
+        return paragraphs(texts) or None
     data: str | None = next(
         (source[name] for name in ("data", "file_data", "blob") if isinstance(source.get(name), str)), None
     )
