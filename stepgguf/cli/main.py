@@ -56,19 +56,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-app.command("convert", cls=help.Command)(convert.convert)
-app.command("quantize", cls=help.Command)(quantize.quantize)
-app.command("plan", cls=help.Command)(plan.plan)
-app.command("recipes", cls=help.Command)(recipes.recipes)
-app.command("inspect", cls=help.Command)(inspect.inspect)
-app.command("verify", cls=help.Command)(verify.verify)
-app.command("report", cls=help.Command)(report.report)
-app.command("template", cls=help.Command)(template.template)
-app.command("chat", cls=help.Command)(chat.chat)
-app.command("serve", cls=help.Command)(serve.serve)
-app.command("doctor", cls=help.Command)(doctor.doctor)
-app.command("bench", cls=help.Command)(bench.bench)
-app.command("demo", cls=help.Command)(demo.demo)
+for command in (
+    convert.convert,
+    quantize.quantize,
+    plan.plan,
+    recipes.recipes,
+    inspect.inspect,
+    verify.verify,
+    report.report,
+    template.template,
+    chat.chat,
+    serve.serve,
+    doctor.doctor,
+    bench.bench,
+    demo.demo,
+):  # in the order in which --help lists them
+    app.command(cls=help.Command)(command)
 
 
 def _version(value: bool) -> None:
