@@ -7,6 +7,7 @@ clients send it.
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Mapping
+from functools import cache
 from inspect import get_annotations
 from typing import Any, ClassVar
 
@@ -93,22 +94,26 @@ class Body(Part):
     def _knows_its_fields(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        names = {field.alias or name: field for name, field in cls.model_fields.items()}
-        request = REQUEST.get(OfOneRequest())
+        names, request = _descriptions(cls), REQUEST.get(OfOneRequest())
         given = (name for name, value in data.items() if value is not None and name not in names)
         unknown = [name for name in given if (cls, name) not in request.ignored]
         if not unknown:
             return data
         if len(request.ignored) + len(unknown) > MOST_OF_ONE_REQUEST:
             raise _refused(unknown[0], f"the request has more than {MOST_OF_ONE_REQUEST} unknown fields")
-        told = {name: field.description or "" for name, field in names.items()}
-        known = {name: text for name, text in told.items() if not text.startswith(WITHOUT_EFFECT)}
+        known = {name: text for name, text in names.items() if not text.startswith(WITHOUT_EFFECT)}
         for name in unknown:
             advice = cls.elsewhere.get(name) or _advice(name, known, strict=request.server.strict)
             if advice is not None:
                 raise _refused(name, advice)
         request.ignore(cls, unknown)
         return data
+
+
+@cache
+def _descriptions(kind: type[Body]) -> Mapping[str, str]:
+    """Of its fields, by their names in a request. Once for a class: a body may have thousands of its objects."""
+    return {field.alias or name: field.description or "" for name, field in kind.model_fields.items()}
 
 
 def _advice(name: str, known: Mapping[str, str], *, strict: bool) -> str | None:

@@ -1,6 +1,5 @@
-"""Devices, endless files and bytes that are no text, also where the program keeps its own: journal, part, manifest.
-
-What test_wrong_paths.py does not have; none hangs, takes the memory or shows a traceback.
+"""Odd files with other endings than test_wrong_paths.py gives them, and where the program keeps its own: journal, part,
+manifest. None hangs, takes the memory or shows a traceback.
 """
 
 from __future__ import annotations
