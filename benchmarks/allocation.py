@@ -30,11 +30,11 @@ from benchmarks.quality import Reference, held_out, reference_logits, scores, su
 from stepgguf.cli.main import main as stepgguf
 from stepgguf.convert import budget, pipeline
 from stepgguf.convert.budget import Limits
-from stepgguf.convert.checkpoint import Checkpoint
-from stepgguf.convert.ggufsource import GGUFSource
 from stepgguf.convert.importance import Importance
 from stepgguf.convert.plan import Options, Plan
 from stepgguf.convert.planner import plan_source
+from stepgguf.convert.sources.checkpoint import Checkpoint
+from stepgguf.convert.sources.gguf_file import GGUFSource
 from stepgguf.convert.writer import Writer
 from stepgguf.demo import CHECKPOINT, tasks
 from stepgguf.demo.train import Encoder

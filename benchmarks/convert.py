@@ -28,7 +28,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from stepgguf.convert import header
+from stepgguf.files import gguf_header as header
 
 SHIM = """
 import runpy, sys

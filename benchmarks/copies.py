@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stepgguf.convert import header
+from stepgguf.files import gguf_header as header
 from stepgguf.quants.imatrix import Imatrix
 
 Floats = NDArray[np.float32]

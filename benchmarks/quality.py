@@ -30,9 +30,9 @@ import numpy as np
 import numpy.typing as npt
 
 from stepgguf.cli.main import main as stepgguf
-from stepgguf.convert import header
 from stepgguf.demo import CHECKPOINT, tasks
 from stepgguf.demo.train import IGNORE, Encoder
+from stepgguf.files import gguf_header as header
 from stepgguf.model.tensors import layer_of
 from stepgguf.runtime.llama.context import Context, Rows
 from stepgguf.runtime.llama.model import Model

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from stepgguf.convert.checkpoint import Checkpoint
+from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.demo import CHECKPOINT
 from stepgguf.model.hparams import HParams
 from stepgguf.model.tensors import tensor_specs

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stepgguf.chat.grammar import constrain
+from stepgguf.chat.answer_grammar import constrain
 from stepgguf.chat.output import Delta, Markers, OutputMachine
 from stepgguf.chat.request import ChatRequest, Tool
 from stepgguf.chat.template import CLOSING_WORDS, ChatTemplate, Place, closing, normalize, place_of
@@ -53,17 +53,17 @@ class ChatModel:
         text = self._template.render(normalize(request.messages), tools=tools or None)
         place = place_of(text)
         if place != "answer" and self._budget(request) == 0:
-            text, place = text + ("" if place == "thinking" else "<think>\n") + self._closed, "answer"
+            text, place = text + ("" if place == "reasoning" else "<think>\n") + self._closed, "answer"
         return self.engine.tokenize(text), place
 
     def prepare(self, request: ChatRequest) -> Prepared:
         """RequestError or BadMetadata say what cannot be done."""
         prompt, place = self.prompt(request)
         tools = request.tools if request.tool_choice.mode != "none" else ()
-        thinking = place == "thinking"
+        in_reasoning = place == "reasoning"
         grammar = constrain(
             self.markers,
-            thinking=thinking,
+            in_reasoning=in_reasoning,
             format=request.format,
             tools=tools,
             choice=request.tool_choice,
@@ -81,14 +81,16 @@ class ChatModel:
                 banned=self._banned,
             ),
             self.markers,
-            thinking,
+            in_reasoning,
             tools,
             request.stops,
         )
 
     @property
     def _banned(self) -> frozenset[int]:
-        return frozenset(token for token in (self.markers.thinking, self.markers.end_of_thinking) if token is not None)
+        return frozenset(
+            token for token in (self.markers.start_of_reasoning, self.markers.end_of_reasoning) if token is not None
+        )
 
     def _budget(self, request: ChatRequest, n_prompt: int = 0) -> int | None:
         """Tokens of thinking, None for no limit. What closes it and an answer must find room in max_tokens, and in what
@@ -102,11 +104,11 @@ class ChatModel:
     def _reasoning(
         self, request: ChatRequest, tools: tuple[Tool, ...], place: Place, n_prompt: int
     ) -> Reasoning | None:
-        if place == "answer" or (place == "start" and self.markers.thinking is None):
+        if place == "answer" or (place == "start" and self.markers.start_of_reasoning is None):
             return None
         call = self.markers.call if tools else None
-        ends = frozenset(token for token in (self.markers.end_of_thinking, call) if token is not None)
-        opening = self.markers.thinking if place == "start" else None
+        ends = frozenset(token for token in (self.markers.end_of_reasoning, call) if token is not None)
+        opening = self.markers.start_of_reasoning if place == "start" else None
         return Reasoning(ends, self._closing, self._budget(request, n_prompt), self._break_loops, opening)
 
     def _turns(self, prompt: list[int]) -> tuple[int, ...]:
@@ -121,7 +123,7 @@ class Prepared:
 
     request: Request
     markers: Markers
-    thinking: bool
+    in_reasoning: bool
     tools: tuple[Tool, ...]
     stops: tuple[str, ...]
 
@@ -135,7 +137,7 @@ class Reply:
 
     def __init__(self, prepared: Prepared) -> None:
         self._machine = OutputMachine(
-            prepared.markers, thinking=prepared.thinking, tools=prepared.tools, stops=prepared.stops
+            prepared.markers, in_reasoning=prepared.in_reasoning, tools=prepared.tools, stops=prepared.stops
         )
         self.finished: Finished | None = None
 
@@ -176,7 +178,7 @@ class Reply:
         return self.finished.timings
 
     @property
-    def thinking_cut(self) -> str | None:
+    def reasoning_cut(self) -> str | None:
         """Why the thinking was ended before the model did: "budget", "loop"."""
         if self.timings.loop_broken:
             return "loop"

@@ -39,10 +39,10 @@ _LAST_LINE = re.compile(r"^[ \t]*(<[^>\n]*)\Z", re.MULTILINE)
 class Markers:
     """Token ids of the protocol; None if the model lacks the token, or if it is text like any other."""
 
-    end_of_thinking: int | None  # </think>
+    end_of_reasoning: int | None  # </think>
     call: int | None  # <tool_call>
     end_of_call: int | None  # </tool_call>
-    thinking: int | None = None  # <think>
+    start_of_reasoning: int | None = None  # <think>
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,28 +63,28 @@ class Delta:
 class OutputMachine:
     """Feed it tokens; `close` at the end gives what was held back.
 
-    thinking: the prompt ends inside it. n_reasoning, n_text: tokens that the model made, not those that were forced on
-    it; <think> and </think> count as reasoning, calls as text. stopped: the stop that ended the answer; nothing comes
-    after it. n_misplaced: </think> outside of thinking, before any call. cut_call: the index of a call that the end of
+    in_reasoning: the prompt ends inside it. n_reasoning, n_text: tokens that the model made, not those that were forced
+    on it; <think> and </think> count as reasoning, calls as text. stopped: the stop that ended the answer: nothing is
+    after it. n_misplaced: </think> outside of reasoning, before any call. cut_call: the index of a call that the end of
     generation cut off; its arguments are an unclosed prefix of JSON. warnings: what the model did wrong, in sentences.
     """
 
     def __init__(
-        self, markers: Markers, *, thinking: bool, tools: Sequence[Tool] = (), stops: Sequence[str] = ()
+        self, markers: Markers, *, in_reasoning: bool, tools: Sequence[Tool] = (), stops: Sequence[str] = ()
     ) -> None:
         self.n_reasoning = self.n_text = self.n_calls = self.n_misplaced = 0
         self.stopped: str | None = None
         self.cut_call: int | None = None
         self.warnings: list[str] = []
         self._markers = markers
-        self._thinking = thinking
-        self._starting = not thinking and markers.thinking is not None
+        self._in_reasoning = in_reasoning
+        self._starting = not in_reasoning and markers.start_of_reasoning is not None
         self._tools = {tool.name: tool for tool in tools}
         self._stops = tuple(stop for stop in stops if stop)
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""  # text that may belong to the protocol or to a stop
         # What of the text's start belongs to the protocol: the line break after </think>, or all white space.
-        self._dropped = "\n" if thinking else ""
+        self._dropped = "\n" if in_reasoning else ""
         self._line_starts = True  # what is held starts a line
         self._steps: list[Step] = []  # since the last delta that is not reasoning
         self._call: CallReader | None = None
@@ -96,9 +96,9 @@ class OutputMachine:
         if self.stopped is not None:
             return []
         calls = bool(self._tools) and step.token_id == self._markers.call
-        if self._starting and step.token_id == self._markers.thinking:
-            return self._start_thinking()
-        if self._thinking and not calls:
+        if self._starting and step.token_id == self._markers.start_of_reasoning:
+            return self._start_reasoning()
+        if self._in_reasoning and not calls:
             self.n_reasoning += not step.forced
             return self._reasoning(step)
         self.n_text += not step.forced
@@ -106,7 +106,7 @@ class OutputMachine:
             return self._in_call(self._call, step)
         if calls:
             return self._open_call(step)
-        if step.token_id == self._markers.end_of_thinking:
+        if step.token_id == self._markers.end_of_reasoning:
             return self._end_misplaced()
         self._steps.append(step)
         return self._text(self._decoder.decode(step.piece))
@@ -116,7 +116,7 @@ class OutputMachine:
         if self.stopped is not None:
             return []
         text = self._decoder.decode(b"", final=True)
-        if self._thinking:
+        if self._in_reasoning:
             return self._deltas("reasoning", self._held + text)
         deltas = self._close_call(self._call, text, cut) if self._call is not None else self._text(text)
         rest, self._held = self._held, ""
@@ -124,18 +124,18 @@ class OutputMachine:
             rest = rest[: self._function_begins(rest)]
         return [*deltas, *self._deltas("text", rest)]
 
-    # thinking ---------------------------------------------------------------------------------------------------
+    # reasoning ---------------------------------------------------------------------------------------------------
 
-    def _start_thinking(self) -> list[Delta]:
+    def _start_reasoning(self) -> list[Delta]:
         self.n_reasoning, self.n_text = self.n_text + 1, 0
-        self._thinking, self._starting = True, False
+        self._in_reasoning, self._starting = True, False
         self._held, self._dropped, self._opened = "", "\n", True
         self._steps.clear()
         return []
 
     def _reasoning(self, step: Step) -> list[Delta]:
-        if step.token_id == self._markers.end_of_thinking:
-            deltas = self._end_thinking()
+        if step.token_id == self._markers.end_of_reasoning:
+            deltas = self._end_reasoning()
             self._held = ""
             return deltas
         text = self._held + self._decoder.decode(step.piece)
@@ -144,8 +144,8 @@ class OutputMachine:
         self._held = "\n" if text.endswith("\n") else ""  # one that may stand before </think>
         return self._deltas("reasoning", text.removesuffix("\n"))
 
-    def _end_thinking(self) -> list[Delta]:
-        self._thinking = False
+    def _end_reasoning(self) -> list[Delta]:
+        self._in_reasoning = False
         rest = self._decoder.decode(b"", final=True)
         if not rest:
             return []
@@ -222,8 +222,8 @@ class OutputMachine:
         return deltas + self._progress(call, call.feed(rest))
 
     def _open_call(self, step: Step) -> list[Delta]:
-        if self._thinking:
-            deltas, shown = self._end_thinking(), ""
+        if self._in_reasoning:
+            deltas, shown = self._end_reasoning(), ""
         elif self._call is not None:
             deltas, shown = self._progress(self._call, self._call.finish()), ""
         else:

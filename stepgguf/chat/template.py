@@ -22,7 +22,7 @@ from stepgguf.errors import BadMetadata, TemplateRefused
 from stepgguf.files import textfile
 
 Message = Mapping[str, Any]
-Place = Literal["thinking", "answer", "start"]  # where a prompt ends; start: the model may open its thinking, or not
+Place = Literal["reasoning", "answer", "start"]  # where a prompt ends; start: the model may open its thinking, or not
 
 CLOSING_WORDS = "I have to stop thinking and answer now."  # without any, models think on in their answer
 
@@ -166,7 +166,7 @@ def place_of(prompt: str) -> Place:
     """Where a rendered prompt ends, by its last word."""
     text = prompt.rstrip()
     if text.endswith("<think>"):
-        return "thinking"
+        return "reasoning"
     return "answer" if text.endswith("</think>") else "start"
 
 

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from stepgguf.chat.request import Tool
-from stepgguf.chat.schema import ALL_TYPES, resolve, type_of, widen
+from stepgguf.grammar.schema import ALL_TYPES, resolve, type_of, widen
 
 VALUE_ENDS = ("\n</parameter>\n<parameter=", "\n</parameter>\n</function>")
 FORGOTTEN_ENDS = tuple(f"\n{tag}{space}</tool_call>" for tag in ("</function>", "</parameter>") for space in ("\n", ""))

@@ -14,7 +14,7 @@ import typer
 from stepgguf.cli import arguments, loading
 
 if TYPE_CHECKING:
-    from stepgguf.chat.session import Backend
+    from stepgguf.conversation.session import Backend
 
 _THINKING = ("full", "fold", "hide")
 
@@ -101,11 +101,11 @@ def chat(
 
     from dataclasses import replace
 
-    from stepgguf.chat.records import Settings
-    from stepgguf.chat.session import Session
-    from stepgguf.chat.transcript import Transcript, sessions
     from stepgguf.cli.dialogue import Dialogue, one_shot, resume, view
     from stepgguf.cli.terminal.view import Pipe, Screen
+    from stepgguf.conversation.records import Settings
+    from stepgguf.conversation.session import Session
+    from stepgguf.conversation.transcript import Transcript, sessions
     from stepgguf.files import folders
 
     screen: Screen | Pipe = view(thinking=thinking, plain=plain, silent=json)  # type: ignore[arg-type]
@@ -168,14 +168,14 @@ def _backend(
     path: Path | None, url: str | None, api_key: str | None, options: loading.EngineOptions, *, quiet: bool
 ) -> Iterator[Backend]:
     if url is not None:
-        from stepgguf.chat.remote import Remote
+        from stepgguf.conversation.remote import Remote
 
         yield Remote(url, api_key)
         return
     assert path is not None
     from stepgguf.chat.exchange import ChatModel
-    from stepgguf.chat.inprocess import InProcess
-    from stepgguf.chat.records import Origin
+    from stepgguf.conversation.inprocess import InProcess
+    from stepgguf.conversation.records import Origin
 
     with loading.engine(path, options, verb="chat", quiet=quiet) as engine:
         yield InProcess(ChatModel(engine), Origin.of(engine.info.name, path))

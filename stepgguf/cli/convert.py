@@ -56,9 +56,9 @@ def convert(
     """
     from stepgguf.chat.template import ChatTemplate, read
     from stepgguf.cli.converting import Run, chosen, planned
-    from stepgguf.convert.checkpoint import Checkpoint
     from stepgguf.convert.metadata import CHAT_TEMPLATE
     from stepgguf.convert.plan import MTP_MODES, Options
+    from stepgguf.convert.sources.checkpoint import Checkpoint
 
     if mtp not in MTP_MODES:
         raise typer.BadParameter(f"{mtp!r} is not one of {', '.join(MTP_MODES)}", param_hint="--mtp")

@@ -14,14 +14,14 @@ from rich.text import Text
 from stepgguf.cli import output
 from stepgguf.convert import budget, measure, pipeline
 from stepgguf.convert.budget import Limits, Trunk
-from stepgguf.convert.checkpoint import Checkpoint
 from stepgguf.convert.fold import Line, fold
-from stepgguf.convert.ggufsource import GGUFSource
-from stepgguf.convert.opening import open_source
 from stepgguf.convert.plan import Options, Plan
 from stepgguf.convert.planner import plan_source
 from stepgguf.convert.sizes import Inventory, inventory
-from stepgguf.convert.source import TensorSource
+from stepgguf.convert.sources.checkpoint import Checkpoint
+from stepgguf.convert.sources.gguf_file import GGUFSource
+from stepgguf.convert.sources.opening import open_source
+from stepgguf.convert.sources.source import TensorSource
 from stepgguf.convert.writer import Writer, is_taken, taken
 from stepgguf.errors import StepggufError, UnknownType
 from stepgguf.quants.recipe import Recipe

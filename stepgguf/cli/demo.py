@@ -29,18 +29,18 @@ def demo(
     import tempfile
 
     from stepgguf.chat.exchange import ChatModel
-    from stepgguf.chat.inprocess import InProcess
-    from stepgguf.chat.records import Settings
-    from stepgguf.chat.session import Session
     from stepgguf.cli import output
     from stepgguf.cli.converting import Run
     from stepgguf.cli.dialogue import Dialogue, one_shot, view
     from stepgguf.cli.terminal.view import Screen
-    from stepgguf.convert.checkpoint import Checkpoint
+    from stepgguf.conversation.inprocess import InProcess
+    from stepgguf.conversation.records import Settings
+    from stepgguf.conversation.session import Session
     from stepgguf.convert.plan import Options
     from stepgguf.convert.planner import plan_checkpoint
+    from stepgguf.convert.sources.checkpoint import Checkpoint
     from stepgguf.demo import CHECKPOINT
-    from stepgguf.quants.typenames import check_name
+    from stepgguf.quants.type_names import check_name
 
     with tempfile.TemporaryDirectory(prefix="stepgguf-demo-") as folder:
         options = Options(check_name(type), name="stepgguf demo")

@@ -13,8 +13,6 @@ from pathlib import Path
 
 import typer
 
-from stepgguf.chat.session import Session, Update
-from stepgguf.chat.transcript import Transcript, read
 from stepgguf.cli import output
 from stepgguf.cli.terminal import commands
 from stepgguf.cli.terminal.complete import Attachment, mentioned, read_file
@@ -23,6 +21,8 @@ from stepgguf.cli.terminal.live import Live
 from stepgguf.cli.terminal.markdown import Renderer
 from stepgguf.cli.terminal.prompt import Prompt
 from stepgguf.cli.terminal.view import Pipe, Screen, Thinking
+from stepgguf.conversation.session import Session, Update
+from stepgguf.conversation.transcript import Transcript, read
 from stepgguf.errors import StepggufError
 
 TICK = 0.05  # seconds: how often the screen and the keyboard are looked after when nothing comes
@@ -57,7 +57,7 @@ def stream(session: Session, answering: Answering, screen: Screen | Pipe) -> Key
                 for key in keys.read():
                     if key == TOGGLE:
                         screen.toggle()
-                    elif screen.is_thinking and not session.end_reasoning():
+                    elif screen.is_reasoning and not session.end_reasoning():
                         screen.remark("this server cannot be told to answer now; Ctrl+C stops it")
                 if keys.leave:
                     break

@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stepgguf.cli import arguments, loading
-from stepgguf.cli.capacity import SHARED, Finding, Model, context_length, memory, read_model
 from stepgguf.errors import BadMetadata, StepggufError
 from stepgguf.files import folders
+from stepgguf.fit import machine as machines
+from stepgguf.fit.capacity import SHARED, Finding, Model, context_length, memory, read_model
+from stepgguf.fit.machine import Machine
+from stepgguf.fit.memory import DEFAULT_CTX, GIB, Context, Need, budget, need
 from stepgguf.runtime import llama_build
-from stepgguf.runtime import machine as machines
 from stepgguf.runtime.llama_build import LlamaBuild
-from stepgguf.runtime.machine import Machine
-from stepgguf.runtime.memory import DEFAULT_CTX, GIB, Context, Need, budget, need
 
 if TYPE_CHECKING:
     from stepgguf.chat.template import Place

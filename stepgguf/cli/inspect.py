@@ -60,13 +60,13 @@ Tensors = list[tuple[str, str, int, int, str]]
 
 
 def _is_checkpoint(path: Path) -> bool:
-    from stepgguf.convert.hub import hub_id, is_part
+    from stepgguf.convert.sources.hub import hub_id, is_part
 
     return path.is_dir() or is_part(path) or (not path.exists() and path.suffix != ".gguf" and hub_id(path) is not None)
 
 
 def _gguf(path: Path) -> tuple[str, dict[str, Any], Tensors]:
-    from stepgguf.convert.splits import read_headers
+    from stepgguf.convert.sources.splits import read_headers
 
     headers = read_headers(path)
     metadata = {name: key.value for name, key in headers[0].keys.items()}
@@ -76,7 +76,7 @@ def _gguf(path: Path) -> tuple[str, dict[str, Any], Tensors]:
 
 def gguf_contents(metadata: Mapping[str, Any], names: Sequence[str]) -> str:
     """What a GGUF holds, in a sentence."""
-    from stepgguf.convert.ggufsource import ARCHITECTURE
+    from stepgguf.convert.sources.gguf_file import ARCHITECTURE
     from stepgguf.model.tensors import layer_of
 
     kind, architecture = metadata.get("general.type", "model"), metadata.get("general.architecture")
@@ -95,8 +95,8 @@ def gguf_contents(metadata: Mapping[str, Any], names: Sequence[str]) -> str:
 
 def _checkpoint(path: Path) -> tuple[str, dict[str, Any], Tensors]:
     from stepgguf.cli import output
-    from stepgguf.convert.checkpoint import Checkpoint
-    from stepgguf.convert.shards import DTYPE_BYTES
+    from stepgguf.convert.sources.checkpoint import Checkpoint
+    from stepgguf.convert.sources.shards import DTYPE_BYTES
 
     with Checkpoint(path) as checkpoint:
         output.warn(checkpoint.notes)

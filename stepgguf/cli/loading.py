@@ -16,9 +16,9 @@ from stepgguf.cli import arguments, output
 from stepgguf.errors import EngineError
 
 if TYPE_CHECKING:
-    from stepgguf.cli.capacity import Model
+    from stepgguf.fit.capacity import Model
+    from stepgguf.fit.machine import Machine
     from stepgguf.runtime.engine import Engine
-    from stepgguf.runtime.machine import Machine
 
 IN_PROCESS = "llama-cpp-python"
 LLAMA_SERVER = "llama-server"
@@ -129,8 +129,8 @@ def _attached(path: Path, url: str, options: EngineOptions) -> Engine:
 
 
 def _loaded(path: Path, name: str, where: str, options: EngineOptions, *, verb: str, quiet: bool) -> Engine:
-    from stepgguf.cli.capacity import read_model
-    from stepgguf.runtime.machine import probe
+    from stepgguf.fit.capacity import read_model
+    from stepgguf.fit.machine import probe
 
     if name == IN_PROCESS:
         from stepgguf.runtime import llama  # noqa: F401  if it is not installed, that is said first
@@ -164,9 +164,9 @@ def _make(folder: Path) -> None:
 def _require(here: Machine, model: Model, options: EngineOptions, *, served: bool) -> None:
     """Ask doctor's questions. served: by a llama-server, which has a context of this length for each request, and
     puts into the memory of other machines (--rpc), or into RAM, what the GPU has no room for."""
-    from stepgguf.cli.capacity import context_length, memory, refuse
+    from stepgguf.fit.capacity import context_length, memory, refuse
+    from stepgguf.fit.memory import DEFAULT_CTX, Context
     from stepgguf.runtime import llama_build
-    from stepgguf.runtime.memory import DEFAULT_CTX, Context
 
     n_ctx = options.ctx or min(model.footprint.n_ctx_train, DEFAULT_CTX)
     found = [context_length(model, n_ctx)] if options.trained else []

@@ -15,7 +15,7 @@ from stepgguf.cli import arguments
 
 if TYPE_CHECKING:
     from stepgguf.cli.planning import Pace, Place, Planned, Row
-    from stepgguf.runtime.catalogue import Listed
+    from stepgguf.fit.catalogue import Listed
 
 
 def plan(
@@ -73,7 +73,7 @@ def plan(
     from stepgguf.cli.planning import place, planned
     from stepgguf.convert.budget import Limits, resolve
     from stepgguf.convert.plan import Options
-    from stepgguf.runtime.memory import Context
+    from stepgguf.fit.memory import Context
 
     if mtp not in ("include", "drop"):
         raise typer.BadParameter(f"{mtp!r} is not one of include, drop", param_hint="--mtp")
@@ -121,7 +121,7 @@ def report(result: Planned) -> dict[str, Any]:
 def budget(result: Planned) -> Iterator[str]:
     """From the machine's memory to what is left for weights, line by line."""
     from stepgguf.cli.output import size
-    from stepgguf.runtime.memory import checkpoint, need
+    from stepgguf.fit.memory import checkpoint, need
 
     model, context, place, needed = result.footprint, result.context, result.place, result.need
     full = [layer for layer in model.layers if not layer.is_sliding and not layer.is_mtp]
@@ -201,7 +201,7 @@ def table(rows: Sequence[Row], best: Row | None) -> Iterator[Text]:
 
 def notes(result: Planned) -> Iterator[str]:
     """What to take, and what the figures rest on."""
-    from stepgguf.runtime.speed import ACCEPTED, DRAFTED
+    from stepgguf.fit.speed import ACCEPTED, DRAFTED
 
     what = "least predicted loss" if result.best and result.best.loss is not None else "largest"
     yield f"The {what} that fits is {result.best.type}." if result.best else "None of these fits."

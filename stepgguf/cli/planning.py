@@ -18,18 +18,18 @@ import typer
 
 from stepgguf.cli import output
 from stepgguf.cli.converting import sized
-from stepgguf.cli.footprint import checkpoint_footprint, footprint
 from stepgguf.convert.budget import Limits, Trunk, smallest_size
-from stepgguf.convert.checkpoint import Checkpoint
-from stepgguf.convert.ggufsource import GGUFSource
-from stepgguf.convert.opening import open_source
 from stepgguf.convert.sizes import Inventory, Sizes, inventory
+from stepgguf.convert.sources.checkpoint import Checkpoint
+from stepgguf.convert.sources.gguf_file import GGUFSource
+from stepgguf.convert.sources.opening import open_source
 from stepgguf.errors import RecipeError, UnknownType
+from stepgguf.fit import catalogue, speed
+from stepgguf.fit.catalogue import Listed
+from stepgguf.fit.footprint import checkpoint_footprint, footprint
+from stepgguf.fit.machine import Machine, probe
+from stepgguf.fit.memory import Budget, Context, Footprint, Need, budget, largest_context, need
 from stepgguf.quants import recipe
-from stepgguf.runtime import catalogue, speed
-from stepgguf.runtime.catalogue import Listed
-from stepgguf.runtime.machine import Machine, probe
-from stepgguf.runtime.memory import Budget, Context, Footprint, Need, budget, largest_context, need
 
 TYPES = (
     "IQ2_XXS", "IQ2_M", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K_M", "IQ4_XS", "MXFP4_MOE", "Q4_K_S", "Q4_K_M", "Q5_K_M",

@@ -56,8 +56,8 @@ def quantize(
     - `stepgguf quantize step-q8_0.gguf step-q4_k_s.gguf --type Q4_K_S --allow-requantize`
     """
     from stepgguf.cli.converting import Run, chosen, planned
-    from stepgguf.convert.opening import open_source
     from stepgguf.convert.plan import Options
+    from stepgguf.convert.sources.opening import open_source
     from stepgguf.errors import OutputError
     from stepgguf.quants.mixtures import BASE
 

@@ -22,7 +22,8 @@ def recipes(
     - `stepgguf convert Step-3.5-Flash/ step.gguf --type mine.toml --dry-run`
     """
     from stepgguf.cli import output
-    from stepgguf.quants import recipe, typenames
+    from stepgguf.quants import recipe
+    from stepgguf.quants import type_names as typenames
 
     known = recipe.shipped()
     if name is None:

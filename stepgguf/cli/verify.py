@@ -43,10 +43,10 @@ def verify(
     - `stepgguf verify step-iq3_s.gguf --against Step-3.5-Flash/ --imatrix imatrix.gguf`
     """
     from stepgguf.cli import output
-    from stepgguf.convert.opening import open_source
     from stepgguf.convert.plan import Options
     from stepgguf.convert.planner import plan_source
-    from stepgguf.convert.splits import read_headers
+    from stepgguf.convert.sources.opening import open_source
+    from stepgguf.convert.sources.splits import read_headers
     from stepgguf.convert.verify import verify_manifest, verify_source
 
     importance = arguments.read_importance(imatrix, imatrix_prior)

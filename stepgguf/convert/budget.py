@@ -18,13 +18,13 @@ from pathlib import Path
 from gguf import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType
 
 from stepgguf.convert import measure, objective, sizes
-from stepgguf.convert.checkpoint import Checkpoint
-from stepgguf.convert.ggufsource import GGUFSource
 from stepgguf.convert.measure import Progress
 from stepgguf.convert.pipeline import Compiling
 from stepgguf.convert.plan import Options, Plan, PlannedTensor
 from stepgguf.convert.planner import plan_source
 from stepgguf.convert.sizes import Inventory
+from stepgguf.convert.sources.checkpoint import Checkpoint
+from stepgguf.convert.sources.gguf_file import GGUFSource
 from stepgguf.errors import DoesNotFit, RecipeError
 from stepgguf.quants import mixtures, recipe
 from stepgguf.quants.allocate import Item, Option, solve

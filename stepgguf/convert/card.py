@@ -23,9 +23,9 @@ from typing import Any
 import yaml
 from gguf import GGUFValueType, Keys, Metadata
 
-from stepgguf.convert.header import Key
-from stepgguf.convert.hub import HUB, Origin
+from stepgguf.convert.sources.hub import HUB, Origin
 from stepgguf.files import disk
+from stepgguf.files.gguf_header import Key
 
 V, General = GGUFValueType, Keys.General
 _MAX_BYTES = 256 * 1024  # of front matter

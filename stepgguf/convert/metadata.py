@@ -17,11 +17,11 @@ import numpy as np
 from gguf import ExpertGatingFuncType, GGUFValueType, Keys, LlamaFileType
 
 from stepgguf import __version__
-from stepgguf.convert.checkpoint import Checkpoint
-from stepgguf.convert.ggufsource import ARCHITECTURE
-from stepgguf.convert.header import Key
+from stepgguf.convert.sources.checkpoint import Checkpoint
+from stepgguf.convert.sources.gguf_file import ARCHITECTURE
 from stepgguf.errors import BadConfig
 from stepgguf.files import jsonread, textfile
+from stepgguf.files.gguf_header import Key
 from stepgguf.files.jsonread import Value
 from stepgguf.model.hparams import HParams
 from stepgguf.model.tokenizer import MODEL, PRE, Vocabulary, vocabulary

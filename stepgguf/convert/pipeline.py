@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from stepgguf.convert.importance import Importance
 from stepgguf.convert.journal import Made
 from stepgguf.convert.plan import PlannedTensor, Unit
-from stepgguf.convert.source import TensorSource
+from stepgguf.convert.sources.source import TensorSource
 from stepgguf.convert.writer import Writer
 from stepgguf.errors import CorruptTensor, QuantError
 from stepgguf.files.disk import disk_errors

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from gguf import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType
 
-from stepgguf.convert import header as gguf_header
-from stepgguf.convert.header import Key, TensorInfo
 from stepgguf.convert.importance import Importance
+from stepgguf.files import gguf_header
+from stepgguf.files.gguf_header import Key, TensorInfo
 from stepgguf.model.tensors import role_of
 from stepgguf.quants import recipe
 from stepgguf.quants.coverage import Coverage

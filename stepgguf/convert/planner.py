@@ -15,20 +15,20 @@ from gguf import GGMLQuantizationType, Keys
 
 from stepgguf.convert import metadata
 from stepgguf.convert.card import read_card
-from stepgguf.convert.checkpoint import Checkpoint
-from stepgguf.convert.ggufsource import ARCHITECTURE, GGUFSource
-from stepgguf.convert.header import Key
 from stepgguf.convert.importance import wanted
 from stepgguf.convert.plan import Options, Plan, PlannedFile, PlannedTensor
-from stepgguf.convert.source import SourceTensor
-from stepgguf.convert.splits import split_path
+from stepgguf.convert.sources.checkpoint import Checkpoint
+from stepgguf.convert.sources.gguf_file import ARCHITECTURE, GGUFSource
+from stepgguf.convert.sources.source import SourceTensor
+from stepgguf.convert.sources.splits import split_path
 from stepgguf.errors import BadMetadata, OutputError, RecipeError
+from stepgguf.files.gguf_header import Key
 from stepgguf.files.jsonread import shown
 from stepgguf.model.tensors import ROPE_FREQS, TensorSpec, file_order, layer_of, role_of
 from stepgguf.quants import codec, coverage, mixtures
 from stepgguf.quants.coverage import Coverage
 from stepgguf.quants.mixtures import Candidate, Choice, Facts
-from stepgguf.quants.typenames import check_name
+from stepgguf.quants.type_names import check_name
 
 F32 = GGMLQuantizationType.F32
 

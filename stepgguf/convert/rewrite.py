@@ -21,14 +21,13 @@ from typing import Any
 
 from gguf import GGUFValueType
 
-from stepgguf.convert import header as gguf_header
-from stepgguf.convert.header import Header, Key
 from stepgguf.convert.manifest import manifest_path, read_manifest, write_manifest
 from stepgguf.convert.metadata import CHAT_TEMPLATE, RESERVE, RESERVE_BYTES, reserve
-from stepgguf.convert.splits import split_files
+from stepgguf.convert.sources.splits import split_files
 from stepgguf.errors import BadMetadata, OutputError
-from stepgguf.files import disk
+from stepgguf.files import disk, gguf_header
 from stepgguf.files.disk import disk_errors
+from stepgguf.files.gguf_header import Header, Key
 
 ORIGINAL = "stepgguf.chat_template.original"
 _COPY = 64 * 2**20

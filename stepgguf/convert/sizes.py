@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from gguf import GGMLQuantizationType, Keys
 
 from stepgguf.convert import metadata
-from stepgguf.convert.checkpoint import Checkpoint
-from stepgguf.convert.ggufsource import ARCHITECTURE, GGUFSource
 from stepgguf.convert.objective import Routing
 from stepgguf.convert.planner import gguf_facts, is_quantizable, model_facts, number
+from stepgguf.convert.sources.checkpoint import Checkpoint
+from stepgguf.convert.sources.gguf_file import ARCHITECTURE, GGUFSource
 from stepgguf.errors import BadMetadata
 from stepgguf.files.jsonread import shown
 from stepgguf.model.tensors import ROPE_FREQS, file_order, layer_of, role_of

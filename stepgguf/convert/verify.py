@@ -18,13 +18,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from stepgguf.convert.checkpoint import read_exactly
-from stepgguf.convert.header import Header, TensorInfo
 from stepgguf.convert.manifest import entries, read_manifest
 from stepgguf.convert.pipeline import UnitMaker
 from stepgguf.convert.plan import Plan, PlannedTensor, Unit, replan, row_ranges, rows_per_expert, unit_rows
-from stepgguf.convert.source import TensorSource
-from stepgguf.convert.splits import read_headers
+from stepgguf.convert.sources.checkpoint import read_exactly
+from stepgguf.convert.sources.source import TensorSource
+from stepgguf.convert.sources.splits import read_headers
+from stepgguf.files.gguf_header import Header, TensorInfo
 from stepgguf.quants.ggml import row_size
 
 Bytes = NDArray[np.uint8]

@@ -33,7 +33,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from stepgguf.chat.template import CLOSING_WORDS, ChatTemplate, closing
-from stepgguf.convert.checkpoint import Checkpoint
+from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.demo import tasks, tokenizer
 from stepgguf.model.hparams import HParams
 from stepgguf.reference.load import load

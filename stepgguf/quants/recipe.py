@@ -36,7 +36,7 @@ from stepgguf.errors import RecipeError
 from stepgguf.files import textfile
 from stepgguf.quants import mixtures
 from stepgguf.quants.mixtures import BASE, Candidate, Choice, Facts
-from stepgguf.quants.typenames import did_you_mean, unknown
+from stepgguf.quants.type_names import did_you_mean, unknown
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stepgguf.convert.ggufsource import ARCHITECTURE
-from stepgguf.convert.header import Header, TensorInfo
 from stepgguf.convert.manifest import manifest_path, read_manifest
-from stepgguf.convert.splits import read_headers
+from stepgguf.convert.sources.gguf_file import ARCHITECTURE
+from stepgguf.convert.sources.splits import read_headers
 from stepgguf.errors import BadMetadata, UnsupportedModel, VerifyError
+from stepgguf.files.gguf_header import Header, TensorInfo
 from stepgguf.quants.mixtures import file_type_name
 
 Floats = NDArray[np.float64]

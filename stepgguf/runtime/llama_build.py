@@ -15,7 +15,7 @@ from typing import Any
 
 from stepgguf.errors import EngineError
 from stepgguf.files import installed
-from stepgguf.runtime.machine import Gpu
+from stepgguf.fit.machine import Gpu
 
 _GPU_TYPES = (1, 2)  # ggml_backend_dev_type: GPU, IGPU
 _AMX_GCC = (14, 2)

@@ -15,12 +15,15 @@ from starlette.staticfiles import StaticFiles
 
 from stepgguf import __version__
 from stepgguf.chat.exchange import ChatModel
-from stepgguf.server import astray, completions, guard, messages, models, responses, tokens
-from stepgguf.server import chat as chat_completions
+from stepgguf.server import astray, guard, models, tokens
 from stepgguf.server.config import ServerConfig
+from stepgguf.server.dialects.chat_completions import route as chat_completions
+from stepgguf.server.dialects.completions import route as completions
+from stepgguf.server.dialects.messages import route as messages
+from stepgguf.server.dialects.responses import route as responses
+from stepgguf.server.dialects.responses.store import Answers
 from stepgguf.server.metrics import Metrics
 from stepgguf.server.problems import AnthropicError, OpenAIError, Refusal
-from stepgguf.server.responses_store import Answers
 from stepgguf.server.service import Service, now
 from stepgguf.server.unknown import UnknownFields
 

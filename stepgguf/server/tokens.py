@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 from stepgguf.chat.request import ChatRequest
 from stepgguf.errors import RequestError
 from stepgguf.server.body import Body, JsonRoute
-from stepgguf.server.chat_request import AnyTool, Message, as_chat, as_tools, functions
+from stepgguf.server.dialects.chat_completions.request import AnyTool, Message, as_chat, as_tools, functions
 from stepgguf.server.problems import Refusal
 from stepgguf.server.service import Service, TheService
 

@@ -65,7 +65,7 @@ def test_a_thinking_that_is_cut_ends_with_the_closing_words(chat: ChatModel) -> 
 
 @pytest.mark.parametrize("budget", [0, 1, 4, 15])
 def test_what_opens_and_closes_thinking_is_no_text_after_a_cut(chat: ChatModel, budget: int) -> None:
-    markers = {chat.markers.thinking, chat.markers.end_of_thinking}
+    markers = {chat.markers.start_of_reasoning, chat.markers.end_of_reasoning}
     for seed in range(6):
         prepared = chat.prepare(request(sampling=Sampling(seed=seed), reasoning_budget=budget, max_tokens=80))
         made = steps(chat, prepared)
@@ -84,7 +84,7 @@ def test_the_closing_words_and_an_answer_find_room_in_max_tokens(chat: ChatModel
 
 
 @pytest.mark.parametrize(
-    ("ending", "place"), [("", "start"), ("<think>", "thinking"), ("<think>\\n\\n</think>\\n\\n", "answer")]
+    ("ending", "place"), [("", "start"), ("<think>", "reasoning"), ("<think>\\n\\n</think>\\n\\n", "answer")]
 )
 def test_a_template_may_leave_the_thinking_to_the_model_or_close_it(
     demo_gguf: Path, tmp_path: Path, ending: str, place: str
@@ -97,10 +97,10 @@ def test_a_template_may_leave_the_thinking_to_the_model_or_close_it(
         chat = ChatModel(engine)
         assert chat.prompt(request())[1] == place
         prepared = chat.prepare(request())
-        assert prepared.thinking == (place == "thinking")
+        assert prepared.in_reasoning == (place == "reasoning")
         reasoning = prepared.request.reasoning
         assert (reasoning is None) == (place == "answer")
-        assert reasoning is None or reasoning.opening == (chat.markers.thinking if place == "start" else None)
+        assert reasoning is None or reasoning.opening == (chat.markers.start_of_reasoning if place == "start" else None)
         none, now = chat.prompt(request(reasoning_budget=0))
         assert now == "answer"
         text = b"".join(map(engine.piece, none)).decode()

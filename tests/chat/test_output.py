@@ -73,12 +73,12 @@ def run(
     script: str,
     cuts: list[int],
     *,
-    thinking: bool = True,
+    in_reasoning: bool = True,
     tools: tuple[Tool, ...] = TOOLS,
     stops: tuple[str, ...] = (),
     cut: bool = False,
 ) -> Answer:
-    machine = OutputMachine(MARKERS, thinking=thinking, tools=tools, stops=stops)
+    machine = OutputMachine(MARKERS, in_reasoning=in_reasoning, tools=tools, stops=stops)
     answer = Answer(machine)
     answer.deltas = [delta for step in steps(script, cuts) for delta in machine.feed(step)] + machine.close(cut=cut)
     for delta in answer.deltas:
@@ -141,7 +141,7 @@ def test_tokens_are_counted_and_text_tokens_come_once(cuts: list[int]) -> None:
 
 
 def test_what_is_forced_on_the_model_is_shown_and_not_counted() -> None:
-    machine = OutputMachine(MARKERS, thinking=True)
+    machine = OutputMachine(MARKERS, in_reasoning=True)
     forced = [Step(1, b"Enough.", forced=True), Step(END, b"</think>", forced=True), Step(2, b"\n", forced=True)]
     deltas = [d for step in (Step(3, b"Hm. "), *forced, Step(4, b"5")) for d in machine.feed(step)]
     assert [(d.kind, d.text) for d in deltas] == [("reasoning", "Hm. "), ("reasoning", "Enough."), ("text", "5")]
@@ -182,14 +182,14 @@ def test_reasoning_that_never_ends_is_all_there() -> None:
 
 
 def test_without_thinking_everything_is_text() -> None:
-    answer = run("\n <think> x </think>\n", [1, 3], thinking=False)
+    answer = run("\n <think> x </think>\n", [1, 3], in_reasoning=False)
     assert (answer.text, answer.reasoning) == ("\n <think> x </think>\n", "")
 
 
 @given(CUTS)
 def test_thinking_that_the_model_opens_itself_is_split_off(cuts: list[int]) -> None:
     for opening in ("⟨think⟩\n", "⟨think⟩", "\n \n⟨think⟩\n"):
-        answer = run(f"{opening}why é\n⟨end⟩\nbecause ⟨think⟩", cuts, thinking=False)
+        answer = run(f"{opening}why é\n⟨end⟩\nbecause ⟨think⟩", cuts, in_reasoning=False)
         assert (answer.reasoning, answer.text) == ("why é", "because <think>")
         assert answer.machine.n_reasoning == len(steps(f"{opening}why é\n⟨end⟩", cuts))
         assert answer.machine.warnings == []
@@ -197,7 +197,7 @@ def test_thinking_that_the_model_opens_itself_is_split_off(cuts: list[int]) -> N
 
 @given(CUTS)
 def test_only_the_start_of_an_answer_opens_thinking(cuts: list[int]) -> None:
-    answer = run("So ⟨think⟩ it is\n", cuts, thinking=False)
+    answer = run("So ⟨think⟩ it is\n", cuts, in_reasoning=False)
     assert (answer.reasoning, answer.text) == ("", "So <think> it is\n")
     assert run("why⟨end⟩\n⟨think⟩ x", cuts).text == "<think> x"
 
@@ -211,11 +211,11 @@ def settled(answer: Answer) -> tuple[str, str]:
 
 
 @given(CUTS, st.booleans())
-def test_an_end_of_thinking_in_the_answer_is_never_text(cuts: list[int], thinking: bool) -> None:
-    start = "so⟨end⟩\n" if thinking else ""
-    answer = run(f"{start}No, é wait\n⟨end⟩\n3 r's\n⟨end⟩⟨end⟩\nor 4", cuts, thinking=thinking)
+def test_an_end_of_thinking_in_the_answer_is_never_text(cuts: list[int], in_reasoning: bool) -> None:
+    start = "so⟨end⟩\n" if in_reasoning else ""
+    answer = run(f"{start}No, é wait\n⟨end⟩\n3 r's\n⟨end⟩⟨end⟩\nor 4", cuts, in_reasoning=in_reasoning)
     assert "think>" not in answer.text + answer.reasoning
-    assert settled(answer) == ("soNo, é wait3 r's" if thinking else "No, é wait3 r's", "or 4")
+    assert settled(answer) == ("soNo, é wait3 r's" if in_reasoning else "No, é wait3 r's", "or 4")
     assert len(answer.machine.warnings) == 3
     ids = [step.token_id for step in steps(f"{start}No, é wait\n⟨end⟩\n3 r's\n⟨end⟩⟨end⟩\nor 4", cuts)]
     assert answer.machine.n_text == ids[::-1].index(END)
@@ -232,12 +232,12 @@ def test_an_answer_that_ends_with_an_end_of_thinking_is_an_answer(cuts: list[int
 
 def test_bytes_that_are_no_text_are_replaced_and_not_lost() -> None:
     for tools in ((), TOOLS):
-        machine = OutputMachine(MARKERS, thinking=True, tools=tools)
+        machine = OutputMachine(MARKERS, in_reasoning=True, tools=tools)
         tokens = [Step(1, b"a\n"), Step(1, b"\xff"), Step(1, b"\xf0"), Step(*SPECIAL["⟨end⟩"]), Step(1, b"b\xf0\x9f")]
         deltas = [d for step in tokens for d in machine.feed(step)] + machine.close()
         assert "".join(d.text for d in deltas) == "a\n\ufffd\ufffdb\ufffd"
     broken = [Step(1, b"\n\xf0"), Step(CALL, b"<tool_call>"), Step(1, b"\xf0"), Step(END_CALL, b"</tool_call>")]
-    machine = OutputMachine(MARKERS, thinking=True, tools=TOOLS)
+    machine = OutputMachine(MARKERS, in_reasoning=True, tools=TOOLS)
     deltas = [d for step in broken for d in machine.feed(step)] + machine.close()
     assert [(d.kind, d.text) for d in deltas if d.kind == "reasoning"] == [("reasoning", "\n\ufffd")]
     assert "".join(d.text for d in deltas if d.kind == "text") == "<tool_call>\ufffd</tool_call>"
@@ -258,7 +258,7 @@ def test_a_stop_is_found_across_tokens_and_not_shown(cuts: list[int], stops: lis
 
 
 def test_nothing_comes_after_a_stop() -> None:
-    machine = OutputMachine(MARKERS, thinking=False, stops=("b",))
+    machine = OutputMachine(MARKERS, in_reasoning=False, stops=("b",))
     assert [d.text for d in machine.feed(Step(1, b"abc"))] == ["a"]
     assert machine.feed(Step(1, b"d")) == []
     assert machine.close() == []
@@ -266,7 +266,7 @@ def test_nothing_comes_after_a_stop() -> None:
 
 
 def test_no_more_is_held_back_than_may_be_a_stop() -> None:
-    machine = OutputMachine(MARKERS, thinking=False, stops=("STOP", "TOAST"))
+    machine = OutputMachine(MARKERS, in_reasoning=False, stops=("STOP", "TOAST"))
     shown = [[d.text for d in machine.feed(Step(1, piece.encode()))] for piece in ("a ST", "O", "A", "S", "S")]
     assert shown == [["a "], [], ["S"], [], ["TOAS"]]
     assert [d.text for d in machine.close()] == ["S"]
@@ -324,14 +324,14 @@ def test_a_call_that_breaks_off_is_closed_and_the_rest_is_text(cuts: list[int]) 
 TOKENS = list(range(0, 300, 3))
 
 
-@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize("in_reasoning", [True, False])
 @pytest.mark.parametrize("before", ["", "Let me see.\n\n", f"⟨call⟩{ADD}⟨/call⟩\n"], ids=["", "text", "call"])
-def test_a_call_that_is_cut_is_an_unclosed_prefix_and_nothing_leaks(before: str, thinking: bool) -> None:
-    whole = steps(f"{'why⟨end⟩' if thinking else ''}\n{before}⟨call⟩{WRITE}⟨/call⟩", TOKENS)
+def test_a_call_that_is_cut_is_an_unclosed_prefix_and_nothing_leaks(before: str, in_reasoning: bool) -> None:
+    whole = steps(f"{'why⟨end⟩' if in_reasoning else ''}\n{before}⟨call⟩{WRITE}⟨/call⟩", TOKENS)
     text = "Let me see." if "Let" in before else ""
     first = next(i for i, step in enumerate(whole) if step.token_id == CALL and (i > 20 or "⟨call⟩" not in before))
     for n in range(first + 1, len(whole)):
-        machine = OutputMachine(MARKERS, thinking=thinking, tools=TOOLS)
+        machine = OutputMachine(MARKERS, in_reasoning=in_reasoning, tools=TOOLS)
         deltas = [d for step in whole[:n] for d in machine.feed(step)] + machine.close(cut=True)
         assert "".join(d.text for d in deltas if d.kind == "text").strip() == text
         calls = [d for d in deltas if d.kind == "call"]
@@ -342,7 +342,7 @@ def test_a_call_that_is_cut_is_an_unclosed_prefix_and_nothing_leaks(before: str,
             assert json.dumps(WRITTEN, ensure_ascii=False, separators=(",", ":")).startswith(arguments)
             assert arguments[:1] == "{"
             assert not arguments.endswith("}")
-    machine = OutputMachine(MARKERS, thinking=thinking, tools=TOOLS)
+    machine = OutputMachine(MARKERS, in_reasoning=in_reasoning, tools=TOOLS)
     deltas = [d for step in whole for d in machine.feed(step)] + machine.close(cut=True)
     assert machine.cut_call is None
 

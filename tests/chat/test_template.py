@@ -228,7 +228,7 @@ def test_an_interrupted_rendering_does_not_answer_the_next_one(monkeypatch: pyte
 
 def test_the_probe_tells_where_prompts_end() -> None:
     source = (CHECKPOINT / "chat_template.jinja").read_text()
-    assert place_of(TEMPLATE.probe()) == "thinking"
+    assert place_of(TEMPLATE.probe()) == "reasoning"
     assert place_of(ChatTemplate(source.replace("~ '<think>\\n'", "")).probe()) == "start"
     assert (
         place_of(ChatTemplate(source.replace("~ '<think>\\n'", "~ '<think>\\n\\n</think>\\n\\n'")).probe()) == "answer"

@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 
-from stepgguf.chat.transcript import Saved, read, sessions
 from stepgguf.cli.main import main
+from stepgguf.conversation.transcript import Saved, read, sessions
 from tests.conftest import INTERRUPTIBLE
 from tests.generate import Shape, write_checkpoint
 

@@ -14,15 +14,15 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from stepgguf.cli.capacity import Finding, Model, read_model
 from stepgguf.cli.doctor import doctor, examine, lines
 from stepgguf.cli.loading import maps
 from stepgguf.cli.main import main
 from stepgguf.files import folders
+from stepgguf.fit.capacity import Finding, Model, read_model
+from stepgguf.fit.machine import AmdMemory, Gpu, Machine
+from stepgguf.fit.memory import GIB, LINUX_RESERVE, Context, need
 from stepgguf.runtime.llama_build import LlamaBuild
-from stepgguf.runtime.machine import AmdMemory, Gpu, Machine
-from stepgguf.runtime.memory import GIB, LINUX_RESERVE, Context, need
-from tests.runtime.test_memory import write_real
+from tests.fit.test_memory import write_real
 
 app = typer.Typer()
 app.command("doctor")(doctor)

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from stepgguf.cli.main import main
-from stepgguf.convert import header as gguf_header
 from stepgguf.demo import CHECKPOINT
-from stepgguf.files import installed
+from stepgguf.files import gguf_header, installed
 
 
 def said(capfd: pytest.CaptureFixture[str]) -> str:

@@ -15,23 +15,23 @@ from gguf import GGMLQuantizationType as T
 
 from stepgguf.cli import planning
 from stepgguf.cli.arguments import parse_size
-from stepgguf.cli.footprint import footprint
 from stepgguf.cli.main import main
 from stepgguf.cli.plan import notes
 from stepgguf.cli.planning import OWN, Place, Row, place, planned
 from stepgguf.convert import measure
 from stepgguf.convert.budget import Limits, resolve, settled
-from stepgguf.convert.checkpoint import Checkpoint
-from stepgguf.convert.ggufsource import GGUFSource
 from stepgguf.convert.plan import Options
 from stepgguf.convert.planner import plan_checkpoint
+from stepgguf.convert.sources.checkpoint import Checkpoint
+from stepgguf.convert.sources.gguf_file import GGUFSource
 from stepgguf.errors import DoesNotFit
 from stepgguf.files import folders
-from stepgguf.runtime import catalogue
-from stepgguf.runtime.memory import GIB, Context, budget, need
+from stepgguf.fit import catalogue
+from stepgguf.fit.footprint import footprint
+from stepgguf.fit.memory import GIB, Context, budget, need
 from tests.cli.test_cli import sparse_checkpoint
 from tests.cli.test_doctor import CARD, MAC
-from tests.runtime.test_memory import write_real
+from tests.fit.test_memory import write_real
 
 CTX = 131072
 

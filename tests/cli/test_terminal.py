@@ -11,7 +11,6 @@ import pytest
 from markdown_it import MarkdownIt
 
 from stepgguf.chat.output import Delta
-from stepgguf.chat.session import Usage
 from stepgguf.cli.terminal import footer
 from stepgguf.cli.terminal.commands import COMMANDS
 from stepgguf.cli.terminal.complete import Attachment, candidates, mentioned, read_file
@@ -19,6 +18,7 @@ from stepgguf.cli.terminal.live import Live, fit, printable, wrap
 from stepgguf.cli.terminal.markdown import Blocks, Renderer
 from stepgguf.cli.terminal.prompt import is_open, unquoted
 from stepgguf.cli.terminal.view import Pipe
+from stepgguf.conversation.session import Usage
 from stepgguf.errors import RequestError
 
 DOCUMENT = """# Title

@@ -14,14 +14,14 @@ from stepgguf.cli.main import main
 from stepgguf.convert import budget as module
 from stepgguf.convert import measure, sizes
 from stepgguf.convert.budget import UNIFORM, Limits, plan_within, resolve
-from stepgguf.convert.checkpoint import Checkpoint
-from stepgguf.convert.ggufsource import GGUFSource
 from stepgguf.convert.plan import Options, Plan, PlannedTensor
 from stepgguf.convert.planner import plan_checkpoint
+from stepgguf.convert.sources.checkpoint import Checkpoint
+from stepgguf.convert.sources.gguf_file import GGUFSource
 from stepgguf.errors import DoesNotFit, RecipeError
 from stepgguf.files import folders
+from stepgguf.fit import speed
 from stepgguf.quants import recipe
-from stepgguf.runtime import speed
 from tests.convert.test_objective import write_importance
 
 T = GGMLQuantizationType

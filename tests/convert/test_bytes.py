@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from stepgguf.cli.main import main
-from stepgguf.convert import header as gguf_header
+from stepgguf.files import gguf_header
 from tests.generate import Shape, write_checkpoint
 from tests.oracle import llama_quantize
 

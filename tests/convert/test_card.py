@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stepgguf.cli.main import main
-from stepgguf.convert import header as gguf_header
 from stepgguf.convert.card import Card, read_card
-from stepgguf.convert.hub import Origin
+from stepgguf.convert.sources.hub import Origin
+from stepgguf.files import gguf_header
 
 CARDS = {
     "published": """\

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from stepgguf.cli.main import main
-from stepgguf.convert import header as gguf_header
+from stepgguf.files import gguf_header
 from stepgguf.quants.codec import FACTORS
 from stepgguf.quants.ggml import row_size
 

@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 
 from stepgguf.cli.inspect import gguf_contents
-from stepgguf.convert import header as gguf_header
-from stepgguf.convert.checkpoint import INDEX
-from stepgguf.convert.header import TensorInfo
-from stepgguf.convert.opening import open_source
 from stepgguf.convert.plan import Options
 from stepgguf.convert.planner import plan_source
 from stepgguf.convert.sizes import inventory
+from stepgguf.convert.sources.checkpoint import INDEX
+from stepgguf.convert.sources.opening import open_source
 from stepgguf.errors import StepggufError
+from stepgguf.files import gguf_header
+from stepgguf.files.gguf_header import TensorInfo
 from tests.generate import Shape, write_checkpoint
 
 ROUNDS = 150

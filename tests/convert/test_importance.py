@@ -12,9 +12,9 @@ import numpy.typing as npt
 import pytest
 
 from stepgguf.cli.main import main
-from stepgguf.convert.ggufsource import GGUFSource
 from stepgguf.convert.importance import Importance
 from stepgguf.convert.manifest import manifest_path
+from stepgguf.convert.sources.gguf_file import GGUFSource
 from stepgguf.quants import codec, ggml, imatrix
 from stepgguf.quants.imatrix import Entry, Imatrix
 from tests.convert.test_bytes import same_tensors

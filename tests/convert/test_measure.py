@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from stepgguf.convert import measure as module
-from stepgguf.convert.checkpoint import Checkpoint
 from stepgguf.convert.importance import Importance
 from stepgguf.convert.measure import KINDS, Measured, candidates, measure
 from stepgguf.convert.plan import Options, PlannedTensor
 from stepgguf.convert.planner import plan_checkpoint
+from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.errors import CorruptTensor
 from stepgguf.quants import codec, ggml, imatrix
 from stepgguf.quants.codec import Values

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stepgguf.cli.main import main
-from stepgguf.convert import header as gguf_header
-from stepgguf.convert.checkpoint import INDEX, Checkpoint
+from stepgguf.convert.sources.checkpoint import INDEX, Checkpoint
 from stepgguf.errors import MissingShard, ShapeMismatch, TensorNotFound, UnexpectedTensor
+from stepgguf.files import gguf_header
 from tests.convert.test_bytes import same_tensors
 
 N_LAYER, N_MTP = 5, 3  # of the generated model

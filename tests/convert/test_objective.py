@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from stepgguf.convert.checkpoint import Checkpoint
 from stepgguf.convert.importance import Importance
 from stepgguf.convert.measure import Measured
 from stepgguf.convert.objective import Routing, items
 from stepgguf.convert.plan import Options, PlannedTensor
 from stepgguf.convert.planner import plan_checkpoint
+from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.quants import imatrix
 from stepgguf.quants.allocate import Item
 from stepgguf.quants.imatrix import Entry, Imatrix

@@ -13,12 +13,12 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from stepgguf.cli.main import main
-from stepgguf.convert.checkpoint import Checkpoint
-from stepgguf.convert.ggufsource import GGUFSource
 from stepgguf.convert.pipeline import UnitMaker, is_copied, n_workers, unit_memory
 from stepgguf.convert.plan import Options, PlannedTensor, Unit, unit_rows
 from stepgguf.convert.planner import plan_source
-from stepgguf.convert.source import TensorSource
+from stepgguf.convert.sources.checkpoint import Checkpoint
+from stepgguf.convert.sources.gguf_file import GGUFSource
+from stepgguf.convert.sources.source import TensorSource
 from tests.generate import Shape, write_checkpoint
 
 SHAPE = Shape(n_layer=2, n_dense=1, n_expert=3, dense=4096, expert=4096)  # matrices of a million values

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from stepgguf.cli.main import main
-from stepgguf.convert.checkpoint import Checkpoint
 from stepgguf.convert.journal import Journal, Made
 from stepgguf.convert.manifest import manifest_path
 from stepgguf.convert.plan import Options
 from stepgguf.convert.planner import plan_checkpoint
+from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.convert.writer import Writer
 from stepgguf.errors import OutputError
 from stepgguf.files import disk

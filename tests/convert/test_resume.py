@@ -17,10 +17,10 @@ import pytest
 
 from stepgguf.cli.main import main
 from stepgguf.convert import pipeline
-from stepgguf.convert.checkpoint import Checkpoint
 from stepgguf.convert.pipeline import Done
 from stepgguf.convert.plan import Options, Plan
 from stepgguf.convert.planner import plan_checkpoint
+from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.convert.writer import Writer
 from stepgguf.errors import CorruptTensor, OutputError, QuantError
 from tests.conftest import INTERRUPTIBLE

@@ -11,10 +11,10 @@ import pytest
 
 from benchmarks.embedded_model import answers
 from stepgguf.chat.exchange import ChatModel
-from stepgguf.chat.inprocess import InProcess
-from stepgguf.chat.session import Session, Settings
 from stepgguf.cli.main import main
-from stepgguf.convert.checkpoint import Checkpoint
+from stepgguf.conversation.inprocess import InProcess
+from stepgguf.conversation.session import Session, Settings
+from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.demo import CHECKPOINT, tasks
 from stepgguf.demo.train import Encoder, evaluate
 from stepgguf.reference.load import load

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer
 
 from stepgguf.chat.template import CLOSING_WORDS, closing
-from stepgguf.convert.checkpoint import Checkpoint
+from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.demo import CHECKPOINT, tasks
 from stepgguf.demo.tokenizer import build
 from stepgguf.demo.train import IGNORE, Encoder, config, initialize, quantize_fp8, save, train, train_tokenizer

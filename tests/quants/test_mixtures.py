@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from stepgguf.convert import header as gguf_header
 from stepgguf.convert.metadata import model_keys, rope_freqs
 from stepgguf.convert.plan import Options, PlannedFile, PlannedTensor
 from stepgguf.convert.planner import select_checkpoint
 from stepgguf.errors import RecipeError
+from stepgguf.files import gguf_header
 from stepgguf.model.hparams import HParams
 from stepgguf.model.tensors import tensor_specs
-from stepgguf.quants import mixtures, typenames
+from stepgguf.quants import mixtures
+from stepgguf.quants import type_names as typenames
 from stepgguf.quants.ggml import row_size
 from stepgguf.quants.mixtures import BASE, Candidate, Facts
 from tests.conftest import real_config

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from stepgguf.cli.main import main
-from stepgguf.convert.checkpoint import Checkpoint
+from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.quants import ggml, imatrix
 from stepgguf.quants.imatrix import Imatrix
 from stepgguf.reference.imatrix import Activations, collect

@@ -14,7 +14,7 @@ from transformers.models.step3p7.configuration_step3p7 import Step3p7TextConfig
 from transformers.models.step3p7.modeling_step3p7 import Step3p7TextModel
 
 from stepgguf.cli.main import main
-from stepgguf.convert.checkpoint import Checkpoint
+from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.reference.load import load
 from stepgguf.reference.model import Step35
 from tests.generate import Shape, write_checkpoint

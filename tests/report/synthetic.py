@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType, Keys
 
-from stepgguf.convert import header as gguf_header
-from stepgguf.convert.header import Key, TensorInfo, V
 from stepgguf.convert.manifest import manifest_path
 from stepgguf.convert.metadata import model_keys
+from stepgguf.files import gguf_header
+from stepgguf.files.gguf_header import Key, TensorInfo, V
 from stepgguf.model.hparams import HParams
 from stepgguf.model.tensors import TensorSpec, tensor_specs
 from stepgguf.quants.mixtures import Candidate, Facts, choose

@@ -12,8 +12,8 @@ from openai.types.chat import ChatCompletionStreamOptionsParam
 from openai.types.chat import completion_create_params as chat_params
 from pydantic import ValidationError
 
-from stepgguf.server.chat_request import ChatBody, StreamOptions
-from stepgguf.server.completions import CompletionBody
+from stepgguf.server.dialects.chat_completions.request import ChatBody, StreamOptions
+from stepgguf.server.dialects.completions.route import CompletionBody
 from stepgguf.server.unknown import MOST_NAMES, UnknownFields, near_miss
 from tests.server.conftest import Serve, Server
 

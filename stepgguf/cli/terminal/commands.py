@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepgguf.chat import records, transcript
-from stepgguf.chat.records import BOUNDS, Usage
 from stepgguf.chat.request import EFFORTS
 from stepgguf.cli.terminal import footer
 from stepgguf.cli.terminal.complete import read_file
 from stepgguf.cli.terminal.view import THINKING
+from stepgguf.conversation import records, transcript
+from stepgguf.conversation.records import BOUNDS, Usage
 from stepgguf.errors import OutputError, RequestError
 from stepgguf.files.jsonread import Value
 
@@ -263,11 +263,11 @@ def _stats(dialogue: Dialogue, argument: str) -> None:
     total = Usage()
     for usage in usages:
         for name in ("n_prompt", "n_cached", "n_reasoning", "n_text", "n_steps", "n_drafted", "n_accepted",
-                     "prompt_seconds", "thinking_seconds", "generation_seconds"):  # fmt: skip
+                     "prompt_seconds", "reasoning_seconds", "generation_seconds"):  # fmt: skip
             setattr(total, name, getattr(total, name) + getattr(usage, name))
     total.n_ctx = dialogue.session.backend.n_ctx
     parts = [part for part in footer.counts(total) if not part.startswith("ctx")]
-    seconds = f"{total.thinking_seconds:.0f}s of thinking, {total.prompt_seconds:.0f}s of reading"
+    seconds = f"{total.reasoning_seconds:.0f}s of thinking, {total.prompt_seconds:.0f}s of reading"
     dialogue.screen.note("\n".join([f"{len(usages)} answers, {seconds}", *parts]))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stepgguf.chat.records import Usage
+from stepgguf.conversation.records import Usage
 
 CROWDED = 0.8  # share of the context from which on a warning is due
 

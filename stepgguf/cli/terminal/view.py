@@ -12,11 +12,11 @@ import time
 from typing import Literal, TextIO, get_args
 
 from stepgguf.chat.output import Delta
-from stepgguf.chat.records import Usage
-from stepgguf.chat.session import Update
 from stepgguf.cli.terminal import footer
 from stepgguf.cli.terminal.live import Live, fit, printable, wrap
 from stepgguf.cli.terminal.markdown import Blocks, Renderer
+from stepgguf.conversation.records import Usage
+from stepgguf.conversation.session import Update
 from stepgguf.runtime.engine import Prefill, Queued
 
 Thinking = Literal["full", "fold", "hide"]
@@ -49,7 +49,7 @@ class Screen:
         self._n_shown = 0  # characters of the thoughts that were written in full
         self._blocks = Blocks()
         self._started = self._painted = self._prefill_since = time.monotonic()
-        self._thinking_since = 0.0
+        self._reasoning_since = 0.0
         self._prefill: Prefill | None = None
         self._queued: Queued | None = None
         self._call = ""
@@ -69,7 +69,7 @@ class Screen:
             self._paint(usage)
 
     @property
-    def is_thinking(self) -> bool:
+    def is_reasoning(self) -> bool:
         return self._kind == "reasoning"
 
     def toggle(self) -> None:
@@ -114,7 +114,7 @@ class Screen:
             self._kind = delta.kind
             self._painted = 0.0
         if delta.kind == "reasoning":
-            self._thinking_since = self._thinking_since or time.monotonic()
+            self._reasoning_since = self._reasoning_since or time.monotonic()
             self._thoughts += printable(delta.text)
         elif delta.kind == "text":
             self._text(printable(delta.text) if self._pipe is None else delta.text)
@@ -126,14 +126,14 @@ class Screen:
     def _leave(self, usage: Usage) -> None:
         """The kind that was coming is over."""
         if self._kind == "reasoning":
-            self._end_thinking(usage)
+            self._end_reasoning(usage)
         elif self._kind == "text":
             self._end_text()
         elif self._kind == "call":
             self.live.commit(self.live.style(_CALL, f"→ {self._call}"))
 
-    def _end_thinking(self, usage: Usage) -> None:
-        seconds = time.monotonic() - self._thinking_since
+    def _end_reasoning(self, usage: Usage) -> None:
+        seconds = time.monotonic() - self._reasoning_since
         if self.thinking == "full":
             rest, self._n_shown = self._thoughts[self._n_shown :], len(self._thoughts)
             self.live.commit("\n".join(self._gutter(rest)))
@@ -185,7 +185,7 @@ class Screen:
             else:
                 self.live.show(rows)
         elif self._kind == "reasoning":
-            self.live.show([self.live.style(_DIM, self._thinking_row(usage))])
+            self.live.show([self.live.style(_DIM, self._reasoning_row(usage))])
         elif self._kind == "text":
             if self._renderer is not None and self._pipe is None:
                 rows = [row for line in self._blocks.rest.split("\n") for row in wrap(line, self.live.width)]
@@ -200,8 +200,8 @@ class Screen:
         rows = [row for line in text.split("\n") for row in wrap(line, width)]
         return [self.live.style(_DIM, _GUTTER) + self.live.style(_DIM_ITALIC, row) for row in rows]
 
-    def _thinking_row(self, usage: Usage) -> str:
-        seconds = time.monotonic() - self._thinking_since
+    def _reasoning_row(self, usage: Usage) -> str:
+        seconds = time.monotonic() - self._reasoning_since
         row, width = f"∴ thinking {seconds:.1f}s", self.live.width
         parts = [f"{usage.n_reasoning:,} tok"]
         if seconds > 1:
@@ -256,7 +256,7 @@ class Pipe:
         self._last[update.kind] = update.text
 
     @property
-    def is_thinking(self) -> bool:
+    def is_reasoning(self) -> bool:
         return bool(self._last) and "text" not in self._last
 
     def toggle(self) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import llama_cpp
 
 from stepgguf.errors import ContextLengthExceeded, EngineDied, EngineError, ModelLoadFailed
+from stepgguf.fit.memory import DEFAULT_CTX
 from stepgguf.runtime.engine import FinishReason, ModelInfo, Request, Sink, Stats
 from stepgguf.runtime.llama import hooks
 from stepgguf.runtime.llama.context import Context
@@ -27,7 +28,6 @@ from stepgguf.runtime.llama.prefix import Prefixes
 from stepgguf.runtime.llama.run import Run
 from stepgguf.runtime.llama.scheduler import DecodeFailed, Scheduler
 from stepgguf.runtime.llama.store import Store
-from stepgguf.runtime.memory import DEFAULT_CTX
 
 BATCH = 512  # rows of a decode: what a cancel may have to wait for
 MOST_RECOVERIES = 3  # within RECOVERY_SECONDS; after that something is wrong for good

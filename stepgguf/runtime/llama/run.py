@@ -15,7 +15,7 @@ from stepgguf.runtime.llama.context import Context
 from stepgguf.runtime.llama.model import Model
 from stepgguf.runtime.llama.prefix import Sequence, TokenArray
 from stepgguf.runtime.llama.sampler import Sampler, logprobs
-from stepgguf.runtime.thinking import Thinking
+from stepgguf.runtime.reasoning_limit import ReasoningLimit
 
 NEAR_END = 64  # tokens: a turn that starts so near to the prompt's end makes another checkpoint needless
 BEFORE_END = 4  # tokens: otherwise one is made so far from it
@@ -38,11 +38,11 @@ class Run:
         room = n_ctx - len(request.prompt)
         self._max_tokens = min(room, request.max_tokens or room)
         self._sampler = Sampler(model, request.sampling, request.prompt, request.grammar, ignore_end=request.ignore_end)
-        self._thinking = Thinking(request.reasoning) if request.reasoning is not None else None
+        self._reasoning = ReasoningLimit(request.reasoning) if request.reasoning is not None else None
         self.timings = Timings(n_prompt=len(request.prompt))
         self._forced: deque[int] = deque()
-        if self._thinking is not None:
-            self._force(self._thinking.check_budget(self.timings))
+        if self._reasoning is not None:
+            self._force(self._reasoning.check_budget(self.timings))
         else:
             self._sampler.ban(request.banned)
         self.cancelled = self.ended = False
@@ -154,12 +154,12 @@ class Run:
             self.timings.prompt_seconds = self._first_token - self._admitted
         self.tokens.append(token)
         self._sampler.accept(token)
-        if self._thinking is not None:
-            self._force(self._thinking.feed(token, self.timings))
+        if self._reasoning is not None:
+            self._force(self._reasoning.feed(token, self.timings))
 
     def end_reasoning(self) -> None:
-        if self._thinking is not None:
-            self._force(self._thinking.close())
+        if self._reasoning is not None:
+            self._force(self._reasoning.close())
 
     def _force(self, closing: Iterable[int]) -> None:
         """Close the thinking, if `closing` says so. It stays closed."""

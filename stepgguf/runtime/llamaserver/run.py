@@ -28,7 +28,7 @@ from stepgguf.runtime.llamaserver.gbnf import rooted
 from stepgguf.runtime.llamaserver.process import Server
 from stepgguf.runtime.llamaserver.settings import settings
 from stepgguf.runtime.llamaserver.vocabulary import Vocabulary
-from stepgguf.runtime.thinking import Thinking
+from stepgguf.runtime.reasoning_limit import ReasoningLimit
 
 _CHARACTER = 4  # bytes, so tokens, that a character can have
 _RELEASE_SECONDS = 2.0
@@ -58,7 +58,7 @@ class Run:
         self._tokens = list(request.prompt)
         room = backend.n_ctx - len(request.prompt)
         self._max_tokens = room if request.max_tokens is None else min(room, request.max_tokens)
-        self._thinking = Thinking(request.reasoning) if request.reasoning is not None else None
+        self._reasoning = ReasoningLimit(request.reasoning) if request.reasoning is not None else None
         self._answer_now = False  # end_reasoning was called
         self._forced: list[int] = []
         self._banned = request.banned if request.reasoning is None else frozenset[int]()
@@ -80,7 +80,7 @@ class Run:
 
     def end_reasoning(self) -> None:
         with self._lock:
-            if self._thinking is None or not self._thinking.is_open:
+            if self._reasoning is None or not self._reasoning.is_open:
                 return
             self._answer_now = True
             self.interrupt()
@@ -97,8 +97,8 @@ class Run:
         """Leg after leg, to the end."""
         self._admitted = time.monotonic()
         self.timings.queue_seconds = self._admitted - self._submitted
-        if self._thinking is not None:
-            self._forced.extend(self._thinking.check_budget(self.timings))
+        if self._reasoning is not None:
+            self._forced.extend(self._reasoning.check_budget(self.timings))
         reason: FinishReason | None = None
         while reason is None:
             while not self.cancelled and not self._backend.server.is_ready(0.2):
@@ -128,9 +128,9 @@ class Run:
 
     def _go_on(self) -> FinishReason | None:
         """Put what is forced, then a leg. Why the request has ended; None: it has not."""
-        if self._answer_now and self._thinking is not None:
+        if self._answer_now and self._reasoning is not None:
             self._answer_now = False
-            self._forced.extend(self._thinking.close())
+            self._forced.extend(self._reasoning.close())
         if self._forced:
             forced, self._forced = self._forced[: self._n_left], []
             self._banned = self._request.banned
@@ -198,8 +198,8 @@ class Run:
         going_on = True
         for n, step in enumerate(steps, 1):
             self._tokens.append(step.token_id)
-            if self._thinking is not None:
-                self._forced.extend(self._thinking.feed(step.token_id, self.timings))
+            if self._reasoning is not None:
+                self._forced.extend(self._reasoning.feed(step.token_id, self.timings))
             if self._rule is None and step.token_id in self._starts:
                 self._rule = self._starts[step.token_id]
                 going_on = step.forced
@@ -240,8 +240,8 @@ class Run:
     def _limit(self) -> int:
         """n_predict. Single tokens where drafted ones would come without their log probabilities."""
         limit = self._n_left
-        if self._thinking is not None and self._thinking.n_left is not None:
-            limit = min(limit, self._thinking.n_left)
+        if self._reasoning is not None and self._reasoning.n_left is not None:
+            limit = min(limit, self._reasoning.n_left)
         if self._request.top_logprobs is not None and self._backend.speculates and self._rule is None:
             limit = 1
         return max(limit, _CHARACTER) if self._nothing_came else limit

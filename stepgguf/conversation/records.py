@@ -1,0 +1,187 @@
+"""What a saved session consists of: how answers are made, what was said, what an answer took.
+
+Each class has `read`, which takes a line of a file that may have been damaged or edited: what has another shape raises
+that line's error, what is unknown is passed over, since a newer version may have written it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from stepgguf.files.jsonread import Value
+
+_SAMPLE = 2**20  # bytes at each end of a model file that its digest covers: reading 100 GB to start a chat is too slow
+_ROLES = ("user", "assistant", "tool")
+_INT = 2**63 - 1
+
+# Of the sampling's fields, and of max_tokens: the least and the most; whole numbers where those are.
+BOUNDS: Mapping[str, tuple[float, float]] = {
+    "temperature": (0.0, math.inf),
+    "top_k": (0, 2**31 - 1),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "frequency_penalty": (-math.inf, math.inf),
+    "presence_penalty": (-math.inf, math.inf),
+    "repetition_penalty": (0.0, math.inf),
+    "seed": (-_INT, _INT),
+    "max_tokens": (1, _INT),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What answered. digest: SHA-256 over the size and both ends of the model file; file may be a server's URL."""
+
+    model: str
+    file: str
+    size: int | None = None
+    digest: str | None = None
+
+    @classmethod
+    def of(cls, model: str, path: Path) -> Origin:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            digest = hashlib.sha256(b"%d " % size + file.read(_SAMPLE))
+            file.seek(max(_SAMPLE, size - _SAMPLE))
+            digest.update(file.read())
+        return cls(model, str(path.resolve()), size, digest.hexdigest())
+
+    @classmethod
+    def read(cls, value: Value) -> Origin:
+        size, digest = value.get("size"), value.get("digest")
+        return cls(
+            value["model"].text(),
+            value["file"].text(),
+            size.integer() if size else None,
+            digest.text() if digest else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How answers are made. sampling: fields of Sampling that are not to be the backend's default.
+
+    json: the answer is any JSON object (True) or what this schema allows. The rest is ChatRequest's.
+    """
+
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    system: str | None = None
+    max_tokens: int | None = None
+    reasoning_budget: int | None = None
+    tools: tuple[Mapping[str, Any], ...] = ()
+    json: Mapping[str, Any] | bool = False
+
+    @classmethod
+    def read(cls, value: Value) -> Settings:
+        sampling, system, tools = value.get("sampling"), value.get("system"), value.get("tools")
+        max_tokens, budget, schema = (value.get(name) for name in ("max_tokens", "reasoning_budget", "json"))
+        return cls(
+            {name: number(v, name) for name, v in sampling.members() if name in BOUNDS} if sampling else {},
+            system.text() if system else None,
+            max_tokens.integer(1) if max_tokens else None,
+            budget.integer() if budget else None,
+            tuple(_tool(tool) for tool in tools.array()) if tools else (),
+            False if schema is None else schema.flag() if isinstance(schema.raw, bool) else schema.object(),
+        )
+
+
+@dataclass(slots=True)
+class Usage:
+    """Tokens and seconds of one answer, filled in while it comes. n_steps, n_drafted: 0 where they are not known.
+
+    finish_reason: stop, length, tool_calls, cancelled or error; "" until the end. n_ctx: None if it is not known.
+    """
+
+    n_prompt: int = 0
+    n_cached: int = 0
+    n_reasoning: int = 0
+    n_text: int = 0
+    n_steps: int = 0
+    n_drafted: int = 0
+    n_accepted: int = 0
+    n_ctx: int | None = None
+    prompt_seconds: float = 0.0
+    reasoning_seconds: float = 0.0
+    generation_seconds: float = 0.0
+    finish_reason: str = ""
+    budget_reached: bool = False
+    loop_broken: bool = False
+
+    @classmethod
+    def read(cls, value: Value) -> Usage:
+        shapes: dict[type, Callable[[Value], Any]] = {
+            bool: Value.flag, int: Value.integer, type(None): Value.integer, float: _seconds, str: Value.text
+        }  # fmt: skip
+        given = ((f.name, shapes[type(f.default)], value.get(f.name)) for f in fields(cls))
+        return cls(**{name: shape(member) for name, shape, member in given if member is not None})
+
+    @property
+    def n_generated(self) -> int:
+        return self.n_reasoning + self.n_text
+
+    @property
+    def n_context(self) -> int:
+        """Tokens of the context that are in use after the answer."""
+        return self.n_prompt + self.n_generated
+
+    @property
+    def context_is_full(self) -> bool:
+        return self.n_ctx is not None and self.n_context >= self.n_ctx
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.n_generated / self.generation_seconds if self.generation_seconds else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A message of the conversation; on an answer, its Usage as a mapping, and whether it was cut short."""
+
+    message: dict[str, Any]
+    usage: Mapping[str, Any] | None = None
+    interrupted: bool = False
+
+    def record(self) -> dict[str, Any]:
+        record: dict[str, Any] = {"type": "message", "message": self.message}
+        if self.usage is not None:
+            record["usage"] = dict(self.usage)
+        return record | ({"interrupted": True} if self.interrupted else {})
+
+    @classmethod
+    def read(cls, value: Value) -> Entry:
+        message, usage, interrupted = value["message"], value.get("usage"), value.get("interrupted")
+        if message["role"].text() not in _ROLES:
+            raise message["role"].wrong(f"one of {', '.join(_ROLES)}")
+        message["content"].text()
+        for name in ("reasoning_content", "tool_call_id"):
+            if text := message.get(name):
+                text.text()
+        if calls := message.get("tool_calls"):
+            for call in calls.array():
+                call["id"].text()
+                call["function"]["name"].text()
+                call["function"]["arguments"].text()
+        kept = {name: member for name, member in message.object().items() if member is not None}
+        return cls(kept, asdict(Usage.read(usage)) if usage else None, interrupted.flag() if interrupted else False)
+
+
+def number(value: Value, name: str) -> float | int:
+    """A field of the sampling, within its bounds."""
+    least, most = BOUNDS[name]
+    if isinstance(least, int) and isinstance(most, int):
+        return value.integer(least, most)
+    return value.number(least, most)
+
+
+def _seconds(value: Value) -> float:
+    return value.number(0)
+
+
+def _tool(value: Value) -> Mapping[str, Any]:
+    (value.get("function") or value)["name"].text()
+    return value.object()

@@ -1,0 +1,304 @@
+"""A session's Backend over a running server: streamed Chat Completions, read with the standard library.
+
+    POST /v1/chat/completions   data: {"choices": [{"delta": {...}, "finish_reason": null}]}  ...  data: [DONE]
+
+A thread reads the socket and leaves what it read in a queue, so the terminal stays awake; a cancel shuts the socket,
+which servers take as a cancel. The server counts tokens at the end, until then a delta counts as one. Speeds are
+measured here and include the way.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import queue
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from typing import Any
+from urllib.parse import urlsplit
+
+from stepgguf.chat.output import Delta
+from stepgguf.conversation.records import Origin, Settings, Usage
+from stepgguf.errors import EngineBusy, EngineError, RequestError, StepggufError
+from stepgguf.files import jsonread
+from stepgguf.files.jsonread import Value
+from stepgguf.runtime.engine import Prefill, Queued, Sampling
+
+_CONNECT_SECONDS = 10.0
+_MOST_ERROR = 2**16  # bytes of an error's body that are read
+_MOST_ANSWER = 2**24  # and of other documents
+_NO_TLS = "Does the server speak TLS, with a certificate that this machine trusts? If not, write http://."
+_OTHER = "Is it a server of Chat Completions, and is the port right?"
+
+
+class Remote:
+    """EngineError: there is no server at this address, or it is not one of these."""
+
+    def __init__(self, url: str, api_key: str | None = None) -> None:
+        try:
+            parts = urlsplit(url if "//" in url else f"http://{url}")
+            host, self._port = parts.hostname, parts.port
+            _Connection(host or "", self._port, tls=False).close()
+        except (ValueError, http.client.InvalidURL):  # a port, brackets or characters that cannot be
+            host = None
+        if not host or parts.scheme not in ("http", "https"):
+            raise EngineError(f"{url}: not a server's address", hint="Write for example http://127.0.0.1:8080.")
+        self._tls, self._host = parts.scheme == "https", host
+        self._base = parts.path.rstrip("/").removesuffix("/v1")
+        self._url = f"{parts.scheme}://{parts.netloc}{self._base}"
+        self._headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
+        if api_key:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        listed = self._ask("/v1/models").get("data")
+        models = listed.array() if listed is not None else []
+        if not models:
+            raise EngineError(f"{self._url}/v1/models lists no model", hint=_OTHER)
+        self._model = models[0]["id"].text()
+        self.origin = Origin(self._model, self._url)
+        n_ctx = models[0].get("context_length")
+        self.n_ctx = n_ctx.integer(1) if n_ctx is not None else None
+        self.default: Sampling | None = None
+
+    def count(self, text: str) -> int | None:
+        try:
+            return self._ask("/tokenize", {"text": text})["count"].integer()
+        except StepggufError:
+            return None
+
+    def start(self, messages: Sequence[Mapping[str, Any]], settings: Settings) -> RemoteGeneration:
+        body: dict[str, Any] = {
+            "model": self._model,
+            "messages": [*messages],
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **settings.sampling,
+        }
+        if settings.max_tokens is not None:
+            body["max_tokens"] = settings.max_tokens
+        if settings.reasoning_budget is not None:
+            body["thinking_budget_tokens"] = settings.reasoning_budget
+        if settings.tools:
+            body["tools"] = list(settings.tools)
+        if settings.json is True:
+            body["response_format"] = {"type": "json_object"}
+        elif settings.json:
+            schema = {"name": "answer", "schema": settings.json}
+            body["response_format"] = {"type": "json_schema", "json_schema": schema}
+        connection = self._connection()
+        usage = Usage(n_ctx=self.n_ctx)
+        return RemoteGeneration(connection, lambda: self._send(connection, "/v1/chat/completions", body), usage)
+
+    def _ask(self, path: str, body: Mapping[str, Any] | None = None) -> Value:
+        with closing(self._connection()) as connection:
+            try:
+                answer = self._send(connection, path, body).read(_MOST_ANSWER)
+            except (http.client.HTTPException, OSError) as error:
+                raise EngineError(f"{self._url}{path} broke off", hint="Is the port right?") from error
+        return jsonread.parse(answer, f"{self._url}{path}", EngineError, hint=_OTHER)
+
+    def _connection(self) -> _Connection:
+        return _Connection(self._host, self._port, tls=self._tls)
+
+    def _send(self, connection: _Connection, path: str, body: Mapping[str, Any] | None) -> http.client.HTTPResponse:
+        """POST a body, GET without one. The head of the answer has been read, and its status is 200."""
+        try:
+            response = connection.request(self._base + path, None if body is None else json.dumps(body), self._headers)
+            if response.status == 200:
+                return response
+            with response:
+                raise _refusal(response.status, response.read(_MOST_ERROR))
+        except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a key with line breaks
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            hint = _NO_TLS if isinstance(error, ssl.SSLError) else "Start a server: stepgguf serve FILE.gguf"
+            raise EngineError(f"{self._url}: {reason}", hint=hint) from error
+
+
+class _Connection:
+    """An HTTP connection for one request. `shut` may come from another thread; whoever reads sees the end then."""
+
+    def __init__(self, host: str, port: int | None, *, tls: bool) -> None:
+        kind = http.client.HTTPSConnection if tls else http.client.HTTPConnection
+        self._http = kind(host, port, timeout=_CONNECT_SECONDS)
+        self._socket: socket.socket | None = None
+
+    def request(self, path: str, data: str | None, headers: dict[str, str]) -> http.client.HTTPResponse:
+        self._http.connect()
+        self._socket = self._http.sock
+        assert self._socket is not None
+        self._socket.settimeout(None)  # a prompt may be long, and the user has Ctrl+C
+        self._http.request("GET" if data is None else "POST", path, data, headers)
+        return self._http.getresponse()
+
+    def shut(self) -> None:
+        if self._socket is not None:
+            with suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._http.close()
+
+
+class RemoteGeneration:
+    """`request` sends the request and returns the answer; some servers say nothing before the first token."""
+
+    def __init__(self, connection: _Connection, request: Callable[[], http.client.HTTPResponse], usage: Usage) -> None:
+        self.usage = usage
+        self._connection = connection
+        self._cancelled = self._ended = False
+        self._started = time.monotonic()
+        self._first = 0.0
+        self._chunks: queue.SimpleQueue[Value | StepggufError | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._read, args=(request,), name="stepgguf-remote", daemon=True)
+        self._thread.start()
+
+    def next(self, seconds: float | None) -> list[Queued | Prefill | Delta] | None:
+        if self._ended:
+            return None
+        try:
+            chunk = self._chunks.get(timeout=seconds)
+        except queue.Empty:
+            return []
+        if isinstance(chunk, Value):
+            return self._deltas(chunk)
+        self._ended = True
+        if isinstance(chunk, StepggufError) and not self._cancelled:
+            raise chunk
+        if self._cancelled:
+            self.usage.finish_reason = "cancelled"
+        return None
+
+    def end_reasoning(self) -> bool:
+        return False
+
+    def cancel(self) -> None:
+        self._cancelled = not self._ended or self._cancelled
+        self._connection.shut()
+
+    def close(self) -> None:
+        self.cancel()
+        self._thread.join(timeout=_CONNECT_SECONDS)
+        self._connection.close()
+        self._ended = True
+
+    def _deltas(self, chunk: Value) -> list[Queued | Prefill | Delta]:
+        if usage := chunk.get("usage"):
+            self._take_usage(usage)
+        deltas: list[Queued | Prefill | Delta] = []
+        for choice in _items(chunk, "choices"):
+            if delta := choice.get("delta"):
+                if thinking := _text(delta, "reasoning_content") or _text(delta, "reasoning"):
+                    deltas.append(Delta("reasoning", thinking))
+                if text := _text(delta, "content"):
+                    deltas.append(Delta("text", text))
+                for call in _items(delta, "tool_calls"):
+                    deltas += _call(call)
+            if reason := _text(choice, "finish_reason"):
+                self.usage.finish_reason = reason
+        self._count(deltas)
+        return deltas
+
+    def _count(self, deltas: list[Queued | Prefill | Delta]) -> None:
+        if not deltas:
+            return
+        now = time.monotonic()
+        if not self._first:
+            self._first = now
+            self.usage.prompt_seconds = now - self._started
+        self.usage.generation_seconds = now - self._first
+        n_reasoning = sum(isinstance(delta, Delta) and delta.kind == "reasoning" for delta in deltas)
+        self.usage.n_reasoning += n_reasoning
+        self.usage.n_text += len(deltas) - n_reasoning
+
+    def _take_usage(self, told: Value) -> None:
+        usage = self.usage
+        usage.n_prompt = _number(told, "prompt_tokens") or 0
+        if details := told.get("prompt_tokens_details"):
+            usage.n_cached = _number(details, "cached_tokens") or 0
+        if details := told.get("completion_tokens_details"):
+            cut, n_reasoning = _text(details, "reasoning_cut"), _number(details, "reasoning_tokens")
+            usage.budget_reached, usage.loop_broken = cut == "budget", cut == "loop"
+            usage.n_reasoning = usage.n_reasoning if n_reasoning is None else n_reasoning
+        usage.n_text = max(0, (_number(told, "completion_tokens") or 0) - usage.n_reasoning)
+
+    def _read(self, request: Callable[[], http.client.HTTPResponse]) -> None:
+        """In a thread of its own: every event into the queue, then an error or None."""
+        end: StepggufError | None = EngineError("the server broke the answer off", hint="Its log may say why.")
+        try:
+            with request() as response:
+                for event in _events(response):
+                    if event == "[DONE]":
+                        end = None
+                        break
+                    chunk = jsonread.parse(event.encode(), "the answer broke off: an event", EngineError, hint=_OTHER)
+                    if chunk.get("error"):
+                        end = _error(500, chunk.raw)
+                        break
+                    self._chunks.put(chunk)
+                    if any(_text(choice, "finish_reason") for choice in _items(chunk, "choices")):
+                        end = None  # not every server says [DONE]
+        except StepggufError as error:
+            end = error
+        except (OSError, ValueError, http.client.HTTPException, AttributeError) as error:
+            # AttributeError: http.client's, when the socket is closed under its reader
+            end = EngineError(f"the answer broke off: {error}", hint="The server's log may say why.")
+        self._chunks.put(end)
+
+
+def _events(response: http.client.HTTPResponse) -> Iterator[str]:
+    """The data of server-sent events; every event of this dialect is one line."""
+    while line := response.readline():
+        field, _, value = line.decode(errors="replace").rstrip("\r\n").partition(":")
+        if field == "data":
+            yield value.removeprefix(" ")
+
+
+def _call(call: Value) -> Iterator[Delta]:
+    function, index = call.get("function"), _number(call, "index") or 0
+    if function is not None:
+        if name := _text(function, "name"):
+            yield Delta("call", name, index)
+        if arguments := _text(function, "arguments"):
+            yield Delta("arguments", arguments, index)
+
+
+def _items(value: Value, key: str) -> list[Value]:
+    """A list, empty if it is not there."""
+    found = value.get(key)
+    return found.array() if found is not None else []
+
+
+def _text(value: Value, key: str) -> str:
+    found = value.get(key)
+    return found.text() if found is not None else ""
+
+
+def _number(value: Value, key: str) -> int | None:
+    found = value.get(key)
+    return found.integer() if found is not None else None
+
+
+def _refusal(status: int, body: bytes) -> StepggufError:
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        value = {}
+    return _error(status, value)
+
+
+def _error(status: int, body: Any) -> StepggufError:
+    """An error body of OpenAI's, as ours."""
+    error = body.get("error") if isinstance(body, dict) else None
+    message = error.get("message") if isinstance(error, dict) else error if isinstance(error, str) else None
+    if not isinstance(message, str) or not message:
+        message = f"the server answered with status {status}"
+    if status == 401:
+        return RequestError(message, hint="Give the server's key: --api-key, or STEPGGUF_API_KEY.")
+    if status == 429:
+        return EngineBusy(message, retry_after=10)
+    if 400 <= status < 500:
+        return RequestError(message)
+    return EngineError(message, hint="The server's log may say why.")

@@ -1,0 +1,255 @@
+"""A conversation: what was said, how answers are to be made, and one answer after the other. No terminal in here.
+
+    ask(text) -> Queued? Prefill* Delta* Usage         with `tick`: None whenever nothing came for so long
+
+A Backend makes the answers: a model in this process (inprocess.py) or a running server (remote.py). What happens is
+told to the transcript at once, and an answer that was cut short stays as far as it came: nothing that was read is lost.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Protocol
+
+from stepgguf.chat.output import Delta
+from stepgguf.conversation.records import Entry, Origin, Settings, Usage
+from stepgguf.conversation.transcript import Saved, Transcript
+from stepgguf.errors import OutputError, StepggufError
+from stepgguf.runtime.engine import Prefill, Queued, Sampling
+
+PART_SECONDS = 5.0  # an answer under way is saved so often
+_STANDARD = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id")
+
+
+Update = Queued | Prefill | Delta | Usage
+
+
+class Generation(Protocol):
+    """One answer under way. The methods are quick and may be called after the end."""
+
+    @property
+    def usage(self) -> Usage: ...
+
+    def next(self, seconds: float | None) -> list[Queued | Prefill | Delta] | None:
+        """What came; nothing if it did not come within so many seconds (None: wait); None after the end.
+
+        Raises what ended the answer, if that was an error."""
+
+    def end_reasoning(self) -> bool:
+        """Have the model answer now. False: this backend cannot."""
+
+    def cancel(self) -> None:
+        """Have it end soon."""
+
+    def close(self) -> None:
+        """Cancel it if it still runs, and wait for its end. `usage` is final then."""
+
+
+class Backend(Protocol):
+    """What answers. n_ctx and default: None if the backend does not tell."""
+
+    @property
+    def origin(self) -> Origin: ...
+
+    @property
+    def n_ctx(self) -> int | None: ...
+
+    @property
+    def default(self) -> Sampling | None: ...
+
+    def count(self, text: str) -> int | None:
+        """Tokens of a text, None if it cannot be told."""
+
+    def start(self, messages: Sequence[Mapping[str, Any]], settings: Settings) -> Generation:
+        """Raises what can be refused before anything runs."""
+
+
+class Session:
+    """Ask, iterate over the updates, ask again. `usage`: of the answer that came last or is coming."""
+
+    def __init__(
+        self, backend: Backend, settings: Settings | None = None, transcript: Transcript | None = None
+    ) -> None:
+        self.backend, self.settings, self.transcript = backend, settings or Settings(), transcript
+        self.entries: list[Entry] = []
+        self.usage = Usage(n_ctx=backend.n_ctx)
+        self._generation: Generation | None = None
+        self._record(self.settings_record())
+
+    @classmethod
+    def resume(cls, backend: Backend, saved: Saved, transcript: Transcript | None) -> Session:
+        """Go on where a saved session stopped, with its settings."""
+        session = cls(backend, saved.settings)
+        session.entries, session.transcript = list(saved.entries), transcript
+        if usage := next((entry.usage for entry in reversed(saved.entries) if entry.usage), None):
+            session.usage = Usage(**{**usage, "n_ctx": backend.n_ctx})
+        return session
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """As the model gets them, the system message included."""
+        system = [{"role": "system", "content": self.settings.system}] if self.settings.system else []
+        return [*system, *({k: v for k, v in e.message.items() if k in _STANDARD} for e in self.entries)]
+
+    @property
+    def open_calls(self) -> list[dict[str, Any]]:
+        """Tool calls of the last answer that have no result yet."""
+        for i in range(len(self.entries) - 1, -1, -1):
+            message = self.entries[i].message
+            if message["role"] == "assistant":
+                done = {entry.message.get("tool_call_id") for entry in self.entries[i + 1 :]}
+                return [call for call in message.get("tool_calls", ()) if call["id"] not in done]
+            if message["role"] != "tool":
+                break
+        return []
+
+    def close(self) -> None:
+        """Let others write to its transcript."""
+        if self.transcript is not None:
+            self.transcript.close()
+
+    def set(self, settings: Settings) -> None:
+        self.settings = settings
+        self._record(self.settings_record())
+
+    def ask(self, question: str, tick: float | None = None) -> Generator[Update | None, None, None]:
+        """Add a user message and stream the answer. If none comes at all, the question is taken back."""
+        n = len(self.entries)
+        try:
+            self._add(Entry({"role": "user", "content": question}))
+            yield from self.answer(tick)
+        finally:
+            if len(self.entries) == n + 1:
+                self._cut(n)
+
+    def answer(self, tick: float | None = None) -> Generator[Update | None, None, None]:
+        """Stream an answer to the messages as they are. Closing the iterator ends the answer as `stop` does."""
+        self.usage = Usage(n_ctx=self.backend.n_ctx)
+        generation = self._generation = self.backend.start(self.messages, self.settings)
+        self.usage = generation.usage
+        collected = _Collected()
+        saved, end = time.monotonic(), "cancelled"  # unless it ends otherwise; the engine may be done before its reader
+        try:
+            while (updates := generation.next(tick)) is not None:
+                for update in updates:
+                    if isinstance(update, Delta):
+                        collected.add(update)
+                if time.monotonic() - saved > PART_SECONDS:
+                    saved = time.monotonic()
+                    part = collected.part()
+                    if any(part.values()):
+                        self._record({"type": "part", **part})
+                yield from updates
+                if not updates and tick is not None:
+                    yield None
+            end = self.usage.finish_reason
+        except StepggufError:
+            end = "error"
+            raise
+        finally:
+            self._generation = None
+            generation.close()
+            self.usage.reasoning_seconds = collected.reasoning_seconds
+            self.usage.finish_reason = end
+            if collected:
+                self._add(Entry(collected.message(), asdict(self.usage), end in ("cancelled", "error")))
+        yield self.usage
+
+    def end_reasoning(self) -> bool:
+        """Have the model stop thinking and answer. False: nothing is being answered, or the backend cannot."""
+        return self._generation is not None and self._generation.end_reasoning()
+
+    def stop(self) -> None:
+        """End the answer that is coming; its updates end soon."""
+        if self._generation is not None:
+            self._generation.cancel()
+
+    def give_result(self, call_id: str, text: str) -> None:
+        """The result of a tool call. When all have theirs, `answer` goes on."""
+        self._add(Entry({"role": "tool", "tool_call_id": call_id, "content": text}))
+
+    def undo(self) -> str | None:
+        """Take the last question and what came after it back; returns the question."""
+        n = self._last_question()
+        if n is None:
+            return None
+        question: str = self.entries[n].message["content"]
+        self._cut(n)
+        return question
+
+    def regenerate(self, tick: float | None = None) -> Generator[Update | None, None, None]:
+        """Answer the last question anew."""
+        n = self._last_question()
+        if n is not None:
+            self._cut(n + 1)
+            yield from self.answer(tick)
+
+    def _last_question(self) -> int | None:
+        questions = [i for i, entry in enumerate(self.entries) if entry.message["role"] == "user"]
+        return questions[-1] if questions else None
+
+    def _cut(self, n: int) -> None:
+        del self.entries[n:]
+        self._record({"type": "cut", "n": n})
+
+    def _add(self, entry: Entry) -> None:
+        self.entries.append(entry)
+        self._record(entry.record())
+
+    def _record(self, record: dict[str, Any]) -> None:
+        """OutputError: it could not be written. Then nothing is, from there on, and the conversation can go on."""
+        if self.transcript is None:
+            return
+        try:
+            self.transcript.append(record)
+        except OutputError:
+            self.close()
+            self.transcript = None
+            raise
+
+    def settings_record(self) -> dict[str, Any]:
+        """The settings as they are saved."""
+        return {"type": "settings", **asdict(self.settings)}
+
+
+class _Collected:
+    """The deltas of an answer as one message."""
+
+    def __init__(self) -> None:
+        self.reasoning_seconds = 0.0
+        self._parts: dict[str, list[str]] = {"reasoning": [], "text": []}
+        self._saved = {"reasoning": 0, "text": 0}
+        self._calls: list[dict[str, Any]] = []
+        self._started: float | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self._parts["reasoning"] or self._parts["text"] or self._calls)
+
+    def add(self, delta: Delta) -> None:
+        now = time.monotonic()
+        self._started = self._started or now
+        if delta.kind == "reasoning":
+            self.reasoning_seconds = now - self._started
+        if delta.kind == "call":
+            function = {"name": delta.text, "arguments": ""}
+            self._calls.append({"id": f"call_{time.time_ns():x}", "type": "function", "function": function})
+        elif delta.kind == "arguments":
+            self._calls[-1]["function"]["arguments"] += delta.text
+        else:
+            self._parts[delta.kind].append(delta.text)
+
+    def part(self) -> dict[str, str]:
+        """What came since the last part."""
+        part = {kind: "".join(texts[self._saved[kind] :]) for kind, texts in self._parts.items()}
+        self._saved = {kind: len(texts) for kind, texts in self._parts.items()}
+        return part
+
+    def message(self) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": "".join(self._parts["text"])}
+        if self._parts["reasoning"]:
+            message["reasoning_content"] = "".join(self._parts["reasoning"])
+        if self._calls:
+            message["tool_calls"] = self._calls
+        return message

@@ -1,0 +1,204 @@
+"""What a client of Anthropic's Messages API asks for, as a ChatRequest.
+
+    messages  turn by turn; see anthropic_turns.py
+    system    one message, from a string or from text blocks
+
+Images and documents are refused in what the user has just written, and nowhere else. Blocks and tools that mean nothing
+to this model are left out with a line in the log, unless tool_choice demands such a tool.
+
+Thinking. This model always thinks unless its budget is 0.
+    absent         it thinks, no more than effort medium does and in at most half of max_tokens, and no thinking blocks
+                   are sent. Clients that do not ask for thinking read content[0].text, wait for no more than an answer
+                   without it would take, and chose max_tokens for the answer alone
+    enabled        at most budget_tokens; blocks are sent
+    adaptive       as much as it likes; blocks are sent
+    disabled       none
+output_config.effort, and whatever other vendors call it (thinking.py), is a limit as reasoning_effort is in chat
+completions; the least counts. display "omitted": see sealed.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Discriminator, Field, Tag
+
+from stepgguf.chat.request import ChatRequest, JsonSchema, Tool, ToolChoice
+from stepgguf.errors import RequestError
+from stepgguf.server.body import Body, Part, ignored
+from stepgguf.server.config import ServerConfig
+from stepgguf.server.dialects.chat_completions.request import Function, FunctionTool, as_tools
+from stepgguf.server.dialects.messages.turns import Texts, Turn
+from stepgguf.server.dialects.messages.writer import Display
+from stepgguf.server.fields import UNLIMITED, AnswerTokens, Effort, SamplingFields, limit
+from stepgguf.server.reasoning import ReasoningAmounts, ReasoningMap, Spelling
+from stepgguf.server.service import Service
+from stepgguf.server.unreadable import just_written, paragraphs, refuse_unreadable
+
+
+class CustomTool(Function):
+    type: str | None = None
+    parameters: dict[str, Any] | None = Field(alias="input_schema")
+    eager_input_streaming: Any = ignored("arguments are streamed as they come")
+
+
+class ForeignTool(Part):
+    """One whose schema only Anthropic's models know (bash_20250124), or that runs on its servers (web_search)."""
+
+    type: str
+    name: str | None = None
+
+
+def _is_foreign(tool: Any) -> str:
+    kind = tool.get("type") if isinstance(tool, dict) else None
+    return "foreign" if isinstance(kind, str) and kind != "custom" and "input_schema" not in tool else "custom"
+
+
+AnyTool = Annotated[
+    Annotated[CustomTool, Tag("custom")] | Annotated[ForeignTool, Tag("foreign")], Discriminator(_is_foreign)
+]
+
+
+class Choice(Body):
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+    def as_tool_choice(self) -> ToolChoice:
+        if self.type == "tool":
+            if self.name is None:
+                raise RequestError("tool_choice of type tool has no name", param="tool_choice.name")
+            return ToolChoice("required", self.name)
+        return ToolChoice("required" if self.type == "any" else self.type)
+
+
+class JsonFormat(Part):
+    type: Literal["json_schema"]
+    format_schema: dict[str, Any] = Field(alias="schema")
+
+
+class OutputConfig(Body):
+    effort: Effort | None = None
+    format: JsonFormat | None = None
+    task_budget: Any = ignored("max_tokens is the limit")
+
+
+class Prompt(ReasoningAmounts):
+    """What is counted by count_tokens, and what both routes ignore."""
+
+    model: str | None = None
+    messages: list[Turn] = Field(min_length=1)
+    system: Texts | None = None
+    tools: list[AnyTool] | None = None
+    tool_choice: Choice | None = None
+    output_config: OutputConfig | None = None
+    output_format: JsonFormat | None = Field(None, description="The old name of output_config.format.")
+
+    cache_control: Any = ignored("every prefix is found without marks")
+    context_management: Any = ignored("a prompt that does not fit is refused, not cut")
+    compaction: Any = ignored("a prompt that does not fit is refused, not cut")
+    mcp_servers: Any = ignored("nothing is called from here; offer their tools in `tools`")
+    speed: Any = ignored("there is one speed")
+    billing_policy: Any = ignored("nothing is billed")
+    user_profile_id: Any = ignored("there is one user")
+    workspace_id: Any = ignored("there is one workspace")
+    betas: Any = ignored("what is known is always on")
+
+    def chat_request(self, service: Service) -> ChatRequest:
+        """RequestError: the fields do not go together."""
+        choice = self.tool_choice or Choice(type="auto")
+        config = self.output_config or OutputConfig()
+        form = config.format or self.output_format
+        service.unknown.ignore("type of tool", (t.type for t in self.tools or () if isinstance(t, ForeignTool)))
+        service.unknown.ignore("type of block", (kind for turn in self.messages for kind in turn.left_out))
+        return ChatRequest(
+            messages=[*self.told(), *(message for turn in self.messages for message in turn.messages())],
+            sampling=service.engine.info.sampling,
+            tools=self._tools(choice),
+            tool_choice=choice.as_tool_choice(),
+            parallel_tool_calls=not choice.disable_parallel_tool_use,
+            format=JsonSchema(form.format_schema) if form else None,
+            reasoning_budget=self._budget(service.config),
+        )
+
+    def _tools(self, choice: Choice) -> tuple[Tool, ...]:
+        foreign = [tool for tool in self.tools or () if isinstance(tool, ForeignTool)]
+        offered = [tool for tool in self.tools or () if isinstance(tool, CustomTool)]
+        forced = [tool for tool in foreign if choice.type == "tool" and tool.name == choice.name]
+        if choice.type == "any" and not offered:
+            forced = foreign
+        if forced:
+            raise RequestError(
+                f"{forced[0].name or 'a tool'} must be called, but {forced[0].type} is a tool that Anthropic defines",
+                param="tool_choice",
+                hint="This server takes tools with a name and an input_schema.",
+            )
+        return as_tools([FunctionTool(function=tool) for tool in offered])
+
+    def told(self) -> Iterator[dict[str, Any]]:
+        text = paragraphs(block.text for block in self.system or ())
+        if text:
+            yield {"role": "system", "content": text}
+
+    def spellings(self) -> Iterator[Spelling]:
+        yield from super().spellings()
+        yield self.output_config.effort if self.output_config is not None else None
+
+    def _budget(self, config: ServerConfig) -> int | None:
+        """Tokens of thinking."""
+        says_nothing = all(spelling is None for spelling in self.spellings())
+        return config.efforts["medium"] if says_nothing else self.reasoning_limit(config)
+
+
+class Create(Prompt, SamplingFields):
+    """temperature: Anthropic's ends at 1, that of StepFun's own Messages API at 2."""
+
+    elsewhere: ClassVar = {"thread": "nothing is stored here: send the whole conversation as `messages`"}
+    max_tokens: AnswerTokens = Field(description=f"Thinking counts. {UNLIMITED}: what the context holds.")
+    stop_sequences: list[str] | None = Field(None, description="Texts that end the answer.")
+    stream: bool | None = None
+
+    metadata: Any = ignored("nothing is stored")
+    service_tier: Any = ignored("there is one tier")
+    container: Any = ignored("nothing is run here")
+    diagnostics: Any = ignored("usage says what came from the cache")
+    inference_geo: Any = ignored("it runs where it runs")
+    fallbacks: Any = ignored("there is one model")
+    fallback_credit_token: Any = ignored("nothing is billed")
+
+    @property
+    def display(self) -> Display:
+        if self.thinking is None:
+            return "hidden"
+        is_omitted = isinstance(self.thinking, ReasoningMap) and self.thinking.display == "omitted"
+        return "omitted" if is_omitted else "shown"
+
+    def chat_request(self, service: Service) -> ChatRequest:
+        """A last message of the assistant's, which Anthropic's older models continue, is refused: this model's turn
+        starts with its thinking."""
+        if self.messages[-1].role == "assistant":
+            raise RequestError(
+                "the last message is the assistant's",
+                param=f"messages[{len(self.messages) - 1}]",
+                hint="This model cannot continue an answer; end with a message of role user.",
+            )
+        written = just_written(["tool" if turn.has_results else turn.role for turn in self.messages])
+        if written is not None:
+            turn = self.messages[written]
+            refuse_unreadable((b if turn.renders(b) else None for b in turn.content), f"messages[{written}].content")
+        info = service.engine.info
+        return replace(
+            super().chat_request(service),
+            sampling=self.sampling(info.sampling, info.n_vocab),
+            max_tokens=limit(self.max_tokens),
+            stops=(*self.stops(), *(self.stop_sequences or ())),
+        )
+
+    def _budget(self, config: ServerConfig) -> int | None:
+        budget = super()._budget(config)
+        if self.thinking is not None or limit(self.max_tokens) is None:
+            return budget
+        half = self.max_tokens // 2
+        return half if budget is None else min(budget, half)

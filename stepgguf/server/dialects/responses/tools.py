@@ -1,0 +1,263 @@
+"""Tools as the Responses dialect declares them, and as functions that the model may call.
+
+    function    as it is
+    namespace   its functions, called NAMESPACE__NAME; a call of one comes back with `namespace` and `name` apart
+    custom      a function of one string; a call of it comes back as custom_tool_call, with that string as `input`
+    any other   runs at OpenAI (web_search, code_interpreter, mcp, ...), or is newer than this server: it is left out
+
+A custom tool's grammar (format) is shown to the model and does not bind it: it is in Lark, which no engine here reads.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag
+
+from stepgguf.chat.request import Tool, ToolChoice
+from stepgguf.errors import RequestError
+from stepgguf.server.body import Part
+from stepgguf.server.dialects.chat_completions.request import Function
+
+LONGEST_NAME = 128
+MOST_ALLOWED = 1024
+INPUT = "input"  # what a custom tool's one parameter is called
+_OPENING = re.compile(r'\{\s*"(?:[^"\\]|\\.)*"\s*:\s*"')
+_WHOLE = re.compile(r'(?:[^"\\]+|\\u[0-9a-fA-F]{4}|\\[^u])*')  # no half of an escape
+
+
+class FunctionTool(Function):
+    """In chat completions the function is an object of its own."""
+
+    type: Literal["function"]
+    strict: bool | None = None
+
+
+class GrammarFormat(Part):
+    type: Literal["text", "grammar"]
+    syntax: str | None = None
+    definition: str | None = None
+
+
+class CustomTool(Part):
+    type: Literal["custom"]
+    name: str = Field(pattern=r"^[^<>\s]{1,128}$")
+    description: str | None = None
+    format: GrammarFormat | None = None
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        description = "Free text."
+        if self.format is not None and self.format.definition:
+            description = f"Text that keeps to this {self.format.syntax or ''} grammar:\n{self.format.definition}"
+        schema = {"type": "string", "description": description}
+        return {"type": "object", "properties": {INPUT: schema}, "required": [INPUT], "additionalProperties": False}
+
+
+class OtherTool(Part):
+    """It runs at OpenAI, or it is newer than this server."""
+
+    type: str
+
+
+def by_type(*known: str) -> Discriminator:
+    """Of a union whose members are tagged with their types, and "other" for what is of no known type."""
+
+    def tag(tool: Any) -> str:
+        kind = tool.get("type") if isinstance(tool, dict) else getattr(tool, "type", None)
+        return kind if kind in known else "other"
+
+    return Discriminator(tag)
+
+
+_Own = Annotated[FunctionTool, Tag("function")] | Annotated[CustomTool, Tag("custom")]
+_Other = Annotated[OtherTool, Tag("other")]
+
+
+class NamespaceTool(Part):
+    type: Literal["namespace"]
+    name: str
+    description: str | None = None
+    tools: list[Annotated[_Own | _Other, by_type("function", "custom")]]
+
+
+AnyTool = Annotated[
+    _Own | Annotated[NamespaceTool, Tag("namespace")] | _Other, by_type("function", "custom", "namespace")
+]
+
+
+def repeated(tools: Iterable[AnyTool]) -> list[dict[str, Any]]:
+    """As the response repeats them: those that are offered, with the fields that have a meaning here."""
+    found = []
+    for tool in tools:
+        if isinstance(tool, NamespaceTool):
+            found.append({**tool.model_dump(), "tools": repeated(tool.tools)})
+        elif not isinstance(tool, OtherTool):
+            found.append(tool.model_dump())
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A tool that the model may call under `tool.name`, and how the client knows it."""
+
+    tool: Tool
+    name: str
+    namespace: str | None = None
+    custom: bool = False
+
+
+class Offers:
+    """What is offered in one request. left_out: the types of the tools that are not. RequestError: two tools of one
+    namespace, or of none, have one name."""
+
+    def __init__(self, declared: Sequence[AnyTool]) -> None:
+        self._by_key: dict[tuple[str | None, str], Offer] = {}
+        self.by_name: dict[str, Offer] = {}
+        self.left_out: list[str] = []
+        self._n_taken: Counter[str] = Counter()
+        alone = [(None, tool) for tool in declared]
+        inside = [(space.name, tool) for space in declared if isinstance(space, NamespaceTool) for tool in space.tools]
+        for namespace, tool in (*alone, *inside):  # a namespace's tools make way for the others
+            if isinstance(tool, OtherTool):
+                self.left_out.append(tool.type)
+            elif not isinstance(tool, NamespaceTool):
+                self._add(namespace, tool)
+
+    @property
+    def tools(self) -> tuple[Tool, ...]:
+        return tuple(offer.tool for offer in self.by_name.values())
+
+    def name(self, namespace: str | None, name: str) -> str:
+        """What the model calls a tool, offered or not."""
+        offer = self._by_key.get((namespace or None, name))
+        return flat_name(namespace, name) if offer is None else offer.tool.name
+
+    def only(self, keys: Iterable[tuple[str | None, str]]) -> Offers:
+        """Without the tools that are not named."""
+        kept = Offers(())
+        kept._by_key = {key: self._by_key[key] for key in keys if key in self._by_key}
+        kept.by_name = {offer.tool.name: offer for offer in kept._by_key.values()}
+        return kept
+
+    def __contains__(self, key: tuple[str | None, str]) -> bool:
+        return key in self._by_key
+
+    def _add(self, namespace: str | None, tool: FunctionTool | CustomTool) -> None:
+        key = (namespace, tool.name)
+        if key in self._by_key:
+            where = f" in the namespace {namespace!r}" if namespace else ""
+            raise RequestError(f"tools: two functions{where} are called {tool.name}", param="tools")
+        name = self._free(flat_name(namespace, tool.name))
+        shown = Tool(name, tool.description, tool.parameters or {})
+        self._by_key[key] = self.by_name[name] = Offer(shown, tool.name, namespace, isinstance(tool, CustomTool))
+
+    def _free(self, flat: str) -> str:
+        """The flat name, or another should it be taken: `a` has `b__c` and `a__b` has `c`; or it was cut."""
+        name = flat
+        while name in self.by_name:
+            self._n_taken[flat] += 1
+            name = f"{flat[: LONGEST_NAME - 8]}_{self._n_taken[flat] + 1}"
+        return name
+
+
+def flat_name(namespace: str | None, name: str) -> str:
+    """One name of both: as agents called the tools of MCP servers before there were namespaces."""
+    if not namespace:
+        return name
+    separator = "" if namespace.endswith("__") else "__"
+    return re.sub(r"[<>\s]", "_", f"{namespace}{separator}{name}")[:LONGEST_NAME]
+
+
+class InputReader:
+    """The one string of a custom tool's call, out of fragments of its arguments' JSON. ended: they are complete."""
+
+    def __init__(self) -> None:
+        self._inside = False
+        self._rest = ""
+
+    @property
+    def ended(self) -> bool:
+        return self._rest.endswith("}")
+
+    def feed(self, fragment: str) -> str:
+        """What it adds to the string."""
+        self._rest += fragment
+        if not self._inside:
+            opening = _OPENING.match(self._rest)
+            if opening is None:
+                return ""
+            self._inside, self._rest = True, self._rest[opening.end() :]
+        whole = _WHOLE.match(self._rest)
+        assert whole is not None
+        self._rest = self._rest[whole.end() :]
+        text: str = json.loads(f'"{whole[0]}"', strict=False)
+        return text
+
+
+# which of them ----------------------------------------------------------------------------------------------------
+
+
+class NamedTool(Part):
+    type: Literal["function", "custom"]
+    name: str
+    namespace: str | None = None
+
+
+class AllowedTool(Part):
+    """One that runs elsewhere has no name."""
+
+    type: str
+    name: str | None = None
+    namespace: str | None = None
+
+
+class AllowedTools(Part):
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: list[AllowedTool] = Field(max_length=MOST_ALLOWED)
+
+
+class OtherChoice(Part):
+    type: str
+
+
+_Named = Annotated[NamedTool, Tag("function")] | Annotated[NamedTool, Tag("custom")]
+AnyChoice = (
+    Literal["auto", "none", "required"]
+    | Annotated[
+        _Named | Annotated[AllowedTools, Tag("allowed_tools")] | Annotated[OtherChoice, Tag("other")],
+        by_type("function", "custom", "allowed_tools"),
+    ]
+)
+
+
+def choose(choice: AnyChoice | None, offers: Offers) -> tuple[ToolChoice, Offers]:
+    """What the model may and must call. RequestError: it must call what is not offered."""
+    if choice is None or isinstance(choice, str):
+        chosen = ToolChoice(choice or "auto")
+    elif isinstance(choice, AllowedTools):
+        offers = offers.only((tool.namespace or None, tool.name) for tool in choice.tools if tool.name)
+        chosen = ToolChoice(choice.mode)
+    elif isinstance(choice, NamedTool):
+        if (choice.namespace or None, choice.name) not in offers:
+            raise _absent(f"the tool {choice.name[:LONGEST_NAME]!r}")
+        chosen = ToolChoice("required", offers.name(choice.namespace, choice.name))
+    else:
+        raise _absent(f"a tool of type {choice.type[:LONGEST_NAME]!r}")
+    if chosen.mode == "required" and not offers.by_name:
+        raise _absent("a tool")
+    return chosen, offers
+
+
+def _absent(what: str) -> RequestError:
+    return RequestError(
+        f"tool_choice asks for {what}, which is not offered",
+        param="tool_choice",
+        hint="Offer it in `tools`. Tools that run at OpenAI are not here.",
+    )

@@ -1,0 +1,135 @@
+"""What does not fit is refused before anything of it is loaded, by every command that runs a model."""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from stepgguf.cli.main import main
+from stepgguf.errors import DoesNotFit
+from stepgguf.fit.capacity import Model, context_length, memory, mtp_beside, read_model, refuse
+from stepgguf.fit.machine import Machine
+from stepgguf.fit.memory import GIB, Context, need
+from tests.cli.test_doctor import CARD, CPU_BUILD, CUDA_BUILD, LINUX
+from tests.fit.test_memory import write_real
+
+RUNNING = (["chat", "-p", "Hello"], ["serve", "--port", "0"], ["bench"])
+
+
+@pytest.fixture(autouse=True)
+def _nothing_piped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+
+
+@pytest.fixture(scope="module")
+def flash(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return read_model(write_real(tmp_path_factory.mktemp("real")))
+
+
+@pytest.mark.parametrize("command", RUNNING, ids=lambda command: command[0])
+def test_a_model_that_is_larger_than_the_machine_is_refused_at_once(
+    flash: Model, command: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    started = time.monotonic()
+    assert main([*command, str(flash.path)]) == 1
+    assert time.monotonic() - started < 20, "106 GiB of holes: reading them takes minutes"
+    err = capfd.readouterr().err
+    assert f"error: {flash.path}: " in err
+    assert "106.2 GiB weights" in err
+    assert "; there is " in err
+    assert "--force" in err
+
+
+@pytest.mark.parametrize("command", RUNNING[:2], ids=lambda command: command[0])
+def test_a_context_beyond_the_models_own_is_refused_with_its_maximum(
+    demo_gguf: Path, command: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, str(demo_gguf), "--ctx", "5000"]) == 1
+    err = capfd.readouterr().err
+    assert "a context of 5,000 tokens is longer than the 4,096 that the model was trained for" in err
+    assert f"stepgguf {command[0]} {demo_gguf} --ctx 4096" in err
+
+
+def test_force_loads_it_all_the_same(demo_gguf: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    command = ["chat", str(demo_gguf), "-p", "What is 1 + 1?", "--ctx", "5000", "--force", "--threads", "1"]
+    assert main([*command, "--temperature", "0", "-q"]) == 0
+    assert capfd.readouterr().out.strip()
+
+
+def test_what_is_refused_is_what_doctor_would_say(flash: Model) -> None:
+    machine = replace(LINUX, ram=120 * GIB, ram_available=119 * GIB)
+    finding = memory(machine, CPU_BUILD, flash, Context(262144))
+    with pytest.raises(DoesNotFit) as caught:
+        refuse(flash, [finding])
+    assert caught.value.message == f"{flash.path}: {finding.message}"
+    assert caught.value.hint is not None
+    n_ctx = int(caught.value.hint.split("--ctx ")[1].split()[0])
+    assert memory(machine, CPU_BUILD, flash, Context(n_ctx)).level == "ok"
+    assert context_length(flash, n_ctx).level == "ok"
+    refuse(flash, [])
+
+
+def test_a_conversation_cache_that_is_too_large_is_what_has_to_be_smaller(flash: Model) -> None:
+    machine = replace(LINUX, ram=128 * GIB, ram_available=127 * GIB)
+    finding = memory(machine, CPU_BUILD, flash, Context(32768, cache_ram=64 * GIB))
+    assert finding.level == "fail"
+    n = int(str(finding.fix).split("--ctx 32768 --cache-ram ")[1].removesuffix("MiB"))
+    assert memory(machine, CPU_BUILD, flash, Context(32768, cache_ram=n * 2**20)).level == "ok"
+
+
+def test_what_is_free_now_counts_and_a_context_that_fits_into_it_is_named(flash: Model) -> None:
+    needed = need(flash.footprint, Context(65536))
+    machine = replace(LINUX, ram_available=needed.device)
+    assert memory(machine, CPU_BUILD, flash, Context(65536)).level == "ok"
+    finding = memory(machine, CPU_BUILD, flash, Context(131072))
+    assert finding.level == "warn"
+    assert finding.fix == f"Close other programs, or: stepgguf chat {flash.path} --ctx 65536"
+
+
+def test_layers_that_are_kept_off_a_card_do_not_count_against_it(flash: Model) -> None:
+    finding = memory(CARD, CUDA_BUILD, flash, Context(32768))
+    assert (finding.level, finding.fix is not None) == ("warn", True)
+    n = int(str(finding.fix).rsplit(" ", 1)[1])
+    assert memory(CARD, CUDA_BUILD, flash, Context(32768, gpu_layers=n)).level == "ok"
+    assert memory(CARD, CUDA_BUILD, flash, Context(32768, gpu_layers=n + 2)).level == "warn"
+    assert memory(CARD, CPU_BUILD, flash, Context(32768)).level == "ok", "an engine without CUDA runs it in RAM"
+
+
+def test_a_small_machine_keeps_an_eighth_for_its_system() -> None:
+    from stepgguf.fit.memory import budget
+
+    small: Machine = replace(LINUX, ram=4 * GIB, ram_available=3 * GIB)
+    assert (budget(small).ceiling, budget(small).free) == (3584 * 2**20, 3 * GIB)
+
+
+def test_a_system_that_does_not_tell_its_memory_refuses_nothing(flash: Model) -> None:
+    assert memory(replace(LINUX, ram=0, ram_available=0), CPU_BUILD, flash, Context(32768)).level == "ok"
+    assert memory(replace(LINUX, ram_available=0), CPU_BUILD, flash, Context(32768)).level == "ok"
+
+
+def test_the_mtp_file_is_found_by_its_name(tmp_path: Path) -> None:
+    for name in ("a.gguf", "mtp-a.gguf", "b-00001-of-00002.gguf", "mtp-b.gguf", "c[1].gguf", "d.gguf"):
+        (tmp_path / name).touch()
+    (tmp_path / "mtp-c[1]-00001-of-00002.gguf").touch()
+    beside = {path.name: mtp_beside(path) for path in tmp_path.glob("[a-d]*.gguf")}
+    assert {name: path and path.name for name, path in beside.items()} == {
+        "a.gguf": "mtp-a.gguf",
+        "b-00001-of-00002.gguf": "mtp-b.gguf",
+        "c[1].gguf": "mtp-c[1]-00001-of-00002.gguf",
+        "d.gguf": None,
+    }
+
+
+def test_chat_drafts_with_the_file_beside_the_model(separate_gguf: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    command = ["chat", str(separate_gguf), "-p", "What is 347 + 286?", "--temperature", "0", "--threads", "1"]
+    assert main([*command, "--draft", "3"]) == 0
+    captured = capfd.readouterr()
+    assert captured.out == "347 + 286 = 633\n"
+    assert "MTP 3." in captured.err
+    assert main([*command, "--mtp-file", str(separate_gguf)]) == 1
+    assert "holds no MTP blocks" in capfd.readouterr().err

@@ -1,0 +1,63 @@
+"""The machines that come with stepgguf: what they say is what the memory arithmetic and the doctor say."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from stepgguf.fit.catalogue import MACHINES, Listed, like, load, tomllib
+from stepgguf.fit.machine import Machine
+from stepgguf.fit.memory import GIB, budget
+from tests.cli.test_doctor import CARD, LINUX, MAC, SPARK, STRIX
+
+LISTED = load()
+KEYS = {
+    "title", "system", "cpu", "gpu", "ram", "vram", "gtt", "wired_limit", "bandwidth", "bandwidth_source", "setup",
+    "measured",
+}  # fmt: skip
+
+
+def test_no_key_is_misspelt() -> None:
+    for entry in tomllib.loads(MACHINES.read_text(encoding="utf-8")).values():
+        assert entry.keys() <= KEYS
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "gib"),
+    [("spark", "spark", 117.7), ("strix-128", "strix", 121.4), ("mac-128", "mac", 116), ("mac-192", "mac", 180)],
+)
+def test_a_machine_has_the_memory_that_its_setup_gives(name: str, kind: str, gib: float) -> None:
+    machine = LISTED[name].machine
+    assert machine.kind == kind
+    assert budget(machine).limit / GIB == pytest.approx(gib, abs=0.001)
+
+
+@pytest.mark.parametrize("listed", LISTED.values(), ids=lambda m: m.name)
+def test_the_setup_in_words_is_the_setup_in_figures(listed: Listed) -> None:
+    settings = {key: int(value) for key, value in re.findall(r"([\w.]+)=(\d+)", listed.setup)}
+    machine, mib = listed.machine, 2**20
+    expected = {}
+    if machine.wired_limit:
+        expected = {"iogpu.wired_limit_mb": machine.wired_limit // mib}
+    if machine.amd:
+        expected = {"amdgpu.gttsize": machine.amd.gtt // mib, "ttm.pages_limit": machine.amd.gtt // 4096}
+    assert settings == expected
+
+
+@pytest.mark.parametrize(("machine", "name"), [(SPARK, "spark"), (MAC, "mac-128"), (STRIX, "strix-128")])
+def test_a_real_machine_is_known_by_its_chip(machine: Machine, name: str) -> None:
+    found = like(machine)
+    assert found is not None
+    assert found.name == name
+
+
+def test_a_chip_that_is_not_listed_is_not_guessed() -> None:
+    assert like(LINUX) is like(CARD) is like(replace(MAC, cpu="Apple M1")) is None
+
+
+def test_a_measurement_counts_for_every_machine_with_the_chip() -> None:
+    assert LISTED["mac-64"].measured == LISTED["mac-128"].measured != ()
+    assert LISTED["mac-128-m4-max"].measured == ()
+    assert LISTED["mac-128-m4-max"].efficiencies == ()
