@@ -21,7 +21,7 @@ from stepgguf.runtime.engine import Engine
 from stepgguf.runtime.llama import LlamaEngine
 from stepgguf.server.app import create_app
 from stepgguf.server.config import ServerConfig
-from stepgguf.server.listen import uvicorn_config
+from stepgguf.server.http.listen import uvicorn_config
 from tests.scripted_engine import ScriptedEngine
 
 MODEL_ID = "demo"

@@ -18,7 +18,7 @@ from stepgguf.errors import EngineDied, RequestError
 from stepgguf.runtime.engine import Request
 from stepgguf.server.config import ServerConfig
 from stepgguf.server.metrics import Metrics
-from stepgguf.server.stream import Exchange
+from stepgguf.server.generation import Exchange
 from tests.scripted_engine import ScriptedEngine
 from tests.server.conftest import Serve, Server, running
 
@@ -150,7 +150,7 @@ def test_a_client_that_does_not_read_is_let_go(serve: Serve, caplog: pytest.LogC
 
 def test_a_reader_that_lags_too_far_is_given_up(chat_model: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """What waits for it is bounded, and the request ends without being read."""
-    monkeypatch.setattr("stepgguf.server.stream.MOST_WAITING", 20)
+    monkeypatch.setattr("stepgguf.server.generation.MOST_WAITING", 20)
     engine = chat_model.engine
     request = Request(prompt=tuple(engine.tokenize("Hello")), ignore_end=True)
     prepared = Prepared(request, chat_model.markers, in_reasoning=False, tools=(), stops=())

@@ -22,10 +22,10 @@ from stepgguf.server.dialects.messages.request import Choice, Create, CustomTool
 from stepgguf.server.dialects.messages.route import stream
 from stepgguf.server.dialects.messages.writer import Display, MessageWriter
 from stepgguf.server.metrics import Metrics
-from stepgguf.server.reasoning import ReasoningMap
-from stepgguf.server.sealed import seal
+from stepgguf.server.body.reasoning import ReasoningMap
+from stepgguf.server.dialects.sealed_reasoning import seal
 from stepgguf.server.service import Service
-from stepgguf.server.stream import Exchange
+from stepgguf.server.generation import Exchange
 from tests.server.conftest import Serve, Server
 from tests.server.scripted import CALL, answer
 

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 
 from stepgguf.server.dialects.responses.store import MOST_AT_ONCE, Answer
 from stepgguf.server.dialects.responses.writer import ResponseWriter
-from stepgguf.server.stream import Exchange, Part
+from stepgguf.server.generation import Exchange, Part
 from tests.server.conftest import Serve, Server
 from tests.server.dialects.test_responses import COLD, QUESTION, WEATHER
 from tests.server.scripted import answer
