@@ -15,7 +15,7 @@ PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5,
 
 
 class Metrics:
-    """Is told about requests, and is a `stream.Watch`."""
+    """Is told about requests, and is a `GenerationWatch`."""
 
     def __init__(self, engine: Engine) -> None:
         self._registry = registry = CollectorRegistry()

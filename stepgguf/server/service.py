@@ -14,25 +14,35 @@ from stepgguf import __version__
 from stepgguf.chat.exchange import ChatModel, Prepared
 from stepgguf.chat.request import ChatRequest
 from stepgguf.runtime.engine import Engine
+from stepgguf.server.body.unknown_fields import UnknownFields
 from stepgguf.server.config import ServerConfig
+from stepgguf.server.generation import Generation
 from stepgguf.server.metrics import Metrics
 from stepgguf.server.problem import Refusal
-from stepgguf.server.generation import Exchange
-from stepgguf.server.body.unknown_fields import UnknownFields
 
 LONGEST_ID = 256
 
 
-class Asks(Protocol):
-    """A body that asks for an answer, in whatever dialect."""
+class ChatRequestBody(Protocol):
+    """The body of a request for an answer, in whatever dialect."""
 
     def chat_request(self, service: Service) -> ChatRequest:
-        """RequestError: the fields do not go together."""
+        """What it asks the model. RequestError: the fields do not go together."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerHead:
+    """What an answer and all its chunks say first. created: seconds since the epoch."""
+
+    trace_id: str
+    created: int
+    model: str
+    fingerprint: str
 
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """started: seconds since the epoch."""
+    """started: when the server was, in seconds since the epoch. unknown: what becomes of fields that are not known."""
 
     chat: ChatModel
     config: ServerConfig
@@ -64,20 +74,24 @@ class Service:
             )
         return asked
 
-    async def prepare(self, body: Asks) -> Prepared:
+    def answer_head(self, request: Request, asked: str | None) -> AnswerHead:
+        """For an answer that begins now, under the id that was asked for. Refusal: see `model`."""
+        return AnswerHead(trace_id(request), now(), self.model(asked), self.fingerprint)
+
+    async def prepare(self, body: ChatRequestBody) -> Prepared:
         """Rendering and tokenizing a long conversation and building a grammar take time: off the event loop."""
         return await run_in_threadpool(lambda: self.chat.prepare(body.chat_request(self)))
 
-    async def count(self, body: Asks) -> int:
-        """Tokens of the prompt."""
+    async def count_prompt(self, body: ChatRequestBody) -> int:
+        """How many tokens the prompt of such a request has."""
         prompt, _ = await run_in_threadpool(lambda: self.chat.prompt(body.chat_request(self)))
         return len(prompt)
 
-    async def start(self, prepared: Sequence[Prepared], request: Request) -> Exchange:
-        """Submit. From here on tokens are made, unless this raises."""
-        exchange = await Exchange.start(self.engine, prepared, self.metrics)
-        request.state.exchange = exchange  # for the log
-        return exchange
+    async def start(self, prepared: Sequence[Prepared], request: Request) -> Generation:
+        """Submit what was prepared. From here on tokens are made, unless this raises."""
+        generation = await Generation.start(self.engine, prepared, self.metrics)
+        request.state.generation = generation  # TraceRequests cancels it when the request is over, and logs its counts
+        return generation
 
 
 def _plain(id: str) -> str:
@@ -94,7 +108,7 @@ def copies(prepared: Prepared, n: int) -> list[Prepared]:
     return [replace(prepared, request=replace(request, sampling=sampling)) for sampling in samplings]
 
 
-def trace(request: Request) -> str:
+def trace_id(request: Request) -> str:
     """The id of this request: in its answer's header and body, and in the log."""
     value: str = request.state.trace
     return value

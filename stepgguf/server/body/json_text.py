@@ -25,7 +25,7 @@ _ESCAPE = re.compile(
 )
 
 
-def parse(body: bytes, depth: int) -> Any:
+def parse_json(body: bytes, depth: int) -> Any:
     """The value. Refusal: it is not JSON, nested deeper than `depth`, or has more in it than any prompt. A lone
     surrogate, which clients make when they cut a text in the middle of a character, becomes U+FFFD."""
     n_signs = max(body.count(b","), body.count(b"[") + body.count(b"{"))

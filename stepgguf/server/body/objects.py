@@ -6,31 +6,30 @@ clients send it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Mapping
 from functools import cache
 from inspect import get_annotations
 from typing import Any, ClassVar
 
-from fastapi.routing import APIRoute
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
-    TypeAdapter,
-    ValidationError,
     model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
-from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
-from starlette.responses import Response
 
-from stepgguf.server.body.json_text import parse
-from stepgguf.server.problem import Refusal, explain
-from stepgguf.server.body.unknown_fields import LONGEST_NAME, MOST_OF_ONE_REQUEST, REQUEST, OfOneRequest, namesake, near_miss
+from stepgguf.server.body.unknown_fields import (
+    LONGEST_NAME,
+    MOST_OF_ONE_REQUEST,
+    REQUEST,
+    OfOneRequest,
+    namesake,
+    near_miss,
+)
 
 WITHOUT_EFFECT = "Accepted, without effect"
 FIRST = ("model", "messages", "input")
@@ -47,7 +46,7 @@ def _fail_fast(schema: Any) -> None:
             _fail_fast(part)
 
 
-class Part(BaseModel):
+class RequestObject(BaseModel):
     """An object of a request, which may carry more than is read of it, because its makers keep adding to it. Null is
     absence: clients send it for what they do not set. The first wrong item of a list refuses it: half a million
     explanations would take seconds to collect."""
@@ -66,7 +65,7 @@ class Part(BaseModel):
         return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
-class Body(Part):
+class CheckedObject(RequestObject):
     """An object whose unknown fields are looked at; see unknown.py. `elsewhere`: such whose meaning would be lost, and
     what to use instead. They are refused."""
 
@@ -111,7 +110,7 @@ class Body(Part):
 
 
 @cache
-def _descriptions(kind: type[Body]) -> Mapping[str, str]:
+def _descriptions(kind: type[CheckedObject]) -> Mapping[str, str]:
     """Of its fields, by their names in a request. Once for a class: a body may have thousands of its objects."""
     return {field.alias or name: field.description or "" for name, field in kind.model_fields.items()}
 
@@ -130,81 +129,5 @@ def _refused(field: str, advice: str) -> PydanticCustomError:
 
 
 def ignored(reason: str) -> Any:
+    """A field that is accepted without effect, for this reason."""
     return Field(None, description=f"{WITHOUT_EFFECT}: {reason}.", exclude=True)
-
-
-class Ignored(Body):
-    """Fields of hosted services that mean nothing to a model on one's own machine."""
-
-    user: Any = ignored("there is one user")
-    metadata: Any = ignored("nothing is stored")
-    store: Any = ignored("nothing is stored")
-    service_tier: Any = ignored("there is one tier")
-    safety_identifier: Any = ignored("nothing is reported to anyone")
-    moderation: Any = ignored("there is no moderation")
-    prompt_cache_key: Any = ignored("every prefix is found without a key")
-    prompt_cache_retention: Any = ignored("the cache keeps what fits")
-    prompt_cache_options: Any = ignored("the cache keeps what fits")
-    cache_prompt: Any = ignored("prefixes are always reused")
-    verbosity: Any = ignored("the model has no such switch; ask for it in a message")
-    prediction: Any = ignored("it saves time, not more; drafts come from the MTP heads")
-    transforms: Any = ignored("a prompt that does not fit is refused, not cut")
-    route: Any = ignored("there is one model")
-    models: Any = ignored("there is one model to fall back to")
-    provider: Any = ignored("there is one provider")
-    plugins: Any = ignored("there are none")
-    web_search_options: Any = ignored("nothing is searched here; offer a tool")
-    usage: Any = ignored("usage is asked for by stream_options.include_usage")
-    timings_per_token: Any = ignored("usage is asked for by stream_options.include_usage; speeds are in /metrics")
-    session_id: Any = ignored("prefixes are found by their tokens")
-
-
-class ExtraBody(Body):
-    extra_body: dict[str, Any] | None = Field(
-        None, description="As openai's library does with its argument of this name: fields for the body itself."
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _unpacked(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or not isinstance(extra := data.get("extra_body"), dict):
-            return data
-        return {**extra, **{name: value for name, value in data.items() if name != "extra_body"}}
-
-
-class JsonRoute(APIRoute):
-    """Reads a body with `JsonRequest`, and does with unknown fields what this server does."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handler = super().get_route_handler()
-        annotation: Any = self.body_field.field_info.annotation if self.body_field is not None else object
-        model = TypeAdapter(annotation)
-
-        async def handle(request: Request) -> Response:
-            REQUEST.set(OfOneRequest(request.app.state.service.unknown))
-            return await handler(JsonRequest(request, model))
-
-        return handle
-
-
-class JsonRequest(Request):
-    """A request whose JSON becomes the route's model off the event loop, since a large body takes a while. FastAPI
-    validates on the event loop; it then finds an instance and has nothing to do."""
-
-    def __init__(self, request: Request, model: TypeAdapter[Any]) -> None:
-        super().__init__(request.scope, request.receive)
-        self._model = model
-
-    async def json(self) -> Any:
-        depth = self.app.state.service.config.max_json_depth
-        return await run_in_threadpool(_read, await self.body(), depth, self._model)
-
-
-def _read(body: bytes, depth: int, model: TypeAdapter[Any]) -> Any:
-    value = parse(body, depth)
-    try:
-        return model.validate_python(value)
-    except ValidationError as error:
-        errors = [{**one, "loc": ("body", *one["loc"])} for one in error.errors(include_url=False)]
-        message, param = explain(errors, value)
-        raise Refusal(400, message, param=param) from None

@@ -13,9 +13,10 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
 from stepgguf.chat.request import EFFORTS
-from stepgguf.server.body.objects import Body, ignored
+from stepgguf.server.body.answer_format import Nvext
+from stepgguf.server.body.objects import CheckedObject, ignored
+from stepgguf.server.body.sampling import UNLIMITED, Effort, Tokens, limit
 from stepgguf.server.config import ServerConfig
-from stepgguf.server.body.sampling import UNLIMITED, Effort, Nvext, Tokens, limit
 
 # Words for efforts that are not among EFFORTS. Clients leave a field of theirs empty for "as you like".
 SAID = dict.fromkeys(("off", "disabled", "disable", "false", "no"), "none")
@@ -44,7 +45,7 @@ def _low(value: Any) -> Any:
 Level = Annotated[bool | Tokens | Effort, BeforeValidator(_word)]
 
 
-class MapAmounts(Body):
+class MapAmounts(CheckedObject):
     """How much thinking, as an object says it."""
 
     type: Level | None = Field(None, description="enabled, disabled, adaptive, auto.")
@@ -83,7 +84,7 @@ HowMuch = Annotated[
 ]
 
 
-class ReasoningAmounts(Body):
+class ReasoningAmounts(CheckedObject):
     """THE table: every spelling of "at most so many tokens of thinking". A field is a row, and its type says how it is
     read. Vendors have them in the body or, as vLLM, SGLang and llama.cpp, in chat_template_kwargs; here they may
     stand in both. This model's template has no switches of its own."""

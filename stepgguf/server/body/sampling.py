@@ -1,4 +1,4 @@
-"""Fields that several dialects share, and what they mean to the engine: sampling, the answer's length and form.
+"""Fields that all dialects share, and what they mean to the engine: sampling, what ends an answer, its length.
 
 Within a class they stand in the order of their use, as /docs shows them.
 """
@@ -6,15 +6,14 @@ Within a class they stand in the order of their use, as /docs shows them.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from stepgguf.chat.request import Choice, Format, Gbnf, JsonObject, JsonSchema
 from stepgguf.errors import RequestError
 from stepgguf.runtime.engine import Sampling
-from stepgguf.server.body.objects import Body, ignored
+from stepgguf.server.body.objects import CheckedObject
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Bias = Annotated[float, Field(ge=-100, le=100)]
@@ -24,7 +23,6 @@ AnswerTokens = Annotated[int, Field(ge=1)] | Literal[-1]
 RANDOM_SEED = -1  # llama.cpp's, LM Studio's
 MOST_STOPS = 16
 MOST_BIASED = 4096
-NO_REGEX = "regular expressions are not supported; use grammar, or `pattern` in a JSON schema"
 GREEDY = 1e-3  # a temperature below makes logits overflow; the likeliest token it is in any case
 
 
@@ -40,7 +38,7 @@ def _of_few_tokens(bias: Any) -> Any:
     return bias
 
 
-class SamplingFields(Body):
+class SamplingFields(CheckedObject):
     """What is absent is as the model file says."""
 
     temperature: float | None = Field(None, ge=0, le=2, description="0 always takes the likeliest token.")
@@ -91,98 +89,3 @@ class SamplingFields(Body):
                 )
             bias[int(token)] = value
         return tuple(bias.items())
-
-
-class TextFormat(Body):
-    type: Literal["text"]
-
-
-class JsonObjectFormat(Body):
-    type: Literal["json_object"]
-    schema_: dict[str, Any] | None = Field(None, alias="schema", description="llama.cpp's way to give a schema.")
-
-
-class NamedSchema(Body):
-    name: Any = ignored("the schema says it all")
-    description: Any = ignored("the model does not see it")
-    strict: Any = ignored("a schema is always kept to")
-    schema_: dict[str, Any] | bool = Field(True, alias="schema")
-
-
-class JsonSchemaFormat(Body):
-    type: Literal["json_schema"]
-    json_schema: NamedSchema
-
-
-class Nvext(Body):
-    """NVIDIA's extensions. Others than these steer its own routers."""
-
-    guided_json: dict[str, Any] | bool | None = None
-    guided_choice: list[str] | None = None
-    guided_grammar: str | None = None
-    max_thinking_tokens: Tokens | None = None
-
-
-class StructuredOutputs(Body):
-    """vLLM's."""
-
-    elsewhere: ClassVar = {"regex": NO_REGEX}
-    json_: dict[str, Any] | bool | None = Field(None, alias="json")
-    choice: list[str] | None = None
-    grammar: str | None = Field(None, description="In GBNF.")
-
-
-class FormatFields(Body):
-    """Ways to ask for a form of the answer; one may be given. The thinking stays free."""
-
-    elsewhere: ClassVar = {
-        "guided_regex": NO_REGEX,
-        "regex": NO_REGEX,
-        "ebnf": "there is no EBNF here; use grammar, in GBNF",
-        "structural_tag": "there are no structural tags here; use tools or response_format",
-    }
-    response_format: TextFormat | JsonObjectFormat | JsonSchemaFormat | None = Field(None, discriminator="type")
-    json_schema: dict[str, Any] | bool | None = Field(None, description="llama.cpp's: the answer is such JSON.")
-    grammar: str | None = Field(None, description="llama.cpp's: the answer as GBNF.")
-    structured_outputs: StructuredOutputs | None = None
-    guided_json: dict[str, Any] | bool | None = Field(None, description="NVIDIA's and once vLLM's json_schema.")
-    guided_choice: list[str] | None = Field(None, description="NVIDIA's and once vLLM's: one of these texts.")
-    guided_grammar: str | None = Field(None, description="NVIDIA's and once vLLM's grammar, here in GBNF.")
-    nvext: Nvext | None = None
-
-    def format(self) -> Format | None:
-        nvext, vllm = self.nvext or Nvext(), self.structured_outputs or StructuredOutputs.model_validate({})
-        schemas = {
-            "json_schema": self.json_schema,
-            "guided_json": self.guided_json,
-            "nvext.guided_json": nvext.guided_json,
-            "structured_outputs.json": vllm.json_,
-        }
-        choices = {
-            "guided_choice": self.guided_choice,
-            "nvext.guided_choice": nvext.guided_choice,
-            "structured_outputs.choice": vllm.choice,
-        }
-        grammars = {
-            "grammar": self.grammar,
-            "guided_grammar": self.guided_grammar,
-            "nvext.guided_grammar": nvext.guided_grammar,
-            "structured_outputs.grammar": vllm.grammar,
-        }
-        asked: dict[str, Format] = {name: JsonSchema(schema) for name, schema in schemas.items() if schema is not None}
-        asked |= {name: Choice(tuple(texts)) for name, texts in choices.items() if texts is not None}
-        asked |= {name: Gbnf(text) for name, text in grammars.items() if text}
-        if (form := self._response_format()) is not None:
-            asked["response_format"] = form
-        if len(asked) > 1:
-            first, second, *_ = asked
-            raise RequestError(f"{first} and {second} both say what the answer looks like", param=second)
-        return next(iter(asked.values()), None)
-
-    def _response_format(self) -> Format | None:
-        asked = self.response_format
-        if isinstance(asked, JsonSchemaFormat):
-            return JsonSchema(asked.json_schema.schema_)
-        if isinstance(asked, JsonObjectFormat):
-            return JsonObject() if asked.schema_ is None else JsonSchema(asked.schema_)
-        return None

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from stepgguf.errors import RequestError
-from stepgguf.server.body.objects import Part
+from stepgguf.server.body.objects import RequestObject
 
 # What a type's name says it is: input_image, image_url, computer_screenshot, container_upload, ...
 WORDS = {"image": "image", "screenshot": "image", "audio": "audio", "video": "video"}
@@ -28,7 +28,7 @@ TEXTS = ("text", "input_text", "output_text")
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f]")  # not in text; escape is, in what terminals show
 
 
-class TextPart(Part):
+class TextPart(RequestObject):
     """A part of a message as the model reads it, in any dialect."""
 
     type: Literal["text"]

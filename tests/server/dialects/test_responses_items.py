@@ -9,7 +9,7 @@ import pytest
 
 from stepgguf.errors import RequestError
 from stepgguf.server.dialects.responses.items import conversation, left_out, read, refuse_what_was_just_written
-from stepgguf.server.dialects.responses.request import ResponseBody
+from stepgguf.server.dialects.responses.request import ResponsesBody
 from stepgguf.server.dialects.responses.tools import Offers
 from stepgguf.server.dialects.sealed_reasoning import seal
 from tests.server.conftest import Serve, Server
@@ -249,7 +249,7 @@ def test_the_place_is_that_in_the_body_when_an_answer_is_continued() -> None:
 
 
 def typed(items: Any) -> Any:
-    sent: Any = ResponseBody.model_validate({"input": items}).input
+    sent: Any = ResponsesBody.model_validate({"input": items}).input
     return read(sent)
 
 

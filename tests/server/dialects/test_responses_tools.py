@@ -12,14 +12,14 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from stepgguf.errors import RequestError
-from stepgguf.server.dialects.responses.tools import AnyChoice, AnyTool, InputReader, Offers, choose
+from stepgguf.server.dialects.responses.tools import InputReader, Offers, ResponsesTool, ResponsesToolChoice, choose
 from stepgguf.server.dialects.responses.writer import ResponseWriter
 from tests.server.conftest import Server
+from tests.server.dialects.answers import answer, streamed
 from tests.server.dialects.test_responses import COLD, ECHO
-from tests.server.scripted import answer
 
-TOOLS: TypeAdapter[list[AnyTool]] = TypeAdapter(list[AnyTool])
-CHOICE: TypeAdapter[AnyChoice] = TypeAdapter(AnyChoice)
+TOOLS: TypeAdapter[list[ResponsesTool]] = TypeAdapter(list[ResponsesTool])
+CHOICE: TypeAdapter[ResponsesToolChoice] = TypeAdapter(ResponsesToolChoice)
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 WEATHER: dict[str, Any] = {
     "type": "function",
@@ -60,12 +60,11 @@ def call(name: str, value: str) -> list[str]:
 def written(offered: Offers, pieces: list[str], **how: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     deltas, reply = answer(["Hm", "</think>", *pieces], tools=offered.tools, **how)
     writer = ResponseWriter("abc", "demo", 1763600000, ECHO, offered.by_name)
-    writer.feed(deltas)
-    writer.finish(reply)
-    for event in writer.events():
+    events = [dict(event.data) for event in streamed(writer, deltas, reply)]
+    for event in events:
         EVENT.validate_python(event)
     Response.model_validate(writer.response)
-    return writer.events(), writer.response
+    return events, writer.response
 
 
 # names ------------------------------------------------------------------------------------------------------------
@@ -221,16 +220,15 @@ def test_a_call_that_is_cut_is_incomplete_wherever_it_is_cut(tool: dict[str, Any
     text = "input" if tool is PATCH else "arguments"
     for end in range(1, len(whole) + 1):
         writer = ResponseWriter("abc", "demo", 1763600000, ECHO, offered.by_name)
-        writer.feed(whole[:end])
-        writer.finish(reply)
-        item, last = writer.response["output"][-1], writer.events()[-1]
+        events = [event.data for event in streamed(writer, whole[:end], reply)]
+        item, last = writer.response["output"][-1], events[-1]
         assert (last["type"], last["response"]["status"]) == ("response.incomplete", "incomplete")
         assert last["response"]["incomplete_details"] == {"reason": "max_output_tokens"}
         assert item["status"] == ("completed" if end == len(whole) else "incomplete")
         if end < len(whole) and text == "arguments":
             with pytest.raises(ValueError, match=r"Expecting|Unterminated"):
                 json.loads(item[text])
-        for event in writer.events():
+        for event in events:
             EVENT.validate_python(event)
 
 

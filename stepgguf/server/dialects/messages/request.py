@@ -1,6 +1,6 @@
 """What a client of Anthropic's Messages API asks for, as a ChatRequest.
 
-    messages  turn by turn; see anthropic_turns.py
+    messages  turn by turn; see turns.py
     system    one message, from a string or from text blocks
 
 Images and documents are refused in what the user has just written, and nowhere else. Blocks and tools that mean nothing
@@ -13,8 +13,8 @@ Thinking. This model always thinks unless its budget is 0.
     enabled        at most budget_tokens; blocks are sent
     adaptive       as much as it likes; blocks are sent
     disabled       none
-output_config.effort, and whatever other vendors call it (thinking.py), is a limit as reasoning_effort is in chat
-completions; the least counts. display "omitted": see sealed.py.
+output_config.effort, and whatever other vendors call it (body/reasoning.py), is a limit as reasoning_effort is in chat
+completions; the least counts. display "omitted": see dialects/sealed_reasoning.py.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from pydantic import Discriminator, Field, Tag
 
 from stepgguf.chat.request import ChatRequest, JsonSchema, Tool, ToolChoice
 from stepgguf.errors import RequestError
-from stepgguf.server.body.objects import Body, Part, ignored
+from stepgguf.server.body.objects import CheckedObject, RequestObject, ignored
+from stepgguf.server.body.reasoning import ReasoningAmounts, ReasoningMap, Spelling
+from stepgguf.server.body.sampling import UNLIMITED, AnswerTokens, Effort, SamplingFields, limit
+from stepgguf.server.body.unreadable import just_written, paragraphs, refuse_unreadable
 from stepgguf.server.config import ServerConfig
-from stepgguf.server.dialects.chat_completions.request import Function, FunctionTool, as_tools
+from stepgguf.server.dialects.function_tools import FunctionDeclaration, as_tools
 from stepgguf.server.dialects.messages.turns import Texts, Turn
 from stepgguf.server.dialects.messages.writer import Display
-from stepgguf.server.body.sampling import UNLIMITED, AnswerTokens, Effort, SamplingFields, limit
-from stepgguf.server.body.reasoning import ReasoningAmounts, ReasoningMap, Spelling
 from stepgguf.server.service import Service
-from stepgguf.server.body.unreadable import just_written, paragraphs, refuse_unreadable
 
 
-class CustomTool(Function):
+class MessagesTool(FunctionDeclaration):
     type: str | None = None
     parameters: dict[str, Any] | None = Field(alias="input_schema")
     eager_input_streaming: Any = ignored("arguments are streamed as they come")
 
 
-class ForeignTool(Part):
+class MessagesForeignTool(RequestObject):
     """One whose schema only Anthropic's models know (bash_20250124), or that runs on its servers (web_search)."""
 
     type: str
@@ -56,12 +56,12 @@ def _is_foreign(tool: Any) -> str:
     return "foreign" if isinstance(kind, str) and kind != "custom" and "input_schema" not in tool else "custom"
 
 
-AnyTool = Annotated[
-    Annotated[CustomTool, Tag("custom")] | Annotated[ForeignTool, Tag("foreign")], Discriminator(_is_foreign)
+MessagesAnyTool = Annotated[
+    Annotated[MessagesTool, Tag("custom")] | Annotated[MessagesForeignTool, Tag("foreign")], Discriminator(_is_foreign)
 ]
 
 
-class Choice(Body):
+class MessagesToolChoice(CheckedObject):
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
     disable_parallel_tool_use: bool | None = None
@@ -74,27 +74,27 @@ class Choice(Body):
         return ToolChoice("required" if self.type == "any" else self.type)
 
 
-class JsonFormat(Part):
+class MessagesJsonFormat(RequestObject):
     type: Literal["json_schema"]
     format_schema: dict[str, Any] = Field(alias="schema")
 
 
-class OutputConfig(Body):
+class OutputConfig(CheckedObject):
     effort: Effort | None = None
-    format: JsonFormat | None = None
+    format: MessagesJsonFormat | None = None
     task_budget: Any = ignored("max_tokens is the limit")
 
 
-class Prompt(ReasoningAmounts):
+class MessagesPrompt(ReasoningAmounts):
     """What is counted by count_tokens, and what both routes ignore."""
 
     model: str | None = None
     messages: list[Turn] = Field(min_length=1)
     system: Texts | None = None
-    tools: list[AnyTool] | None = None
-    tool_choice: Choice | None = None
+    tools: list[MessagesAnyTool] | None = None
+    tool_choice: MessagesToolChoice | None = None
     output_config: OutputConfig | None = None
-    output_format: JsonFormat | None = Field(None, description="The old name of output_config.format.")
+    output_format: MessagesJsonFormat | None = Field(None, description="The old name of output_config.format.")
 
     cache_control: Any = ignored("every prefix is found without marks")
     context_management: Any = ignored("a prompt that does not fit is refused, not cut")
@@ -108,13 +108,13 @@ class Prompt(ReasoningAmounts):
 
     def chat_request(self, service: Service) -> ChatRequest:
         """RequestError: the fields do not go together."""
-        choice = self.tool_choice or Choice(type="auto")
+        choice = self.tool_choice or MessagesToolChoice(type="auto")
         config = self.output_config or OutputConfig()
         form = config.format or self.output_format
-        service.unknown.ignore("type of tool", (t.type for t in self.tools or () if isinstance(t, ForeignTool)))
+        service.unknown.ignore("type of tool", (t.type for t in self.tools or () if isinstance(t, MessagesForeignTool)))
         service.unknown.ignore("type of block", (kind for turn in self.messages for kind in turn.left_out))
         return ChatRequest(
-            messages=[*self.told(), *(message for turn in self.messages for message in turn.messages())],
+            messages=[*self.system_messages(), *(message for turn in self.messages for message in turn.messages())],
             sampling=service.engine.info.sampling,
             tools=self._tools(choice),
             tool_choice=choice.as_tool_choice(),
@@ -123,9 +123,9 @@ class Prompt(ReasoningAmounts):
             reasoning_budget=self._budget(service.config),
         )
 
-    def _tools(self, choice: Choice) -> tuple[Tool, ...]:
-        foreign = [tool for tool in self.tools or () if isinstance(tool, ForeignTool)]
-        offered = [tool for tool in self.tools or () if isinstance(tool, CustomTool)]
+    def _tools(self, choice: MessagesToolChoice) -> tuple[Tool, ...]:
+        foreign = [tool for tool in self.tools or () if isinstance(tool, MessagesForeignTool)]
+        offered = [tool for tool in self.tools or () if isinstance(tool, MessagesTool)]
         forced = [tool for tool in foreign if choice.type == "tool" and tool.name == choice.name]
         if choice.type == "any" and not offered:
             forced = foreign
@@ -135,9 +135,9 @@ class Prompt(ReasoningAmounts):
                 param="tool_choice",
                 hint="This server takes tools with a name and an input_schema.",
             )
-        return as_tools([FunctionTool(function=tool) for tool in offered])
+        return as_tools(offered)
 
-    def told(self) -> Iterator[dict[str, Any]]:
+    def system_messages(self) -> Iterator[dict[str, Any]]:
         text = paragraphs(block.text for block in self.system or ())
         if text:
             yield {"role": "system", "content": text}
@@ -152,7 +152,7 @@ class Prompt(ReasoningAmounts):
         return config.efforts["medium"] if says_nothing else self.reasoning_limit(config)
 
 
-class Create(Prompt, SamplingFields):
+class MessagesBody(MessagesPrompt, SamplingFields):
     """temperature: Anthropic's ends at 1, that of StepFun's own Messages API at 2."""
 
     elsewhere: ClassVar = {"thread": "nothing is stored here: send the whole conversation as `messages`"}

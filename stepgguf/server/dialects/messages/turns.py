@@ -15,8 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from stepgguf.server.body.objects import Part
-from stepgguf.server.dialects.sealed_reasoning import unseal
+from stepgguf.server.body.objects import RequestObject
 from stepgguf.server.body.unreadable import (
     WORDS,
     AnyPart,
@@ -27,9 +26,10 @@ from stepgguf.server.body.unreadable import (
     as_text,
     paragraphs,
 )
+from stepgguf.server.dialects.sealed_reasoning import unseal
 
 
-class ThinkingBlock(Part):
+class ThinkingBlock(RequestObject):
     type: Literal["thinking"]
     thinking: str = ""
     signature: str = ""
@@ -39,13 +39,13 @@ class ThinkingBlock(Part):
         return self.thinking or unseal(self.signature)
 
 
-class RedactedThinkingBlock(Part):
+class RedactedThinkingBlock(RequestObject):
     """Encrypted by Anthropic, for Anthropic: nothing of it can be read here."""
 
     type: Literal["redacted_thinking"]
 
 
-class ToolUseBlock(Part):
+class ToolUseBlock(RequestObject):
     type: Literal["tool_use"]
     id: str
     name: str
@@ -69,7 +69,7 @@ def _result(content: Any) -> list[Any]:
 _Results = Annotated[list[TextPart], BeforeValidator(_result)]
 
 
-class ToolResultBlock(Part):
+class ToolResultBlock(RequestObject):
     type: Literal["tool_result"]
     tool_use_id: str
     content: _Results | None = None
@@ -97,7 +97,7 @@ def _known(block: Any) -> Any:
 _Block = Annotated[Annotated[Block, Field(discriminator="type")], BeforeValidator(_known)]
 
 
-class Turn(Part):
+class Turn(RequestObject):
     role: Literal["user", "assistant", "system"]
     content: Annotated[list[_Block], BeforeValidator(as_parts)] = Field(default_factory=list)
 

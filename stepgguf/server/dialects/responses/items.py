@@ -18,9 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, Tag, TypeAdapter, WrapValidator
 from pydantic_core.core_schema import ValidatorFunctionWrapHandler
 
-from stepgguf.server.body.objects import Part
-from stepgguf.server.dialects.responses.tools import INPUT, Offers, by_type
-from stepgguf.server.dialects.sealed_reasoning import unseal
+from stepgguf.server.body.objects import RequestObject
 from stepgguf.server.body.unreadable import (
     AnyPart,
     TextPart,
@@ -31,6 +29,8 @@ from stepgguf.server.body.unreadable import (
     refuse_unreadable,
     shown,
 )
+from stepgguf.server.dialects.responses.tools import INPUT, Offers, by_type
+from stepgguf.server.dialects.sealed_reasoning import unseal
 
 Json = dict[str, Any]
 RESULTS = ("output", "outputs", "results")  # where an item that is a call and its result has the result
@@ -39,13 +39,13 @@ RESULTS = ("output", "outputs", "results")  # where an item that is a call and i
 Content = Annotated[list[AnyPart], BeforeValidator(as_parts)]
 
 
-class Message(Part):
+class ResponsesMessage(RequestObject):
     type: Literal["message"]
     role: Literal["system", "developer", "user", "assistant"]
     content: Content = Field(default_factory=list)
 
 
-class ReasoningItem(Part):
+class ReasoningItem(RequestObject):
     """summary: what another model's provider gives instead of the reasoning."""
 
     type: Literal["reasoning"]
@@ -58,7 +58,7 @@ class ReasoningItem(Part):
         return _joined(self.content) or unseal(self.encrypted_content or "") or _joined(self.summary)
 
 
-class FunctionCall(Part):
+class ResponsesFunctionCall(RequestObject):
     type: Literal["function_call"]
     call_id: str
     name: str
@@ -66,7 +66,7 @@ class FunctionCall(Part):
     arguments: Any = None
 
 
-class CustomCall(Part):
+class ResponsesCustomCall(RequestObject):
     type: Literal["custom_tool_call"]
     call_id: str
     name: str
@@ -78,25 +78,25 @@ class CustomCall(Part):
         return {INPUT: self.input}
 
 
-class CallOutput(Part):
+class ResponsesCallOutput(RequestObject):
     type: Literal["function_call_output", "custom_tool_call_output"]
     call_id: str
     output: Annotated[list[TextPart], BeforeValidator(as_output)] = Field(default_factory=list)
 
 
-class ItemReference(Part):
+class ItemReference(RequestObject):
     """An item of an answer that this server keeps, by its id."""
 
     type: Literal["item_reference"]
     id: str
 
 
-class OtherItem(Part):
+class OtherItem(RequestObject):
     model_config = ConfigDict(extra="allow")
     type: str
 
 
-Own = Message | ReasoningItem | FunctionCall | CustomCall | CallOutput
+Own = ResponsesMessage | ReasoningItem | ResponsesFunctionCall | ResponsesCustomCall | ResponsesCallOutput
 Item = Own | ItemReference | OtherItem
 
 
@@ -117,12 +117,12 @@ def _as_sent(value: Any, validate: ValidatorFunctionWrapHandler) -> list[Json]:
 
 _CALLS = ("function_call", "function_call_output", "custom_tool_call", "custom_tool_call_output")
 _Tagged = (
-    Annotated[Message, Tag("message")]
+    Annotated[ResponsesMessage, Tag("message")]
     | Annotated[ReasoningItem, Tag("reasoning")]
-    | Annotated[FunctionCall, Tag("function_call")]
-    | Annotated[CustomCall, Tag("custom_tool_call")]
-    | Annotated[CallOutput, Tag("function_call_output")]
-    | Annotated[CallOutput, Tag("custom_tool_call_output")]
+    | Annotated[ResponsesFunctionCall, Tag("function_call")]
+    | Annotated[ResponsesCustomCall, Tag("custom_tool_call")]
+    | Annotated[ResponsesCallOutput, Tag("function_call_output")]
+    | Annotated[ResponsesCallOutput, Tag("custom_tool_call_output")]
     | Annotated[ItemReference, Tag("item_reference")]
     | Annotated[OtherItem, Tag("other")]
 )
@@ -146,7 +146,7 @@ def refuse_what_was_just_written(items: Sequence[Item], n_before: int) -> None:
     index = just_written([_role(item) for item in items])
     if index is not None and index >= n_before:
         message = items[index]
-        assert isinstance(message, Message)
+        assert isinstance(message, ResponsesMessage)
         refuse_unreadable(message.content, f"input[{index - n_before}].content")
 
 
@@ -155,7 +155,7 @@ def conversation(items: Iterable[Item], offers: Offers) -> list[Json]:
     messages: list[Json] = []
     turn: Json | None = None  # the assistant's, while it goes on
     for item in _shown_to_the_model(items):
-        if isinstance(item, CallOutput) or (isinstance(item, Message) and item.role != "assistant"):
+        if isinstance(item, ResponsesCallOutput) or (isinstance(item, ResponsesMessage) and item.role != "assistant"):
             messages.append(_theirs(item))
             turn = None
             continue
@@ -179,12 +179,12 @@ def _shown_to_the_model(items: Iterable[Item]) -> Iterator[Own]:
 
 
 def _role(item: Item) -> str:
-    if isinstance(item, Message):
+    if isinstance(item, ResponsesMessage):
         return item.role
     return "tool" if item.type.endswith("_output") else "assistant"
 
 
-def _as_call(item: OtherItem) -> Iterator[FunctionCall | CallOutput]:
+def _as_call(item: OtherItem) -> Iterator[ResponsesFunctionCall | ResponsesCallOutput]:
     """As the call of a function, its result, or both. Nothing, if it is no call, or one of which nothing came."""
     fields = {name: value for name, value in (item.model_extra or {}).items() if value is not None}
     call_id = fields.get("call_id", fields.get("id"))
@@ -196,29 +196,33 @@ def _as_call(item: OtherItem) -> Iterator[FunctionCall | CallOutput]:
         yield _result(call_id, results[0] if results else rest)
     elif isinstance(call_id, str) and item.type.endswith("_call") and ("call_id" in fields or results):
         name, arguments = fields.get("name", item.type.removesuffix("_call")), fields.get("arguments", rest)
-        yield FunctionCall(type="function_call", call_id=call_id, name=str(name), arguments=_as_arguments(arguments))
+        yield ResponsesFunctionCall(
+            type="function_call", call_id=call_id, name=str(name), arguments=_as_arguments(arguments)
+        )
         if results:
             yield _result(call_id, shown(results[0]))
 
 
-def _result(call_id: str, output: Any) -> CallOutput:
-    return CallOutput(type="function_call_output", call_id=call_id, output=as_output(output))
+def _result(call_id: str, output: Any) -> ResponsesCallOutput:
+    return ResponsesCallOutput(type="function_call_output", call_id=call_id, output=as_output(output))
 
 
 def _as_arguments(value: Any) -> str | Json:
     return value if isinstance(value, str | dict) else {"arguments": value}
 
 
-def _theirs(item: Message | CallOutput) -> Json:
-    if isinstance(item, Message):
+def _theirs(item: ResponsesMessage | ResponsesCallOutput) -> Json:
+    if isinstance(item, ResponsesMessage):
         return {"role": item.role, "content": _joined(item.content)}
     return {"role": "tool", "tool_call_id": item.call_id, "content": _joined(item.output)}
 
 
-def _add(turn: Json, item: Message | ReasoningItem | FunctionCall | CustomCall, offers: Offers) -> None:
+def _add(
+    turn: Json, item: ResponsesMessage | ReasoningItem | ResponsesFunctionCall | ResponsesCustomCall, offers: Offers
+) -> None:
     if isinstance(item, ReasoningItem):
         turn["reasoning_content"] += item.text
-    elif isinstance(item, Message):
+    elif isinstance(item, ResponsesMessage):
         turn["content"] = paragraphs((turn["content"], _joined(item.content)))
     else:
         function = {"name": offers.name(item.namespace, item.name), "arguments": item.arguments or {}}

@@ -1,6 +1,6 @@
 """What a client of OpenAI's Responses API asks for, as a ChatRequest.
 
-Tools are in responses_tools.py, the conversation is in responses_items.py. `instructions` is a message of role system,
+Tools are in tools.py, the conversation is in items.py. `instructions` is a message of role system,
 the first; an answer that is continued (previous_response_id) brings its conversation, but neither its instructions nor
 its tools.
 """
@@ -18,7 +18,10 @@ from pydantic_core import PydanticCustomError
 from stepgguf.chat.request import ChatRequest, Format, JsonObject, JsonSchema
 from stepgguf.errors import RequestError
 from stepgguf.runtime.engine import Sampling
-from stepgguf.server.body.objects import Body, Ignored, Part, ignored
+from stepgguf.server.body.hosted import HostedServiceFields
+from stepgguf.server.body.objects import CheckedObject, RequestObject, ignored
+from stepgguf.server.body.reasoning import ReasoningFields, ReasoningMap
+from stepgguf.server.body.sampling import AnswerTokens, SamplingFields, limit
 from stepgguf.server.dialects.responses.items import (
     Items,
     Json,
@@ -27,10 +30,8 @@ from stepgguf.server.dialects.responses.items import (
     read,
     refuse_what_was_just_written,
 )
-from stepgguf.server.dialects.responses.store import Answers
-from stepgguf.server.dialects.responses.tools import AnyChoice, AnyTool, Offers, choose, repeated
-from stepgguf.server.body.sampling import AnswerTokens, SamplingFields, limit
-from stepgguf.server.body.reasoning import ReasoningFields, ReasoningMap
+from stepgguf.server.dialects.responses.store import AnswerStore
+from stepgguf.server.dialects.responses.tools import Offers, ResponsesTool, ResponsesToolChoice, choose, repeated
 from stepgguf.server.service import Service
 
 NO_CONVERSATIONS = "there are no conversation objects here: use previous_response_id, or send the items as `input`"
@@ -39,7 +40,7 @@ NO_LOGPROBS = "log probabilities are given by /v1/chat/completions only"
 SEALED = "reasoning.encrypted_content"
 
 
-class TextFormat(Part):
+class ResponsesTextFormat(RequestObject):
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
     format_schema: dict[str, Any] | None = Field(None, alias="schema")
@@ -51,8 +52,8 @@ class TextFormat(Part):
         return JsonObject() if self.type == "json_object" else None
 
 
-class TextOptions(Body):
-    format: TextFormat | None = None
+class TextOptions(CheckedObject):
+    format: ResponsesTextFormat | None = None
     verbosity: Any = ignored("the model has no such switch; ask for it in a message")
 
 
@@ -73,7 +74,7 @@ def _without_logprobs(include: Any) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class PreparedResponse:
     """request: for the model. context: the conversation, without instructions: items, as JSON. offers: what may be
     called. echo: the fields that the response repeats, as JSON."""
 
@@ -83,14 +84,14 @@ class Asked:
     echo: bytes = b"{}"
 
 
-class Prompt(ReasoningFields, Ignored):
+class ResponsesPrompt(ReasoningFields, HostedServiceFields):
     """What is counted by /v1/responses/input_tokens too."""
 
     model: str | None = None
     input: Items | None = None
     instructions: str | None = None
-    tools: list[AnyTool] | None = None
-    tool_choice: AnyChoice | None = None
+    tools: list[ResponsesTool] | None = None
+    tool_choice: ResponsesToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     previous_response_id: str | None = None
@@ -101,7 +102,7 @@ class Prompt(ReasoningFields, Ignored):
     truncation: Any = ignored("a prompt that does not fit is refused, not cut")
     personality: Any = ignored("the model has no such switch; ask for it in `instructions`")
 
-    def chat_request(self, service: Service, answers: Answers) -> Asked:
+    def chat_request(self, service: Service, answers: AnswerStore) -> PreparedResponse:
         """RequestError, Refusal: the fields do not go together, or refer to what is not stored."""
         if self.input is None and self.previous_response_id is None:
             raise RequestError("input is missing", param="input")
@@ -126,10 +127,10 @@ class Prompt(ReasoningFields, Ignored):
             format=self.text.format.as_format() if self.text and self.text.format else None,
             reasoning_budget=self.reasoning_limit(service.config),
         )
-        return Asked(request, json.dumps(items).encode(), offers)
+        return PreparedResponse(request, json.dumps(items).encode(), offers)
 
 
-class ResponseBody(Prompt, SamplingFields):
+class ResponsesBody(ResponsesPrompt, SamplingFields):
     max_output_tokens: AnswerTokens | None = Field(
         None, description="Thinking counts. Default, and -1: what the context holds."
     )
@@ -155,7 +156,7 @@ class ResponseBody(Prompt, SamplingFields):
     def stored(self) -> bool:
         return self.store is not False
 
-    def chat_request(self, service: Service, answers: Answers) -> Asked:
+    def chat_request(self, service: Service, answers: AnswerStore) -> PreparedResponse:
         if self.background and not self.stored:
             raise RequestError("background needs store: true, for the answer is fetched later", param="background")
         asked, info = super().chat_request(service, answers), service.engine.info
@@ -183,7 +184,7 @@ class ResponseBody(Prompt, SamplingFields):
             "store": self.stored,
             "temperature": sampling.temperature,
             "text": {"format": form or {"type": "text"}},
-            "tool_choice": choice.model_dump() if isinstance(choice, Part) else choice or "auto",
+            "tool_choice": choice.model_dump() if isinstance(choice, RequestObject) else choice or "auto",
             "tools": repeated(self.tools or ()),
             "top_p": sampling.top_p,
             "truncation": "disabled",

@@ -1,10 +1,10 @@
 """Answers of the Responses dialect, while they are made and for a while afterwards.
 
-    Exchange --deltas--> Answer (a task of its own feeds its writer) --events from number N--> any number of readers
+    Generation --deltas--> Answer (a task of its own feeds its writer) --events from number N--> any number of readers
 
 Whoever wants to see an answer, the request that asked for it or one that comes later, reads the writer's events with a
 place of his own; nothing is kept for him. Who owns an answer decides what ends it: one of `background` goes on until it
-is finished or cancelled, any other ends with its request, as everything does (guard.Trace).
+is finished or cancelled, any other ends with its request, as everything does (middleware/trace.py).
 
 The store is in memory, bounded in count and in bytes. It forgets what nobody has used for an hour, and at once what was
 not to be stored.
@@ -22,9 +22,12 @@ from typing import Any
 
 from stepgguf.errors import StepggufError
 from stepgguf.server.config import ServerConfig
-from stepgguf.server.dialects.responses.writer import Event, ResponseWriter
-from stepgguf.server.problem import SHOWN, Refusal, problem
-from stepgguf.server.generation import Exchange
+from stepgguf.server.dialects.responses.writer import ResponseWriter
+from stepgguf.server.dialects.writer import written
+from stepgguf.server.generation import Generation
+from stepgguf.server.http.sse import JsonEvent
+from stepgguf.server.problem import Refusal
+from stepgguf.server.validation import SHOWN
 
 log = logging.getLogger(__name__)
 SWEEP_SECONDS = 60.0
@@ -39,14 +42,14 @@ class Answer:
     it is nobody's but the store's; then the log says here how it ended, not with its request."""
 
     def __init__(
-        self, writer: ResponseWriter, exchange: Exchange, context: bytes, *, keeps: bool, background: bool
+        self, writer: ResponseWriter, generation: Generation, context: bytes, *, keeps: bool, background: bool
     ) -> None:
         self.writer, self.keeps, self._background = writer, keeps, background
         self.used = time.monotonic()
         self.error: Exception | None = None
-        self._exchange, self._context = exchange, context
+        self._generation, self._context = generation, context
         self._changed = asyncio.Event()
-        self._task = asyncio.create_task(self._make())
+        self._task = asyncio.create_task(self._make_answer())
 
     @property
     def id(self) -> str:
@@ -58,14 +61,14 @@ class Answer:
 
     @property
     def n_generated(self) -> int:
-        return self._exchange.n_generated
+        return self._generation.n_generated
 
-    async def events(self, start: int = 0) -> AsyncGenerator[list[Event], None]:
-        """All from number `start` on, as they come. At least one at a time."""
+    async def events(self, start: int = 0) -> AsyncGenerator[list[JsonEvent], None]:
+        """All from number `start` on, as they come; each list has at least one."""
         while True:
             changed, last = self._changed, self.writer.finished
-            if events := self.writer.events(start, MOST_AT_ONCE):
-                start = events[-1]["sequence_number"] + 1
+            if events := list(self.writer.events(start, MOST_AT_ONCE)):
+                start += len(events)
                 yield events  # while the reader takes them, the answer goes on
             elif last:
                 return
@@ -79,10 +82,10 @@ class Answer:
         self._task.add_done_callback(lambda _: call())
 
     def cancel(self) -> None:
-        self._exchange.cancel()
+        self._generation.cancel()
 
     def end_reasoning(self) -> None:
-        self._exchange.end_reasoning()
+        self._generation.end_reasoning()
 
     def items(self) -> list[dict[str, Any]]:
         """What it answers, each with an id."""
@@ -94,30 +97,27 @@ class Answer:
         """What it answers and the answer."""
         return [*json.loads(self._context), *self.writer.response["output"]]
 
-    async def _make(self) -> None:
+    async def _make_answer(self) -> None:
         try:
-            async for part in self._exchange.parts():
-                self.writer.feed(part.deltas)
-                self._tell()
-            self.writer.finish(self._exchange.reply)
+            async for _ in written(self._generation, self.writer):  # each reader reads it from the writer
+                self._wake_readers()
         except Exception as error:
             if not isinstance(error, StepggufError):
                 log.exception("%s failed", self.id)
             self.error = error
-            self.writer.fail(problem(error))
         finally:
-            self._exchange.cancel()
-            self._tell()
+            self._generation.cancel()
+            self._wake_readers()
         if self._background:
-            self._note()
+            self._log_end()
 
-    def _note(self) -> None:
-        counts = f"{self._exchange.n_prompt}+{self._exchange.n_generated} tokens"
+    def _log_end(self) -> None:
+        counts = f"{self._generation.n_prompt}+{self._generation.n_generated} tokens"
         log.info("%s %s %s", self.id, self.writer.response["status"], counts)
-        for warning in self._exchange.warnings:
+        for warning in self._generation.warnings:
             log.warning("%s: %s", self.id, warning)
 
-    def _tell(self) -> None:
+    def _wake_readers(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -135,8 +135,8 @@ def _listed(id: str, item: dict[str, Any]) -> dict[str, Any]:
     return {**item, "content": [{**part, "text": content}]}
 
 
-class Answers:
-    """The store. `find` may be called from any thread, the rest on the event loop."""
+class AnswerStore:
+    """Answers by their ids. `find` may be called from any thread, the rest on the event loop."""
 
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
