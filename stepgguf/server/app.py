@@ -109,6 +109,6 @@ async def _leave_to_middleware(request: Request, error: Exception) -> Response:
     """FastAPI's own handlers would answer in its own form; AnswerErrors has the dialect's."""
     if isinstance(error, HTTPException) and error.status_code in (404, 405) and not isinstance(error, Refusal):
         asked = f"{request.method} {request.url.path}"
-        advice = missing.advice(request.url.path, str(request.base_url), PATHS)
+        advice = missing.address_advice(request.url.path, str(request.base_url), PATHS)
         raise Refusal(error.status_code, f"there is no {asked}; {advice}", headers=error.headers)
     raise error

@@ -36,8 +36,8 @@ MOST_WAITING = 16384  # events; a token each, or some with MTP
 class GenerationWatch(Protocol):
     """Is told what happens, on the event loop, also after the reader has gone."""
 
-    def first_token(self, seconds: float) -> None: ...
-    def finished(self, finished: Finished) -> None: ...
+    def on_first_token(self, seconds: float) -> None: ...
+    def on_finished(self, finished: Finished) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class Generation:
             if self._overrun:
                 raise RequestError(f"the client lags by more than {MOST_WAITING} events", hint="Read faster.")
 
-    async def whole(self, request: Request) -> list[list[Delta]]:
+    async def whole_answers(self, request: Request) -> list[list[Delta]]:
         """All deltas of every answer, in order. If the client leaves, what came until then."""
         collected: list[list[Delta]] = [[] for _ in self.replies]
         async with on_disconnect(request.receive, self.cancel):
@@ -145,9 +145,9 @@ class Generation:
             self.n_generated += len(event.steps)
             if self._first[index]:
                 self._first[index] = False
-                self._watch.first_token(time.monotonic() - self._started)
+                self._watch.on_first_token(time.monotonic() - self._started)
         elif isinstance(event, Finished):
-            self._watch.finished(event)
+            self._watch.on_finished(event)
         else:
             return
         if len(self._backlog) >= MOST_WAITING and not self._overrun:

@@ -39,13 +39,13 @@ class Metrics:
             registry=registry,
         )
 
-    def answered(self, method: str, route: str, status: int) -> None:
+    def count_request(self, method: str, route: str, status: int) -> None:
         self._requests.labels(method, route, str(status)).inc()
 
-    def first_token(self, seconds: float) -> None:
+    def on_first_token(self, seconds: float) -> None:
         self._first_token.observe(seconds)
 
-    def finished(self, finished: Finished) -> None:
+    def on_finished(self, finished: Finished) -> None:
         self._answers.labels(finished.reason).inc()
         if finished.timings.n_generated > 1:
             self._per_token.observe(finished.timings.generation_seconds / (finished.timings.n_generated - 1))

@@ -58,13 +58,13 @@ class Service:
     def fingerprint(self) -> str:
         return f"stepgguf-{__version__}-{self.engine.info.engine.replace(' ', '-')}"
 
-    def model(self, asked: str | None) -> str:
+    def model_id(self, asked: str | None) -> str:
         """The id to answer under: the one that was asked for. One model is served, so any id means it; a strict server
         answers 404 to one that is none of its own."""
         known = self.config.known_ids
         if not asked:
             return known[0]
-        strange = self.config.strict and _plain(asked) not in map(_plain, known)
+        strange = self.config.strict and _comparable_id(asked) not in map(_comparable_id, known)
         if strange or len(asked) > LONGEST_ID:  # it is in every chunk of a stream
             raise Refusal(
                 404,
@@ -75,8 +75,8 @@ class Service:
         return asked
 
     def answer_head(self, request: Request, asked: str | None) -> AnswerHead:
-        """For an answer that begins now, under the id that was asked for. Refusal: see `model`."""
-        return AnswerHead(trace_id(request), now(), self.model(asked), self.fingerprint)
+        """For an answer that begins now, under the id that was asked for. Refusal: see `model_id`."""
+        return AnswerHead(trace_id(request), now(), self.model_id(asked), self.fingerprint)
 
     async def prepare(self, body: ChatRequestBody) -> Prepared:
         """Rendering and tokenizing a long conversation and building a grammar take time: off the event loop."""
@@ -87,19 +87,19 @@ class Service:
         prompt, _ = await run_in_threadpool(lambda: self.chat.prompt(body.chat_request(self)))
         return len(prompt)
 
-    async def start(self, prepared: Sequence[Prepared], request: Request) -> Generation:
+    async def start_generation(self, prepared: Sequence[Prepared], request: Request) -> Generation:
         """Submit what was prepared. From here on tokens are made, unless this raises."""
         generation = await Generation.start(self.engine, prepared, self.metrics)
         request.state.generation = generation  # TraceRequests cancels it when the request is over, and logs its counts
         return generation
 
 
-def _plain(id: str) -> str:
+def _comparable_id(id: str) -> str:
     """As ids are compared: capitals and the file's ending do not matter."""
     return id.casefold().removesuffix(".gguf")
 
 
-def copies(prepared: Prepared, n: int) -> list[Prepared]:
+def copies_of(prepared: Prepared, n: int) -> list[Prepared]:
     """n answers to one prompt, which the engine reads once. With a seed each gets its own, the first the given one."""
     request, seed = prepared.request, prepared.request.sampling.seed
     if seed is None:

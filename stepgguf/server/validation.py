@@ -14,22 +14,22 @@ def explain(errors: Sequence[Mapping[str, Any]], body: object) -> tuple[str, str
 
     Of the alternatives of a union the one that went furthest into the body is what was meant.
     """
-    paths = [_path(error["loc"], error["type"], body) for error in errors]
+    paths = [_path_in_body(error["loc"], error["type"], body) for error in errors]
     deepest = max(paths, key=len)
     error = errors[paths.index(deepest)]
     if error["type"] == "unknown_field":
-        field = _spelled((*deepest, error["ctx"]["field"]))
+        field = _path_text((*deepest, error["ctx"]["field"]))
         return f"{field}: {error['msg']}", field
-    field = _spelled(deepest)
+    field = _path_text(deepest)
     if error["type"] == "missing":
         return f"{field or 'the body'} is missing", field or None
-    expected = dict.fromkeys(_expected(e["msg"]) for e, path in zip(errors, paths, strict=True) if path == deepest)
+    expected = dict.fromkeys(_expectation(e["msg"]) for e, path in zip(errors, paths, strict=True) if path == deepest)
     either = " or ".join(expected).replace(" or expected ", " or ")
-    message = f"{field or 'the body'}: {either}, found {_shown(error.get('input'))}"
+    message = f"{field or 'the body'}: {either}, found {_start_of_value(error.get('input'))}"
     return message, field or None
 
 
-def _path(loc: Sequence[str | int], kind: str, body: object) -> tuple[str | int, ...]:
+def _path_in_body(loc: Sequence[str | int], kind: str, body: object) -> tuple[str | int, ...]:
     """The parts of pydantic's location that are in the body; the others name alternatives of unions."""
     if loc[0] != "body":  # query, path
         return tuple(loc[1:])
@@ -44,16 +44,16 @@ def _path(loc: Sequence[str | int], kind: str, body: object) -> tuple[str | int,
     return tuple(path)
 
 
-def _spelled(path: Sequence[str | int]) -> str:
+def _path_text(path: Sequence[str | int]) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
 
 
-def _expected(message: str) -> str:
+def _expectation(message: str) -> str:
     message = message.removeprefix("Value error, ")
     return message.replace("Input should be", "expected", 1) if message.startswith("Input should be") else message
 
 
-def _shown(value: object) -> str:
+def _start_of_value(value: object) -> str:
     """The start of a value as JSON. No more of it is written than that: it may be megabytes."""
     text = ""
     for piece in JSONEncoder(ensure_ascii=False, default=repr).iterencode(value):

@@ -71,7 +71,7 @@ class FormatFields(CheckedObject):
     guided_grammar: str | None = Field(None, description="NVIDIA's and once vLLM's grammar, here in GBNF.")
     nvext: Nvext | None = None
 
-    def format(self) -> Format | None:
+    def answer_format(self) -> Format | None:
         nvext, vllm = self.nvext or Nvext(), self.structured_outputs or StructuredOutputs.model_validate({})
         schemas = {
             "json_schema": self.json_schema,

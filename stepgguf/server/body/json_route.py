@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from stepgguf.server.body.json_text import parse_json
-from stepgguf.server.body.unknown_fields import REQUEST, OfOneRequest
+from stepgguf.server.body.unknown_fields import REQUEST, RequestUnknowns
 from stepgguf.server.problem import Refusal
 from stepgguf.server.validation import explain
 
@@ -26,7 +26,7 @@ class JsonRoute(APIRoute):
         model = TypeAdapter(annotation)
 
         async def handle(request: Request) -> Response:
-            REQUEST.set(OfOneRequest(request.app.state.service.unknown))
+            REQUEST.set(RequestUnknowns(request.app.state.service.unknown))
             return await handler(JsonRequest(request, model))
 
         return handle

@@ -26,7 +26,7 @@ from stepgguf.server.body.unknown_fields import (
     LONGEST_NAME,
     MOST_OF_ONE_REQUEST,
     REQUEST,
-    OfOneRequest,
+    RequestUnknowns,
     namesake,
     near_miss,
 )
@@ -93,29 +93,29 @@ class CheckedObject(RequestObject):
     def _knows_its_fields(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        names, request = _descriptions(cls), REQUEST.get(OfOneRequest())
+        names, request = _field_descriptions(cls), REQUEST.get(RequestUnknowns())
         given = (name for name, value in data.items() if value is not None and name not in names)
         unknown = [name for name in given if (cls, name) not in request.ignored]
         if not unknown:
             return data
         if len(request.ignored) + len(unknown) > MOST_OF_ONE_REQUEST:
-            raise _refused(unknown[0], f"the request has more than {MOST_OF_ONE_REQUEST} unknown fields")
+            raise _unknown_field(unknown[0], f"the request has more than {MOST_OF_ONE_REQUEST} unknown fields")
         known = {name: text for name, text in names.items() if not text.startswith(WITHOUT_EFFECT)}
         for name in unknown:
-            advice = cls.elsewhere.get(name) or _advice(name, known, strict=request.server.strict)
+            advice = cls.elsewhere.get(name) or _advice_on(name, known, strict=request.server.strict)
             if advice is not None:
-                raise _refused(name, advice)
+                raise _unknown_field(name, advice)
         request.ignore(cls, unknown)
         return data
 
 
 @cache
-def _descriptions(kind: type[CheckedObject]) -> Mapping[str, str]:
+def _field_descriptions(kind: type[CheckedObject]) -> Mapping[str, str]:
     """Of its fields, by their names in a request. Once for a class: a body may have thousands of its objects."""
     return {field.alias or name: field.description or "" for name, field in kind.model_fields.items()}
 
 
-def _advice(name: str, known: Mapping[str, str], *, strict: bool) -> str | None:
+def _advice_on(name: str, known: Mapping[str, str], *, strict: bool) -> str | None:
     """What to say to who sends this field, if it is not to be ignored. known: fields and what they are."""
     if (near := near_miss(name, known)) is not None:
         return f"unknown field; did you mean {near}?"
@@ -124,7 +124,7 @@ def _advice(name: str, known: Mapping[str, str], *, strict: bool) -> str | None:
     return "unknown field, and this server is strict" if strict else None
 
 
-def _refused(field: str, advice: str) -> PydanticCustomError:
+def _unknown_field(field: str, advice: str) -> PydanticCustomError:
     return PydanticCustomError("unknown_field", "{advice}", {"field": field[:LONGEST_NAME], "advice": advice})
 
 

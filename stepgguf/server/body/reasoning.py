@@ -15,7 +15,7 @@ from pydantic_core import PydanticCustomError
 from stepgguf.chat.request import EFFORTS
 from stepgguf.server.body.answer_format import Nvext
 from stepgguf.server.body.objects import CheckedObject, ignored
-from stepgguf.server.body.sampling import UNLIMITED, Effort, Tokens, limit
+from stepgguf.server.body.sampling import UNLIMITED, Effort, Tokens, token_limit
 from stepgguf.server.config import ServerConfig
 
 # Words for efforts that are not among EFFORTS. Clients leave a field of theirs empty for "as you like".
@@ -23,7 +23,7 @@ SAID = dict.fromkeys(("off", "disabled", "disable", "false", "no"), "none")
 SAID |= dict.fromkeys(("on", "enabled", "enable", "true", "yes", "default", "auto", "adaptive", "dynamic", ""), "max")
 
 
-def _word(value: Any) -> Any:
+def _effort_word(value: Any) -> Any:
     """A word as EFFORTS has it. Clients write it with capitals, or say on and off."""
     if not isinstance(value, str):
         return value
@@ -34,15 +34,15 @@ def _word(value: Any) -> Any:
     return word
 
 
-def _inverse(value: bool | None) -> bool | None:
+def _negated(value: bool | None) -> bool | None:
     return None if value is None else not value
 
 
-def _low(value: Any) -> Any:
+def _low_effort_switch(value: Any) -> Any:
     return {True: "low", False: "high"}[value] if isinstance(value, bool) else value
 
 
-Level = Annotated[bool | Tokens | Effort, BeforeValidator(_word)]
+Level = Annotated[bool | Tokens | Effort, BeforeValidator(_effort_word)]
 
 
 class MapAmounts(CheckedObject):
@@ -101,10 +101,12 @@ class ReasoningAmounts(CheckedObject):
     )
     think: HowMuch | None = Field(None, description="Ollama's.")
     enable_thinking: bool | None = Field(None, description="DashScope's, SiliconFlow's, Qwen's, GLM's.")
-    disable_reasoning: Annotated[bool | None, AfterValidator(_inverse)] = Field(None, description="Cerebras'.")
+    disable_reasoning: Annotated[bool | None, AfterValidator(_negated)] = Field(None, description="Cerebras'.")
     thinking_mode: Level | None = Field(None, description="MiniMax's.")
     thinking_effort: Level | None = Field(None, description="Moonshot's.")
-    low_effort: Annotated[Level | None, BeforeValidator(_low)] = Field(None, description="NVIDIA's switch.")
+    low_effort: Annotated[Level | None, BeforeValidator(_low_effort_switch)] = Field(
+        None, description="NVIDIA's switch."
+    )
     thinking_budget: Tokens | None = Field(None, description="DashScope's, SiliconFlow's, Gemini's.")
     thinking_budget_tokens: Tokens | None = Field(None, description="llama.cpp's.")
     reasoning_budget_tokens: Tokens | None = Field(None, description="llama.cpp's other name of it.")
@@ -123,7 +125,7 @@ class ReasoningAmounts(CheckedObject):
 
     def reasoning_limit(self, config: ServerConfig) -> int | None:
         """In tokens; None is none."""
-        return _least(self.spellings(), config.efforts)
+        return _least_limit(self.spellings(), config.efforts)
 
 
 class ReasoningFields(ReasoningAmounts):
@@ -148,16 +150,16 @@ class ReasoningFields(ReasoningAmounts):
 Spelling = HowMuch | ReasoningAmounts | None
 
 
-def _least(asked: Iterable[Spelling], efforts: Mapping[str, int | None]) -> int | None:
-    limits = (_tokens(one, efforts) for one in asked)
+def _least_limit(asked: Iterable[Spelling], efforts: Mapping[str, int | None]) -> int | None:
+    limits = (_limit_of(one, efforts) for one in asked)
     return min((tokens for tokens in limits if tokens is not None), default=None)
 
 
-def _tokens(asked: Spelling, efforts: Mapping[str, int | None]) -> int | None:
+def _limit_of(asked: Spelling, efforts: Mapping[str, int | None]) -> int | None:
     if isinstance(asked, ReasoningMap | ReasoningAmounts):
-        return _least(asked.spellings(), efforts)
+        return _least_limit(asked.spellings(), efforts)
     if isinstance(asked, bool):
         return None if asked else 0
     if isinstance(asked, str):
         return efforts[asked]
-    return limit(asked)
+    return token_limit(asked)

@@ -26,12 +26,12 @@ MOST_BIASED = 4096
 GREEDY = 1e-3  # a temperature below makes logits overflow; the likeliest token it is in any case
 
 
-def limit(tokens: int | None) -> int | None:
-    """None is no limit."""
+def token_limit(tokens: int | None) -> int | None:
+    """What -1 means: None is no limit."""
     return None if tokens == UNLIMITED else tokens
 
 
-def _of_few_tokens(bias: Any) -> Any:
+def _check_bias_size(bias: Any) -> Any:
     """Before each is looked at."""
     if isinstance(bias, (dict, list)) and len(bias) > MOST_BIASED:
         raise PydanticCustomError("too_long", "at most {most} tokens can have a bias", {"most": MOST_BIASED})
@@ -51,7 +51,7 @@ class SamplingFields(CheckedObject):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, ge=0.01, le=2, description="1 is off.")
     repeat_penalty: float | None = Field(None, ge=0.01, le=2, description="llama.cpp's name of repetition_penalty.")
-    logit_bias: Annotated[dict[str, Bias] | list[tuple[int, Bias]] | None, BeforeValidator(_of_few_tokens)] = Field(
+    logit_bias: Annotated[dict[str, Bias] | list[tuple[int, Bias]] | None, BeforeValidator(_check_bias_size)] = Field(
         None, description="Token ids and what is added to their logits.", examples=[{"271": -100}]
     )
 
@@ -64,18 +64,18 @@ class SamplingFields(CheckedObject):
             "frequency_penalty": self.frequency_penalty,
             "presence_penalty": self.presence_penalty,
             "repetition_penalty": self.repetition_penalty if self.repeat_penalty is None else self.repeat_penalty,
-            "logit_bias": self._bias(n_vocab),
+            "logit_bias": self._logit_bias_pairs(n_vocab),
             "seed": None if self.seed == RANDOM_SEED else self.seed,
         }
         return replace(default, **{name: value for name, value in given.items() if value is not None})
 
-    def stops(self) -> tuple[str, ...]:
+    def stop_texts(self) -> tuple[str, ...]:
         texts = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(texts) > MOST_STOPS:
             raise RequestError(f"stop: at most {MOST_STOPS} texts, found {len(texts)}", param="stop")
         return tuple(text for text in texts if text)
 
-    def _bias(self, n_vocab: int) -> tuple[tuple[int, float], ...] | None:
+    def _logit_bias_pairs(self, n_vocab: int) -> tuple[tuple[int, float], ...] | None:
         if self.logit_bias is None:
             return None
         pairs = self.logit_bias.items() if isinstance(self.logit_bias, dict) else self.logit_bias

@@ -57,7 +57,7 @@ class UnknownFields:
 
 
 @dataclass(frozen=True, slots=True)
-class OfOneRequest:
+class RequestUnknowns:
     """What was ignored in a request, and in which of its objects: of a long list of alike objects one is looked at."""
 
     server: UnknownFields = field(default_factory=UnknownFields)
@@ -69,7 +69,7 @@ class OfOneRequest:
 
 
 # FastAPI validates a body without a way to hand something through to its models.
-REQUEST: ContextVar[OfOneRequest] = ContextVar("REQUEST")
+REQUEST: ContextVar[RequestUnknowns] = ContextVar("REQUEST")
 
 
 def near_miss(name: str, known: Collection[str]) -> str | None:

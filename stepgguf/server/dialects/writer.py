@@ -67,4 +67,4 @@ async def respond(
     """The response to `request`: streamed, or whole once all answers have ended."""
     if stream:
         return EventStream(written(generation, writer), service.config, ping=ping)
-    return JSONResponse(writer.whole(await generation.whole(request), generation.replies))
+    return JSONResponse(writer.whole(await generation.whole_answers(request), generation.replies))

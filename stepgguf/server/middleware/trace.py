@@ -54,7 +54,7 @@ class TraceRequests:
 
     def _log_end(self, scope: Scope, generation: Generation | None, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")
-        self._metrics.answered(scope["method"] if scope["method"] in METHODS else "OTHER", route, status)
+        self._metrics.count_request(scope["method"] if scope["method"] in METHODS else "OTHER", route, status)
         if scope["path"] in POLLED and status == 200:
             return
         line = f"{scope['method']} {scope['path']!a} {status} {seconds * 1000:.0f} ms {scope['state']['trace']}"

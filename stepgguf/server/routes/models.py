@@ -39,7 +39,7 @@ async def models(service: TheService) -> ModelList:
 
 @router.get("/v1/models/{id:path}", responses=refusals(OPENAI_ERRORS, 404))
 async def model(id: str, service: TheService) -> ModelEntry:
-    return _model_entry(service, service.model(id))
+    return _model_entry(service, service.model_id(id))
 
 
 def _model_entry(service: Service, id: str) -> ModelEntry:

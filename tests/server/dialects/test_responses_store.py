@@ -317,7 +317,7 @@ def read_while_busy(n_words: int) -> list[list[dict[str, Any]]]:
         told = []
         async for events in found.events():
             told.append([dict(event.data) for event in events])
-            await found.finished()
+            await found.wait_until_finished()
         return told
 
     return asyncio.run(read())

@@ -12,7 +12,13 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from stepgguf.errors import RequestError
-from stepgguf.server.dialects.responses.tools import InputReader, Offers, ResponsesTool, ResponsesToolChoice, choose
+from stepgguf.server.dialects.responses.tools import (
+    InputReader,
+    Offers,
+    ResponsesTool,
+    ResponsesToolChoice,
+    resolve_choice,
+)
 from stepgguf.server.dialects.responses.writer import ResponseWriter
 from tests.server.conftest import Server
 from tests.server.dialects.answers import answer, streamed
@@ -91,7 +97,7 @@ def test_a_namespace_and_a_name_are_one_name_to_the_model(declared: Any, names: 
     offered = offers(*declared)
     assert {name: (offer.namespace, offer.name) for name, offer in offered.by_name.items()} == names
     for name, (namespace, inner) in names.items():
-        assert offered.name(namespace, inner) == name
+        assert offered.model_name(namespace, inner) == name
 
 
 def test_names_stay_apart_where_they_are_too_long() -> None:
@@ -144,7 +150,7 @@ def test_a_tool_that_runs_elsewhere_is_left_out(kind: str) -> None:
 )
 def test_a_choice_is_understood(choice: Any, mode: str, name: str | None, left: int) -> None:
     offered = offers(WEATHER, PATCH, space("files", function("read")), {"type": "web_search"})
-    chosen, kept = choose(None if choice is None else CHOICE.validate_python(choice), offered)
+    chosen, kept = resolve_choice(None if choice is None else CHOICE.validate_python(choice), offered)
     assert (chosen.mode, chosen.name, len(kept.tools)) == (mode, name, left)
 
 
@@ -181,7 +187,7 @@ def test_a_call_of_a_tool_in_a_namespace_has_both_names() -> None:
 def test_a_call_of_a_custom_tool_is_its_text(namespace: str | None) -> None:
     text = '*** Begin "Patch"\\\n\t- {a}\n+ größer 🙂\n'
     offered = offers(PATCH) if namespace is None else offers(space(namespace, PATCH))
-    events, response = written(offered, [*call(offered.name(namespace, "apply_patch"), text), "</tool_call>"])
+    events, response = written(offered, [*call(offered.model_name(namespace, "apply_patch"), text), "</tool_call>"])
     names = [event["type"] for event in events if event.get("output_index") == 1]
     assert names[0] == "response.output_item.added"
     assert names[-2:] == ["response.custom_tool_call_input.done", "response.output_item.done"]
@@ -205,11 +211,11 @@ def test_a_string_is_read_out_of_json_in_pieces(text: str, size: int) -> None:
         arguments = json.dumps({"input": text}, ensure_ascii=ascii_only)
         reader = InputReader()
         found = [reader.feed(arguments[i : i + size]) for i in range(0, len(arguments), size)]
-        assert ("".join(found), reader.ended) == (text, True)
+        assert ("".join(found), reader.is_complete) == (text, True)
     for end in range(len(arguments)):
         cut = InputReader()
         assert text.startswith(cut.feed(arguments[:end]))
-        assert not cut.ended or text.endswith("}")
+        assert not cut.is_complete or text.endswith("}")
 
 
 @pytest.mark.parametrize("tool", [PATCH, function("apply_patch")])

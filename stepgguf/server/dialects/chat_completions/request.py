@@ -13,8 +13,8 @@ from stepgguf.server.body.answer_format import FormatFields
 from stepgguf.server.body.hosted import ExtraBody, HostedServiceFields
 from stepgguf.server.body.objects import CheckedObject, RequestObject, ignored
 from stepgguf.server.body.reasoning import ReasoningFields
-from stepgguf.server.body.sampling import AnswerTokens, SamplingFields, limit
-from stepgguf.server.body.unreadable import AnyPart, as_output, just_written, refuse_unreadable
+from stepgguf.server.body.sampling import AnswerTokens, SamplingFields, token_limit
+from stepgguf.server.body.unreadable import AnyPart, as_tool_output, newest_user_message, refuse_unreadable
 from stepgguf.server.dialects.function_tools import FunctionDeclaration, as_tools
 from stepgguf.server.dialects.openai import StreamOptions
 from stepgguf.server.service import Service
@@ -82,7 +82,7 @@ class ChatInputMessage(RequestObject):
             return data
         if data.get("role") in ("tool", "function"):
             content = data.get("content")
-            return {**data, "role": "tool", "content": content if isinstance(content, str) else as_output(content)}
+            return {**data, "role": "tool", "content": content if isinstance(content, str) else as_tool_output(content)}
         if data.get("role") == "assistant" and isinstance(data.get("content"), list):
             data = _with_reasoning_apart(data)
         if data.get("function_call") and not data.get("tool_calls"):
@@ -92,7 +92,7 @@ class ChatInputMessage(RequestObject):
 
 def as_chat(messages: Sequence[ChatInputMessage]) -> list[dict[str, Any]]:
     """As OpenAI's chat messages. RequestError: the message that the user has just written has more than text."""
-    newest = just_written([message.role for message in messages])
+    newest = newest_user_message([message.role for message in messages])
     if newest is not None and isinstance(parts := messages[newest].content, list):
         refuse_unreadable(parts, f"messages[{newest}].content")
     return [message.model_dump(exclude_none=True) for message in messages]
@@ -147,7 +147,7 @@ class ChatAllowedToolChoice(RequestObject):
     allowed_tools: ChatAllowedTools
 
 
-def _form(choice: Any) -> str:
+def _choice_form(choice: Any) -> str:
     if isinstance(choice, str):
         return "a word"
     allowed = choice.get("type") == "allowed_tools" if isinstance(choice, dict) else hasattr(choice, "allowed_tools")
@@ -158,7 +158,7 @@ ChatToolChoice = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("a word")]
     | Annotated[ChatNamedTool, Tag("a tool")]
     | Annotated[ChatAllowedToolChoice, Tag("allowed tools")],
-    Discriminator(_form),
+    Discriminator(_choice_form),
 ]
 
 
@@ -197,13 +197,13 @@ class ChatBody(SamplingFields, ReasoningFields, FormatFields, ExtraBody, HostedS
         return ChatRequest(
             messages=as_chat(self.messages),
             sampling=self.sampling(info.sampling, info.n_vocab),
-            tools=as_tools(self._allowed(client_functions(self.tools, service))),
+            tools=as_tools(self._allowed_functions(client_functions(self.tools, service))),
             tool_choice=self._tool_choice(),
             parallel_tool_calls=self.parallel_tool_calls is not False,
-            format=self.format(),
+            format=self.answer_format(),
             reasoning_budget=self.reasoning_limit(service.config),
-            max_tokens=limit(self.max_completion_tokens or self.max_tokens),
-            stops=self.stops(),
+            max_tokens=token_limit(self.max_completion_tokens or self.max_tokens),
+            stops=self.stop_texts(),
             top_logprobs=self._top_logprobs(),
         )
 
@@ -213,7 +213,7 @@ class ChatBody(SamplingFields, ReasoningFields, FormatFields, ExtraBody, HostedS
             raise RequestError(f"n: this server makes at most {most} answers at a time, found {n}", param="n")
         return n
 
-    def _allowed(self, functions: list[FunctionDeclaration]) -> list[FunctionDeclaration]:
+    def _allowed_functions(self, functions: list[FunctionDeclaration]) -> list[FunctionDeclaration]:
         if not isinstance(self.tool_choice, ChatAllowedToolChoice):
             return functions
         names = {tool.function.name for tool in self.tool_choice.allowed_tools.tools}

@@ -14,7 +14,7 @@ from stepgguf.server.dialects.dialect import FROM_EVERY_ROUTE, OF_A_BODY, OF_A_G
 from stepgguf.server.dialects.openai import wants_usage
 from stepgguf.server.dialects.openai_errors import OPENAI_ERRORS
 from stepgguf.server.dialects.writer import respond
-from stepgguf.server.service import TheService, copies
+from stepgguf.server.service import TheService, copies_of
 
 router = APIRouter(
     prefix="/v1/chat/completions",
@@ -33,7 +33,7 @@ async def chat_completions(body: ChatBody, request: Request, service: TheService
     head = service.answer_head(request, body.model)
     n, with_usage = body.n_answers(service), wants_usage(body.stream, body.stream_options)
     prepared = await service.prepare(body)
-    generation = await service.start(copies(prepared, n), request)
+    generation = await service.start_generation(copies_of(prepared, n), request)
     options = ChatOptions(
         n,
         shows_reasoning=body.shows_reasoning(),

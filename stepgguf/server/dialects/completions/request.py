@@ -14,9 +14,9 @@ from stepgguf.errors import RequestError
 from stepgguf.runtime.engine import Request as EngineRequest
 from stepgguf.server.body.answer_format import FormatFields
 from stepgguf.server.body.hosted import ExtraBody, HostedServiceFields
-from stepgguf.server.body.sampling import AnswerTokens, SamplingFields, limit
+from stepgguf.server.body.sampling import AnswerTokens, SamplingFields, token_limit
 from stepgguf.server.dialects.openai import StreamOptions
-from stepgguf.server.service import Service, copies
+from stepgguf.server.service import Service, copies_of
 
 MAX_TOKENS = 16  # OpenAI's default
 NO_MARKERS = Markers(None, None, None)  # every token is text
@@ -40,7 +40,7 @@ class CompletionBody(SamplingFields, FormatFields, ExtraBody, HostedServiceField
     logprobs: int | None = Field(None, ge=0, le=5, description="So many alternatives to each token, and the token.")
     suffix: str | None = Field(None, description="Refused: the model cannot fill in.")
 
-    def check(self) -> None:
+    def check_fields(self) -> None:
         """RequestError: what this server cannot do."""
         if self.suffix:
             raise RequestError("suffix: the model cannot fill in between two texts", param="suffix")
@@ -49,7 +49,7 @@ class CompletionBody(SamplingFields, FormatFields, ExtraBody, HostedServiceField
         if self.echo and self.logprobs is not None:
             raise RequestError("echo: there are no logprobs of a prompt", param="echo", hint="Leave out one of them.")
 
-    def prompts(self, service: Service) -> list[tuple[int, ...]]:
+    def prompt_tokens(self, service: Service) -> list[tuple[int, ...]]:
         """Token ids of each. RequestError: a prompt is empty, an id is not one, or they are too many."""
         one = isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int))
         given = cast("list[str] | list[list[int]]", [self.prompt] if one else self.prompt)
@@ -66,19 +66,26 @@ class CompletionBody(SamplingFields, FormatFields, ExtraBody, HostedServiceField
         return [tuple(tokens) for tokens in tokenized]
 
     def prepare(self, service: Service) -> list[Prepared]:
-        self.check()
+        self.check_fields()
         info, markers, n = service.engine.info, service.chat.markers, self.n or 1
         grammar = constrain(
-            markers, in_reasoning=False, format=self.format(), tools=(), choice=ToolChoice("none"), parallel=False
+            markers,
+            in_reasoning=False,
+            format=self.answer_format(),
+            tools=(),
+            choice=ToolChoice("none"),
+            parallel=False,
         )
         prepared = []
-        for prompt in self.prompts(service):
+        for prompt in self.prompt_tokens(service):
             request = EngineRequest(
                 prompt,
                 self.sampling(info.sampling, info.n_vocab),
-                max_tokens=limit(self.max_tokens or MAX_TOKENS),
+                max_tokens=token_limit(self.max_tokens or MAX_TOKENS),
                 grammar=grammar,
                 top_logprobs=self.logprobs,
             )
-            prepared += copies(Prepared(request, NO_MARKERS, in_reasoning=False, tools=(), stops=self.stops()), n)
+            prepared += copies_of(
+                Prepared(request, NO_MARKERS, in_reasoning=False, tools=(), stops=self.stop_texts()), n
+            )
         return prepared

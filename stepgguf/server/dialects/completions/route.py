@@ -34,7 +34,7 @@ async def completions(body: CompletionBody, request: Request, service: TheServic
     with_usage = wants_usage(body.stream, body.stream_options)
     prepared = await run_in_threadpool(body.prepare, service)
     echoes = await run_in_threadpool(lambda: [_prompt_text(service, p) if body.echo else "" for p in prepared])
-    generation = await service.start(prepared, request)
+    generation = await service.start_generation(prepared, request)
     writer = CompletionWriter(head, echoes, generation.n_prompt, n_top=body.logprobs, with_usage=with_usage)
     return await respond(generation, writer, request, service, stream=body.stream)
 

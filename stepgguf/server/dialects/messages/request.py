@@ -29,8 +29,8 @@ from stepgguf.chat.request import ChatRequest, JsonSchema, Tool, ToolChoice
 from stepgguf.errors import RequestError
 from stepgguf.server.body.objects import CheckedObject, RequestObject, ignored
 from stepgguf.server.body.reasoning import ReasoningAmounts, ReasoningMap, Spelling
-from stepgguf.server.body.sampling import UNLIMITED, AnswerTokens, Effort, SamplingFields, limit
-from stepgguf.server.body.unreadable import just_written, paragraphs, refuse_unreadable
+from stepgguf.server.body.sampling import UNLIMITED, AnswerTokens, Effort, SamplingFields, token_limit
+from stepgguf.server.body.unreadable import newest_user_message, paragraphs, refuse_unreadable
 from stepgguf.server.config import ServerConfig
 from stepgguf.server.dialects.function_tools import FunctionDeclaration, as_tools
 from stepgguf.server.dialects.messages.turns import Texts, Turn
@@ -184,7 +184,7 @@ class MessagesBody(MessagesPrompt, SamplingFields):
                 param=f"messages[{len(self.messages) - 1}]",
                 hint="This model cannot continue an answer; end with a message of role user.",
             )
-        written = just_written(["tool" if turn.has_results else turn.role for turn in self.messages])
+        written = newest_user_message(["tool" if turn.has_results else turn.role for turn in self.messages])
         if written is not None:
             turn = self.messages[written]
             refuse_unreadable((b if turn.renders(b) else None for b in turn.content), f"messages[{written}].content")
@@ -192,13 +192,13 @@ class MessagesBody(MessagesPrompt, SamplingFields):
         return replace(
             super().chat_request(service),
             sampling=self.sampling(info.sampling, info.n_vocab),
-            max_tokens=limit(self.max_tokens),
-            stops=(*self.stops(), *(self.stop_sequences or ())),
+            max_tokens=token_limit(self.max_tokens),
+            stops=(*self.stop_texts(), *(self.stop_sequences or ())),
         )
 
     def _budget(self, config: ServerConfig) -> int | None:
         budget = super()._budget(config)
-        if self.thinking is not None or limit(self.max_tokens) is None:
+        if self.thinking is not None or token_limit(self.max_tokens) is None:
             return budget
         half = self.max_tokens // 2
         return half if budget is None else min(budget, half)

@@ -7,7 +7,7 @@ from starlette.responses import Response
 from typing_extensions import TypedDict
 
 from stepgguf.server.body.json_route import JsonRoute
-from stepgguf.server.body.sampling import limit
+from stepgguf.server.body.sampling import token_limit
 from stepgguf.server.dialects.dialect import FROM_EVERY_ROUTE, OF_A_BODY, OF_A_GENERATION, STREAMED, Dialect, refusals
 from stepgguf.server.dialects.messages.errors import ANTHROPIC_ERRORS
 from stepgguf.server.dialects.messages.request import MessagesBody, MessagesPrompt
@@ -31,10 +31,10 @@ class MessageTokenCount(TypedDict):
 @router.post("", responses=STREAMED | refusals(ANTHROPIC_ERRORS, *OF_A_BODY, *OF_A_GENERATION))
 async def create(body: MessagesBody, request: Request, service: TheService) -> Response:
     """Answer a conversation, as Anthropic's API does. With `stream`, as server-sent events."""
-    model = service.model(body.model)
-    generation = await service.start([await service.prepare(body)], request)
+    model = service.model_id(body.model)
+    generation = await service.start_generation([await service.prepare(body)], request)
     writer = MessageWriter(
-        trace_id(request), model, body.display, n_prompt=generation.n_prompt, max_tokens=limit(body.max_tokens)
+        trace_id(request), model, body.display, n_prompt=generation.n_prompt, max_tokens=token_limit(body.max_tokens)
     )
     return await respond(generation, writer, request, service, stream=body.stream, ping=PING)
 
@@ -42,5 +42,5 @@ async def create(body: MessagesBody, request: Request, service: TheService) -> R
 @router.post("/count_tokens", responses=refusals(ANTHROPIC_ERRORS, *OF_A_BODY, 404))
 async def count_tokens(body: MessagesPrompt, service: TheService) -> MessageTokenCount:
     """How many tokens the prompt of such a message has."""
-    service.model(body.model)
+    service.model_id(body.model)
     return {"input_tokens": await service.count_prompt(body)}

@@ -21,9 +21,9 @@ from stepgguf.server.body.unreadable import (
     AnyPart,
     TextPart,
     UnreadablePart,
-    as_output,
     as_parts,
     as_text,
+    as_tool_output,
     paragraphs,
 )
 from stepgguf.server.dialects.sealed_reasoning import unseal
@@ -62,11 +62,11 @@ def _result_part(part: Any) -> Any:
     return part
 
 
-def _result(content: Any) -> list[Any]:
-    return as_output([_result_part(part) for part in content] if isinstance(content, list) else content)
+def _result_parts(content: Any) -> list[Any]:
+    return as_tool_output([_result_part(part) for part in content] if isinstance(content, list) else content)
 
 
-_Results = Annotated[list[TextPart], BeforeValidator(_result)]
+_Results = Annotated[list[TextPart], BeforeValidator(_result_parts)]
 
 
 class ToolResultBlock(RequestObject):
@@ -90,11 +90,11 @@ RENDERED: dict[str, tuple[type[Block], ...]] = {
 OURS = ("thinking", "redacted_thinking", "tool_use", "tool_result")
 
 
-def _known(block: Any) -> Any:
+def _known_block(block: Any) -> Any:
     return block if isinstance(block, dict) and block.get("type") in OURS else as_text(block)
 
 
-_Block = Annotated[Annotated[Block, Field(discriminator="type")], BeforeValidator(_known)]
+_Block = Annotated[Annotated[Block, Field(discriminator="type")], BeforeValidator(_known_block)]
 
 
 class Turn(RequestObject):
@@ -121,24 +121,24 @@ class Turn(RequestObject):
         """As OpenAI's chat messages."""
         blocks = [block for block in self.content if self.renders(block)]
         if self.role == "assistant":
-            yield from _answer(blocks)
+            yield from _assistant_messages(blocks)
             return
         texts: list[str] = []
         for block in blocks:
             if isinstance(block, TextPart):
                 texts.append(block.text)
             elif isinstance(block, ToolResultBlock):
-                yield from self._said(texts)
+                yield from self._text_message(texts)
                 texts = []
                 yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": block.text}
-        yield from self._said(texts)
+        yield from self._text_message(texts)
 
-    def _said(self, texts: list[str]) -> Iterator[dict[str, Any]]:
+    def _text_message(self, texts: list[str]) -> Iterator[dict[str, Any]]:
         if texts:
             yield {"role": self.role, "content": paragraphs(texts)}
 
 
-def _answer(blocks: list[Block]) -> Iterator[dict[str, Any]]:
+def _assistant_messages(blocks: list[Block]) -> Iterator[dict[str, Any]]:
     """The assistant's message, if there is anything of it."""
     calls = [
         {"id": b.id, "type": "function", "function": {"name": b.name, "arguments": b.input}}

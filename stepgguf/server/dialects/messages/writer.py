@@ -5,9 +5,9 @@
 
     block := content_block_start content_block_delta* content_block_stop        index 0, 1, 2, ... one at a time
 
-A thinking block ends with a signature_delta, because the schema demands a signature; see sealed.py for what it holds. A
-tool_use block starts with an empty input and spells it out as fragments of JSON. There is always a block: an answer of
-which nothing came is an empty text, because clients read content[0].
+A thinking block ends with a signature_delta, because the schema demands a signature; sealed_reasoning.py says what it
+holds. A tool_use block starts with an empty input and spells it out as fragments of JSON. There is always a block: an
+answer of which nothing came is an empty text, because clients read content[0].
 
 A call that max_tokens cut short must not be run. In a stream its fragments stay JSON that nobody closed. A whole
 message has no place for that: its `input` must be an object, and there are agents that run a tool with an empty one. So
@@ -107,7 +107,7 @@ class MessageWriter:
         return self.message
 
     def _feed(self, deltas: Iterable[Delta]) -> list[Record]:
-        return [record for delta in deltas for record in self._write(delta)]
+        return [record for delta in deltas for record in self._write_delta(delta)]
 
     def _stop_reason(self, reply: Reply) -> str:
         if reply.stopped is not None:
@@ -119,7 +119,7 @@ class MessageWriter:
             return "model_context_window_exceeded"
         return "max_tokens"
 
-    def _write(self, delta: Delta) -> list[Record]:
+    def _write_delta(self, delta: Delta) -> list[Record]:
         if delta.kind == "reasoning" and self._display == "hidden":
             return []
         events: list[Record] = []
@@ -130,7 +130,7 @@ class MessageWriter:
         assert self._open is not None
         self._open.parts.append(delta.text)
         if delta.kind != "reasoning" or self._display == "shown":
-            events.append(self._block_delta(_fragment(delta)))
+            events.append(self._block_delta(_delta_fields(delta)))
         return events
 
     def _goes_on_with(self, delta: Delta) -> bool:
@@ -182,7 +182,7 @@ def _call_input(arguments: str) -> dict[str, Any] | None:
     return value
 
 
-def _fragment(delta: Delta) -> dict[str, str]:
+def _delta_fields(delta: Delta) -> dict[str, str]:
     if delta.kind == "reasoning":
         return {"type": "thinking_delta", "thinking": delta.text}
     if delta.kind == "text":

@@ -21,17 +21,23 @@ from stepgguf.runtime.engine import Sampling
 from stepgguf.server.body.hosted import HostedServiceFields
 from stepgguf.server.body.objects import CheckedObject, RequestObject, ignored
 from stepgguf.server.body.reasoning import ReasoningFields, ReasoningMap
-from stepgguf.server.body.sampling import AnswerTokens, SamplingFields, limit
+from stepgguf.server.body.sampling import AnswerTokens, SamplingFields, token_limit
 from stepgguf.server.dialects.responses.items import (
     Items,
     Json,
-    conversation,
-    left_out,
-    read,
-    refuse_what_was_just_written,
+    as_chat_messages,
+    left_out_types,
+    parse_items,
+    refuse_unreadable_input,
 )
 from stepgguf.server.dialects.responses.store import AnswerStore
-from stepgguf.server.dialects.responses.tools import Offers, ResponsesTool, ResponsesToolChoice, choose, repeated
+from stepgguf.server.dialects.responses.tools import (
+    Offers,
+    ResponsesTool,
+    ResponsesToolChoice,
+    echoed_tools,
+    resolve_choice,
+)
 from stepgguf.server.service import Service
 
 NO_CONVERSATIONS = "there are no conversation objects here: use previous_response_id, or send the items as `input`"
@@ -57,7 +63,7 @@ class TextOptions(CheckedObject):
     verbosity: Any = ignored("the model has no such switch; ask for it in a message")
 
 
-def _never(reason: str) -> BeforeValidator:
+def _must_be_absent(reason: str) -> BeforeValidator:
     """The field must be absent, null, false or 0."""
 
     def check(value: Any) -> None:
@@ -96,8 +102,8 @@ class ResponsesPrompt(ReasoningFields, HostedServiceFields):
     text: TextOptions | None = None
     previous_response_id: str | None = None
 
-    conversation: Annotated[None, _never(NO_CONVERSATIONS)] = None
-    prompt: Annotated[None, _never(SEND_TEXT)] = None
+    conversation: Annotated[None, _must_be_absent(NO_CONVERSATIONS)] = None
+    prompt: Annotated[None, _must_be_absent(SEND_TEXT)] = None
 
     truncation: Any = ignored("a prompt that does not fit is refused, not cut")
     personality: Any = ignored("the model has no such switch; ask for it in `instructions`")
@@ -106,20 +112,20 @@ class ResponsesPrompt(ReasoningFields, HostedServiceFields):
         """RequestError, Refusal: the fields do not go together, or refer to what is not stored."""
         if self.input is None and self.previous_response_id is None:
             raise RequestError("input is missing", param="input")
-        before = answers.conversation(self.previous_response_id) if self.previous_response_id else []
-        items = [*before, *answers.resolve(cast("list[Json]", self.input or []))]  # see Items
-        known = read(items)
-        refuse_what_was_just_written(known, len(before))
+        before = answers.whole_conversation(self.previous_response_id) if self.previous_response_id else []
+        items = [*before, *answers.resolve_references(cast("list[Json]", self.input or []))]  # see Items
+        known = parse_items(items)
+        refuse_unreadable_input(known, len(before))
         declared = Offers(self.tools or ())
         service.unknown.ignore("type of tool", declared.left_out)
-        service.unknown.ignore("type of item", left_out(known))
-        choice, offers = choose(self.tool_choice, declared)
-        told = [{"role": "system", "content": self.instructions}] if self.instructions else []
-        said = conversation(known, declared)
-        if not said:
+        service.unknown.ignore("type of item", left_out_types(known))
+        choice, offers = resolve_choice(self.tool_choice, declared)
+        instructions = [{"role": "system", "content": self.instructions}] if self.instructions else []
+        chat = as_chat_messages(known, declared)
+        if not chat:
             raise RequestError("input has nothing that can be shown to the model", param="input")
         request = ChatRequest(
-            messages=[*told, *said],
+            messages=[*instructions, *chat],
             sampling=service.engine.info.sampling,
             tools=offers.tools,
             tool_choice=choice,
@@ -138,7 +144,7 @@ class ResponsesBody(ResponsesPrompt, SamplingFields):
     stream: bool | None = None
     store: bool | None = Field(None, description="false: forget the answer when it is finished.")
     background: bool | None = Field(None, description="The answer goes on when the client leaves; it must be stored.")
-    top_logprobs: Annotated[None, _never(NO_LOGPROBS)] = None
+    top_logprobs: Annotated[None, _must_be_absent(NO_LOGPROBS)] = None
 
     metadata: Any = ignored("it is repeated in the answer")
     stream_options: Any = ignored("it only pads events")
@@ -149,26 +155,26 @@ class ResponsesBody(ResponsesPrompt, SamplingFields):
     max_tool_calls: Any = ignored("it limits tools that run on the server, and there are none")
 
     @property
-    def sealed(self) -> bool:
+    def wants_sealed_reasoning(self) -> bool:
         return SEALED in (self.include or ())
 
     @property
-    def stored(self) -> bool:
+    def is_stored(self) -> bool:
         return self.store is not False
 
     def chat_request(self, service: Service, answers: AnswerStore) -> PreparedResponse:
-        if self.background and not self.stored:
+        if self.background and not self.is_stored:
             raise RequestError("background needs store: true, for the answer is fetched later", param="background")
         asked, info = super().chat_request(service, answers), service.engine.info
         request = replace(
             asked.request,
             sampling=self.sampling(info.sampling, info.n_vocab),
-            max_tokens=limit(self.max_output_tokens),
-            stops=self.stops(),
+            max_tokens=token_limit(self.max_output_tokens),
+            stops=self.stop_texts(),
         )
-        return replace(asked, request=request, echo=json.dumps(self._echo(request.sampling)).encode())
+        return replace(asked, request=request, echo=json.dumps(self._echoed_fields(request.sampling)).encode())
 
-    def _echo(self, sampling: Sampling) -> Json:
+    def _echoed_fields(self, sampling: Sampling) -> Json:
         """As they were understood. sampling: as used."""
         effort = self.reasoning.effort if isinstance(self.reasoning, ReasoningMap) else self.reasoning
         choice = self.tool_choice
@@ -176,23 +182,23 @@ class ResponsesBody(ResponsesPrompt, SamplingFields):
         return {
             "background": bool(self.background),
             "instructions": self.instructions,
-            "max_output_tokens": limit(self.max_output_tokens),
-            "metadata": _bounded(self.metadata),
+            "max_output_tokens": token_limit(self.max_output_tokens),
+            "metadata": _bounded_metadata(self.metadata),
             "parallel_tool_calls": self.parallel_tool_calls is not False,
             "previous_response_id": self.previous_response_id,
             "reasoning": {"effort": effort if isinstance(effort, str) else None, "summary": None},
-            "store": self.stored,
+            "store": self.is_stored,
             "temperature": sampling.temperature,
             "text": {"format": form or {"type": "text"}},
             "tool_choice": choice.model_dump() if isinstance(choice, RequestObject) else choice or "auto",
-            "tools": repeated(self.tools or ()),
+            "tools": echoed_tools(self.tools or ()),
             "top_p": sampling.top_p,
             "truncation": "disabled",
             "user": self.user if isinstance(self.user, str) else None,
         }
 
 
-def _bounded(metadata: Any) -> dict[str, str]:
+def _bounded_metadata(metadata: Any) -> dict[str, str]:
     """As much as OpenAI takes: 16 pairs of 64 and 512 characters."""
     pairs = islice(metadata.items(), 16) if isinstance(metadata, dict) else ()
     return {key[:64]: str(value)[:512] for key, value in pairs}

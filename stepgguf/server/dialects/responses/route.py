@@ -71,25 +71,25 @@ async def create(
 ) -> Response:
     """Answer a conversation, as OpenAI's Responses API does. With `stream`, as server-sent events. With `background`
     at once, and the answer goes on until it is finished or cancelled, whether or not the client stays."""
-    model = service.model(body.model)
+    model = service.model_id(body.model)
     asked = await run_in_threadpool(body.chat_request, service, answers)
-    generation = await _start(body, asked, request, service)
+    generation = await _start_generation(body, asked, request, service)
     writer = ResponseWriter(
         trace_id(request),
         model,
         now(),
         asked.echo,
         asked.offers.by_name,
-        sealed=body.sealed,
+        sealed=body.wants_sealed_reasoning,
         shows_reasoning=body.shows_reasoning(),
     )
-    answer = Answer(writer, generation, asked.context, keeps=body.stored, background=bool(body.background))
+    answer = Answer(writer, generation, asked.context, keeps=body.is_stored, background=bool(body.background))
     answers.add(answer)
     if body.stream:
-        return _stream(answer, service, count_tokens)
+        return _event_stream(answer, service, count_tokens)
     if not body.background:
         async with on_disconnect(request.receive, answer.cancel):
-            await answer.finished()
+            await answer.wait_until_finished()
         if answer.error is not None:
             raise answer.error
     return JSONResponse(writer.response)
@@ -98,7 +98,7 @@ async def create(
 @router.post("/input_tokens", responses=refusals(RESPONSE_ERRORS, *OF_A_BODY, 404))
 async def input_tokens(body: ResponsesPrompt, service: TheService, answers: TheAnswers) -> ResponsesTokenCount:
     """How many tokens the prompt of such a response has."""
-    service.model(body.model)
+    service.model_id(body.model)
     asked = await run_in_threadpool(body.chat_request, service, answers)
     prompt, _ = await run_in_threadpool(service.chat.prompt, asked.request)
     return {"object": "response.input_tokens", "input_tokens": len(prompt)}
@@ -118,7 +118,7 @@ async def retrieve(
     """An answer as far as it has come."""
     answer = answers.get(id)
     if stream:
-        return _stream(answer, service, count_tokens, 0 if starting_after is None else starting_after + 1)
+        return _event_stream(answer, service, count_tokens, 0 if starting_after is None else starting_after + 1)
     return JSONResponse(answer.writer.response)
 
 
@@ -141,7 +141,7 @@ async def input_items(
     answer = answers.get(id)
 
     def page() -> bytes:
-        items = answer.items()[:: 1 if order == "asc" else -1]
+        items = answer.input_items()[:: 1 if order == "asc" else -1]
         start = next((i + 1 for i, item in enumerate(items) if item["id"] == after), 0)
         data = items[start : start + limit]
         first, last = (data[0]["id"], data[-1]["id"]) if data else ("", "")
@@ -163,7 +163,7 @@ async def cancel(id: str, answers: TheAnswers) -> Response:
     """End an answer where it is. One that is finished stays as it is."""
     answer = answers.get(id)
     answer.cancel()
-    await answer.finished()
+    await answer.wait_until_finished()
     return JSONResponse(answer.writer.response)
 
 
@@ -175,14 +175,16 @@ async def end_reasoning(id: str, answers: TheAnswers) -> Response:
     return JSONResponse(answer.writer.response)
 
 
-async def _start(body: ResponsesBody, asked: PreparedResponse, request: Request, service: Service) -> Generation:
+async def _start_generation(
+    body: ResponsesBody, asked: PreparedResponse, request: Request, service: Service
+) -> Generation:
     prepared = [await run_in_threadpool(service.chat.prepare, asked.request)]
     if body.background:  # the store owns it, not the request
         return await Generation.start(service.engine, prepared, service.metrics)
-    return await service.start(prepared, request)
+    return await service.start_generation(prepared, request)
 
 
-def _stream(answer: Answer, service: Service, count_tokens: bool, start: int = 0) -> EventStream:
+def _event_stream(answer: Answer, service: Service, count_tokens: bool, start: int = 0) -> EventStream:
     return EventStream(_chunks(answer, start, count_tokens), service.config)
 
 

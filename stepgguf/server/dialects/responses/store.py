@@ -32,7 +32,7 @@ from stepgguf.server.validation import SHOWN
 log = logging.getLogger(__name__)
 SWEEP_SECONDS = 60.0
 MOST_AT_ONCE = 256  # events, of which a long answer has many: other requests wait meanwhile
-# Of an item of the output, or (in) of the input that was listed; see ResponseWriter and Answer.items.
+# Of an item of the output, or (in) of the input that was listed; see ResponseWriter and Answer.input_items.
 _ITEM_ID = re.compile(r"[a-z]+_([0-9a-f]+)_(in)?([0-9]{1,6})")
 KEPT = "Answers are kept in memory for an hour after their last use, and not with `store: false`"
 
@@ -75,7 +75,7 @@ class Answer:
             else:
                 await changed.wait()
 
-    async def finished(self) -> None:
+    async def wait_until_finished(self) -> None:
         await asyncio.shield(self._task)
 
     def when_finished(self, call: Callable[[], None]) -> None:
@@ -87,13 +87,13 @@ class Answer:
     def end_reasoning(self) -> None:
         self._generation.end_reasoning()
 
-    def items(self) -> list[dict[str, Any]]:
+    def input_items(self) -> list[dict[str, Any]]:
         """What it answers, each with an id."""
         items: list[dict[str, Any]] = json.loads(self._context)
         trace = self.id.removeprefix("resp_")
-        return [_listed(f"item_{trace}_in{i}", item) for i, item in enumerate(items)]
+        return [_listed_item(f"item_{trace}_in{i}", item) for i, item in enumerate(items)]
 
-    def conversation(self) -> list[dict[str, Any]]:
+    def whole_conversation(self) -> list[dict[str, Any]]:
         """What it answers and the answer."""
         return [*json.loads(self._context), *self.writer.response["output"]]
 
@@ -122,7 +122,7 @@ class Answer:
         self._changed = asyncio.Event()
 
 
-def _listed(id: str, item: dict[str, Any]) -> dict[str, Any]:
+def _listed_item(id: str, item: dict[str, Any]) -> dict[str, Any]:
     """An item as it was sent, and what may be left out of it."""
     item = {"id": id, "status": "completed", **item}
     content = item.get("content")
@@ -145,7 +145,7 @@ class AnswerStore:
 
     def add(self, answer: Answer) -> None:
         self._answers[answer.id] = answer
-        answer.when_finished(self._sweep)
+        answer.when_finished(self._forget_old)
 
     def find(self, id: str) -> Answer | None:
         answer = self._answers.get(id)
@@ -164,7 +164,7 @@ class AnswerStore:
         self.get(id).cancel()
         del self._answers[id]
 
-    def conversation(self, id: str) -> list[dict[str, Any]]:
+    def whole_conversation(self, id: str) -> list[dict[str, Any]]:
         """What a previous answer answered, and that answer. Refusal: there is none, or it is not finished."""
         answer = self.find(id)
         if answer is None:
@@ -173,9 +173,9 @@ class AnswerStore:
         if not answer.writer.finished:
             text = f"the previous response {id!r} is still being made; wait for its end or cancel it"
             raise Refusal(400, text, param="previous_response_id")
-        return answer.conversation()
+        return answer.whole_conversation()
 
-    def resolve(self, items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    def resolve_references(self, items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """The items, those of our own answers that are only referred to included. Refusal: there is no such item."""
         seen: set[str] = set()
         found = []
@@ -184,22 +184,22 @@ class AnswerStore:
                 if item["id"] in seen:
                     raise Refusal(400, f"Duplicate item found with id {item['id'][:SHOWN]!r}", param=f"input[{i}]")
                 seen.add(item["id"])
-                item = self._item(item["id"], f"input[{i}]")
+                item = self._kept_item(item["id"], f"input[{i}]")
             found.append(item)
         return found
 
-    def _item(self, id: str, param: str) -> dict[str, Any]:
+    def _kept_item(self, id: str, param: str) -> dict[str, Any]:
         named = _ITEM_ID.fullmatch(id)
         answer = self.find(f"resp_{named[1]}") if named else None
         if named and answer:
-            items = answer.items() if named[2] else answer.writer.response["output"]
+            items = answer.input_items() if named[2] else answer.writer.response["output"]
             item = next((item for item in items if item["id"] == id), None)
             if item is not None:
                 return item
         text = f"Item with id {id[:SHOWN]!r} not found. {KEPT}; send the item itself instead of its id"
         raise Refusal(404, text, param=param)
 
-    def _sweep(self) -> None:
+    def _forget_old(self) -> None:
         """Forget what need not stay, oldest use first; what is still being made stays."""
         oldest = time.monotonic() - self._config.stored_seconds
         n, n_bytes = len(self._answers), sum(answer.n_bytes for answer in self._answers.values())
@@ -211,4 +211,4 @@ class AnswerStore:
         if self._sweeping is not None:
             self._sweeping.cancel()
         if self._answers:
-            self._sweeping = asyncio.get_running_loop().call_later(SWEEP_SECONDS, self._sweep)
+            self._sweeping = asyncio.get_running_loop().call_later(SWEEP_SECONDS, self._forget_old)

@@ -91,12 +91,12 @@ ResponsesTool = Annotated[
 ]
 
 
-def repeated(tools: Iterable[ResponsesTool]) -> list[dict[str, Any]]:
+def echoed_tools(tools: Iterable[ResponsesTool]) -> list[dict[str, Any]]:
     """As the response repeats them: those that are offered, with the fields that have a meaning here."""
     found = []
     for tool in tools:
         if isinstance(tool, ResponsesNamespaceTool):
-            found.append({**tool.model_dump(), "tools": repeated(tool.tools)})
+            found.append({**tool.model_dump(), "tools": echoed_tools(tool.tools)})
         elif not isinstance(tool, ResponsesOtherTool):
             found.append(tool.model_dump())
     return found
@@ -138,12 +138,12 @@ class Offers:
     def tools(self) -> tuple[Tool, ...]:
         return tuple(offer.tool for offer in self.by_name.values())
 
-    def name(self, namespace: str | None, name: str) -> str:
+    def model_name(self, namespace: str | None, name: str) -> str:
         """What the model calls a tool, offered or not."""
         offer = self._by_key.get((namespace or None, name))
         return flat_name(namespace, name) if offer is None else offer.tool.name
 
-    def only(self, keys: Iterable[tuple[str | None, str]]) -> Offers:
+    def restricted_to(self, keys: Iterable[tuple[str | None, str]]) -> Offers:
         """Without the tools that are not named."""
         kept = Offers(())
         kept._by_key = {key: self._by_key[key] for key in keys if key in self._by_key}
@@ -158,13 +158,13 @@ class Offers:
         if key in self._by_key:
             where = f" in the namespace {namespace!r}" if namespace else ""
             raise RequestError(f"tools: two functions{where} are called {tool.name}", param="tools")
-        name = self._free(flat_name(namespace, tool.name))
+        name = self._free_name(flat_name(namespace, tool.name))
         shown = Tool(name, tool.description, tool.parameters or {})
         self._by_key[key] = self.by_name[name] = Offer(
             shown, tool.name, namespace, isinstance(tool, ResponsesCustomTool)
         )
 
-    def _free(self, flat: str) -> str:
+    def _free_name(self, flat: str) -> str:
         """The flat name, or another should it be taken: `a` has `b__c` and `a__b` has `c`; or it was cut."""
         name = flat
         while name in self.by_name:
@@ -182,14 +182,14 @@ def flat_name(namespace: str | None, name: str) -> str:
 
 
 class InputReader:
-    """The one string of a custom tool's call, out of fragments of its arguments' JSON. ended: they are complete."""
+    """The one string of a custom tool's call, out of fragments of its arguments' JSON."""
 
     def __init__(self) -> None:
         self._inside = False
         self._rest = ""
 
     @property
-    def ended(self) -> bool:
+    def is_complete(self) -> bool:
         return self._rest.endswith("}")
 
     def feed(self, fragment: str) -> str:
@@ -244,25 +244,25 @@ ResponsesToolChoice = (
 )
 
 
-def choose(choice: ResponsesToolChoice | None, offers: Offers) -> tuple[ToolChoice, Offers]:
+def resolve_choice(choice: ResponsesToolChoice | None, offers: Offers) -> tuple[ToolChoice, Offers]:
     """What the model may and must call. RequestError: it must call what is not offered."""
     if choice is None or isinstance(choice, str):
         chosen = ToolChoice(choice or "auto")
     elif isinstance(choice, ResponsesAllowedTools):
-        offers = offers.only((tool.namespace or None, tool.name) for tool in choice.tools if tool.name)
+        offers = offers.restricted_to((tool.namespace or None, tool.name) for tool in choice.tools if tool.name)
         chosen = ToolChoice(choice.mode)
     elif isinstance(choice, ResponsesNamedTool):
         if (choice.namespace or None, choice.name) not in offers:
-            raise _absent(f"the tool {choice.name[:LONGEST_NAME]!r}")
-        chosen = ToolChoice("required", offers.name(choice.namespace, choice.name))
+            raise _not_offered(f"the tool {choice.name[:LONGEST_NAME]!r}")
+        chosen = ToolChoice("required", offers.model_name(choice.namespace, choice.name))
     else:
-        raise _absent(f"a tool of type {choice.type[:LONGEST_NAME]!r}")
+        raise _not_offered(f"a tool of type {choice.type[:LONGEST_NAME]!r}")
     if chosen.mode == "required" and not offers.by_name:
-        raise _absent("a tool")
+        raise _not_offered("a tool")
     return chosen, offers
 
 
-def _absent(what: str) -> RequestError:
+def _not_offered(what: str) -> RequestError:
     return RequestError(
         f"tool_choice asks for {what}, which is not offered",
         param="tool_choice",

@@ -77,7 +77,7 @@ class OutputItem:
         return n_before + len(self.ends) + (0 if self.status == "in_progress" else n_before + 1)
 
     @property
-    def whole(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """As far as it has come."""
         text = self.text.decode()
         item = {**self.head, "status": self.status, self.type.field: self._content(text)}
@@ -86,10 +86,10 @@ class OutputItem:
         return item
 
     @property
-    def is_call(self) -> bool:
+    def is_whole_call(self) -> bool:
         """One that is whole, if the answer was cut right after it."""
         if self.reader is not None:
-            return self.reader.ended
+            return self.reader.is_complete
         try:
             return self.type.part is None and isinstance(json.loads(self.text), dict)
         except ValueError:
@@ -103,39 +103,39 @@ class OutputItem:
 
     def events(self, skip: int) -> Iterator[Fields]:
         """All but the first `skip`, without what the events of all items have."""
-        before = self._before()
+        before = self._opening_events()
         yield from before[skip:]
         skip = max(0, skip - len(before))
         for i in range(skip, len(self.ends)):
             fragment = self.text[self.ends[i - 1] if i else 0 : self.ends[i]].decode()
             yield self._event(f"{self.type.text}.delta", delta=fragment, **self._logprobs())
         if self.status != "in_progress":
-            yield from self._after()[max(0, skip - len(self.ends)) :]
+            yield from self._closing_events()[max(0, skip - len(self.ends)) :]
 
-    def _before(self) -> list[Fields]:
+    def _opening_events(self) -> list[Fields]:
         started = {**self.head, "status": "in_progress", self.type.field: "" if self.type.part is None else []}
         added: list[Fields] = [{"type": "response.output_item.added", "item": started}]
         if self.type.part is not None:
-            added.append(self._event("response.content_part.added", part=self._part("")))
+            added.append(self._event("response.content_part.added", part=self._content_part("")))
         return added
 
-    def _after(self) -> list[Fields]:
+    def _closing_events(self) -> list[Fields]:
         text = self.text.decode()
         name = {"name": self.head["name"]} if self.head["type"] == "function_call" else {}
         field = {"text" if self.type.part else self.type.field: text}
         events = [self._event(f"{self.type.text}.done", **name, **field, **self._logprobs())]
         if self.type.part is not None:
-            events.append(self._event("response.content_part.done", part=self._part(text)))
-        return [*events, {"type": "response.output_item.done", "item": self.whole}]
+            events.append(self._event("response.content_part.done", part=self._content_part(text)))
+        return [*events, {"type": "response.output_item.done", "item": self.as_json}]
 
     def _event(self, type: str, **fields: Any) -> Fields:
         index = {} if self.type.part is None else {"content_index": 0}
         return {"type": type, "item_id": self.head["id"], **index, **fields}
 
     def _content(self, text: str) -> Any:
-        return text if self.type.part is None else [self._part(text)]
+        return text if self.type.part is None else [self._content_part(text)]
 
-    def _part(self, text: str) -> dict[str, Any]:
+    def _content_part(self, text: str) -> dict[str, Any]:
         more: dict[str, Any] = {"annotations": [], "logprobs": []} if self.type.part == "output_text" else {}
         return {"type": self.type.part, "text": text, **more}
 
@@ -185,7 +185,7 @@ class ResponseWriter:
     @property
     def response(self) -> dict[str, Any]:
         """As far as it has come: an item that is being written has its text so far."""
-        return {**self._fields, **json.loads(self._echo), "output": [item.whole for item in self._items]}
+        return {**self._fields, **json.loads(self._echo), "output": [item.as_json for item in self._items]}
 
     @property
     def n_bytes(self) -> int:
@@ -199,7 +199,7 @@ class ResponseWriter:
     def feed(self, part: AnswerPart) -> Iterator[JsonEvent]:
         for delta in part.deltas:
             if delta.kind != "reasoning" or self._shows_reasoning:
-                self._write(delta)
+                self._write_delta(delta)
         return self._added()
 
     def finish(self, replies: Sequence[Reply]) -> Iterator[JsonEvent]:
@@ -237,7 +237,7 @@ class ResponseWriter:
 
     def _numbered(self, start: int) -> Iterator[Fields]:
         if start < len(OPENING):
-            for number, event in enumerate(self._opening()[start:], start):
+            for number, event in enumerate(self._first_events()[start:], start):
                 yield {**event, "sequence_number": number}
         first = len(OPENING)
         for index, item in enumerate(self._items):
@@ -247,18 +247,18 @@ class ResponseWriter:
                     yield {**event, "output_index": index, "sequence_number": number}
             first += item.n_events
         if self.finished and start <= first:
-            yield {**self._closing(), "sequence_number": first}
+            yield {**self._last_event(), "sequence_number": first}
 
-    def _opening(self) -> list[Fields]:
+    def _first_events(self) -> list[Fields]:
         response = {**self._started, **json.loads(self._echo)}
         return [{"type": f"response.{name}", "response": response} for name in OPENING]
 
-    def _closing(self) -> Fields:
+    def _last_event(self) -> Fields:
         status = self._fields["status"]
         name = "incomplete" if status == "cancelled" else status  # there is no event response.cancelled
         return {"type": f"response.{name}", "response": self.response}
 
-    def _write(self, delta: Delta) -> None:
+    def _write_delta(self, delta: Delta) -> None:
         last = self._items[-1] if self._items else None
         goes_on = last is not None and delta.kind in ("arguments", FEEDS.get(last.head["type"]))
         if last is None or not goes_on:
@@ -295,7 +295,7 @@ class ResponseWriter:
     def _end(self, status: str) -> None:
         """An answer that was cut ends inside its last item, unless that is a whole call."""
         self._close_last(
-            "completed" if status == "completed" or (self._items and self._items[-1].is_call) else "incomplete"
+            "completed" if status == "completed" or (self._items and self._items[-1].is_whole_call) else "incomplete"
         )
         self._fields["status"] = status
         self.finished = True
