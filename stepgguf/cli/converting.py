@@ -24,6 +24,7 @@ from stepgguf.convert.sources.opening import open_source
 from stepgguf.convert.sources.source import TensorSource
 from stepgguf.convert.writer import Writer, is_taken, taken
 from stepgguf.errors import StepggufError, UnknownType
+from stepgguf.files.byte_sizes import readable_size
 from stepgguf.quants.recipe import Recipe
 
 
@@ -69,7 +70,7 @@ def sized(error: UnknownType, model: Inventory) -> UnknownType:
     if not error.near:
         return error
     sizes = sorted(((model.sizes(name), name) for name in error.near), key=lambda pair: pair[0].total)
-    found = [f"{name} {output.size(s.total)}{' (with an imatrix)' * s.needs_imatrix}" for s, name in sizes]
+    found = [f"{name} {readable_size(s.total)}{' (with an imatrix)' * s.needs_imatrix}" for s, name in sizes]
     return UnknownType(error.message, hint=f"Types that come near: {', '.join(found)}.", near=error.near)
 
 
@@ -119,7 +120,7 @@ class Run:
         plan = self.plan
         files = f"{len(plan.files)} file{'s' * (len(plan.files) > 1)}"
         total = (
-            f"{len(plan.tensors)} tensors in {files}, {output.size(plan.n_bytes)} ({plan.n_bytes / 1e9:.2f} GB), "
+            f"{len(plan.tensors)} tensors in {files}, {readable_size(plan.n_bytes)} ({plan.n_bytes / 1e9:.2f} GB), "
             f"{plan.bpw:.3f} bpw"
         )
         return [*output.columns(self.lines()), Text(total, "bold")]
@@ -154,13 +155,13 @@ class Run:
             )
         elif not self.quiet:
             for file in self.plan.files:
-                output.note(f"wrote {file.path} ({output.size(file.size)})")
+                output.note(f"wrote {file.path} ({readable_size(file.size)})")
             compiled = f" (and {meter.compile_seconds:.1f} s of compiling)" if meter.compile_seconds else ""
             working = seconds - meter.compile_seconds
             rate = (self.plan.n_bytes - meter.resumed) / working / 1e6
             output.note(
                 f"{self.plan.bpw:.3f} bpw, {working:.1f} s{compiled}, {rate:.0f} MB/s out, "
-                f"peak memory {output.size(peak_rss())}"
+                f"peak memory {readable_size(peak_rss())}"
             )
 
     def say_next(self) -> None:

@@ -21,11 +21,13 @@ import typer
 from stepgguf.cli import arguments, loading
 from stepgguf.errors import BadMetadata, StepggufError
 from stepgguf.files import folders
+from stepgguf.files.byte_sizes import GIB, readable_size
 from stepgguf.fit import machine as machines
 from stepgguf.fit.capacity import SHARED, Finding, Model, context_length, memory, read_model
 from stepgguf.fit.machine import Machine
-from stepgguf.fit.memory import DEFAULT_CTX, GIB, Context, Need, budget, need
+from stepgguf.fit.memory import Context, Need, budget, need
 from stepgguf.runtime import llama_build
+from stepgguf.runtime.engine import DEFAULT_CTX
 from stepgguf.runtime.llama_build import LlamaBuild
 
 if TYPE_CHECKING:
@@ -45,7 +47,8 @@ def doctor(
         Path | None, typer.Argument(metavar="FILE.gguf", help="The model to run; of a split one, any of its files.")
     ] = None,
     ctx: Annotated[
-        int | None, typer.Option(min=64, metavar="TOKENS", help="Context. Default: the model's, at most 32768.")
+        int | None,
+        typer.Option(min=64, metavar="TOKENS", help=f"Context. Default: the model's, at most {DEFAULT_CTX}."),
     ] = None,
     parallel: Annotated[int, typer.Option(min=1, metavar="N", help="Requests at the same time.")] = 1,
     mtp_file: loading.MtpFile = None,
@@ -141,13 +144,11 @@ def _folders() -> Finding:
 
 
 def _machine(machine: Machine) -> Finding:
-    from stepgguf.cli.output import size
-
     parts = [SHARED[machine.kind]] if machine.kind in SHARED else []
     memory = "shared by CPU and GPU" if parts else "RAM"
     parts += [machine.cpu, f"{machine.cores} cores"]
-    parts.append(f"{size(machine.ram)} {memory}, {size(machine.ram_available)} of it available")
-    parts += [f"{gpu.name} ({size(gpu.total)})" if gpu.total else gpu.name for gpu in machine.gpus]
+    parts.append(f"{readable_size(machine.ram)} {memory}, {readable_size(machine.ram_available)} of it available")
+    parts += [f"{gpu.name} ({readable_size(gpu.total)})" if gpu.total else gpu.name for gpu in machine.gpus]
     return Finding("ok", "machine", ", ".join(parts))
 
 
@@ -181,11 +182,9 @@ def _processor(machine: Machine, build: LlamaBuild | None) -> Iterator[Finding]:
 
 
 def _file(model: Model, build: LlamaBuild | None) -> Iterator[Finding]:
-    from stepgguf.cli.output import size
-
     path = shlex.quote(str(model.path))
     mtp = f", those of {model.mtp_file} included" if model.mtp_file else ""
-    blocks = f"{size(model.footprint.weights)}, {len(model.footprint.layers)} blocks{mtp}"
+    blocks = f"{readable_size(model.footprint.weights)}, {len(model.footprint.layers)} blocks{mtp}"
     yield Finding("ok", "file", f"{model.path}: {blocks}")
     yield from _template(model.template, f"stepgguf template {path} Step-3.5-Flash/chat_template.jinja")
     if not model.footprint.has_mtp and (build is None or build.mtp):
@@ -220,14 +219,14 @@ def _place(template: str | None) -> Place | StepggufError:
 
 def _limits(machine: Machine, needed: Need) -> Iterator[Finding]:
     """What the system does to a model that fits by its numbers."""
-    from stepgguf.cli.output import size
-
     if machine.kind == "spark":
         message = "files are read and not mapped here: others measured 22 s to load this model, and 224 s through mmap"
         yield Finding("ok", "mmap", message)
     if machine.kind != "gpu" and machine.container_limit and needed.total > machine.container_limit:
-        message = f"this container may use {size(machine.container_limit)} of memory"
+        message = f"this container may use {readable_size(machine.container_limit)} of memory"
         yield Finding("fail", "container", message, f"docker run --memory={-(-needed.total // GIB) + 4}g ...")
     if machine.kind != "gpu" and machine.swap and needed.total > machine.ram_available:
-        message = f"{size(machine.swap)} of swap: a model that does not fit makes the machine stand still, not fail"
+        message = (
+            f"{readable_size(machine.swap)} of swap: a model that does not fit makes the machine stand still, not fail"
+        )
         yield Finding("warn", "swap", message, "sudo swapoff -a")

@@ -14,18 +14,23 @@ import typer
 
 from stepgguf.cli import arguments, output
 from stepgguf.errors import EngineError
+from stepgguf.files.byte_sizes import size_word
+from stepgguf.runtime.engine import DEFAULT_CACHE_RAM, DEFAULT_CTX
 
 if TYPE_CHECKING:
+    from stepgguf.files.byte_sizes import size_word
     from stepgguf.fit.capacity import Model
     from stepgguf.fit.machine import Machine
-    from stepgguf.runtime.engine import Engine
+from stepgguf.runtime.engine import Engine
 
 IN_PROCESS = "llama-cpp-python"
 LLAMA_SERVER = "llama-server"
 
 Ctx = Annotated[
     int | None,
-    typer.Option(min=64, help="Tokens of context, for all requests together. Default: the model's, at most 32768."),
+    typer.Option(
+        min=64, help=f"Tokens of context, for all requests together. Default: the model's, at most {DEFAULT_CTX}."
+    ),
 ]
 GpuLayers = Annotated[int, typer.Option(help="Layers on the GPU; -1 is all.")]
 Draft = Annotated[
@@ -55,7 +60,7 @@ CacheRam = Annotated[
     typer.Option(
         parser=arguments.parse_size,
         metavar="SIZE",
-        show_default="2GiB",
+        show_default=size_word(DEFAULT_CACHE_RAM),
         help="Memory for conversations that are not in the context, and for checkpoints.",
     ),
 ]
@@ -87,7 +92,7 @@ class EngineOptions:
     threads: int | None = None
     draft: int | None = None
     mmap: bool | None = None
-    cache_ram: int = 2 * 2**30
+    cache_ram: int = DEFAULT_CACHE_RAM
     cache_folder: Path | None = None
     engine: str = IN_PROCESS
     rpc: tuple[str, ...] = ()
@@ -165,7 +170,7 @@ def _require(here: Machine, model: Model, options: EngineOptions, *, served: boo
     """Ask doctor's questions. served: by a llama-server, which has a context of this length for each request, and
     puts into the memory of other machines (--rpc), or into RAM, what the GPU has no room for."""
     from stepgguf.fit.capacity import context_length, memory, refuse
-    from stepgguf.fit.memory import DEFAULT_CTX, Context
+    from stepgguf.fit.memory import Context
     from stepgguf.runtime import llama_build
 
     n_ctx = options.ctx or min(model.footprint.n_ctx_train, DEFAULT_CTX)

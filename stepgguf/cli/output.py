@@ -25,6 +25,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from stepgguf.files.byte_sizes import readable_size
+
 if TYPE_CHECKING:
     from stepgguf.convert.fold import Line
     from stepgguf.convert.pipeline import Done
@@ -61,13 +63,6 @@ def lines(texts: Iterable[str]) -> None:
     sys.stdout.write("".join(f"{text}\n" for text in texts))
 
 
-def size(n: int) -> str:
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if n >= scale:
-            return f"{n / scale:.1f} {unit}" if n >= 10 * scale else f"{n / scale:.2f} {unit}"
-    return f"{n} B"
-
-
 def show(texts: Iterable[Text]) -> None:
     """Lines to stdout, with their colours if it is a terminal."""
     for text in texts:
@@ -86,7 +81,7 @@ def columns(lines: Iterable[Line]) -> list[Text]:
             line.label,
             f"{line.count}x",
             line.type,
-            size(line.n_bytes),
+            readable_size(line.n_bytes),
             f"{line.n_bytes * 8 / line.n_values:.2f}",
             line.reason,
         )
@@ -178,7 +173,7 @@ class Meter:
         rate = (self.done - before) / (now - started)
         left = (self._total - self.done) / rate
         note(
-            f"{self._title}: {self.done / self._total:.0%} of {size(self._total)}, {rate / 1e6:.0f} MB/s, "
+            f"{self._title}: {self.done / self._total:.0%} of {readable_size(self._total)}, {rate / 1e6:.0f} MB/s, "
             f"{int(left // 60)}:{int(left % 60):02d} left"
         )
 

@@ -12,6 +12,8 @@ import typer
 from rich.text import Text
 
 from stepgguf.cli import arguments
+from stepgguf.files.byte_sizes import readable_size
+from stepgguf.runtime.engine import DEFAULT_CTX
 
 if TYPE_CHECKING:
     from stepgguf.cli.planning import Pace, Place, Planned, Row
@@ -32,7 +34,9 @@ def plan(
             help="spark, strix-128, mac-128, ... (a wrong name lists them); auto is this one.",
         ),
     ] = "auto",
-    ctx: Annotated[int, typer.Option(min=64, max=2**24, help="Context in tokens, for all requests together.")] = 32768,
+    ctx: Annotated[
+        int, typer.Option(min=64, max=2**24, help="Context in tokens, for all requests together.")
+    ] = DEFAULT_CTX,
     parallel: Annotated[int, typer.Option(min=1, max=4096, help="Requests at the same time.")] = 1,
     mtp: Annotated[str, typer.Option(metavar="include|drop", help="With the MTP blocks or without.")] = "include",
     types: Annotated[
@@ -120,7 +124,6 @@ def report(result: Planned) -> dict[str, Any]:
 
 def budget(result: Planned) -> Iterator[str]:
     """From the machine's memory to what is left for weights, line by line."""
-    from stepgguf.cli.output import size
     from stepgguf.fit.memory import checkpoint, need
 
     model, context, place, needed = result.footprint, result.context, result.place, result.need
@@ -135,7 +138,7 @@ def budget(result: Planned) -> Iterator[str]:
         (needed.mtp, f"MTP: cache and buffers of {n_mtp} blocks"),
         (needed.compute, "buffers (estimate)"),
         (needed.cache, f"kept conversations, up to {needed.cache // checkpoint(model)} checkpoints of "
-                       f"{size(checkpoint(model))}"),
+                       f"{readable_size(checkpoint(model))}"),
     ]  # fmt: skip
     yield f"{result.path}"
     yield f"on {place.title}, {context.n_ctx:,} tokens of context, {requests} at a time"
@@ -147,13 +150,11 @@ def budget(result: Planned) -> Iterator[str]:
 
 def _suggestion(result: Planned) -> str:
     """What to do with the room: a budget that can be had, or why there is none."""
-    from stepgguf.cli.output import size
-
     plain, weighted = result.smallest
     if result.room <= 0:
         return "not even the context fits"
     if result.room < weighted:
-        return f"the smallest types take {size(weighted)}"
+        return f"the smallest types take {readable_size(weighted)}"
     unit, name = (2**30, "GiB") if result.room >= 2**30 else (2**20, "MiB")
     text = f"convert --fit {result.room * 10 // unit / 10:.1f}{name}"
     return text if result.room >= plain else f"{text} --imatrix FILE"
@@ -233,13 +234,11 @@ def _basis(listed: Listed | None) -> Iterator[str]:
 
 
 def _memory(place: Place) -> str:
-    from stepgguf.cli.output import size
-
     if place.machine.kind == "gpu":
-        return f"for the model, in GPUs ({size(place.have.limit)}) and RAM"
+        return f"for the model, in GPUs ({readable_size(place.have.limit)}) and RAM"
     if place.have.limit < place.have.ceiling:
-        return f"for the model: {size(place.have.limit)} that the GPU may have, and other RAM"
-    return f"for the model: of {size(place.machine.ram)}, {size(place.have.reserve)} are the system's"
+        return f"for the model: {readable_size(place.have.limit)} that the GPU may have, and other RAM"
+    return f"for the model: of {readable_size(place.machine.ram)}, {readable_size(place.have.reserve)} are the system's"
 
 
 def _tps(pace: Pace) -> str:

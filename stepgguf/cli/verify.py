@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from stepgguf.cli import arguments
+from stepgguf.files.byte_sizes import readable_size
 
 
 def verify(
@@ -69,7 +70,7 @@ def verify(
             output.error(problem, None)
         if not quiet:
             output.note(
-                f"{report.tensors} tensors, {output.size(report.n_bytes)} compared: "
+                f"{report.tensors} tensors, {readable_size(report.n_bytes)} compared: "
                 + (f"{len(report.problems)} differences" if report.problems else "all as it should be")
             )
     if report.problems:

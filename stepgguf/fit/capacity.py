@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from stepgguf.errors import DoesNotFit
+from stepgguf.files.byte_sizes import GIB, readable_size
 from stepgguf.fit import machine as machines
 from stepgguf.fit.footprint import footprint, with_heads
 from stepgguf.fit.machine import Machine
 from stepgguf.fit.memory import (
-    CACHE_RAM,
-    GIB,
     GPU_RESERVE,
     LINUX_RESERVE,
     Budget,
@@ -28,6 +27,7 @@ from stepgguf.fit.memory import (
     largest_context,
     need,
 )  # fmt: skip
+from stepgguf.runtime.engine import DEFAULT_CACHE_RAM
 from stepgguf.runtime.llama_build import LlamaBuild
 
 if TYPE_CHECKING:
@@ -125,31 +125,34 @@ def context_length(model: Model, n_ctx: int) -> Finding:
 
 def memory(machine: Machine, build: LlamaBuild | None, model: Model, context: Context) -> Finding:
     """What it takes and what there is. fail: the machine does not have it; warn: not as things are now."""
-    from stepgguf.cli.output import size
-
     if machine.kind == "gpu" and build is not None and not build.gpus:
         machine = replace(machine, gpus=())  # this engine does not use them
     needed, have = need(model.footprint, context), budget(machine, build.gpus if build else ())
     device = needed.device - _left_in_ram(machine, model, context, needed)
-    parts = [f"{size(needed.weights)} weights", f"{size(needed.kv)} KV cache for {context.n_ctx:,} tokens"]
-    parts += [f"{size(needed.mtp)} MTP"] if needed.mtp else []
-    parts.append(f"{size(needed.compute)} buffers (estimate)")
-    parts.append(f"{size(needed.cache)} conversation cache ({size(checkpoint(model.footprint))} a checkpoint)")
-    message = f"{size(needed.total)} = {' + '.join(parts)}"
-    kept = f"{size(have.reserve)} is left to the system"
+    parts = [
+        f"{readable_size(needed.weights)} weights",
+        f"{readable_size(needed.kv)} KV cache for {context.n_ctx:,} tokens",
+    ]
+    parts += [f"{readable_size(needed.mtp)} MTP"] if needed.mtp else []
+    parts.append(f"{readable_size(needed.compute)} buffers (estimate)")
+    parts.append(
+        f"{readable_size(needed.cache)} conversation cache ({readable_size(checkpoint(model.footprint))} a checkpoint)"
+    )
+    message = f"{readable_size(needed.total)} = {' + '.join(parts)}"
+    kept = f"{readable_size(have.reserve)} is left to the system"
     if not machine.ram:
         return Finding("ok", "memory", f"{message}; how much memory this system has is not known")
     if needed.total > have.ceiling:
         fix = _smaller(model, context, needed, have)
-        return Finding("fail", "memory", f"{message}; there is {size(have.ceiling)} ({kept})", fix)
+        return Finding("fail", "memory", f"{message}; there is {readable_size(have.ceiling)} ({kept})", fix)
     if device > have.limit:
         level: Literal["warn", "fail"] = "fail" if machine.kind in SHARED else "warn"
-        message += f"; the GPU may have {size(have.limit)}"
+        message += f"; the GPU may have {readable_size(have.limit)}"
         return Finding(level, "memory", message, _raise_limit(machine, model, needed, have))
     if device > have.free:
-        message += f"; of {size(have.limit)} only {size(have.free)} is free now"
+        message += f"; of {readable_size(have.limit)} only {readable_size(have.free)} is free now"
         return Finding("warn", "memory", message, _with_less(machine, model, context, needed, have))
-    return Finding("ok", "memory", f"{message}; there is {size(have.limit)} ({kept})")
+    return Finding("ok", "memory", f"{message}; there is {readable_size(have.limit)} ({kept})")
 
 
 def _left_in_ram(machine: Machine, model: Model, context: Context, needed: Need) -> int:
@@ -162,17 +165,15 @@ def _left_in_ram(machine: Machine, model: Model, context: Context, needed: Need)
 
 def _smaller(model: Model, context: Context, needed: Need, have: Budget) -> str:
     """A smaller conversation cache if it was made larger, else a shorter context, else the largest type that fits."""
-    from stepgguf.cli.output import size
-
     room = have.ceiling - needed.device
-    if context.cache_ram > CACHE_RAM and room >= 0:
+    if context.cache_ram > DEFAULT_CACHE_RAM and room >= 0:
         return model.command(f"--ctx {context.n_ctx} --cache-ram {room // 2**20}MiB")
     n_ctx = largest_context(model.footprint, context, have.ceiling)
     if n_ctx is not None and n_ctx >= _SHORT:
         return model.command(f"--ctx {n_ctx}")
     for name, n_bytes in model.sizes:
         if needed.total - needed.weights + n_bytes <= have.ceiling:
-            return f"stepgguf convert Step-3.5-Flash/ . --type {name}  # {size(n_bytes)}"
+            return f"stepgguf convert Step-3.5-Flash/ . --type {name}  # {readable_size(n_bytes)}"
     return "This machine is too small for this model, whatever its type."
 
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepgguf.fit.machine import AmdMemory, Gpu, Machine
-from stepgguf.fit.memory import GIB
+from stepgguf.files.byte_sizes import GIB
+from stepgguf.fit.machine import AmdMemory, Machine
+from stepgguf.runtime.llama_build import Gpu
 
 if sys.version_info >= (3, 11):
     import tomllib

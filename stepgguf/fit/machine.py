@@ -20,21 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from stepgguf.runtime.llama_build import Gpu
+
 Run = Callable[[Sequence[str]], "bytes | None"]
 Kind = Literal["spark", "mac", "strix", "gpu", "cpu"]
 
 _NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits")
 _PAGE = 4096  # of ttm.pages_limit
 _NETWORK = frozenset(("nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "glusterfs", "lustre", "fuse.sshfs", "fuse.rclone"))
-
-
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    """Bytes; None where the GPU has no memory of its own."""
-
-    name: str
-    total: int | None
-    free: int | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,12 +19,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from stepgguf.fit.machine import Gpu, Machine
+from stepgguf.files.byte_sizes import GIB
+from stepgguf.fit.machine import Machine
+from stepgguf.runtime.engine import DEFAULT_CACHE_RAM
+from stepgguf.runtime.llama_build import Gpu
 
-GIB = 2**30
 F16, F32 = 2, 4
-DEFAULT_CTX = 32768  # tokens of context at most, unless more are asked for: they take memory
-CACHE_RAM = 2 * GIB  # for conversations, unless it is said otherwise
 CELLS = 256  # the cache grows in steps of so many cells
 
 # What is left to the system, of a small memory an eighth. Linux: what the 124 of 128 GiB that Strix Halo is set up
@@ -69,7 +69,7 @@ class Context:
     n_ctx: int
     n_parallel: int = 1
     n_ubatch: int = 512
-    cache_ram: int = CACHE_RAM
+    cache_ram: int = DEFAULT_CACHE_RAM
     mtp: bool = True
     gpu_layers: int = -1
 

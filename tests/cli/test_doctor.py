@@ -18,10 +18,11 @@ from stepgguf.cli.doctor import doctor, examine, lines
 from stepgguf.cli.loading import maps
 from stepgguf.cli.main import main
 from stepgguf.files import folders
+from stepgguf.files.byte_sizes import GIB
 from stepgguf.fit.capacity import Finding, Model, read_model
-from stepgguf.fit.machine import AmdMemory, Gpu, Machine
-from stepgguf.fit.memory import GIB, LINUX_RESERVE, Context, need
-from stepgguf.runtime.llama_build import LlamaBuild
+from stepgguf.fit.machine import AmdMemory, Machine
+from stepgguf.fit.memory import LINUX_RESERVE, Context, need
+from stepgguf.runtime.llama_build import Gpu, LlamaBuild
 from tests.fit.test_memory import write_real
 
 app = typer.Typer()

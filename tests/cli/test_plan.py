@@ -26,9 +26,10 @@ from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.convert.sources.gguf_file import GGUFSource
 from stepgguf.errors import DoesNotFit
 from stepgguf.files import folders
+from stepgguf.files.byte_sizes import GIB
 from stepgguf.fit import catalogue
 from stepgguf.fit.footprint import footprint
-from stepgguf.fit.memory import GIB, Context, budget, need
+from stepgguf.fit.memory import Context, budget, need
 from tests.cli.test_cli import sparse_checkpoint
 from tests.cli.test_doctor import CARD, MAC
 from tests.fit.test_memory import write_real

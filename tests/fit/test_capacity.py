@@ -12,9 +12,10 @@ import pytest
 
 from stepgguf.cli.main import main
 from stepgguf.errors import DoesNotFit
+from stepgguf.files.byte_sizes import GIB
 from stepgguf.fit.capacity import Model, context_length, memory, mtp_beside, read_model, refuse
 from stepgguf.fit.machine import Machine
-from stepgguf.fit.memory import GIB, Context, need
+from stepgguf.fit.memory import Context, need
 from tests.cli.test_doctor import CARD, CPU_BUILD, CUDA_BUILD, LINUX
 from tests.fit.test_memory import write_real
 

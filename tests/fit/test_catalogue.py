@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 
+from stepgguf.files.byte_sizes import GIB
 from stepgguf.fit.catalogue import MACHINES, Listed, like, load, tomllib
 from stepgguf.fit.machine import Machine
-from stepgguf.fit.memory import GIB, budget
+from stepgguf.fit.memory import budget
 from tests.cli.test_doctor import CARD, LINUX, MAC, SPARK, STRIX
 
 LISTED = load()

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from stepgguf.fit import machine
-from stepgguf.fit.machine import AmdMemory, Gpu, Run, network_filesystem, probe
+from stepgguf.fit.machine import AmdMemory, Run, network_filesystem, probe
+from stepgguf.runtime.llama_build import Gpu
 
 NVIDIA_SMI = "nvidia-smi --query-gpu=name,memory.total,memory.free --format=csv,noheader,nounits"
 

@@ -15,10 +15,10 @@ from stepgguf.convert.plan import Options
 from stepgguf.convert.planner import plan_checkpoint
 from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.convert.sources.gguf_file import GGUFSource
+from stepgguf.files.byte_sizes import GIB
 from stepgguf.fit.footprint import footprint
-from stepgguf.fit.machine import AmdMemory, Gpu, Machine
+from stepgguf.fit.machine import AmdMemory, Machine
 from stepgguf.fit.memory import (
-    GIB,
     Context,
     Footprint,
     Layer,
@@ -28,6 +28,7 @@ from stepgguf.fit.memory import (
     largest_context,
     need,
 )
+from stepgguf.runtime.llama_build import Gpu
 from tests.cli.test_cli import sparse_checkpoint
 from tests.oracle import silence
 

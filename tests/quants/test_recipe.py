@@ -14,14 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepgguf.errors import RecipeError
-from stepgguf.fit.machine import AmdMemory, Gpu, Machine
-from stepgguf.fit.memory import GIB, Context, Footprint, Layer, budget, need
+from stepgguf.files.byte_sizes import GIB
+from stepgguf.fit.machine import AmdMemory, Machine
+from stepgguf.fit.memory import Context, Footprint, Layer, budget, need
 from stepgguf.model.hparams import HParams
 from stepgguf.model.tensors import TENSORS, tensor_specs
 from stepgguf.quants import mixtures, recipe
 from stepgguf.quants.ggml import row_size
 from stepgguf.quants.mixtures import BASE, Candidate, Choice, Facts
 from stepgguf.quants.recipe import Recipe, load, parse, shipped
+from stepgguf.runtime.llama_build import Gpu
 from tests.conftest import real_config
 
 if sys.version_info >= (3, 11):
