@@ -112,7 +112,7 @@ def serve(
         mtp_file=mtp_file,
         force=force,
     )
-    with _bound(host, port) as listener, loading.engine(path, options, verb="serve", quiet=quiet) as opened:
+    with _bound(host, port) as listener, loading.open_engine(path, options, command="serve", quiet=quiet) as opened:
         config = ServerConfig(
             model_ids=(path.stem, *(alias or ())),
             host=host,

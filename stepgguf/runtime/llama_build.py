@@ -54,7 +54,7 @@ class LlamaBuild:
 
 
 @functools.cache
-def probe() -> LlamaBuild:
+def probe_build() -> LlamaBuild:
     """EngineError says why there is none."""
     try:
         import llama_cpp
