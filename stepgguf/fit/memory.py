@@ -149,7 +149,7 @@ def memory_need(model: Footprint, context: ContextParams) -> MemoryNeed:
 
 
 def saved_state_bytes(model: Footprint) -> int:
-    """Bytes of one saved state (llama.cpp: checkpoint) of one sequence: the window of all sliding layers of the trunk."""
+    """Bytes of a saved state (llama.cpp: checkpoint) of a sequence: the window of all sliding layers of the trunk."""
     return sum(_kv_cell_bytes(model, layer) * model.sliding_window for layer in model.trunk_layers if layer.is_sliding)
 
 
