@@ -36,6 +36,7 @@ from stepgguf.convert.journal import Journal, Made
 from stepgguf.convert.plan import Plan, PlannedFile
 from stepgguf.errors import OutputError
 from stepgguf.files import disk, jsonread
+from stepgguf.files.byte_sizes import readable_size
 from stepgguf.files.disk import disk_errors
 from stepgguf.quants.codec import Loss
 
@@ -133,7 +134,7 @@ class Writer:
         need, free = self.plan.file_bytes, shutil.disk_usage(self._folder).free + held
         if need > free:
             raise OutputError(
-                f"{self._folder} has {gib(free)} free, the output needs {gib(need)}",
+                f"{self._folder} has {readable_size(free)} free, the output needs {readable_size(need)}",
                 hint="Free some space, choose another disk or a smaller type.",
             )
 
@@ -149,7 +150,7 @@ class Writer:
             return
         for file, fd in zip(self.plan.files, self._parts, strict=True):
             os.ftruncate(fd, file.size)
-            disk.write_all(fd, file.header, 0)
+            disk.write_at(fd, file.header, 0)
         self._journal.begin(self._label)
 
     # writing ----------------------------------------------------------------------------------------------------
@@ -159,7 +160,7 @@ class Writer:
         unit = self.units[number]
         file = self.plan.files[unit.file]
         offset = len(file.header) + file.offsets[unit.tensor] + unit.start * file.tensors[unit.tensor].row_bytes
-        disk.write_all(self._parts[unit.file], data.data, offset)
+        disk.write_at(self._parts[unit.file], data.data, offset)
         return Made(hashlib.sha256(data.data).digest(), loss)
 
     def commit(self, finished: Mapping[int, Made]) -> None:
@@ -213,10 +214,6 @@ def is_taken(path: Path) -> bool:
     return os.path.lexists(path) and not _beside(path, ".journal").exists()
 
 
-def gib(n: int) -> str:
-    return f"{n / 2**30:.2f} GiB"
-
-
 def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
@@ -227,7 +224,11 @@ def _part(file: PlannedFile) -> Path:
 
 def _is_of(file: PlannedFile, fd: int) -> bool:
     """Whether this is the planned file, of full size and with its header."""
-    return os.fstat(fd).st_size == file.size and os.pread(fd, len(file.header), 0) == file.header
+    if os.fstat(fd).st_size != file.size:
+        return False
+    found = bytearray(len(file.header))
+    disk.read_at(fd, found, 0, str(file.path), OutputError)
+    return found == file.header
 
 
 def _let_go(fd: int, path: Path) -> None:
