@@ -36,8 +36,11 @@ MOST_WAITING = 16384  # events; a token each, or some with MTP
 class GenerationWatch(Protocol):
     """Is told what happens, on the event loop, also after the reader has gone."""
 
-    def on_first_token(self, seconds: float) -> None: ...
-    def on_finished(self, finished: Finished) -> None: ...
+    def on_first_token(self, seconds: float) -> None:
+        """The first token of an answer has come, so long after its request was submitted."""
+
+    def on_finished(self, finished: Finished) -> None:
+        """An answer has ended, well or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,7 @@ class Generation:
 
     @property
     def warnings(self) -> list[str]:
+        """What the log should say of the model's output so far."""
         return [warning for reply in self.replies for warning in reply.warnings]
 
     async def parts(self) -> AsyncGenerator[AnswerPart, None]:
@@ -106,10 +110,12 @@ class Generation:
         return [join_neighbours(reply.settle(deltas)) for reply, deltas in zip(self.replies, collected, strict=True)]
 
     def cancel(self) -> None:
+        """End all answers within one decode. May be called again, and after the end."""
         for ticket in self._tickets:
             ticket.cancel()
 
     def end_reasoning(self) -> None:
+        """Close the reasoning of all answers, so that the answers themselves begin."""
         for ticket in self._tickets:
             ticket.end_reasoning()
 
@@ -123,7 +129,7 @@ class Generation:
         return AnswerPart(index, deltas, reply.finish_reason)
 
     def _raise_error(self, index: int) -> None:
-        """After what came before it was handed out."""
+        """Called when what came before the error has been handed out."""
         finished = self.replies[index].finished
         if finished is not None and finished.error is not None:
             raise finished.error
@@ -137,6 +143,7 @@ class Generation:
             raise
 
     def _sink(self, index: int, event: Event) -> None:
+        """Called on the engine's thread."""
         with suppress(RuntimeError):  # the loop is closed: the server has ended
             self._loop.call_soon_threadsafe(self._arrive, index, event)
 
@@ -159,7 +166,7 @@ class Generation:
 
 
 def join_neighbours(deltas: Sequence[Delta]) -> list[Delta]:
-    """Neighbours that go on from each other become one. A call's name is always its own."""
+    """Neighbours of one kind and index become one delta. The name of a call is always a delta of its own."""
     joined: list[Delta] = []
     for (kind, index), run in groupby(deltas, lambda delta: (delta.kind, delta.index)):
         same = list(run)

@@ -51,6 +51,7 @@ class Metrics:
             self._per_token.observe(finished.timings.generation_seconds / (finished.timings.n_generated - 1))
 
     def text(self) -> bytes:
+        """All counters, in Prometheus' text format."""
         return generate_latest(self._registry)
 
 

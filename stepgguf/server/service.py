@@ -56,6 +56,7 @@ class Service:
 
     @property
     def fingerprint(self) -> str:
+        """What OpenAI calls system_fingerprint: the versions of what made an answer."""
         return f"stepgguf-{__version__}-{self.engine.info.engine.replace(' ', '-')}"
 
     def model_id(self, asked: str | None) -> str:
@@ -95,7 +96,7 @@ class Service:
 
 
 def _comparable_id(id: str) -> str:
-    """As ids are compared: capitals and the file's ending do not matter."""
+    """An id as it is compared: capitals and the file's ending do not matter."""
     return id.casefold().removesuffix(".gguf")
 
 
@@ -115,6 +116,7 @@ def trace_id(request: Request) -> str:
 
 
 def now() -> int:
+    """Seconds since the epoch, as all dialects count."""
     return int(time.time())
 
 

@@ -30,7 +30,8 @@ def explain(errors: Sequence[Mapping[str, Any]], body: object) -> tuple[str, str
 
 
 def _path_in_body(loc: Sequence[str | int], kind: str, body: object) -> tuple[str | int, ...]:
-    """The parts of pydantic's location that are in the body; the others name alternatives of unions."""
+    """The parts of pydantic's location that are in the body; the others name alternatives of unions. kind: of the
+    error, in pydantic's words."""
     if loc[0] != "body":  # query, path
         return tuple(loc[1:])
     path: list[str | int] = []

@@ -159,10 +159,10 @@ def test_a_reader_that_lags_too_far_is_given_up(chat_model: ChatModel, monkeypat
 
     async def lag() -> None:
         nonlocal n_read
-        exchange = await Generation.start(engine, [prepared], Metrics(engine))
+        generation = await Generation.start(engine, [prepared], Metrics(engine))
         while engine.stats().n_running + engine.stats().n_queued:
             await asyncio.sleep(0.01)
-        async for part in exchange.parts():
+        async for part in generation.parts():
             n_read += sum(len(delta.steps) for delta in part.deltas)
 
     with pytest.raises(RequestError, match="lags"):

@@ -24,9 +24,9 @@ class JsonObjectFormat(CheckedObject):
 
 
 class NamedSchema(CheckedObject):
-    name: Any = ignored("the schema says it all")
-    description: Any = ignored("the model does not see it")
-    strict: Any = ignored("a schema is always kept to")
+    name: object = ignored("the schema says it all")
+    description: object = ignored("the model does not see it")
+    strict: object = ignored("a schema is always kept to")
     schema_: dict[str, Any] | bool = Field(True, alias="schema")
 
 
@@ -54,7 +54,7 @@ class StructuredOutputs(CheckedObject):
 
 
 class FormatFields(CheckedObject):
-    """Ways to ask for a form of the answer; one may be given. The thinking stays free."""
+    """Ways to ask for a form of the answer; one may be given. The reasoning stays free."""
 
     elsewhere: ClassVar = {
         "guided_regex": NO_REGEX,
@@ -72,6 +72,7 @@ class FormatFields(CheckedObject):
     nvext: Nvext | None = None
 
     def answer_format(self) -> Format | None:
+        """The one that is asked for. RequestError: two fields ask for one."""
         nvext, vllm = self.nvext or Nvext(), self.structured_outputs or StructuredOutputs.model_validate({})
         schemas = {
             "json_schema": self.json_schema,

@@ -1,7 +1,7 @@
 """Request bodies: models that accept what they know and name what they do not.
 
-A field is honoured, or it is in `Ignored` with the reason, or unknown.py says what becomes of it. Null means absent, as
-clients send it.
+A field is honoured, or it is `ignored` with the reason, or unknown_fields.py says what becomes of it. Null means
+absent, as clients send it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FIRST = ("model", "messages", "input")
 
 
 def _fail_fast(schema: Any) -> None:
-    """Of every list in it, as pydantic's FailFast does for one."""
+    """Make every list of a schema stop at its first wrong item, as pydantic's FailFast does for one list."""
     if isinstance(schema, dict):
         if schema.get("type") == "list":
             schema["fail_fast"] = True
@@ -66,8 +66,8 @@ class RequestObject(BaseModel):
 
 
 class CheckedObject(RequestObject):
-    """An object whose unknown fields are looked at; see unknown.py. `elsewhere`: such whose meaning would be lost, and
-    what to use instead. They are refused."""
+    """An object whose unknown fields are looked at; see unknown_fields.py. `elsewhere`: fields that are refused because
+    their meaning would be lost, and what to use instead."""
 
     elsewhere: ClassVar[Mapping[str, str]] = {}
 
@@ -111,12 +111,14 @@ class CheckedObject(RequestObject):
 
 @cache
 def _field_descriptions(kind: type[CheckedObject]) -> Mapping[str, str]:
-    """Of its fields, by their names in a request. Once for a class: a body may have thousands of its objects."""
+    """The descriptions of a class's fields, by their names in a request. Gathered once for a class: a body may have
+    thousands of its objects."""
     return {field.alias or name: field.description or "" for name, field in kind.model_fields.items()}
 
 
 def _advice_on(name: str, known: Mapping[str, str], *, strict: bool) -> str | None:
-    """What to say to who sends this field, if it is not to be ignored. known: fields and what they are."""
+    """What to say to whoever sends this field; None if it is to be ignored. known: the known fields and their
+    descriptions."""
     if (near := near_miss(name, known)) is not None:
         return f"unknown field; did you mean {near}?"
     if (other := namesake(name, known)) is not None:

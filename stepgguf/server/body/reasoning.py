@@ -1,4 +1,4 @@
-"""How much the model may think.
+"""How much the model may reason.
 
 Vendors have two dozen spellings of this one quantity, and clients send several at once. Each is a row of
 `ReasoningAmounts` and becomes a limit in tokens, of which the least counts.
@@ -46,7 +46,7 @@ Level = Annotated[bool | Tokens | Effort, BeforeValidator(_effort_word)]
 
 
 class MapAmounts(CheckedObject):
-    """How much thinking, as an object says it."""
+    """How much reasoning, as an object says it."""
 
     type: Level | None = Field(None, description="enabled, disabled, adaptive, auto.")
     effort: Level | None = Field(None, description="OpenRouter's, OpenAI's.")
@@ -65,17 +65,17 @@ class MapAmounts(CheckedObject):
 
 class ReasoningMap(MapAmounts):
     exclude: bool | None = Field(None, description="OpenRouter's: think, but do not send the thinking.")
-    summary: Any = ignored("nobody writes one; the reasoning itself is sent")
-    generate_summary: Any = ignored("nobody writes one; the reasoning itself is sent")
+    summary: object = ignored("nobody writes one; the reasoning itself is sent")
+    generate_summary: object = ignored("nobody writes one; the reasoning itself is sent")
     display: Literal["summarized", "omitted", "updates"] | None = Field(
         None, description="Anthropic's. omitted: blocks are sent sealed, without their text."
     )
-    block_binding: Any = ignored("a signature holds nothing that could be bound")
-    clear_thinking: Any = ignored("the chat template decides which reasoning stays")
-    keep: Any = ignored("the chat template decides which reasoning stays")
-    context: Any = ignored("the chat template decides which reasoning stays")
-    mode: Any = ignored("there is one mode")
-    include_thoughts: Any = ignored("the reasoning itself is sent")
+    block_binding: object = ignored("a signature holds nothing that could be bound")
+    clear_thinking: object = ignored("the chat template decides which reasoning stays")
+    keep: object = ignored("the chat template decides which reasoning stays")
+    context: object = ignored("the chat template decides which reasoning stays")
+    mode: object = ignored("there is one mode")
+    include_thoughts: object = ignored("the reasoning itself is sent")
 
 
 HowMuch = Annotated[
@@ -85,7 +85,7 @@ HowMuch = Annotated[
 
 
 class ReasoningAmounts(CheckedObject):
-    """THE table: every spelling of "at most so many tokens of thinking". A field is a row, and its type says how it is
+    """THE table: every spelling of "at most so many tokens of reasoning". A field is a row, and its type says how it is
     read. Vendors have them in the body or, as vLLM, SGLang and llama.cpp, in chat_template_kwargs; here they may
     stand in both. This model's template has no switches of its own."""
 
@@ -120,11 +120,11 @@ class ReasoningAmounts(CheckedObject):
     custom_params: ReasoningAmounts | None = Field(None, description="SGLang's.")
 
     def spellings(self) -> Iterator[Spelling]:
-        """How much each spelling allows."""
+        """What each spelling says; None where it is not sent."""
         return (getattr(self, name) for name in ReasoningAmounts.model_fields)
 
     def reasoning_limit(self, config: ServerConfig) -> int | None:
-        """In tokens; None is none."""
+        """The least of the limits that are sent, in tokens; None if there is none."""
         return _least_limit(self.spellings(), config.efforts)
 
 
@@ -142,6 +142,7 @@ class ReasoningFields(ReasoningAmounts):
         yield self.nvext.max_thinking_tokens if self.nvext is not None else None
 
     def shows_reasoning(self) -> bool:
+        """Whether the reasoning is sent. The model reasons in either case."""
         maps = (self.reasoning, self.thinking, self.reasoning_effort)
         excluded = any(isinstance(one, ReasoningMap) and one.exclude for one in maps)
         return not excluded and self.include_reasoning is not False and self.reasoning_format != "hidden"

@@ -32,14 +32,14 @@ def token_limit(tokens: int | None) -> int | None:
 
 
 def _check_bias_size(bias: Any) -> Any:
-    """Before each is looked at."""
+    """Checks how many there are, before each of them is validated."""
     if isinstance(bias, (dict, list)) and len(bias) > MOST_BIASED:
         raise PydanticCustomError("too_long", "at most {most} tokens can have a bias", {"most": MOST_BIASED})
     return bias
 
 
 class SamplingFields(CheckedObject):
-    """What is absent is as the model file says."""
+    """How tokens are chosen. A field that is absent is as the model file says."""
 
     temperature: float | None = Field(None, ge=0, le=2, description="0 always takes the likeliest token.")
     stop: str | list[str] | None = Field(None, description=f"Up to {MOST_STOPS} texts that end the answer.")
@@ -56,6 +56,7 @@ class SamplingFields(CheckedObject):
     )
 
     def sampling(self, default: Sampling, n_vocab: int) -> Sampling:
+        """`default` with the fields that are sent. RequestError: a bias names a token that is not one of n_vocab."""
         given: dict[str, Any] = {
             "temperature": 0.0 if self.temperature is not None and self.temperature < GREEDY else self.temperature,
             "top_p": self.top_p,
@@ -70,6 +71,7 @@ class SamplingFields(CheckedObject):
         return replace(default, **{name: value for name, value in given.items() if value is not None})
 
     def stop_texts(self) -> tuple[str, ...]:
+        """RequestError: they are more than MOST_STOPS."""
         texts = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(texts) > MOST_STOPS:
             raise RequestError(f"stop: at most {MOST_STOPS} texts, found {len(texts)}", param="stop")

@@ -86,6 +86,7 @@ def _output_part(value: Any) -> Any:
 
 
 def as_shown_text(value: Any) -> str:
+    """A string as it is, anything else as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
@@ -123,7 +124,7 @@ def refuse_unreadable(parts: Iterable[object], param: str) -> None:
 
 
 def _text_of_part(part: dict[str, Any]) -> str | None:
-    """None: it holds something else."""
+    """The text that a part holds; None if it holds something else."""
     plain: str | None = next((part[name] for name in ("text", "refusal") if isinstance(part.get(name), str)), None)
     if plain is not None:
         return plain
@@ -152,7 +153,8 @@ def _text_of_source(source: dict[str, Any]) -> str | None:
 
 
 def _decoded_text(encoded: str) -> str | None:
-    """Bytes that are text. Their media type does not tell: that of a program is often application/octet-stream."""
+    """The text in base64; None if the bytes are not text. Their media type does not tell: that of a program is often
+    application/octet-stream."""
     try:
         text = base64.b64decode(encoded, validate=True).decode()
     except (binascii.Error, UnicodeDecodeError, ValueError):

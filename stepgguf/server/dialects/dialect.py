@@ -24,13 +24,14 @@ STREAMED: Responses = {200: {"content": {"text/event-stream": {}}}}
 
 
 class ErrorForm(Protocol):
-    """How a dialect says that something is wrong. `schema` is the type of what `body` gives, for the OpenAPI
-    document."""
+    """How a dialect says that something is wrong."""
 
     @property
-    def schema(self) -> type: ...
+    def schema(self) -> type:
+        """The TypedDict of the body."""
 
-    def body(self, problem: Problem, trace_id: str) -> Mapping[str, Any]: ...
+    def body(self, problem: Problem, trace_id: str) -> Mapping[str, Any]:
+        """The body of a response with the problem's status, or the data of an event that says so in a stream."""
 
 
 def refusals(form: ErrorForm, *statuses: int) -> Responses:

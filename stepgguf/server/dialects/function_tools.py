@@ -14,15 +14,17 @@ from stepgguf.server.body.objects import CheckedObject, ignored
 
 
 class FunctionDeclaration(CheckedObject):
+    """`parameters` is a JSON schema; a function without takes nothing."""
+
     name: str = Field(pattern=r"^[^<>\s]{1,128}$")
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Any = ignored("arguments are always kept to their schema")
-    cache_control: Any = ignored("every prefix is found without marks")
-    defer_loading: Any = ignored("the model sees all tools")
-    allowed_callers: Any = ignored("the model is the one caller")
-    input_examples: Any = ignored("the chat template shows no examples")
-    eager_input_streaming: Any = ignored("arguments are always sent as they come")
+    strict: object = ignored("arguments are always kept to their schema")
+    cache_control: object = ignored("every prefix is found without marks")
+    defer_loading: object = ignored("the model sees all tools")
+    allowed_callers: object = ignored("the model is the one caller")
+    input_examples: object = ignored("the chat template shows no examples")
+    eager_input_streaming: object = ignored("arguments are always sent as they come")
 
 
 def as_tools(functions: Sequence[FunctionDeclaration]) -> tuple[Tool, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
@@ -19,8 +19,8 @@ DONE = TextEvent("[DONE]")  # after the last record, also after an error
 
 class StreamOptions(CheckedObject):
     include_usage: bool | None = Field(None, description="true: a last chunk, without choices, has the usage.")
-    include_obfuscation: Any = ignored("it only pads events")
-    continuous_usage_stats: Any = ignored("usage comes with the last chunk")
+    include_obfuscation: object = ignored("it only pads events")
+    continuous_usage_stats: object = ignored("usage comes with the last chunk")
 
 
 def wants_usage(stream: bool | None, options: StreamOptions | None) -> bool:
@@ -35,7 +35,7 @@ class PromptTokenDetails(TypedDict):
 
 
 class CompletionTokenDetails(TypedDict):
-    """reasoning_cut: "budget" or "loop", if the thinking was ended before the model did."""
+    """reasoning_cut: "budget" or "loop", if the reasoning was ended before the model did."""
 
     reasoning_tokens: int
     reasoning_cut: NotRequired[str]

@@ -50,6 +50,7 @@ def _is_address(name: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server that is bound to `host`."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -23,6 +23,7 @@ HEADERS = {
 
 
 def add_page(app: FastAPI) -> None:
+    """Serve the page at /, the API's description at /docs, and the files that both need."""
     _add_file(app, "/", FOLDER / "index.html")
     _add_file(app, "/docs", FOLDER / "docs.html")
     app.mount(STATIC, _PageFiles(directory=FOLDER))

@@ -44,6 +44,7 @@ class TokenizeBody(CheckedObject):
     with_pieces: bool | None = Field(None, description="Tokens with their text, or bytes where that is none.")
 
     def answer(self, service: Service) -> TokenizeAnswer:
+        """RequestError: as token_ids."""
         ids = self.token_ids(service)
         tokens = [_token_piece(service, id) for id in ids] if self.with_pieces else ids
         return {"tokens": tokens, "count": len(ids), "context_length": service.engine.info.n_ctx}

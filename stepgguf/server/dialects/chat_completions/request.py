@@ -63,8 +63,8 @@ def _with_reasoning_apart(data: dict[str, Any]) -> dict[str, Any]:
 
 
 class ChatInputMessage(RequestObject):
-    """`content`: null is empty; that of a tool may be anything. The thinking of earlier answers may come back under any
-    of three names, and old clients send the functions of before there were tools."""
+    """`content`: null is empty; that of a tool may be anything. The reasoning of earlier answers may come back under
+    any of three names, and old clients send the functions of before there were tools."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[AnyPart] | None = None
@@ -91,7 +91,7 @@ class ChatInputMessage(RequestObject):
 
 
 def as_chat(messages: Sequence[ChatInputMessage]) -> list[dict[str, Any]]:
-    """As OpenAI's chat messages. RequestError: the message that the user has just written has more than text."""
+    """The messages as the chat template takes them. RequestError: the newest message of the user has more than text."""
     newest = newest_user_message([message.role for message in messages])
     if newest is not None and isinstance(parts := messages[newest].content, list):
         refuse_unreadable(parts, f"messages[{newest}].content")
@@ -101,7 +101,7 @@ def as_chat(messages: Sequence[ChatInputMessage]) -> list[dict[str, Any]]:
 class ChatFunctionTool(CheckedObject):
     type: Literal["function"] = "function"
     function: FunctionDeclaration
-    cache_control: Any = ignored("every prefix is found without marks")
+    cache_control: object = ignored("every prefix is found without marks")
 
 
 class ChatOtherTool(RequestObject):
@@ -208,6 +208,7 @@ class ChatBody(SamplingFields, ReasoningFields, FormatFields, ExtraBody, HostedS
         )
 
     def n_answers(self, service: Service) -> int:
+        """RequestError: more than this server makes at a time."""
         n, most = self.n or 1, service.config.max_n
         if n > most:
             raise RequestError(f"n: this server makes at most {most} answers at a time, found {n}", param="n")

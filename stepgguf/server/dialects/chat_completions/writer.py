@@ -49,9 +49,11 @@ class ChatOptions:
 
 
 class ChatWriter:
+    """See dialects/writer.py for the protocol."""
+
     def __init__(self, head: AnswerHead, options: ChatOptions) -> None:
         self._head, self._options = head, options
-        self._unfinished = list(range(options.n_answers))
+        self._unfinished = list(range(options.n_answers))  # answers without a finish_reason so far
 
     # a stream ---------------------------------------------------------------------------------------------------
 
@@ -188,7 +190,7 @@ class ChatWriter:
         return {"content": content, "refusal": None}
 
     def _usage(self, replies: Sequence[Reply]) -> CompletionUsage:
-        """All answers are to the same prompt."""
+        """All answers are to the same prompt, which is counted once."""
         return usage_of(replies, replies[0].timings.n_prompt)
 
 

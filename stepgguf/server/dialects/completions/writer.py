@@ -24,8 +24,8 @@ COMPLETION_ERRORS = OpenAIErrorForm(prompt_field="prompt")
 
 
 class CompletionWriter:
-    """echoes: the texts with which the answers begin, one for each. n_top: alternatives to each token; None: there are
-    no logprobs. n_prompt: tokens of all prompts."""
+    """echoes: the texts with which the answers begin, one for each. n_prompt: tokens of all prompts. n_top: how many
+    alternatives to each token are sent; None: no logprobs."""
 
     def __init__(
         self, head: AnswerHead, echoes: Sequence[str], n_prompt: int, *, n_top: int | None, with_usage: bool
@@ -33,7 +33,7 @@ class CompletionWriter:
         self._head, self._echoes, self._n_prompt, self._n_top = head, echoes, n_prompt, n_top
         self._with_usage = with_usage
         self._offsets = [len(echo) for echo in echoes]  # of each answer's text so far, where logprobs say it goes on
-        self._unfinished = list(range(len(echoes)))
+        self._unfinished = list(range(len(echoes)))  # answers without a finish_reason so far
 
     def start(self) -> list[Record]:
         return [self._chunk(index, echo) for index, echo in enumerate(self._echoes)]

@@ -6,10 +6,10 @@
 Images and documents are refused in what the user has just written, and nowhere else. Blocks and tools that mean nothing
 to this model are left out with a line in the log, unless tool_choice demands such a tool.
 
-Thinking. This model always thinks unless its budget is 0.
-    absent         it thinks, no more than effort medium does and in at most half of max_tokens, and no thinking blocks
-                   are sent. Clients that do not ask for thinking read content[0].text, wait for no more than an answer
-                   without it would take, and chose max_tokens for the answer alone
+`thinking`. This model always reasons unless its budget is 0.
+    absent         it reasons, no more than effort medium does and in at most half of max_tokens, and no thinking blocks
+                   are sent. Clients that do not ask for them read content[0].text, wait for no more than an answer
+                   without reasoning would take, and chose max_tokens for the answer alone
     enabled        at most budget_tokens; blocks are sent
     adaptive       as much as it likes; blocks are sent
     disabled       none
@@ -39,9 +39,11 @@ from stepgguf.server.service import Service
 
 
 class MessagesTool(FunctionDeclaration):
+    """A tool that the client runs."""
+
     type: str | None = None
     parameters: dict[str, Any] | None = Field(alias="input_schema")
-    eager_input_streaming: Any = ignored("arguments are streamed as they come")
+    eager_input_streaming: object = ignored("arguments are streamed as they come")
 
 
 class MessagesForeignTool(RequestObject):
@@ -67,6 +69,7 @@ class MessagesToolChoice(CheckedObject):
     disable_parallel_tool_use: bool | None = None
 
     def as_tool_choice(self) -> ToolChoice:
+        """RequestError: a tool is to be called, and it is not said which."""
         if self.type == "tool":
             if self.name is None:
                 raise RequestError("tool_choice of type tool has no name", param="tool_choice.name")
@@ -82,11 +85,11 @@ class MessagesJsonFormat(RequestObject):
 class OutputConfig(CheckedObject):
     effort: Effort | None = None
     format: MessagesJsonFormat | None = None
-    task_budget: Any = ignored("max_tokens is the limit")
+    task_budget: object = ignored("max_tokens is the limit")
 
 
 class MessagesPrompt(ReasoningAmounts):
-    """What is counted by count_tokens, and what both routes ignore."""
+    """The fields of both routes: those that make the prompt, which count_tokens counts, and those without effect."""
 
     model: str | None = None
     messages: list[Turn] = Field(min_length=1)
@@ -96,15 +99,15 @@ class MessagesPrompt(ReasoningAmounts):
     output_config: OutputConfig | None = None
     output_format: MessagesJsonFormat | None = Field(None, description="The old name of output_config.format.")
 
-    cache_control: Any = ignored("every prefix is found without marks")
-    context_management: Any = ignored("a prompt that does not fit is refused, not cut")
-    compaction: Any = ignored("a prompt that does not fit is refused, not cut")
-    mcp_servers: Any = ignored("nothing is called from here; offer their tools in `tools`")
-    speed: Any = ignored("there is one speed")
-    billing_policy: Any = ignored("nothing is billed")
-    user_profile_id: Any = ignored("there is one user")
-    workspace_id: Any = ignored("there is one workspace")
-    betas: Any = ignored("what is known is always on")
+    cache_control: object = ignored("every prefix is found without marks")
+    context_management: object = ignored("a prompt that does not fit is refused, not cut")
+    compaction: object = ignored("a prompt that does not fit is refused, not cut")
+    mcp_servers: object = ignored("nothing is called from here; offer their tools in `tools`")
+    speed: object = ignored("there is one speed")
+    billing_policy: object = ignored("nothing is billed")
+    user_profile_id: object = ignored("there is one user")
+    workspace_id: object = ignored("there is one workspace")
+    betas: object = ignored("what is known is always on")
 
     def chat_request(self, service: Service) -> ChatRequest:
         """RequestError: the fields do not go together."""
@@ -138,6 +141,7 @@ class MessagesPrompt(ReasoningAmounts):
         return as_tools(offered)
 
     def system_messages(self) -> Iterator[dict[str, Any]]:
+        """As OpenAI's chat messages: one, or none if there is no text."""
         text = paragraphs(block.text for block in self.system or ())
         if text:
             yield {"role": "system", "content": text}
@@ -147,29 +151,31 @@ class MessagesPrompt(ReasoningAmounts):
         yield self.output_config.effort if self.output_config is not None else None
 
     def _budget(self, config: ServerConfig) -> int | None:
-        """Tokens of thinking."""
+        """Tokens of reasoning; None is no limit."""
         says_nothing = all(spelling is None for spelling in self.spellings())
         return config.efforts["medium"] if says_nothing else self.reasoning_limit(config)
 
 
 class MessagesBody(MessagesPrompt, SamplingFields):
-    """temperature: Anthropic's ends at 1, that of StepFun's own Messages API at 2."""
+    """The body of a request for an answer. Anthropic's temperature ends at 1; up to 2 is taken, as by StepFun's own
+    Messages API."""
 
     elsewhere: ClassVar = {"thread": "nothing is stored here: send the whole conversation as `messages`"}
     max_tokens: AnswerTokens = Field(description=f"Thinking counts. {UNLIMITED}: what the context holds.")
     stop_sequences: list[str] | None = Field(None, description="Texts that end the answer.")
     stream: bool | None = None
 
-    metadata: Any = ignored("nothing is stored")
-    service_tier: Any = ignored("there is one tier")
-    container: Any = ignored("nothing is run here")
-    diagnostics: Any = ignored("usage says what came from the cache")
-    inference_geo: Any = ignored("it runs where it runs")
-    fallbacks: Any = ignored("there is one model")
-    fallback_credit_token: Any = ignored("nothing is billed")
+    metadata: object = ignored("nothing is stored")
+    service_tier: object = ignored("there is one tier")
+    container: object = ignored("nothing is run here")
+    diagnostics: object = ignored("usage says what came from the cache")
+    inference_geo: object = ignored("it runs where it runs")
+    fallbacks: object = ignored("there is one model")
+    fallback_credit_token: object = ignored("nothing is billed")
 
     @property
     def display(self) -> Display:
+        """How reasoning is sent: not at all unless the client asks for thinking."""
         if self.thinking is None:
             return "hidden"
         is_omitted = isinstance(self.thinking, ReasoningMap) and self.thinking.display == "omitted"
@@ -177,7 +183,7 @@ class MessagesBody(MessagesPrompt, SamplingFields):
 
     def chat_request(self, service: Service) -> ChatRequest:
         """A last message of the assistant's, which Anthropic's older models continue, is refused: this model's turn
-        starts with its thinking."""
+        starts with its reasoning."""
         if self.messages[-1].role == "assistant":
             raise RequestError(
                 "the last message is the assistant's",

@@ -30,6 +30,8 @@ from stepgguf.server.dialects.sealed_reasoning import unseal
 
 
 class ThinkingBlock(RequestObject):
+    """Reasoning of an earlier answer, in plain or sealed in the signature."""
+
     type: Literal["thinking"]
     thinking: str = ""
     signature: str = ""
@@ -70,6 +72,8 @@ _Results = Annotated[list[TextPart], BeforeValidator(_result_parts)]
 
 
 class ToolResultBlock(RequestObject):
+    """What the client's tool gave for a call."""
+
     type: Literal["tool_result"]
     tool_use_id: str
     content: _Results | None = None
@@ -103,10 +107,12 @@ class Turn(RequestObject):
 
     @property
     def has_results(self) -> bool:
+        """Whether it has results of tools among its blocks."""
         return any(isinstance(block, ToolResultBlock) for block in self.content)
 
     def renders(self, block: Block) -> bool:
-        """Whether the model is shown anything of it. A sentence in an image's place is not put into its own mouth."""
+        """Whether the model is shown anything of this block. The sentence that stands for an image is not put into the
+        mouth of the assistant."""
         if isinstance(block, UnreadablePart):
             return self.role == "user" and any(word in block.was for word in WORDS)
         return isinstance(block, RENDERED[self.role])
@@ -118,7 +124,7 @@ class Turn(RequestObject):
         return [block.was if isinstance(block, UnreadablePart) else block.type for block in blocks]
 
     def messages(self) -> Iterator[dict[str, Any]]:
-        """As OpenAI's chat messages."""
+        """As OpenAI's chat messages, in the order of the blocks."""
         blocks = [block for block in self.content if self.renders(block)]
         if self.role == "assistant":
             yield from _assistant_messages(blocks)
@@ -139,7 +145,7 @@ class Turn(RequestObject):
 
 
 def _assistant_messages(blocks: list[Block]) -> Iterator[dict[str, Any]]:
-    """The assistant's message, if there is anything of it."""
+    """One message of the assistant's with its text, reasoning and calls; none if there is no block."""
     calls = [
         {"id": b.id, "type": "function", "function": {"name": b.name, "arguments": b.input}}
         for b in blocks

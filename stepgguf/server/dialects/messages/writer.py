@@ -43,6 +43,7 @@ class OpenBlock:
 
 
 def named_event(data: dict[str, Any]) -> JsonEvent:
+    """An event whose name is its type, as all of Anthropic's are."""
     return JsonEvent(data, data["type"])
 
 
@@ -163,7 +164,7 @@ class MessageWriter:
         else:
             block["input"] = _call_input(text)
         events.append(named_event({"type": "content_block_stop", "index": self._n_blocks}))
-        if block.get("input", text) is not None:
+        if block.get("input", text) is not None:  # None: the call was cut, and nobody may run it
             self.message["content"].append(block)
         self._n_blocks += 1
         self._open = None

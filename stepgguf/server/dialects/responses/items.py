@@ -132,17 +132,18 @@ _adapter: TypeAdapter[list[Item]] = TypeAdapter(_List)
 
 
 def parse_items(items: Sequence[Json]) -> list[Item]:
-    """Items as a request had them."""
+    """Items as a request has them, and as `Items` has checked them."""
     return _adapter.validate_python(items)
 
 
 def left_out_types(items: Iterable[Item]) -> list[str]:
-    """The types of those that the model is shown nothing of."""
+    """The types of the items that the model is shown nothing of."""
     return [item.type for item in items if isinstance(item, OtherItem) and not any(_as_call(item))]
 
 
 def refuse_unreadable_input(items: Sequence[Item], n_before: int) -> None:
-    """RequestError: the user has just sent what the model cannot read. n_before: items that are not in the body."""
+    """RequestError: the newest message of the user has what the model cannot read. n_before: how many items come from
+    answers that are kept, and are not in the body."""
     index = newest_user_message([_role_of(item) for item in items])
     if index is not None and index >= n_before:
         message = items[index]
@@ -151,7 +152,7 @@ def refuse_unreadable_input(items: Sequence[Item], n_before: int) -> None:
 
 
 def as_chat_messages(items: Iterable[Item], offers: Offers) -> list[Json]:
-    """As OpenAI's chat messages. Calls have the names under which these tools are offered now."""
+    """The items as OpenAI's chat messages. Calls have the names under which the tools are offered now."""
     messages: list[Json] = []
     turn: Json | None = None  # the assistant's, while it goes on
     for item in _shown_to_the_model(items):

@@ -60,7 +60,7 @@ class ResponsesTextFormat(RequestObject):
 
 class TextOptions(CheckedObject):
     format: ResponsesTextFormat | None = None
-    verbosity: Any = ignored("the model has no such switch; ask for it in a message")
+    verbosity: object = ignored("the model has no such switch; ask for it in a message")
 
 
 def _must_be_absent(reason: str) -> BeforeValidator:
@@ -81,8 +81,8 @@ def _without_logprobs(include: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class PreparedResponse:
-    """request: for the model. context: the conversation, without instructions: items, as JSON. offers: what may be
-    called. echo: the fields that the response repeats, as JSON."""
+    """What a body asks for, ready to run. request: for the model. context: the conversation without instructions, as
+    JSON of items. offers: what may be called. echo: the fields that the response repeats, as JSON."""
 
     request: ChatRequest
     context: bytes
@@ -91,7 +91,7 @@ class PreparedResponse:
 
 
 class ResponsesPrompt(ReasoningFields, HostedServiceFields):
-    """What is counted by /v1/responses/input_tokens too."""
+    """The fields that make the prompt. /v1/responses/input_tokens takes these alone."""
 
     model: str | None = None
     input: Items | None = None
@@ -105,11 +105,11 @@ class ResponsesPrompt(ReasoningFields, HostedServiceFields):
     conversation: Annotated[None, _must_be_absent(NO_CONVERSATIONS)] = None
     prompt: Annotated[None, _must_be_absent(SEND_TEXT)] = None
 
-    truncation: Any = ignored("a prompt that does not fit is refused, not cut")
-    personality: Any = ignored("the model has no such switch; ask for it in `instructions`")
+    truncation: object = ignored("a prompt that does not fit is refused, not cut")
+    personality: object = ignored("the model has no such switch; ask for it in `instructions`")
 
     def chat_request(self, service: Service, answers: AnswerStore) -> PreparedResponse:
-        """RequestError, Refusal: the fields do not go together, or refer to what is not stored."""
+        """RequestError: the fields do not go together. Refusal: they refer to what is not stored."""
         if self.input is None and self.previous_response_id is None:
             raise RequestError("input is missing", param="input")
         before = answers.whole_conversation(self.previous_response_id) if self.previous_response_id else []
@@ -146,13 +146,13 @@ class ResponsesBody(ResponsesPrompt, SamplingFields):
     background: bool | None = Field(None, description="The answer goes on when the client leaves; it must be stored.")
     top_logprobs: Annotated[None, _must_be_absent(NO_LOGPROBS)] = None
 
-    metadata: Any = ignored("it is repeated in the answer")
-    stream_options: Any = ignored("it only pads events")
-    context_management: Any = ignored("a prompt that does not fit is refused, not cut")
-    client_metadata: Any = ignored("nothing is reported to anyone")
-    access_programs: Any = ignored("there are none")
-    image: Any = ignored("the model reads text only")
-    max_tool_calls: Any = ignored("it limits tools that run on the server, and there are none")
+    metadata: object = ignored("it is repeated in the answer")
+    stream_options: object = ignored("it only pads events")
+    context_management: object = ignored("a prompt that does not fit is refused, not cut")
+    client_metadata: object = ignored("nothing is reported to anyone")
+    access_programs: object = ignored("there are none")
+    image: object = ignored("the model reads text only")
+    max_tool_calls: object = ignored("it limits tools that run on the server, and there are none")
 
     @property
     def wants_sealed_reasoning(self) -> bool:
@@ -175,7 +175,7 @@ class ResponsesBody(ResponsesPrompt, SamplingFields):
         return replace(asked, request=request, echo=json.dumps(self._echoed_fields(request.sampling)).encode())
 
     def _echoed_fields(self, sampling: Sampling) -> Json:
-        """As they were understood. sampling: as used."""
+        """The fields that the response repeats, as they were understood. sampling: as it is used."""
         effort = self.reasoning.effort if isinstance(self.reasoning, ReasoningMap) else self.reasoning
         choice = self.tool_choice
         form = self.text.format.model_dump(by_alias=True, exclude_none=True) if self.text and self.text.format else None
@@ -199,6 +199,6 @@ class ResponsesBody(ResponsesPrompt, SamplingFields):
 
 
 def _bounded_metadata(metadata: Any) -> dict[str, str]:
-    """As much as OpenAI takes: 16 pairs of 64 and 512 characters."""
+    """As much of it as OpenAI takes: 16 pairs of 64 and 512 characters."""
     pairs = islice(metadata.items(), 16) if isinstance(metadata, dict) else ()
     return {key[:64]: str(value)[:512] for key, value in pairs}

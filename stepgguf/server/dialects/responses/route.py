@@ -169,7 +169,7 @@ async def cancel(id: str, answers: TheAnswers) -> Response:
 
 @router.post("/{id}/end_reasoning", responses=OF_A_KEPT_ANSWER)
 async def end_reasoning(id: str, answers: TheAnswers) -> Response:
-    """End the thinking of an answer that is being made, so that the answer itself begins. Not OpenAI's."""
+    """End the reasoning of an answer that is being made, so that the answer itself begins. Not OpenAI's."""
     answer = answers.get(id)
     answer.end_reasoning()
     return JSONResponse(answer.writer.response)

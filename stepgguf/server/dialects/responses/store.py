@@ -38,8 +38,11 @@ KEPT = "Answers are kept in memory for an hour after their last use, and not wit
 
 
 class Answer:
-    """context: the items that it answers, as JSON. keeps: whether it stays when it is finished. background: whether
-    it is nobody's but the store's; then the log says here how it ended, not with its request."""
+    """An answer of the model, made by a task of its own. `used`: when somebody last asked for it; `error`: what it
+    failed with.
+
+    context: the items that it answers, as JSON. keeps: whether it stays when it is finished. background: whether it
+    goes on without its request; then the log says here how it ended."""
 
     def __init__(
         self, writer: ResponseWriter, generation: Generation, context: bytes, *, keeps: bool, background: bool
@@ -76,25 +79,27 @@ class Answer:
                 await changed.wait()
 
     async def wait_until_finished(self) -> None:
+        """Also when it failed. The answer goes on if whoever waits gives up."""
         await asyncio.shield(self._task)
 
     def when_finished(self, call: Callable[[], None]) -> None:
         self._task.add_done_callback(lambda _: call())
 
     def cancel(self) -> None:
+        """End it where it is, within one decode."""
         self._generation.cancel()
 
     def end_reasoning(self) -> None:
         self._generation.end_reasoning()
 
     def input_items(self) -> list[dict[str, Any]]:
-        """What it answers, each with an id."""
+        """The items that it answers, each with an id."""
         items: list[dict[str, Any]] = json.loads(self._context)
         trace = self.id.removeprefix("resp_")
         return [_listed_item(f"item_{trace}_in{i}", item) for i, item in enumerate(items)]
 
     def whole_conversation(self) -> list[dict[str, Any]]:
-        """What it answers and the answer."""
+        """The items that it answers, and then its own."""
         return [*json.loads(self._context), *self.writer.response["output"]]
 
     async def _make_answer(self) -> None:
@@ -119,11 +124,11 @@ class Answer:
 
     def _wake_readers(self) -> None:
         self._changed.set()
-        self._changed = asyncio.Event()
+        self._changed = asyncio.Event()  # a new one: who waits for the old one is woken once, and nobody is missed
 
 
 def _listed_item(id: str, item: dict[str, Any]) -> dict[str, Any]:
-    """An item as it was sent, and what may be left out of it."""
+    """An item as it was sent, and the fields that clients may leave out."""
     item = {"id": id, "status": "completed", **item}
     content = item.get("content")
     if item["type"] == "reasoning":
@@ -144,28 +149,32 @@ class AnswerStore:
         self._sweeping: asyncio.TimerHandle | None = None
 
     def add(self, answer: Answer) -> None:
+        """Keep an answer, at least until it is finished."""
         self._answers[answer.id] = answer
         answer.when_finished(self._forget_old)
 
     def find(self, id: str) -> Answer | None:
+        """The answer with this id, which counts as used now; None if there is none."""
         answer = self._answers.get(id)
         if answer is not None:
             answer.used = time.monotonic()
         return answer
 
     def get(self, id: str) -> Answer:
-        """Refusal: there is none."""
+        """The same. Refusal: there is no such answer."""
         answer = self.find(id)
         if answer is None:
             raise Refusal(404, f"Response with id {id[:SHOWN]!r} not found. {KEPT}", param="id")
         return answer
 
     def delete(self, id: str) -> None:
+        """End and forget it. Refusal: there is no such answer."""
         self.get(id).cancel()
         del self._answers[id]
 
     def whole_conversation(self, id: str) -> list[dict[str, Any]]:
-        """What a previous answer answered, and that answer. Refusal: there is none, or it is not finished."""
+        """The items that a previous answer answers, and its own. Refusal: there is no such answer, or it is not
+        finished."""
         answer = self.find(id)
         if answer is None:
             text = f"Previous response with id {id[:SHOWN]!r} not found. {KEPT}; send the whole conversation as `input`"
@@ -176,7 +185,7 @@ class AnswerStore:
         return answer.whole_conversation()
 
     def resolve_references(self, items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The items, those of our own answers that are only referred to included. Refusal: there is no such item."""
+        """The items, with those of our own answers in place of references to them. Refusal: there is no such item."""
         seen: set[str] = set()
         found = []
         for i, item in enumerate(items):
@@ -200,7 +209,8 @@ class AnswerStore:
         raise Refusal(404, text, param=param)
 
     def _forget_old(self) -> None:
-        """Forget what need not stay, oldest use first; what is still being made stays."""
+        """Forget what need not stay, oldest use first; an answer that is still being made stays. It runs again by
+        itself as long as there are answers."""
         oldest = time.monotonic() - self._config.stored_seconds
         n, n_bytes = len(self._answers), sum(answer.n_bytes for answer in self._answers.values())
         for answer in sorted(self._answers.values(), key=lambda answer: answer.used):

@@ -45,6 +45,8 @@ class ResponsesGrammarFormat(RequestObject):
 
 
 class ResponsesCustomTool(RequestObject):
+    """A tool that takes free text. To the model it is a function of one string."""
+
     type: Literal["custom"]
     name: str = Field(pattern=r"^[^<>\s]{1,128}$")
     description: str | None = None
@@ -80,6 +82,8 @@ _Other = Annotated[ResponsesOtherTool, Tag("other")]
 
 
 class ResponsesNamespaceTool(RequestObject):
+    """Tools under a common name, usually those of one MCP server."""
+
     type: Literal["namespace"]
     name: str
     description: str | None = None
@@ -92,7 +96,7 @@ ResponsesTool = Annotated[
 
 
 def echoed_tools(tools: Iterable[ResponsesTool]) -> list[dict[str, Any]]:
-    """As the response repeats them: those that are offered, with the fields that have a meaning here."""
+    """The tools as the response repeats them: those that are offered, with the fields that have a meaning here."""
     found = []
     for tool in tools:
         if isinstance(tool, ResponsesNamespaceTool):
@@ -144,7 +148,7 @@ class Offers:
         return flat_name(namespace, name) if offer is None else offer.tool.name
 
     def restricted_to(self, keys: Iterable[tuple[str | None, str]]) -> Offers:
-        """Without the tools that are not named."""
+        """The same offers without the tools that are not named. keys: namespace and name."""
         kept = Offers(())
         kept._by_key = {key: self._by_key[key] for key in keys if key in self._by_key}
         kept.by_name = {offer.tool.name: offer for offer in kept._by_key.values()}
@@ -165,7 +169,8 @@ class Offers:
         )
 
     def _free_name(self, flat: str) -> str:
-        """The flat name, or another should it be taken: `a` has `b__c` and `a__b` has `c`; or it was cut."""
+        """The flat name, or one with a number if it is taken: `a` may have `b__c` where `a__b` has `c`, or two long
+        names were cut to the same."""
         name = flat
         while name in self.by_name:
             self._n_taken[flat] += 1
@@ -174,7 +179,7 @@ class Offers:
 
 
 def flat_name(namespace: str | None, name: str) -> str:
-    """One name of both: as agents called the tools of MCP servers before there were namespaces."""
+    """NAMESPACE__NAME, as agents called the tools of MCP servers before there were namespaces."""
     if not namespace:
         return name
     separator = "" if namespace.endswith("__") else "__"
@@ -190,10 +195,11 @@ class InputReader:
 
     @property
     def is_complete(self) -> bool:
+        """Whether the JSON has come to its end."""
         return self._rest.endswith("}")
 
     def feed(self, fragment: str) -> str:
-        """What it adds to the string."""
+        """What this fragment adds to the string; "" while it cannot be said, as in the middle of an escape."""
         self._rest += fragment
         if not self._inside:
             opening = _OPENING.match(self._rest)
@@ -217,7 +223,7 @@ class ResponsesNamedTool(RequestObject):
 
 
 class ResponsesAllowedTool(RequestObject):
-    """One that runs elsewhere has no name."""
+    """A tool that may be called. One that runs elsewhere has no name."""
 
     type: str
     name: str | None = None
@@ -245,7 +251,7 @@ ResponsesToolChoice = (
 
 
 def resolve_choice(choice: ResponsesToolChoice | None, offers: Offers) -> tuple[ToolChoice, Offers]:
-    """What the model may and must call. RequestError: it must call what is not offered."""
+    """What the model must call, and what it may call. RequestError: it must call what is not offered."""
     if choice is None or isinstance(choice, str):
         chosen = ToolChoice(choice or "auto")
     elif isinstance(choice, ResponsesAllowedTools):

@@ -1,10 +1,8 @@
 """One answer as a response of OpenAI's Responses API: from deltas to the whole object and to the stream's events.
 
     response.created  response.in_progress  item*  response.completed | response.incomplete | response.failed
-    item := response.output_item.added  (part | fragment* done)  response.output_item.done     output_index 0, 1, 2, ...
-    part := response.content_part.added  fragment* done  response.content_part.done
-    fragment := response.KIND.delta, done := response.KIND.done: KIND is reasoning_text, output_text,
-                function_call_arguments, custom_tool_call_input
+
+The events of an item are in output_items.py.
 
 Nothing is kept but the answer: its items, each with its text and where the fragments ended in which it came. `events`
 tells what happened from that, as often as it is asked and from any number on, so a stream that is live and one that is
@@ -15,139 +13,27 @@ one.
 from __future__ import annotations
 
 import json
-from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 from stepgguf.chat.exchange import Reply
 from stepgguf.chat.output import Delta
+from stepgguf.server.dialects.responses.output_items import ITEM_TYPES, Fields, ItemStatus, OutputItem
 from stepgguf.server.dialects.responses.tools import InputReader, Offer
-from stepgguf.server.dialects.sealed_reasoning import seal
 from stepgguf.server.generation import AnswerPart
 from stepgguf.server.http.sse import JsonEvent
 from stepgguf.server.problem import Problem
 from stepgguf.server.service import now
 
-Fields = dict[str, Any]  # of an event; its "type" is also the event's name
-ItemStatus = Literal["in_progress", "completed", "incomplete"]
 OPENING = ("created", "in_progress")
-
-
-@dataclass(frozen=True, slots=True)
-class ItemType:
-    """What an item of a type looks like. id: the prefix of its ids. text: what the events of its text are called. part:
-    the type of its one content part; None: the text is the field `field`."""
-
-    id: str
-    text: str
-    part: str | None = None
-    field: str = "content"
-
-
-ITEM_TYPES = {
-    "reasoning": ItemType("rs", "response.reasoning_text", "reasoning_text"),
-    "message": ItemType("msg", "response.output_text", "output_text"),
-    "function_call": ItemType("fc", "response.function_call_arguments", field="arguments"),
-    "custom_tool_call": ItemType("ctc", "response.custom_tool_call_input", field="input"),
-}
 FEEDS = {"reasoning": "reasoning", "message": "text"}  # the deltas that go on with an item
 
 
-@dataclass(slots=True)
-class OutputItem:
-    """One item of the output. head: its fields before its text. text: UTF-8; ends: of its fragments, in bytes. reader:
-    what takes the text of a custom tool's call out of JSON."""
-
-    head: dict[str, Any]
-    sealed: bool = False
-    reader: InputReader | None = None
-    status: ItemStatus = "in_progress"
-    text: bytearray = field(default_factory=bytearray)
-    ends: array[int] = field(default_factory=lambda: array("I"))
-
-    @property
-    def type(self) -> ItemType:
-        return ITEM_TYPES[self.head["type"]]
-
-    @property
-    def n_events(self) -> int:
-        n_before = 1 if self.type.part is None else 2
-        return n_before + len(self.ends) + (0 if self.status == "in_progress" else n_before + 1)
-
-    @property
-    def as_json(self) -> dict[str, Any]:
-        """As far as it has come."""
-        text = self.text.decode()
-        item = {**self.head, "status": self.status, self.type.field: self._content(text)}
-        if self.sealed and item["type"] == "reasoning" and self.status != "in_progress":
-            item["encrypted_content"] = seal(text)
-        return item
-
-    @property
-    def is_whole_call(self) -> bool:
-        """One that is whole, if the answer was cut right after it."""
-        if self.reader is not None:
-            return self.reader.is_complete
-        try:
-            return self.type.part is None and isinstance(json.loads(self.text), dict)
-        except ValueError:
-            return False
-
-    def add(self, fragment: str) -> None:
-        text = fragment if self.reader is None else self.reader.feed(fragment)
-        if text:
-            self.text += text.encode()
-            self.ends.append(len(self.text))
-
-    def events(self, skip: int) -> Iterator[Fields]:
-        """All but the first `skip`, without what the events of all items have."""
-        before = self._opening_events()
-        yield from before[skip:]
-        skip = max(0, skip - len(before))
-        for i in range(skip, len(self.ends)):
-            fragment = self.text[self.ends[i - 1] if i else 0 : self.ends[i]].decode()
-            yield self._event(f"{self.type.text}.delta", delta=fragment, **self._logprobs())
-        if self.status != "in_progress":
-            yield from self._closing_events()[max(0, skip - len(self.ends)) :]
-
-    def _opening_events(self) -> list[Fields]:
-        started = {**self.head, "status": "in_progress", self.type.field: "" if self.type.part is None else []}
-        added: list[Fields] = [{"type": "response.output_item.added", "item": started}]
-        if self.type.part is not None:
-            added.append(self._event("response.content_part.added", part=self._content_part("")))
-        return added
-
-    def _closing_events(self) -> list[Fields]:
-        text = self.text.decode()
-        name = {"name": self.head["name"]} if self.head["type"] == "function_call" else {}
-        field = {"text" if self.type.part else self.type.field: text}
-        events = [self._event(f"{self.type.text}.done", **name, **field, **self._logprobs())]
-        if self.type.part is not None:
-            events.append(self._event("response.content_part.done", part=self._content_part(text)))
-        return [*events, {"type": "response.output_item.done", "item": self.as_json}]
-
-    def _event(self, type: str, **fields: Any) -> Fields:
-        index = {} if self.type.part is None else {"content_index": 0}
-        return {"type": type, "item_id": self.head["id"], **index, **fields}
-
-    def _content(self, text: str) -> Any:
-        return text if self.type.part is None else [self._content_part(text)]
-
-    def _content_part(self, text: str) -> dict[str, Any]:
-        more: dict[str, Any] = {"annotations": [], "logprobs": []} if self.type.part == "output_text" else {}
-        return {"type": self.type.part, "text": text, **more}
-
-    def _logprobs(self) -> dict[str, Any]:
-        """The field that text events must have and others do not."""
-        return {"logprobs": []} if self.type.part == "output_text" else {}
-
-
 class ResponseWriter:
-    """feed..., then finish or fail. echo: the request's fields that the response repeats, as JSON. offers: the tools,
-    by the names that the model knows.
+    """See dialects/writer.py for the protocol. Records are made when they are read: the store reads none.
 
+    echo: the request's fields that the response repeats, as JSON. offers: the tools, by the names that the model knows.
     sealed: reasoning items also carry their text in encrypted_content, for clients that send back only that.
     """
 
@@ -184,12 +70,12 @@ class ResponseWriter:
 
     @property
     def response(self) -> dict[str, Any]:
-        """As far as it has come: an item that is being written has its text so far."""
+        """The response as far as it has come: an item that is being written has its text so far."""
         return {**self._fields, **json.loads(self._echo), "output": [item.as_json for item in self._items]}
 
     @property
     def n_bytes(self) -> int:
-        """What it takes in memory."""
+        """How much memory it takes, about."""
         texts = (len(item.text) + item.ends.itemsize * len(item.ends) for item in self._items)
         return len(self._echo) + sum(texts)
 
@@ -239,7 +125,7 @@ class ResponseWriter:
         if start < len(OPENING):
             for number, event in enumerate(self._first_events()[start:], start):
                 yield {**event, "sequence_number": number}
-        first = len(OPENING)
+        first = len(OPENING)  # the number of the next item's first event
         for index, item in enumerate(self._items):
             skip = max(0, start - first)
             if skip < item.n_events:
