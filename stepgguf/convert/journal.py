@@ -22,7 +22,7 @@ from typing import Any
 
 from stepgguf.errors import OutputError
 from stepgguf.files import disk, jsonread
-from stepgguf.quants.codec import Loss
+from stepgguf.quants.kernels import Loss
 
 _RECORD = struct.Struct("<II56s")
 _MADE = struct.Struct("<32s3d")

@@ -37,7 +37,7 @@ from stepgguf.files import jsonread
 from stepgguf.model.hparams import HParams
 from stepgguf.model.spelling import NO_WEIGHT, VISION_PREFIXES, published
 from stepgguf.model.tensors import TensorSpec, is_beyond, tensor_specs
-from stepgguf.quants.codec import FP8_TILE, Scaled, Values, widen
+from stepgguf.quants.values import FP8_TILE, Scaled, Values, widen
 
 INDEX = "model.safetensors.index.json"
 _GGML = {"BF16": GGMLQuantizationType.BF16, "F16": GGMLQuantizationType.F16, "F32": GGMLQuantizationType.F32}

@@ -16,9 +16,9 @@ from stepgguf.errors import UnsupportedModel
 from stepgguf.files import gguf_header
 from stepgguf.files.gguf_header import Header, Key, TensorInfo
 from stepgguf.files.jsonread import shown
-from stepgguf.quants import codec
-from stepgguf.quants.codec import Values
-from stepgguf.quants.ggml import BF16, F32, row_size
+from stepgguf.quants.kernels import decoder_for
+from stepgguf.quants.types import BF16, F32, row_size
+from stepgguf.quants.values import Values
 
 ARCHITECTURE = "step35"
 
@@ -82,7 +82,7 @@ class GGUFSource:
         if tensor.ggml_type in (F32, BF16):
             return data.view(np.float32) if tensor.ggml_type == F32 else data.view(np.uint16)
         values = np.empty((stop - start, tensor.shape[-1]), np.float32)
-        codec.dequantize(tensor.ggml_type, data, values)
+        decoder_for(tensor.ggml_type).decode(data, values)
         return values
 
     def _locate(self, name: str, start: int, stop: int) -> tuple[int, int, int]:

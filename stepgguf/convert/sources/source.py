@@ -10,7 +10,7 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from stepgguf.quants.codec import Values
+from stepgguf.quants.values import Values
 
 
 @dataclass(frozen=True, slots=True)
