@@ -23,8 +23,7 @@ from stepgguf.convert.pipeline import Compiling
 from stepgguf.convert.plan import Options, Plan, PlannedTensor
 from stepgguf.convert.planner import plan_source
 from stepgguf.convert.sizes import Inventory
-from stepgguf.convert.sources.checkpoint import Checkpoint
-from stepgguf.convert.sources.gguf_file import GGUFSource
+from stepgguf.convert.sources.source import TensorSource
 from stepgguf.errors import DoesNotFit, RecipeError
 from stepgguf.quants.allocate import Item, Option, solve
 from stepgguf.quants.mixtures import Candidate, TypeChoice
@@ -126,7 +125,7 @@ class Trunk:
         return math.fsum(known) if len(known) == len(costs) else None
 
 
-def plan_within(limits: Limits, source: Checkpoint | GGUFSource, dest: Path, options: Options, trunk: Trunk) -> Plan:
+def plan_within(limits: Limits, source: TensorSource, dest: Path, options: Options, trunk: Trunk) -> Plan:
     """The plan whose types cost least within the budget, by `price` for the same options, if `settled` left it open."""
     room = trunk.room(limits)
     while True:
@@ -140,7 +139,7 @@ def plan_within(limits: Limits, source: Checkpoint | GGUFSource, dest: Path, opt
     return plan if options.importance is not None else replace(plan, warnings=(*plan.warnings, UNIFORM))
 
 
-def settled(limits: Limits, source: Checkpoint | GGUFSource, dest: Path, options: Options) -> Plan | None:
+def settled(limits: Limits, source: TensorSource, dest: Path, options: Options) -> Plan | None:
     """The plan if nothing has to be measured for it: the largest types fit. DoesNotFit if not even the smallest do."""
     model = sizes.inventory(source)
     smallest = _extreme(min, model, source, dest, options)
@@ -189,7 +188,7 @@ def smallest_size(model: Inventory, *, mtp: bool, has_imatrix: bool) -> int:
 def _extreme(
     pick: Callable[..., GGMLQuantizationType],
     model: Inventory,
-    source: Checkpoint | GGUFSource,
+    source: TensorSource,
     dest: Path,
     options: Options,
 ) -> Plan:
@@ -214,7 +213,7 @@ def _read_bytes(plan: Plan, model: Inventory) -> float:
     return math.fsum(shares.values())
 
 
-def draft(source: Checkpoint | GGUFSource, dest: Path, options: Options) -> Plan:
+def draft(source: TensorSource, dest: Path, options: Options) -> Plan:
     """The plan with all that no rule decides as Q8_0, in one file (and one of MTP blocks, if they are separate)."""
     model = sizes.inventory(source)
     open_ = {c.name: TypeChoice(_q8_0(c.shape), "draft") for c in model.matrices if _is_open(c, model, options)}
@@ -222,7 +221,7 @@ def draft(source: Checkpoint | GGUFSource, dest: Path, options: Options) -> Plan
 
 
 def price(
-    source: Checkpoint | GGUFSource,
+    source: TensorSource,
     dest: Path,
     options: Options,
     *,

@@ -37,8 +37,8 @@ from gguf import GGMLQuantizationType
 
 from stepgguf.convert.importance import Importance
 from stepgguf.convert.pipeline import Compiling, UnitMaker
-from stepgguf.convert.plan import PlannedTensor, Unit, rows_per_expert
-from stepgguf.convert.sources.source import TensorSource
+from stepgguf.convert.plan import PlannedTensor, Unit
+from stepgguf.convert.sources.source import TensorSource, rows_per_expert
 from stepgguf.errors import StepggufError
 from stepgguf.files import folders, jsonread
 from stepgguf.files.disk import disk_errors

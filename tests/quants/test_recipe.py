@@ -17,6 +17,7 @@ from stepgguf.errors import RecipeError
 from stepgguf.fit.machine import AmdMemory, Gpu, Machine
 from stepgguf.fit.memory import GIB, Context, Footprint, Layer, budget, need
 from stepgguf.model.hparams import HParams
+from stepgguf.model.names import TensorName
 from stepgguf.model.tensors import TENSORS, tensor_specs
 from stepgguf.quants import mixtures, recipe, recipe_grammar
 from stepgguf.quants.mixtures import BASE_TYPES, Candidate, Facts, TypeChoice
@@ -34,7 +35,7 @@ else:
 HP = HParams.from_config(real_config())
 FACTS = Facts(n_layer=45, n_expert=288, gqa=8)
 SPECS = tensor_specs(HP)
-CANDIDATES = [Candidate(s.name, s.role, s.shape, s.layer) for s in SPECS if not s.float32]
+CANDIDATES = [Candidate(s.name, s.role, s.shape, s.layer) for s in SPECS if s.is_quantizable]
 TRUNK = [c for c in CANDIDATES if c.layer is None or c.layer < FACTS.n_layer]
 N_WEIGHTS = sum(math.prod(spec.shape) for spec in SPECS)
 
@@ -61,22 +62,20 @@ def n_bytes(policy: Recipe) -> int:
         math.prod(c.shape[:-1]) * row_size(choice.ggml_type, c.shape[-1])
         for c, choice in zip(CANDIDATES, policy.choose_types(CANDIDATES, FACTS, has_imatrix=True), strict=True)
     )
-    return quantized + sum(4 * math.prod(spec.shape) for spec in SPECS if spec.float32)
+    return quantized + sum(4 * math.prod(spec.shape) for spec in SPECS if not spec.is_quantizable)
 
 
 # what a recipe decides ------------------------------------------------------------------------------------------
 
 
 def test_the_roles_are_those_of_the_models_table() -> None:
-    rows = {(row.where, row.name.split(".")[-2], row.float32) for row in TENSORS}
-    assert {role for where, role, kept in rows if where == "model" and not kept} == set(recipe.MODEL_ROLES)
-    assert {role for where, role, kept in rows if where in ("layer", "dense", "moe") and not kept} == set(
-        recipe.LAYER_ROLES
-    )
-    assert {f"nextn.{s.role}" for s in SPECS if s.is_mtp and not s.float32} == set(recipe.MTP_ROLES)
-    assert {f"nextn.{role}" if where == "mtp" else role for where, role, kept in rows if kept} == set(
-        recipe.FLOAT32_ROLES
-    )
+    kept = {spec.name.stem for spec in SPECS if not spec.is_quantizable}
+    rows = {(rule.where, TensorName(rule.name)) for rule in TENSORS}
+    assert {name.role for where, name in rows if where == "model" and name.stem not in kept} == set(recipe.MODEL_ROLES)
+    in_layers = [name for where, name in rows if where in ("layer", "dense", "moe")]
+    assert {name.role for name in in_layers if name.stem not in kept} == set(recipe.LAYER_ROLES)
+    assert {f"nextn.{s.role}" for s in SPECS if s.is_mtp and s.is_quantizable} == set(recipe.MTP_ROLES)
+    assert {name.stem for _, name in rows if name.stem in kept} == set(recipe.FLOAT32_ROLES)
 
 
 @pytest.mark.parametrize("name", BASE_TYPES)
