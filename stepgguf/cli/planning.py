@@ -28,7 +28,7 @@ from stepgguf.fit.catalogue import Listed
 from stepgguf.fit.footprint import footprint
 from stepgguf.fit.machine import Machine, probe
 from stepgguf.fit.memory import Budget, Context, Footprint, Need, budget, largest_context, need
-from stepgguf.quants import recipe
+from stepgguf.quants.recipe_files import shipped_names
 
 TYPES = (
     "IQ2_XXS", "IQ2_M", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K_M", "IQ4_XS", "MXFP4_MOE", "Q4_K_S", "Q4_K_M", "Q5_K_M",
@@ -186,7 +186,7 @@ def _sizes(inventory: Inventory, mtp: bool, names: Sequence[str] | None) -> Iter
         yield from ((name, inventory.sizes(name, mtp=mtp)) for name in names)
         return
     yield from ((name, inventory.sizes(name, mtp=mtp)) for name in TYPES)
-    for name in recipe.shipped_names():
+    for name in shipped_names():
         try:
             yield name, inventory.sizes(name, mtp=mtp)
         except RecipeError:  # it names layers that only the real model has

@@ -20,11 +20,12 @@ from stepgguf.convert.sources.source import rows_per_expert
 from stepgguf.files import gguf_header
 from stepgguf.files.gguf_header import Key, TensorInfo
 from stepgguf.model.names import TensorName
-from stepgguf.quants import recipe
 from stepgguf.quants.coverage import Coverage
-from stepgguf.quants.ggml import row_size
-from stepgguf.quants.mixtures import Choice
+from stepgguf.quants.kernels import KernelName
+from stepgguf.quants.mixtures import TypeChoice
 from stepgguf.quants.recipe import Recipe
+from stepgguf.quants.recipe_files import load_recipe
+from stepgguf.quants.types import row_size
 
 F32 = GGMLQuantizationType.F32
 UNIT_VALUES = 8 * 2**20
@@ -46,12 +47,12 @@ class Options:
     name: str | None = None
     allow_requantize: bool = False
     importance: Importance | None = None
-    kernel: str = "lanes"
-    allocated: Mapping[str, Choice] = field(default_factory=dict)
+    kernel: KernelName = "lanes"
+    allocated: Mapping[str, TypeChoice] = field(default_factory=dict)
 
     @property
     def recipe(self) -> Recipe:
-        return recipe.load(self.type) if isinstance(self.type, str) else self.type
+        return load_recipe(self.type) if isinstance(self.type, str) else self.type
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +150,7 @@ class Plan:
     warnings: tuple[str, ...] = ()
     importance: Importance | None = None
     coverage: Coverage | None = None
-    kernel: str = "lanes"
+    kernel: KernelName = "lanes"
 
     @property
     def type_name(self) -> str:

@@ -23,10 +23,12 @@ from stepgguf.files.gguf_header import Key
 from stepgguf.model.hparams import AnyHParams
 from stepgguf.model.names import TensorName
 from stepgguf.model.tensors import TensorSpec
-from stepgguf.quants import codec, coverage, mixtures
+from stepgguf.quants import coverage, mixtures
 from stepgguf.quants.coverage import Coverage
-from stepgguf.quants.mixtures import Candidate, Choice, Facts
+from stepgguf.quants.kernels import choose_kernel
+from stepgguf.quants.mixtures import Candidate, Facts, TypeChoice
 from stepgguf.quants.type_names import check_name
+from stepgguf.quants.types import fitting_type
 
 F32 = GGMLQuantizationType.F32
 
@@ -78,7 +80,7 @@ def select_checkpoint(
         return _ordered(planned + mtp), []
     kind = max((tensor for tensor in mtp), key=lambda tensor: tensor.n_values).ggml_type
     shared = [
-        t if t.ggml_type == F32 else replace(t, ggml_type=mixtures.fallback(kind, t.shape[-1]), reason="MTP file")
+        t if t.ggml_type == F32 else replace(t, ggml_type=fitting_type(kind, t.shape[-1]), reason="MTP file")
         for t in planned
         if t.name in (*metadata.SHARED_BY_MTP_FILE, *constants)
     ]
@@ -116,7 +118,7 @@ def plan_gguf(source: TensorSource, dest: Path, options: Options) -> Plan:
     return _plan(files, source.tensors, facts, options)
 
 
-def _requantized(spec: TensorSpec, tensor: SourceTensor, choice: Choice | None, options: Options) -> PlannedTensor:
+def _requantized(spec: TensorSpec, tensor: SourceTensor, choice: TypeChoice | None, options: Options) -> PlannedTensor:
     assert tensor.ggml_type is not None
     if choice is None or choice.ggml_type == tensor.ggml_type:
         reason = "kept as it is" if choice is None else choice.reason
@@ -132,10 +134,10 @@ def _requantized(spec: TensorSpec, tensor: SourceTensor, choice: Choice | None, 
 # shared ---------------------------------------------------------------------------------------------------------
 
 
-def _choose(candidates: Sequence[Candidate], facts: Facts, options: Options) -> dict[str, Choice]:
+def _choose(candidates: Sequence[Candidate], facts: Facts, options: Options) -> dict[str, TypeChoice]:
     """Name -> type and reason, by the recipe; of MTP tensors by --mtp-type if that is given."""
     has_imatrix = options.importance is not None
-    choices = options.recipe.choose(candidates, facts, has_imatrix=has_imatrix, allocated=options.allocated)
+    choices = options.recipe.choose_types(candidates, facts, has_imatrix=has_imatrix, allocated=options.allocated)
     result = {c.name: choice for c, choice in zip(candidates, choices, strict=True)}
     if options.mtp_type is None:
         return result
@@ -144,7 +146,7 @@ def _choose(candidates: Sequence[Candidate], facts: Facts, options: Options) -> 
         raise RecipeError(f"--mtp-type {name} is a mixture", hint="Give one type, such as Q8_0, Q6_K or BF16.")
     kind = GGMLQuantizationType[name]
     heads = [c for c in candidates if facts.is_mtp(c.layer)]
-    return result | {c.name: Choice(mixtures.fallback(kind, c.shape[-1]), f"--mtp-type {name}") for c in heads}
+    return result | {c.name: TypeChoice(fitting_type(kind, c.shape[-1]), f"--mtp-type {name}") for c in heads}
 
 
 def _provenance(options: Options, facts: Facts, tensors: Sequence[PlannedTensor], source: str) -> list[Key]:
@@ -185,7 +187,7 @@ def _plan(
     _check_importance(encoded, options)
     for tensor in encoded:
         has = options.importance is not None and options.importance.has(tensor.name, tensor.shape)
-        codec.check_encoder(tensor.ggml_type, has_imatrix=has, kernel=options.kernel)
+        choose_kernel(tensor.ggml_type, options.kernel, weighted=has)
     if covered is not None:
         warnings = (*warnings, *(f"imatrix: {text}" for text in covered.warnings))
     return Plan(options.recipe, options.mtp, tuple(files), warnings, options.importance, covered, options.kernel)
@@ -223,7 +225,7 @@ def _check_importance(tensors: Sequence[PlannedTensor], options: Options) -> Non
     raise RecipeError(f"{options.recipe.name}: {len(lacking)} tensors of type {kinds} {message}: {names}", hint=hint)
 
 
-def _planned(spec: TensorSpec, choice: Choice | None) -> PlannedTensor:
+def _planned(spec: TensorSpec, choice: TypeChoice | None) -> PlannedTensor:
     kind, reason = (F32, "never quantized") if choice is None else (choice.ggml_type, choice.reason)
     return PlannedTensor(spec.name, spec.shape, kind, reason, spec.source, spec.plus_one)
 

@@ -16,9 +16,10 @@ from gguf import GGMLQuantizationType
 from stepgguf.convert.objective import Routing
 from stepgguf.convert.planner import rule_facts
 from stepgguf.convert.sources.source import TensorSource
-from stepgguf.quants import mixtures, recipe
-from stepgguf.quants.ggml import row_size
+from stepgguf.quants import mixtures
 from stepgguf.quants.mixtures import Candidate, Facts
+from stepgguf.quants.recipe_files import load_recipe
+from stepgguf.quants.types import row_size
 
 F32 = GGMLQuantizationType.F32
 
@@ -52,13 +53,13 @@ class Inventory:
     def sizes(self, name: str, *, mtp: bool = True) -> Sizes:
         """As a stock mixture or a recipe, with the MTP blocks or without. Types that need an importance matrix are
         given one. RecipeError for a name that is neither, and for a recipe that does not fit the model."""
-        chosen = recipe.load(name)
+        chosen = load_recipe(name)
         candidates = [t for t in self.tensors if t.name in self.quantizable and (mtp or not self.is_mtp(t))]
-        choices = chosen.choose(candidates, self.facts)
+        choices = chosen.choose_types(candidates, self.facts)
         pairs = zip(candidates, choices, strict=True)
         needs_imatrix = any(mixtures.requires_imatrix(chosen.base or "", c, choice.ggml_type) for c, choice in pairs)
         if needs_imatrix:
-            choices = chosen.choose(candidates, self.facts, has_imatrix=True)
+            choices = chosen.choose_types(candidates, self.facts, has_imatrix=True)
         types = {c.name: choice.ggml_type for c, choice in zip(candidates, choices, strict=True)}
         return self.with_types(types, mtp=mtp, needs_imatrix=needs_imatrix)
 

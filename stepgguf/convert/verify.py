@@ -25,7 +25,7 @@ from stepgguf.convert.sources.checkpoint import read_exactly
 from stepgguf.convert.sources.source import TensorSource, rows_per_expert
 from stepgguf.convert.sources.splits import read_headers
 from stepgguf.files.gguf_header import Header, TensorInfo
-from stepgguf.quants.ggml import row_size
+from stepgguf.quants.types import row_size
 
 Bytes = NDArray[np.uint8]
 Check = Callable[[Bytes], str | None]  # what is wrong with these bytes, if anything

@@ -7,7 +7,7 @@ import torch
 
 from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.convert.sources.source import rows_per_expert
-from stepgguf.quants.codec import widen
+from stepgguf.quants.values import widen
 from stepgguf.reference.model import Step35
 
 

@@ -20,8 +20,8 @@ from stepgguf.model.rope import ROPE_FREQS, rope_freqs
 from stepgguf.model.tensors import tensor_specs
 from stepgguf.quants import mixtures
 from stepgguf.quants import type_names as typenames
-from stepgguf.quants.ggml import row_size
-from stepgguf.quants.mixtures import BASE, Candidate, Facts
+from stepgguf.quants.mixtures import BASE_TYPES, Candidate, Facts
+from stepgguf.quants.types import fitting_type, row_size
 from tests.conftest import real_config
 from tests.oracle import chosen_types, llama_quantize
 
@@ -41,7 +41,7 @@ WITH_IMATRIX = {"IQ4_XS": 104.99, "IQ3_XXS": 75.75}
 
 
 def gigabytes(name: str, *, has_imatrix: bool = False) -> float:
-    choices = mixtures.choose(name, CANDIDATES, FACTS, has_imatrix=has_imatrix)
+    choices = mixtures.choose_types(name, CANDIDATES, FACTS, has_imatrix=has_imatrix)
     n = sum(
         math.prod(c.shape[:-1]) * row_size(choice.ggml_type, c.shape[-1])
         for c, choice in zip(CANDIDATES, choices, strict=True)
@@ -76,11 +76,11 @@ def sparse(path: Path, tensors: list[PlannedTensor]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", [n for n in BASE if n != "F32"])
+@pytest.mark.parametrize("name", [n for n in BASE_TYPES if n != "F32"])
 def test_every_type_of_the_real_model_is_llama_quantizes(name: str, real_header: Path, tmp_path: Path) -> None:
     log = llama_quantize(real_header, tmp_path / "unused.gguf", name, dry_run=True)
     theirs = chosen_types(log)
-    choices = mixtures.choose(name, CANDIDATES, FACTS)
+    choices = mixtures.choose_types(name, CANDIDATES, FACTS)
     ours = {c.name: choice.ggml_type.name for c, choice in zip(CANDIDATES, choices, strict=True)}
     assert len(theirs) == 754
     assert {name: theirs[name] for name in ours} == ours
@@ -107,9 +107,9 @@ def test_an_unknown_type_is_refused_with_the_list() -> None:
 
 
 def test_rows_that_blocks_do_not_divide_fall_back() -> None:
-    assert mixtures.fallback(BASE["Q4_K_M"], 96).name == "Q5_0"
-    assert mixtures.fallback(BASE["IQ4_XS"], 96).name == "IQ4_NL"
-    assert mixtures.fallback(BASE["Q6_K"], 100).name == "F16"
+    assert fitting_type(BASE_TYPES["Q4_K_M"], 96).name == "Q5_0"
+    assert fitting_type(BASE_TYPES["IQ4_XS"], 96).name == "IQ4_NL"
+    assert fitting_type(BASE_TYPES["Q6_K"], 100).name == "F16"
 
 
 def test_the_sparse_file_is_read_like_a_real_one(real_header: Path) -> None:

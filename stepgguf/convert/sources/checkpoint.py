@@ -38,7 +38,7 @@ from stepgguf.model.names import TensorName
 from stepgguf.model.rope import ROPE_FREQS, rope_freqs
 from stepgguf.model.spelling import NO_WEIGHT, VISION_PREFIXES, published
 from stepgguf.model.tensors import TensorSpec, tensor_specs
-from stepgguf.quants.codec import Values
+from stepgguf.quants.values import Values
 
 Number = TypeVar("Number", np.uint8, np.float32)
 INDEX = "model.safetensors.index.json"

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from stepgguf.convert.sources.shards import StoredTensor
 from stepgguf.convert.sources.source import Shape
 from stepgguf.errors import ShapeMismatch
-from stepgguf.quants.codec import FP8_TILE, Scaled, Values
+from stepgguf.quants.values import FP8_TILE, Scaled, Values
 
 T = GGMLQuantizationType
 

@@ -23,9 +23,9 @@ from stepgguf.files.jsonread import shown
 from stepgguf.model.hparams import ARCHITECTURE, HParams
 from stepgguf.model.names import TensorName
 from stepgguf.model.tensors import TensorSpec
-from stepgguf.quants import codec
-from stepgguf.quants.codec import Values
-from stepgguf.quants.ggml import BF16, F32, row_size
+from stepgguf.quants.kernels import decoder_for
+from stepgguf.quants.types import BF16, F32, row_size
+from stepgguf.quants.values import Values
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ class GGUFSource:
         if tensor.ggml_type in (F32, BF16):
             return data.view(np.float32) if tensor.ggml_type == F32 else data.view(np.uint16)
         values = np.empty((stop - start, tensor.shape[-1]), np.float32)
-        codec.dequantize(tensor.ggml_type, data, values)
+        decoder_for(tensor.ggml_type).decode(data, values)
         return values
 
     def _locate(self, name: str, start: int, stop: int) -> tuple[int, int, int]:

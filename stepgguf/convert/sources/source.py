@@ -16,7 +16,7 @@ from stepgguf.files.gguf_header import Key
 from stepgguf.model.hparams import AnyHParams
 from stepgguf.model.names import TensorName
 from stepgguf.model.tensors import TensorSpec
-from stepgguf.quants.codec import Values
+from stepgguf.quants.values import Values
 
 Shape = tuple[int, ...]
 
