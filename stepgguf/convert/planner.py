@@ -14,7 +14,7 @@ from pathlib import Path
 from gguf import GGMLQuantizationType
 
 from stepgguf.convert import metadata
-from stepgguf.convert.importance import wanted
+from stepgguf.convert.importance import wanted_tensor
 from stepgguf.convert.plan import Options, Plan, PlannedFile, PlannedTensor
 from stepgguf.convert.sources.source import SourceTensor, TensorSource
 from stepgguf.convert.sources.splits import split_path
@@ -196,7 +196,7 @@ def _plan(
 def _cover(tensors: Sequence[PlannedTensor], facts: Facts, options: Options) -> Coverage | None:
     if options.importance is None or not tensors:
         return None
-    asked = [wanted(t.name, t.shape, is_mtp=facts.is_mtp(t.name.layer)) for t in tensors]
+    asked = [wanted_tensor(t.name, t.shape, is_mtp=facts.is_mtp(t.name.layer)) for t in tensors]
     return coverage.coverage(options.importance.source, asked)
 
 

@@ -32,7 +32,7 @@ from stepgguf.convert.sources.layout import Layout, StoredMatrix, find_tensors
 from stepgguf.convert.sources.shards import Shard, StoredTensor, read_shard
 from stepgguf.convert.sources.source import SourceTensor, rows_per_expert
 from stepgguf.errors import BadConfig, CheckpointError, TruncatedShard, UnexpectedTensor
-from stepgguf.files import jsonread
+from stepgguf.files import disk, jsonread
 from stepgguf.model.hparams import HParams
 from stepgguf.model.names import TensorName
 from stepgguf.model.rope import ROPE_FREQS, rope_freqs
@@ -189,7 +189,7 @@ class Checkpoint:
     def prefetch(self, name: str, start: int, stop: int) -> None:
         for matrix, first, n in self._runs(name, start, stop):
             row_bytes = matrix.data.row_bytes
-            advise(self._files[matrix.data.shard], matrix.offset + first * row_bytes, n * row_bytes)
+            disk.prefetch_at(self._files[matrix.data.shard], n * row_bytes, matrix.offset + first * row_bytes)
 
     def raw(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
         return _joined([self._read_data(matrix, first, n) for matrix, first, n in self._runs(name, start, stop)])
@@ -226,7 +226,9 @@ class Checkpoint:
         return scales
 
     def _read_rows(self, stored: StoredTensor, offset: int, n: int) -> NDArray[np.uint8]:
-        return read_exactly(self._files[stored.shard], n * stored.row_bytes, offset, stored.name).reshape(n, -1)
+        data = np.empty(n * stored.row_bytes, np.uint8)
+        disk.read_at(self._files[stored.shard], data.data, offset, stored.name, TruncatedShard)
+        return data.reshape(n, -1)
 
 
 def _joined(parts: list[NDArray[Number]]) -> NDArray[Number]:
@@ -284,23 +286,3 @@ def _read_index(path: Path) -> dict[str, str]:
         if not 0 < len(name.encode()) < 256 or name == ".." or Path(name).name != name or "\0" in name:
             raise value.wrong("a file's name in this directory")
     return {name: value.text() for name, value in shards.items()}
-
-
-def read_exactly(fd: int, size: int, offset: int, name: str) -> NDArray[np.uint8]:
-    """size bytes at offset, however many preads it takes."""
-    data = np.empty(size, np.uint8)
-    view, done = data.data, 0
-    while done < size:
-        n = os.preadv(fd, [view[done:]], offset + done)
-        if n == 0:
-            raise TruncatedShard(
-                f"{name}: the file ended {size - done} bytes early", hint="It changed while being read."
-            )
-        done += n
-    return data
-
-
-def advise(fd: int, offset: int, size: int) -> None:
-    """Start reading in the background, where the system can (Linux)."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, offset, size, os.POSIX_FADV_WILLNEED)
