@@ -14,7 +14,7 @@ from rich.text import Text
 from stepgguf.cli import output
 from stepgguf.convert import budget, measure, pipeline
 from stepgguf.convert.budget import Limits, Trunk
-from stepgguf.convert.fold import Line, fold
+from stepgguf.convert.fold import FoldedLine, fold_tensors
 from stepgguf.convert.plan import Options, Plan
 from stepgguf.convert.planner import plan_source
 from stepgguf.convert.sizes import Inventory, inventory
@@ -96,8 +96,8 @@ class Run:
         self.plan, self.source, self.quiet, self.json = plan, source, quiet, json
         output.warn(plan.warnings)
 
-    def lines(self) -> list[Line]:
-        return fold((t.name, t.ggml_type.name, t.n_bytes, t.n_values, t.reason) for t in self.plan.tensors)
+    def lines(self) -> list[FoldedLine]:
+        return fold_tensors((t.name, t.ggml_type.name, t.n_bytes, t.n_values, t.reason) for t in self.plan.tensors)
 
     def plan_text(self) -> str:
         return "\n".join(text.plain for text in self._table())
@@ -188,7 +188,7 @@ def peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def _line(line: Line) -> dict[str, Any]:
+def _line(line: FoldedLine) -> dict[str, Any]:
     return {
         "layers": line.layers, "role": line.role, "count": line.count, "type": line.type, "bytes": line.n_bytes,
         "reason": line.reason,

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from stepgguf.convert.fold import ranges
+from stepgguf.convert.fold import format_ranges
 from stepgguf.report.measured import ATTENTION, DENSE, EMBEDDINGS, GROUPS, MTP, ROUTED, SHARED, Floats, Measured, Tensor
 
 PROJECTIONS = {"gate": "ffn_gate_exps", "up": "ffn_up_exps", "down": "ffn_down_exps"}
@@ -266,7 +266,7 @@ def _coverage(experts: Experts) -> dict[str, Any] | None:
     unseen = {layer: np.flatnonzero(row == 0) for layer, row in zip(experts.layers, experts.count, strict=True)}
     return {
         "experts": experts.count.size,
-        "unseen": {layer: ranges(which.tolist()) for layer, which in unseen.items() if which.size},
+        "unseen": {layer: format_ranges(which.tolist()) for layer, which in unseen.items() if which.size},
         "n_unseen": sum(which.size for which in unseen.values()),
         "median": number(np.nanmedian(experts.count)),
         "p5": number(np.nanpercentile(experts.count, 5)),

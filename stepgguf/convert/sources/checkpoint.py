@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from stepgguf.convert.metadata import CheckpointMetadata, read_metadata
 from stepgguf.convert.sources import diagnosis
 from stepgguf.convert.sources.encodings import widen_scales
-from stepgguf.convert.sources.hub import checkpoint_folder, origin
+from stepgguf.convert.sources.hub import checkpoint_folder, model_origin
 from stepgguf.convert.sources.layout import Layout, StoredMatrix, find_tensors
 from stepgguf.convert.sources.shards import Shard, StoredTensor, read_shard
 from stepgguf.convert.sources.source import SourceTensor, rows_per_expert
@@ -36,7 +36,7 @@ from stepgguf.files import disk, jsonread
 from stepgguf.model.hparams import HParams
 from stepgguf.model.names import TensorName
 from stepgguf.model.rope import ROPE_FREQS, rope_freqs
-from stepgguf.model.spelling import NO_WEIGHT, VISION_PREFIXES, published
+from stepgguf.model.spelling import NO_WEIGHT, VISION_PREFIXES, published_name
 from stepgguf.model.tensors import TensorSpec, tensor_specs
 from stepgguf.quants.values import Values
 
@@ -53,7 +53,7 @@ class Checkpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = checkpoint_folder(path)
-        self.origin = origin(self.path)
+        self.origin = model_origin(self.path)
         paths = diagnosis.check_files(self.path)
         document = jsonread.read(self.path / "config.json", BadConfig, "The checkpoint directory must hold this file.")
         self.config = document.object()
@@ -65,7 +65,7 @@ class Checkpoint:
         index = _read_index(self.path / INDEX)
         self.warnings = _compare_with_index(index, stored)
         layout, specs = Layout(stored), tensor_specs(described)
-        self._matrices = self._locate(layout, [spec for spec in specs if not spec.is_mtp], paths, index)
+        self._matrices = self._find_matrices(layout, [spec for spec in specs if not spec.is_mtp], paths, index)
         self.mtp_note: str | None = None  # why MTP blocks that config.json names are left out
         self._mtp_fault: CheckpointError | None = None
         has_mtp = self._add_mtp(layout, described, [spec for spec in specs if spec.is_mtp], paths, index)
@@ -120,12 +120,12 @@ class Checkpoint:
 
     # opening ----------------------------------------------------------------------------------------------------
 
-    def _locate(
+    def _find_matrices(
         self, layout: Layout, specs: Sequence[TensorSpec], shards: Sequence[Path], index: Mapping[str, str]
     ) -> dict[str, tuple[StoredMatrix, ...]]:
         found, lacking = find_tensors(layout, specs)
         if lacking:
-            raise diagnosis.missing(self.path, lacking, len(specs), shards, index)
+            raise diagnosis.missing_tensors_error(self.path, lacking, len(specs), shards, index)
         return found
 
     def _add_mtp(
@@ -146,7 +146,7 @@ class Checkpoint:
             )
             return False
         try:
-            found = self._locate(layout, specs, shards, index)
+            found = self._find_matrices(layout, specs, shards, index)
             _refuse_unknown(layout, present, hp)
         except CheckpointError as error:
             self._mtp_fault = type(error)(
@@ -187,23 +187,25 @@ class Checkpoint:
         return dict(self._digests)
 
     def prefetch(self, name: str, start: int, stop: int) -> None:
-        for matrix, first, n in self._runs(name, start, stop):
+        for matrix, first, n in self._split_at_experts(name, start, stop):
             row_bytes = matrix.data.row_bytes
             disk.prefetch_at(self._files[matrix.data.shard], n * row_bytes, matrix.offset + first * row_bytes)
 
     def raw(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
-        return _joined([self._read_data(matrix, first, n) for matrix, first, n in self._runs(name, start, stop)])
+        return _join_runs(
+            [self._read_data(matrix, first, n) for matrix, first, n in self._split_at_experts(name, start, stop)]
+        )
 
     def values(self, name: str, start: int, stop: int) -> Values:
-        runs = list(self._runs(name, start, stop))
+        runs = list(self._split_at_experts(name, start, stop))
         encoding = runs[0][0].encoding
         scales = [
-            _joined([self._read_scales(matrix, i, first, n) for matrix, first, n in runs])
+            _join_runs([self._read_scales(matrix, i, first, n) for matrix, first, n in runs])
             for i in range(len(encoding.scales))
         ]
         return encoding.decode(self.raw(name, start, stop), scales)
 
-    def _runs(self, name: str, start: int, stop: int) -> Iterator[tuple[StoredMatrix, int, int]]:
+    def _split_at_experts(self, name: str, start: int, stop: int) -> Iterator[tuple[StoredMatrix, int, int]]:
         """Rows [start, stop) as (matrix, its first row, rows): one run unless they cross an expert's end."""
         rows = rows_per_expert(self.tensors[name].shape)
         while start < stop:
@@ -231,7 +233,7 @@ class Checkpoint:
         return data.reshape(n, -1)
 
 
-def _joined(parts: list[NDArray[Number]]) -> NDArray[Number]:
+def _join_runs(parts: list[NDArray[Number]]) -> NDArray[Number]:
     """The runs of rows as one array: a copy only where there are several."""
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
@@ -240,7 +242,7 @@ def _by_published_name(shards: Iterable[Shard]) -> dict[str, StoredTensor]:
     found: dict[str, StoredTensor] = {}
     for shard in shards:
         for tensor in shard.tensors:
-            name = published(tensor.name)
+            name = published_name(tensor.name)
             if name in found:
                 other = found[name]
                 again = f"and again in {shard.path.name}" + (f" as {tensor.name}" if tensor.name != other.name else "")
