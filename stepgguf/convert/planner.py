@@ -14,7 +14,7 @@ from pathlib import Path
 from gguf import GGMLQuantizationType
 
 from stepgguf.convert import metadata
-from stepgguf.convert.importance import wanted
+from stepgguf.convert.importance import wanted_tensor
 from stepgguf.convert.plan import Constant, Options, Plan, PlannedFile, PlannedTensor, choose_action
 from stepgguf.convert.sources.source import SourceTensor, TensorSource
 from stepgguf.convert.sources.splits import split_path
@@ -137,7 +137,7 @@ def _check_loss(stored: SourceTensor, ggml_type: GGMLQuantizationType, options: 
 def _cover(specs: Sequence[TensorSpec], options: Options) -> Coverage | None:
     if options.importance is None or not specs:
         return None
-    asked = [wanted(spec.name, spec.shape, is_mtp=spec.is_mtp) for spec in specs]
+    asked = [wanted_tensor(spec.name, spec.shape, is_mtp=spec.is_mtp) for spec in specs]
     return coverage.coverage(options.importance.source, asked)
 
 

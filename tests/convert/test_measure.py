@@ -20,8 +20,8 @@ from stepgguf.convert.plan import Options, PlannedTensor
 from stepgguf.convert.planner import plan_source
 from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.errors import CorruptTensor
-from stepgguf.quants import ggml, imatrix
-from stepgguf.quants.imatrix import Entry, Imatrix
+from stepgguf.quants import ggml
+from stepgguf.quants.imatrix import Imatrix, ImatrixEntry, write_imatrix
 from stepgguf.quants.recipe_files import load_recipe
 from stepgguf.quants.types import row_size
 from stepgguf.quants.values import Values, widen
@@ -85,9 +85,9 @@ def write_importance(folder: Path, tensors: dict[str, PlannedTensor], seed: int)
         tensor = tensors[role]
         counts = np.array([30, 10][: tensor.n_experts], np.float32)
         sums = rng.gamma(0.3, 1.0, (tensor.n_experts, tensor.shape[-1])).astype(np.float32) * counts[:, None]
-        entries[tensor.name] = Entry(sums, counts)
+        entries[tensor.name] = ImatrixEntry(sums, counts)
     path = folder / f"imatrix-{seed}.gguf"
-    imatrix.write(Imatrix(None, ("made up",), 1, 1, entries), path)
+    write_imatrix(Imatrix(None, ("made up",), 1, 1, entries), path)
     return Importance.read(path)
 
 
