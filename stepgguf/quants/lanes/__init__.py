@@ -21,29 +21,17 @@ from typing import TYPE_CHECKING
 
 from gguf import GGMLQuantizationType
 
+from stepgguf.quants.types import TABLE, quant_type
+
 if TYPE_CHECKING:
     from stepgguf.quants.lanes.lane_kernels import LaneKernels
 
-_FAMILIES = {
-    "k_mins": ("Q2_K", "Q4_K", "Q5_K"),
-    "k_scales": ("Q3_K", "Q6_K"),
-    "iq4": ("IQ4_NL", "IQ4_XS"),
-    "iq3": ("IQ3_XXS", "IQ3_S"),
-    "iq2": ("IQ2_XXS", "IQ2_XS", "IQ2_S"),
-    "plain": ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4"),
-}
-_MODULES = {name: family for family, names in _FAMILIES.items() for name in names}
-NAMES = tuple(_MODULES)
+NAMES = tuple(row.name for row in TABLE if row.lanes is not None)
 
 
-def has(ggml_type: GGMLQuantizationType) -> bool:
-    """Whether there are kernels for the type."""
-    return ggml_type.name in _MODULES
-
-
-def lane_type(ggml_type: GGMLQuantizationType) -> LaneKernels | None:
-    """The type's kernels, or None. Imports numba when it is first asked."""
-    family = _MODULES.get(ggml_type.name)
+def kernels_of(ggml_type: GGMLQuantizationType) -> LaneKernels | None:
+    """The type's kernels, or None where no family has it. Imports numba when it is first asked."""
+    family = quant_type(ggml_type).lanes
     if family is None:
         return None
     types: dict[str, LaneKernels] = importlib.import_module(f"{__name__}.{family}").TYPES

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
 from stepgguf.quants.lanes.compile import inlined
 from stepgguf.quants.lanes.decoder import make_decoder, make_measurer
 from stepgguf.quants.lanes.encoder import make_encoder
@@ -21,6 +19,7 @@ from stepgguf.quants.lanes.operands import (
     Importance,
     MeasureRows,
 )
+from stepgguf.quants.types import BY_NAME
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +50,7 @@ def define_type_of_row(name: str, encode: EncodeBlockOfRow, decode: DecodeBlock)
 
 
 def _make_kernels(name: str, encode: EncodeBlockOfRow, decode: DecodeBlock, of_row: bool) -> LaneKernels:
-    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
+    block, block_bytes = BY_NAME[name].block, BY_NAME[name].block_bytes
     return LaneKernels(
         make_encoder(name, block, block_bytes, encode, of_row),
         make_decoder(name, block, block_bytes, decode),
