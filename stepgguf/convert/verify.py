@@ -92,7 +92,7 @@ def verify_manifest(path: Path, step: Step) -> Report:
 
 def verify_source(path: Path, plan: Plan, source: TensorSource, share: float, step: Step) -> Report:
     """Make a share of each tensor's units again (at least one) and compare. `plan` gives names and sources."""
-    report, rng, maker = Report(step), random.Random(0), UnitMaker(source, plan.importance, plan.kernel)
+    report, rng, maker = Report(step), random.Random(0), UnitMaker(source, plan.importance)
     for header in read_headers(path):
         planned: dict[str, PlannedTensor] = {tensor.name: tensor for tensor in replan(header.tensors, plan)}
         jobs = []
