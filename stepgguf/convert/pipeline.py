@@ -22,7 +22,7 @@ from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from stepgguf.convert.importance import Importance
-from stepgguf.convert.journal import Made
+from stepgguf.convert.journal import FinishedUnit
 from stepgguf.convert.plan import PlannedTensor, Unit
 from stepgguf.convert.sources.source import TensorSource
 from stepgguf.convert.writer import Writer
@@ -68,7 +68,7 @@ def run(
     todo = iter([number for number in range(len(writer.units)) if number not in writer.finished])
     maker = UnitMaker(source, writer.plan.importance, writer.plan.kernel)
     maker.prepare(writer.plan.tensors, compiling)
-    running: dict[Future[Made], int] = {}
+    running: dict[Future[FinishedUnit], int] = {}
     journal = _Journal(writer)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="unit")
 
@@ -78,7 +78,7 @@ def run(
             tensor, unit = _unit(writer, number)
             if tensor.source is not None:
                 source.prefetch(tensor.source, unit.start, unit.stop)
-            running[pool.submit(lambda n: writer.write(n, *maker.make(*_unit(writer, n))), number)] = number
+            running[pool.submit(lambda n: writer.write_unit(n, *maker.make(*_unit(writer, n))), number)] = number
 
     try:
         with disk_errors(writer.plan.files[0].path):
@@ -218,13 +218,13 @@ class _Journal:
 
     def __init__(self, writer: Writer) -> None:
         self._writer = writer
-        self._waiting: dict[int, Made] = {}
+        self._waiting: dict[int, FinishedUnit] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._commit: Future[None] | None = None
         self._last = time.monotonic()
 
-    def add(self, number: int, made: Made) -> None:
-        self._waiting[number] = made
+    def add(self, number: int, unit: FinishedUnit) -> None:
+        self._waiting[number] = unit
 
     def check(self) -> None:
         """Start a commit if one is due; raise what the last one raised."""

@@ -17,6 +17,7 @@ import pytest
 
 from stepgguf.cli.main import main
 from stepgguf.convert import pipeline
+from stepgguf.convert.journal import RECORD_BYTES
 from stepgguf.convert.pipeline import Done
 from stepgguf.convert.plan import Options, Plan
 from stepgguf.convert.planner import plan_checkpoint
@@ -87,7 +88,8 @@ def test_a_torn_journal_and_half_written_units_are_redone(small: Path, tmp_path:
         first = content.index(b"\n") + 1
         content = content[: rng.randrange(first - 2, len(content) + 1)]
         records = content[first:]  # the truth: whatever else a damaged journal says is a lie
-        written = {int.from_bytes(records[i : i + 4], "little") for i in range(0, len(records) // 64 * 64, 64)}
+        n_bytes = len(records) // RECORD_BYTES * RECORD_BYTES
+        written = {int.from_bytes(records[i : i + 4], "little") for i in range(0, n_bytes, RECORD_BYTES)}
         if rng.random() < 0.5 and len(content) > first:  # and a flipped bit in what is left
             at = rng.randrange(first, len(content))
             content = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
@@ -113,7 +115,7 @@ def scribble(part: Path, plan: Plan, keep: set[int], rng: random.Random) -> None
 def journaled(folder: Path) -> int:
     """Finished units according to the journal in a folder; 0 without one."""
     for journal in folder.glob("*.journal"):
-        return len(journal.read_bytes().partition(b"\n")[2]) // 40
+        return len(journal.read_bytes().partition(b"\n")[2]) // RECORD_BYTES
     return 0
 
 
@@ -139,7 +141,9 @@ def test_kill_minus_9_at_random_moments(tmp_path: Path, split: list[str]) -> Non
     rng = random.Random(7)
     command.append(str(killed / "out.gguf"))
     for _ in range(8):  # of about 1,770 units
-        assert kill_after(command, killed, rng.randrange(250), rng.uniform(0, 0.05)) == -signal.SIGKILL
+        before, units = journaled(killed), rng.randrange(1, 200)
+        assert kill_after(command, killed, units, rng.uniform(0, 0.05)) == -signal.SIGKILL
+        assert journaled(killed) >= before + units  # what was done before the last kill still counts
     assert main(command) == 0
     files = sorted(p.name for p in plain.iterdir())
     assert sorted(p.name for p in killed.iterdir()) == files
