@@ -21,7 +21,7 @@ from stepgguf.convert.planner import plan_source
 from stepgguf.convert.sizes import Inventory, inventory
 from stepgguf.convert.sources.opening import open_source
 from stepgguf.convert.sources.source import TensorSource
-from stepgguf.convert.writer import Writer, is_taken, taken
+from stepgguf.convert.writer import Writer, is_taken, name_taken
 from stepgguf.errors import StepggufError, UnknownType
 from stepgguf.quants.recipe import Recipe
 
@@ -46,7 +46,7 @@ def planned(
     if plan is not None:
         return plan
     if must_be_free and is_taken(dest):
-        raise taken(dest)
+        raise name_taken(dest)
     trunk = priced(source, dest, options, threads=threads, quiet=quiet)
     return budget.plan_within(limits, source, dest, options, trunk)
 

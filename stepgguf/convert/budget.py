@@ -181,7 +181,7 @@ def extreme_types(
 def smallest_size(model: Inventory, *, mtp: bool, has_imatrix: bool) -> int:
     """Bytes of a file with the smallest types that a budget chooses, whatever its vocabulary."""
     types = extreme_types(min, model, Options(resolve(None, Limits(1), "")[0]), has_imatrix=has_imatrix)
-    heads = {t.name: _q8_0(t.shape) for t in model.tensors if model.is_mtp(t) and t.name in model.quantizable}
+    heads = {t.name: _q8_0(t.shape) for t in model.tensors if t.is_mtp and t.is_quantizable}
     return model.with_types(types | heads, mtp=mtp).total + _HEADER
 
 
@@ -208,7 +208,7 @@ def _holds(limits: Limits, plan: Plan, model: Inventory) -> bool:
 
 def _read_bytes(plan: Plan, model: Inventory) -> float:
     """Of the trunk, for one token."""
-    trunk = {t.name for t in model.tensors if not model.is_mtp(t)}
+    trunk = {t.name for t in model.tensors if not t.is_mtp}
     shares = {t.name: t.n_bytes * objective.read_share(t, model.routing) for t in plan.tensors if t.name in trunk}
     return math.fsum(shares.values())
 
@@ -234,7 +234,7 @@ def price(
     """Measure what every type that the options leave to each tensor would cost."""
     sketch = draft(source, dest, options)
     model = sizes.inventory(source)
-    names, importance = {t.name for t in model.tensors if not model.is_mtp(t)}, options.importance
+    names, importance = {t.name for t in model.tensors if not t.is_mtp}, options.importance
     trunk = [tensor for tensor in sketch.files[0].tensors if tensor.name in names]
     matrices = [tensor for tensor in trunk if tensor.name in model.quantizable]
     cache = measure.cache_path(source, importance)

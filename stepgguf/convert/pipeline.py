@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepgguf.convert.importance import Importance
-from stepgguf.convert.journal import Made
+from stepgguf.convert.journal import FinishedUnit
 from stepgguf.convert.plan import Constant, Copy, Encode, PlannedTensor, Unit
 from stepgguf.convert.sources.source import TensorSource
 from stepgguf.convert.writer import Writer
@@ -34,7 +34,7 @@ COMMIT_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class FinishedUnit:
+class UnitProgress:
     """A unit that is made, for progress: its tensor, how many output bytes it has. `resumed`: by an earlier run."""
 
     tensor: PlannedTensor
@@ -42,7 +42,7 @@ class FinishedUnit:
     resumed: bool
 
 
-Progress = Callable[[FinishedUnit], None]
+Progress = Callable[[UnitProgress], None]
 Compiling = Callable[[str], None]  # called with a type's name before its kernel is compiled
 
 
@@ -61,13 +61,13 @@ def make_files(
     """
     workers = count_workers(writer.plan.tensors, threads, memory)
     for number in sorted(writer.finished):
-        progress(_finished_unit(writer, number, resumed=True))
+        progress(_unit_progress(writer, number, resumed=True))
     todo = [number for number in range(len(writer.units)) if number not in writer.finished]
     maker = UnitMaker(source, writer.plan.importance)
     maker.compile_kernels(writer.plan.tensors, compiling)
     with disk_errors(writer.plan.files[0].path), _UnitPool(source, writer, maker, workers) as pool:
         for number in pool.make_units(todo):
-            progress(_finished_unit(writer, number, resumed=False))
+            progress(_unit_progress(writer, number, resumed=False))
     writer.finish()
 
 
@@ -164,7 +164,7 @@ class _UnitPool:
 
     def __init__(self, source: TensorSource, writer: Writer, maker: UnitMaker, workers: int) -> None:
         self._source, self._writer, self._maker, self._workers = source, writer, maker, workers
-        self._running: dict[Future[Made], int] = {}
+        self._running: dict[Future[FinishedUnit], int] = {}
         self._committer = _Committer(writer)
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="unit")
 
@@ -188,9 +188,9 @@ class _UnitPool:
                 self._source.prefetch(tensor.source, unit.start, unit.stop)
             self._running[self._pool.submit(self._make_unit, number)] = number
 
-    def _make_unit(self, number: int) -> Made:
+    def _make_unit(self, number: int) -> FinishedUnit:
         data, loss = self._maker.make(*_tensor_and_unit(self._writer, number))
-        return self._writer.write(number, data, loss)
+        return self._writer.write_unit(number, data, loss)
 
     def __enter__(self) -> _UnitPool:
         return self
@@ -208,14 +208,14 @@ class _Committer:
 
     def __init__(self, writer: Writer) -> None:
         self._writer = writer
-        self._waiting: dict[int, Made] = {}
+        self._waiting: dict[int, FinishedUnit] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._commit: Future[None] | None = None
         self._last = time.monotonic()
 
-    def add(self, number: int, made: Made) -> None:
+    def add(self, number: int, unit: FinishedUnit) -> None:
         """Take a unit that is written, to be committed with the next."""
-        self._waiting[number] = made
+        self._waiting[number] = unit
 
     def commit_if_due(self) -> None:
         """Start a commit every COMMIT_SECONDS, never two at once; raise what the last one raised."""
@@ -243,6 +243,6 @@ def _tensor_and_unit(writer: Writer, number: int) -> tuple[PlannedTensor, Unit]:
     return writer.plan.files[unit.file].tensors[unit.tensor], unit
 
 
-def _finished_unit(writer: Writer, number: int, *, resumed: bool) -> FinishedUnit:
+def _unit_progress(writer: Writer, number: int, *, resumed: bool) -> UnitProgress:
     tensor, unit = _tensor_and_unit(writer, number)
-    return FinishedUnit(tensor, (unit.stop - unit.start) * tensor.row_bytes, resumed)
+    return UnitProgress(tensor, (unit.stop - unit.start) * tensor.row_bytes, resumed)

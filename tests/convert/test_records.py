@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from stepgguf.cli.main import main
-from stepgguf.convert.journal import Journal, Made
+from stepgguf.convert.journal import FinishedUnit, Journal
 from stepgguf.convert.manifest import manifest_path
 from stepgguf.convert.plan import Options
 from stepgguf.convert.planner import plan_source
@@ -138,21 +138,21 @@ def test_a_journal_of_another_shape_is_a_clean_start_or_an_error(tiny: Path, who
 
 def test_what_was_entered_is_read_again_up_to_the_first_damage(tmp_path: Path) -> None:
     path = tmp_path / "journal"
-    made = {i: Made(bytes([i]) * 32, Loss(i, 2 * i, 3 * i) if i % 2 else None) for i in range(10)}
+    made = {i: FinishedUnit(bytes([i]) * 32, Loss(i, 2 * i, 3 * i) if i % 2 else None) for i in range(10)}
     journal = Journal(path)
     journal.begin({"a": 1})
-    journal.enter(made)
+    journal.add_finished(made)
     journal.close()
     content = path.read_bytes()
     start = len(content) - 640
     for at in range(start, len(content), 37):
         path.write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
         journal = Journal(path)
-        label, found = journal.read(10) or ({}, {})
+        label, found = journal.read_finished(10) or ({}, {})
         whole = (at - start) // 64
         assert (label, found) == ({"a": 1}, {i: made[i] for i in range(whole)})
         journal.resume()
-        journal.enter({i: made[i] for i in range(whole, 10)})
+        journal.add_finished({i: made[i] for i in range(whole, 10)})
         journal.close()
         assert path.read_bytes() == content
 

@@ -17,7 +17,8 @@ import pytest
 
 from stepgguf.cli.main import main
 from stepgguf.convert import pipeline
-from stepgguf.convert.pipeline import FinishedUnit
+from stepgguf.convert.journal import RECORD_BYTES
+from stepgguf.convert.pipeline import UnitProgress
 from stepgguf.convert.plan import Options, Plan
 from stepgguf.convert.planner import plan_source
 from stepgguf.convert.sources.checkpoint import Checkpoint
@@ -46,7 +47,7 @@ def whole(small: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def interrupt_after(n: int) -> pipeline.Progress:
     seen = 0
 
-    def progress(done: FinishedUnit) -> None:
+    def progress(done: UnitProgress) -> None:
         nonlocal seen
         seen += 1
         if seen > n:
@@ -70,7 +71,7 @@ def test_ctrl_c_loses_nothing_that_was_done(small: Path, tmp_path: Path, whole: 
         assert not dest.exists()
         writer = Writer(plan_for(checkpoint, dest), checkpoint.identity())
         assert len(writer.finished) > n
-        seen: list[FinishedUnit] = []
+        seen: list[UnitProgress] = []
         pipeline.make_files(checkpoint, writer, progress=seen.append)
     assert sum(done.resumed for done in seen) > n
     assert dest.read_bytes() == whole
@@ -88,7 +89,8 @@ def test_a_torn_journal_and_half_written_units_are_redone(small: Path, tmp_path:
         first = content.index(b"\n") + 1
         content = content[: rng.randrange(first - 2, len(content) + 1)]
         records = content[first:]  # the truth: whatever else a damaged journal says is a lie
-        written = {int.from_bytes(records[i : i + 4], "little") for i in range(0, len(records) // 64 * 64, 64)}
+        n_bytes = len(records) // RECORD_BYTES * RECORD_BYTES
+        written = {int.from_bytes(records[i : i + 4], "little") for i in range(0, n_bytes, RECORD_BYTES)}
         if rng.random() < 0.5 and len(content) > first:  # and a flipped bit in what is left
             at = rng.randrange(first, len(content))
             content = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
@@ -114,7 +116,7 @@ def scribble(part: Path, plan: Plan, keep: set[int], rng: random.Random) -> None
 def journaled(folder: Path) -> int:
     """Finished units according to the journal in a folder; 0 without one."""
     for journal in folder.glob("*.journal"):
-        return len(journal.read_bytes().partition(b"\n")[2]) // 40
+        return len(journal.read_bytes().partition(b"\n")[2]) // RECORD_BYTES
     return 0
 
 
@@ -140,7 +142,9 @@ def test_kill_minus_9_at_random_moments(tmp_path: Path, split: list[str]) -> Non
     rng = random.Random(7)
     command.append(str(killed / "out.gguf"))
     for _ in range(8):  # of about 1,770 units
-        assert kill_after(command, killed, rng.randrange(250), rng.uniform(0, 0.05)) == -signal.SIGKILL
+        before, units = journaled(killed), rng.randrange(1, 200)
+        assert kill_after(command, killed, units, rng.uniform(0, 0.05)) == -signal.SIGKILL
+        assert journaled(killed) >= before + units  # what was done before the last kill still counts
     assert main(command) == 0
     files = sorted(p.name for p in plain.iterdir())
     assert sorted(p.name for p in killed.iterdir()) == files
@@ -268,7 +272,7 @@ def test_too_little_space_is_found_before_the_start(small: Path, tiny_disk: Path
 def test_a_disk_that_fills_up_on_the_way_can_be_resumed(small: Path, tiny_disk: Path, whole: bytes) -> None:
     dest, filler = tiny_disk / "out.gguf", tiny_disk / "filler"
 
-    def fill(done: FinishedUnit) -> None:
+    def fill(done: UnitProgress) -> None:
         if not filler.exists():
             with filler.open("wb") as file:
                 try:
