@@ -18,7 +18,7 @@ from stepgguf.convert.fold import FoldedLine, fold_tensors
 from stepgguf.convert.measure import count_sampled_values
 from stepgguf.convert.plan import Options, Plan
 from stepgguf.convert.planner import plan_source
-from stepgguf.convert.sizes import Inventory, inventory
+from stepgguf.convert.sizes import Inventory, take_inventory
 from stepgguf.convert.sources.opening import open_source
 from stepgguf.convert.sources.source import TensorSource
 from stepgguf.convert.writer import Writer, is_taken, name_taken
@@ -58,7 +58,7 @@ def chosen(type_name: str | None, limits: Limits | None, source: Path, default: 
     except UnknownType as error:
         try:
             with open_source(source) as opened:
-                raise sized(error, inventory(opened)) from None
+                raise sized(error, take_inventory(opened)) from None
         except StepggufError as other:
             raise other if isinstance(other, UnknownType) else error from None  # one thing at a time
 
@@ -67,14 +67,14 @@ def sized(error: UnknownType, model: Inventory) -> UnknownType:
     """The same with the sizes that the types which come near give this model."""
     if not error.near:
         return error
-    sizes = sorted(((model.sizes(name), name) for name in error.near), key=lambda pair: pair[0].total)
+    sizes = sorted(((model.sizes_as(name), name) for name in error.near), key=lambda pair: pair[0].total)
     found = [f"{name} {output.size(s.total)}{' (with an imatrix)' * s.needs_imatrix}" for s, name in sizes]
     return UnknownType(error.message, hint=f"Types that come near: {', '.join(found)}.", near=error.near)
 
 
 def priced(source: TensorSource, dest: Path, options: Options, *, threads: int | None, quiet: bool = False) -> Trunk:
     """What each type costs each tensor. Ctrl+C keeps what is measured and exits with 130."""
-    total = sum(count_sampled_values(tensor.shape) for tensor in inventory(source).matrices)
+    total = sum(count_sampled_values(tensor.shape) for tensor in take_inventory(source).matrices)
     try:
         with output.Meter("measuring", 2 * total, quiet=quiet) as meter:
             return budget.price(

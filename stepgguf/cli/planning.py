@@ -19,7 +19,7 @@ import typer
 from stepgguf.cli import output
 from stepgguf.cli.converting import sized
 from stepgguf.convert.budget import Limits, Trunk, smallest_size
-from stepgguf.convert.sizes import Inventory, Sizes, inventory
+from stepgguf.convert.sizes import Inventory, Sizes, take_inventory
 from stepgguf.convert.sources.opening import open_source
 from stepgguf.convert.sources.source import TensorSource
 from stepgguf.errors import RecipeError, UnknownType
@@ -146,7 +146,7 @@ def planned(
     """
     with open_source(path) as source:
         output.warn(source.notes)
-        model = inventory(source)
+        model = take_inventory(source)
         size = footprint(source)
         trunk = pricing(source) if pricing is not None else None
     size = replace(size, weights=0)
@@ -175,7 +175,7 @@ def _frontier(model: Inventory, mtp: bool, trunk: Trunk, room: int) -> Iterator[
         limits = Limits(size)
         types = trunk.choose(trunk.room(limits))
         mtp_types = {t.name: t.ggml_type for t in trunk.sketch.tensors if t.name not in types}
-        yield limits.name.replace("-", " "), model.with_types(types | mtp_types, mtp=mtp)
+        yield limits.name.replace("-", " "), model.sizes_with(types | mtp_types, mtp=mtp)
 
 
 def _sizes(inventory: Inventory, mtp: bool, names: Sequence[str] | None) -> Iterator[tuple[str, Sizes]]:
@@ -183,12 +183,12 @@ def _sizes(inventory: Inventory, mtp: bool, names: Sequence[str] | None) -> Iter
     if own is not None:
         yield OWN, own
     if names is not None:
-        yield from ((name, inventory.sizes(name, mtp=mtp)) for name in names)
+        yield from ((name, inventory.sizes_as(name, mtp=mtp)) for name in names)
         return
-    yield from ((name, inventory.sizes(name, mtp=mtp)) for name in TYPES)
+    yield from ((name, inventory.sizes_as(name, mtp=mtp)) for name in TYPES)
     for name in shipped_names():
         try:
-            yield name, inventory.sizes(name, mtp=mtp)
+            yield name, inventory.sizes_as(name, mtp=mtp)
         except RecipeError:  # it names layers that only the real model has
             continue
 

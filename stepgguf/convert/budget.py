@@ -141,7 +141,7 @@ def plan_within(limits: Limits, source: TensorSource, dest: Path, options: Optio
 
 def settled(limits: Limits, source: TensorSource, dest: Path, options: Options) -> Plan | None:
     """The plan if nothing has to be measured for it: the largest types fit. DoesNotFit if not even the smallest do."""
-    model = sizes.inventory(source)
+    model = sizes.take_inventory(source)
     smallest = _extreme(min, model, source, dest, options)
     if not _holds(limits, smallest, model):
         token = f", {_size(_read_bytes(smallest, model))} read for a token" if limits.read_bytes is not None else ""
@@ -182,7 +182,7 @@ def smallest_size(model: Inventory, *, mtp: bool, has_imatrix: bool) -> int:
     """Bytes of a file with the smallest types that a budget chooses, whatever its vocabulary."""
     types = extreme_types(min, model, Options(resolve(None, Limits(1), "")[0]), has_imatrix=has_imatrix)
     heads = {t.name: _q8_0(t.shape) for t in model.tensors if t.is_mtp and t.is_quantizable}
-    return model.with_types(types | heads, mtp=mtp).total + _HEADER
+    return model.sizes_with(types | heads, mtp=mtp).total + _HEADER
 
 
 def _extreme(
@@ -215,7 +215,7 @@ def _read_bytes(plan: Plan, model: Inventory) -> float:
 
 def draft(source: TensorSource, dest: Path, options: Options) -> Plan:
     """The plan with all that no rule decides as Q8_0, in one file (and one of MTP blocks, if they are separate)."""
-    model = sizes.inventory(source)
+    model = sizes.take_inventory(source)
     open_: dict[str, TypeChoice] = {
         c.name: TypeChoice(_q8_0(c.shape), "draft") for c in model.matrices if _is_open(c, model, options)
     }
@@ -233,15 +233,16 @@ def price(
 ) -> Trunk:
     """Measure what every type that the options leave to each tensor would cost."""
     sketch = draft(source, dest, options)
-    model = sizes.inventory(source)
+    model = sizes.take_inventory(source)
     names, importance = {t.name for t in model.tensors if not t.is_mtp}, options.importance
+    quantizable = {t.name for t in model.matrices}
     trunk = [tensor for tensor in sketch.files[0].tensors if tensor.name in names]
-    matrices = [tensor for tensor in trunk if tensor.name in model.quantizable]
+    matrices = [tensor for tensor in trunk if tensor.name in quantizable]
     cache = measure.cache_path(source, importance)
     measured = measure.measure_errors(
         source, matrices, cache, importance=importance, threads=threads, progress=progress, compiling=compiling
     )
-    priced = {item.name: item for item in objective.items(matrices, measured, model.routing, importance)}
+    priced = {item.name: item for item in objective.allocation_items(matrices, measured, model.routing, importance)}
     open_ = {c.name: options.recipe.floor_type(c, model.facts) for c in model.matrices if _is_open(c, model, options)}
     items = [
         _above(priced[t.name], open_[t.name], t)

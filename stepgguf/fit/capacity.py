@@ -64,7 +64,7 @@ class Model:
     @property
     def sizes(self) -> Iterator[tuple[str, int]]:
         """The bytes that it would have as other types, large to small."""
-        return ((name, self.inventory.sizes(name).total) for name in _TYPES)
+        return ((name, self.inventory.sizes_as(name).total) for name in _TYPES)
 
     def command(self, options: str) -> str:
         return f"stepgguf {self.verb} {shlex.quote(str(self.path))} {options}"
@@ -80,7 +80,7 @@ def read_model(path: Path, mtp_file: Path | None = None, *, verb: str = "chat") 
     from stepgguf.convert.sources.gguf_file import GGUFSource
 
     with GGUFSource(path) as source:
-        size, inventory = footprint(source), sizes.inventory(source)
+        size, inventory = footprint(source), sizes.take_inventory(source)
         template = source.keys[CHAT_TEMPLATE].value if CHAT_TEMPLATE in source.keys else None
         first = source.headers[0].path
     mtp_file = mtp_file or (None if size.has_mtp else mtp_beside(path))
