@@ -17,8 +17,8 @@ from stepgguf.cli.inspect import gguf_contents
 from stepgguf.convert.plan import Options
 from stepgguf.convert.planner import plan_source
 from stepgguf.convert.sizes import take_inventory
-from stepgguf.convert.sources.checkpoint import INDEX
 from stepgguf.convert.sources.opening import open_source
+from stepgguf.convert.sources.shard_index import INDEX
 from stepgguf.errors import StepggufError
 from stepgguf.files import gguf_header
 from stepgguf.files.gguf_header import TensorInfo

@@ -1,10 +1,9 @@
 """A safetensors checkpoint as a TensorSource.
 
-    folder -hub-> the snapshot -diagnosis-> shards -shards-> entries -spelling-> published names -layout-> matrices
+    folder -hub-> the snapshot -diagnosis-> shards -shards-> stored tensors -spelling-> published names
+           -encodings, layout-> stored matrices of each tensor of the table
 
-Shards are found by their headers and never by model.safetensors.index.json: the index of the official FP8 repository
-is stale (it is that of the BF16 one and lists none of the 126 scale tensors). Where both exist and disagree, a
-warning names both. Everything that can be wrong with names, shapes, dtypes and sizes is found before a value is read.
+Everything that can be wrong with names, shapes, dtypes and sizes is found before a value is read.
 
 Which tensors are needed follows from what is there and what is asked for. A checkpoint without any tensor of its MTP
 blocks is one without MTP, as transformers leaves them out when it saves; one whose MTP blocks cannot be used is
@@ -29,6 +28,7 @@ from stepgguf.convert.sources import diagnosis
 from stepgguf.convert.sources.encodings import widen_scales
 from stepgguf.convert.sources.hub import checkpoint_folder, model_origin
 from stepgguf.convert.sources.layout import Layout, StoredMatrix, find_tensors
+from stepgguf.convert.sources.shard_index import INDEX, compare_with_index, read_index
 from stepgguf.convert.sources.shards import Shard, StoredTensor, read_shard
 from stepgguf.convert.sources.source import SourceTensor, rows_per_expert
 from stepgguf.errors import BadConfig, CheckpointError, TruncatedShard, UnexpectedTensor
@@ -41,7 +41,6 @@ from stepgguf.model.tensors import TensorSpec, tensor_specs
 from stepgguf.quants.values import Values
 
 Number = TypeVar("Number", np.uint8, np.float32)
-INDEX = "model.safetensors.index.json"
 
 
 class Checkpoint:
@@ -62,8 +61,8 @@ class Checkpoint:
         self._digests = {shard.path.name: shard.digest for shard in shards}
         stored = _by_published_name(shards)
         diagnosis.check_weights(self.path, stored, {shard.format or "" for shard in shards}, document)
-        index = _read_index(self.path / INDEX)
-        self.warnings = _compare_with_index(index, stored)
+        index = read_index(self.path / INDEX)
+        self.warnings = compare_with_index(index, stored)
         layout, specs = Layout(stored), tensor_specs(described)
         self._matrices = self._find_matrices(layout, [spec for spec in specs if not spec.is_mtp], paths, index)
         self.mtp_note: str | None = None  # why MTP blocks that config.json names are left out
@@ -254,19 +253,6 @@ def _by_published_name(shards: Iterable[Shard]) -> dict[str, StoredTensor]:
     return found
 
 
-def _compare_with_index(index: Mapping[str, str], stored: Mapping[str, StoredTensor]) -> list[str]:
-    """A warning, if the index disagrees with the shards."""
-    found = {tensor.name: tensor.shard.name for tensor in stored.values()}
-    wrong = sorted(name for name in found.keys() | index.keys() if found.get(name) != index.get(name))
-    if not index or not wrong:
-        return []
-    name = wrong[0]
-    return [
-        f"{INDEX} and the shard headers disagree on {len(wrong)} tensors (first: {name}, index: "
-        f"{index.get(name, 'not listed')}, headers: {found.get(name, 'not found')}); the headers are used"
-    ]
-
-
 def _refuse_unknown(layout: Layout, names: Iterable[str], hp: HParams) -> None:
     for name in names:
         if name not in layout.used:
@@ -275,16 +261,3 @@ def _refuse_unknown(layout: Layout, names: Iterable[str], hp: HParams) -> None:
                 f"{tensor.shard.name}: {tensor.name} {list(tensor.shape)} is not a tensor of {hp.architecture}",
                 hint="The checkpoint is of another variant, or config.json does not belong to it.",
             )
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    """The index: tensor name -> shard, a file name in the same directory. Empty without an index."""
-    if not path.exists():
-        return {}
-    weight_map = jsonread.read(path, BadConfig, "Delete it: the shards are found without it.").get("weight_map")
-    shards = dict(weight_map.members()) if weight_map is not None else {}
-    for value in shards.values():
-        name = value.text()
-        if not 0 < len(name.encode()) < 256 or name == ".." or Path(name).name != name or "\0" in name:
-            raise value.wrong("a file's name in this directory")
-    return {name: value.text() for name, value in shards.items()}
