@@ -1,13 +1,9 @@
 """A safetensors checkpoint as a TensorSource.
 
     folder -hub-> the snapshot -diagnosis-> shards -shards-> stored tensors -spelling-> published names
-           -encodings, layout-> stored matrices of each tensor of the table
+           -encodings, layout, contents-> stored matrices of each tensor of the table
 
 Everything that can be wrong with names, shapes, dtypes and sizes is found before a value is read.
-
-Which tensors are needed follows from what is there and what is asked for. A checkpoint without any tensor of its MTP
-blocks is one without MTP, as transformers leaves them out when it saves; one whose MTP blocks cannot be used is
-refused only where they are asked for (`require_mtp`).
 
 Data is read with pread into buffers of our own and not through a mapping: memory stays bounded by what is in flight,
 and a disk error is an OSError with a name instead of a SIGBUS.
@@ -16,7 +12,7 @@ and a disk error is an OSError with a name instead of a SIGBUS.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,19 +21,17 @@ from numpy.typing import NDArray
 
 from stepgguf.convert.metadata import CheckpointMetadata, read_metadata
 from stepgguf.convert.sources import diagnosis
+from stepgguf.convert.sources.contents import CheckpointContents
 from stepgguf.convert.sources.encodings import widen_scales
 from stepgguf.convert.sources.hub import checkpoint_folder, model_origin
-from stepgguf.convert.sources.layout import Layout, StoredMatrix, find_tensors
-from stepgguf.convert.sources.shard_index import INDEX, compare_with_index, read_index
-from stepgguf.convert.sources.shards import Shard, StoredTensor, read_shard
+from stepgguf.convert.sources.layout import StoredMatrix
+from stepgguf.convert.sources.shards import StoredTensor, read_shard
 from stepgguf.convert.sources.source import SourceTensor, rows_per_expert
-from stepgguf.errors import BadConfig, CheckpointError, TruncatedShard, UnexpectedTensor
+from stepgguf.errors import BadConfig, TruncatedShard
 from stepgguf.files import disk, jsonread
 from stepgguf.model.hparams import HParams
-from stepgguf.model.names import TensorName
 from stepgguf.model.rope import ROPE_FREQS, rope_freqs
-from stepgguf.model.spelling import NO_WEIGHT, VISION_PREFIXES, published_name
-from stepgguf.model.tensors import TensorSpec, tensor_specs
+from stepgguf.model.tensors import TensorSpec
 from stepgguf.quants.values import Values
 
 Number = TypeVar("Number", np.uint8, np.float32)
@@ -59,18 +53,9 @@ class Checkpoint:
         described = HParams.from_config(self.config, document.document)
         shards = [read_shard(shard) for shard in paths]
         self._digests = {shard.path.name: shard.digest for shard in shards}
-        stored = _by_published_name(shards)
-        diagnosis.check_weights(self.path, stored, {shard.format or "" for shard in shards}, document)
-        index = read_index(self.path / INDEX)
-        self.warnings = compare_with_index(index, stored)
-        layout, specs = Layout(stored), tensor_specs(described)
-        self._matrices = self._find_matrices(layout, [spec for spec in specs if not spec.is_mtp], paths, index)
-        self.mtp_note: str | None = None  # why MTP blocks that config.json names are left out
-        self._mtp_fault: CheckpointError | None = None
-        has_mtp = self._add_mtp(layout, described, [spec for spec in specs if spec.is_mtp], paths, index)
-        self.hparams = described if has_mtp else described.without_mtp()
-        self.specs = [spec for spec in specs if has_mtp or not spec.is_mtp]
-        self._check_others(layout, described)
+        self._contents = CheckpointContents(self.path, described, shards, document)
+        self.hparams, self.specs = self._contents.hparams, self._contents.specs
+        self.warnings, self._matrices = self._contents.warnings, self._contents.matrices
         self.tensors = {spec.source: self._source_tensor(spec) for spec in self.specs}
         freqs = rope_freqs(self.hparams)
         self.constants = {} if freqs is None else {ROPE_FREQS: freqs}
@@ -109,65 +94,13 @@ class Checkpoint:
 
     def require_mtp(self) -> None:
         """Raise what is wrong with the MTP blocks, if they are there and cannot be used."""
-        if self._mtp_fault is not None:
-            raise self._mtp_fault
+        if self._contents.mtp_fault is not None:
+            raise self._contents.mtp_fault
 
     @property
     def notes(self) -> list[str]:
         """The warnings, and why MTP blocks that config.json names are left out."""
-        return [*self.warnings, *([self.mtp_note] if self.mtp_note else [])]
-
-    # opening ----------------------------------------------------------------------------------------------------
-
-    def _find_matrices(
-        self, layout: Layout, specs: Sequence[TensorSpec], shards: Sequence[Path], index: Mapping[str, str]
-    ) -> dict[str, tuple[StoredMatrix, ...]]:
-        found, lacking = find_tensors(layout, specs)
-        if lacking:
-            raise diagnosis.missing_tensors_error(self.path, lacking, len(specs), shards, index)
-        return found
-
-    def _add_mtp(
-        self, layout: Layout, hp: HParams, specs: Sequence[TensorSpec], shards: Sequence[Path], index: Mapping[str, str]
-    ) -> bool:
-        """Find the MTP blocks' tensors; whether they are all there. If not, note why."""
-        present = [
-            name for name in layout.stored if TensorName(name).is_mtp(hp.n_layer) and not name.endswith(NO_WEIGHT)
-        ]
-        if not specs:
-            if present:
-                self.warnings.append(f"config.json names no MTP blocks; {len(present)} tensors of such are left out")
-            return False
-        if not present and not any(TensorName(name).is_mtp(hp.n_layer) for name in index):
-            self.mtp_note = (
-                f"the {hp.n_mtp} MTP blocks that config.json names are in no shard (programs that fine-tune and merge "
-                "leave them out): the model is converted without them"
-            )
-            return False
-        try:
-            found = self._find_matrices(layout, specs, shards, index)
-            _refuse_unknown(layout, present, hp)
-        except CheckpointError as error:
-            self._mtp_fault = type(error)(
-                f"the MTP blocks cannot be used: {error.message}",
-                hint="`stepgguf convert --mtp drop` converts the model without them.",
-            )
-            self.mtp_note = self._mtp_fault.message
-            return False
-        self._matrices |= found
-        return True
-
-    def _check_others(self, layout: Layout, hp: HParams) -> None:
-        """What no tensor of the table took: vision is left out, other tensors are refused."""
-        others = [
-            name
-            for name in layout.stored
-            if name not in layout.used and not TensorName(name).is_mtp(hp.n_layer) and not name.endswith(NO_WEIGHT)
-        ]
-        vision = [name for name in others if "text_config" in self.config and name.startswith(VISION_PREFIXES)]
-        _refuse_unknown(layout, set(others).difference(vision), hp)
-        if vision:
-            self.warnings.append(f"{len(vision)} tensors of the vision tower are left out; the text model is converted")
+        return [*self.warnings, *filter(None, [self._contents.mtp_note])]
 
     def _source_tensor(self, spec: TensorSpec) -> SourceTensor:
         first = self._matrices[spec.source][0]
@@ -235,29 +168,3 @@ class Checkpoint:
 def _join_runs(parts: list[NDArray[Number]]) -> NDArray[Number]:
     """The runs of rows as one array: a copy only where there are several."""
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def _by_published_name(shards: Iterable[Shard]) -> dict[str, StoredTensor]:
-    found: dict[str, StoredTensor] = {}
-    for shard in shards:
-        for tensor in shard.tensors:
-            name = published_name(tensor.name)
-            if name in found:
-                other = found[name]
-                again = f"and again in {shard.path.name}" + (f" as {tensor.name}" if tensor.name != other.name else "")
-                raise UnexpectedTensor(
-                    f"{other.name} is in {other.shard.name} {again}",
-                    hint="Remove the shard that does not belong to this checkpoint.",
-                )
-            found[name] = tensor
-    return found
-
-
-def _refuse_unknown(layout: Layout, names: Iterable[str], hp: HParams) -> None:
-    for name in names:
-        if name not in layout.used:
-            tensor = layout.stored[name]
-            raise UnexpectedTensor(
-                f"{tensor.shard.name}: {tensor.name} {list(tensor.shape)} is not a tensor of {hp.architecture}",
-                hint="The checkpoint is of another variant, or config.json does not belong to it.",
-            )
