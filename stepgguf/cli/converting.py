@@ -21,8 +21,6 @@ from stepgguf.convert.fold import Line, fold
 from stepgguf.convert.plan import Options, Plan
 from stepgguf.convert.planner import plan_source
 from stepgguf.convert.sizes import inventory, with_near_sizes
-from stepgguf.convert.sources.checkpoint import Checkpoint
-from stepgguf.convert.sources.gguf_file import GGUFSource
 from stepgguf.convert.sources.opening import open_source
 from stepgguf.convert.sources.source import TensorSource
 from stepgguf.convert.writer import Writer, is_taken, taken
@@ -58,9 +56,7 @@ def choose_recipe(
             raise other if isinstance(other, UnknownType) else error from None  # one thing at a time
 
 
-def make_plan(
-    source: Checkpoint | GGUFSource, dest: Path, options: Options, limits: Limits | None, how: RunOptions
-) -> Plan:
+def make_plan(source: TensorSource, dest: Path, options: Options, limits: Limits | None, how: RunOptions) -> Plan:
     """Plan a file; within a budget after measuring what each type loses, if there is a choice.
 
     A destination that is taken, and may not be, is refused before anything is measured.
@@ -77,7 +73,7 @@ def make_plan(
 
 
 def price_trunk(
-    source: Checkpoint | GGUFSource, dest: Path, options: Options, *, threads: int | None, quiet: bool = False
+    source: TensorSource, dest: Path, options: Options, *, threads: int | None, quiet: bool = False
 ) -> Trunk:
     """Measure what each type costs each tensor. Ctrl+C keeps what is measured and exits with 130."""
     total = sum(measure.sampled(tensor.shape) for tensor in inventory(source).matrices)

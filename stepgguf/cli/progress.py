@@ -22,6 +22,7 @@ from rich.progress import (
 
 from stepgguf.cli import output
 from stepgguf.files.byte_sizes import readable_size
+from stepgguf.model.names import TensorName
 
 if TYPE_CHECKING:
     from stepgguf.convert.pipeline import Done
@@ -113,7 +114,8 @@ class ProgressMeter:
 
 def layer_name(tensor: str) -> str:
     """The layer that a tensor is shown under: "blk.7", or "other tensors" outside the layers."""
-    return ".".join(tensor.split(".")[:2]) if tensor.startswith("blk.") else "other tensors"
+    layer = TensorName(tensor).layer
+    return "other tensors" if layer is None else f"blk.{layer}"
 
 
 def _live_bars() -> Progress:

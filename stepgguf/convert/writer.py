@@ -38,7 +38,7 @@ from stepgguf.errors import OutputError
 from stepgguf.files import disk, jsonread
 from stepgguf.files.byte_sizes import readable_size
 from stepgguf.files.disk import disk_errors
-from stepgguf.quants.codec import Loss
+from stepgguf.quants.kernels import Loss
 
 _VERSION = 3
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stepgguf.fit.footprint import footprint, with_heads
+from stepgguf.fit.footprint import footprint, with_mtp_file
 from stepgguf.fit.machine import network_filesystem
 from stepgguf.fit.memory import Footprint
 from stepgguf.runtime.engine import DEFAULT_CTX
@@ -67,8 +67,8 @@ def read_model_file(path: Path, mtp_file: Path | None = None, *, command: str = 
         first = source.headers[0].path
     mtp_file = mtp_file or (None if size.has_mtp else find_mtp_file(path))
     if mtp_file is not None:
-        with GGUFSource(mtp_file) as heads:
-            size = with_heads(size, heads)
+        with GGUFSource(mtp_file) as mtp_source:
+            size = with_mtp_file(size, mtp_source)
     return ModelFile(
         path=first,
         footprint=size,

@@ -14,13 +14,12 @@ from dataclasses import dataclass, replace
 
 from stepgguf.convert.budget import Limits, Trunk, smallest_size
 from stepgguf.convert.sizes import Inventory, Sizes, inventory, with_near_sizes
-from stepgguf.convert.sources.checkpoint import Checkpoint
-from stepgguf.convert.sources.gguf_file import GGUFSource
+from stepgguf.convert.sources.source import TensorSource
 from stepgguf.errors import RecipeError, UnknownType
 from stepgguf.files.byte_sizes import GIB, MIB
 from stepgguf.fit import catalogue, speed
 from stepgguf.fit.catalogue import ListedMachine
-from stepgguf.fit.footprint import checkpoint_footprint, footprint
+from stepgguf.fit.footprint import footprint
 from stepgguf.fit.machine import Machine, probe_machine
 from stepgguf.fit.memory import (
     ContextParams,
@@ -31,7 +30,7 @@ from stepgguf.fit.memory import (
     memory_budget,
     memory_need,
 )
-from stepgguf.quants import recipe
+from stepgguf.quants.recipe_files import shipped_names
 
 STOCK_TYPES = (
     "IQ2_XXS", "IQ2_M", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K_M", "IQ4_XS", "MXFP4_MOE", "Q4_K_S", "Q4_K_M", "Q5_K_M",
@@ -140,7 +139,7 @@ def target_machine(name: str) -> TargetMachine:
 
 
 def plan_for_machine(
-    source: Checkpoint | GGUFSource,
+    source: TensorSource,
     target: TargetMachine,
     context: ContextParams,
     names: Sequence[str] | None,
@@ -152,8 +151,7 @@ def plan_for_machine(
     nothing else can be wrong: RecipeError is raised before.
     """
     model = inventory(source)
-    size = checkpoint_footprint(source.hparams) if isinstance(source, Checkpoint) else footprint(source)
-    size = replace(size, weights=0)
+    size = replace(footprint(source), weights=0)
     needed = memory_need(size, context)
     room = target.capacity(context) - needed.total
     try:
@@ -187,7 +185,7 @@ def _named_sizes(inventory: Inventory, mtp: bool, names: Sequence[str] | None) -
         yield from ((name, inventory.sizes(name, mtp=mtp)) for name in names)
         return
     yield from ((name, inventory.sizes(name, mtp=mtp)) for name in STOCK_TYPES)
-    for name in recipe.shipped_names():
+    for name in shipped_names():
         try:
             yield name, inventory.sizes(name, mtp=mtp)
         except RecipeError:  # it names layers that only the real model has

@@ -26,18 +26,20 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from stepgguf.convert.plan import rows_per_expert
+from stepgguf.convert.metadata import CheckpointMetadata, read_metadata
 from stepgguf.convert.sources import diagnosis
 from stepgguf.convert.sources.hub import checkpoint_folder, origin
 from stepgguf.convert.sources.layout import Layout, Matrix, locate
 from stepgguf.convert.sources.shards import Entry, Shard, read_shard
-from stepgguf.convert.sources.source import SourceTensor
+from stepgguf.convert.sources.source import SourceTensor, rows_per_expert
 from stepgguf.errors import BadConfig, CheckpointError, TruncatedShard, UnexpectedTensor
 from stepgguf.files import jsonread
 from stepgguf.model.hparams import HParams
+from stepgguf.model.names import TensorName
+from stepgguf.model.rope import ROPE_FREQS, rope_freqs
 from stepgguf.model.spelling import NO_WEIGHT, VISION_PREFIXES, published
-from stepgguf.model.tensors import TensorSpec, is_beyond, tensor_specs
-from stepgguf.quants.codec import FP8_TILE, Scaled, Values, widen
+from stepgguf.model.tensors import TensorSpec, tensor_specs
+from stepgguf.quants.values import FP8_TILE, Scaled, Values, widen
 
 INDEX = "model.safetensors.index.json"
 _GGML = {"BF16": GGMLQuantizationType.BF16, "F16": GGMLQuantizationType.F16, "F32": GGMLQuantizationType.F32}
@@ -72,12 +74,29 @@ class Checkpoint:
         self.specs = [spec for spec in specs if has_mtp or not spec.is_mtp]
         self._check_others(layout, described)
         self.tensors = {spec.source: self._source_tensor(spec) for spec in self.specs}
+        freqs = rope_freqs(self.hparams)
+        self.constants = {} if freqs is None else {ROPE_FREQS: freqs}
+        self.own_types = None
         self._files = {shard: os.open(shard, os.O_RDONLY) for shard in paths}
 
     @property
     def name(self) -> str:
         """The model's name, for files that are made of it."""
         return self.origin.name
+
+    @property
+    def title(self) -> str:
+        """The model's name, its class, and how its matrices are stored."""
+        dtypes = sorted({tensor.dtype for tensor in self.tensors.values()} - {"F32"})
+        return f"{self.origin.name} ({self.hparams.architecture}, {' and '.join(dtypes) or 'F32'})"
+
+    @property
+    def files(self) -> list[Path]:
+        return list(self._files)
+
+    def metadata(self, name: str | None, chat_template: Path | None) -> CheckpointMetadata:
+        """What the files beside the shards say. BadConfig for what cannot be used."""
+        return read_metadata(self.path, self.config, self.origin, self.hparams, name=name, template=chat_template)
 
     def close(self) -> None:
         for fd in self._files.values():
@@ -114,12 +133,14 @@ class Checkpoint:
         self, layout: Layout, hp: HParams, specs: Sequence[TensorSpec], shards: Sequence[Path], index: Mapping[str, str]
     ) -> bool:
         """Find the MTP blocks' tensors; whether they are all there. If not, note why."""
-        present = [name for name in layout.entries if is_beyond(name, hp.n_layer) and not name.endswith(NO_WEIGHT)]
+        present = [
+            name for name in layout.entries if TensorName(name).is_mtp(hp.n_layer) and not name.endswith(NO_WEIGHT)
+        ]
         if not specs:
             if present:
                 self.warnings.append(f"config.json names no MTP blocks; {len(present)} tensors of such are left out")
             return False
-        if not present and not any(is_beyond(name, hp.n_layer) for name in index):
+        if not present and not any(TensorName(name).is_mtp(hp.n_layer) for name in index):
             self.mtp_note = (
                 f"the {hp.n_mtp} MTP blocks that config.json names are in no shard (programs that fine-tune and merge "
                 "leave them out): the model is converted without them"
@@ -143,7 +164,7 @@ class Checkpoint:
         others = [
             name
             for name in layout.entries
-            if name not in layout.used and not is_beyond(name, hp.n_layer) and not name.endswith(NO_WEIGHT)
+            if name not in layout.used and not TensorName(name).is_mtp(hp.n_layer) and not name.endswith(NO_WEIGHT)
         ]
         vision = [name for name in others if "text_config" in self.config and name.startswith(VISION_PREFIXES)]
         _refuse_unknown(layout, set(others).difference(vision), hp)
@@ -151,8 +172,11 @@ class Checkpoint:
             self.warnings.append(f"{len(vision)} tensors of the vision tower are left out; the text model is converted")
 
     def _source_tensor(self, spec: TensorSpec) -> SourceTensor:
-        dtype = self._matrices[spec.source][0].entry.dtype
-        return SourceTensor(spec.source, spec.shape, dtype, _GGML.get(dtype))
+        entry = self._matrices[spec.source][0].entry
+        is_view = entry.dtype in ("F32", "BF16", "F8_E4M3")
+        return SourceTensor(
+            spec.source, spec.shape, entry.dtype, _GGML.get(entry.dtype), entry.row_bytes, is_view=is_view
+        )
 
     # TensorSource -----------------------------------------------------------------------------------------------
 

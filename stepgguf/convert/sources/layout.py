@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from stepgguf.convert.sources.shards import DTYPE_BYTES, Entry
 from stepgguf.errors import ShapeMismatch
 from stepgguf.model.tensors import TensorSpec
-from stepgguf.quants.codec import FP8_TILE
+from stepgguf.quants.values import FP8_TILE
 
 SCALE = "_scale_inv"
 
