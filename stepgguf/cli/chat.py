@@ -114,13 +114,12 @@ def chat(
     sampling = {key: value for key, value in given.items() if value is not None}
     changes: dict[str, Any] = {"system": system, "max_tokens": max_tokens, "reasoning_budget": reasoning_budget}
     options = loading.EngineOptions(
-        ctx,
-        1,
-        0,
-        gpu_layers,
-        threads,
-        draft,
-        mmap,
+        ctx=ctx,
+        queue=0,
+        gpu_layers=gpu_layers,
+        threads=threads,
+        draft=draft,
+        mmap=mmap,
         cache_folder=cache_folder,
         engine=engine,
         rpc=tuple(rpc or ()),
