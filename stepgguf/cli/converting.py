@@ -15,15 +15,16 @@ from rich.text import Text
 from stepgguf.cli import output
 from stepgguf.cli.destinations import Destination
 from stepgguf.cli.progress import ProgressMeter, layer_name
-from stepgguf.convert import budget, measure, pipeline
+from stepgguf.convert import budget, pipeline
 from stepgguf.convert.budget import Limits, Trunk
 from stepgguf.convert.fold import Line, fold
+from stepgguf.convert.measure import count_sampled_values
 from stepgguf.convert.plan import Options, Plan
 from stepgguf.convert.planner import plan_source
 from stepgguf.convert.sizes import inventory, with_near_sizes
 from stepgguf.convert.sources.opening import open_source
 from stepgguf.convert.sources.source import TensorSource
-from stepgguf.convert.writer import Writer, is_taken, taken
+from stepgguf.convert.writer import Writer, is_taken, name_taken
 from stepgguf.errors import StepggufError, UnknownType
 from stepgguf.files.byte_sizes import readable_size
 from stepgguf.quants.recipe import Recipe
@@ -67,7 +68,7 @@ def make_plan(source: TensorSource, dest: Path, options: Options, limits: Limits
     if plan is not None:
         return plan
     if not (how.dry_run or how.overwrite) and is_taken(dest):
-        raise taken(dest)
+        raise name_taken(dest)
     trunk = price_trunk(source, dest, options, threads=how.threads, quiet=how.quiet)
     return budget.plan_within(limits, source, dest, options, trunk)
 
@@ -76,7 +77,7 @@ def price_trunk(
     source: TensorSource, dest: Path, options: Options, *, threads: int | None, quiet: bool = False
 ) -> Trunk:
     """Measure what each type costs each tensor. Ctrl+C keeps what is measured and exits with 130."""
-    total = sum(measure.sampled(tensor.shape) for tensor in inventory(source).matrices)
+    total = sum(count_sampled_values(tensor.shape) for tensor in inventory(source).matrices)
     try:
         with ProgressMeter("measuring", 2 * total, quiet=quiet) as meter:  # bytes of BF16
             return budget.price(
@@ -84,7 +85,7 @@ def price_trunk(
                 dest,
                 options,
                 threads=threads,
-                progress=lambda tensor, kept: meter.add_bytes(2 * measure.sampled(tensor.shape), earlier=kept),
+                progress=lambda tensor, kept: meter.add_bytes(2 * count_sampled_values(tensor.shape), earlier=kept),
                 compiling=meter.note_compiling,
             )
     except KeyboardInterrupt:
@@ -148,7 +149,7 @@ class Conversion:
             layers[layer] = layers.get(layer, 0) + tensor.n_bytes
         try:
             with ProgressMeter(self.plan.type_name, self.plan.n_bytes, quiet=self.how.quiet, layers=layers) as meter:
-                pipeline.run(
+                pipeline.make_files(
                     self.source,
                     writer,
                     progress=meter.add_unit,

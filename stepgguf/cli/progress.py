@@ -25,7 +25,7 @@ from stepgguf.files.byte_sizes import readable_size
 from stepgguf.model.names import TensorName
 
 if TYPE_CHECKING:
-    from stepgguf.convert.pipeline import Done
+    from stepgguf.convert.pipeline import UnitProgress
 
 PLAIN_SECONDS = 5.0  # between two plain progress lines
 
@@ -66,7 +66,7 @@ class ProgressMeter:
         if self.live is not None:
             self.live.stop()
 
-    def add_unit(self, done: Done) -> None:
+    def add_unit(self, done: UnitProgress) -> None:
         """Count a finished unit of a conversion, and show its layer."""
         layer = layer_name(done.tensor.name)
         self._seen[layer] = self._seen.get(layer, 0) + done.n_bytes
