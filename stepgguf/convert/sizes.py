@@ -14,6 +14,8 @@ from gguf import GGMLQuantizationType
 from stepgguf.convert.objective import Routing
 from stepgguf.convert.planner import rule_facts
 from stepgguf.convert.sources.source import TensorSource
+from stepgguf.errors import UnknownType
+from stepgguf.files.byte_sizes import readable_size
 from stepgguf.model.names import TensorName
 from stepgguf.model.tensors import TensorSpec
 from stepgguf.quants import mixtures
@@ -107,3 +109,12 @@ def take_inventory(source: TensorSource) -> Inventory:
         tensors=(*source.specs, *constants),
         own=source.own_types,
     )
+
+
+def with_near_sizes(error: UnknownType, model: Inventory) -> UnknownType:
+    """The same error with a hint that says how large this model is as the types that come near."""
+    if not error.near:
+        return error
+    sizes = sorted(((model.sizes_as(name), name) for name in error.near), key=lambda pair: pair[0].total)
+    found = [f"{name} {readable_size(s.total)}{' (with an imatrix)' * s.needs_imatrix}" for s, name in sizes]
+    return UnknownType(error.message, hint=f"Types that come near: {', '.join(found)}.", near=error.near)
