@@ -39,7 +39,7 @@ _IN_LAYER = re.compile(r"blk\.(\d+)\.(.+)\.\w+")
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """float64 [n_expert or 1] each; NaN where there is no figure."""
+    """What was measured of a tensor, float64 [n_expert or 1] each; NaN where there is no figure."""
 
     error: Floats
     rmse: Floats
@@ -48,7 +48,7 @@ class Ledger:
 
 
 @dataclass(frozen=True, slots=True)
-class Tensor:
+class MeasuredTensor:
     """One tensor of the file. layer None outside the layers; ledger None if it was not quantized or not measured."""
 
     info: TensorInfo
@@ -58,13 +58,17 @@ class Tensor:
     ledger: Ledger | None
 
     @property
+    def type_name(self) -> str:
+        return self.info.ggml_type.name
+
+    @property
     def bits(self) -> float:
-        """Per weight."""
+        """Bits per weight."""
         return 8 * self.info.n_bytes / self.info.n_values
 
 
 @dataclass(frozen=True, slots=True)
-class Imatrix:
+class ImatrixOrigin:
     """Where the importance came from, as far as the manifest says."""
 
     file: str | None
@@ -73,9 +77,10 @@ class Imatrix:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """A file, of a split one all files. n_layer counts the trunk: from there on layers are MTP blocks.
+class MeasuredFile:
+    """A finished GGUF; a split one with all its files.
 
+    n_layer: layers of the trunk; those behind them are MTP blocks. n_used: routed experts that a token uses.
     without_manifest: those of the files that have none.
     """
 
@@ -84,23 +89,26 @@ class Measured:
     n_layer: int
     n_expert: int
     n_used: int
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[MeasuredTensor, ...]
     without_manifest: tuple[Path, ...]
     made_by: str | None
     type: str | None
     source: str | None
     recipe: str | None
-    imatrix: Imatrix | None
+    imatrix: ImatrixOrigin | None
 
 
 _OTHERWISE = "Fetch the manifest again, or remove it: types and sizes are shown without."
 
 
-def read(path: Path) -> Measured:
-    """Raises GGUFError if `path` is no GGUF file, UnsupportedModel if it is of another architecture, VerifyError if a
-    manifest is damaged or is of another file."""
+def read_file(path: Path) -> MeasuredFile:
+    """Read the headers and manifests of a GGUF; of a split one `path` may be any file.
+
+    Raises GGUFError if it is no GGUF file, UnsupportedModel if it is of another architecture, VerifyError if a manifest
+    is damaged or is of another file.
+    """
     headers = read_headers(path)
-    manifests = [_manifest(header.path) for header in headers]
+    manifests = [_read_own_manifest(header.path) for header in headers]
     first, how = headers[0], manifests[0] or {}
     architecture = first.get("general.architecture")
     if architecture != ARCHITECTURE:
@@ -109,31 +117,31 @@ def read(path: Path) -> Measured:
             hint="stepgguf reports on Step-3.5 and Step-3.7 files only.",
         )
     n_layer = _count(first, "block_count") - _count(first, "nextn_predict_layers")
-    return Measured(
+    return MeasuredFile(
         paths=tuple(header.path for header in headers),
         name=str(first.get("general.name", first.path.stem)),
         n_layer=n_layer,
         n_expert=_count(first, "expert_count"),
         n_used=_count(first, "expert_used_count"),
         tensors=tuple(
-            _tensor(info, manifest and manifest["tensors"], n_layer, manifest_path(header.path))
+            _measured_tensor(info, manifest and manifest["tensors"], n_layer, manifest_path(header.path))
             for header, manifest in zip(headers, manifests, strict=True)
             for info in header.tensors
         ),
         without_manifest=tuple(h.path for h, manifest in zip(headers, manifests, strict=True) if manifest is None),
-        made_by=_text(how, "made_by"),
-        type=_text(how, "type") or _type(first),
-        source=_string(first.get("stepgguf.source")),
-        recipe=_text(how, "recipe"),
-        imatrix=_imatrix(how.get("imatrix")) or _imatrix_of(first),
+        made_by=_text_member(how, "made_by"),
+        type=_text_member(how, "type") or _mixture_name(first),
+        source=_text_or_none(first.get("stepgguf.source")),
+        recipe=_text_member(how, "recipe"),
+        imatrix=_manifest_imatrix(how.get("imatrix")) or _header_imatrix(first),
     )
 
 
-def _manifest(file: Path) -> dict[str, Any] | None:
+def _read_own_manifest(file: Path) -> dict[str, Any] | None:
     return read_manifest(file, _OTHERWISE) if manifest_path(file).exists() else None
 
 
-def _tensor(info: TensorInfo, entries: dict[str, Any] | None, n_layer: int, path: Path) -> Tensor:
+def _measured_tensor(info: TensorInfo, entries: dict[str, Any] | None, n_layer: int, path: Path) -> MeasuredTensor:
     entry = None if entries is None else entries.get(info.name)
     if not isinstance(entry, dict):
         entry = {}
@@ -146,11 +154,13 @@ def _tensor(info: TensorInfo, entries: dict[str, Any] | None, n_layer: int, path
     match = _IN_LAYER.fullmatch(info.name)
     layer, role = (int(match[1]), match[2]) if match else (None, info.name.rpartition(".")[0])
     n = info.shape[0] if len(info.shape) == 3 else 1
-    ledger = None if entry.get("ledger") is None else _ledger(entry["ledger"], n, f"{path}: the ledger of {info.name}")
-    return Tensor(info, layer, role, _group(info, layer, role, n_layer), ledger)
+    ledger = (
+        None if entry.get("ledger") is None else _read_ledger(entry["ledger"], n, f"{path}: the ledger of {info.name}")
+    )
+    return MeasuredTensor(info, layer, role, _group_of(info, layer, role, n_layer), ledger)
 
 
-def _group(info: TensorInfo, layer: int | None, role: str, n_layer: int) -> str:
+def _group_of(info: TensorInfo, layer: int | None, role: str, n_layer: int) -> str:
     if layer is not None and layer >= n_layer:
         return MTP
     if role in ("token_embd", "output"):
@@ -162,8 +172,11 @@ def _group(info: TensorInfo, layer: int | None, role: str, n_layer: int) -> str:
     return ATTENTION if role.startswith("attn_") else DENSE if role.startswith("ffn_") else OTHER
 
 
-def _ledger(raw: Any, n: int, where: str) -> Ledger:
-    """`n` figures of each kind, or VerifyError. A null is a figure that could not be had, as 0 / 0."""
+def _read_ledger(raw: Any, n: int, where: str) -> Ledger:
+    """The ledger of a tensor with n experts. Raises VerifyError if it has not n figures of each kind.
+
+    A null is a figure that could not be had, as 0 / 0.
+    """
 
     def figures(key: str) -> Floats:
         try:
@@ -181,24 +194,24 @@ def _ledger(raw: Any, n: int, where: str) -> Ledger:
     return Ledger(figures("error"), figures("rmse"), mass, count)
 
 
-def _imatrix(fields: Any) -> Imatrix | None:
+def _manifest_imatrix(fields: Any) -> ImatrixOrigin | None:
     if not isinstance(fields, dict):
         return None
     datasets = fields.get("datasets")
     names = tuple(map(str, datasets)) if isinstance(datasets, list) else ()
-    return Imatrix(_text(fields, "file"), _text(fields, "prior"), names)
+    return ImatrixOrigin(_text_member(fields, "file"), _text_member(fields, "prior"), names)
 
 
-def _imatrix_of(header: Header) -> Imatrix | None:
-    """As llama-quantize notes it."""
-    file, dataset = (_string(header.get(f"quantize.imatrix.{key}")) for key in ("file", "dataset"))
-    return None if file is None else Imatrix(file, None, (dataset,) if dataset else ())
+def _header_imatrix(header: Header) -> ImatrixOrigin | None:
+    """Where the importance came from, as llama-quantize notes it in the header."""
+    file, dataset = (_text_or_none(header.get(f"quantize.imatrix.{key}")) for key in ("file", "dataset"))
+    return None if file is None else ImatrixOrigin(file, None, (dataset,) if dataset else ())
 
 
-def _type(header: Header) -> str | None:
-    """The mixture's name. Our own key comes last: llama-quantize copies it from its source."""
+def _mixture_name(header: Header) -> str | None:
+    """The mixture's name. Our own key comes last, since llama-quantize copies it from its source."""
     number = header.get("general.file_type")
-    return (file_type_name(number) if isinstance(number, int) else None) or _string(header.get("stepgguf.type"))
+    return (file_type_name(number) if isinstance(number, int) else None) or _text_or_none(header.get("stepgguf.type"))
 
 
 def _count(header: Header, key: str) -> int:
@@ -211,9 +224,9 @@ def _count(header: Header, key: str) -> int:
     return value
 
 
-def _text(fields: dict[str, Any], key: str) -> str | None:
-    return _string(fields.get(key))
+def _text_member(fields: dict[str, Any], key: str) -> str | None:
+    return _text_or_none(fields.get(key))
 
 
-def _string(value: Any) -> str | None:
+def _text_or_none(value: Any) -> str | None:
     return value if isinstance(value, str) else None
