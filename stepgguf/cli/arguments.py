@@ -15,6 +15,7 @@ from stepgguf.cli.destinations import Destination
 if TYPE_CHECKING:
     from stepgguf.convert.budget import Limits
     from stepgguf.convert.importance import Importance
+    from stepgguf.quants.kernels import KernelName
 
 _SIZE = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -144,12 +145,14 @@ def read_budget(
     return Limits(fit, target_bpw, bandwidth / min_tps if bandwidth is not None and min_tps is not None else None)
 
 
-def parse_kernel(name: str) -> str:
-    from stepgguf.quants.codec import KERNELS
+def parse_kernel(name: str) -> KernelName:
+    """--kernel."""
+    from stepgguf.quants.kernels import KERNEL_NAMES
 
-    if name not in KERNELS:
-        raise typer.BadParameter(f"{name!r} is not one of {', '.join(KERNELS)}", param_hint="--kernel")
-    return name
+    for known in KERNEL_NAMES:
+        if name == known:
+            return known
+    raise typer.BadParameter(f"{name!r} is not one of {', '.join(KERNEL_NAMES)}", param_hint="--kernel")
 
 
 def read_importance(path: Path | None, prior: str) -> Importance | None:

@@ -18,8 +18,6 @@ from stepgguf.convert.fold import Line, fold
 from stepgguf.convert.plan import Options, Plan
 from stepgguf.convert.planner import plan_source
 from stepgguf.convert.sizes import Inventory, inventory
-from stepgguf.convert.sources.checkpoint import Checkpoint
-from stepgguf.convert.sources.gguf_file import GGUFSource
 from stepgguf.convert.sources.opening import open_source
 from stepgguf.convert.sources.source import TensorSource
 from stepgguf.convert.writer import Writer, is_taken, name_taken
@@ -28,7 +26,7 @@ from stepgguf.quants.recipe import Recipe
 
 
 def planned(
-    source: Checkpoint | GGUFSource,
+    source: TensorSource,
     dest: Path,
     options: Options,
     limits: Limits | None,
@@ -73,9 +71,7 @@ def sized(error: UnknownType, model: Inventory) -> UnknownType:
     return UnknownType(error.message, hint=f"Types that come near: {', '.join(found)}.", near=error.near)
 
 
-def priced(
-    source: Checkpoint | GGUFSource, dest: Path, options: Options, *, threads: int | None, quiet: bool = False
-) -> Trunk:
+def priced(source: TensorSource, dest: Path, options: Options, *, threads: int | None, quiet: bool = False) -> Trunk:
     """What each type costs each tensor. Ctrl+C keeps what is measured and exits with 130."""
     total = sum(measure.sampled(tensor.shape) for tensor in inventory(source).matrices)
     try:

@@ -25,6 +25,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from stepgguf.model.names import TensorName
+
 if TYPE_CHECKING:
     from stepgguf.convert.fold import Line
     from stepgguf.convert.pipeline import Done
@@ -185,7 +187,8 @@ class Meter:
 
 def layer_name(tensor: str) -> str:
     """ "blk.7", or "other tensors" outside the layers."""
-    return ".".join(tensor.split(".")[:2]) if tensor.startswith("blk.") else "other tensors"
+    layer = TensorName(tensor).layer
+    return "other tensors" if layer is None else f"blk.{layer}"
 
 
 def _live() -> Progress:

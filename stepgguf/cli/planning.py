@@ -20,16 +20,15 @@ from stepgguf.cli import output
 from stepgguf.cli.converting import sized
 from stepgguf.convert.budget import Limits, Trunk, smallest_size
 from stepgguf.convert.sizes import Inventory, Sizes, inventory
-from stepgguf.convert.sources.checkpoint import Checkpoint
-from stepgguf.convert.sources.gguf_file import GGUFSource
 from stepgguf.convert.sources.opening import open_source
+from stepgguf.convert.sources.source import TensorSource
 from stepgguf.errors import RecipeError, UnknownType
 from stepgguf.fit import catalogue, speed
 from stepgguf.fit.catalogue import Listed
-from stepgguf.fit.footprint import checkpoint_footprint, footprint
+from stepgguf.fit.footprint import footprint
 from stepgguf.fit.machine import Machine, probe
 from stepgguf.fit.memory import Budget, Context, Footprint, Need, budget, largest_context, need
-from stepgguf.quants import recipe
+from stepgguf.quants.recipe_files import shipped_names
 
 TYPES = (
     "IQ2_XXS", "IQ2_M", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K_M", "IQ4_XS", "MXFP4_MOE", "Q4_K_S", "Q4_K_M", "Q5_K_M",
@@ -139,17 +138,16 @@ def planned(
     where: Place,
     context: Context,
     names: Sequence[str] | None,
-    pricing: Callable[[Checkpoint | GGUFSource], Trunk] | None = None,
+    pricing: Callable[[TensorSource], Trunk] | None = None,
 ) -> Planned:
     """All rows for a checkpoint or a GGUF; names None: TYPES, and the recipes that fit the model.
 
     pricing: measures the trunk, for every row's loss and for rows of what convert --fit would choose.
     """
     with open_source(path) as source:
-        if isinstance(source, Checkpoint):
-            output.warn(source.notes)
+        output.warn(source.notes)
         model = inventory(source)
-        size = checkpoint_footprint(source.hparams) if isinstance(source, Checkpoint) else footprint(source)
+        size = footprint(source)
         trunk = pricing(source) if pricing is not None else None
     size = replace(size, weights=0)
     needed = need(size, context)
@@ -188,7 +186,7 @@ def _sizes(inventory: Inventory, mtp: bool, names: Sequence[str] | None) -> Iter
         yield from ((name, inventory.sizes(name, mtp=mtp)) for name in names)
         return
     yield from ((name, inventory.sizes(name, mtp=mtp)) for name in TYPES)
-    for name in recipe.shipped_names():
+    for name in shipped_names():
         try:
             yield name, inventory.sizes(name, mtp=mtp)
         except RecipeError:  # it names layers that only the real model has

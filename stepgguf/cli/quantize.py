@@ -59,9 +59,9 @@ def quantize(
     from stepgguf.convert.plan import Options
     from stepgguf.convert.sources.opening import open_source
     from stepgguf.errors import OutputError
-    from stepgguf.quants.mixtures import BASE
+    from stepgguf.quants.mixtures import BASE_TYPES
 
-    if dest.text.upper() in BASE and not dest.is_folder:
+    if dest.text.upper() in BASE_TYPES and not dest.is_folder:
         raise OutputError(
             f"{dest.text} is a type; the name of the file to write is missing",
             hint=shlex.join(

@@ -23,13 +23,13 @@ from stepgguf.convert.pipeline import Compiling
 from stepgguf.convert.plan import Options, Plan, PlannedTensor
 from stepgguf.convert.planner import plan_source
 from stepgguf.convert.sizes import Inventory
-from stepgguf.convert.sources.checkpoint import Checkpoint
-from stepgguf.convert.sources.gguf_file import GGUFSource
+from stepgguf.convert.sources.source import TensorSource
 from stepgguf.errors import DoesNotFit, RecipeError
-from stepgguf.quants import mixtures, recipe
 from stepgguf.quants.allocate import Item, Option, solve
-from stepgguf.quants.mixtures import Candidate, Choice
+from stepgguf.quants.mixtures import Candidate, TypeChoice
 from stepgguf.quants.recipe import Recipe
+from stepgguf.quants.recipe_files import load_recipe
+from stepgguf.quants.types import bits_per_weight, fitting_type
 
 _HEADER = 16 * 2**20  # bytes; published headers have 10 MB
 REASON = "least loss in the budget"
@@ -65,11 +65,11 @@ def resolve(type_name: str | None, limits: Limits | None, default: str) -> tuple
     RecipeError for a stock mixture with a budget, which would leave nothing of it.
     """
     if limits is None:
-        chosen = recipe.load(default if type_name is None else type_name)
+        chosen = load_recipe(default if type_name is None else type_name)
         return chosen, Limits(bpw=chosen.bpw) if chosen.bpw is not None else None
     if type_name is None:
         return Recipe(limits.name, "", limits.name, "", ()), limits
-    chosen = recipe.load(type_name)
+    chosen = load_recipe(type_name)
     if chosen.is_stock:
         raise RecipeError(
             f"{chosen.name} says the type of every tensor, and so does a budget ({limits.name})",
@@ -125,12 +125,12 @@ class Trunk:
         return math.fsum(known) if len(known) == len(costs) else None
 
 
-def plan_within(limits: Limits, source: Checkpoint | GGUFSource, dest: Path, options: Options, trunk: Trunk) -> Plan:
+def plan_within(limits: Limits, source: TensorSource, dest: Path, options: Options, trunk: Trunk) -> Plan:
     """The plan whose types cost least within the budget, by `price` for the same options, if `settled` left it open."""
     room = trunk.room(limits)
     while True:
         types = trunk.choose(room, math.inf if limits.read_bytes is None else limits.read_bytes)
-        allocated = {name: Choice(kind, REASON) for name, kind in types.items()}
+        allocated = {name: TypeChoice(kind, REASON) for name, kind in types.items()}
         plan = plan_source(source, dest, replace(options, allocated=allocated))
         excess = 0 if limits.n_bytes is None else plan.file_bytes - limits.n_bytes
         if excess <= 0:
@@ -139,7 +139,7 @@ def plan_within(limits: Limits, source: Checkpoint | GGUFSource, dest: Path, opt
     return plan if options.importance is not None else replace(plan, warnings=(*plan.warnings, UNIFORM))
 
 
-def settled(limits: Limits, source: Checkpoint | GGUFSource, dest: Path, options: Options) -> Plan | None:
+def settled(limits: Limits, source: TensorSource, dest: Path, options: Options) -> Plan | None:
     """The plan if nothing has to be measured for it: the largest types fit. DoesNotFit if not even the smallest do."""
     model = sizes.inventory(source)
     smallest = _extreme(min, model, source, dest, options)
@@ -170,11 +170,11 @@ def extreme_types(
         if not _is_open(c, model, options):
             continue
         kinds = measure.candidates(c.name, c.shape, options.importance, has_imatrix=has_imatrix)
-        floor = options.recipe.floor(c, model.facts)
+        floor = options.recipe.floor_type(c, model.facts)
         if floor is not None:
-            least = recipe.bits_per_weight(floor)
-            kinds = {kind for kind in kinds if recipe.bits_per_weight(kind) >= least} or {floor}
-        types[c.name] = pick(kinds, key=recipe.bits_per_weight)
+            least = bits_per_weight(floor)
+            kinds = {kind for kind in kinds if bits_per_weight(kind) >= least} or {floor}
+        types[c.name] = pick(kinds, key=bits_per_weight)
     return types
 
 
@@ -188,12 +188,14 @@ def smallest_size(model: Inventory, *, mtp: bool, has_imatrix: bool) -> int:
 def _extreme(
     pick: Callable[..., GGMLQuantizationType],
     model: Inventory,
-    source: Checkpoint | GGUFSource,
+    source: TensorSource,
     dest: Path,
     options: Options,
 ) -> Plan:
     types = extreme_types(pick, model, options)
-    return plan_source(source, dest, replace(options, allocated={n: Choice(kind, REASON) for n, kind in types.items()}))
+    return plan_source(
+        source, dest, replace(options, allocated={n: TypeChoice(kind, REASON) for n, kind in types.items()})
+    )
 
 
 def _holds(limits: Limits, plan: Plan, model: Inventory) -> bool:
@@ -211,15 +213,15 @@ def _read_bytes(plan: Plan, model: Inventory) -> float:
     return math.fsum(shares.values())
 
 
-def draft(source: Checkpoint | GGUFSource, dest: Path, options: Options) -> Plan:
+def draft(source: TensorSource, dest: Path, options: Options) -> Plan:
     """The plan with all that no rule decides as Q8_0, in one file (and one of MTP blocks, if they are separate)."""
     model = sizes.inventory(source)
-    open_ = {c.name: Choice(_q8_0(c.shape), "draft") for c in model.matrices if _is_open(c, model, options)}
+    open_ = {c.name: TypeChoice(_q8_0(c.shape), "draft") for c in model.matrices if _is_open(c, model, options)}
     return plan_source(source, dest, replace(options, allocated=open_, split_max_size=None))
 
 
 def price(
-    source: Checkpoint | GGUFSource,
+    source: TensorSource,
     dest: Path,
     options: Options,
     *,
@@ -238,7 +240,7 @@ def price(
         source, matrices, cache, importance=importance, threads=threads, progress=progress, compiling=compiling
     )
     priced = {item.name: item for item in objective.items(matrices, measured, model.routing, importance)}
-    open_ = {c.name: options.recipe.floor(c, model.facts) for c in model.matrices if _is_open(c, model, options)}
+    open_ = {c.name: options.recipe.floor_type(c, model.facts) for c in model.matrices if _is_open(c, model, options)}
     items = [
         _above(priced[t.name], open_[t.name], t)
         if t.name in open_
@@ -252,8 +254,8 @@ def _above(item: Item, floor: GGMLQuantizationType | None, tensor: PlannedTensor
     """Without types of fewer bits than the floor; the floor itself if that leaves none."""
     if floor is None:
         return item
-    least = recipe.bits_per_weight(floor)
-    options = tuple(o for o in item.options if recipe.bits_per_weight(o.ggml_type) >= least)
+    least = bits_per_weight(floor)
+    options = tuple(o for o in item.options if bits_per_weight(o.ggml_type) >= least)
     return replace(item, options=options or (Option(floor, replace(tensor, ggml_type=floor).n_bytes, 0.0),))
 
 
@@ -265,8 +267,8 @@ def _fixed(tensor: PlannedTensor, priced: Item | None, read_share: float) -> Ite
 
 
 def _is_open(candidate: Candidate, model: Inventory, options: Options) -> bool:
-    return options.recipe.fixed(candidate, model.facts) is None
+    return options.recipe.fixed_type(candidate, model.facts) is None
 
 
 def _q8_0(shape: tuple[int, ...]) -> GGMLQuantizationType:
-    return mixtures.fallback(GGMLQuantizationType.Q8_0, shape[-1])
+    return fitting_type(GGMLQuantizationType.Q8_0, shape[-1])

@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 from gguf import GGUFValueType, Keys, Metadata
 
-from stepgguf.convert.sources.hub import HUB, Origin
+from stepgguf.convert.sources.hub import HUB, ModelOrigin
 from stepgguf.files import disk
 from stepgguf.files.gguf_header import Key
 
@@ -60,7 +60,7 @@ class Card:
     warnings: tuple[str, ...]
 
 
-def read_card(folder: Path, config: Mapping[str, Any], origin: Origin) -> Card:
+def read_card(folder: Path, config: Mapping[str, Any], origin: ModelOrigin) -> Card:
     """What a checkpoint says about itself."""
     matter, warnings = _front_matter(folder / "README.md")
     loaded = config.get("_name_or_path")

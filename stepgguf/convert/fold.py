@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from stepgguf.model.tensors import layer_of
+from stepgguf.model.names import TensorName
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +27,13 @@ class Line:
 
 def fold(tensors: Iterable[tuple[str, str, int, int, str]]) -> list[Line]:
     """Lines from (name, type, bytes, values, reason), in order of first appearance."""
-    groups: dict[tuple[str, str, str, bool], list[tuple[str, int, int]]] = {}
+    groups: dict[tuple[str, str, str, bool], list[tuple[TensorName, int, int]]] = {}
     for name, kind, n_bytes, n_values, reason in tensors:
-        in_layer = name.startswith("blk.")
-        role = ".".join(name.split(".")[2 if in_layer else 0 : -1])
-        groups.setdefault((role, kind, reason, in_layer), []).append((name, n_bytes, n_values))
+        parsed = TensorName(name)
+        groups.setdefault((parsed.stem, kind, reason, parsed.layer is not None), []).append((parsed, n_bytes, n_values))
     return [
         Line(
-            layers=ranges([layer for name, _, _ in members if (layer := layer_of(name)) is not None]),
+            layers=ranges([layer for name, _, _ in members if (layer := name.layer) is not None]),
             role=role,
             count=len(members),
             type=kind,

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepgguf.errors import ImatrixError
-from stepgguf.model.tensors import layer_of, role_of
+from stepgguf.model.names import TensorName
 from stepgguf.quants import imatrix
 from stepgguf.quants.imatrix import Imatrix, ImatrixEntry, WantedTensor, channel_importance, read_imatrix
 
@@ -74,5 +74,5 @@ class Importance:
 
 def wanted_tensor(name: str, shape: Shape, *, is_mtp: bool = False) -> WantedTensor:
     """A GGUF tensor as importance matrices know it."""
-    n_matrix = shape[0] if len(shape) == 3 else 1
-    return WantedTensor(name, role_of(name), layer_of(name), n_matrix, shape[-1], is_mtp)
+    n_matrix, parsed = shape[0] if len(shape) == 3 else 1, TensorName(name)
+    return WantedTensor(name, parsed.role, parsed.layer, n_matrix, shape[-1], is_mtp)

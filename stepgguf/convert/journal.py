@@ -2,7 +2,7 @@
 
     line 1      JSON: what must be the same for a run to be resumed
     then        64 bytes for each finished unit: number u32, crc32 of number and the rest u32, sha256 of the unit's
-                bytes, its codec.Loss 3 x f64 (NaN where nothing was encoded)
+                bytes, its kernels.Loss 3 x f64 (NaN where nothing was encoded)
 
 A unit is entered after its bytes have reached the disk, so neither kill -9 nor a power cut leaves an entry without its
 bytes. A journal is held while it is open (disk.hold): of two processes that make the same files one gets it.
@@ -22,7 +22,7 @@ from typing import Any
 
 from stepgguf.errors import OutputError
 from stepgguf.files import disk, jsonread
-from stepgguf.quants.codec import Loss
+from stepgguf.quants.kernels import Loss
 
 _RECORD = struct.Struct("<II56s")  # number, crc32, _UNIT
 _UNIT = struct.Struct("<32s3d")  # sha256, loss

@@ -17,7 +17,7 @@ from typing import Any
 
 from stepgguf.convert.importance import Importance
 from stepgguf.convert.plan import PlannedTensor, Unit
-from stepgguf.quants.codec import Loss
+from stepgguf.quants.kernels import Loss
 
 _DIGITS = 5  # significant
 

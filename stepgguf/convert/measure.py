@@ -37,23 +37,22 @@ from gguf import GGMLQuantizationType
 
 from stepgguf.convert.importance import Importance
 from stepgguf.convert.pipeline import Compiling, UnitMaker
-from stepgguf.convert.plan import PlannedTensor, Unit, rows_per_expert
-from stepgguf.convert.sources.source import TensorSource
+from stepgguf.convert.plan import PlannedTensor, Unit
+from stepgguf.convert.sources.source import TensorSource, rows_per_expert
 from stepgguf.errors import StepggufError
 from stepgguf.files import folders
 from stepgguf.files.disk import disk_errors
 from stepgguf.files.json_lines import Line, LineWriter, read_lines
 from stepgguf.files.jsonread import Value
 from stepgguf.quants import mixtures
-from stepgguf.quants.codec import Loss
+from stepgguf.quants.kernels import Loss
 from stepgguf.quants.mixtures import Candidate
+from stepgguf.quants.types import TABLE, fitting_type
 
 T = GGMLQuantizationType
 
-# From fewest bits to most. Those below Q2_K and IQ3_S need an imatrix, and are left out where a tensor has none.
-KINDS = (
-    T.IQ2_XXS, T.IQ2_XS, T.IQ2_S, T.Q2_K, T.IQ3_XXS, T.IQ3_S, T.Q3_K, T.IQ4_XS, T.Q4_K, T.Q5_K, T.Q6_K, T.Q8_0,
-)  # fmt: skip
+# Those that need an imatrix are left out where a tensor has none.
+MEASURED_TYPES = tuple(row.ggml_type for row in TABLE if row.measured)
 RUN, RUNS = 8, 32  # rows in a run; runs of a tensor, at least one of each expert
 _VERSION = 1
 _GOLDEN = (5**0.5 - 1) / 2  # multiples of it, less their whole parts, fill [0, 1) evenly however many there are
@@ -121,11 +120,11 @@ def measure(
 def candidates(
     name: str, shape: tuple[int, ...], importance: Importance | None, *, has_imatrix: bool | None = None
 ) -> set[GGMLQuantizationType]:
-    """The types that a tensor can have: KINDS, or what replaces them in its rows, less those that lack their imatrix.
+    """The types that a tensor can have: MEASURED_TYPES, or what replaces them in its rows, if they have their imatrix.
 
     has_imatrix: whether there shall be one with this tensor; None: whether `importance` has it.
     """
-    fitting = {mixtures.fallback(kind, shape[-1]) for kind in KINDS}
+    fitting = {fitting_type(kind, shape[-1]) for kind in MEASURED_TYPES}
     if has_imatrix is None:
         has_imatrix = importance is not None and importance.has(name, shape)
     if has_imatrix:

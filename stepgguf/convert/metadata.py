@@ -7,23 +7,23 @@ itself (step35.cpp), so writing 64 would give 32.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
 from gguf import ExpertGatingFuncType, GGUFValueType, Keys, LlamaFileType
 
 from stepgguf import __version__
-from stepgguf.convert.sources.checkpoint import Checkpoint
-from stepgguf.convert.sources.gguf_file import ARCHITECTURE
+from stepgguf.convert.card import Card, read_card
+from stepgguf.convert.sources.hub import ModelOrigin
 from stepgguf.errors import BadConfig
 from stepgguf.files import jsonread, textfile
 from stepgguf.files.gguf_header import Key
 from stepgguf.files.jsonread import Value
-from stepgguf.model.hparams import HParams
+from stepgguf.model.hparams import ARCHITECTURE, HParams
+from stepgguf.model.names import TensorName
 from stepgguf.model.tokenizer import MODEL, PRE, Vocabulary, vocabulary
 from stepgguf.quants.imatrix import Imatrix
 
@@ -51,11 +51,43 @@ _MOST_TEMPLATE = 2**20  # bytes; the published ones have 5 KB
 
 
 @dataclass(frozen=True, slots=True)
-class Vocab:
-    """The keys about tokens, made once for all files of a conversion."""
+class CheckpointMetadata:
+    """What a checkpoint says of its model, read once for all files of a conversion.
 
-    keys: tuple[Key, ...]
+    sampling: keys that take the place of SAMPLING's. vocab: the keys about tokens.
+    """
+
+    hparams: HParams
+    name: str
+    card: Card
+    sampling: dict[str, Key]
+    vocab: tuple[Key, ...]
     warnings: tuple[str, ...]
+
+    def file_keys(self, shapes: Sequence[tuple[TensorName, tuple[int, ...]]], *, with_mtp: bool) -> list[Key]:
+        """The keys of a file with these tensors. `with_mtp` extends the per-layer arrays over the MTP blocks."""
+        label = size_label(shapes, self.hparams.n_expert)
+        said = model_keys(self.hparams, self.name, label, with_mtp=with_mtp, described=self.card.keys)
+        return [*(self.sampling.get(key.name, key) for key in said), *self.vocab]
+
+
+def read_metadata(
+    folder: Path,
+    config: Mapping[str, Any],
+    origin: ModelOrigin,
+    hp: HParams,
+    *,
+    name: str | None,
+    template: Path | None,
+) -> CheckpointMetadata:
+    """Read what lies beside the shards: card, tokenizer, sampling, chat template. BadConfig for what cannot be used.
+
+    name, template: in place of the checkpoint's own.
+    """
+    vocab, warnings = vocab_keys(folder, hp, template)
+    sampling = sampling_keys(folder)
+    card = read_card(folder, config, origin)
+    return CheckpointMetadata(hp, name or card.name, card, sampling, vocab, (*card.warnings, *warnings))
 
 
 def model_keys(hp: HParams, name: str, size_label: str, *, with_mtp: bool, described: Sequence[Key] = ()) -> list[Key]:
@@ -100,11 +132,11 @@ def model_keys(hp: HParams, name: str, size_label: str, *, with_mtp: bool, descr
     return keys
 
 
-def vocab_keys(checkpoint: Checkpoint, chat_template: Path | None) -> Vocab:
-    """tokenizer.*: every id that ends a generation is written, so that no engine depends on guessing by name."""
-    hp, tok, warnings = checkpoint.hparams, Keys.Tokenizer, []
-    words = vocabulary(jsonread.read(checkpoint.path / "tokenizer.json", BadConfig, _TOKENIZER), hp.vocab_size)
-    settings = _optional_json(checkpoint.path / "tokenizer_config.json")
+def vocab_keys(folder: Path, hp: HParams, chat_template: Path | None) -> tuple[tuple[Key, ...], list[str]]:
+    """tokenizer.* and warnings: every id that ends a generation is written, so that no engine has to guess by name."""
+    tok, warnings = Keys.Tokenizer, []
+    words = vocabulary(jsonread.read(folder / "tokenizer.json", BadConfig, _TOKENIZER), hp.vocab_size)
+    settings = _optional_json(folder / "tokenizer_config.json")
     eos = _token_id(settings, "eos_token", words, hp.eos_token_ids[-1])
     padding = _token_id(settings, "pad_token", words, hp.eos_token_ids[0])
     for i in (hp.bos_token_id, eos, padding, *hp.eos_token_ids):
@@ -130,20 +162,18 @@ def vocab_keys(checkpoint: Checkpoint, chat_template: Path | None) -> Vocab:
             f"config.json names {len(hp.eos_token_ids)} end tokens; GGUF has room for 3, {others[2:]} are lost"
         )
     template = (
-        textfile.read(chat_template, BadConfig, most=_MOST_TEMPLATE)
-        if chat_template
-        else _template(checkpoint.path, settings)
+        textfile.read(chat_template, BadConfig, most=_MOST_TEMPLATE) if chat_template else _template(folder, settings)
     )
     if template is None:
         warnings.append("the checkpoint has no chat template; add one with --chat-template FILE")
     else:
         keys.append(_key(CHAT_TEMPLATE, template))
-    return Vocab(tuple(keys), tuple(warnings))
+    return tuple(keys), warnings
 
 
-def sampling_keys(checkpoint: Checkpoint) -> dict[str, Key]:
-    """general.sampling.* that the checkpoint's generation_config.json sets otherwise than the model card."""
-    settings = _optional_json(checkpoint.path / "generation_config.json")
+def sampling_keys(folder: Path) -> dict[str, Key]:
+    """general.sampling.* that a checkpoint's generation_config.json sets otherwise than the model card."""
+    settings = _optional_json(folder / "generation_config.json")
     found = {}
     for name, (key, most) in _GENERATION_CONFIG.items():
         value, type = settings.get(name), SAMPLING[key][1]
@@ -197,28 +227,12 @@ def split_keys(index: int, count: int, n_tensors: int) -> list[Key]:
     ]
 
 
-def size_label(shapes: Sequence[tuple[str, tuple[int, ...]]], n_expert: int) -> str:
-    """gguf-py's label ("288x7.4B") from (role, shape) of the file's tensors: experts count once."""
-    expert = sum(math.prod(shape) // n_expert for role, shape in shapes if role.endswith("_exps"))
+def size_label(shapes: Sequence[tuple[TensorName, tuple[int, ...]]], n_expert: int) -> str:
+    """gguf-py's label ("288x7.4B") from the names and shapes of the file's tensors: experts count once."""
+    expert = sum(math.prod(shape) // n_expert for name, shape in shapes if name.is_expert)
     total = sum(math.prod(shape) for _, shape in shapes)
-    shared = sum(math.prod(shape) for role, shape in shapes if not role.endswith("_exps"))
+    shared = sum(math.prod(shape) for name, shape in shapes if not name.is_expert)
     return gguf.size_label(total, shared, expert, n_expert if expert else 0)
-
-
-def rope_freqs(hp: HParams) -> bytes | None:
-    """rope_freqs.weight: what llama3 scaling divides each frequency of full-attention layers by, float32 [e / 2].
-
-    Only the first n_rot / 2 count; the rest are 1. None without scaling. Formula: reference/model.py.
-    """
-    if hp.rope_scaling is None:
-        return None
-    s, n_rot = hp.rope_scaling, hp.head_dim // 2
-    exponents = np.arange(0, n_rot, 2, dtype=np.float32) / np.float32(n_rot)
-    turns = s.original_max_position / (2 * math.pi) / np.power(np.float32(hp.rope_theta_full), exponents).astype(float)
-    smooth = np.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0.0, 1.0)
-    factors = np.ones(hp.head_dim // 2, np.float32)
-    factors[: n_rot // 2] = 1.0 / ((1.0 - smooth) / s.factor + smooth)
-    return factors.tobytes()
 
 
 def _key(name: str, value: Any) -> Key:

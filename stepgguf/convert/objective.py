@@ -37,7 +37,7 @@ from dataclasses import dataclass, replace
 from stepgguf.convert.importance import Importance
 from stepgguf.convert.measure import Measured
 from stepgguf.convert.plan import PlannedTensor
-from stepgguf.model.tensors import layer_of
+from stepgguf.model.names import TensorName
 from stepgguf.quants.allocate import Item, Option
 
 _AT_ONCE = ("ffn_down_exps", "ffn_down_shexp")  # two writers of one block
@@ -80,7 +80,7 @@ def read_share(tensor: PlannedTensor, routing: Routing) -> float:
     """How often each byte is read for a token: of the embedding one row, of routed experts those that are used."""
     if tensor.role == "token_embd":
         return 1 / tensor.shape[0]
-    return routing.n_used / routing.n_expert if tensor.role.endswith("_exps") else 1.0
+    return routing.n_used / routing.n_expert if tensor.name.is_expert else 1.0
 
 
 def _writer(tensor: PlannedTensor) -> str:
@@ -94,11 +94,11 @@ def _writer(tensor: PlannedTensor) -> str:
 
 def _order(tensor: PlannedTensor) -> tuple[int, bool]:
     """The embedding, then layer by layer attention before the rest."""
-    layer = layer_of(tensor.name)
+    layer = tensor.name.layer
     return -1 if layer is None else layer, tensor.role != "attn_output"
 
 
-def _weights(added: Mapping[str, float]) -> dict[str, float]:
+def _weights(added: Mapping[TensorName, float]) -> dict[str, float]:
     """Each writer's part of the stream that it leaves. Routed and shared experts of a layer write at once."""
     weights: dict[str, float] = {}
     stream = 0.0
@@ -109,6 +109,6 @@ def _weights(added: Mapping[str, float]) -> dict[str, float]:
     return weights
 
 
-def _block(name: str) -> tuple[int | None, bool]:
+def _block(name: TensorName) -> tuple[int | None, bool]:
     """Layer, and whether it is the attention's."""
-    return layer_of(name), "attn_output" in name
+    return name.layer, name.role == "attn_output"

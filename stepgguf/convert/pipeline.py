@@ -28,9 +28,9 @@ from stepgguf.convert.sources.source import TensorSource
 from stepgguf.convert.writer import Writer
 from stepgguf.errors import CorruptTensor, QuantError
 from stepgguf.files.disk import disk_errors
-from stepgguf.quants import codec
-from stepgguf.quants.codec import Loss, Values
-from stepgguf.quants.ggml import row_size
+from stepgguf.quants.kernels import KernelName, Loss, choose_kernel, decoder_for, scratch_bytes
+from stepgguf.quants.types import row_size
+from stepgguf.quants.values import Values, widen, widened_runs
 
 DEFAULT_MEMORY = 2 * 2**30
 COMMIT_SECONDS = 2.0
@@ -111,10 +111,10 @@ def unit_memory(source: TensorSource, tensor: PlannedTensor) -> int:
     """The most bytes that making a unit of it holds.
 
     A copy holds the unit as it is stored. What is encoded is held as numbers of at most 4 bytes and as blocks; and if
-    it is stored as neither F32 nor BF16, as stored too while numbers are made of it. Besides, codec.CHUNK values at a
+    it is stored as neither F32 nor BF16, as stored too while numbers are made of it. Besides, values.CHUNK values at a
     time are widened, in up to four arrays of float32.
     """
-    widened = 4 * 4 * min(codec.CHUNK, tensor.rows_per_unit * tensor.shape[-1])
+    widened = scratch_bytes(tensor.rows_per_unit * tensor.shape[-1])
     if tensor.source is None or is_copied(source, tensor):
         return tensor.rows_per_unit * tensor.row_bytes + widened
     columns, stored = tensor.shape[-1], source.tensors[tensor.source].ggml_type
@@ -133,7 +133,9 @@ def is_copied(source: TensorSource, tensor: PlannedTensor) -> bool:
 class UnitMaker:
     """Makes the bytes of a unit. One per run, shared by its threads."""
 
-    def __init__(self, source: TensorSource, importance: Importance | None = None, kernel: str = "lanes") -> None:
+    def __init__(
+        self, source: TensorSource, importance: Importance | None = None, kernel: KernelName = "lanes"
+    ) -> None:
         self._source, self._importance, self._kernel = source, importance, kernel
 
     def prepare(self, tensors: Iterable[PlannedTensor], compiling: Compiling) -> None:
@@ -145,7 +147,7 @@ class UnitMaker:
                 key = tensor.ggml_type, type(values), getattr(values, "dtype", None), self._has_importance(tensor)
                 wanted.setdefault(key, values)
         for (kind, _, _, weighted), values in wanted.items():
-            codec.prepare(kind, values, weighted=weighted, kernel=self._kernel, compiling=compiling)
+            choose_kernel(kind, self._kernel, weighted=weighted).compile(values, weighted=weighted, compiling=compiling)
 
     def make(self, tensor: PlannedTensor, unit: Unit) -> tuple[NDArray[np.uint8], Loss | None]:
         """The encoded rows [start, stop), [n, row bytes], and what they lost; of copied ones nothing.
@@ -157,22 +159,23 @@ class UnitMaker:
         assert tensor.source is not None
         if is_copied(self._source, tensor):
             rows = self._source.raw(tensor.source, unit.start, unit.stop)
-            self._check_finite(tensor, unit, codec.decoded_runs(tensor.ggml_type, rows))
+            self._check_finite(tensor, unit, decoder_for(tensor.ggml_type).decoded_runs(rows))
             return rows, None
         values = self._source.values(tensor.source, unit.start, unit.stop)
         if tensor.plus_one:
             values = _plus_one(values)
         importance = self._row(tensor, unit)
+        kernel = choose_kernel(tensor.ggml_type, self._kernel, weighted=importance is not None)
         out = np.empty((unit.stop - unit.start, tensor.row_bytes), np.uint8)
         try:
-            if not codec.quantize(tensor.ggml_type, values, out, importance, kernel=self._kernel):
-                self._check_finite(tensor, unit, codec.widened_runs(values))
+            if not kernel.encode(values, out, importance):
+                self._check_finite(tensor, unit, widened_runs(values))
         except QuantError as error:
             expert = f", expert {unit.start // tensor.rows_per_expert}" if tensor.n_experts > 1 else ""
             raise QuantError(
                 f"{tensor.name}{expert}: {error}", hint="Give this tensor another type in a recipe, such as BF16."
             ) from None
-        return out, codec.loss(tensor.ggml_type, values, out, importance) if tensor.is_quantized else None
+        return out, kernel.measure(values, out, importance) if tensor.is_quantized else None
 
     def _has_importance(self, tensor: PlannedTensor) -> bool:
         return self._importance is not None and self._importance.has(tensor.name, tensor.shape)
@@ -208,7 +211,7 @@ class UnitMaker:
 def _plus_one(stored: Values) -> NDArray[np.float32]:
     """Norms, which checkpoints store less one."""
     values = np.empty(stored.shape, np.float32)
-    codec.widen(stored, values)
+    widen(stored, values)
     values += 1.0
     return values
 

@@ -16,14 +16,16 @@ from pathlib import Path
 from gguf import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType
 
 from stepgguf.convert.importance import Importance
+from stepgguf.convert.sources.source import rows_per_expert
 from stepgguf.files import gguf_header
 from stepgguf.files.gguf_header import Key, TensorInfo
-from stepgguf.model.tensors import role_of
-from stepgguf.quants import recipe
+from stepgguf.model.names import TensorName
 from stepgguf.quants.coverage import Coverage
-from stepgguf.quants.ggml import row_size
-from stepgguf.quants.mixtures import Choice
+from stepgguf.quants.kernels import KernelName
+from stepgguf.quants.mixtures import TypeChoice
 from stepgguf.quants.recipe import Recipe
+from stepgguf.quants.recipe_files import load_recipe
+from stepgguf.quants.types import row_size
 
 F32 = GGMLQuantizationType.F32
 UNIT_VALUES = 8 * 2**20
@@ -45,19 +47,19 @@ class Options:
     name: str | None = None
     allow_requantize: bool = False
     importance: Importance | None = None
-    kernel: str = "lanes"
-    allocated: Mapping[str, Choice] = field(default_factory=dict)
+    kernel: KernelName = "lanes"
+    allocated: Mapping[str, TypeChoice] = field(default_factory=dict)
 
     @property
     def recipe(self) -> Recipe:
-        return recipe.load(self.type) if isinstance(self.type, str) else self.type
+        return load_recipe(self.type) if isinstance(self.type, str) else self.type
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
     """One output tensor. Its values come from `source` in the TensorSource, or are `constant` bytes."""
 
-    name: str
+    name: TensorName
     shape: tuple[int, ...]
     ggml_type: GGMLQuantizationType
     reason: str
@@ -67,7 +69,7 @@ class PlannedTensor:
 
     @property
     def role(self) -> str:
-        return role_of(self.name)
+        return self.name.role
 
     @property
     def n_values(self) -> int:
@@ -148,7 +150,7 @@ class Plan:
     warnings: tuple[str, ...] = ()
     importance: Importance | None = None
     coverage: Coverage | None = None
-    kernel: str = "lanes"
+    kernel: KernelName = "lanes"
 
     @property
     def type_name(self) -> str:
@@ -186,11 +188,6 @@ def unit_rows(tensor: PlannedTensor) -> Iterator[tuple[int, int]]:
     return row_ranges(tensor.shape, tensor.rows_per_unit)
 
 
-def rows_per_expert(shape: tuple[int, ...]) -> int:
-    """Rows of one expert; of a tensor without experts, all its rows."""
-    return shape[-2] if len(shape) > 1 else 1
-
-
 def row_ranges(shape: tuple[int, ...], rows_per_unit: int) -> Iterator[tuple[int, int]]:
     """[start, stop) of runs of at most rows_per_unit rows; none crosses an expert's end."""
     per_expert = rows_per_expert(shape)
@@ -201,5 +198,5 @@ def row_ranges(shape: tuple[int, ...], rows_per_unit: int) -> Iterator[tuple[int
 
 def replan(target: Iterable[TensorInfo], plan: Plan) -> list[PlannedTensor]:
     """The plan's tensors with the types that an existing file has: what `verify --against` makes again."""
-    planned = {tensor.name: tensor for tensor in plan.tensors}
+    planned: dict[str, PlannedTensor] = {tensor.name: tensor for tensor in plan.tensors}
     return [replace(planned[t.name], ggml_type=t.ggml_type) for t in target if t.name in planned]

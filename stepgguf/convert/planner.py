@@ -11,31 +11,31 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from gguf import GGMLQuantizationType, Keys
+from gguf import GGMLQuantizationType
 
 from stepgguf.convert import metadata
-from stepgguf.convert.card import read_card
 from stepgguf.convert.importance import wanted_tensor
 from stepgguf.convert.plan import Options, Plan, PlannedFile, PlannedTensor
-from stepgguf.convert.sources.checkpoint import Checkpoint
-from stepgguf.convert.sources.gguf_file import ARCHITECTURE, GGUFSource
-from stepgguf.convert.sources.source import SourceTensor
+from stepgguf.convert.sources.source import SourceTensor, TensorSource
 from stepgguf.convert.sources.splits import split_path
-from stepgguf.errors import BadMetadata, OutputError, RecipeError
+from stepgguf.errors import OutputError, RecipeError
 from stepgguf.files.gguf_header import Key
-from stepgguf.files.jsonread import shown
-from stepgguf.model.tensors import ROPE_FREQS, TensorSpec, file_order, layer_of, role_of
-from stepgguf.quants import codec, coverage, mixtures
+from stepgguf.model.hparams import AnyHParams
+from stepgguf.model.names import TensorName
+from stepgguf.model.tensors import TensorSpec
+from stepgguf.quants import coverage, mixtures
 from stepgguf.quants.coverage import Coverage
-from stepgguf.quants.mixtures import Candidate, Choice, Facts
+from stepgguf.quants.kernels import choose_kernel
+from stepgguf.quants.mixtures import Candidate, Facts, TypeChoice
 from stepgguf.quants.type_names import check_name
+from stepgguf.quants.types import fitting_type
 
 F32 = GGMLQuantizationType.F32
 
 
-def plan_source(source: Checkpoint | GGUFSource, dest: Path, options: Options) -> Plan:
+def plan_source(source: TensorSource, dest: Path, options: Options) -> Plan:
     """The plan for whatever the source is."""
-    if isinstance(source, Checkpoint):
+    if source.own_types is None:
         return plan_checkpoint(source, dest, options)
     return plan_gguf(source, dest, options)
 
@@ -43,60 +43,53 @@ def plan_source(source: Checkpoint | GGUFSource, dest: Path, options: Options) -
 # from a checkpoint ----------------------------------------------------------------------------------------------
 
 
-def plan_checkpoint(checkpoint: Checkpoint, dest: Path, options: Options) -> Plan:
+def plan_checkpoint(checkpoint: TensorSource, dest: Path, options: Options) -> Plan:
     """The plan of a conversion from safetensors."""
     hp = checkpoint.hparams
     if options.mtp != "drop":
         checkpoint.require_mtp()
     notes = checkpoint.warnings if options.mtp == "drop" else checkpoint.notes
-    facts = model_facts(checkpoint)
-    main, mtp = select_checkpoint(checkpoint.specs, facts, metadata.rope_freqs(hp), options)
-    vocab = metadata.vocab_keys(checkpoint, options.chat_template)
-    sampling = metadata.sampling_keys(checkpoint)
-    card = read_card(checkpoint.path, checkpoint.config, checkpoint.origin)
-    name = options.name or card.name
+    facts = rule_facts(hp)
+    main, mtp = select_checkpoint(checkpoint.specs, facts, checkpoint.constants, options)
+    described = checkpoint.metadata(options.name, options.chat_template)
     has_mtp = options.mtp == "include" and hp.n_mtp > 0
     files = []
     for path, tensors, with_mtp in ((dest, main, has_mtp), (mtp_path(dest), mtp, True)):
         if not tensors:
             continue
-        label = metadata.size_label([(t.role, t.shape) for t in tensors], hp.n_expert)
-        said = metadata.model_keys(hp, name, label, with_mtp=with_mtp, described=card.keys)
-        keys = [
-            *(sampling.get(key.name, key) for key in said),
-            *vocab.keys,
-            *_provenance(options, facts, tensors, _source_name(checkpoint)),
-        ]
+        keys = described.file_keys([(t.name, t.shape) for t in tensors], with_mtp=with_mtp)
+        keys += _provenance(options, facts, tensors, checkpoint.title)
         files += _split(PlannedFile(path, tuple(keys), tuple(tensors)), options.split_max_size)
-    return _plan(files, checkpoint.tensors, facts, options, (*notes, *card.warnings, *vocab.warnings))
+    return _plan(files, checkpoint.tensors, facts, options, (*notes, *described.warnings))
 
 
 def select_checkpoint(
-    specs: Sequence[TensorSpec], facts: Facts, rope_freqs: bytes | None, options: Options
+    specs: Sequence[TensorSpec], facts: Facts, constants: Mapping[TensorName, bytes], options: Options
 ) -> tuple[list[PlannedTensor], list[PlannedTensor]]:
     """The tensors of the main file and of the separate MTP file (empty unless asked for), with types and reasons."""
     wanted = [spec for spec in specs if not (spec.is_mtp and options.mtp == "drop")]
-    candidates = [Candidate(s.name, s.role, s.shape, s.layer) for s in wanted if not s.float32]
+    candidates = [Candidate(s.name, s.role, s.shape, s.layer) for s in wanted if s.is_quantizable]
     choices = _choose(candidates, facts, options)
     planned = [_planned(spec, choices.get(spec.name)) for spec in wanted if not spec.is_mtp]
     mtp = [_planned(spec, choices.get(spec.name)) for spec in wanted if spec.is_mtp]
-    if rope_freqs is not None:
-        n = len(rope_freqs) // 4
-        planned.append(PlannedTensor(ROPE_FREQS, (n,), F32, "llama3 RoPE scaling", None, constant=rope_freqs))
+    planned += [
+        PlannedTensor(name, (len(data) // 4,), F32, "llama3 RoPE scaling", None, constant=data)
+        for name, data in constants.items()
+    ]
     if options.mtp == "include" or not mtp:
         return _ordered(planned + mtp), []
     kind = max((tensor for tensor in mtp), key=lambda tensor: tensor.n_values).ggml_type
     shared = [
-        t if t.ggml_type == F32 else replace(t, ggml_type=mixtures.fallback(kind, t.shape[-1]), reason="MTP file")
+        t if t.ggml_type == F32 else replace(t, ggml_type=fitting_type(kind, t.shape[-1]), reason="MTP file")
         for t in planned
-        if t.name in (*metadata.SHARED_BY_MTP_FILE, ROPE_FREQS)
+        if t.name in (*metadata.SHARED_BY_MTP_FILE, *constants)
     ]
     return _ordered(planned), _ordered(shared + mtp)
 
 
-def model_facts(checkpoint: Checkpoint) -> Facts:
-    hp = checkpoint.hparams
-    return Facts(hp.n_layer, hp.n_expert, hp.layers[0].n_head // hp.layers[0].n_head_kv)
+def rule_facts(hp: AnyHParams) -> Facts:
+    """What recipes ask about a model. BadMetadata for a GGUF that does not say it."""
+    return Facts(hp.n_layer, hp.n_expert, hp.gqa)
 
 
 def mtp_path(dest: Path) -> Path:
@@ -107,65 +100,44 @@ def mtp_path(dest: Path) -> Path:
 # from a GGUF ----------------------------------------------------------------------------------------------------
 
 
-def plan_gguf(source: GGUFSource, dest: Path, options: Options) -> Plan:
+def plan_gguf(source: TensorSource, dest: Path, options: Options) -> Plan:
     """The plan of a quantization of a GGUF: the keys of the source, its tensors in new types."""
-    facts = gguf_facts(source)
-    names = sorted(source.tensors, key=file_order)
-    quantizable = [name for name in names if is_quantizable(name, source.tensors[name].shape)]
-    candidates = [Candidate(n, role_of(n), source.tensors[n].shape, layer_of(n)) for n in quantizable]
+    facts = rule_facts(source.hparams)
+    candidates = [Candidate(s.name, s.role, s.shape, s.layer) for s in source.specs if s.is_quantizable]
     choices = _choose(candidates, facts, options)
-    tensors = [_requantized(source.tensors[name], choices.get(name), options) for name in names]
-    replaced = _provenance(options, facts, tensors, source.path.name)
-    kept = [key for name, key in source.keys.items() if name not in {k.name for k in replaced}]
+    tensors = [
+        _requantized(spec, source.tensors[spec.source], choices.get(spec.name), options) for spec in source.specs
+    ]
+    replaced = _provenance(options, facts, tensors, source.title)
+    described = source.metadata(options.name, options.chat_template)
+    keys = described.file_keys([(spec.name, spec.shape) for spec in source.specs], with_mtp=False)
+    kept = [key for key in keys if key.name not in {k.name for k in replaced}]
     files = _split(PlannedFile(dest, (*kept, *replaced), tuple(tensors)), options.split_max_size)
-    if {os.path.realpath(file.path) for file in files} & {os.path.realpath(h.path) for h in source.headers}:
+    if {os.path.realpath(file.path) for file in files} & set(map(os.path.realpath, source.files)):
         raise OutputError(f"{dest} is the source", hint="Write to another name.")
     return _plan(files, source.tensors, facts, options)
 
 
-def is_quantizable(name: str, shape: tuple[int, ...]) -> bool:
-    """llama-quantize's rule: weights with two or more dimensions, but no norms and no router."""
-    matrix = any(size > 1 for size in shape[:-1])
-    return matrix and name.endswith(".weight") and not name.endswith(("_norm.weight", ".ffn_gate_inp.weight"))
-
-
-def _requantized(tensor: SourceTensor, choice: Choice | None, options: Options) -> PlannedTensor:
+def _requantized(spec: TensorSpec, tensor: SourceTensor, choice: TypeChoice | None, options: Options) -> PlannedTensor:
     assert tensor.ggml_type is not None
     if choice is None or choice.ggml_type == tensor.ggml_type:
         reason = "kept as it is" if choice is None else choice.reason
-        return PlannedTensor(tensor.name, tensor.shape, tensor.ggml_type, reason, tensor.name)
+        return PlannedTensor(spec.name, spec.shape, tensor.ggml_type, reason, spec.source)
     if tensor.dtype not in ("F32", "F16", "BF16") and not options.allow_requantize:
         raise RecipeError(
             f"{tensor.name} is already {tensor.dtype}; quantizing it again to {choice.ggml_type.name} adds its error",
             hint="Start from the BF16 file or the checkpoint, or accept the loss with --allow-requantize.",
         )
-    return PlannedTensor(tensor.name, tensor.shape, choice.ggml_type, choice.reason, tensor.name)
-
-
-def gguf_facts(source: GGUFSource) -> Facts:
-    """BadMetadata for a file that does not say what the rules ask."""
-    n_layer = number(source, Keys.LLM.BLOCK_COUNT) - number(source, Keys.LLM.NEXTN_PREDICT_LAYERS, 0)
-    heads, kv_heads = (number(source, key) for key in (Keys.Attention.HEAD_COUNT, Keys.Attention.HEAD_COUNT_KV))
-    return Facts(n_layer, number(source, Keys.LLM.EXPERT_COUNT, 0), heads // max(1, kv_heads))
-
-
-def number(source: GGUFSource, key: str, default: int | None = None) -> int:
-    """An integer key; of a per-layer one, which may also be one number for all layers, the value at layer 0."""
-    name = key.format(arch=ARCHITECTURE)
-    value = source.headers[0].get(name, default)
-    value = value[0] if isinstance(value, list) and value else value
-    if not isinstance(value, int):
-        raise BadMetadata(f"{source.path}: key {name} is {shown(value)}, expected an integer", hint="Convert it again.")
-    return value
+    return PlannedTensor(spec.name, spec.shape, choice.ggml_type, choice.reason, spec.source)
 
 
 # shared ---------------------------------------------------------------------------------------------------------
 
 
-def _choose(candidates: Sequence[Candidate], facts: Facts, options: Options) -> dict[str, Choice]:
+def _choose(candidates: Sequence[Candidate], facts: Facts, options: Options) -> dict[str, TypeChoice]:
     """Name -> type and reason, by the recipe; of MTP tensors by --mtp-type if that is given."""
     has_imatrix = options.importance is not None
-    choices = options.recipe.choose(candidates, facts, has_imatrix=has_imatrix, allocated=options.allocated)
+    choices = options.recipe.choose_types(candidates, facts, has_imatrix=has_imatrix, allocated=options.allocated)
     result = {c.name: choice for c, choice in zip(candidates, choices, strict=True)}
     if options.mtp_type is None:
         return result
@@ -174,13 +146,13 @@ def _choose(candidates: Sequence[Candidate], facts: Facts, options: Options) -> 
         raise RecipeError(f"--mtp-type {name} is a mixture", hint="Give one type, such as Q8_0, Q6_K or BF16.")
     kind = GGMLQuantizationType[name]
     heads = [c for c in candidates if facts.is_mtp(c.layer)]
-    return result | {c.name: Choice(mixtures.fallback(kind, c.shape[-1]), f"--mtp-type {name}") for c in heads}
+    return result | {c.name: TypeChoice(fitting_type(kind, c.shape[-1]), f"--mtp-type {name}") for c in heads}
 
 
 def _provenance(options: Options, facts: Facts, tensors: Sequence[PlannedTensor], source: str) -> list[Key]:
     """What made this file of what: of a file of MTP blocks alone, with their types as its own."""
     made = [t for t in tensors if t.source is not None and len(t.shape) > 1 and t.ggml_type != F32]
-    mtp = [t for t in made if facts.is_mtp(layer_of(t.name))]
+    mtp = [t for t in made if facts.is_mtp(t.name.layer)]
     is_mtp_file = all(t in mtp for t in made if t.name.startswith("blk."))
     sizes: dict[GGMLQuantizationType, int] = {}
     for tensor in mtp if is_mtp_file else made:
@@ -215,7 +187,7 @@ def _plan(
     _check_importance(encoded, options)
     for tensor in encoded:
         has = options.importance is not None and options.importance.has(tensor.name, tensor.shape)
-        codec.check_encoder(tensor.ggml_type, has_imatrix=has, kernel=options.kernel)
+        choose_kernel(tensor.ggml_type, options.kernel, weighted=has)
     if covered is not None:
         warnings = (*warnings, *(f"imatrix: {text}" for text in covered.warnings))
     return Plan(options.recipe, options.mtp, tuple(files), warnings, options.importance, covered, options.kernel)
@@ -224,7 +196,7 @@ def _plan(
 def _cover(tensors: Sequence[PlannedTensor], facts: Facts, options: Options) -> Coverage | None:
     if options.importance is None or not tensors:
         return None
-    asked = [wanted_tensor(t.name, t.shape, is_mtp=facts.is_mtp(layer_of(t.name))) for t in tensors]
+    asked = [wanted_tensor(t.name, t.shape, is_mtp=facts.is_mtp(t.name.layer)) for t in tensors]
     return coverage.coverage(options.importance.source, asked)
 
 
@@ -253,18 +225,13 @@ def _check_importance(tensors: Sequence[PlannedTensor], options: Options) -> Non
     raise RecipeError(f"{options.recipe.name}: {len(lacking)} tensors of type {kinds} {message}: {names}", hint=hint)
 
 
-def _planned(spec: TensorSpec, choice: Choice | None) -> PlannedTensor:
+def _planned(spec: TensorSpec, choice: TypeChoice | None) -> PlannedTensor:
     kind, reason = (F32, "never quantized") if choice is None else (choice.ggml_type, choice.reason)
     return PlannedTensor(spec.name, spec.shape, kind, reason, spec.source, spec.plus_one)
 
 
 def _ordered(tensors: Iterable[PlannedTensor]) -> list[PlannedTensor]:
-    return sorted(tensors, key=lambda tensor: file_order(tensor.name))
-
-
-def _source_name(checkpoint: Checkpoint) -> str:
-    dtypes = sorted({t.dtype for t in checkpoint.tensors.values()} - {"F32"})
-    return f"{checkpoint.origin.name} ({checkpoint.hparams.architecture}, {' and '.join(dtypes) or 'F32'})"
+    return sorted(tensors, key=lambda tensor: tensor.name.file_order)
 
 
 def _split(file: PlannedFile, max_size: int | None) -> list[PlannedFile]:

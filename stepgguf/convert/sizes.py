@@ -11,19 +11,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gguf import GGMLQuantizationType, Keys
+from gguf import GGMLQuantizationType
 
-from stepgguf.convert import metadata
 from stepgguf.convert.objective import Routing
-from stepgguf.convert.planner import gguf_facts, is_quantizable, model_facts, number
-from stepgguf.convert.sources.checkpoint import Checkpoint
-from stepgguf.convert.sources.gguf_file import ARCHITECTURE, GGUFSource
-from stepgguf.errors import BadMetadata
-from stepgguf.files.jsonread import shown
-from stepgguf.model.tensors import ROPE_FREQS, file_order, layer_of, role_of
-from stepgguf.quants import mixtures, recipe
-from stepgguf.quants.ggml import row_size
+from stepgguf.convert.planner import rule_facts
+from stepgguf.convert.sources.source import TensorSource
+from stepgguf.quants import mixtures
 from stepgguf.quants.mixtures import Candidate, Facts
+from stepgguf.quants.recipe_files import load_recipe
+from stepgguf.quants.types import row_size
 
 F32 = GGMLQuantizationType.F32
 
@@ -52,18 +48,18 @@ class Inventory:
     routing: Routing
     tensors: tuple[Candidate, ...]
     quantizable: frozenset[str]
-    own: dict[str, GGMLQuantizationType] | None
+    own: Mapping[str, GGMLQuantizationType] | None
 
     def sizes(self, name: str, *, mtp: bool = True) -> Sizes:
         """As a stock mixture or a recipe, with the MTP blocks or without. Types that need an importance matrix are
         given one. RecipeError for a name that is neither, and for a recipe that does not fit the model."""
-        chosen = recipe.load(name)
+        chosen = load_recipe(name)
         candidates = [t for t in self.tensors if t.name in self.quantizable and (mtp or not self.is_mtp(t))]
-        choices = chosen.choose(candidates, self.facts)
+        choices = chosen.choose_types(candidates, self.facts)
         pairs = zip(candidates, choices, strict=True)
         needs_imatrix = any(mixtures.requires_imatrix(chosen.base or "", c, choice.ggml_type) for c, choice in pairs)
         if needs_imatrix:
-            choices = chosen.choose(candidates, self.facts, has_imatrix=True)
+            choices = chosen.choose_types(candidates, self.facts, has_imatrix=True)
         types = {c.name: choice.ggml_type for c, choice in zip(candidates, choices, strict=True)}
         return self.with_types(types, mtp=mtp, needs_imatrix=needs_imatrix)
 
@@ -101,33 +97,15 @@ class Inventory:
         return self.facts.is_mtp(tensor.layer)
 
 
-def inventory(source: Checkpoint | GGUFSource) -> Inventory:
+def inventory(source: TensorSource) -> Inventory:
     """Of whatever the source is. BadMetadata for a GGUF that does not say what the rules ask."""
-    return _of_checkpoint(source) if isinstance(source, Checkpoint) else _of_gguf(source)
-
-
-def _of_checkpoint(checkpoint: Checkpoint) -> Inventory:
-    tensors = [Candidate(s.name, s.role, s.shape, s.layer) for s in checkpoint.specs]
-    freqs = metadata.rope_freqs(checkpoint.hparams)
-    if freqs is not None:
-        tensors.append(Candidate(ROPE_FREQS, "rope_freqs", (len(freqs) // 4,), None))
-    quantizable = frozenset(s.name for s in checkpoint.specs if not s.float32)
-    hp = checkpoint.hparams
-    routing = Routing(hp.n_expert, hp.n_expert_used, hp.router_scale)
-    return Inventory(model_facts(checkpoint), routing, tuple(tensors), quantizable, own=None)
-
-
-def _of_gguf(source: GGUFSource) -> Inventory:
-    facts = gguf_facts(source)
-    name = Keys.LLM.EXPERT_WEIGHTS_SCALE.format(arch=ARCHITECTURE)
-    scale = source.headers[0].get(name, 1.0)
-    if not isinstance(scale, float) or not math.isfinite(scale):
-        raise BadMetadata(f"{source.path}: key {name} is {shown(scale)}, expected a number", hint="Convert it again.")
-    names = sorted(source.tensors, key=file_order)
+    hp = source.hparams
+    shapes = [(spec.name, spec.shape) for spec in source.specs]
+    shapes += [(name, (len(data) // 4,)) for name, data in source.constants.items()]
     return Inventory(
-        facts=facts,
-        routing=Routing(facts.n_expert, number(source, Keys.LLM.EXPERT_USED_COUNT, 0), scale),
-        tensors=tuple(Candidate(n, role_of(n), source.tensors[n].shape, layer_of(n)) for n in names),
-        quantizable=frozenset(n for n in names if is_quantizable(n, source.tensors[n].shape)),
-        own={t.name: t.ggml_type for header in source.headers for t in header.tensors},
+        facts=rule_facts(hp),
+        routing=Routing(hp.n_expert, hp.n_expert_used, hp.router_scale),
+        tensors=tuple(Candidate(name, name.role, shape, name.layer) for name, shape in shapes),
+        quantizable=frozenset(spec.name for spec in source.specs if spec.is_quantizable),
+        own=source.own_types,
     )

@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 
 from stepgguf.convert.manifest import read_entries, read_manifest
 from stepgguf.convert.pipeline import UnitMaker
-from stepgguf.convert.plan import Plan, PlannedTensor, Unit, replan, row_ranges, rows_per_expert, unit_rows
-from stepgguf.convert.sources.source import TensorSource
+from stepgguf.convert.plan import Plan, PlannedTensor, Unit, replan, row_ranges, unit_rows
+from stepgguf.convert.sources.source import TensorSource, rows_per_expert
 from stepgguf.convert.sources.splits import read_headers
 from stepgguf.errors import TruncatedFile
 from stepgguf.files import disk
 from stepgguf.files.gguf_header import Header, TensorInfo
-from stepgguf.quants.ggml import row_size
+from stepgguf.quants.types import row_size
 
 Bytes = NDArray[np.uint8]
 FindProblem = Callable[[Bytes], str | None]  # what is wrong with these bytes, if anything
@@ -95,7 +95,7 @@ def verify_source(path: Path, plan: Plan, source: TensorSource, share: float, st
     """Make a share of each tensor's units again (at least one) and compare. `plan` gives names and sources."""
     report, rng, maker = Verification(step), random.Random(0), UnitMaker(source, plan.importance, plan.kernel)
     for header in read_headers(path):
-        planned = {tensor.name: tensor for tensor in replan(header.tensors, plan)}
+        planned: dict[str, PlannedTensor] = {tensor.name: tensor for tensor in replan(header.tensors, plan)}
         jobs = []
         for info in header.tensors:
             tensor = planned.get(info.name)

@@ -37,7 +37,7 @@ from stepgguf.convert.plan import Plan, PlannedFile
 from stepgguf.errors import OutputError
 from stepgguf.files import disk, jsonread
 from stepgguf.files.disk import disk_errors
-from stepgguf.quants.codec import Loss
+from stepgguf.quants.kernels import Loss
 
 _VERSION = 3
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from stepgguf.errors import DoesNotFit
 from stepgguf.fit import machine as machines
-from stepgguf.fit.footprint import footprint, with_heads
+from stepgguf.fit.footprint import footprint, with_mtp_file
 from stepgguf.fit.machine import Machine
 from stepgguf.fit.memory import (
     CACHE_RAM,
@@ -86,7 +86,7 @@ def read_model(path: Path, mtp_file: Path | None = None, *, verb: str = "chat") 
     mtp_file = mtp_file or (None if size.has_mtp else mtp_beside(path))
     if mtp_file is not None:
         with GGUFSource(mtp_file) as heads:
-            size = with_heads(size, heads)
+            size = with_mtp_file(size, heads)
     return Model(
         first,
         size,

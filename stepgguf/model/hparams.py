@@ -1,4 +1,4 @@
-"""HParams: what config.json says, checked and spread over the layers.
+"""HParams: what config.json says, checked and spread over the layers; and GGUFHParams, what a GGUF's keys say of it.
 
 config.json is parsed as JSON and never through transformers' AutoConfig, which since 5.16 rewrites it. Three spellings:
 
@@ -15,10 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stepgguf.errors import BadConfig, UnsupportedModel
 from stepgguf.files.jsonread import Value, shown
+from stepgguf.model.gguf_hparams import GGUFHParams
 from stepgguf.model.layers import (
     MAX_EXPERTS,
     MAX_FLOAT,
@@ -34,7 +35,11 @@ from stepgguf.model.layers import (
     read_rope_scaling,
 )
 
-ARCHITECTURES = ("Step3p5ForCausalLM", "Step3p7ForConditionalGeneration")
+if TYPE_CHECKING:
+    from stepgguf.files.gguf_header import Header
+
+ARCHITECTURE = "step35"  # what a GGUF's general.architecture is
+CHECKPOINT_ARCHITECTURES = ("Step3p5ForCausalLM", "Step3p7ForConditionalGeneration")
 
 # Switches of the published code that no published checkpoint flips. A missing key means the value here: the 3.7
 # config leaves several out although its weights have the feature.
@@ -59,6 +64,8 @@ FIXED: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class HParams:
+    """A checkpoint's model, with or without MTP blocks. `layers` has the trunk's n_layer, then the n_mtp MTP blocks."""
+
     architecture: str
     vocab_size: int
     hidden_size: int
@@ -85,16 +92,42 @@ class HParams:
         return self.layers[: self.n_layer]
 
     @property
-    def mtp(self) -> tuple[Layer, ...]:
-        return self.layers[self.n_layer :]
-
-    @property
     def rope_theta_full(self) -> float:
         return next(layer.rope_theta for layer in self.layers if not layer.is_sliding)
 
     @property
     def rope_theta_sliding(self) -> float:
         return next(layer.rope_theta for layer in self.layers if layer.is_sliding)
+
+    # What a GGUF has keys for, by the names that GGUFHParams has.
+
+    @property
+    def gqa(self) -> int:
+        """Attention heads of layer 0 for each of its KV heads."""
+        return self.layers[0].n_head // self.layers[0].n_head_kv
+
+    @property
+    def kv_heads(self) -> list[int]:
+        """KV heads of each layer, MTP blocks included."""
+        return [layer.n_head_kv for layer in self.layers]
+
+    @property
+    def sliding_layers(self) -> list[bool]:
+        """Whether each layer has sliding-window attention."""
+        return [layer.is_sliding for layer in self.layers]
+
+    @property
+    def key_length(self) -> int:
+        return self.head_dim
+
+    @property
+    def value_length(self) -> int:
+        return self.head_dim
+
+    @staticmethod
+    def from_gguf(header: Header) -> GGUFHParams:
+        """What the first file of a GGUF says. Nothing is demanded of it yet: each value is read when it is used."""
+        return GGUFHParams(header)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], document: str = "config.json") -> HParams:
@@ -143,14 +176,18 @@ class HParams:
         return replace(self, n_mtp=0, layers=self.trunk)
 
 
+AnyHParams = HParams | GGUFHParams  # of a source, whichever kind it is
+
+
 def _architecture(config: Value) -> str:
     names = config.raw.get("architectures")
     for name in names if isinstance(names, list) else ():
-        if name in ARCHITECTURES:
+        if name in CHECKPOINT_ARCHITECTURES:
             return str(name)
     found = ", ".join(map(str, names)) if isinstance(names, list) else shown(names)
     raise UnsupportedModel(
-        f"{config.document}: architectures is {found[:200] or 'empty'}, expected one of {', '.join(ARCHITECTURES)}",
+        f"{config.document}: architectures is {found[:200] or 'empty'}, expected one of "
+        f"{', '.join(CHECKPOINT_ARCHITECTURES)}",
         hint="stepgguf converts Step-3.5-Flash and the text part of Step-3.7-Flash only.",
     )
 

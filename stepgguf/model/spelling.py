@@ -19,7 +19,7 @@ SPELLINGS = tuple(
         (r"^(?=(?:layers|embed_tokens|norm)\.)", "model."),  # a text model saved without its head
         (r"\.mlp\.gate\.weight$", ".moe.gate.weight"),  # transformers' names in memory
         (r"\.mlp\.gate\.e_score_correction_bias$", ".moe.router_bias"),
-        (r"\.mlp\.experts\.(gate_up_proj|down_proj)(_scale_inv)?$", r".moe.\1.weight\2"),
+        (r"\.mlp\.experts\.(gate_up_proj|down_proj)(_\w+)?$", r".moe.\1.weight\2"),
         (r"\.mlp\.experts\.(?=\d)", ".moe.experts."),
         (r"\.mlp\.shared_experts\.", ".share_expert."),
     )

@@ -24,10 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepgguf.convert.manifest import manifest_path, read_manifest
-from stepgguf.convert.sources.gguf_file import ARCHITECTURE
 from stepgguf.convert.sources.splits import read_headers
 from stepgguf.errors import BadMetadata, UnsupportedModel, VerifyError
 from stepgguf.files.gguf_header import Header, TensorInfo
+from stepgguf.model.hparams import ARCHITECTURE
 from stepgguf.quants.mixtures import file_type_name
 
 Floats = NDArray[np.float64]

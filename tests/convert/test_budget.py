@@ -21,7 +21,8 @@ from stepgguf.convert.sources.gguf_file import GGUFSource
 from stepgguf.errors import DoesNotFit, RecipeError
 from stepgguf.files import folders
 from stepgguf.fit import speed
-from stepgguf.quants import recipe
+from stepgguf.quants.recipe_files import load_recipe
+from stepgguf.quants.recipe_grammar import parse_recipe
 from tests.convert.test_objective import write_importance
 
 T = GGMLQuantizationType
@@ -31,7 +32,7 @@ DEST = Path("x.gguf")
 
 @pytest.fixture(autouse=True)
 def _few_types(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "KINDS", (T.IQ2_XS, T.Q2_K, T.Q4_K, T.Q8_0))
+    monkeypatch.setattr(measure, "MEASURED_TYPES", (T.IQ2_XS, T.Q2_K, T.Q4_K, T.Q8_0))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -59,7 +60,7 @@ def types(plan: Plan) -> Mapping[str, GGMLQuantizationType]:
 def whole(source: Path, kind: str, mtp: str = "include") -> Plan:
     """All of the trunk as one type."""
     with Checkpoint(source) as checkpoint:
-        return plan_checkpoint(checkpoint, Path("x.gguf"), Options(recipe.parse(f'default = "{kind}"', kind), mtp))
+        return plan_checkpoint(checkpoint, Path("x.gguf"), Options(parse_recipe(f'default = "{kind}"', kind), mtp))
 
 
 def is_chosen(tensor: PlannedTensor) -> bool:
@@ -155,8 +156,8 @@ def test_a_stock_mixture_and_a_budget_exclude_each_other() -> None:
 
 
 def test_no_budget_is_the_recipe_as_it_is() -> None:
-    assert resolve(None, None, "Q4_K_S") == (recipe.load("Q4_K_S"), None)
-    assert resolve("128gb", None, "Q4_K_S") == (recipe.load("128gb"), None)
+    assert resolve(None, None, "Q4_K_S") == (load_recipe("Q4_K_S"), None)
+    assert resolve("128gb", None, "Q4_K_S") == (load_recipe("128gb"), None)
 
 
 def test_another_time_nothing_is_read_and_the_plan_is_the_same(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from stepgguf import __version__
 from stepgguf.cli.main import main
-from stepgguf.convert.metadata import RESERVE, rope_freqs
+from stepgguf.convert.metadata import RESERVE
 from stepgguf.convert.plan import Options
 from stepgguf.convert.planner import plan_checkpoint
 from stepgguf.convert.sources.checkpoint import Checkpoint
@@ -22,6 +22,7 @@ from stepgguf.demo import CHECKPOINT
 from stepgguf.errors import BadConfig
 from stepgguf.files import gguf_header
 from stepgguf.model.hparams import HParams
+from stepgguf.model.rope import rope_freqs
 from stepgguf.reference.model import rope_scaling_factors
 from tests.conftest import real_config
 

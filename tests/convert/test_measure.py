@@ -15,14 +15,15 @@ from safetensors.torch import load_file, save_file
 
 from stepgguf.convert import measure as module
 from stepgguf.convert.importance import Importance
-from stepgguf.convert.measure import KINDS, Measured, candidates, measure
+from stepgguf.convert.measure import MEASURED_TYPES, Measured, candidates, measure
 from stepgguf.convert.plan import Options, PlannedTensor
 from stepgguf.convert.planner import plan_checkpoint
 from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.errors import CorruptTensor
-from stepgguf.quants import codec, ggml
-from stepgguf.quants.codec import Values
+from stepgguf.quants import ggml
 from stepgguf.quants.imatrix import Imatrix, ImatrixEntry, write_imatrix
+from stepgguf.quants.types import row_size
+from stepgguf.quants.values import Values, widen
 from tests.generate import Shape, write_checkpoint
 
 T = GGMLQuantizationType
@@ -58,7 +59,7 @@ class Given:
 
 @pytest.fixture(autouse=True)
 def _few_types(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "KINDS", FEW)
+    monkeypatch.setattr(module, "MEASURED_TYPES", FEW)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def floats(checkpoint: Checkpoint, tensor: PlannedTensor) -> NDArray[np.float32]
     n = tensor.n_experts * tensor.rows_per_expert
     stored = checkpoint.values(tensor.source, 0, n)
     values = np.empty(stored.shape, np.float32)
-    codec.widen(stored, values)
+    widen(stored, values)
     return values.reshape(tensor.n_experts, -1, tensor.shape[-1])
 
 
@@ -107,7 +108,7 @@ def by_hand(
     assert library is not None
     energy = lost = 0.0
     for expert, x in enumerate(values):
-        out = np.empty((len(x), ggml.row_size(kind, x.shape[1])), np.uint8)
+        out = np.empty((len(x), row_size(kind, x.shape[1])), np.uint8)
         library.quantize(kind, x, out, None if rows is None else np.ascontiguousarray(rows[expert]))
         wide, decoded = (v.reshape(x.shape).astype(np.float64) for v in (x, gguf.quants.dequantize(out, kind)))
         w = np.ones(x.shape[1]) if rows is None else rows[expert].astype(np.float64)
@@ -137,11 +138,16 @@ def test_without_importance_a_tensor_has_the_types_that_need_none(given: Given) 
 
 
 def test_llama_quantize_would_not_refuse_any_of_a_tensors_types(given: Given, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "KINDS", KINDS)
+    monkeypatch.setattr(module, "MEASURED_TYPES", MEASURED_TYPES)
     tensor = given.tensors["attn_v"]
-    assert candidates(tensor.name, tensor.shape, None) == set(KINDS) - {T.IQ2_XXS, T.IQ2_XS, T.IQ2_S, T.IQ3_XXS}
+    assert candidates(tensor.name, tensor.shape, None) == set(MEASURED_TYPES) - {
+        T.IQ2_XXS,
+        T.IQ2_XS,
+        T.IQ2_S,
+        T.IQ3_XXS,
+    }
     attn_k = given.tensors["attn_k"]
-    assert candidates(attn_k.name, attn_k.shape, given.importance) == set(KINDS)
+    assert candidates(attn_k.name, attn_k.shape, given.importance) == set(MEASURED_TYPES)
     # 96 columns are no multiple of 256: what llama.cpp falls back on (tests/quants/test_mixtures.py).
     narrow = replace(tensor, shape=(128, 96))
     assert candidates(narrow.name, narrow.shape, None) == {T.Q4_0, T.Q5_0, T.Q5_1, T.Q8_0, T.IQ4_NL}
@@ -256,7 +262,7 @@ def test_a_value_that_is_not_finite_names_its_place(given: Given, two_experts: P
 
 def test_a_sample_of_a_288_expert_tensor_is_near_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_checkpoint(tmp_path / "288", Shape(n_layer=2, n_dense=1, n_expert=288, n_used=8, expert=256), seed=6)
-    monkeypatch.setattr(module, "KINDS", (T.Q4_0, T.Q8_0))
+    monkeypatch.setattr(module, "MEASURED_TYPES", (T.Q4_0, T.Q8_0))
     with Counting(path) as checkpoint:
         plan = plan_checkpoint(checkpoint, tmp_path / "x.gguf", Options("Q8_0"))
         [tensor] = [t for t in plan.tensors if t.role == "ffn_up_exps"]

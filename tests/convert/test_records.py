@@ -21,7 +21,7 @@ from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.convert.writer import Writer
 from stepgguf.errors import OutputError
 from stepgguf.files import disk
-from stepgguf.quants.codec import Loss
+from stepgguf.quants.kernels import Loss
 from tests.generate import Shape, write_checkpoint
 
 DEEP = "[" * 500 + "]" * 500

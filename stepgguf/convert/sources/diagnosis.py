@@ -16,9 +16,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from shlex import quote
 
+from stepgguf.convert.sources.encodings import DTYPES, ENCODINGS, scale_names
 from stepgguf.convert.sources.hub import origin, unfinished
-from stepgguf.convert.sources.layout import SCALE
-from stepgguf.convert.sources.shards import DTYPE_BYTES, Entry
+from stepgguf.convert.sources.shards import StoredTensor
 from stepgguf.errors import CheckpointError, MissingShard, TensorNotFound, UnsupportedCheckpoint
 from stepgguf.files import jsonread
 from stepgguf.files.jsonread import Value
@@ -108,33 +108,38 @@ def _without_weights(folder: Path, names: list[str]) -> CheckpointError:
         )
     if not names:
         return UnsupportedCheckpoint(f"{folder} is empty", hint=_resume(folder))
-    kind = "a tokenizer without a model" if "tokenizer.json" in names and "config.json" not in names else "no weights"
+    has_config = "config.json" in names
+    content = "a tokenizer without a model" if "tokenizer.json" in names and not has_config else "no weights"
     return UnsupportedCheckpoint(
-        f"{folder} holds {kind}: there is no *.safetensors in it ({', '.join(sorted(names)[:4])})",
+        f"{folder} holds {content}: there is no *.safetensors in it ({', '.join(sorted(names)[:4])})",
         hint="Give the directory that holds config.json and the *.safetensors.",
     )
 
 
-def check_weights(folder: Path, entries: Collection[Entry], formats: Collection[str], config: Value) -> None:
-    """UnsupportedCheckpoint if the tensors are those of an unmerged adapter or of another tool's quantization."""
-    for entry in entries:
-        if ".lora_" in entry.name or ".base_layer." in entry.name or ".modules_to_save." in entry.name:
+def check_weights(folder: Path, stored: Mapping[str, StoredTensor], formats: Collection[str], config: Value) -> None:
+    """UnsupportedCheckpoint if the tensors are those of an unmerged adapter or of another tool's quantization.
+
+    stored: by published names. formats: what the shards' metadata name.
+    """
+    for tensor in stored.values():
+        if ".lora_" in tensor.name or ".base_layer." in tensor.name or ".modules_to_save." in tensor.name:
             raise UnsupportedCheckpoint(
-                f"{folder} holds a LoRA adapter that is not merged ({entry.name})", hint=_MERGE.format(base="")
+                f"{folder} holds a LoRA adapter that is not merged ({tensor.name})", hint=_MERGE.format(base="")
             )
     settings = config.get("quantization_config") or config.get("compression_config")
-    method, kind = (_word(settings, key) for key in ("quant_method", "format"))
+    method, packing = (_setting(settings, key) for key in ("quant_method", "format"))
     if "mlx" in formats:
         # Its norms are stored whole and not less one, also where it is not quantized.
         raise UnsupportedCheckpoint(f"{folder} is an MLX checkpoint", hint=_ORIGINAL)
-    marked = [entry for entry in entries if _MARKS.search(entry.name)]
+    known = scale_names(stored)
+    marked = [tensor for name, tensor in stored.items() if name not in known and _MARKS.search(tensor.name)]
     for pattern, what in QUANTIZED:
-        found = next((entry for entry in marked if re.search(pattern, entry.name)), None)
+        found = next((tensor for tensor in marked if re.search(pattern, tensor.name)), None)
         if found is not None:
-            named = what.format(format=kind or "packed", method=_METHODS.get(method or "", "a GPTQ or AWQ"))
+            named = what.format(format=packing or "packed", method=_METHODS.get(method or "", "a GPTQ or AWQ"))
             raise UnsupportedCheckpoint(f"{folder} is {named}: {found.name} is {found.dtype}", hint=_ORIGINAL)
-    strange = next((e for e in entries if e.dtype not in DTYPE_BYTES), None) if method not in (None, "fp8") else None
-    if strange is not None:
+    strange = next((tensor for tensor in stored.values() if tensor.dtype not in DTYPES), None)
+    if strange is not None and method not in (None, "fp8"):
         raise UnsupportedCheckpoint(
             f"{folder} is quantized by {method}: {strange.name} is {strange.dtype}", hint=_ORIGINAL
         )
@@ -152,9 +157,11 @@ def missing(
     if absent:
         listed = f"{folder / absent[0]} is missing" + (f" and {len(absent) - 1} more shards" if len(absent) > 1 else "")
         return MissingShard(f"{listed}; {count}", hint="Download the missing shards into the same directory.")
-    if names[0].endswith(SCALE):
-        weight = names[0].removesuffix(SCALE)
-        return TensorNotFound(f"{folder}: {weight} is F8_E4M3, but {names[0]} is in no shard", hint=_ORIGINAL)
+    for encoding in ENCODINGS:
+        for scale in encoding.scales:
+            if names[0].endswith(scale.suffix):
+                weight = f"{names[0].removesuffix(scale.suffix)} is {encoding.dtype}"
+                return TensorNotFound(f"{folder}: {weight}, but {names[0]} is in no shard", hint=_ORIGINAL)
     if names == ["lm_head.weight"]:
         return TensorNotFound(
             f"{folder}: lm_head.weight is in no shard: the model was saved without its head",
@@ -192,7 +199,7 @@ def _base(folder: Path) -> str:
         return ""
 
 
-def _word(settings: Value | None, key: str) -> str | None:
+def _setting(settings: Value | None, key: str) -> str | None:
     """A text of the quantization's settings."""
     found = settings.object().get(key) if settings is not None else None
     return found if isinstance(found, str) else None

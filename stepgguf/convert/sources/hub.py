@@ -24,7 +24,7 @@ _PARTS = ("config.json", ".safetensors", ".safetensors.index.json")  # ends of t
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
+class ModelOrigin:
     """What a checkpoint's path says about it: the name of the model, and whose it is on the Hub."""
 
     name: str
@@ -39,11 +39,11 @@ class Origin:
         return f"{HUB}/{self.id}" if self.organization else None
 
 
-def origin(folder: Path) -> Origin:
+def origin(folder: Path) -> ModelOrigin:
     """The model's name, and not a commit's hash where the folder is a snapshot."""
     resolved = folder.resolve()
     cached = _CACHE_FOLDER.fullmatch(resolved.parent.parent.name) if resolved.parent.name == "snapshots" else None
-    return Origin(cached[2], cached[1]) if cached else Origin(resolved.name)
+    return ModelOrigin(cached[2], cached[1]) if cached else ModelOrigin(resolved.name)
 
 
 def checkpoint_folder(path: Path) -> Path:

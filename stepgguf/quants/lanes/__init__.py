@@ -15,29 +15,17 @@ from typing import Any
 
 from gguf import GGMLQuantizationType
 
-_FAMILIES = {
-    "k_mins": ("Q2_K", "Q4_K", "Q5_K"),
-    "k_scales": ("Q3_K", "Q6_K"),
-    "iq4": ("IQ4_NL", "IQ4_XS"),
-    "iq3": ("IQ3_XXS", "IQ3_S"),
-    "iq2": ("IQ2_XXS", "IQ2_XS", "IQ2_S"),
-    "plain": ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4"),
-}
-_MODULES = {name: family for family, names in _FAMILIES.items() for name in names}
-NAMES = tuple(_MODULES)
+from stepgguf.quants.types import TABLE, quant_type
+
+NAMES = tuple(row.name for row in TABLE if row.lanes is not None)
 
 
-def has(kind: GGMLQuantizationType) -> bool:
-    """Whether there are kernels for the type."""
-    return kind.name in _MODULES
-
-
-def lane_type(kind: GGMLQuantizationType) -> Any | None:
+def lane_type(ggml_type: GGMLQuantizationType) -> Any | None:
     """The type's kernels (lanetype.LaneType), or None. Imports numba when it is first asked."""
-    family = _MODULES.get(kind.name)
+    family = quant_type(ggml_type).lanes
     if family is None:
         return None
-    return importlib.import_module(f"{__name__}.{family}").TYPES[kind.name]
+    return importlib.import_module(f"{__name__}.{family}").TYPES[ggml_type.name]
 
 
 def is_compiled(function: Any, arguments: tuple[Any, ...]) -> bool:

@@ -28,7 +28,7 @@ from stepgguf.errors import (
     UnexpectedTensor,
     UnsupportedCheckpoint,
 )
-from stepgguf.quants.codec import widen
+from stepgguf.quants.values import widen
 
 FIRST = "model-00001.safetensors"
 

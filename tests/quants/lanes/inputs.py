@@ -12,7 +12,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from stepgguf.errors import QuantError
-from stepgguf.quants import ggml
+from stepgguf.quants.types import row_size
 from tests.oracle import library
 
 Make = Callable[[np.random.Generator, int], Any]
@@ -119,7 +119,7 @@ def _fp8_values() -> Any:
 def check_rows(name: str, encode: Any, stored: Any, scales: Any, values: Any, weights: Any) -> None:
     """`encode` makes ggml's bytes of rows `stored` with `scales`, that mean the float32 `values`; most are valid."""
     kind = GGMLQuantizationType[name]
-    size = ggml.row_size(kind, values.shape[1])
+    size = row_size(kind, values.shape[1])
     ours = np.empty((len(values), size), np.uint8)
     assert encode(stored, scales, weights, ours)
     n_accepted = 0
@@ -137,7 +137,7 @@ def check_rows(name: str, encode: Any, stored: Any, scales: Any, values: Any, we
 def check_valid(name: str, encode: Any, rows: Any, weights: Any) -> None:
     """`encode` makes ggml's bytes of float32 rows all of which are valid."""
     kind = GGMLQuantizationType[name]
-    ours, theirs = np.empty((2, len(rows), ggml.row_size(kind, rows.shape[1])), np.uint8)
+    ours, theirs = np.empty((2, len(rows), row_size(kind, rows.shape[1])), np.uint8)
     assert encode(rows, None, weights, ours)
     library().quantize(kind, rows, theirs, weights)
     np.testing.assert_array_equal(ours, theirs)

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from gguf import GGMLQuantizationType
 
-from stepgguf.quants import codec, ggml, lanes
+from stepgguf.quants import lanes
+from stepgguf.quants.types import BY_NAME
 from tests.quants.lanes.inputs import IMPORTANCES, check, check_decoder
 
 # Where distances to a grid's points overflow, ggml aborts the process.
@@ -16,7 +17,7 @@ CASES = [
     (name, importance)
     for name in lanes.NAMES
     for importance in (*IMPORTANCES, None)
-    if importance is not None or GGMLQuantizationType[name] not in ggml.ABORT_WITHOUT_IMATRIX
+    if importance is not None or not BY_NAME[name].aborts
 ]
 
 
@@ -27,7 +28,7 @@ def lane(name: str) -> Any:
 
 
 def without(name: str) -> tuple[str, ...]:
-    return TOO_LARGE if GGMLQuantizationType[name] in ggml.GRIDS else ()
+    return TOO_LARGE if BY_NAME[name].grid else ()
 
 
 @pytest.mark.parametrize(("name", "importance"), CASES)
@@ -44,4 +45,4 @@ def test_stored_rows_become_the_bytes_of_ggml(name: str, storage: str) -> None:
 
 @pytest.mark.parametrize("name", lanes.NAMES)
 def test_random_blocks_become_the_numbers_of_ggml(name: str) -> None:
-    check_decoder(name, lane(name).decode, codec.FACTORS[name])
+    check_decoder(name, lane(name).decode, BY_NAME[name].factors)
