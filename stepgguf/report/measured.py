@@ -15,7 +15,6 @@ importance of a channel, 1 without an imatrix, x a weight and q what became of i
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,16 +24,16 @@ from numpy.typing import NDArray
 
 from stepgguf.convert.manifest import manifest_path, read_manifest
 from stepgguf.convert.sources.splits import read_headers
-from stepgguf.errors import BadMetadata, UnsupportedModel, VerifyError
+from stepgguf.errors import UnsupportedModel, VerifyError
 from stepgguf.files.gguf_header import Header, TensorInfo
-from stepgguf.model.hparams import ARCHITECTURE
+from stepgguf.model.hparams import ARCHITECTURE, HParams
+from stepgguf.model.names import TensorName
 from stepgguf.quants.mixtures import file_type_name
 
 Floats = NDArray[np.float64]
 ROUTED, SHARED, ATTENTION, DENSE = "routed experts", "shared experts", "attention", "dense FFN"
 EMBEDDINGS, OUTPUT, MTP, OTHER = "embeddings", "output", "MTP", "other"
 GROUPS = (ROUTED, SHARED, ATTENTION, DENSE, EMBEDDINGS, OUTPUT, MTP, OTHER)
-_IN_LAYER = re.compile(r"blk\.(\d+)\.(.+)\.\w+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +48,11 @@ class Ledger:
 
 @dataclass(frozen=True, slots=True)
 class MeasuredTensor:
-    """One tensor of the file. layer None outside the layers; ledger None if it was not quantized or not measured."""
+    """One tensor of the file.
+
+    layer: None outside the layers. role: its name without layer and ending, as the page shows it.
+    group: one of GROUPS. ledger: None if the tensor was not quantized or not measured.
+    """
 
     info: TensorInfo
     layer: int | None
@@ -116,15 +119,15 @@ def read_file(path: Path) -> MeasuredFile:
             f"{path}: general.architecture is {architecture!r}, expected {ARCHITECTURE!r}",
             hint="stepgguf reports on Step-3.5 and Step-3.7 files only.",
         )
-    n_layer = _count(first, "block_count") - _count(first, "nextn_predict_layers")
+    hp = HParams.from_gguf(first)
     return MeasuredFile(
         paths=tuple(header.path for header in headers),
         name=str(first.get("general.name", first.path.stem)),
-        n_layer=n_layer,
-        n_expert=_count(first, "expert_count"),
-        n_used=_count(first, "expert_used_count"),
+        n_layer=hp.n_layer,
+        n_expert=hp.n_expert,
+        n_used=hp.n_expert_used,
         tensors=tuple(
-            _measured_tensor(info, manifest and manifest["tensors"], n_layer, manifest_path(header.path))
+            _measured_tensor(info, manifest and manifest["tensors"], hp.n_layer, manifest_path(header.path))
             for header, manifest in zip(headers, manifests, strict=True)
             for info in header.tensors
         ),
@@ -151,23 +154,22 @@ def _measured_tensor(info: TensorInfo, entries: dict[str, Any] | None, n_layer: 
             f"{path}: {info.name} is {found}, the file has {expected}",
             hint="The manifest is of another file; fetch the one that was made with this file.",
         )
-    match = _IN_LAYER.fullmatch(info.name)
-    layer, role = (int(match[1]), match[2]) if match else (None, info.name.rpartition(".")[0])
-    n = info.shape[0] if len(info.shape) == 3 else 1
-    ledger = (
-        None if entry.get("ledger") is None else _read_ledger(entry["ledger"], n, f"{path}: the ledger of {info.name}")
-    )
-    return MeasuredTensor(info, layer, role, _group_of(info, layer, role, n_layer), ledger)
+    name, ledger = TensorName(info.name), None
+    if entry.get("ledger") is not None:
+        n_experts = info.shape[0] if len(info.shape) == 3 else 1
+        ledger = _read_ledger(entry["ledger"], n_experts, f"{path}: the ledger of {info.name}")
+    return MeasuredTensor(info, name.layer, name.stem, _group_of(name, len(info.shape), n_layer), ledger)
 
 
-def _group_of(info: TensorInfo, layer: int | None, role: str, n_layer: int) -> str:
-    if layer is not None and layer >= n_layer:
+def _group_of(name: TensorName, n_dims: int, n_layer: int) -> str:
+    role = name.role
+    if name.is_mtp(n_layer):
         return MTP
     if role in ("token_embd", "output"):
         return EMBEDDINGS if role == "token_embd" else OUTPUT
-    if role.endswith(("_exps", "_shexp")):
-        return ROUTED if role.endswith("_exps") else SHARED
-    if len(info.shape) < 2 or role == "ffn_gate_inp":
+    if name.is_expert or role.endswith("_shexp"):
+        return ROUTED if name.is_expert else SHARED
+    if n_dims < 2 or role == "ffn_gate_inp":
         return OTHER
     return ATTENTION if role.startswith("attn_") else DENSE if role.startswith("ffn_") else OTHER
 
@@ -212,16 +214,6 @@ def _mixture_name(header: Header) -> str | None:
     """The mixture's name. Our own key comes last, since llama-quantize copies it from its source."""
     number = header.get("general.file_type")
     return (file_type_name(number) if isinstance(number, int) else None) or _text_or_none(header.get("stepgguf.type"))
-
-
-def _count(header: Header, key: str) -> int:
-    """A number of step35.*, 0 if it is not there."""
-    value = header.get(f"{ARCHITECTURE}.{key}", 0)
-    if not isinstance(value, int) or value < 0:
-        raise BadMetadata(
-            f"{header.path}: {ARCHITECTURE}.{key} is {value!r}, expected a count", hint="Make the file again."
-        )
-    return value
 
 
 def _text_member(fields: dict[str, Any], key: str) -> str | None:
