@@ -12,9 +12,10 @@ import typer
 from rich.text import Text
 
 from stepgguf.cli import output
-from stepgguf.convert import budget, measure, pipeline
+from stepgguf.convert import budget, pipeline
 from stepgguf.convert.budget import Limits, Trunk
 from stepgguf.convert.fold import Line, fold
+from stepgguf.convert.measure import count_sampled_values
 from stepgguf.convert.plan import Options, Plan
 from stepgguf.convert.planner import plan_source
 from stepgguf.convert.sizes import Inventory, inventory
@@ -73,7 +74,7 @@ def sized(error: UnknownType, model: Inventory) -> UnknownType:
 
 def priced(source: TensorSource, dest: Path, options: Options, *, threads: int | None, quiet: bool = False) -> Trunk:
     """What each type costs each tensor. Ctrl+C keeps what is measured and exits with 130."""
-    total = sum(measure.sampled(tensor.shape) for tensor in inventory(source).matrices)
+    total = sum(count_sampled_values(tensor.shape) for tensor in inventory(source).matrices)
     try:
         with output.Meter("measuring", 2 * total, quiet=quiet) as meter:
             return budget.price(
@@ -81,7 +82,8 @@ def priced(source: TensorSource, dest: Path, options: Options, *, threads: int |
                 dest,
                 options,
                 threads=threads,
-                progress=lambda tensor, kept: meter.step(2 * measure.sampled(tensor.shape), earlier=kept),  # as BF16
+                # As BF16, whatever they are stored as.
+                progress=lambda tensor, kept: meter.step(2 * count_sampled_values(tensor.shape), earlier=kept),
                 compiling=meter.compiling,
             )
     except KeyboardInterrupt:
@@ -136,7 +138,7 @@ class Run:
             layers[layer] = layers.get(layer, 0) + tensor.n_bytes
         try:
             with output.Meter(self.plan.type_name, self.plan.n_bytes, quiet=self.quiet, layers=layers) as meter:
-                pipeline.run(
+                pipeline.make_files(
                     self.source, writer, progress=meter.unit, compiling=meter.compiling, threads=threads, memory=memory
                 )
         except KeyboardInterrupt:

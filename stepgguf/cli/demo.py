@@ -37,16 +37,17 @@ def demo(
     from stepgguf.conversation.records import Settings
     from stepgguf.conversation.session import Session
     from stepgguf.convert.plan import Options
-    from stepgguf.convert.planner import plan_checkpoint
+    from stepgguf.convert.planner import plan_source
     from stepgguf.convert.sources.checkpoint import Checkpoint
     from stepgguf.demo import CHECKPOINT
+    from stepgguf.quants.recipe_files import load_recipe
     from stepgguf.quants.type_names import check_name
 
     with tempfile.TemporaryDirectory(prefix="stepgguf-demo-") as folder:
-        options = Options(check_name(type), name="stepgguf demo")
+        options = Options(load_recipe(check_name(type)), name="stepgguf demo")
         path = keep or Path(folder) / f"demo-{options.recipe.name}.gguf"
         with Checkpoint(CHECKPOINT) as checkpoint:
-            run = Run(plan_checkpoint(checkpoint, path, options), checkpoint)
+            run = Run(plan_source(checkpoint, path, options), checkpoint)
             output.note(f"{run.plan_text()}\n")
             run.execute(restart=True, overwrite=True, threads=None, memory=2 * 2**30)
         with loading.engine(path, loading.EngineOptions(), verb="chat", quiet=False) as engine:

@@ -29,7 +29,7 @@ from stepgguf.model.names import TensorName
 
 if TYPE_CHECKING:
     from stepgguf.convert.fold import Line
-    from stepgguf.convert.pipeline import Done
+    from stepgguf.convert.pipeline import UnitProgress
 
 stdout = Console(highlight=False)
 stderr = Console(stderr=True, highlight=False)
@@ -140,7 +140,7 @@ class Meter:
         if self._live is not None:
             self._live.stop()
 
-    def unit(self, done: Done) -> None:
+    def unit(self, done: UnitProgress) -> None:
         """A finished unit of a conversion."""
         layer = layer_name(done.tensor.name)
         self._seen[layer] = self._seen.get(layer, 0) + done.n_bytes

@@ -130,7 +130,7 @@ def plan_within(limits: Limits, source: TensorSource, dest: Path, options: Optio
     room = trunk.room(limits)
     while True:
         types = trunk.choose(room, math.inf if limits.read_bytes is None else limits.read_bytes)
-        allocated = {name: TypeChoice(kind, REASON) for name, kind in types.items()}
+        allocated = {name: TypeChoice(ggml_type, REASON) for name, ggml_type in types.items()}
         plan = plan_source(source, dest, replace(options, allocated=allocated))
         excess = 0 if limits.n_bytes is None else plan.file_bytes - limits.n_bytes
         if excess <= 0:
@@ -153,8 +153,8 @@ def settled(limits: Limits, source: TensorSource, dest: Path, options: Options) 
     largest = _extreme(max, model, source, dest, options)
     if not _holds(limits, largest, model):
         return None
-    kinds = ", ".join(sorted({t.ggml_type.name for t in largest.tensors if t.reason == REASON}))
-    note = f"the budget holds the largest types that it chooses from ({kinds}, {_size(largest.file_bytes)} in all)"
+    types = ", ".join(sorted({t.ggml_type.name for t in largest.tensors if t.reason == REASON}))
+    note = f"the budget holds the largest types that it chooses from ({types}, {_size(largest.file_bytes)} in all)"
     return replace(largest, warnings=(*largest.warnings, note))
 
 
@@ -165,16 +165,16 @@ def extreme_types(
 
     has_imatrix: whether there shall be an importance matrix for all tensors; None: what the options have.
     """
-    types = {}
+    types: dict[str, GGMLQuantizationType] = {}
     for c in model.matrices:
         if not _is_open(c, model, options):
             continue
-        kinds = measure.candidates(c.name, c.shape, options.importance, has_imatrix=has_imatrix)
+        possible = measure.possible_types(c.name, c.shape, options.importance, has_imatrix=has_imatrix)
         floor = options.recipe.floor_type(c, model.facts)
         if floor is not None:
             least = bits_per_weight(floor)
-            kinds = {kind for kind in kinds if bits_per_weight(kind) >= least} or {floor}
-        types[c.name] = pick(kinds, key=bits_per_weight)
+            possible = {each for each in possible if bits_per_weight(each) >= least} or {floor}
+        types[c.name] = pick(possible, key=bits_per_weight)
     return types
 
 
@@ -194,7 +194,7 @@ def _extreme(
 ) -> Plan:
     types = extreme_types(pick, model, options)
     return plan_source(
-        source, dest, replace(options, allocated={n: TypeChoice(kind, REASON) for n, kind in types.items()})
+        source, dest, replace(options, allocated={n: TypeChoice(ggml_type, REASON) for n, ggml_type in types.items()})
     )
 
 
@@ -216,7 +216,9 @@ def _read_bytes(plan: Plan, model: Inventory) -> float:
 def draft(source: TensorSource, dest: Path, options: Options) -> Plan:
     """The plan with all that no rule decides as Q8_0, in one file (and one of MTP blocks, if they are separate)."""
     model = sizes.inventory(source)
-    open_ = {c.name: TypeChoice(_q8_0(c.shape), "draft") for c in model.matrices if _is_open(c, model, options)}
+    open_: dict[str, TypeChoice] = {
+        c.name: TypeChoice(_q8_0(c.shape), "draft") for c in model.matrices if _is_open(c, model, options)
+    }
     return plan_source(source, dest, replace(options, allocated=open_, split_max_size=None))
 
 
@@ -234,9 +236,9 @@ def price(
     model = sizes.inventory(source)
     names, importance = {t.name for t in model.tensors if not model.is_mtp(t)}, options.importance
     trunk = [tensor for tensor in sketch.files[0].tensors if tensor.name in names]
-    matrices = [replace(t, ggml_type=_q8_0(t.shape)) for t in trunk if t.name in model.quantizable]
+    matrices = [tensor for tensor in trunk if tensor.name in model.quantizable]
     cache = measure.cache_path(source, importance)
-    measured = measure.measure(
+    measured = measure.measure_errors(
         source, matrices, cache, importance=importance, threads=threads, progress=progress, compiling=compiling
     )
     priced = {item.name: item for item in objective.items(matrices, measured, model.routing, importance)}
@@ -256,7 +258,7 @@ def _above(item: Item, floor: GGMLQuantizationType | None, tensor: PlannedTensor
         return item
     least = bits_per_weight(floor)
     options = tuple(o for o in item.options if bits_per_weight(o.ggml_type) >= least)
-    return replace(item, options=options or (Option(floor, replace(tensor, ggml_type=floor).n_bytes, 0.0),))
+    return replace(item, options=options or (Option(floor, tensor.bytes_as(floor), 0.0),))
 
 
 def _fixed(tensor: PlannedTensor, priced: Item | None, read_share: float) -> Item:

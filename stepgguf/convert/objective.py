@@ -2,7 +2,7 @@
 
     x = embedding;   x += attention;   x += ffn;   x += attention;   ...        logits = output(norm(x))
 
-    cost[t, k] = weight[t] * error[t, k]        error: measure.Measured, the part of the tensor's output that is lost
+    cost[t, k] = weight[t] * error[t, k]        error: measured, the part of the tensor's output that is lost
     weight[t]  = energy of what the block of t adds / energy of x after it      1 for token_embd and output
 
 All that reads x norms it first, so an error counts by its size beside x: a block that adds a hundredth of x can lose a
@@ -32,10 +32,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from stepgguf.convert.importance import Importance
-from stepgguf.convert.measure import Measured
+from stepgguf.convert.measure import TensorErrors
 from stepgguf.convert.plan import PlannedTensor
 from stepgguf.model.names import TensorName
 from stepgguf.quants.allocate import Item, Option
@@ -53,7 +53,10 @@ class Routing:
 
 
 def items(
-    tensors: Sequence[PlannedTensor], measured: Mapping[str, Measured], routing: Routing, importance: Importance | None
+    tensors: Sequence[PlannedTensor],
+    measured: Mapping[str, TensorErrors],
+    routing: Routing,
+    importance: Importance | None,
 ) -> list[Item]:
     """For allocate.solve: `tensors`, all of the trunk's that are quantized, in their order with every type measured."""
     writers = sorted((t for t in tensors if _writer(t) == t.name and t.role != "output"), key=_order)
@@ -67,8 +70,8 @@ def items(
         Item(
             tensor.name,
             tuple(
-                Option(kind, replace(tensor, ggml_type=kind).n_bytes, weights.get(_writer(tensor), 1.0) * error)
-                for kind, error in measured[tensor.name].errors.items()
+                Option(ggml_type, tensor.bytes_as(ggml_type), weights.get(_writer(tensor), 1.0) * error)
+                for ggml_type, error in measured[tensor.name].errors.items()
             ),
             read_share(tensor, routing),
         )

@@ -16,8 +16,9 @@ from gguf import GGMLQuantizationType
 from stepgguf.convert.objective import Routing
 from stepgguf.convert.planner import rule_facts
 from stepgguf.convert.sources.source import TensorSource
+from stepgguf.model.tensors import TensorSpec
 from stepgguf.quants import mixtures
-from stepgguf.quants.mixtures import Candidate, Facts
+from stepgguf.quants.mixtures import Facts
 from stepgguf.quants.recipe_files import load_recipe
 from stepgguf.quants.types import row_size
 
@@ -46,7 +47,7 @@ class Inventory:
 
     facts: Facts
     routing: Routing
-    tensors: tuple[Candidate, ...]
+    tensors: tuple[TensorSpec, ...]
     quantizable: frozenset[str]
     own: Mapping[str, GGMLQuantizationType] | None
 
@@ -60,7 +61,9 @@ class Inventory:
         needs_imatrix = any(mixtures.requires_imatrix(chosen.base or "", c, choice.ggml_type) for c, choice in pairs)
         if needs_imatrix:
             choices = chosen.choose_types(candidates, self.facts, has_imatrix=True)
-        types = {c.name: choice.ggml_type for c, choice in zip(candidates, choices, strict=True)}
+        types: dict[str, GGMLQuantizationType] = {
+            c.name: choice.ggml_type for c, choice in zip(candidates, choices, strict=True)
+        }
         return self.with_types(types, mtp=mtp, needs_imatrix=needs_imatrix)
 
     def own_sizes(self, *, mtp: bool = True) -> Sizes | None:
@@ -68,7 +71,7 @@ class Inventory:
         return None if self.own is None else self.with_types(self.own, mtp=mtp)
 
     @property
-    def matrices(self) -> list[Candidate]:
+    def matrices(self) -> list[TensorSpec]:
         """The trunk's tensors that can be quantized."""
         return [t for t in self.tensors if t.name in self.quantizable and not self.is_mtp(t)]
 
@@ -80,7 +83,9 @@ class Inventory:
         self, types: Mapping[str, GGMLQuantizationType], *, mtp: bool = True, needs_imatrix: bool = False
     ) -> Sizes:
         """With such types; the others are F32."""
-        all_types = {tensor.name: types.get(tensor.name, F32) for tensor in self.tensors}
+        all_types: dict[str, GGMLQuantizationType] = {
+            tensor.name: types.get(tensor.name, F32) for tensor in self.tensors
+        }
         trunk, heads, n_values = [], 0, 0
         for tensor in self.tensors:
             n_bytes = math.prod(tensor.shape[:-1]) * row_size(all_types[tensor.name], tensor.shape[-1])
@@ -93,19 +98,18 @@ class Inventory:
             n_values += math.prod(tensor.shape)
         return Sizes(tuple(trunk), heads, n_values, all_types, needs_imatrix)
 
-    def is_mtp(self, tensor: Candidate) -> bool:
+    def is_mtp(self, tensor: TensorSpec) -> bool:
         return self.facts.is_mtp(tensor.layer)
 
 
 def inventory(source: TensorSource) -> Inventory:
     """Of whatever the source is. BadMetadata for a GGUF that does not say what the rules ask."""
     hp = source.hparams
-    shapes = [(spec.name, spec.shape) for spec in source.specs]
-    shapes += [(name, (len(data) // 4,)) for name, data in source.constants.items()]
+    constants = [TensorSpec("", name, (len(data) // 4,), is_mtp=False) for name, data in source.constants.items()]
     return Inventory(
         facts=rule_facts(hp),
         routing=Routing(hp.n_expert, hp.n_expert_used, hp.router_scale),
-        tensors=tuple(Candidate(name, name.role, shape, name.layer) for name, shape in shapes),
+        tensors=(*source.specs, *constants),
         quantizable=frozenset(spec.name for spec in source.specs if spec.is_quantizable),
         own=source.own_types,
     )

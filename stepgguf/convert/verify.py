@@ -93,7 +93,7 @@ def verify_manifest(path: Path, step: Step) -> Verification:
 
 def verify_source(path: Path, plan: Plan, source: TensorSource, share: float, step: Step) -> Verification:
     """Make a share of each tensor's units again (at least one) and compare. `plan` gives names and sources."""
-    report, rng, maker = Verification(step), random.Random(0), UnitMaker(source, plan.importance, plan.kernel)
+    report, rng, maker = Verification(step), random.Random(0), UnitMaker(source, plan.importance)
     for header in read_headers(path):
         planned: dict[str, PlannedTensor] = {tensor.name: tensor for tensor in replan(header.tensors, plan)}
         jobs = []

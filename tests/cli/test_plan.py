@@ -21,7 +21,7 @@ from stepgguf.cli.planning import OWN, Place, Row, place, planned
 from stepgguf.convert import measure
 from stepgguf.convert.budget import Limits, resolve, settled
 from stepgguf.convert.plan import Options
-from stepgguf.convert.planner import plan_checkpoint
+from stepgguf.convert.planner import plan_source
 from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.convert.sources.gguf_file import GGUFSource
 from stepgguf.errors import DoesNotFit
@@ -29,6 +29,7 @@ from stepgguf.files import folders
 from stepgguf.fit import catalogue
 from stepgguf.fit.footprint import footprint
 from stepgguf.fit.memory import GIB, Context, budget, need
+from stepgguf.quants.recipe_files import load_recipe
 from tests.cli.test_cli import sparse_checkpoint
 from tests.cli.test_doctor import CARD, MAC
 from tests.fit.test_memory import write_real
@@ -58,7 +59,7 @@ def rows(path: Path, machine: str, *names: str, ctx: int = CTX, mtp: bool = True
 @pytest.mark.parametrize("mtp", ["include", "drop"])
 def test_weights_are_what_convert_would_write(name: str, mtp: str, real: Path) -> None:
     with Checkpoint(real) as checkpoint:
-        plan = plan_checkpoint(checkpoint, Path("x.gguf"), Options(name, mtp))
+        plan = plan_source(checkpoint, Path("x.gguf"), Options(load_recipe(name), mtp))
     row = rows(real, "spark", name, mtp=mtp == "include")[name]
     assert (row.weights, row.bpw) == (plan.n_bytes, plan.bpw)
 

@@ -11,13 +11,14 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from stepgguf.convert.importance import Importance
-from stepgguf.convert.measure import Measured
+from stepgguf.convert.measure import TensorErrors
 from stepgguf.convert.objective import Routing, items
 from stepgguf.convert.plan import Options, PlannedTensor
-from stepgguf.convert.planner import plan_checkpoint
+from stepgguf.convert.planner import plan_source
 from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.quants.allocate import Item
 from stepgguf.quants.imatrix import Imatrix, ImatrixEntry, write_imatrix
+from stepgguf.quants.recipe_files import load_recipe
 from tests.generate import Shape, write_checkpoint
 
 T = GGMLQuantizationType
@@ -38,7 +39,7 @@ def tensors(tmp_path_factory: pytest.TempPathFactory) -> list[PlannedTensor]:
     """Two layers, the first dense, of a model with six experts."""
     folder = tmp_path_factory.mktemp("objective")
     with Checkpoint(write_checkpoint(folder / "two", Shape(n_layer=2, n_dense=1))) as checkpoint:
-        plan = plan_checkpoint(checkpoint, folder / "x.gguf", Options("Q8_0"))
+        plan = plan_source(checkpoint, folder / "x.gguf", Options(load_recipe("Q8_0")))
     return [tensor for tensor in plan.tensors if tensor.is_quantized]
 
 
@@ -58,8 +59,8 @@ def write_importance(tensors: list[PlannedTensor], path: Path, without: str) -> 
     return Importance.read(path)
 
 
-def made_up(tensors: list[PlannedTensor]) -> Mapping[str, Measured]:
-    return {t.name: Measured(ENERGIES.get(t.name, 77.0), {T.Q4_K: ERROR, T.Q8_0: 0.0}) for t in tensors}
+def made_up(tensors: list[PlannedTensor]) -> Mapping[str, TensorErrors]:
+    return {t.name: TensorErrors(ENERGIES.get(t.name, 77.0), {T.Q4_K: ERROR, T.Q8_0: 0.0}) for t in tensors}
 
 
 def weights(found: list[Item]) -> dict[str, float]:

@@ -16,12 +16,13 @@ from stepgguf.cli.main import main
 from stepgguf.convert.journal import FinishedUnit, Journal
 from stepgguf.convert.manifest import manifest_path
 from stepgguf.convert.plan import Options
-from stepgguf.convert.planner import plan_checkpoint
+from stepgguf.convert.planner import plan_source
 from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.convert.writer import Writer
 from stepgguf.errors import OutputError
 from stepgguf.files import disk
 from stepgguf.quants.kernels import Loss
+from stepgguf.quants.recipe_files import load_recipe
 from tests.generate import Shape, write_checkpoint
 
 DEEP = "[" * 500 + "]" * 500
@@ -112,7 +113,7 @@ def test_a_manifest_that_would_check_less_is_noticed(
 
 def test_a_journal_of_another_shape_is_a_clean_start_or_an_error(tiny: Path, whole: Path, tmp_path: Path) -> None:
     with Checkpoint(tiny) as checkpoint:
-        plan = plan_checkpoint(checkpoint, tmp_path / "x.gguf", Options("BF16"))
+        plan = plan_source(checkpoint, tmp_path / "x.gguf", Options(load_recipe("BF16")))
         identity = checkpoint.identity()
     with Writer(plan, identity):
         pass
@@ -170,8 +171,9 @@ def test_finishing_goes_from_the_data_to_the_name(tiny: Path, tmp_path: Path, mo
     monkeypatch.setattr(Path, "replace", lambda a, b: (events.append(f"{a.name} -> {b.name}"), replace(a, b))[1])
     monkeypatch.setattr(Path, "unlink", lambda path, **o: (events.append(f"remove {path.name}"), unlink(path, **o))[1])
     with Checkpoint(tiny) as checkpoint:
-        writer = Writer(plan_checkpoint(checkpoint, tmp_path / "x.gguf", Options("BF16")), checkpoint.identity())
-        pipeline.run(checkpoint, writer)
+        plan = plan_source(checkpoint, tmp_path / "x.gguf", Options(load_recipe("BF16")))
+        writer = Writer(plan, checkpoint.identity())
+        pipeline.make_files(checkpoint, writer)
     folder = f"sync {tmp_path.name}"
     assert events[events.index("sync x.gguf.part") :] == [
         "sync x.gguf.part",

@@ -18,12 +18,13 @@ import pytest
 from stepgguf.cli.main import main
 from stepgguf.convert import pipeline
 from stepgguf.convert.journal import RECORD_BYTES
-from stepgguf.convert.pipeline import Done
+from stepgguf.convert.pipeline import UnitProgress
 from stepgguf.convert.plan import Options, Plan
-from stepgguf.convert.planner import plan_checkpoint
+from stepgguf.convert.planner import plan_source
 from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.convert.writer import Writer
 from stepgguf.errors import CorruptTensor, OutputError, QuantError
+from stepgguf.quants.recipe_files import load_recipe
 from tests.conftest import INTERRUPTIBLE
 from tests.generate import Shape, write_checkpoint
 
@@ -33,7 +34,7 @@ COMMAND = FAST_COMMITS + "import sys; from stepgguf.cli.main import main; sys.ex
 
 
 def plan_for(checkpoint: Checkpoint, dest: Path, **options: object) -> Plan:
-    return plan_checkpoint(checkpoint, dest, Options("Q4_K_M", name="x", **options))  # type: ignore[arg-type]
+    return plan_source(checkpoint, dest, Options(load_recipe("Q4_K_M"), name="x", **options))  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def whole(small: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def interrupt_after(n: int) -> pipeline.Progress:
     seen = 0
 
-    def progress(done: Done) -> None:
+    def progress(done: UnitProgress) -> None:
         nonlocal seen
         seen += 1
         if seen > n:
@@ -58,7 +59,7 @@ def interrupt_after(n: int) -> pipeline.Progress:
 def interrupted(checkpoint: Checkpoint, dest: Path, n: int, **options: object) -> None:
     writer = Writer(plan_for(checkpoint, dest, **options), checkpoint.identity())
     with pytest.raises(KeyboardInterrupt):
-        pipeline.run(checkpoint, writer, progress=interrupt_after(n))
+        pipeline.make_files(checkpoint, writer, progress=interrupt_after(n))
     writer.close()
 
 
@@ -70,8 +71,8 @@ def test_ctrl_c_loses_nothing_that_was_done(small: Path, tmp_path: Path, whole: 
         assert not dest.exists()
         writer = Writer(plan_for(checkpoint, dest), checkpoint.identity())
         assert len(writer.finished) > n
-        seen: list[Done] = []
-        pipeline.run(checkpoint, writer, progress=seen.append)
+        seen: list[UnitProgress] = []
+        pipeline.make_files(checkpoint, writer, progress=seen.append)
     assert sum(done.resumed for done in seen) > n
     assert dest.read_bytes() == whole
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.gguf", "out.gguf.manifest.json"]
@@ -96,7 +97,7 @@ def test_a_torn_journal_and_half_written_units_are_redone(small: Path, tmp_path:
         journal.write_bytes(content)
         plan = plan_for(checkpoint, dest)
         scribble(part, plan, written, rng)
-        pipeline.run(checkpoint, Writer(plan, checkpoint.identity()))
+        pipeline.make_files(checkpoint, Writer(plan, checkpoint.identity()))
     assert dest.read_bytes() == whole
     assert main(["verify", str(dest), "-q"]) == 0  # the digests of earlier runs are right too
 
@@ -231,7 +232,7 @@ def test_two_processes_do_not_write_one_file(small: Path, tmp_path: Path) -> Non
             for restart in (False, True):
                 with pytest.raises(OutputError, match="another stepgguf is writing it"):
                     Writer(plan, checkpoint.identity(), restart=restart)
-            pipeline.run(checkpoint, writer)
+            pipeline.make_files(checkpoint, writer)
 
 
 def test_an_existing_file_is_not_replaced_unasked(
@@ -271,7 +272,7 @@ def test_too_little_space_is_found_before_the_start(small: Path, tiny_disk: Path
 def test_a_disk_that_fills_up_on_the_way_can_be_resumed(small: Path, tiny_disk: Path, whole: bytes) -> None:
     dest, filler = tiny_disk / "out.gguf", tiny_disk / "filler"
 
-    def fill(done: Done) -> None:
+    def fill(done: UnitProgress) -> None:
         if not filler.exists():
             with filler.open("wb") as file:
                 try:
@@ -283,12 +284,12 @@ def test_a_disk_that_fills_up_on_the_way_can_be_resumed(small: Path, tiny_disk: 
     with Checkpoint(small) as checkpoint:
         writer = Writer(plan_for(checkpoint, dest), checkpoint.identity())
         with pytest.raises(OutputError, match="the disk is full") as caught:
-            pipeline.run(checkpoint, writer, progress=fill)
+            pipeline.make_files(checkpoint, writer, progress=fill)
         assert "repeat the command; it resumes" in (caught.value.hint or "")
         writer.close()
         assert not dest.exists()
         filler.unlink()
-        pipeline.run(checkpoint, Writer(plan_for(checkpoint, dest), checkpoint.identity()))
+        pipeline.make_files(checkpoint, Writer(plan_for(checkpoint, dest), checkpoint.identity()))
     assert dest.read_bytes() == whole
 
 
@@ -306,9 +307,9 @@ def test_values_that_are_not_finite_are_named(small: Path, tmp_path: Path, case:
     copy = Path(shutil.copytree(small, tmp_path / "copy"))
     source = change(copy, name, index, value)
     with Checkpoint(copy) as checkpoint:
-        writer = Writer(plan_checkpoint(checkpoint, tmp_path / "o.gguf", Options(kind)), checkpoint.identity())
+        writer = Writer(plan_source(checkpoint, tmp_path / "o.gguf", Options(load_recipe(kind))), checkpoint.identity())
         with pytest.raises(CorruptTensor, match=f"{source}: {text}"):
-            pipeline.run(checkpoint, writer)
+            pipeline.make_files(checkpoint, writer)
         writer.close()
     assert not (tmp_path / "o.gguf").exists()
 
@@ -318,10 +319,10 @@ def test_a_value_that_the_type_cannot_hold_names_its_expert(small: Path, tmp_pat
     copy = Path(shutil.copytree(small, tmp_path / "copy"))
     change(copy, "blk.3.ffn_up_exps.weight", (4, 200, 17), 1e30)
     with Checkpoint(copy) as checkpoint:
-        options = Options("Q4_K_M", kernel=kernel)
-        writer = Writer(plan_checkpoint(checkpoint, tmp_path / "o.gguf", options), checkpoint.identity())
+        options = Options(load_recipe("Q4_K_M"), kernel=kernel)
+        writer = Writer(plan_source(checkpoint, tmp_path / "o.gguf", options), checkpoint.identity())
         with pytest.raises(QuantError, match=r"blk\.3\.ffn_up_exps\.weight, expert 4: ") as caught:
-            pipeline.run(checkpoint, writer)
+            pipeline.make_files(checkpoint, writer)
         assert "recipe" in (caught.value.hint or "")
         writer.close()
 

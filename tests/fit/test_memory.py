@@ -12,7 +12,7 @@ import pytest
 
 from stepgguf.cli.main import main
 from stepgguf.convert.plan import Options
-from stepgguf.convert.planner import plan_checkpoint
+from stepgguf.convert.planner import plan_source
 from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.convert.sources.gguf_file import GGUFSource
 from stepgguf.fit.footprint import footprint
@@ -28,6 +28,7 @@ from stepgguf.fit.memory import (
     largest_context,
     need,
 )
+from stepgguf.quants.recipe_files import load_recipe
 from tests.cli.test_cli import sparse_checkpoint
 from tests.oracle import silence
 
@@ -70,7 +71,7 @@ def reported(path: Path, context: Context, *, mtp: bool = False, allocate: bool 
 def write_real(folder: Path, mtp: str = "include") -> Path:
     """A Q4_K_S of the real model whose 106 GiB of weights are a hole in the file."""
     with Checkpoint(sparse_checkpoint(folder / "Step-3.5-Flash")) as source:
-        file = plan_checkpoint(source, folder / "real.gguf", Options("Q4_K_S", mtp=mtp)).files[0]
+        file = plan_source(source, folder / "real.gguf", Options(load_recipe("Q4_K_S"), mtp=mtp)).files[0]
     with file.path.open("wb") as out:
         out.write(file.header)
         out.truncate(file.size)
