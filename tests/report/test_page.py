@@ -136,7 +136,7 @@ def test_experts_that_stand_out_are_named_and_only_they(made: Made, page: Page) 
     show(page, made)
     assert rows(page, "coverage-table") == [["3", "7-8"]]
     found = rows(page, "worst-table")
-    expected = figures.outstanding(figures.routed(measured.read_file(made.path)))  # type: ignore[arg-type]
+    expected = figures.summary(measured.read_file(made.path))["worst"]
     assert [row[:3] for row in found] == [[str(w["layer"]), str(w["expert"]), w["projection"]] for w in expected]
     assert found[0][:5] == ["4", "11", "down", "Q6_K", "50.0 %"]
     assert page.text("#worst-lead").startswith(f"{len(found)} figures of 360 are at least 1.5 times the median")
@@ -156,7 +156,7 @@ def test_the_heat_map_is_read_by_pointer_and_keys(made: Made, page: Page) -> Non
     errors = np.array([ledger(made, layer, "down", "error") for layer in (2, 3, 4)])
     counts = np.array([ledger(made, layer, "gate", "count") for layer in (2, 3, 4)])
 
-    levels = figures.levels(measured.read_file(made.path))
+    levels = figures.type_levels(measured.read_file(made.path))
 
     def words(layer: int, expert: int) -> str:
         count, rmse = counts[layer - 2], ledger(made, layer, "down", "rmse")[expert]
@@ -187,7 +187,7 @@ def test_the_heat_map_is_read_by_pointer_and_keys(made: Made, page: Page) -> Non
 def test_colours_run_over_what_is_shown_and_the_legend_says_so(made: Made, page: Page) -> None:
     show(page, made)
     ends = "return [...document.querySelectorAll('#experts-legend .ticks span')].map(e => e.textContent)"
-    levels = figures.levels(measured.read_file(made.path))
+    levels = figures.type_levels(measured.read_file(made.path))
     of_layers = [levels[made.manifest["tensors"][f"blk.{i}.ffn_down_exps.weight"]["type"]] for i in (2, 3, 4)]
     over = np.array([ledger(made, i, "down", "error") / of_layers[i - 2] for i in (2, 3, 4)])
     assert [page.run(ends)[i] for i in (0, -1)] == [f"{digits(over.min())} ×", f"{digits(over.max())} ×"]
