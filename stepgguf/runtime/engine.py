@@ -266,28 +266,44 @@ class Engine(Protocol):
 
 
 class Stream:
-    """A request as an iterator of events, for callers that may block. Closing it cancels; it ends after Finished."""
+    """A request as an iterator of events, for callers that may block. It ends after Finished.
+
+    Whoever must stay awake while nothing comes asks with `next_event` instead, and may change between the two.
+    """
 
     def __init__(self, engine: Engine, request: Request) -> None:
+        """Submit the request. It raises what `Engine.submit` raises."""
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._ticket = engine.submit(request, self._events.put)
         self.finished: Finished | None = None
 
     def __iter__(self) -> Iterator[Event]:
-        while self.finished is None:
-            event = self._events.get()
-            if isinstance(event, Finished):
-                self.finished = event
+        while (event := self.next_event()) is not None:
             yield event
 
+    def next_event(self, seconds: float | None = None) -> Event | None:
+        """Wait for the next event, at most so many seconds. None: none came, or `finished` has been given already."""
+        if self.finished is not None:
+            return None
+        try:
+            event = self._events.get(timeout=seconds)
+        except queue.Empty:
+            return None
+        if isinstance(event, Finished):
+            self.finished = event
+        return event
+
     def end_reasoning(self) -> None:
+        """See `Ticket.end_reasoning`."""
         self._ticket.end_reasoning()
 
-    def close(self) -> Finished:
-        """Cancel it if it still runs, and wait for its end."""
+    def cancel(self) -> None:
+        """See `Ticket.cancel`. The events up to Finished still come."""
         self._ticket.cancel()
+
+    def close(self) -> Finished:
+        """Cancel the request if it still runs, and wait for its end. Events that nobody has taken are dropped."""
+        self.cancel()
         while self.finished is None:
-            event = self._events.get()
-            if isinstance(event, Finished):
-                self.finished = event
+            self.next_event()
         return self.finished
