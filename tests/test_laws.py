@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "runtime": {"files", "fit.machine"},
     "grammar": set(),
     "chat": {"files", "grammar", "runtime.engine"},
-    "conversation": {"files", "chat", "runtime.engine"},
+    "conversation": {"files", "chat", "runtime.engine", "runtime.http_events"},
     "server": {"chat", "runtime.engine"},
     "demo": {"chat.template", "convert.sources", "model", "reference"},
     "report": {"files", "convert", "quants"},

@@ -13,7 +13,7 @@ from stepgguf.errors import BadMagic, ModelLoadFailed
 from stepgguf.runtime.engine import Grammar, Reasoning, Request, Sampling, Step, Stream, Tokens
 from stepgguf.runtime.llama import LlamaEngine
 from stepgguf.runtime.loops import LEAST_TOKENS, LoopDetector
-from tests.runtime.llama.conftest import GREEDY, question, run
+from tests.runtime.llama.conftest import GREEDY, FreshContext, question, run
 
 
 @pytest.fixture(scope="module")
@@ -75,17 +75,17 @@ def test_a_filter_leaves_only_the_tokens_it_should(
     assert len(drawn) > 1 or n == 1
 
 
-def test_biases_and_penalties_move_the_choice_as_defined(random_engine: LlamaEngine) -> None:
+def test_biases_and_penalties_move_the_choice_as_defined(random_model: Path, random_engine: LlamaEngine) -> None:
     """Greedy decoding by hand from the model's own log probabilities, with OpenAI's and the CTRL paper's formulas."""
     sampling = Sampling(
         temperature=0, frequency_penalty=0.7, presence_penalty=0.4, repetition_penalty=1.3, logit_bias=((40, 2.5),)
     )
     made = [s.token_id for s in steps(random_engine, PROMPT, sampling, max_tokens=25)]
-    context, logits_of = _raw(random_engine)
+    fresh = FreshContext(random_model, 512)
     tokens: list[int] = []
     for expected in made:
-        logits = logits_of([*PROMPT, *tokens])
-        logits[[t for t in range(len(logits)) if t in random_engine._model.ends]] = -np.inf
+        logits = fresh.logits([*PROMPT, *tokens])
+        logits[list(fresh.model.ends)] = -np.inf
         logits[40] += 2.5
         for t in set(PROMPT) | set(tokens):
             logits[t] = logits[t] / 1.3 if logits[t] > 0 else logits[t] * 1.3
@@ -93,21 +93,8 @@ def test_biases_and_penalties_move_the_choice_as_defined(random_engine: LlamaEng
             logits[t] -= 0.7 * tokens.count(t) + 0.4
         assert logits.argmax() == expected or logits.max() - logits[expected] < 1e-3
         tokens.append(expected)
-    context.close()
+    fresh.close()
     assert made != [s.token_id for s in steps(random_engine, PROMPT, max_tokens=25)]
-
-
-def _raw(engine: LlamaEngine):  # type: ignore[no-untyped-def]
-    from stepgguf.runtime.llama.context import Context, Rows
-
-    context = Context(engine._model, n_ctx=512, n_seq=1, n_batch=512, n_outputs=1, threads=1, of=None)
-
-    def logits(tokens: list[int]) -> np.ndarray:
-        context.remove(0, 0)
-        assert context.decode([Rows(0, 0, tokens, 1)]) == 0
-        return context.logits(len(tokens) - 1).astype(np.float64)
-
-    return context, logits
 
 
 def closing(engine: LlamaEngine) -> Reasoning:
