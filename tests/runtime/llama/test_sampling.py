@@ -104,7 +104,7 @@ def closing(engine: LlamaEngine) -> Reasoning:
 
 
 @pytest.mark.parametrize("budget", [0, 1, 12])
-def test_a_budget_closes_the_thinking_with_exactly_these_tokens(engine: LlamaEngine, budget: int) -> None:
+def test_a_budget_closes_the_reasoning_with_exactly_these_tokens(engine: LlamaEngine, budget: int) -> None:
     reasoning = Reasoning(closing(engine).ends, closing(engine).closing, budget)
     prompt = engine.tokenize(question("What is 347 + 286?"))
     made = steps(engine, prompt, reasoning=reasoning, ignore_end=False)
@@ -116,7 +116,7 @@ def test_a_budget_closes_the_thinking_with_exactly_these_tokens(engine: LlamaEng
     assert finished.reason == "stop"
 
 
-def test_thinking_within_its_budget_is_left_alone(engine: LlamaEngine) -> None:
+def test_reasoning_within_its_budget_is_left_alone(engine: LlamaEngine) -> None:
     reasoning = Reasoning(closing(engine).ends, closing(engine).closing, 500)
     made = steps(engine, engine.tokenize(question("What is 347 + 286?")), reasoning=reasoning, ignore_end=False)
     assert not any(s.forced for s in made)
@@ -131,7 +131,7 @@ def wants(engine: LlamaEngine, n: int, **more: object) -> list[int]:
 
 
 def test_a_ban_holds_from_the_forced_close_on_and_not_before(random_engine: LlamaEngine) -> None:
-    assert WANTED not in wants(random_engine, 20)  # there is no thinking: from the start
+    assert WANTED not in wants(random_engine, 20)  # there is no reasoning: from the start
     reasoning = Reasoning(frozenset({3}), (4, WANTED, 3), budget=5, break_loops=False)
     made = wants(random_engine, 30, reasoning=reasoning)
     assert made[:8] == [WANTED] * 5 + [4, WANTED, 3]
@@ -140,7 +140,7 @@ def test_a_ban_holds_from_the_forced_close_on_and_not_before(random_engine: Llam
     assert wants(random_engine, 30, reasoning=by_itself) == [WANTED] * 30
 
 
-def test_thinking_that_the_answer_opens_has_the_same_budget(random_engine: LlamaEngine) -> None:
+def test_reasoning_that_the_answer_opens_has_the_same_budget(random_engine: LlamaEngine) -> None:
     opened = Reasoning(frozenset({3}), (4, 3), budget=5, break_loops=False, opening=WANTED)
     made = steps(random_engine, PROMPT, Sampling(0.0, logit_bias=((WANTED, 100.0),)), max_tokens=30, reasoning=opened)
     assert [s.token_id for s in made[:8]] == [WANTED] * 6 + [4, 3]
@@ -149,7 +149,7 @@ def test_thinking_that_the_answer_opens_has_the_same_budget(random_engine: Llama
     assert not any(s.forced for s in steps(random_engine, PROMPT, max_tokens=30, reasoning=other))
 
 
-def test_thinking_can_be_ended_from_outside(random_engine: LlamaEngine) -> None:
+def test_reasoning_can_be_ended_from_outside(random_engine: LlamaEngine) -> None:
     stream = Stream(
         random_engine, Request(tuple(PROMPT), GREEDY, 400, reasoning=Reasoning(frozenset({3}), (4, 3)), ignore_end=True)
     )
@@ -163,7 +163,7 @@ def test_thinking_can_be_ended_from_outside(random_engine: LlamaEngine) -> None:
     assert forced == [4, 3]
 
 
-def test_thinking_that_repeats_itself_is_ended(random_engine: LlamaEngine) -> None:
+def test_reasoning_that_repeats_itself_is_ended(random_engine: LlamaEngine) -> None:
     """A bias makes the random model say one token for ever."""
     stuck = Sampling(temperature=0, logit_bias=((99, 100.0),))
     reasoning = Reasoning(frozenset({3}), (3,))
@@ -204,8 +204,8 @@ def test_a_grammar_holds_from_the_start_or_after_its_token(engine: LlamaEngine) 
     after = Grammar('root ::= "x"\nanswer ::= "\\n"? "{" [0-9]+ "}"', starts=((end, "answer"),))
     for sampling in (GREEDY, Sampling(seed=1)):
         made = steps(engine, prompt, sampling, grammar=after, ignore_end=False, max_tokens=200)
-        thinking, _, answer = b"".join(s.piece for s in made).decode().partition("</think>")
-        assert "Ones: 7+6=13" in thinking or sampling is not GREEDY
+        reasoning_text, _, answer = b"".join(s.piece for s in made).decode().partition("</think>")
+        assert "Ones: 7+6=13" in reasoning_text or sampling is not GREEDY
         assert answer.strip("\n{}").isdigit()
 
 
