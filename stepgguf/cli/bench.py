@@ -92,7 +92,7 @@ def bench(
         for row in _speed_rows(llama, depth_list, batch_list, tokens, repetitions):
             speed.append(row)
             show(_speed_line(row))
-        if llama.n_heads and llama.info.chat_template is not None:
+        if llama.n_mtp and llama.info.chat_template is not None:
             show("\ndrafted  tokens/step  tok/s               gain    accepted by head")
             for n, row in enumerate(_drafting_rows(llama, tokens, repetitions)):
                 drafting.append(row)
