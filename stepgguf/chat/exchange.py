@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stepgguf.chat.answer_grammar import constrain
+from stepgguf.chat.answer_grammar import constrain_answer
 from stepgguf.chat.output import Delta, Markers, OutputMachine
 from stepgguf.chat.request import ChatRequest, Tool
 from stepgguf.chat.template import CLOSING_WORDS, ChatTemplate, Place, closing, normalize, place_of
@@ -61,7 +61,7 @@ class ChatModel:
         prompt, place = self.prompt(request)
         tools = request.tools if request.tool_choice.mode != "none" else ()
         in_reasoning = place == "reasoning"
-        grammar = constrain(
+        grammar = constrain_answer(
             self.markers,
             in_reasoning=in_reasoning,
             format=request.format,

@@ -5,7 +5,7 @@
     THINK --<tool_call>--> CALL               CALL --not a call--> TEXT, and what was not read of it is text
 
 The machine switches on token ids and never on text: the same characters spelled out are characters. <tool_call> is
-a switch only if tools were offered, </tool_call> only outside of a parameter's value (see tools.py); else they are
+a switch only if tools were offered, </tool_call> only outside of a parameter's value (see call_reader.py); else they are
 text too. One exception: a line that starts with `<function=NAME>`, NAME being an offered tool, is a call without its
 <tool_call>. The template gives such a line no other meaning, and models forget the token.
 
@@ -25,8 +25,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from stepgguf.chat.call_reader import CallReader, held_from
 from stepgguf.chat.request import Tool
-from stepgguf.chat.tools import CallReader, held_from
 from stepgguf.runtime.engine import Step
 
 Kind = Literal["reasoning", "text", "call", "arguments"]

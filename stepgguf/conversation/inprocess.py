@@ -10,7 +10,7 @@ from typing import Any
 
 from stepgguf.chat.exchange import ChatModel, Reply
 from stepgguf.chat.output import Delta
-from stepgguf.chat.request import ChatRequest, Format, JsonObject, JsonSchema, Tool
+from stepgguf.chat.request import AnswerFormat, ChatRequest, JsonObject, JsonSchema, Tool
 from stepgguf.conversation.records import Origin, Settings, Usage
 from stepgguf.runtime.engine import Event, Finished, Prefill, Queued, Sampling, Tokens
 
@@ -44,7 +44,7 @@ def as_tool(tool: Mapping[str, Any]) -> Tool:
     return Tool(function["name"], function.get("description"), function.get("parameters") or {})
 
 
-def _format(json: Mapping[str, Any] | bool) -> Format | None:
+def _format(json: Mapping[str, Any] | bool) -> AnswerFormat | None:
     if isinstance(json, bool):
         return JsonObject() if json else None
     return JsonSchema(json)

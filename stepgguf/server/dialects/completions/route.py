@@ -11,7 +11,7 @@ from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
-from stepgguf.chat.answer_grammar import constrain
+from stepgguf.chat.answer_grammar import constrain_answer
 from stepgguf.chat.exchange import Prepared, Reply
 from stepgguf.chat.output import Delta, Markers
 from stepgguf.chat.request import ToolChoice
@@ -79,7 +79,7 @@ class CompletionBody(SamplingFields, FormatFields, ExtraBody, Ignored):
     def prepare(self, service: Service) -> list[Prepared]:
         self.check()
         info, markers, n = service.engine.info, service.chat.markers, self.n or 1
-        grammar = constrain(
+        grammar = constrain_answer(
             markers, in_reasoning=False, format=self.format(), tools=(), choice=ToolChoice("none"), parallel=False
         )
         prepared = []

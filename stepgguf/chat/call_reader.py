@@ -6,7 +6,7 @@ r"""The text of one tool call, read while it arrives, as a function's name and t
 A value ends at the first line `</parameter>` that is followed by a line starting with `<parameter=` or `</function>`.
 The protocol has no escapes, and agents write files: a `</parameter>` within a line, or on a line of its own before
 anything else, and the tokens <tool_call> and </tool_call> are part of the value. Only a value that quotes this very
-protocol at the start of its lines cannot be told from the protocol. grammar.py forbids the model just that.
+protocol at the start of its lines cannot be told from the protocol. call_grammar.py forbids the model just that.
 
 Models forget `</parameter>`, or put it at the end of a line. So a value also ends, with a warning, before a line that
 starts with `<parameter=K>`, if K is a parameter of the function that the call has not had; and, if no required
@@ -22,11 +22,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from stepgguf.chat.parameter_types import parameter_names, parameter_types, required_names
 from stepgguf.chat.request import Tool
-from stepgguf.grammar.schema import ALL_TYPES, resolve, type_of, widen
+from stepgguf.grammar.merged_schema import type_of, widen_types
 
 VALUE_ENDS = ("\n</parameter>\n<parameter=", "\n</parameter>\n</function>")
 FORGOTTEN_ENDS = tuple(f"\n{tag}{space}</tool_call>" for tag in ("</function>", "</parameter>") for space in ("\n", ""))
@@ -258,7 +259,7 @@ def as_json(text: str, types: frozenset[str]) -> tuple[str, str]:
         found = type_of(json.loads(stripped, parse_constant=_refuse))
     except (ValueError, RecursionError):
         found = ""
-    if found and found != "string" and found in widen(types):
+    if found and found != "string" and found in widen_types(types):
         return stripped, ""
     expected = " or ".join(sorted(types))
     if found and "string" not in types:
@@ -282,84 +283,3 @@ def held_from(text: str, ends: Iterable[str]) -> int:
         if any(end.startswith(text[i:]) for end in ends):
             return i
     return len(text)
-
-
-# types ------------------------------------------------------------------------------------------------------------
-
-
-def parameter_types(parameters: Any, key: str) -> frozenset[str]:
-    """The JSON types that a parameter of a function may have; all of them if nothing is said."""
-    types = [allowed_types(schema, parameters) for schema in _declared(parameters, key)]
-    return frozenset().union(*types) if types else ALL_TYPES
-
-
-def parameter_names(parameters: Any) -> frozenset[str]:
-    """The parameters that a function's schema lists, wherever it does."""
-    listed = (part.get("properties") for part in _parts(parameters, parameters, _UNIONS, set()))
-    return frozenset(name for names in listed if isinstance(names, Mapping) for name in names)
-
-
-def required_names(parameters: Any) -> frozenset[str]:
-    """The parameters that every call must have."""
-    listed = (part.get("required") for part in _parts(parameters, parameters, ("allOf",), set()))
-    return frozenset(name for names in listed if isinstance(names, list) for name in names if isinstance(name, str))
-
-
-_UNIONS = ("allOf", "anyOf", "oneOf")
-
-
-def _declared(parameters: Any, key: str) -> Iterator[Any]:
-    """The schemas of a property, wherever an object's schema may have it."""
-    for part in _parts(parameters, parameters, _UNIONS, set()):
-        properties = part.get("properties")
-        if isinstance(properties, Mapping) and key in properties:
-            yield properties[key]
-        elif isinstance(part.get("additionalProperties"), Mapping):
-            yield part["additionalProperties"]
-
-
-def _parts(schema: Any, root: Any, keys: Iterable[str], seen: set[int]) -> Iterator[Mapping[str, Any]]:
-    """A schema, and those that it is made of under these keys."""
-    if not isinstance(schema, Mapping) or id(schema) in seen:
-        return
-    seen.add(id(schema))
-    yield schema
-    for part in _combined(schema, root, keys):
-        yield from _parts(part, root, keys, seen)
-
-
-def _combined(schema: Mapping[str, Any], root: Any, keys: Iterable[str]) -> Iterator[Any]:
-    for name in keys:
-        parts = schema.get(name)
-        yield from parts if isinstance(parts, list) else ()
-    found = resolve(root, schema.get("$ref"))
-    if found is not None and "allOf" in keys:
-        yield found[0]
-
-
-def allowed_types(schema: Any, root: Any) -> frozenset[str]:
-    """The JSON types that a schema allows; all of them if it does not say, or makes no sense."""
-    return _allowed(schema, root, {}) or ALL_TYPES
-
-
-def _allowed(schema: Any, root: Any, known: dict[int, frozenset[str]]) -> frozenset[str]:
-    """known: the answers so far, by id; a schema inside itself allows all."""
-    if not isinstance(schema, Mapping):
-        return frozenset() if schema is False else ALL_TYPES
-    if id(schema) in known:
-        return known[id(schema)]
-    known[id(schema)] = ALL_TYPES
-    types = ALL_TYPES
-    if "type" in schema:
-        names = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
-        types &= widen(name for name in names if isinstance(name, str)) & ALL_TYPES or ALL_TYPES
-    members = [schema["const"]] if "const" in schema else schema.get("enum")
-    if isinstance(members, list):
-        types &= frozenset(map(type_of, members))
-    for part in _combined(schema, root, ("allOf",)):
-        types &= _allowed(part, root, known)
-    for name in ("anyOf", "oneOf"):
-        branches = [_allowed(part, root, known) for part in _combined(schema, root, (name,))]
-        types &= frozenset().union(*branches) if branches else ALL_TYPES
-    known[id(schema)] = types
-    return types

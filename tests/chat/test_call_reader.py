@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stepgguf.chat.call_reader import CallReader, as_json
+from stepgguf.chat.parameter_types import allowed_types, parameter_types
 from stepgguf.chat.request import Tool
-from stepgguf.chat.tools import CallReader, allowed_types, as_json, parameter_types
 
 ALL = {"string", "number", "integer", "boolean", "null", "array", "object"}
 
