@@ -62,7 +62,7 @@ ToolMode = Literal["auto", "none", "required"]
 
 @dataclass(frozen=True, slots=True)
 class ToolChoice:
-    """auto: text or calls; none: text; required: at least one call, of `name` if that is given."""
+    """Whether the model may call a tool. auto: text or calls; none: text; required: a call, of `name` if given."""
 
     mode: ToolMode = "auto"
     name: str | None = None
@@ -70,7 +70,7 @@ class ToolChoice:
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """Messages are OpenAI's (role, content, reasoning_content, tool_calls, tool_call_id); see template.normalize.
+    """One request. Messages are OpenAI's (role, content, reasoning_content, tool_calls, tool_call_id); see messages.py.
 
     reasoning_budget: at most so many tokens of reasoning; 0 is none, None no limit. stops: texts that end the answer;
     they are not looked for in the reasoning.

@@ -54,7 +54,7 @@ def convert(
     - `stepgguf convert Step-3.5-Flash/ step-128gb.gguf --type 128gb --imatrix imatrix.gguf`
     - `stepgguf convert Step-3.5-Flash/ step.gguf --fit 104GiB --imatrix imatrix.gguf --dry-run`
     """
-    from stepgguf.chat.template import ChatTemplate, read
+    from stepgguf.chat.template import ChatTemplate, read_template
     from stepgguf.cli.converting import Run, chosen, planned
     from stepgguf.convert.metadata import CHAT_TEMPLATE
     from stepgguf.convert.plan import MTP_MODES, Options
@@ -63,7 +63,7 @@ def convert(
     if mtp not in MTP_MODES:
         raise typer.BadParameter(f"{mtp!r} is not one of {', '.join(MTP_MODES)}", param_hint="--mtp")
     if chat_template is not None:
-        read(chat_template)  # tried before anything is written
+        read_template(chat_template)  # tried before anything is written
     limits = arguments.read_budget(fit, target_bpw, min_tps, bandwidth)
     recipe, limits = chosen(type, limits, source, arguments.DEFAULT_TYPE)
     options = Options(

@@ -29,7 +29,7 @@ from stepgguf.runtime import llama_build
 from stepgguf.runtime.llama_build import LlamaBuild
 
 if TYPE_CHECKING:
-    from stepgguf.chat.template import Place
+    from stepgguf.chat.template import PromptEnding
 
 _UPGRADE = "pip install --upgrade 'llama-cpp-python>=0.3.36'"
 _REBUILD = "pip install --force-reinstall --no-cache-dir --no-binary llama-cpp-python llama-cpp-python"
@@ -206,14 +206,14 @@ def _template(template: str | None, fix: str) -> Iterator[Finding]:
 
 
 @functools.cache
-def _place(template: str | None) -> Place | StepggufError:
+def _place(template: str | None) -> PromptEnding | StepggufError:
     """Where the prompts of a chat template end, or what is wrong with it."""
-    from stepgguf.chat.template import ChatTemplate, place_of
+    from stepgguf.chat.template import ChatTemplate, prompt_ending
 
     if template is None:
         return BadMetadata("the file has no chat template, so it cannot chat")
     try:
-        return place_of(ChatTemplate(template).probe())
+        return prompt_ending(ChatTemplate(template).probe())
     except StepggufError as error:
         return error
 
