@@ -99,6 +99,24 @@ def test_a_module_imports_only_what_its_package_may(path: Path) -> None:
                 assert str(relative).startswith(places), f"{relative} imports {name}"
 
 
+# what is imported under another name than it is installed by
+INSTALLED_AS = {"llama_cpp": "llama-cpp-python", "markdown_it": "markdown-it-py", "yaml": "pyyaml"}
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib")
+def test_what_is_imported_is_declared() -> None:
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    declared = {
+        re.split(r"[^\w.-]", line)[0] for line in [*project["dependencies"], *extras["run"], *extras["reference"]]
+    }
+    imported = {name.partition(".")[0] for path in modules() for name in imports(path)}
+    foreign = imported - sys.stdlib_module_names - {"stepgguf", "pydantic_core"}  # pydantic's own other half
+    assert {INSTALLED_AS.get(name, name.replace("_", "-")) for name in foreign} <= declared
+
+
 def test_help_loads_nothing_heavy() -> None:
     code = (
         "import sys\nfrom stepgguf.cli.main import main\nmain(['--help'])\n"
