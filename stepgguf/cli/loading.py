@@ -206,10 +206,9 @@ def _in_process(model: Model, here: Machine, options: EngineOptions, progress: C
 def _server(
     where: str, model: Model, here: Machine, options: EngineOptions, progress: Callable[[float], None]
 ) -> Engine:
-    from stepgguf.runtime.llamaserver import LlamaServerEngine
+    from stepgguf.runtime.llamaserver import LlamaServerEngine, ServerOptions
 
-    return LlamaServerEngine.spawn(
-        model.path,
+    server = ServerOptions(
         binary=where or None,
         n_ctx=options.ctx,
         n_parallel=options.parallel,
@@ -218,9 +217,8 @@ def _server(
         mtp=options.draft != 0 and model.footprint.has_mtp,
         mtp_file=model.mtp_file,
         rpc=options.rpc,
-        queue_limit=options.queue,
-        progress=progress,
     )
+    return LlamaServerEngine.spawn(model.path, server, queue_limit=options.queue, progress=progress)
 
 
 @contextmanager
