@@ -12,19 +12,18 @@ to it. It appears with its first message and is locked while a session writes to
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from stepgguf.conversation.records import Entry, Origin, Settings
 from stepgguf.errors import OutputError
-from stepgguf.files import jsonread
+from stepgguf.files import disk
+from stepgguf.files.json_lines import LineWriter, read_lines
 from stepgguf.files.jsonread import Value
 
 VERSION = 1
@@ -58,11 +57,8 @@ class Transcript:
 
     def __init__(self, folder: Path, origin: Origin, path: Path | None = None) -> None:
         self._folder, self.path = folder, path
-        self._file: TextIO | None = None
+        self._lines = _hold(path) if path is not None else None
         self._first: dict[str, dict[str, Any]] = {}
-        if path is not None:
-            self._file = _locked(path)
-            self._file.write("\n")  # ends a line that a kill cut off
         created = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         self.append({"type": "session", "version": VERSION, "created": created, "origin": asdict(origin)})
 
@@ -70,17 +66,14 @@ class Transcript:
         """Write a line and have it on the disk. Before the first message the last of each type is kept instead.
 
         OutputError says why it cannot be written."""
-        if self._file is None and record["type"] != "message":
+        if self._lines is None and record["type"] != "message":
             self._first[record["type"]] = dict(record)
             return
         try:
-            if self._file is None:
-                self.path, self._file = self._create()
-            lines = [*self._first.values(), record]
-            self._first = {}
-            self._file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            if self._lines is None:
+                self.path, self._lines = self._create()
+            first, self._first = self._first, {}
+            self._lines.append(*first.values(), record)
         except OSError as error:
             raise OutputError(
                 f"{self.path or self._folder}: the session cannot be saved: {error.strerror}",
@@ -101,11 +94,10 @@ class Transcript:
         return path
 
     def close(self) -> None:
-        if self._file is not None:
-            with suppress(OSError):  # what could not be written has been told
-                self._file.close()
+        if self._lines is not None:
+            self._lines.close()
 
-    def _create(self) -> tuple[Path, TextIO]:
+    def _create(self) -> tuple[Path, LineWriter]:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         stem = time.strftime("%Y%m%d-%H%M%S")
         for i in range(1, 1000):
@@ -114,20 +106,18 @@ class Transcript:
                 os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
             except FileExistsError:
                 continue
-            return path, _locked(path)
+            return path, _hold(path)
         raise OutputError(f"{self._folder}: no free name for a session")
 
 
-def _locked(path: Path) -> TextIO:
+def _hold(path: Path) -> LineWriter:
+    """Open a session to go on with it. OutputError if another chat has it open, or it may not be written."""
     try:
-        file = path.open("a", encoding="utf-8", errors="replace")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return LineWriter(os.fdopen(disk.hold(path), "ab"), sync=True)
     except BlockingIOError:
-        file.close()
         raise OutputError(f"{path.stem} is open in another chat", hint="Leave that one first.") from None
     except OSError as error:
         raise OutputError(f"{path}: {error.strerror}", hint="Start without -c for a new session.") from error
-    return file
 
 
 def session_path(folder: Path, name: str) -> Path:
@@ -141,18 +131,16 @@ def read(path: Path) -> Saved:
     try:
         if path.exists() and not path.is_file():
             raise OutputError(f"{path}: it is not a file", hint="/list shows the sessions that there are.")
-        lines = path.read_bytes().split(b"\n")
+        first, *others = read_lines(path)
     except OSError as error:
         raise OutputError(f"{path.stem}: {error.strerror}", hint="/list shows the sessions that there are.") from error
     fold = _Fold(Saved(path))
-    fold.head(jsonread.parse(lines[0], f"{path}: line 1", OutputError, hint=_NO_SESSION))
-    for i, line in enumerate(lines[1:], 2):
-        if not line.strip():
-            continue  # what `Transcript` puts behind a line that a kill cut off
+    fold.head(first.parse(OutputError, _NO_SESSION))
+    for line in others:
         try:
-            fold.line(jsonread.parse(line, f"{path}: line {i}", OutputError))
+            fold.line(line.parse(OutputError))
         except OutputError:
-            fold.saved.n_damaged += i < len(lines)  # the last one was not written whole: nothing special
+            fold.saved.n_damaged += line.is_whole  # else a kill cut it off: nothing special
     return fold.end()
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from stepgguf.errors import ImatrixError
 from stepgguf.model.tensors import layer_of, role_of
 from stepgguf.quants import imatrix
-from stepgguf.quants.imatrix import Entry, Imatrix
+from stepgguf.quants.imatrix import Imatrix, ImatrixEntry, WantedTensor, channel_importance, read_imatrix
 
 _KEPT = 16  # tensors whose rows are kept: 5 MB each at real size, and units come in file order
 
@@ -37,7 +37,7 @@ class Importance:
         """ImatrixError for an unknown prior, and for a file that is no importance matrix."""
         if prior not in imatrix.PRIORS:
             raise ImatrixError(f"unknown prior {prior!r}", hint=f"Choose one of: {', '.join(imatrix.PRIORS)}.")
-        return cls(imatrix.read(path), prior)
+        return cls(read_imatrix(path), prior)
 
     def has(self, name: str, shape: Shape) -> bool:
         return self._entry(name, shape) is not None
@@ -61,15 +61,15 @@ class Importance:
         """For the manifest."""
         return {"file": self.path.name, "prior": self.prior, "datasets": list(self.source.datasets)}
 
-    def _entry(self, name: str, shape: Shape) -> Entry | None:
-        return self.source.entry(wanted(name, shape))
+    def _entry(self, name: str, shape: Shape) -> ImatrixEntry | None:
+        return self.source.entry_of(wanted_tensor(name, shape))
 
     def _compute(self, name: str, shape: Shape) -> NDArray[np.float32] | None:
         entry = self._entry(name, shape)
-        return None if entry is None else imatrix.importance(entry, self.prior)
+        return None if entry is None else channel_importance(entry, self.prior)
 
 
-def wanted(name: str, shape: Shape, *, is_mtp: bool = False) -> imatrix.Tensor:
+def wanted_tensor(name: str, shape: Shape, *, is_mtp: bool = False) -> WantedTensor:
     """A tensor as importance matrices know it."""
     n_matrix = shape[0] if len(shape) == 3 else 1
-    return imatrix.Tensor(name, role_of(name), layer_of(name), n_matrix, shape[-1], is_mtp)
+    return WantedTensor(name, role_of(name), layer_of(name), n_matrix, shape[-1], is_mtp)

@@ -50,7 +50,9 @@ class Journal:
 
         What follows a damaged entry does not count.
         """
-        head, newline, records = os.pread(self.fd, _MAX_HEAD + n_units * _RECORD.size, 0).partition(b"\n")
+        content = bytearray(min(os.fstat(self.fd).st_size, _MAX_HEAD + n_units * _RECORD.size))
+        disk.read_at(self.fd, content, 0, str(self.path), OutputError)
+        head, newline, records = bytes(content).partition(b"\n")
         try:
             label = jsonread.parse(head, str(self.path), OutputError).object()
         except OutputError:
@@ -71,7 +73,7 @@ class Journal:
         """A new journal, without entries."""
         head = json.dumps(label).encode() + b"\n"
         os.ftruncate(self.fd, 0)
-        disk.write_all(self.fd, head, 0)
+        disk.write_at(self.fd, head, 0)
         self._end = len(head)
         self._sync()
 
@@ -83,7 +85,7 @@ class Journal:
     def enter(self, finished: Mapping[int, Made]) -> None:
         """Units whose bytes are on the disk."""
         records = b"".join(_record(number, made) for number, made in finished.items())
-        disk.write_all(self.fd, records, self._end)
+        disk.write_at(self.fd, records, self._end)
         self._end += len(records)
         os.fsync(self.fd)
 

@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType
@@ -40,8 +40,9 @@ from stepgguf.convert.pipeline import Compiling, UnitMaker
 from stepgguf.convert.plan import PlannedTensor, Unit, rows_per_expert
 from stepgguf.convert.sources.source import TensorSource
 from stepgguf.errors import StepggufError
-from stepgguf.files import folders, jsonread
+from stepgguf.files import folders
 from stepgguf.files.disk import disk_errors
+from stepgguf.files.json_lines import Line, LineWriter, read_lines
 from stepgguf.files.jsonread import Value
 from stepgguf.quants import mixtures
 from stepgguf.quants.codec import Loss
@@ -203,42 +204,36 @@ class _Cache:
     def __init__(self, path: Path, key: Mapping[str, Any]) -> None:
         self._path, self._key = path, key
         self.measured: dict[str, Measured] = {}
-        self._file: TextIO | None = None
+        self._lines: LineWriter | None = None
 
     def __enter__(self) -> _Cache:
         with disk_errors(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            lines = self._path.read_bytes().splitlines() if self._path.exists() else []
-            first, *others = map(_parsed, lines or [b""])
+            first, *others = map(_parsed, read_lines(self._path)) if self._path.exists() else [None]
             if first is not None and first.raw == self._key:
                 self.measured = dict(read for record in others if record and (read := _read(record)))
-                self._file = self._path.open("a")
-                self._file.write("\n")  # ends a line that was cut off
+                self._lines = LineWriter(self._path.open("ab"))
             else:
-                self._file = self._path.open("w")
-                self._write(self._key)
+                self._lines = LineWriter(self._path.open("wb"))
+                self._lines.append(self._key)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        assert self._file is not None
-        self._file.close()
+        assert self._lines is not None
+        self._lines.close()
 
     def add(self, name: str, measured: Measured) -> None:
         self.measured[name] = measured
         errors = {kind.name: error for kind, error in measured.errors.items()}
+        assert self._lines is not None
         with disk_errors(self._path):
-            self._write({"tensor": name, "energy": measured.energy, "errors": errors})
-
-    def _write(self, record: Mapping[str, Any]) -> None:
-        assert self._file is not None
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+            self._lines.append({"tensor": name, "energy": measured.energy, "errors": errors})
 
 
-def _parsed(line: bytes) -> Value | None:
+def _parsed(line: Line) -> Value | None:
     """A line's document; None for one that was cut off."""
     try:
-        return jsonread.parse(line, "a measurement", StepggufError)
+        return line.parse(StepggufError)
     except StepggufError:
         return None
 

@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType, Keys
 
 from stepgguf.convert import metadata
 from stepgguf.convert.card import read_card
-from stepgguf.convert.importance import wanted
+from stepgguf.convert.importance import wanted_tensor
 from stepgguf.convert.plan import Options, Plan, PlannedFile, PlannedTensor
 from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.convert.sources.gguf_file import ARCHITECTURE, GGUFSource
@@ -224,7 +224,7 @@ def _plan(
 def _cover(tensors: Sequence[PlannedTensor], facts: Facts, options: Options) -> Coverage | None:
     if options.importance is None or not tensors:
         return None
-    asked = [wanted(t.name, t.shape, is_mtp=facts.is_mtp(layer_of(t.name))) for t in tensors]
+    asked = [wanted_tensor(t.name, t.shape, is_mtp=facts.is_mtp(layer_of(t.name))) for t in tensors]
     return coverage.coverage(options.importance.source, asked)
 
 

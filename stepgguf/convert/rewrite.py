@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -114,7 +115,7 @@ def _fitted(keys: dict[str, Key], old: Header) -> bytes | None:
 def _overwrite(path: Path, header: bytes) -> None:
     fd = os.open(path, os.O_RDWR)
     try:
-        disk.write_all(fd, header, 0)
+        disk.write_at(fd, header, 0)
         os.fsync(fd)
     finally:
         os.close(fd)
@@ -122,19 +123,10 @@ def _overwrite(path: Path, header: bytes) -> None:
 
 def _copy(path: Path, data_start: int, header: bytes) -> None:
     """A new file with another header and the same data, renamed over the old one."""
-    part = path.with_name(path.name + ".new")
-    try:
-        with path.open("rb") as source, part.open("wb") as target:
-            target.write(header)
-            source.seek(data_start)
-            while block := source.read(_COPY):
-                target.write(block)
-            target.flush()
-            os.fsync(target.fileno())
-        part.replace(path)
-        disk.sync_folder(path.parent)
-    finally:
-        part.unlink(missing_ok=True)
+    with path.open("rb") as source, disk.replacing(path) as target:
+        target.write(header)
+        source.seek(data_start)
+        shutil.copyfileobj(source, target, _COPY)
 
 
 def _manifest(path: Path) -> dict[str, Any] | None:

@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from stepgguf.convert.manifest import entries, read_manifest
 from stepgguf.convert.pipeline import UnitMaker
 from stepgguf.convert.plan import Plan, PlannedTensor, Unit, replan, row_ranges, rows_per_expert, unit_rows
-from stepgguf.convert.sources.checkpoint import read_exactly
 from stepgguf.convert.sources.source import TensorSource
 from stepgguf.convert.sources.splits import read_headers
+from stepgguf.errors import TruncatedFile
+from stepgguf.files import disk
 from stepgguf.files.gguf_header import Header, TensorInfo
 from stepgguf.quants.ggml import row_size
 
@@ -50,7 +51,8 @@ class Report:
             info, start, stop, check = job
             size = row_size(info.ggml_type, info.shape[-1])
             offset = header.data_start + info.offset + start * size
-            data = read_exactly(fd, (stop - start) * size, offset, info.name)
+            data = np.empty((stop - start) * size, np.uint8)
+            disk.read_at(fd, data.data, offset, info.name, TruncatedFile)
             problem = check(data)
             return data.nbytes, f"{_where(info, start, stop)} {problem}" if problem else None
 

@@ -149,7 +149,7 @@ class Writer:
             return
         for file, fd in zip(self.plan.files, self._parts, strict=True):
             os.ftruncate(fd, file.size)
-            disk.write_all(fd, file.header, 0)
+            disk.write_at(fd, file.header, 0)
         self._journal.begin(self._label)
 
     # writing ----------------------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ class Writer:
         unit = self.units[number]
         file = self.plan.files[unit.file]
         offset = len(file.header) + file.offsets[unit.tensor] + unit.start * file.tensors[unit.tensor].row_bytes
-        disk.write_all(self._parts[unit.file], data.data, offset)
+        disk.write_at(self._parts[unit.file], data.data, offset)
         return Made(hashlib.sha256(data.data).digest(), loss)
 
     def commit(self, finished: Mapping[int, Made]) -> None:
@@ -227,7 +227,11 @@ def _part(file: PlannedFile) -> Path:
 
 def _is_of(file: PlannedFile, fd: int) -> bool:
     """Whether this is the planned file, of full size and with its header."""
-    return os.fstat(fd).st_size == file.size and os.pread(fd, len(file.header), 0) == file.header
+    if os.fstat(fd).st_size != file.size:
+        return False
+    found = bytearray(len(file.header))
+    disk.read_at(fd, found, 0, str(file.path), OutputError)
+    return found == file.header
 
 
 def _let_go(fd: int, path: Path) -> None:

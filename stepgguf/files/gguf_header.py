@@ -109,8 +109,6 @@ def encode(keys: Iterable[Key], tensors: Sequence[TensorInfo], alignment: int = 
 
 def read(path: Path, *, check_size: bool = True) -> Header:
     """Parse and check the header of a GGUF file. Raises BadMagic, TruncatedFile, BadMetadata."""
-    if path.exists() and not path.is_file():
-        raise GGUFError(f"{path}: not a file", hint=_not_gguf(b""))  # opening a pipe would wait for ever
     try:
         with disk.open_regular(path) as file:
             size = file.seek(0, 2)
@@ -118,6 +116,8 @@ def read(path: Path, *, check_size: bool = True) -> Header:
                 raise BadMagic(f"{path}: {size} bytes is too short for a GGUF header", hint=_not_gguf(b""))
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 header = _parse(path, data)
+    except disk.NotAFile as error:
+        raise GGUFError(f"{path}: not a file", hint=_not_gguf(b"")) from error
     except OSError as error:
         raise GGUFError(f"{path}: {error.strerror or error}", hint="Check the path.") from error
     # Without tensors the header need not be padded, and gguf-py's are not.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import signal
 import stat
 import subprocess
@@ -261,11 +263,14 @@ def test_a_line_that_was_not_written_whole_is_passed_over(saved: Session, backen
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is always full")
-def test_without_room_to_save_it_is_told_once_and_the_conversation_goes_on(saved: Session) -> None:
+def test_without_room_to_save_it_is_told_once_and_the_conversation_goes_on(
+    saved: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     list(saved.ask("Hello"))
-    assert saved.transcript is not None
-    saved.close()
-    saved.transcript._file = Path("/dev/full").open("a")  # noqa: SIM115
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OutputError, match="cannot be saved: No space left"):
         list(saved.ask("Thank you!"))
     assert deltas(saved.ask("Thank you!")) == "You are welcome!"

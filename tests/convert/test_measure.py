@@ -20,9 +20,9 @@ from stepgguf.convert.plan import Options, PlannedTensor
 from stepgguf.convert.planner import plan_checkpoint
 from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.errors import CorruptTensor
-from stepgguf.quants import codec, ggml, imatrix
+from stepgguf.quants import codec, ggml
 from stepgguf.quants.codec import Values
-from stepgguf.quants.imatrix import Entry, Imatrix
+from stepgguf.quants.imatrix import Imatrix, ImatrixEntry, write_imatrix
 from tests.generate import Shape, write_checkpoint
 
 T = GGMLQuantizationType
@@ -83,9 +83,9 @@ def write_importance(folder: Path, tensors: dict[str, PlannedTensor], seed: int)
         tensor = tensors[role]
         counts = np.array([30, 10][: tensor.n_experts], np.float32)
         sums = rng.gamma(0.3, 1.0, (tensor.n_experts, tensor.shape[-1])).astype(np.float32) * counts[:, None]
-        entries[tensor.name] = Entry(sums, counts)
+        entries[tensor.name] = ImatrixEntry(sums, counts)
     path = folder / f"imatrix-{seed}.gguf"
-    imatrix.write(Imatrix(None, ("made up",), 1, 1, entries), path)
+    write_imatrix(Imatrix(None, ("made up",), 1, 1, entries), path)
     return Importance.read(path)
 
 

@@ -16,9 +16,8 @@ from stepgguf.convert.objective import Routing, items
 from stepgguf.convert.plan import Options, PlannedTensor
 from stepgguf.convert.planner import plan_checkpoint
 from stepgguf.convert.sources.checkpoint import Checkpoint
-from stepgguf.quants import imatrix
 from stepgguf.quants.allocate import Item
-from stepgguf.quants.imatrix import Entry, Imatrix
+from stepgguf.quants.imatrix import Imatrix, ImatrixEntry, write_imatrix
 from tests.generate import Shape, write_checkpoint
 
 T = GGMLQuantizationType
@@ -51,11 +50,11 @@ def importance(tensors: list[PlannedTensor], tmp_path_factory: pytest.TempPathFa
 
 def write_importance(tensors: list[PlannedTensor], path: Path, without: str) -> Importance:
     entries = {
-        t.name: Entry(np.ones((t.n_experts, t.shape[-1]), np.float32), np.ones(t.n_experts, np.float32))
+        t.name: ImatrixEntry(np.ones((t.n_experts, t.shape[-1]), np.float32), np.ones(t.n_experts, np.float32))
         for t in tensors
         if t.role != without and t.role != "token_embd"
     }
-    imatrix.write(Imatrix(None, ("made up",), 1, 1, entries), path)
+    write_imatrix(Imatrix(None, ("made up",), 1, 1, entries), path)
     return Importance.read(path)
 
 

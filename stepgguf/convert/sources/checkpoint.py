@@ -33,7 +33,7 @@ from stepgguf.convert.sources.layout import Layout, Matrix, locate
 from stepgguf.convert.sources.shards import Entry, Shard, read_shard
 from stepgguf.convert.sources.source import SourceTensor
 from stepgguf.errors import BadConfig, CheckpointError, TruncatedShard, UnexpectedTensor
-from stepgguf.files import jsonread
+from stepgguf.files import disk, jsonread
 from stepgguf.model.hparams import HParams
 from stepgguf.model.spelling import NO_WEIGHT, VISION_PREFIXES, published
 from stepgguf.model.tensors import TensorSpec, is_beyond, tensor_specs
@@ -162,7 +162,7 @@ class Checkpoint:
     def prefetch(self, name: str, start: int, stop: int) -> None:
         for matrix, first, n in self._runs(name, start, stop):
             row_bytes = matrix.entry.row_bytes
-            advise(self._files[matrix.entry.shard], matrix.offset + first * row_bytes, n * row_bytes)
+            disk.prefetch_at(self._files[matrix.entry.shard], n * row_bytes, matrix.offset + first * row_bytes)
 
     def raw(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
         parts = [self._read(matrix, first, n) for matrix, first, n in self._runs(name, start, stop)]
@@ -189,7 +189,9 @@ class Checkpoint:
     def _read(self, matrix: Matrix, first: int, n: int) -> NDArray[np.uint8]:
         entry = matrix.entry
         offset = matrix.offset + first * entry.row_bytes
-        return read_exactly(self._files[entry.shard], n * entry.row_bytes, offset, entry.name).reshape(n, -1)
+        data = np.empty(n * entry.row_bytes, np.uint8)
+        disk.read_at(self._files[entry.shard], data.data, offset, entry.name, TruncatedShard)
+        return data.reshape(n, -1)
 
     def _scale_rows(self, matrix: Matrix, first: int, n: int) -> NDArray[np.float32]:
         """The scales of n rows from `first` on: [n, column tiles]."""
@@ -204,7 +206,8 @@ class Checkpoint:
         return {name: self._scale_table(entry) for name, entry in scales.items()}
 
     def _scale_table(self, entry: Entry) -> NDArray[np.float32]:
-        data = read_exactly(self._files[entry.shard], entry.n_bytes, entry.offset, entry.name)
+        data = np.empty(entry.n_bytes, np.uint8)
+        disk.read_at(self._files[entry.shard], data.data, entry.offset, entry.name, TruncatedShard)
         table = np.empty((math.prod(entry.shape[:-2]), *entry.shape[-2:]), np.float32)
         widen((data.view(np.uint16) if entry.dtype == "BF16" else data.view(np.float32)).reshape(table.shape), table)
         return table
@@ -261,23 +264,3 @@ def _read_index(path: Path) -> dict[str, str]:
         if not 0 < len(name.encode()) < 256 or name == ".." or Path(name).name != name or "\0" in name:
             raise value.wrong("a file's name in this directory")
     return {name: value.text() for name, value in shards.items()}
-
-
-def read_exactly(fd: int, size: int, offset: int, name: str) -> NDArray[np.uint8]:
-    """size bytes at offset, however many preads it takes."""
-    data = np.empty(size, np.uint8)
-    view, done = data.data, 0
-    while done < size:
-        n = os.preadv(fd, [view[done:]], offset + done)
-        if n == 0:
-            raise TruncatedShard(
-                f"{name}: the file ended {size - done} bytes early", hint="It changed while being read."
-            )
-        done += n
-    return data
-
-
-def advise(fd: int, offset: int, size: int) -> None:
-    """Start reading in the background, where the system can (Linux)."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, offset, size, os.POSIX_FADV_WILLNEED)

@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from stepgguf.convert.sources.checkpoint import advise, read_exactly
 from stepgguf.convert.sources.source import SourceTensor
 from stepgguf.convert.sources.splits import model_stem, read_headers
-from stepgguf.errors import UnsupportedModel
-from stepgguf.files import gguf_header
+from stepgguf.errors import TruncatedFile, UnsupportedModel
+from stepgguf.files import disk, gguf_header
 from stepgguf.files.gguf_header import Header, Key, TensorInfo
 from stepgguf.files.jsonread import shown
 from stepgguf.quants import codec
@@ -71,11 +70,13 @@ class GGUFSource:
 
     def prefetch(self, name: str, start: int, stop: int) -> None:
         fd, offset, size = self._locate(name, start, stop)
-        advise(fd, offset, size)
+        disk.prefetch_at(fd, size, offset)
 
     def raw(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
         fd, offset, size = self._locate(name, start, stop)
-        return read_exactly(fd, size, offset, name).reshape(stop - start, -1)
+        data = np.empty(size, np.uint8)
+        disk.read_at(fd, data.data, offset, name, TruncatedFile)
+        return data.reshape(stop - start, -1)
 
     def values(self, name: str, start: int, stop: int) -> Values:
         tensor, data = self._where[name][1], self.raw(name, start, stop)

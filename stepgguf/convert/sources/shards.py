@@ -60,14 +60,14 @@ class Shard:
 
 def read_shard(path: Path) -> Shard:
     """Read a shard's header. MissingShard, TruncatedShard or CorruptShard, each naming the file and what is wrong."""
-    if path.exists() and not path.is_file():
-        raise CorruptShard(f"{path}: not a file", hint=_AGAIN)
     try:
         with disk.open_regular(path) as file:
             status = os.fstat(file.fileno())
             start = file.read(64)
             length = _header_length(path, start, status.st_size)
             text = start[8 : 8 + length] + file.read(max(0, length - 56))
+    except disk.NotAFile as error:
+        raise CorruptShard(f"{path}: not a file", hint=_AGAIN) from error
     except PermissionError as error:  # safetensors makes files that only their owner may read
         raise CheckpointError(f"{path}: {error.strerror}", hint="Check its permissions.") from error
     except OSError as error:
