@@ -16,9 +16,9 @@ from stepgguf.chat.request import ChatRequest
 from stepgguf.runtime.engine import Engine
 from stepgguf.server.config import ServerConfig
 from stepgguf.server.metrics import Metrics
-from stepgguf.server.problems import Refusal
-from stepgguf.server.stream import Exchange
-from stepgguf.server.unknown import UnknownFields
+from stepgguf.server.problem import Refusal
+from stepgguf.server.generation import Exchange
+from stepgguf.server.body.unknown_fields import UnknownFields
 
 LONGEST_ID = 256
 

@@ -15,9 +15,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from stepgguf.server.body import Part
-from stepgguf.server.sealed import unseal
-from stepgguf.server.unreadable import (
+from stepgguf.server.body.objects import Part
+from stepgguf.server.dialects.sealed_reasoning import unseal
+from stepgguf.server.body.unreadable import (
     WORDS,
     AnyPart,
     TextPart,

@@ -18,10 +18,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, Tag, TypeAdapter, WrapValidator
 from pydantic_core.core_schema import ValidatorFunctionWrapHandler
 
-from stepgguf.server.body import Part
+from stepgguf.server.body.objects import Part
 from stepgguf.server.dialects.responses.tools import INPUT, Offers, by_type
-from stepgguf.server.sealed import unseal
-from stepgguf.server.unreadable import (
+from stepgguf.server.dialects.sealed_reasoning import unseal
+from stepgguf.server.body.unreadable import (
     AnyPart,
     TextPart,
     as_output,
