@@ -81,9 +81,9 @@ def serve(
     from stepgguf.chat.exchange import ChatModel
     from stepgguf.chat.request import EFFORTS
     from stepgguf.cli import addresses, output
-    from stepgguf.server.http import listen
     from stepgguf.server.app import create_app
     from stepgguf.server.config import ServerConfig
+    from stepgguf.server.http import listen
     from stepgguf.server.middleware.guard import is_loopback
 
     if not is_loopback(host) and api_key is None and not no_key:
