@@ -81,7 +81,7 @@ def bench(
         force=force,
         trained=False,
     )
-    with loading.engine(path, options, verb="bench", quiet=quiet) as engine:
+    with loading.open_engine(path, options, command="bench", quiet=quiet) as engine:
         llama: LlamaEngine = engine  # type: ignore[assignment]
         llama.set_draft(0)
         _measure(llama, 0, 1, 8, 0)  # the first decode of each shape sets things up

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -15,8 +15,6 @@ from stepgguf.cli import arguments, loading
 
 if TYPE_CHECKING:
     from stepgguf.conversation.session import ChatBackend
-
-_THINKING = ("full", "fold", "hide")
 
 
 def chat(
@@ -48,9 +46,8 @@ def chat(
     engine: loading.EngineName = loading.IN_PROCESS,
     rpc: loading.Rpc = None,
     thinking: Annotated[
-        str | None,
+        Literal["full", "fold", "hide"] | None,
         typer.Option(
-            metavar="full|fold|hide",
             help="How the thinking is shown. Default: fold on a terminal, hide elsewhere; full goes to stderr there.",
         ),
     ] = None,
@@ -88,8 +85,6 @@ def chat(
     - `git diff | stepgguf chat step-q4_k_s.gguf -p "Review this change" --reasoning-budget 2000`
     - `stepgguf chat --url http://127.0.0.1:8080 -c`
     """
-    if thinking is not None and thinking not in _THINKING:
-        raise typer.BadParameter(f"{thinking!r} is not one of {', '.join(_THINKING)}", param_hint="--thinking")
     if (path is None) == (url is None):
         raise typer.BadParameter("give a GGUF file or --url", param_hint="FILE.gguf")
     interactive = sys.stdin is not None and sys.stdin.isatty()
@@ -109,7 +104,7 @@ def chat(
     from stepgguf.conversation.transcript import Transcript, list_sessions
     from stepgguf.files import folders
 
-    view = open_view(reasoning_display=thinking, plain=plain, silent=json)  # type: ignore[arg-type]
+    view = open_view(reasoning_display=thinking, plain=plain, silent=json)
     if sys.platform == "darwin":  # where older versions kept them on every system
         folders.adopt(Path.home() / ".local" / "share" / "stepgguf")
     folder = folders.sessions()
@@ -178,5 +173,5 @@ def _backend(
     from stepgguf.conversation.inprocess import InProcessBackend
     from stepgguf.conversation.records import AnswerOrigin
 
-    with loading.engine(path, options, verb="chat", quiet=quiet) as engine:
+    with loading.open_engine(path, options, command="chat", quiet=quiet) as engine:
         yield InProcessBackend(ChatModel(engine), AnswerOrigin.of_file(engine.info.name, path))

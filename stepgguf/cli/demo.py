@@ -31,7 +31,7 @@ def demo(
     from stepgguf.chat.exchange import ChatModel
     from stepgguf.cli import output
     from stepgguf.cli.answering import answer_once, open_view
-    from stepgguf.cli.converting import Run
+    from stepgguf.cli.converting import Conversion, RunOptions
     from stepgguf.cli.dialogue import Dialogue
     from stepgguf.cli.terminal.screen import Screen
     from stepgguf.conversation.inprocess import InProcessBackend
@@ -47,10 +47,11 @@ def demo(
         options = Options(check_name(type), name="stepgguf demo")
         path = keep or Path(folder) / f"demo-{options.recipe.name}.gguf"
         with Checkpoint(CHECKPOINT) as checkpoint:
-            run = Run(plan_checkpoint(checkpoint, path, options), checkpoint)
-            output.note(f"{run.plan_text()}\n")
-            run.execute(restart=True, overwrite=True, threads=None, memory=2 * 2**30)
-        with loading.engine(path, loading.EngineOptions(), verb="chat", quiet=False) as engine:
+            how = RunOptions(restart=True, overwrite=True)
+            conversion = Conversion(plan_checkpoint(checkpoint, path, options), checkpoint, how)
+            output.note(f"{conversion.plan_text()}\n")
+            conversion.execute()
+        with loading.open_engine(path, loading.EngineOptions(), command="chat", quiet=False) as engine:
             session = Session(InProcessBackend(ChatModel(engine)), ChatSettings({"temperature": 0.0}))
             view = open_view(reasoning_display="full")
             output.note(f"\n> {QUESTION}")

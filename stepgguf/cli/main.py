@@ -47,7 +47,7 @@ EXTRAS = {
 
 app = typer.Typer(
     name="stepgguf",
-    cls=help.Group,
+    cls=help.ReadableGroup,
     help="Step-3.5-Flash on your workstation: convert the published safetensors to a quantized GGUF in one pass, "
     "check it, chat with it and serve it.",
     epilog="Try it without any download: stepgguf demo",
@@ -71,7 +71,7 @@ for command in (
     bench.bench,
     demo.demo,
 ):  # in the order in which --help lists them
-    app.command(cls=help.Command)(command)
+    app.command(cls=help.ReadableCommand)(command)
 
 
 def _version(value: bool) -> None:

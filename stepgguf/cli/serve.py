@@ -12,6 +12,7 @@ import typer
 
 from stepgguf.chat.template import CLOSING_WORDS
 from stepgguf.cli import arguments, loading
+from stepgguf.runtime.engine import DEFAULT_CACHE_RAM
 
 
 def serve(
@@ -51,7 +52,7 @@ def serve(
     draft: loading.Draft = None,
     mtp_file: loading.MtpFile = None,
     mmap: loading.Mmap = None,
-    cache_ram: loading.CacheRam = 2 * 2**30,
+    cache_ram: loading.CacheRam = DEFAULT_CACHE_RAM,
     cache_folder: loading.CacheFolder = None,
     engine: loading.EngineName = loading.IN_PROCESS,
     rpc: loading.Rpc = None,
@@ -111,7 +112,7 @@ def serve(
         mtp_file=mtp_file,
         force=force,
     )
-    with _bound(host, port) as listener, loading.engine(path, options, verb="serve", quiet=quiet) as opened:
+    with _bound(host, port) as listener, loading.open_engine(path, options, command="serve", quiet=quiet) as opened:
         config = ServerConfig(
             model_ids=(path.stem, *(alias or ())),
             host=host,

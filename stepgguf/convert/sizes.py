@@ -18,7 +18,8 @@ from stepgguf.convert.objective import Routing
 from stepgguf.convert.planner import gguf_facts, is_quantizable, model_facts, number
 from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.convert.sources.gguf_file import ARCHITECTURE, GGUFSource
-from stepgguf.errors import BadMetadata
+from stepgguf.errors import BadMetadata, UnknownType
+from stepgguf.files.byte_sizes import readable_size
 from stepgguf.files.jsonread import shown
 from stepgguf.model.tensors import ROPE_FREQS, file_order, layer_of, role_of
 from stepgguf.quants import mixtures, recipe
@@ -104,6 +105,15 @@ class Inventory:
 def inventory(source: Checkpoint | GGUFSource) -> Inventory:
     """Of whatever the source is. BadMetadata for a GGUF that does not say what the rules ask."""
     return _of_checkpoint(source) if isinstance(source, Checkpoint) else _of_gguf(source)
+
+
+def with_near_sizes(error: UnknownType, model: Inventory) -> UnknownType:
+    """The same error with a hint that says how large this model is as the types that come near."""
+    if not error.near:
+        return error
+    sizes = sorted(((model.sizes(name), name) for name in error.near), key=lambda pair: pair[0].total)
+    found = [f"{name} {readable_size(s.total)}{' (with an imatrix)' * s.needs_imatrix}" for s, name in sizes]
+    return UnknownType(error.message, hint=f"Types that come near: {', '.join(found)}.", near=error.near)
 
 
 def _of_checkpoint(checkpoint: Checkpoint) -> Inventory:

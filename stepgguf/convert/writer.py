@@ -36,6 +36,7 @@ from stepgguf.convert.journal import Journal, Made
 from stepgguf.convert.plan import Plan, PlannedFile
 from stepgguf.errors import OutputError
 from stepgguf.files import disk, jsonread
+from stepgguf.files.byte_sizes import readable_size
 from stepgguf.files.disk import disk_errors
 from stepgguf.quants.codec import Loss
 
@@ -133,7 +134,7 @@ class Writer:
         need, free = self.plan.file_bytes, shutil.disk_usage(self._folder).free + held
         if need > free:
             raise OutputError(
-                f"{self._folder} has {gib(free)} free, the output needs {gib(need)}",
+                f"{self._folder} has {readable_size(free)} free, the output needs {readable_size(need)}",
                 hint="Free some space, choose another disk or a smaller type.",
             )
 
@@ -211,10 +212,6 @@ def taken(path: Path) -> OutputError:
 def is_taken(path: Path) -> bool:
     """Whether there is a file, and no interrupted run that was about to finish it."""
     return os.path.lexists(path) and not _beside(path, ".journal").exists()
-
-
-def gib(n: int) -> str:
-    return f"{n / 2**30:.2f} GiB"
 
 
 def _beside(path: Path, suffix: str) -> Path:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from stepgguf.errors import BadMetadata
-from stepgguf.fit.memory import Footprint, Layer
+from stepgguf.fit.memory import Footprint, LayerFootprint
 
 if TYPE_CHECKING:
     from stepgguf.convert.sources.gguf_file import GGUFSource
@@ -17,10 +17,10 @@ def checkpoint_footprint(hp: HParams) -> Footprint:
     """Of a checkpoint, with MTP blocks. The weights' size is not known before there is a type: 0."""
     return Footprint(
         weights=0,
-        layers=tuple(Layer(layer.n_head_kv, layer.is_sliding, layer.is_mtp) for layer in hp.layers),
+        layers=tuple(LayerFootprint(layer.n_head_kv, layer.is_sliding, layer.is_mtp) for layer in hp.layers),
         key_length=hp.head_dim,
         value_length=hp.head_dim,
-        window=hp.sliding_window,
+        sliding_window=hp.sliding_window,
         n_embd=hp.hidden_size,
         n_ff=hp.intermediate_size,
         n_vocab=hp.vocab_size,
@@ -40,7 +40,7 @@ def footprint(source: GGUFSource) -> Footprint:
         layers=_layers(source),
         key_length=_number(source, "attention.key_length"),
         value_length=_number(source, "attention.value_length"),
-        window=_number(source, "attention.sliding_window"),
+        sliding_window=_number(source, "attention.sliding_window"),
         n_embd=_number(source, "embedding_length"),
         n_ff=_number(source, "feed_forward_length"),
         n_vocab=source.tensors["token_embd.weight"].shape[0],
@@ -62,13 +62,15 @@ def _weights(source: GGUFSource) -> int:
     return sum(tensor.n_bytes for header in source.headers for tensor in header.tensors)
 
 
-def _layers(source: GGUFSource) -> tuple[Layer, ...]:
+def _layers(source: GGUFSource) -> tuple[LayerFootprint, ...]:
     """The layers whose tensors are there, in order."""
     n = _number(source, "block_count")
     here = [i for i in range(min(n, len(source.tensors))) if f"blk.{i}.attn_norm.weight" in source.tensors]
     sliding = _per_layer(source, "attention.sliding_window_pattern", n)
     kv = _per_layer(source, "attention.head_count_kv", n)
-    return tuple(Layer(kv[i], bool(sliding[i]), f"blk.{i}.nextn.eh_proj.weight" in source.tensors) for i in here)
+    return tuple(
+        LayerFootprint(kv[i], bool(sliding[i]), f"blk.{i}.nextn.eh_proj.weight" in source.tensors) for i in here
+    )
 
 
 def _number(source: GGUFSource, name: str) -> int:

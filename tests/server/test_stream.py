@@ -17,8 +17,8 @@ from stepgguf.chat.exchange import ChatModel, PreparedRequest
 from stepgguf.errors import EngineDied, RequestError
 from stepgguf.runtime.engine import Request
 from stepgguf.server.config import ServerConfig
-from stepgguf.server.metrics import Metrics
 from stepgguf.server.generation import Exchange
+from stepgguf.server.metrics import Metrics
 from tests.scripted_engine import ScriptedEngine
 from tests.server.conftest import Serve, Server, running
 

@@ -17,15 +17,15 @@ from stepgguf.chat.exchange import ChatModel
 from stepgguf.chat.messages import normalize_messages
 from stepgguf.chat.request import ChatRequest, ToolChoice
 from stepgguf.runtime.engine import Sampling
+from stepgguf.server.body.reasoning import ReasoningMap
 from stepgguf.server.config import ServerConfig
 from stepgguf.server.dialects.messages.request import Choice, Create, CustomTool, OutputConfig, Prompt
 from stepgguf.server.dialects.messages.route import stream
 from stepgguf.server.dialects.messages.writer import Display, MessageWriter
-from stepgguf.server.metrics import Metrics
-from stepgguf.server.body.reasoning import ReasoningMap
 from stepgguf.server.dialects.sealed_reasoning import seal
-from stepgguf.server.service import Service
 from stepgguf.server.generation import Exchange
+from stepgguf.server.metrics import Metrics
+from stepgguf.server.service import Service
 from tests.server.conftest import Serve, Server
 from tests.server.scripted import CALL, answer
 

@@ -18,15 +18,15 @@ from pydantic import BaseModel, TypeAdapter
 from stepgguf.chat.exchange import ChatModel
 from stepgguf.chat.request import ChatRequest
 from stepgguf.server.body.objects import Body
+from stepgguf.server.body.reasoning import ReasoningMap
 from stepgguf.server.config import ServerConfig
 from stepgguf.server.dialects.responses.request import Prompt, ResponseBody, TextOptions
 from stepgguf.server.dialects.responses.store import Answers
 from stepgguf.server.dialects.responses.tools import FunctionTool, Offers
 from stepgguf.server.dialects.responses.writer import ResponseWriter
+from stepgguf.server.dialects.sealed_reasoning import seal
 from stepgguf.server.metrics import Metrics
 from stepgguf.server.problem import Problem
-from stepgguf.server.body.reasoning import ReasoningMap
-from stepgguf.server.dialects.sealed_reasoning import seal
 from stepgguf.server.service import Service
 from tests.server.conftest import Serve, Server
 from tests.server.scripted import CALL, answer

@@ -22,6 +22,7 @@ from stepgguf.chat.exchange import Reply
 from stepgguf.chat.output import Delta
 from stepgguf.runtime.engine import Step
 from stepgguf.server.body.objects import JsonRoute
+from stepgguf.server.body.reasoning import ReasoningMap
 from stepgguf.server.dialects.chat_completions.request import ChatBody, wants_usage
 from stepgguf.server.dialects.openai import (
     ChatChoice,
@@ -36,11 +37,10 @@ from stepgguf.server.dialects.openai import (
     TopLogprob,
     Usage,
 )
-from stepgguf.server.problem import Problem, openai_error
-from stepgguf.server.body.reasoning import ReasoningMap
-from stepgguf.server.service import TheService, copies, now, trace
-from stepgguf.server.http.sse import DONE, Events, EventStream, event
 from stepgguf.server.generation import Exchange
+from stepgguf.server.http.sse import DONE, Events, EventStream, event
+from stepgguf.server.problem import Problem, openai_error
+from stepgguf.server.service import TheService, copies, now, trace
 
 router = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
 

@@ -7,13 +7,13 @@ from starlette.responses import JSONResponse, Response
 from typing_extensions import TypedDict
 
 from stepgguf.server.body.objects import JsonRoute
+from stepgguf.server.body.sampling import limit
 from stepgguf.server.dialects.messages.request import Create, Prompt
 from stepgguf.server.dialects.messages.writer import PING, Event, MessageWriter
-from stepgguf.server.body.sampling import limit
+from stepgguf.server.generation import Exchange
+from stepgguf.server.http.sse import Events, EventStream, event
 from stepgguf.server.problem import Problem, anthropic_error
 from stepgguf.server.service import TheService, trace
-from stepgguf.server.http.sse import Events, EventStream, event
-from stepgguf.server.generation import Exchange
 
 
 class Counted(TypedDict):

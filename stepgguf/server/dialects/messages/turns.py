@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from stepgguf.server.body.objects import Part
-from stepgguf.server.dialects.sealed_reasoning import unseal
 from stepgguf.server.body.unreadable import (
     WORDS,
     AnyPart,
@@ -27,6 +26,7 @@ from stepgguf.server.body.unreadable import (
     as_text,
     paragraphs,
 )
+from stepgguf.server.dialects.sealed_reasoning import unseal
 
 
 class ThinkingBlock(Part):

@@ -19,8 +19,6 @@ from pydantic import BeforeValidator, ConfigDict, Field, Tag, TypeAdapter, WrapV
 from pydantic_core.core_schema import ValidatorFunctionWrapHandler
 
 from stepgguf.server.body.objects import Part
-from stepgguf.server.dialects.responses.tools import INPUT, Offers, by_type
-from stepgguf.server.dialects.sealed_reasoning import unseal
 from stepgguf.server.body.unreadable import (
     AnyPart,
     TextPart,
@@ -31,6 +29,8 @@ from stepgguf.server.body.unreadable import (
     refuse_unreadable,
     shown,
 )
+from stepgguf.server.dialects.responses.tools import INPUT, Offers, by_type
+from stepgguf.server.dialects.sealed_reasoning import unseal
 
 Json = dict[str, Any]
 RESULTS = ("output", "outputs", "results")  # where an item that is a call and its result has the result
