@@ -91,9 +91,9 @@ def bench(
         for depth, batch in itertools.product(depth_list, batch_list):
             rows.append(_mean([_measure(llama, depth, batch, tokens, i) for i in range(repetitions)]))
             show(_speed_line(rows[-1]))
-        if llama.n_heads and llama.info.chat_template is not None:
+        if llama.n_mtp and llama.info.chat_template is not None:
             show("\ndrafted  tokens/step  tok/s               gain    accepted by head")
-            for n in range(llama.n_heads + 1):
+            for n in range(llama.n_mtp + 1):
                 drafting.append(_mean([_draft(llama, n, tokens) for _ in range(repetitions)]))
                 show(_draft_line(n, drafting))
         name, used = llama.info.name, llama.info.engine

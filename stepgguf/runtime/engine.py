@@ -214,7 +214,7 @@ class Stats:
     n_recoveries: int = 0
     alive: bool = True
 
-    def busy(self, n_parallel: int, queue_limit: int) -> EngineBusy:
+    def busy_error(self, n_parallel: int, queue_limit: int) -> EngineBusy:
         """The error that a request gets when the queue is full. `retry_after`: the mean time of a request so far."""
         seconds = self.generation_seconds / max(1, self.n_requests)
         return EngineBusy(

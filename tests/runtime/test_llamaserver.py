@@ -232,11 +232,11 @@ def test_log_probabilities_are_the_models_own(engine: LlamaServerEngine, prompt:
     assert step.top[0].token_id == plain[0].token_id
 
 
-# thinking and grammars ----------------------------------------------------------------------------------------------
+# reasoning and grammars ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("budget", [0, 1, 5])
-def test_the_budget_closes_the_thinking(
+def test_the_budget_closes_the_reasoning(
     engine: LlamaServerEngine, prompt: tuple[int, ...], end: int, budget: int
 ) -> None:
     closing = (*engine.tokenize_piece("Enough.\n"), end)
@@ -282,12 +282,12 @@ def test_forced_tokens_count_and_come_after_the_prefill(
     assert finished.reason == "length"
 
 
-def test_thinking_that_ends_by_itself_is_left_alone(
+def test_reasoning_that_ends_by_itself_is_left_alone(
     engine: LlamaServerEngine, prompt: tuple[int, ...], end: int
 ) -> None:
     plain, _ = run(engine, Request(prompt, GREEDY))
-    n_thinking = [step.token_id for step in plain].index(end)
-    for budget in (n_thinking + 1, 1000):  # the first ends a leg in the answer's first token
+    n_reasoning = [step.token_id for step in plain].index(end)
+    for budget in (n_reasoning + 1, 1000):  # the first ends a leg in the answer's first token
         steps, finished = run(engine, Request(prompt, GREEDY, reasoning=Reasoning(frozenset([end]), (end,), budget)))
         assert [step.token_id for step in steps] == [step.token_id for step in plain]
         assert not finished.timings.budget_reached
@@ -322,8 +322,8 @@ def test_a_grammar_starts_after_its_token(
     grammar = Grammar('answer ::= "\\nRoot: " root\nroot ::= [0-9] "!"', ((end, "answer"),))
     reasoning = Reasoning(frozenset([end]), (end,), budget)
     steps, finished = run(engine, Request(prompt, GREEDY, grammar=grammar, reasoning=reasoning))
-    thinking, answer = text(steps).split(b"</think>")
-    assert thinking.startswith(b"Looking for r")
+    reasoning_text, answer = text(steps).split(b"</think>")
+    assert reasoning_text.startswith(b"Looking for r")
     assert answer.startswith(b"\nRoot: ")
     assert answer[-2:-1].isdigit()
     assert answer.endswith(b"!")

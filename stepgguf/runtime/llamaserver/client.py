@@ -46,7 +46,7 @@ class LlamaServerClient:
         return self._address.url
 
     def get(self, path: str) -> Any:
-        """The JSON that a GET brings."""
+        """The JSON that a GET brings: an object, or a list of them."""
         return self._call(path, None)
 
     def post(self, path: str, body: Mapping[str, object]) -> Any:

@@ -7,12 +7,12 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from stepgguf.errors import ContextLengthExceeded, EngineDied, EngineError, StepggufError
 from stepgguf.runtime.engine import FinishReason, ModelInfo, Queued, Request, Sampling, Sink, Stats
 from stepgguf.runtime.http_events import ConnectionLost
-from stepgguf.runtime.llamaserver.client import LlamaServerClient
+from stepgguf.runtime.llamaserver.client import Json, LlamaServerClient
 from stepgguf.runtime.llamaserver.gbnf import check_rules
 from stepgguf.runtime.llamaserver.options import ServerOptions
 from stepgguf.runtime.llamaserver.process import ForeignServer, LlamaProcess, LlamaServer
@@ -135,7 +135,7 @@ class LlamaServerEngine:
             if self._closed or not self._server.alive:
                 raise EngineDied("llama-server has stopped", recovered=False, hint="Start it again.")
             if len(self._waiting) + len(self._running) >= self._n_parallel + self._queue_limit:
-                raise self._stats.busy(self._n_parallel, self._queue_limit)
+                raise self._stats.busy_error(self._n_parallel, self._queue_limit)
             self._stats.n_requests += 1
             self._waiting.append(active)
         threading.Thread(target=self._serve, args=(active,), name="llama-server request", daemon=True).start()
@@ -213,7 +213,7 @@ class LlamaServerTicket:
         self._active.end_reasoning()
 
 
-def _recommended_sampling(params: dict[str, Any]) -> Sampling:
+def _recommended_sampling(params: Json) -> Sampling:
     """What the file recommends; llama-server shows its own values, in float32, where it recommends nothing."""
     chosen = {
         name: round(params[name], 6) for name, llama in _LLAMA_DEFAULTS.items() if round(params[name], 6) != llama
