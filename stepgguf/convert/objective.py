@@ -38,7 +38,7 @@ from stepgguf.convert.importance import Importance
 from stepgguf.convert.measure import TensorErrors
 from stepgguf.convert.plan import PlannedTensor
 from stepgguf.model.names import TensorName
-from stepgguf.quants.allocate import Item, Option
+from stepgguf.quants.allocate import TensorOptions, TypeOption
 
 _AT_ONCE = ("ffn_down_exps", "ffn_down_shexp")  # two writers of one block
 
@@ -57,8 +57,8 @@ def items(
     measured: Mapping[str, TensorErrors],
     routing: Routing,
     importance: Importance | None,
-) -> list[Item]:
-    """For allocate.solve: `tensors`, all of the trunk's that are quantized, in their order with every type measured."""
+) -> list[TensorOptions]:
+    """For allocate.allocate_bytes: `tensors`, all of the trunk's that are quantized, in their order with every type measured."""
     writers = sorted((t for t in tensors if _writer(t) == t.name and t.role != "output"), key=_order)
     weights = _weights({t.name: 0.5 if t.role in _AT_ONCE else 1.0 for t in writers})
     # The embedding is looked up and not multiplied: its energy is known without an imatrix.
@@ -67,10 +67,10 @@ def items(
         energies = {t.name: measured[t.name].energy * (evenly if t.role == "ffn_down_exps" else 1.0) for t in writers}
         weights = {name: math.sqrt(weights[name] * weight) for name, weight in _weights(energies).items()}
     return [
-        Item(
+        TensorOptions(
             tensor.name,
             tuple(
-                Option(ggml_type, tensor.bytes_as(ggml_type), weights.get(_writer(tensor), 1.0) * error)
+                TypeOption(ggml_type, tensor.bytes_as(ggml_type), weights.get(_writer(tensor), 1.0) * error)
                 for ggml_type, error in measured[tensor.name].errors.items()
             ),
             read_share(tensor, routing),
