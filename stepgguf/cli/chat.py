@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -15,8 +15,6 @@ from stepgguf.cli import arguments, loading
 
 if TYPE_CHECKING:
     from stepgguf.conversation.session import Backend
-
-_THINKING = ("full", "fold", "hide")
 
 
 def chat(
@@ -48,9 +46,8 @@ def chat(
     engine: loading.EngineName = loading.IN_PROCESS,
     rpc: loading.Rpc = None,
     thinking: Annotated[
-        str | None,
+        Literal["full", "fold", "hide"] | None,
         typer.Option(
-            metavar="full|fold|hide",
             help="How the thinking is shown. Default: fold on a terminal, hide elsewhere; full goes to stderr there.",
         ),
     ] = None,
@@ -88,8 +85,6 @@ def chat(
     - `git diff | stepgguf chat step-q4_k_s.gguf -p "Review this change" --reasoning-budget 2000`
     - `stepgguf chat --url http://127.0.0.1:8080 -c`
     """
-    if thinking is not None and thinking not in _THINKING:
-        raise typer.BadParameter(f"{thinking!r} is not one of {', '.join(_THINKING)}", param_hint="--thinking")
     if (path is None) == (url is None):
         raise typer.BadParameter("give a GGUF file or --url", param_hint="FILE.gguf")
     interactive = sys.stdin is not None and sys.stdin.isatty()
@@ -108,7 +103,7 @@ def chat(
     from stepgguf.conversation.transcript import Transcript, sessions
     from stepgguf.files import folders
 
-    screen: Screen | Pipe = view(thinking=thinking, plain=plain, silent=json)  # type: ignore[arg-type]
+    screen: Screen | Pipe = view(thinking=thinking, plain=plain, silent=json)
     if sys.platform == "darwin":  # where older versions kept them on every system
         folders.adopt(Path.home() / ".local" / "share" / "stepgguf")
     folder = folders.sessions()
@@ -119,13 +114,12 @@ def chat(
     sampling = {key: value for key, value in given.items() if value is not None}
     changes: dict[str, Any] = {"system": system, "max_tokens": max_tokens, "reasoning_budget": reasoning_budget}
     options = loading.EngineOptions(
-        ctx,
-        1,
-        0,
-        gpu_layers,
-        threads,
-        draft,
-        mmap,
+        ctx=ctx,
+        queue=0,
+        gpu_layers=gpu_layers,
+        threads=threads,
+        draft=draft,
+        mmap=mmap,
         cache_folder=cache_folder,
         engine=engine,
         rpc=tuple(rpc or ()),
@@ -177,5 +171,5 @@ def _backend(
     from stepgguf.conversation.inprocess import InProcess
     from stepgguf.conversation.records import Origin
 
-    with loading.engine(path, options, verb="chat", quiet=quiet) as engine:
+    with loading.open_engine(path, options, command="chat", quiet=quiet) as engine:
         yield InProcess(ChatModel(engine), Origin.of(engine.info.name, path))

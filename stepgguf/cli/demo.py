@@ -30,7 +30,7 @@ def demo(
 
     from stepgguf.chat.exchange import ChatModel
     from stepgguf.cli import output
-    from stepgguf.cli.converting import Run
+    from stepgguf.cli.converting import Conversion, RunOptions
     from stepgguf.cli.dialogue import Dialogue, one_shot, view
     from stepgguf.cli.terminal.view import Screen
     from stepgguf.conversation.inprocess import InProcess
@@ -47,10 +47,11 @@ def demo(
         options = Options(load_recipe(check_name(type)), name="stepgguf demo")
         path = keep or Path(folder) / f"demo-{options.recipe.name}.gguf"
         with Checkpoint(CHECKPOINT) as checkpoint:
-            run = Run(plan_source(checkpoint, path, options), checkpoint)
-            output.note(f"{run.plan_text()}\n")
-            run.execute(restart=True, overwrite=True, threads=None, memory=2 * 2**30)
-        with loading.engine(path, loading.EngineOptions(), verb="chat", quiet=False) as engine:
+            how = RunOptions(restart=True, overwrite=True)
+            conversion = Conversion(plan_source(checkpoint, path, options), checkpoint, how)
+            output.note(f"{conversion.plan_text()}\n")
+            conversion.execute()
+        with loading.open_engine(path, loading.EngineOptions(), command="chat", quiet=False) as engine:
             session = Session(InProcess(ChatModel(engine)), Settings({"temperature": 0.0}))
             screen = view(thinking="full")
             output.note(f"\n> {QUESTION}")

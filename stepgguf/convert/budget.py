@@ -25,6 +25,7 @@ from stepgguf.convert.planner import plan_source
 from stepgguf.convert.sizes import Inventory
 from stepgguf.convert.sources.source import TensorSource
 from stepgguf.errors import DoesNotFit, RecipeError
+from stepgguf.files.byte_sizes import readable_size, size_word
 from stepgguf.quants.allocate import TensorOptions, TypeOption, allocate_bytes
 from stepgguf.quants.mixtures import Candidate, TypeChoice
 from stepgguf.quants.recipe import Recipe
@@ -48,15 +49,11 @@ class Limits:
     def name(self) -> str:
         """As a part of a file's name."""
         parts = [
-            f"fit-{_size(self.n_bytes)}" if self.n_bytes is not None else None,
+            f"fit-{size_word(self.n_bytes)}" if self.n_bytes is not None else None,
             f"{self.bpw:g}bpw" if self.bpw is not None else None,
-            f"{_size(self.read_bytes)}-a-token" if self.read_bytes is not None else None,
+            f"{size_word(self.read_bytes)}-a-token" if self.read_bytes is not None else None,
         ]
         return "-".join(part for part in parts if part is not None)
-
-
-def _size(n_bytes: float) -> str:
-    return f"{n_bytes / 2**30:.4g}GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.4g}MiB"
 
 
 def resolve(type_name: str | None, limits: Limits | None, default: str) -> tuple[Recipe, Limits | None]:
@@ -144,17 +141,20 @@ def settled(limits: Limits, source: TensorSource, dest: Path, options: Options) 
     model = sizes.inventory(source)
     smallest = _extreme(min, model, source, dest, options)
     if not _holds(limits, smallest, model):
-        token = f", {_size(_read_bytes(smallest, model))} read for a token" if limits.read_bytes is not None else ""
+        token = (
+            f", {readable_size(_read_bytes(smallest, model))} read for a token" if limits.read_bytes is not None else ""
+        )
         raise DoesNotFit(
             f"{limits.name}: with the smallest types the files have {smallest.file_bytes:,} bytes "
-            f"({_size(smallest.file_bytes)}, {smallest.bpw:.3f} bpw{token})",
+            f"({readable_size(smallest.file_bytes)}, {smallest.bpw:.3f} bpw{token})",
             hint="Give a larger budget, an --imatrix (types below Q2_K and IQ3_S need one), or leave out MTP blocks.",
         )
     largest = _extreme(max, model, source, dest, options)
     if not _holds(limits, largest, model):
         return None
     types = ", ".join(sorted({t.ggml_type.name for t in largest.tensors if t.reason == REASON}))
-    note = f"the budget holds the largest types that it chooses from ({types}, {_size(largest.file_bytes)} in all)"
+    in_all = readable_size(largest.file_bytes)
+    note = f"the budget holds the largest types that it chooses from ({types}, {in_all} in all)"
     return replace(largest, warnings=(*largest.warnings, note))
 
 

@@ -58,7 +58,7 @@ def items(
     routing: Routing,
     importance: Importance | None,
 ) -> list[TensorOptions]:
-    """For allocate.allocate_bytes: `tensors`, all of the trunk's that are quantized, in their order with every type measured."""
+    """What allocate_bytes chooses from: `tensors`, all that are quantized of the trunk, with every type measured."""
     writers = sorted((t for t in tensors if _writer(t) == t.name and t.role != "output"), key=_order)
     weights = _weights({t.name: 0.5 if t.role in _AT_ONCE else 1.0 for t in writers})
     # The embedding is looked up and not multiplied: its energy is known without an imatrix.

@@ -16,6 +16,8 @@ from gguf import GGMLQuantizationType
 from stepgguf.convert.objective import Routing
 from stepgguf.convert.planner import rule_facts
 from stepgguf.convert.sources.source import TensorSource
+from stepgguf.errors import UnknownType
+from stepgguf.files.byte_sizes import readable_size
 from stepgguf.model.tensors import TensorSpec
 from stepgguf.quants import mixtures
 from stepgguf.quants.mixtures import Facts
@@ -113,3 +115,12 @@ def inventory(source: TensorSource) -> Inventory:
         quantizable=frozenset(spec.name for spec in source.specs if spec.is_quantizable),
         own=source.own_types,
     )
+
+
+def with_near_sizes(error: UnknownType, model: Inventory) -> UnknownType:
+    """The same error with a hint that says how large this model is as the types that come near."""
+    if not error.near:
+        return error
+    sizes = sorted(((model.sizes(name), name) for name in error.near), key=lambda pair: pair[0].total)
+    found = [f"{name} {readable_size(s.total)}{' (with an imatrix)' * s.needs_imatrix}" for s, name in sizes]
+    return UnknownType(error.message, hint=f"Types that come near: {', '.join(found)}.", near=error.near)

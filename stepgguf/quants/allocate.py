@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from gguf import GGMLQuantizationType
 
 from stepgguf.errors import DoesNotFit
+from stepgguf.files.byte_sizes import readable_size
 
 # Halvings of mu's interval. The order of a thousand steps no longer changes well before that.
 _BISECTIONS = 30
@@ -105,8 +106,8 @@ def _check_fits(items: Sequence[TensorOptions], max_bytes: float, max_read_bytes
     ):
         if least > most:
             raise DoesNotFit(
-                f"with the smallest types {what} {math.ceil(least):,} bytes ({least / 2**30:.2f} GiB); "
-                f"the budget is {math.floor(most):,} ({most / 2**30:.2f} GiB)",
+                f"with the smallest types {what} {math.ceil(least):,} bytes ({readable_size(least)}); "
+                f"the budget is {math.floor(most):,} ({readable_size(most)})",
                 hint="Give a larger budget, or allow smaller types (most of those below Q3_K need an imatrix).",
             )
 

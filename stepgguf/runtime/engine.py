@@ -14,8 +14,12 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from stepgguf.errors import EngineBusy, StepggufError
+from stepgguf.files.byte_sizes import GIB
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+DEFAULT_CTX = 32768  # tokens of context at most, unless more are asked for: they take memory
+DEFAULT_CACHE_RAM = 2 * GIB  # for conversations that are not in the context
 
 
 @dataclass(frozen=True, slots=True)

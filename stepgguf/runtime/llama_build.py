@@ -15,10 +15,18 @@ from typing import Any
 
 from stepgguf.errors import EngineError
 from stepgguf.files import installed
-from stepgguf.fit.machine import Gpu
 
 _GPU_TYPES = (1, 2)  # ggml_backend_dev_type: GPU, IGPU
 _AMX_GCC = (14, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A GPU with its memory in bytes; None where it has none of its own and shares the system's."""
+
+    name: str
+    total: int | None
+    free: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +54,7 @@ class LlamaBuild:
 
 
 @functools.cache
-def probe() -> LlamaBuild:
+def probe_build() -> LlamaBuild:
     """EngineError says why there is none."""
     try:
         import llama_cpp

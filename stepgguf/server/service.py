@@ -14,11 +14,11 @@ from stepgguf import __version__
 from stepgguf.chat.exchange import ChatModel, Prepared
 from stepgguf.chat.request import ChatRequest
 from stepgguf.runtime.engine import Engine
+from stepgguf.server.body.unknown_fields import UnknownFields
 from stepgguf.server.config import ServerConfig
+from stepgguf.server.generation import Exchange
 from stepgguf.server.metrics import Metrics
-from stepgguf.server.problems import Refusal
-from stepgguf.server.stream import Exchange
-from stepgguf.server.unknown import UnknownFields
+from stepgguf.server.problem import Refusal
 
 LONGEST_ID = 256
 

@@ -207,11 +207,11 @@ def test_of_two_steps_at_one_rate_the_larger_is_first_whatever_the_budget(budget
     [
         (
             {"max_bytes": 29},
-            r"with the smallest types the tensors take 30 bytes \(0.00 GiB\); the budget is 29 \(0.00 GiB\)",
+            r"with the smallest types the tensors take 30 bytes \(30 B\); the budget is 29 \(29 B\)",
         ),
         (
             {"max_read_bytes": 12},
-            r"with the smallest types one token reads 15 bytes \(0.00 GiB\); the budget is 12 \(0.00 GiB\)",
+            r"with the smallest types one token reads 15 bytes \(15 B\); the budget is 12 \(12 B\)",
         ),
     ],
 )

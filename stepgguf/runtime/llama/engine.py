@@ -17,8 +17,7 @@ from pathlib import Path
 import llama_cpp
 
 from stepgguf.errors import ContextLengthExceeded, EngineDied, EngineError, ModelLoadFailed
-from stepgguf.fit.memory import DEFAULT_CTX
-from stepgguf.runtime.engine import FinishReason, ModelInfo, Request, Sink, Stats
+from stepgguf.runtime.engine import DEFAULT_CACHE_RAM, DEFAULT_CTX, FinishReason, ModelInfo, Request, Sink, Stats
 from stepgguf.runtime.llama import hooks
 from stepgguf.runtime.llama.context import Context
 from stepgguf.runtime.llama.depth import DepthTuner
@@ -49,15 +48,15 @@ class LlamaEngine:
         mtp_file: Path | None = None,
         mmap: bool = True,
         queue_limit: int = 64,
-        cache_ram: int = 2 * 2**30,
+        cache_ram: int = DEFAULT_CACHE_RAM,
         cache_folder: Path | None = None,
         cache_disk: int = 32 * 2**30,
         progress: Callable[[float], None] | None = None,
     ) -> None:
         """Load a GGUF. ModelLoadFailed says why not.
 
-        n_ctx: tokens that all requests share; None is what the model was trained for, at most 32768. n_parallel: so
-        many requests are decoded at once, queue_limit more wait. draft: MTP tokens to draft; None finds the best
+        n_ctx: tokens that all requests share; None is what the model was trained for, at most DEFAULT_CTX. n_parallel:
+        so many requests are decoded at once, queue_limit more wait. draft: MTP tokens to draft; None finds the best
         number, 0 is off. mtp_file: another GGUF that holds the MTP blocks, as `convert --mtp separate` writes it.
         cache_ram, cache_folder, cache_disk: bytes and place for conversations that are not in the context.
         """

@@ -14,7 +14,7 @@ import llama_cpp
 from stepgguf.errors import BadMagic, ModelLoadFailed, UnsupportedModel
 from stepgguf.model.hparams import ARCHITECTURE
 from stepgguf.runtime.engine import Sampling
-from stepgguf.runtime.llama_build import probe
+from stepgguf.runtime.llama_build import probe_build
 from stepgguf.runtime.passages import passages
 
 _LOG_ERROR = 4  # ggml_log_level
@@ -35,7 +35,7 @@ class Model:
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
         # ggml's AMX code needs its "extra" buffer types; without them weights stay as they are and AVX-512 code runs.
-        params.use_extra_bufts = not probe().amx_is_broken
+        params.use_extra_bufts = not probe_build().amx_is_broken
         params.load_mtp = mtp
         params.load_mode = llama_cpp.LLAMA_LOAD_MODE_AUTO if mmap else llama_cpp.LLAMA_LOAD_MODE_NONE
         if progress is not None:

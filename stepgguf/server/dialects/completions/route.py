@@ -18,15 +18,15 @@ from stepgguf.chat.request import ToolChoice
 from stepgguf.errors import RequestError
 from stepgguf.runtime.engine import Request as EngineRequest
 from stepgguf.runtime.engine import Step
-from stepgguf.server.body import ExtraBody, Ignored, JsonRoute
+from stepgguf.server.body.objects import ExtraBody, Ignored, JsonRoute
+from stepgguf.server.body.sampling import AnswerTokens, FormatFields, SamplingFields, limit
 from stepgguf.server.dialects.chat_completions.request import StreamOptions, wants_usage
 from stepgguf.server.dialects.chat_completions.route import usage
-from stepgguf.server.fields import AnswerTokens, FormatFields, SamplingFields, limit
-from stepgguf.server.openai_shapes import FinishReason, TextChoice, TextCompletion, TextLogprobs, Usage
-from stepgguf.server.problems import Problem, openai_error
+from stepgguf.server.dialects.openai import FinishReason, TextChoice, TextCompletion, TextLogprobs, Usage
+from stepgguf.server.generation import Exchange
+from stepgguf.server.http.sse import DONE, Events, EventStream, event
+from stepgguf.server.problem import Problem, openai_error
 from stepgguf.server.service import Service, TheService, copies, now, trace
-from stepgguf.server.sse import DONE, Events, EventStream, event
-from stepgguf.server.stream import Exchange
 
 router = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
 MAX_TOKENS = 16  # OpenAI's default

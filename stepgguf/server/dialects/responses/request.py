@@ -18,7 +18,9 @@ from pydantic_core import PydanticCustomError
 from stepgguf.chat.request import ChatRequest, Format, JsonObject, JsonSchema
 from stepgguf.errors import RequestError
 from stepgguf.runtime.engine import Sampling
-from stepgguf.server.body import Body, Ignored, Part, ignored
+from stepgguf.server.body.objects import Body, Ignored, Part, ignored
+from stepgguf.server.body.reasoning import ReasoningFields, ReasoningMap
+from stepgguf.server.body.sampling import AnswerTokens, SamplingFields, limit
 from stepgguf.server.dialects.responses.items import (
     Items,
     Json,
@@ -29,8 +31,6 @@ from stepgguf.server.dialects.responses.items import (
 )
 from stepgguf.server.dialects.responses.store import Answers
 from stepgguf.server.dialects.responses.tools import AnyChoice, AnyTool, Offers, choose, repeated
-from stepgguf.server.fields import AnswerTokens, SamplingFields, limit
-from stepgguf.server.reasoning import ReasoningFields, ReasoningMap
 from stepgguf.server.service import Service
 
 NO_CONVERSATIONS = "there are no conversation objects here: use previous_response_id, or send the items as `input`"

@@ -12,9 +12,9 @@ from typing_extensions import TypedDict
 
 from stepgguf.chat.request import ChatRequest
 from stepgguf.errors import RequestError
-from stepgguf.server.body import Body, JsonRoute
+from stepgguf.server.body.objects import Body, JsonRoute
 from stepgguf.server.dialects.chat_completions.request import AnyTool, Message, as_chat, as_tools, functions
-from stepgguf.server.problems import Refusal
+from stepgguf.server.problem import Refusal
 from stepgguf.server.service import Service, TheService
 
 router = APIRouter(route_class=JsonRoute, tags=["stepgguf"])

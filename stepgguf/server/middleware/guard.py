@@ -28,9 +28,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stepgguf.errors import StepggufError
 from stepgguf.server.config import ServerConfig
+from stepgguf.server.generation import Exchange
 from stepgguf.server.metrics import Metrics
-from stepgguf.server.problems import Refusal, body, problem
-from stepgguf.server.stream import Exchange
+from stepgguf.server.problem import Refusal, body, problem
 
 log = logging.getLogger(__name__)
 OPEN = {"/", "/health", "/docs", "/openapi.json"}  # nothing there is secret

@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from stepgguf.chat.request import Choice, Format, Gbnf, JsonObject, JsonSchema
 from stepgguf.errors import RequestError
 from stepgguf.runtime.engine import Sampling
-from stepgguf.server.body import Body, ignored
+from stepgguf.server.body.objects import Body, ignored
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Bias = Annotated[float, Field(ge=-100, le=100)]

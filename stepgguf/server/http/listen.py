@@ -13,7 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from stepgguf.runtime.engine import Engine
-from stepgguf.server.connection import Connection
+from stepgguf.server.http.connection import Connection
 
 log = logging.getLogger(__name__)
 HEADER_BYTES = 32 * 1024  # of a request's head; browsers and agents stay below 16

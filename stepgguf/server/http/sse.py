@@ -23,7 +23,7 @@ from starlette.types import Receive, Scope, Send
 
 from stepgguf.errors import StepggufError
 from stepgguf.server.config import ServerConfig
-from stepgguf.server.problems import Problem, problem
+from stepgguf.server.problem import Problem, problem
 
 log = logging.getLogger(__name__)
 Events = AsyncGenerator[bytes, None]

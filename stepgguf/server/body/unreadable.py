@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from stepgguf.errors import RequestError
-from stepgguf.server.body import Part
+from stepgguf.server.body.objects import Part
 
 # What a type's name says it is: input_image, image_url, computer_screenshot, container_upload, ...
 WORDS = {"image": "image", "screenshot": "image", "audio": "audio", "video": "video"}

@@ -13,9 +13,9 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
 from stepgguf.chat.request import EFFORTS
-from stepgguf.server.body import Body, ignored
+from stepgguf.server.body.objects import Body, ignored
+from stepgguf.server.body.sampling import UNLIMITED, Effort, Nvext, Tokens, limit
 from stepgguf.server.config import ServerConfig
-from stepgguf.server.fields import UNLIMITED, Effort, Nvext, Tokens, limit
 
 # Words for efforts that are not among EFFORTS. Clients leave a field of theirs empty for "as you like".
 SAID = dict.fromkeys(("off", "disabled", "disable", "false", "no"), "none")

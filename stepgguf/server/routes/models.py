@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from stepgguf.server.openai_shapes import Model, Models
+from stepgguf.server.dialects.openai import Model, Models
 from stepgguf.server.service import Service, TheService
 
 router = APIRouter(tags=["OpenAI"])

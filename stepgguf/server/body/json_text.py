@@ -12,7 +12,7 @@ import re
 from json.scanner import py_make_scanner  # type: ignore[attr-defined]
 from typing import Any
 
-from stepgguf.server.problems import Refusal
+from stepgguf.server.problem import Refusal
 
 MOST_SIGNS = 300_000  # of commas, or of brackets. In a text each is about a token: the longest context is 262,144
 FEW_SIGNS = 30_000

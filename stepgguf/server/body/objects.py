@@ -28,9 +28,16 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 
-from stepgguf.server.json_text import parse
-from stepgguf.server.problems import Refusal, explain
-from stepgguf.server.unknown import LONGEST_NAME, MOST_OF_ONE_REQUEST, REQUEST, OfOneRequest, namesake, near_miss
+from stepgguf.server.body.json_text import parse
+from stepgguf.server.body.unknown_fields import (
+    LONGEST_NAME,
+    MOST_OF_ONE_REQUEST,
+    REQUEST,
+    OfOneRequest,
+    namesake,
+    near_miss,
+)
+from stepgguf.server.problem import Refusal, explain
 
 WITHOUT_EFFECT = "Accepted, without effect"
 FIRST = ("model", "messages", "input")

@@ -28,7 +28,7 @@ from stepgguf.chat.exchange import Prepared, Reply
 from stepgguf.chat.output import Delta
 from stepgguf.errors import RequestError
 from stepgguf.runtime.engine import Engine, Event, Finished, Ticket, Tokens
-from stepgguf.server.sse import left
+from stepgguf.server.http.sse import left
 
 MOST_WAITING = 16384  # events; a token each, or some with MTP
 
