@@ -116,7 +116,7 @@ def _speed_rows(
 
 def _drafting_rows(engine: LlamaEngine, tokens: int, repetitions: int) -> Iterator[BenchRow]:
     """The speed with 0 drafted tokens a step, 1, and so on to one for each MTP block."""
-    for n in range(engine.n_heads + 1):
+    for n in range(engine.n_mtp + 1):
         yield _average([_measure_drafting(engine, n, tokens) for _ in range(repetitions)])
 
 

@@ -16,7 +16,7 @@ from stepgguf.convert.objective import Routing, allocation_items
 from stepgguf.convert.plan import Options, PlannedTensor
 from stepgguf.convert.planner import plan_source
 from stepgguf.convert.sources.checkpoint import Checkpoint
-from stepgguf.quants.allocate import Item
+from stepgguf.quants.allocate import TensorOptions
 from stepgguf.quants.imatrix import Imatrix, ImatrixEntry, write_imatrix
 from stepgguf.quants.recipe_files import load_recipe
 from tests.generate import Shape, write_checkpoint
@@ -63,7 +63,7 @@ def made_up(tensors: list[PlannedTensor]) -> Mapping[str, TensorErrors]:
     return {t.name: TensorErrors(ENERGIES.get(t.name, 77.0), {T.Q4_K: ERROR, T.Q8_0: 0.0}) for t in tensors}
 
 
-def weights(found: list[Item]) -> dict[str, float]:
+def weights(found: list[TensorOptions]) -> dict[str, float]:
     return {item.name.removesuffix(".weight"): item.options[0].cost / ERROR for item in found}
 
 
