@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import gguf.quants
 import numpy as np
@@ -39,11 +39,16 @@ from stepgguf.quants.values import (
     widen,
 )
 
+if TYPE_CHECKING:
+    from stepgguf.quants.lanes.lane_kernels import LaneKernels
+    from stepgguf.quants.lanes.operands import Stored
+
 KernelName = Literal["lanes", "ggml"]
 KERNEL_NAMES: tuple[KernelName, ...] = get_args(KernelName)
 
 Blocks = NDArray[np.uint8]  # encoded rows [n, row bytes]
 Floats = NDArray[np.float32]
+LaneCall = tuple[Callable[..., object], tuple[object, ...]]  # one of our kernels, and its arguments
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +74,9 @@ class Decoder:
         return self.quant_type.ggml_type
 
     @cached_property
-    def _lane(self) -> Any | None:
-        """Our kernels of this type (lanes.lanetype.LaneType). Imports numba when it is first asked."""
-        return lanes.lane_type(self.ggml_type)
+    def _lane(self) -> LaneKernels | None:
+        """Our kernels of this type, if it has some. Imports numba when it is first asked."""
+        return lanes.kernels_of(self.ggml_type)
 
     def decode(self, data: Blocks, out: Floats) -> None:
         """Decode data into out [n, columns]. What a damaged factor scales is not finite."""
@@ -140,7 +145,7 @@ class Kernel(Decoder):
         for function, arguments in calls:
             function(*arguments)
 
-    def _lane_calls(self, values: Values, out: Blocks, importance: Floats | None) -> list[tuple[Any, tuple[Any, ...]]]:
+    def _lane_calls(self, values: Values, out: Blocks, importance: Floats | None) -> list[LaneCall]:
         """The calls that a tensor's life makes, as (lane kernel, arguments)."""
         assert self._lane is not None
         return [(self._lane.measure, (*_as_lanes_take(values), importance, out, np.zeros(3)))]
@@ -165,7 +170,7 @@ class LaneKernel(Kernel):
                     f"the values are too large for {self.quant_type.name}: a block's scale does not fit into FP16"
                 )
 
-    def _lane_calls(self, values: Values, out: Blocks, importance: Floats | None) -> list[tuple[Any, tuple[Any, ...]]]:
+    def _lane_calls(self, values: Values, out: Blocks, importance: Floats | None) -> list[LaneCall]:
         assert self._lane is not None
         encode = self._lane.encode, (*_as_lanes_take(values), importance, out)
         return [*super()._lane_calls(values, out, importance), encode]
@@ -231,7 +236,7 @@ def scratch_bytes(n_values: int) -> int:
     return 4 * 4 * min(CHUNK, n_values)
 
 
-def _as_lanes_take(values: Values) -> tuple[NDArray[Any], Floats | None]:
+def _as_lanes_take(values: Values) -> tuple[Stored, Floats | None]:
     """(values, scales)."""
     return (values.codes, values.scales) if isinstance(values, Scaled) else (values, None)
 

@@ -24,6 +24,7 @@ from stepgguf.quants.lanes.blocks import (
     store_word,
 )
 from stepgguf.quants.lanes.compile import inlined
+from stepgguf.quants.lanes.grid import Grid
 from stepgguf.quants.lanes.iq_blocks import (
     complete_signs,
     make_place_point,
@@ -33,7 +34,7 @@ from stepgguf.quants.lanes.iq_blocks import (
     split_signs,
 )
 from stepgguf.quants.lanes.lane_kernels import define_type
-from stepgguf.quants.lanes.lattice import ALL, MOVED, Grid, make_fit, make_snap
+from stepgguf.quants.lanes.lattice import ALL, MOVED, make_fit, make_snap
 from stepgguf.quants.lanes.operands import ByteTile, F32Lanes, F32Tile, I32Lanes, I32Tile, Importance
 from stepgguf.quants.lanes.search import GROUP_MAX_EPS, quantize_positive
 from stepgguf.quants.lanes.vector import (

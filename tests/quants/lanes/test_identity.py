@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 from gguf import GGMLQuantizationType
 
 from stepgguf.quants import lanes
+from stepgguf.quants.lanes.lane_kernels import LaneKernels
 from stepgguf.quants.types import BY_NAME
 from tests.quants.lanes.inputs import IMPORTANCES, check, check_decoder
 
@@ -21,8 +20,8 @@ CASES = [
 ]
 
 
-def lane(name: str) -> Any:
-    found = lanes.lane_type(GGMLQuantizationType[name])
+def kernels_of(name: str) -> LaneKernels:
+    found = lanes.kernels_of(GGMLQuantizationType[name])
     assert found is not None
     return found
 
@@ -33,16 +32,16 @@ def without(name: str) -> tuple[str, ...]:
 
 @pytest.mark.parametrize(("name", "importance"), CASES)
 def test_float32_rows_become_the_bytes_of_ggml(name: str, importance: str | None) -> None:
-    check(name, lane(name).encode, importance, without=without(name))
+    check(name, kernels_of(name).encode, importance, without=without(name))
 
 
 # Read by code that all types share: those that read a row once, and Q4_0, which reads it twice.
 @pytest.mark.parametrize("storage", ["bf16", "fp8"])
 @pytest.mark.parametrize("name", ["Q4_K", "Q8_0", "IQ3_S", "Q4_0"])
 def test_stored_rows_become_the_bytes_of_ggml(name: str, storage: str) -> None:
-    check(name, lane(name).encode, "random", storage, without(name))
+    check(name, kernels_of(name).encode, "random", storage, without(name))
 
 
 @pytest.mark.parametrize("name", lanes.NAMES)
 def test_random_blocks_become_the_numbers_of_ggml(name: str) -> None:
-    check_decoder(name, lane(name).decode, BY_NAME[name].factors)
+    check_decoder(name, kernels_of(name).decode, BY_NAME[name].factors)
