@@ -24,7 +24,7 @@ from typing import Protocol
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
-from stepgguf.chat.exchange import Prepared, Reply
+from stepgguf.chat.exchange import PreparedRequest, Reply
 from stepgguf.chat.output import Delta
 from stepgguf.errors import RequestError
 from stepgguf.runtime.engine import Engine, Event, Finished, Ticket, Tokens
@@ -56,7 +56,7 @@ class Generation:
     """The answers that the engine makes for one HTTP request: usually one, several at the same time for `n` or a list
     of prompts. `prepared` and `replies` are theirs, in order. `n_generated` counts their tokens so far."""
 
-    def __init__(self, prepared: Sequence[Prepared], watch: GenerationWatch) -> None:
+    def __init__(self, prepared: Sequence[PreparedRequest], watch: GenerationWatch) -> None:
         self.prepared = tuple(prepared)
         self.replies = [Reply(p) for p in prepared]
         self.n_generated = 0
@@ -70,7 +70,7 @@ class Generation:
         self._overrun = False
 
     @classmethod
-    async def start(cls, engine: Engine, prepared: Sequence[Prepared], watch: GenerationWatch) -> Generation:
+    async def start(cls, engine: Engine, prepared: Sequence[PreparedRequest], watch: GenerationWatch) -> Generation:
         """Submit all or none. Compiling a grammar takes time: it is done off the event loop."""
         generation = cls(prepared, watch)
         await run_in_threadpool(generation._submit, engine)

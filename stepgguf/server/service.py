@@ -11,7 +11,7 @@ from fastapi import Depends, Request
 from starlette.concurrency import run_in_threadpool
 
 from stepgguf import __version__
-from stepgguf.chat.exchange import ChatModel, Prepared
+from stepgguf.chat.exchange import ChatModel, PreparedRequest
 from stepgguf.chat.request import ChatRequest
 from stepgguf.runtime.engine import Engine
 from stepgguf.server.body.unknown_fields import UnknownFields
@@ -79,16 +79,16 @@ class Service:
         """For an answer that begins now, under the id that was asked for. Refusal: see `model_id`."""
         return AnswerHead(trace_id(request), now(), self.model_id(asked), self.fingerprint)
 
-    async def prepare(self, body: ChatRequestBody) -> Prepared:
+    async def prepare(self, body: ChatRequestBody) -> PreparedRequest:
         """Rendering and tokenizing a long conversation and building a grammar take time: off the event loop."""
         return await run_in_threadpool(lambda: self.chat.prepare(body.chat_request(self)))
 
     async def count_prompt(self, body: ChatRequestBody) -> int:
         """How many tokens the prompt of such a request has."""
-        prompt, _ = await run_in_threadpool(lambda: self.chat.prompt(body.chat_request(self)))
+        prompt, _ = await run_in_threadpool(lambda: self.chat.render_prompt(body.chat_request(self)))
         return len(prompt)
 
-    async def start_generation(self, prepared: Sequence[Prepared], request: Request) -> Generation:
+    async def start_generation(self, prepared: Sequence[PreparedRequest], request: Request) -> Generation:
         """Submit what was prepared. From here on tokens are made, unless this raises."""
         generation = await Generation.start(self.engine, prepared, self.metrics)
         request.state.generation = generation  # TraceRequests cancels it when the request is over, and logs its counts
@@ -100,7 +100,7 @@ def _comparable_id(id: str) -> str:
     return id.casefold().removesuffix(".gguf")
 
 
-def copies_of(prepared: Prepared, n: int) -> list[Prepared]:
+def copies_of(prepared: PreparedRequest, n: int) -> list[PreparedRequest]:
     """n answers to one prompt, which the engine reads once. With a seed each gets its own, the first the given one."""
     request, seed = prepared.request, prepared.request.sampling.seed
     if seed is None:

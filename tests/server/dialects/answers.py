@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stepgguf.chat.exchange import Prepared, Reply
+from stepgguf.chat.exchange import PreparedRequest, Reply
 from stepgguf.chat.output import Delta, Markers
 from stepgguf.chat.request import Tool
 from stepgguf.runtime.engine import Finished, FinishReason, Request, Stream, Timings
@@ -27,7 +27,7 @@ def answer(
     timings = Timings(n_prompt=10, n_cached=n_cached, n_generated=len(pieces))
     engine, request = ScriptedEngine(*pieces, Finished(reason, timings)), Request(prompt=(0,) * 10)
     markers = Markers(*map(engine.token_id, ("</think>", "<tool_call>", "</tool_call>")))
-    reply = Reply(Prepared(request, markers, True, tools, stops))
+    reply = Reply(PreparedRequest(request, markers, True, tools, stops))
     return [delta for event in Stream(engine, request) for delta in reply.feed(event)], reply
 
 

@@ -6,8 +6,8 @@ from typing import ClassVar, cast
 
 from pydantic import Field
 
-from stepgguf.chat.answer_grammar import constrain
-from stepgguf.chat.exchange import Prepared
+from stepgguf.chat.answer_grammar import constrain_answer
+from stepgguf.chat.exchange import PreparedRequest
 from stepgguf.chat.output import Markers
 from stepgguf.chat.request import ToolChoice
 from stepgguf.errors import RequestError
@@ -66,11 +66,11 @@ class CompletionBody(SamplingFields, FormatFields, ExtraBody, HostedServiceField
                 raise RequestError(f"prompt: expected token ids from 0 to {n_vocab - 1}, found {token}", param="prompt")
         return [tuple(tokens) for tokens in tokenized]
 
-    def prepare(self, service: Service) -> list[Prepared]:
+    def prepare(self, service: Service) -> list[PreparedRequest]:
         """Every answer to every prompt: those to one prompt follow each other."""
         self.check_fields()
         info, markers, n = service.engine.info, service.chat.markers, self.n or 1
-        grammar = constrain(
+        grammar = constrain_answer(
             markers,
             in_reasoning=False,
             format=self.answer_format(),
@@ -88,6 +88,6 @@ class CompletionBody(SamplingFields, FormatFields, ExtraBody, HostedServiceField
                 top_logprobs=self.logprobs,
             )
             prepared += copies_of(
-                Prepared(request, NO_MARKERS, in_reasoning=False, tools=(), stops=self.stop_texts()), n
+                PreparedRequest(request, NO_MARKERS, in_reasoning=False, tools=(), stops=self.stop_texts()), n
             )
         return prepared

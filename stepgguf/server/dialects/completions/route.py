@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from stepgguf.chat.exchange import Prepared
+from stepgguf.chat.exchange import PreparedRequest
 from stepgguf.server.body.json_route import JsonRoute
 from stepgguf.server.dialects.completions.request import CompletionBody
 from stepgguf.server.dialects.completions.shapes import TextCompletion
@@ -39,5 +39,5 @@ async def completions(body: CompletionBody, request: Request, service: TheServic
     return await respond(generation, writer, request, service, stream=body.stream)
 
 
-def _prompt_text(service: Service, prepared: Prepared) -> str:
+def _prompt_text(service: Service, prepared: PreparedRequest) -> str:
     return b"".join(service.engine.piece(token) for token in prepared.request.prompt).decode(errors="replace")

@@ -100,7 +100,7 @@ async def input_tokens(body: ResponsesPrompt, service: TheService, answers: TheA
     """How many tokens the prompt of such a response has."""
     service.model_id(body.model)
     asked = await run_in_threadpool(body.chat_request, service, answers)
-    prompt, _ = await run_in_threadpool(service.chat.prompt, asked.request)
+    prompt, _ = await run_in_threadpool(service.chat.render_prompt, asked.request)
     return {"object": "response.input_tokens", "input_tokens": len(prompt)}
 
 
