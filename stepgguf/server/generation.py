@@ -61,7 +61,7 @@ class Generation:
         self.replies = [Reply(p) for p in prepared]
         self.n_generated = 0
         self._watch = watch
-        self._loop = asyncio.get_running_loop()
+        self._loop = asyncio.get_running_loop()  # the engine's thread has none to ask
         self._started = time.monotonic()
         self._first = [True] * len(prepared)
         self._backlog: deque[tuple[int, Event]] = deque()
@@ -156,10 +156,10 @@ class Generation:
         elif isinstance(event, Finished):
             self._watch.on_finished(event)
         else:
-            return
+            return  # Queued and Prefill: no dialect says how far the prompt is read
         if len(self._backlog) >= MOST_WAITING and not self._overrun:
             self._overrun = True
-            self.cancel()
+            self.cancel()  # nothing more is made for a reader who does not read
         if not self._overrun or isinstance(event, Finished):  # the end is needed: it is what parts() waits for
             self._backlog.append((index, event))
         self._arrived.set()

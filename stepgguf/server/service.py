@@ -105,7 +105,7 @@ def copies_of(prepared: PreparedRequest, n: int) -> list[PreparedRequest]:
     request, seed = prepared.request, prepared.request.sampling.seed
     if seed is None:
         return [prepared] * n
-    samplings = [replace(request.sampling, seed=seed + i) for i in range(n)]
+    samplings = [replace(request.sampling, seed=seed + i) for i in range(n)]  # one seed would give n equal answers
     return [replace(prepared, request=replace(request, sampling=sampling)) for sampling in samplings]
 
 

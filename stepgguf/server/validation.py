@@ -14,6 +14,7 @@ def explain(errors: Sequence[Mapping[str, Any]], body: object) -> tuple[str, str
 
     Of the alternatives of a union the one that went furthest into the body is what was meant.
     """
+    # Every alternative of a union has its own errors, so the list is long and mostly beside the point.
     paths = [_path_in_body(error["loc"], error["type"], body) for error in errors]
     deepest = max(paths, key=len)
     error = errors[paths.index(deepest)]

@@ -26,6 +26,7 @@ class JsonRoute(APIRoute):
         model = TypeAdapter(annotation)
 
         async def handle(request: Request) -> Response:
+            # The handler runs in this request's context, and so do the threads that it starts.
             REQUEST.set(RequestUnknowns(request.app.state.service.unknown))
             return await handler(JsonRequest(request, model))
 
@@ -50,6 +51,7 @@ def _validated(body: bytes, depth: int, model: TypeAdapter[Any]) -> Any:
     try:
         return model.validate_python(value)
     except ValidationError as error:
+        # FastAPI's locations start with where the value was; `explain` reads both kinds.
         errors = [{**one, "loc": ("body", *one["loc"])} for one in error.errors(include_url=False)]
         message, param = explain(errors, value)
         raise Refusal(400, message, param=param) from None

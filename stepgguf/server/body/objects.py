@@ -93,13 +93,18 @@ class CheckedObject(RequestObject):
     def _knows_its_fields(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        names, request = _field_descriptions(cls), REQUEST.get(RequestUnknowns())
+        names, request = (
+            _field_descriptions(cls),
+            REQUEST.get(RequestUnknowns()),
+        )  # a test may validate without a request
+        # What this request has had ignored in another object of the class is not looked at again.
         given = (name for name, value in data.items() if value is not None and name not in names)
         unknown = [name for name in given if (cls, name) not in request.ignored]
         if not unknown:
             return data
         if len(request.ignored) + len(unknown) > MOST_OF_ONE_REQUEST:
             raise _unknown_field(unknown[0], f"the request has more than {MOST_OF_ONE_REQUEST} unknown fields")
+        # Nobody is told that he meant a field which has no effect.
         known = {name: text for name, text in names.items() if not text.startswith(WITHOUT_EFFECT)}
         for name in unknown:
             advice = cls.elsewhere.get(name) or _advice_on(name, known, strict=request.server.strict)

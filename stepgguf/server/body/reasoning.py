@@ -159,7 +159,7 @@ def _least_limit(asked: Iterable[Spelling], efforts: Mapping[str, int | None]) -
 def _limit_of(asked: Spelling, efforts: Mapping[str, int | None]) -> int | None:
     if isinstance(asked, ReasoningMap | ReasoningAmounts):
         return _least_limit(asked.spellings(), efforts)
-    if isinstance(asked, bool):
+    if isinstance(asked, bool):  # before int, of which bool is one
         return None if asked else 0
     if isinstance(asked, str):
         return efforts[asked]

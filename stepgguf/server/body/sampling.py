@@ -83,6 +83,7 @@ class SamplingFields(CheckedObject):
         pairs = self.logit_bias.items() if isinstance(self.logit_bias, dict) else self.logit_bias
         bias = {}
         for token, value in pairs:
+            # A key of a JSON object is text. int() takes time in the square of its digits.
             if not str(token).isdecimal() or len(str(token)) > 9 or int(token) >= n_vocab:
                 raise RequestError(
                     f"logit_bias: expected token ids from 0 to {n_vocab - 1}, found {token!r}",

@@ -48,7 +48,7 @@ def as_text(part: Any) -> Any:
         return TextPart(type="text", text=part)
     if not isinstance(part, dict) or not isinstance(part.get("type"), str):
         return part
-    if part["type"] in TEXTS and part.get("text", part) is None:
+    if part["type"] in TEXTS and part.get("text", part) is None:  # null, and not absent
         return TextPart(type="text", text="")
     if part["type"] == "text":
         return part
@@ -147,7 +147,7 @@ def _text_of_source(source: dict[str, Any]) -> str | None:
     data: str | None = next(
         (source[name] for name in ("data", "file_data", "blob") if isinstance(source.get(name), str)), None
     )
-    if data is None or source.get("type") == "text":
+    if data is None or source.get("type") == "text":  # Anthropic's source of type text has it in plain
         return data
     return _decoded_text(data.partition(";base64,")[2] if data.startswith("data:") else data)
 

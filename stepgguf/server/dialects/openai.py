@@ -56,6 +56,7 @@ def usage_of(replies: Sequence[Reply], n_prompt: int) -> CompletionUsage:
     """What answers took that were made at once. n_prompt: tokens of all their prompts, each prompt once. Answers that
     did not finish are not counted."""
     timings = [reply.timings for reply in replies]
+    # The later answers find in the cache what the first one has read; only its count says what the request saved.
     n_cached, n_generated = timings[0].n_cached, sum(t.n_generated for t in timings)
     details: CompletionTokenDetails = {"reasoning_tokens": sum(reply.n_reasoning for reply in replies)}
     if cuts := [reply.reasoning_cut for reply in replies if reply.reasoning_cut is not None]:

@@ -52,7 +52,7 @@ async def written(generation: Generation, writer: AnswerWriter) -> Chunks:
         yield writer.finish(generation.replies)
     except Exception as error:
         yield writer.fail(problem_of(error))
-        raise
+        raise  # who reads this logs it, and the store keeps it
 
 
 async def respond(

@@ -81,7 +81,7 @@ class EventStream(Response):
 
     def __init__(self, chunks: Chunks, config: ServerConfig, *, ping: Record = KEEP_ALIVE) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
-        del self.headers["content-length"]
+        del self.headers["content-length"]  # Starlette has counted an empty body
         self._chunks, self._config, self._ping = chunks, config, ping
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -94,7 +94,7 @@ class EventStream(Response):
             writing.cancel()
             results = await asyncio.gather(writing, leaving, return_exceptions=True)
             await self._chunks.aclose()
-        if isinstance(results[0], Exception):
+        if isinstance(results[0], Exception):  # what writing failed with; to be cancelled is no Exception
             raise results[0]
 
     async def _write(self, scope: Scope, send: Send) -> None:

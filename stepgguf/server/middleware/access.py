@@ -68,6 +68,7 @@ class KeyCheck:
             headers = Headers(scope=scope)
             scheme, _, bearer = headers.get("authorization", "").partition(" ")
             given = [headers.get("x-api-key", ""), bearer.strip() if scheme.lower() == "bearer" else ""]
+            # In constant time, and as bytes: compare_digest takes no text beyond ASCII.
             right = [hmac.compare_digest(key.encode("latin-1"), self._key) for key in given]
             if not any(right):
                 missing = not any(given)

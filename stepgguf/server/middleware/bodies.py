@@ -30,7 +30,7 @@ class ContentTypeCheck:
             unasked = _is_from_elsewhere(headers) or said.startswith(("text/", "multipart/"))
             if unasked and not said.endswith(("/json", "+json")):
                 raise Refusal(415, f"the body must be JSON and say so: content-type: {JSON}")
-            headers["content-type"] = JSON
+            headers["content-type"] = JSON  # FastAPI reads no other body
         await self._app(scope, receive, send)
 
 
@@ -59,7 +59,7 @@ class SizeLimit:
 
         async def limited() -> Message:
             nonlocal n_read, complete
-            if complete:
+            if complete:  # what is left to come is the news that the client has gone, for as long as it takes
                 return await receive()
             try:
                 with fail_after(max(0.0, deadline - time.monotonic())):

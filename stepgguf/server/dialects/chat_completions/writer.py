@@ -165,7 +165,7 @@ class ChatWriter:
                 calls[delta.index]["function"]["arguments"] += delta.text
         message: ChatMessage = {
             "role": "assistant",
-            "content": None if calls and not text else text,
+            "content": None if calls and not text else text,  # as OpenAI has it beside calls
             "reasoning": reasoning or None,
             "reasoning_content": reasoning or None,
             "refusal": None,
@@ -199,6 +199,7 @@ def _delta(*, content: str | None = None, reasoning: str | None = None) -> ChatD
 
 
 def _begun_call(name: str) -> ChatToolCall:
+    # An id need not tell anything, but must differ from those of earlier turns.
     return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": {"name": name, "arguments": ""}}
 
 

@@ -130,7 +130,7 @@ class MessagesPrompt(ReasoningAmounts):
         foreign = [tool for tool in self.tools or () if isinstance(tool, MessagesForeignTool)]
         offered = [tool for tool in self.tools or () if isinstance(tool, MessagesTool)]
         forced = [tool for tool in foreign if choice.type == "tool" and tool.name == choice.name]
-        if choice.type == "any" and not offered:
+        if choice.type == "any" and not offered:  # nothing is left that could be called
             forced = foreign
         if forced:
             raise RequestError(
@@ -206,5 +206,5 @@ class MessagesBody(MessagesPrompt, SamplingFields):
         budget = super()._budget(config)
         if self.thinking is not None or token_limit(self.max_tokens) is None:
             return budget
-        half = self.max_tokens // 2
+        half = self.max_tokens // 2  # the client chose max_tokens for the answer and knows of no reasoning
         return half if budget is None else min(budget, half)

@@ -134,7 +134,7 @@ class Turn(RequestObject):
             if isinstance(block, TextPart):
                 texts.append(block.text)
             elif isinstance(block, ToolResultBlock):
-                yield from self._text_message(texts)
+                yield from self._text_message(texts)  # what was written before the result comes before it
                 texts = []
                 yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": block.text}
         yield from self._text_message(texts)

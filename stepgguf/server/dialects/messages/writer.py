@@ -86,6 +86,7 @@ class MessageWriter:
         events = self._close_block()
         if not self._n_blocks:
             events += [self._open_block(Delta("text", "")), *self._close_block()]
+        # Blocks there were, but of calls that were cut: clients read content[0] all the same.
         self.message["content"] = self.message["content"] or [{"type": "text", "text": ""}]
         end = {"stop_reason": self._stop_reason(reply), "stop_sequence": reply.stopped}
         self.message |= end
@@ -157,7 +158,9 @@ class MessageWriter:
         if block["type"] == "thinking":
             shown = self._display == "shown"
             block["thinking"] = text if shown else ""
-            block["signature"] = self._trace_id if shown else seal(text)
+            block["signature"] = (
+                self._trace_id if shown else seal(text)
+            )  # with the text beside it, it need hold nothing
             events.append(self._block_delta({"type": "signature_delta", "signature": block["signature"]}))
         elif block["type"] == "text":
             block["text"] = text

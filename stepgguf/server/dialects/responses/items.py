@@ -111,7 +111,7 @@ def _as_sent(value: Any, validate: ValidatorFunctionWrapHandler) -> list[Json]:
     """References are replaced before the items are read, and answers are kept with the items as they came."""
     items = [{"type": "message", "role": "user", "content": value}] if isinstance(value, str) else value
     items = [_with_type(item) for item in items] if isinstance(items, list) else items
-    validate(items)
+    validate(items)  # for its errors; the items themselves stay as they were sent
     return items
 
 
@@ -160,6 +160,7 @@ def as_chat_messages(items: Iterable[Item], offers: Offers) -> list[Json]:
             messages.append(_other_message(item))
             turn = None
             continue
+        # Reasoning after text or calls begins a new answer of the model's: its template has reasoning first.
         if turn is None or (isinstance(item, ReasoningItem) and (turn["content"] or turn["tool_calls"])):
             turn = {"role": "assistant", "content": "", "reasoning_content": "", "tool_calls": []}
             messages.append(turn)

@@ -69,7 +69,7 @@ class Answer:
     async def events(self, start: int = 0) -> AsyncGenerator[list[JsonEvent], None]:
         """All from number `start` on, as they come; each list has at least one."""
         while True:
-            changed, last = self._changed, self.writer.finished
+            changed, last = self._changed, self.writer.finished  # both before the events are read, or the end is missed
             if events := list(self.writer.events(start, MOST_AT_ONCE)):
                 start += len(events)
                 yield events  # while the reader takes them, the answer goes on
@@ -80,7 +80,7 @@ class Answer:
 
     async def wait_until_finished(self) -> None:
         """Also when it failed. The answer goes on if whoever waits gives up."""
-        await asyncio.shield(self._task)
+        await asyncio.shield(self._task)  # else whoever stops waiting would end the answer
 
     def when_finished(self, call: Callable[[], None]) -> None:
         self._task.add_done_callback(lambda _: call())

@@ -27,7 +27,7 @@ from stepgguf.server.dialects.function_tools import FunctionDeclaration
 LONGEST_NAME = 128
 MOST_ALLOWED = 1024
 INPUT = "input"  # what a custom tool's one parameter is called
-_OPENING = re.compile(r'\{\s*"(?:[^"\\]|\\.)*"\s*:\s*"')
+_OPENING = re.compile(r'\{\s*"(?:[^"\\]|\\.)*"\s*:\s*"')  # from { to the quotation mark that opens the value
 _WHOLE = re.compile(r'(?:[^"\\]+|\\u[0-9a-fA-F]{4}|\\[^u])*')  # no half of an escape
 
 
