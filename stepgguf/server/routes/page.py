@@ -11,7 +11,7 @@ from starlette.staticfiles import StaticFiles
 
 from stepgguf.server.middleware.access import STATIC
 
-FOLDER = Path(__file__).parents[1] / "static"
+STATIC_FOLDER = Path(__file__).parents[1] / "static"
 # The pages load nothing from elsewhere and run nothing but the files in static/.
 HEADERS = {
     "content-security-policy": "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; "
@@ -24,9 +24,9 @@ HEADERS = {
 
 def add_page(app: FastAPI) -> None:
     """Serve the page at /, the API's description at /docs, and the files that both need."""
-    _add_file(app, "/", FOLDER / "index.html")
-    _add_file(app, "/docs", FOLDER / "docs.html")
-    app.mount(STATIC, _PageFiles(directory=FOLDER))
+    _add_file(app, "/", STATIC_FOLDER / "index.html")
+    _add_file(app, "/docs", STATIC_FOLDER / "docs.html")
+    app.mount(STATIC, _PageFiles(directory=STATIC_FOLDER))
 
 
 class _PageFiles(StaticFiles):
