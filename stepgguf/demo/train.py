@@ -37,7 +37,7 @@ from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.demo import tasks, tokenizer
 from stepgguf.model.hparams import HParams
 from stepgguf.model.names import TensorName
-from stepgguf.reference.load import load
+from stepgguf.reference.load import load_reference
 from stepgguf.reference.model import DecoderLayer, MoE, Step35
 
 MODEL = Path(__file__).parent / "model"
@@ -351,7 +351,7 @@ def main() -> None:
     settings = config(args.vocab, [1, 2, encoder.end])
     if args.start:
         with Checkpoint(args.start) as checkpoint:
-            model = load(checkpoint).train()
+            model = load_reference(checkpoint).train()
     else:
         model = Step35(HParams.from_config(settings))
         initialize(model)
