@@ -50,7 +50,7 @@ CALIBRATION = 300
 def calibrate() -> Imatrix:
     """The importance matrix of the first conversations that seed 1000 makes, each run on its own."""
     rng, encoder = random.Random(1000), Encoder((CHECKPOINT / "tokenizer.json").read_text())
-    conversations = [encoder.example(*tasks.conversation(rng))[0] for _ in range(CALIBRATION)]
+    conversations = [encoder.encode_example(*tasks.random_conversation(rng))[0] for _ in range(CALIBRATION)]
     with Checkpoint(CHECKPOINT) as checkpoint:
         return collect_imatrix(load_reference(checkpoint), (torch.tensor([tokens]) for tokens in conversations))[0]
 
