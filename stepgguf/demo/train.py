@@ -106,7 +106,7 @@ def model_config(vocab_size: int, eos: list[int]) -> dict[str, Any]:
 
 
 class Encoder:
-    """Encodes conversations as token ids and labels. Only what an assistant writes after the last question is learnt."""
+    """Encodes conversations as ids and labels. Only what an assistant writes after the last question is learnt."""
 
     def __init__(self, tokenizer_json: str) -> None:
         self.tokenizer = Tokenizer.from_str(tokenizer_json)
