@@ -8,6 +8,7 @@ import typer
 
 from stepgguf.cli import arguments
 from stepgguf.cli.destinations import Destination
+from stepgguf.files.byte_sizes import readable_size
 
 
 def report(
@@ -56,4 +57,4 @@ def report(
     if json:
         output.data({"page": str(target), **figures.summary(subject)})
     if not quiet:
-        output.note(f"wrote {target} ({output.size(len(text.encode()))})")
+        output.note(f"wrote {target} ({readable_size(len(text.encode()))})")

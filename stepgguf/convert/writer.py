@@ -36,6 +36,7 @@ from stepgguf.convert.journal import FinishedUnit, Journal
 from stepgguf.convert.plan import Plan, PlannedFile
 from stepgguf.errors import OutputError
 from stepgguf.files import disk, jsonread
+from stepgguf.files.byte_sizes import readable_size
 from stepgguf.files.disk import disk_errors
 from stepgguf.quants.kernels import Loss
 
@@ -140,7 +141,7 @@ class Writer:
         need, free = self.plan.file_bytes, shutil.disk_usage(self._folder).free + held
         if need > free:
             raise OutputError(
-                f"{self._folder} has {gib(free)} free, the output needs {gib(need)}",
+                f"{self._folder} has {readable_size(free)} free, the output needs {readable_size(need)}",
                 hint="Free some space, choose another disk or a smaller type.",
             )
 
@@ -220,10 +221,6 @@ def name_taken(path: Path) -> OutputError:
 def is_taken(path: Path) -> bool:
     """Whether there is a file, and no interrupted run that was about to finish it."""
     return os.path.lexists(path) and not _with_suffix(path, ".journal").exists()
-
-
-def gib(n: int) -> str:
-    return f"{n / 2**30:.2f} GiB"
 
 
 def _with_suffix(path: Path, suffix: str) -> Path:

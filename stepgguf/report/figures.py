@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from stepgguf.convert.fold import ranges
+from stepgguf.convert.fold import format_ranges
 from stepgguf.report.experts import (
     PROJECTIONS,
     STANDS_OUT,
@@ -181,7 +181,7 @@ def _calibration_coverage(experts: RoutedExperts) -> dict[str, Any] | None:
     unseen = {layer: np.flatnonzero(row == 0) for layer, row in zip(experts.layers, experts.count, strict=True)}
     return {
         "experts": experts.count.size,
-        "unseen": {layer: ranges(which.tolist()) for layer, which in unseen.items() if which.size},
+        "unseen": {layer: format_ranges(which.tolist()) for layer, which in unseen.items() if which.size},
         "n_unseen": sum(which.size for which in unseen.values()),
         "median": json_number(np.nanmedian(experts.count)),
         "p5": json_number(np.nanpercentile(experts.count, 5)),

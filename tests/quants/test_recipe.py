@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepgguf.errors import RecipeError
-from stepgguf.fit.machine import AmdMemory, Gpu, Machine
-from stepgguf.fit.memory import GIB, Context, Footprint, Layer, budget, need
+from stepgguf.files.byte_sizes import GIB
+from stepgguf.fit.machine import AmdMemory, Machine
+from stepgguf.fit.memory import ContextParams, Footprint, LayerFootprint, memory_budget, memory_need
 from stepgguf.model.hparams import HParams
 from stepgguf.model.names import TensorName
 from stepgguf.model.tensors import TENSORS, TensorSpec, tensor_specs
@@ -25,6 +26,7 @@ from stepgguf.quants.recipe import Recipe
 from stepgguf.quants.recipe_files import load_recipe, shipped_descriptions
 from stepgguf.quants.recipe_grammar import parse_recipe
 from stepgguf.quants.types import row_size
+from stepgguf.runtime.llama_build import Gpu
 from tests.conftest import real_config
 
 if sys.version_info >= (3, 11):
@@ -335,7 +337,7 @@ def test_a_recipe_file_that_is_not_there_is_no_such_file(tmp_path: Path) -> None
 
 # the shipped recipes --------------------------------------------------------------------------------------------
 
-LAYERS = tuple(Layer(layer.n_head_kv, layer.is_sliding, layer.is_mtp) for layer in HP.layers)
+LAYERS = tuple(LayerFootprint(layer.n_head_kv, layer.is_sliding, layer.is_mtp) for layer in HP.layers)
 
 
 def mac(gib: int, text: str) -> Machine:
@@ -391,10 +393,10 @@ def test_a_shipped_recipe_keeps_the_numbers_of_its_description(name: str) -> Non
         weights, LAYERS, HP.head_dim, HP.head_dim, HP.sliding_window, HP.hidden_size, HP.intermediate_size,
         HP.vocab_size, HP.n_expert_used, HP.expert_size, HP.max_position,
     )  # fmt: skip
-    total = need(model, Context(int(said[3]) * 1024)).total
+    total = memory_need(model, ContextParams(int(said[3]) * 1024)).total
     assert math.ceil(total / GIB) == int(said[4])
     for machine in machines(name, policy.text):
-        assert total <= budget(machine).limit, machine
+        assert total <= memory_budget(machine).limit, machine
 
 
 @pytest.mark.parametrize("name", shipped_descriptions())
