@@ -26,7 +26,7 @@ from stepgguf.convert.sizes import Inventory
 from stepgguf.convert.sources.source import TensorSource
 from stepgguf.errors import DoesNotFit, RecipeError
 from stepgguf.files.byte_sizes import readable_size, size_word
-from stepgguf.quants.allocate import Item, Option, solve
+from stepgguf.quants.allocate import TensorOptions, TypeOption, allocate_bytes
 from stepgguf.quants.mixtures import Candidate, TypeChoice
 from stepgguf.quants.recipe import Recipe
 from stepgguf.quants.recipe_files import load_recipe
@@ -79,7 +79,7 @@ def resolve(type_name: str | None, limits: Limits | None, default: str) -> tuple
 class Trunk:
     """What the trunk's types cost. items: of each tensor. sketch: the draft plan, n_bytes of which are the trunk's."""
 
-    items: Sequence[Item]
+    items: Sequence[TensorOptions]
     sketch: Plan
     n_bytes: int
 
@@ -112,7 +112,7 @@ class Trunk:
 
     def choose(self, room: float, read_bytes: float = math.inf) -> dict[str, GGMLQuantizationType]:
         """Name -> type at the least cost. DoesNotFit if there is none."""
-        found = solve(self.items, max_bytes=room, max_read_bytes=read_bytes)
+        found = allocate_bytes(self.items, max_bytes=room, max_read_bytes=read_bytes)
         return {item.name: option.ggml_type for item, option in zip(self.items, found.options, strict=True)}
 
     def loss(self, types: Mapping[str, GGMLQuantizationType]) -> float | None:
@@ -242,7 +242,7 @@ def price(
     measured = measure.measure_errors(
         source, matrices, cache, importance=importance, threads=threads, progress=progress, compiling=compiling
     )
-    priced = {item.name: item for item in objective.allocation_items(matrices, measured, model.routing, importance)}
+    priced = {item.name: item for item in objective.weigh_options(matrices, measured, model.routing, importance)}
     open_ = {c.name: options.recipe.floor_type(c, model.facts) for c in model.matrices if _is_open(c, model, options)}
     items = [
         _above(priced[t.name], open_[t.name], t)
@@ -253,20 +253,20 @@ def price(
     return Trunk(items, sketch, sum(tensor.n_bytes for tensor in trunk))
 
 
-def _above(item: Item, floor: GGMLQuantizationType | None, tensor: PlannedTensor) -> Item:
+def _above(item: TensorOptions, floor: GGMLQuantizationType | None, tensor: PlannedTensor) -> TensorOptions:
     """Without types of fewer bits than the floor; the floor itself if that leaves none."""
     if floor is None:
         return item
     least = bits_per_weight(floor)
     options = tuple(o for o in item.options if bits_per_weight(o.ggml_type) >= least)
-    return replace(item, options=options or (Option(floor, tensor.bytes_as(floor), 0.0),))
+    return replace(item, options=options or (TypeOption(floor, tensor.bytes_as(floor), 0.0),))
 
 
-def _fixed(tensor: PlannedTensor, priced: Item | None, read_share: float) -> Item:
+def _fixed(tensor: PlannedTensor, priced: TensorOptions | None, read_share: float) -> TensorOptions:
     """One option; its cost counts where it is known."""
     options = priced.options if priced is not None else ()
     cost = next((option.cost for option in options if option.ggml_type == tensor.ggml_type), 0.0)
-    return Item(tensor.name, (Option(tensor.ggml_type, tensor.n_bytes, cost),), read_share)
+    return TensorOptions(tensor.name, (TypeOption(tensor.ggml_type, tensor.n_bytes, cost),), read_share)
 
 
 def _is_open(candidate: Candidate, model: Inventory, options: Options) -> bool:

@@ -38,7 +38,7 @@ from stepgguf.convert.importance import Importance
 from stepgguf.convert.measure import TensorErrors
 from stepgguf.convert.plan import PlannedTensor
 from stepgguf.model.names import TensorName
-from stepgguf.quants.allocate import Item, Option
+from stepgguf.quants.allocate import TensorOptions, TypeOption
 
 _SAME_BLOCK = ("ffn_down_exps", "ffn_down_shexp")  # two writers of one block
 
@@ -52,13 +52,13 @@ class Routing:
     scale: float
 
 
-def allocation_items(
+def weigh_options(
     tensors: Sequence[PlannedTensor],
     measured: Mapping[str, TensorErrors],
     routing: Routing,
     importance: Importance | None,
-) -> list[Item]:
-    """For allocate.solve: `tensors`, all of the trunk's that are quantized, in their order with every type measured."""
+) -> list[TensorOptions]:
+    """What allocate_bytes chooses from: `tensors`, all that are quantized of the trunk, with every type measured."""
     writers = sorted((t for t in tensors if _writing_tensor(t) == t.name and t.role != "output"), key=_writing_order)
     weights = _stream_shares({t.name: 0.5 if t.role in _SAME_BLOCK else 1.0 for t in writers})
     # The embedding is looked up and not multiplied: its energy is known without an imatrix.
@@ -67,10 +67,10 @@ def allocation_items(
         energies = {t.name: measured[t.name].energy * (evenly if t.role == "ffn_down_exps" else 1.0) for t in writers}
         weights = {name: math.sqrt(weights[name] * weight) for name, weight in _stream_shares(energies).items()}
     return [
-        Item(
+        TensorOptions(
             tensor.name,
             tuple(
-                Option(ggml_type, tensor.bytes_as(ggml_type), weights.get(_writing_tensor(tensor), 1.0) * error)
+                TypeOption(ggml_type, tensor.bytes_as(ggml_type), weights.get(_writing_tensor(tensor), 1.0) * error)
                 for ggml_type, error in measured[tensor.name].errors.items()
             ),
             read_share(tensor, routing),
