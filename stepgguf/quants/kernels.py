@@ -48,7 +48,7 @@ KERNEL_NAMES: tuple[KernelName, ...] = get_args(KernelName)
 
 Blocks = NDArray[np.uint8]  # encoded rows [n, row bytes]
 Floats = NDArray[np.float32]
-LaneCall = tuple[Callable[..., object], tuple[object, ...]]  # one of lanes\' kernels and its arguments
+LaneCall = tuple[Callable[..., object], tuple[object, ...]]  # one of our kernels, and its arguments
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Decoder:
 
     @cached_property
     def _lane(self) -> LaneKernels | None:
-        """Our kernels of this type. Imports numba when it is first asked."""
+        """Our kernels of this type, if it has some. Imports numba when it is first asked."""
         return lanes.kernels_of(self.ggml_type)
 
     def decode(self, data: Blocks, out: Floats) -> None:

@@ -6,7 +6,7 @@ operands        what kernels compute with, as a reader and a type checker see it
 compile         how and when LLVM runs          primitive       operations given as LLVM instructions
 vector          lane vectors: the arithmetic    tile            rows to lanes and back
 rounding        numbers to numbers              blocks          what families share
-search          ggml's searches for a scale     lattice         grids of IQ2 and IQ3, and the fit to them
+search          ggml's searches for a scale     grid, lattice   the grids of IQ2 and IQ3, the fit to them
 closest, direct the search for a grid's point   iq_blocks       what IQ2 and IQ3 share
 encoder         the loop around an encoder      decoder         around a decoder, and the error between the two
 lane_kernels    a type: all three, made into kernels

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from stepgguf.quants.lanes.closest import CHUNK, FLOATS, INTS, first_smallest, load_chunk
 from stepgguf.quants.lanes.compile import inlined
-from stepgguf.quants.lanes.lattice import Grid, Snap, embedded_array, list_neighbours
+from stepgguf.quants.lanes.grid import Grid, embedded_array, list_neighbours
+from stepgguf.quants.lanes.lattice import Snap
 from stepgguf.quants.lanes.operands import F32Lanes, F32Tile, I32Lanes
 from stepgguf.quants.lanes.primitive import FLOAT, Call, LlvmValue, Lowering, broadcast, primitive, repeated
 from stepgguf.quants.lanes.rounding import clamp, nearest_int

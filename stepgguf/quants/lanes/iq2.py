@@ -8,6 +8,8 @@ quantize_row_iq2_xxs_impl, quantize_row_iq2_xs_impl, quantize_row_iq2_s_impl in 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from gguf.quants import IQ2_S, IQ2_XS, IQ2_XXS
 
 from stepgguf.quants.lanes.blocks import (
@@ -24,6 +26,7 @@ from stepgguf.quants.lanes.blocks import (
     store_word,
 )
 from stepgguf.quants.lanes.compile import inlined
+from stepgguf.quants.lanes.grid import Grid
 from stepgguf.quants.lanes.iq_blocks import (
     complete_signs,
     make_place_point,
@@ -33,7 +36,7 @@ from stepgguf.quants.lanes.iq_blocks import (
     split_signs,
 )
 from stepgguf.quants.lanes.lane_kernels import define_type
-from stepgguf.quants.lanes.lattice import ALL, MOVED, Grid, make_fit, make_snap
+from stepgguf.quants.lanes.lattice import ALL, MOVED, Fit, make_fit, make_snap
 from stepgguf.quants.lanes.operands import ByteTile, F32Lanes, F32Tile, I32Lanes, I32Tile, Importance
 from stepgguf.quants.lanes.search import GROUP_MAX_EPS, quantize_positive
 from stepgguf.quants.lanes.vector import (
@@ -54,8 +57,6 @@ _GROUP_MAX_EPS_IQ2_S = 1e-8
 
 _XXS, _XS, _S = Grid(IQ2_XXS, 2), Grid(IQ2_XS, 2), Grid(IQ2_S, 1)
 _fit_xxs = make_fit(_XXS, 4, numerators_around(5, 0.1, 6), ALL, make_snap(_XXS))
-_fit_xs = make_fit(_XS, 2, numerators_around(5, 0.1, 9), MOVED, make_snap(_XS))
-_fit_s = make_fit(_S, 2, numerators_around(5, 0.1, 9), MOVED, make_snap(_S))
 _place_xxs, _place_xs, _place_s = make_place_point(_XXS), make_place_point(_XS), make_place_point(_S)
 
 
@@ -144,20 +145,48 @@ def _load_scale(y: ByteTile, first: int, k: int) -> F32Lanes:
     return _scale_of(load_half(y, 0), bit_field(load_bytes(y, first + k // 4), 4 * (k // 2 % 2), 4))
 
 
+# fit_block(x, importance, scales, signs, codes), as _make_fit_block says.
+FitBlock = Callable[[F32Tile, Importance, F32Tile, I32Tile, I32Tile], None]
+
+
+def _make_fit_block(fit: Fit, sigma_factor: float, smallest: float, sign_bits: int) -> FitBlock:
+    """The search in all 16 sub-blocks of 16 values, which gives their scales [16], signs [32] and codes [32].
+
+    sigma_factor    by which ggml multiplies the mean square in weights
+    smallest        a sub-block of values below this is zero
+    sign_bits       127 where a file has 7 signs for 8 values, else 255
+    """
+
+    @inlined
+    def fit_block(x: F32Tile, importance: Importance, scales: F32Tile, signs: I32Tile, codes: I32Tile) -> None:
+        w, v = f32_tile(16), f32_tile(16)
+        sigma2 = mean_square_of_block(x, sigma_factor)
+        for j in range(16):
+            _store_weights(x, importance, w, 16 * j, 16, sigma2)
+            for k in range(2):
+                store(signs, 2 * j + k, split_signs(x, w, v, 16 * j, k, sign_bits == 127))
+            top = highest_of(v, 16)
+            scale = fit(v, w, top / floats(5.0), top, codes[2 * j * LANES :])
+            is_zero = top < floats(smallest)
+            store(scales, j, make_scale_positive(scale, is_zero, signs, codes, 2 * j, 2, sign_bits))
+
+    return fit_block
+
+
+_fit_block_xs = _make_fit_block(
+    make_fit(_XS, 2, numerators_around(5, 0.1, 9), MOVED, make_snap(_XS)), 1.0, GROUP_MAX_EPS, 127
+)
+_fit_block_s = _make_fit_block(
+    make_fit(_S, 2, numerators_around(5, 0.1, 9), MOVED, make_snap(_S)), 2.0, _GROUP_MAX_EPS_IQ2_S, 255
+)
+
+
 @inlined
 def _encode_iq2_xs(x: F32Tile, importance: Importance, y: ByteTile) -> None:
-    w, v, scales = f32_tile(16), f32_tile(16), f32_tile(16)
-    levels, signs, codes = i32_tile(16), i32_tile(32), i32_tile(32)
-    sigma2 = mean_square_of_block(x, 1.0)
-    for j in range(16):
-        _store_weights(x, importance, w, 16 * j, 16, sigma2)
-        for k in range(2):
-            store(signs, 2 * j + k, split_signs(x, w, v, 16 * j, k, True))
-        top = highest_of(v, 16)
-        scale = _fit_xs(v, w, top / floats(5.0), top, codes[2 * j * LANES :])
-        store(scales, j, make_scale_positive(scale, top < floats(GROUP_MAX_EPS), signs, codes, 2 * j, 2, 127))
+    scales, levels, signs, codes = f32_tile(16), i32_tile(16), i32_tile(32), i32_tile(32)
+    _fit_block_xs(x, importance, scales, signs, codes)
     d = quantize_scales(scales, levels, 16)
-    is_zero = d == floats(0.0)
+    is_zero = d == floats(0.0)  # then every byte is
     store_half(y, 0, d)
     for k in range(32):
         store_short(y, 2 + 2 * k, where(is_zero, ints(0), load(codes, k) | (load(signs, k) << ints(9))))
@@ -173,18 +202,9 @@ def _decode_iq2_xs(y: ByteTile, z: F32Tile) -> None:
 
 @inlined
 def _encode_iq2_s(x: F32Tile, importance: Importance, y: ByteTile) -> None:
-    w, v, scales = f32_tile(16), f32_tile(16), f32_tile(16)
-    levels, signs, codes = i32_tile(16), i32_tile(32), i32_tile(32)
-    sigma2 = mean_square_of_block(x, 2.0)
-    for j in range(16):
-        _store_weights(x, importance, w, 16 * j, 16, sigma2)
-        for k in range(2):
-            store(signs, 2 * j + k, split_signs(x, w, v, 16 * j, k, False))
-        top = highest_of(v, 16)
-        scale = _fit_s(v, w, top / floats(5.0), top, codes[2 * j * LANES :])
-        is_zero = top < floats(_GROUP_MAX_EPS_IQ2_S)
-        store(scales, j, make_scale_positive(scale, is_zero, signs, codes, 2 * j, 2, 255))
-    # ggml's correction of d, measured by its author; such factors follow in IQ3 as well.
+    scales, levels, signs, codes = f32_tile(16), i32_tile(16), i32_tile(32), i32_tile(32)
+    _fit_block_s(x, importance, scales, signs, codes)
+    # ggml's correction of d; IQ3 has such factors as well.
     store_half(y, 0, quantize_scales(scales, levels, 16) * floats(0.9875))
     for j in range(8):
         upper = ints(0)

@@ -25,6 +25,7 @@ from stepgguf.quants.lanes.blocks import (
 )
 from stepgguf.quants.lanes.compile import inlined
 from stepgguf.quants.lanes.direct import make_direct_snap
+from stepgguf.quants.lanes.grid import Grid
 from stepgguf.quants.lanes.iq_blocks import (
     complete_signs,
     make_place_point,
@@ -34,7 +35,7 @@ from stepgguf.quants.lanes.iq_blocks import (
     split_signs,
 )
 from stepgguf.quants.lanes.lane_kernels import define_type
-from stepgguf.quants.lanes.lattice import ALL_IF_MOVED, MOVED, Grid, make_fit
+from stepgguf.quants.lanes.lattice import ALL_IF_MOVED, MOVED, make_fit
 from stepgguf.quants.lanes.operands import ByteTile, F32Tile, I32Lanes, I32Tile, Importance
 from stepgguf.quants.lanes.vector import (
     f32_tile,

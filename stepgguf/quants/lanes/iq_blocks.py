@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from stepgguf.quants.lanes.blocks import bit_field, highest_of
 from stepgguf.quants.lanes.compile import inlined
-from stepgguf.quants.lanes.lattice import Grid, embedded_array
+from stepgguf.quants.lanes.grid import Grid, embedded_array
 from stepgguf.quants.lanes.operands import F32Lanes, F32Tile, I32Lanes, I32Tile, Mask
 from stepgguf.quants.lanes.rounding import clamp, nearest_int
 from stepgguf.quants.lanes.vector import bits_of, float_of_bits, floats, gather, ints, load, store, to_float, where

@@ -80,35 +80,34 @@ def make_minimum_search(
         return clamp(nearest_int(inverse * (v - low)), ints(0), ints(highest))
 
     @inlined
-    def fit(
-        x: F32Tile, w: F32Tile, first: int, n: int, inverse: F32Lanes, low: F32Lanes, sum_w: F32Lanes, sum_x: F32Lanes
+    def sum_products(
+        x: F32Tile, w: F32Tile, first: int, n: int, inverse: F32Lanes, low: F32Lanes, tried: F32Tile
     ) -> tuple[F32Lanes, F32Lanes, F32Lanes]:
-        """(scale, minimum, error) by least squares for the levels of an inverse scale; no solution: infinite error."""
-        zero, sum_l, sum_l2, sum_xl = floats(0.0), floats(0.0), floats(0.0), floats(0.0)
-        levels = f32_tile(n)
+        """Sums of weight * level, weight * level^2, weight * level * value; the trial's levels go to `tried`."""
+        sum_l, sum_l2, sum_xl = floats(0.0), floats(0.0), floats(0.0)
         for i in range(n):
             v = load(x, first + i)
             level = to_float(level_of(v, inverse, low))
-            store(levels, i, level)
+            store(tried, i, level)
             weighted = load(w, i) * level
             sum_l = sum_l + weighted
             sum_l2 = sum_l2 + weighted * level
             sum_xl = sum_xl + weighted * v
-        determinant = sum_w * sum_l2 - sum_l * sum_l
-        scale = (sum_w * sum_xl - sum_x * sum_l) / determinant
-        minimum = (sum_l2 * sum_x - sum_l * sum_xl) / determinant
-        # A minimum above 0 cannot be stored: then it is 0 and the scale alone is fitted.
-        is_positive = minimum > zero
-        scale = where(is_positive, sum_xl / sum_l2, scale)
-        minimum = where(is_positive, zero, minimum)
-        error = zero
+        return sum_l, sum_l2, sum_xl
+
+    @inlined
+    def error_of(
+        x: F32Tile, w: F32Tile, first: int, n: int, scale: F32Lanes, minimum: F32Lanes, tried: F32Tile
+    ) -> F32Lanes:
+        """What the levels in `tried` lose with this scale and minimum."""
+        error = floats(0.0)
         for i in range(n):
-            error = error + load(w, i) * loss(scale * load(levels, i) + minimum - load(x, first + i))
-        return scale, minimum, where(determinant > zero, error, floats(np.inf))
+            error = error + load(w, i) * loss(scale * load(tried, i) + minimum - load(x, first + i))
+        return error
 
     @inlined
     def search(x: F32Tile, w: F32Tile, levels: ByteTile, first: int, n: int) -> tuple[F32Lanes, F32Lanes]:
-        zero = floats(0.0)
+        zero, tried = floats(0.0), f32_tile(n)
         low, high = lowest_and_highest(x, first, n)
         sum_w, sum_x = _weighted_sums(x, w, first, n)
         low = where(low > zero, zero, low)
@@ -121,8 +120,16 @@ def make_minimum_search(
             best = best + load(w, i) * loss(scale * to_float(level_of(v, inverse, low)) + low - v)
         for trial in range(len(numerators)):
             inverse = floats(numerators[trial]) / (high - low)
-            this_scale, this_low, error = fit(x, w, first, n, inverse, low, sum_w, sum_x)
-            is_better = error < best
+            sum_l, sum_l2, sum_xl = sum_products(x, w, first, n, inverse, low, tried)
+            determinant = sum_w * sum_l2 - sum_l * sum_l
+            this_scale = (sum_w * sum_xl - sum_x * sum_l) / determinant
+            this_low = (sum_l2 * sum_x - sum_l * sum_xl) / determinant
+            # A minimum above 0 cannot be stored: then it is 0 and the scale alone is fitted.
+            is_positive = this_low > zero
+            this_scale = where(is_positive, sum_xl / sum_l2, this_scale)
+            this_low = where(is_positive, zero, this_low)
+            error = error_of(x, w, first, n, this_scale, this_low, tried)
+            is_better = (determinant > zero) & (error < best)
             best = where(is_better, error, best)
             best_inverse = where(is_better, inverse, best_inverse)
             best_low = where(is_better, low, best_low)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from gguf.quants import IQ2_S, IQ2_XS, IQ2_XXS, IQ3_S, IQ3_XXS
 
-from stepgguf.quants.lanes.lattice import CHUNK, Grid, list_neighbours
+from stepgguf.quants.lanes.closest import CHUNK
+from stepgguf.quants.lanes.grid import Grid, list_neighbours
 
 GRIDS = [Grid(IQ2_XXS, 2), Grid(IQ2_XS, 2), Grid(IQ2_S, 1), Grid(IQ3_XXS, 2), Grid(IQ3_S, 3)]
 N_WORDS = 300
