@@ -105,7 +105,7 @@ def chat(
 
     screen: Screen | Pipe = view(thinking=thinking, plain=plain, silent=json)
     if sys.platform == "darwin":  # where older versions kept them on every system
-        folders.adopt(Path.home() / ".local" / "share" / "stepgguf")
+        folders.adopt_data(Path.home() / ".local" / "share" / "stepgguf")
     folder = folders.sessions()
     last = sessions(folder)[:1] if continue_ else []
     if continue_ and not last:

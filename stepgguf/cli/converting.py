@@ -17,11 +17,11 @@ from stepgguf.cli.destinations import Destination
 from stepgguf.cli.progress import ProgressMeter, layer_name
 from stepgguf.convert import budget, pipeline
 from stepgguf.convert.budget import Limits, PricedTrunk
-from stepgguf.convert.fold import Line, fold
+from stepgguf.convert.fold import FoldedLine, fold_tensors
 from stepgguf.convert.measure import count_sampled_values
 from stepgguf.convert.plan import Options, Plan
 from stepgguf.convert.planner import plan_source
-from stepgguf.convert.sizes import inventory, with_near_sizes
+from stepgguf.convert.sizes import take_inventory, with_near_sizes
 from stepgguf.convert.sources.opening import open_source
 from stepgguf.convert.sources.source import TensorSource
 from stepgguf.convert.writer import Writer, is_taken, name_taken
@@ -52,7 +52,7 @@ def choose_recipe(
     except UnknownType as error:
         try:
             with open_source(source) as opened:
-                raise with_near_sizes(error, inventory(opened)) from None
+                raise with_near_sizes(error, take_inventory(opened)) from None
         except StepggufError as other:
             raise other if isinstance(other, UnknownType) else error from None  # one thing at a time
 
@@ -77,7 +77,7 @@ def price_trunk(
     source: TensorSource, dest: Path, options: Options, *, threads: int | None, quiet: bool = False
 ) -> PricedTrunk:
     """Measure what each type costs each tensor. Ctrl+C keeps what is measured and exits with 130."""
-    total = sum(count_sampled_values(tensor.shape) for tensor in inventory(source).matrices)
+    total = sum(count_sampled_values(tensor.shape) for tensor in take_inventory(source).matrices)
     try:
         with ProgressMeter("measuring", 2 * total, quiet=quiet) as meter:  # bytes of BF16
             return budget.price_trunk(
@@ -174,8 +174,8 @@ class Conversion:
             f"peak memory {readable_size(peak_rss())}"
         )
 
-    def _lines(self) -> list[Line]:
-        return fold((t.name, t.ggml_type.name, t.n_bytes, t.n_values, t.reason) for t in self.plan.tensors)
+    def _lines(self) -> list[FoldedLine]:
+        return fold_tensors((t.name, t.ggml_type.name, t.n_bytes, t.n_values, t.reason) for t in self.plan.tensors)
 
     def _table(self) -> list[Text]:
         plan = self.plan
@@ -210,7 +210,7 @@ def peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def _line_report(line: Line) -> dict[str, Any]:
+def _line_report(line: FoldedLine) -> dict[str, Any]:
     return {
         "layers": line.layers, "role": line.role, "count": line.count, "type": line.type, "bytes": line.n_bytes,
         "reason": line.reason,

@@ -22,7 +22,7 @@ from stepgguf.convert.measure import Progress
 from stepgguf.convert.pipeline import Compiling
 from stepgguf.convert.plan import Options, Plan, PlannedTensor
 from stepgguf.convert.planner import plan_source
-from stepgguf.convert.sizes import Inventory, inventory
+from stepgguf.convert.sizes import Inventory, take_inventory
 from stepgguf.convert.sources.source import TensorSource
 from stepgguf.errors import DoesNotFit, RecipeError
 from stepgguf.files.byte_sizes import readable_size, size_word
@@ -149,7 +149,7 @@ def plan_within(limits: Limits, source: TensorSource, dest: Path, options: Optio
 
 def plan_without_measuring(limits: Limits, source: TensorSource, dest: Path, options: Options) -> Plan | None:
     """The plan if nothing has to be measured for it: the largest types fit. DoesNotFit if not even the smallest do."""
-    model = inventory(source)
+    model = take_inventory(source)
     smallest = _plan_extreme(min, model, source, dest, options)
     if not _is_within(limits, smallest, model):
         read = readable_size(_read_bytes(smallest, model))
@@ -191,8 +191,8 @@ def extreme_types(
 def smallest_size(model: Inventory, *, mtp: bool, has_imatrix: bool) -> int:
     """Bytes of a file with the smallest types that a budget chooses, whatever its vocabulary."""
     types = extreme_types(min, model, Options(open_recipe("fit")), has_imatrix=has_imatrix)
-    heads = {t.name: _q8_0(t.shape) for t in model.tensors if model.is_mtp(t) and t.name in model.quantizable}
-    return model.with_types(types | heads, mtp=mtp).total + _HEADER
+    heads = {t.name: _q8_0(t.shape) for t in model.tensors if t.is_mtp and t.is_quantizable}
+    return model.sizes_with(types | heads, mtp=mtp).total + _HEADER
 
 
 def _plan_extreme(
@@ -218,14 +218,14 @@ def _is_within(limits: Limits, plan: Plan, model: Inventory) -> bool:
 
 def _read_bytes(plan: Plan, model: Inventory) -> float:
     """Bytes of the trunk that are read for one token."""
-    trunk = {t.name for t in model.tensors if not model.is_mtp(t)}
+    trunk = {t.name for t in model.tensors if not t.is_mtp}
     shares = {t.name: t.n_bytes * objective.read_share(t, model.routing) for t in plan.tensors if t.name in trunk}
     return math.fsum(shares.values())
 
 
 def draft_plan(source: TensorSource, dest: Path, options: Options) -> Plan:
     """The plan with all that no rule decides as Q8_0, in one file (and one of MTP blocks, if they are separate)."""
-    model = inventory(source)
+    model = take_inventory(source)
     open_: dict[str, TypeChoice] = {
         c.name: TypeChoice(_q8_0(c.shape), "draft") for c in model.matrices if _is_open(c, model, options)
     }
@@ -243,15 +243,16 @@ def price_trunk(
 ) -> PricedTrunk:
     """Measure what each type would cost each tensor, where the options leave more than one."""
     sketch = draft_plan(source, dest, options)
-    model = inventory(source)
-    names, importance = {t.name for t in model.tensors if not model.is_mtp(t)}, options.importance
+    model = take_inventory(source)
+    names, importance = {t.name for t in model.tensors if not t.is_mtp}, options.importance
+    quantizable = {t.name for t in model.matrices}
     trunk = [tensor for tensor in sketch.files[0].tensors if tensor.name in names]
-    matrices = [tensor for tensor in trunk if tensor.name in model.quantizable]
+    matrices = [tensor for tensor in trunk if tensor.name in quantizable]
     cache = measure.cache_path(source, importance)
     measured = measure.measure_errors(
         source, matrices, cache, importance=importance, threads=threads, progress=progress, compiling=compiling
     )
-    priced = {item.name: item for item in objective.items(matrices, measured, model.routing, importance)}
+    priced = {item.name: item for item in objective.weigh_options(matrices, measured, model.routing, importance)}
     open_ = {c.name: options.recipe.floor_type(c, model.facts) for c in model.matrices if _is_open(c, model, options)}
     items = [
         _limit_to_floor(priced[t.name], open_[t.name], t)

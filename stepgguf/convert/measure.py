@@ -188,7 +188,7 @@ def _weigh_losses(group: Iterable[tuple[_SampledRows, Losses]]) -> TensorErrors:
 def cache_path(source: TensorSource, importance: Importance | None) -> Path:
     """Where errors of this source with this importance are kept."""
     digest = hashlib.sha256(json.dumps(_cache_key(source, importance), sort_keys=True).encode()).hexdigest()
-    return folders.errors() / f"{digest[:16]}.jsonl"
+    return folders.measurements() / f"{digest[:16]}.jsonl"
 
 
 def _cache_key(source: TensorSource, importance: Importance | None) -> dict[str, Any]:

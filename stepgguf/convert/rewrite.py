@@ -23,7 +23,7 @@ from typing import Any
 from gguf import GGUFValueType
 
 from stepgguf.convert.manifest import manifest_path, read_manifest, write_manifest
-from stepgguf.convert.metadata import CHAT_TEMPLATE, RESERVE, RESERVE_BYTES, reserve
+from stepgguf.convert.metadata import CHAT_TEMPLATE, RESERVE, RESERVE_BYTES, reserve_key
 from stepgguf.convert.sources.splits import split_files
 from stepgguf.errors import BadMetadata, OutputError
 from stepgguf.files import disk, gguf_header
@@ -79,7 +79,7 @@ def _rewrite(path: Path, change: Callable[[dict[str, Key]], None]) -> None:
         change(keys)
         new = _encode_at_length(keys, old)
         if new is None:
-            new = gguf_header.encode([*keys.values(), reserve(RESERVE_BYTES)], old.tensors, old.alignment)
+            new = gguf_header.encode([*keys.values(), reserve_key(RESERVE_BYTES)], old.tensors, old.alignment)
             _copy_with_header(path, old.data_start, new)
         else:
             with path.open("rb") as file:
@@ -106,11 +106,11 @@ def _hold(path: Path) -> Iterator[None]:
 
 def _encode_at_length(keys: dict[str, Key], old: Header) -> bytes | None:
     """The header with these keys and a reserve that gives it the old length; None if they do not fit."""
-    with_none = len(gguf_header.encode([*keys.values(), reserve(0)], old.tensors, 1))
+    with_none = len(gguf_header.encode([*keys.values(), reserve_key(0)], old.tensors, 1))
     room = old.data_start - with_none
     if room < 0:
         return None
-    return gguf_header.encode([*keys.values(), reserve(room)], old.tensors, old.alignment)
+    return gguf_header.encode([*keys.values(), reserve_key(room)], old.tensors, old.alignment)
 
 
 def _overwrite_header(path: Path, header: bytes) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from stepgguf.convert.budget import Limits, PricedTrunk, smallest_size
-from stepgguf.convert.sizes import Inventory, Sizes, inventory, with_near_sizes
+from stepgguf.convert.sizes import Inventory, Sizes, take_inventory, with_near_sizes
 from stepgguf.convert.sources.source import TensorSource
 from stepgguf.errors import RecipeError, UnknownType
 from stepgguf.files.byte_sizes import GIB, MIB
@@ -150,7 +150,7 @@ def plan_for_machine(
     price: measures the trunk, for every row's loss and for rows of what convert --fit would choose. It is called when
     nothing else can be wrong: RecipeError is raised before.
     """
-    model = inventory(source)
+    model = take_inventory(source)
     size = replace(footprint(source), weights=0)
     needed = memory_need(size, context)
     room = target.capacity(context) - needed.total
@@ -182,12 +182,12 @@ def _named_sizes(inventory: Inventory, mtp: bool, names: Sequence[str] | None) -
     if own is not None:
         yield OWN_TYPES, own
     if names is not None:
-        yield from ((name, inventory.sizes(name, mtp=mtp)) for name in names)
+        yield from ((name, inventory.sizes_as(name, mtp=mtp)) for name in names)
         return
-    yield from ((name, inventory.sizes(name, mtp=mtp)) for name in STOCK_TYPES)
+    yield from ((name, inventory.sizes_as(name, mtp=mtp)) for name in STOCK_TYPES)
     for name in shipped_names():
         try:
-            yield name, inventory.sizes(name, mtp=mtp)
+            yield name, inventory.sizes_as(name, mtp=mtp)
         except RecipeError:  # it names layers that only the real model has
             continue
 
@@ -202,7 +202,7 @@ def _budget_sizes(model: Inventory, mtp: bool, trunk: PricedTrunk, room: int) ->
         limits = Limits(n_bytes)
         types = trunk.choose_types(trunk.room(limits))
         mtp_types = {t.name: t.ggml_type for t in trunk.sketch.tensors if t.name not in types}
-        yield limits.name.replace("-", " "), model.with_types(types | mtp_types, mtp=mtp)
+        yield limits.name.replace("-", " "), model.sizes_with(types | mtp_types, mtp=mtp)
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ VISION_PREFIXES = (
 NO_WEIGHT = (".rotary_emb.inv_freq", ".input_scale", ".activation_scale", ".k_scale", ".v_scale", ".kv_scale")
 
 
-def published(name: str) -> str:
+def published_name(name: str) -> str:
     """The name that the published checkpoints have for a stored tensor."""
     for pattern, replacement in SPELLINGS:
         name = pattern.sub(replacement, name)

@@ -110,8 +110,8 @@ def test_in_the_bytes_of_one_type_for_all_it_loses_less(small: Path) -> None:
 
 def test_what_a_token_reads_is_what_plan_says_of_the_file(small: Path) -> None:
     with Checkpoint(small) as checkpoint:
-        model, hp = sizes.inventory(checkpoint), checkpoint.hparams
-    names = {t.name for t in model.tensors if not model.is_mtp(t)}
+        model, hp = sizes.take_inventory(checkpoint), checkpoint.hparams
+    names = {t.name for t in model.tensors if not t.is_mtp}
     share = speed.expert_share(hp.n_expert_used, hp.n_expert, 1)
 
     def reads(plan: Plan) -> float:

@@ -16,9 +16,9 @@ import pytest
 from stepgguf.cli.inspect import gguf_contents
 from stepgguf.convert.plan import Options
 from stepgguf.convert.planner import plan_source
-from stepgguf.convert.sizes import inventory
-from stepgguf.convert.sources.checkpoint import INDEX
+from stepgguf.convert.sizes import take_inventory
 from stepgguf.convert.sources.opening import open_source
+from stepgguf.convert.sources.shard_index import INDEX
 from stepgguf.errors import StepggufError
 from stepgguf.files import gguf_header
 from stepgguf.files.gguf_header import TensorInfo
@@ -97,7 +97,7 @@ def plan(path: Path) -> bool:
             plan_source(
                 source, path.parent / "out.gguf", Options(load_recipe("Q4_K_M"), mtp="drop", allow_requantize=True)
             )
-            inventory(source)
+            take_inventory(source)
     except StepggufError:
         return False
     return True

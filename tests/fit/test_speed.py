@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stepgguf.convert.sizes import Inventory, Sizes, inventory
+from stepgguf.convert.sizes import Inventory, Sizes, take_inventory
 from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.fit import catalogue
 from stepgguf.fit.footprint import footprint
 from stepgguf.fit.speed import expert_share, kv_read_bytes, mtp_gain, read_bytes, step_bytes
+from stepgguf.model.names import TensorName
 from tests.cli.test_cli import sparse_checkpoint
 
 
@@ -56,18 +57,18 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoint]:
 
 @pytest.fixture(scope="module")
 def flash(real: Checkpoint) -> Inventory:
-    return inventory(real)
+    return take_inventory(real)
 
 
 def sizes(flash: Inventory, recipe: str, folder: Path) -> Sizes:
     if "/" not in recipe:
-        return flash.sizes(recipe)
+        return flash.sizes_as(recipe)
     default, gate, up, down = recipe.split("/")
     path = folder / "recipe.toml"
     path.write_text(
         f'default = "{default}"\nffn_gate_exps = "{gate}"\nffn_up_exps = "{up}"\nffn_down_exps = "{down}"\n'
     )
-    return flash.sizes(str(path))
+    return flash.sizes_as(str(path))
 
 
 def step(found: Sizes, n_tokens: int = 1) -> float:
@@ -124,9 +125,10 @@ def test_the_share_of_experts_is_what_independent_tokens_choose(n_tokens: int) -
 
 
 def test_a_byte_costs_what_it_is_read() -> None:
-    assert read_bytes("ffn_down_exps", 36, 8 / 288) == 1.0
-    assert read_bytes("ffn_down_shexp", 36, 8 / 288) == read_bytes("output", 36, 8 / 288) == 36
-    assert read_bytes("token_embd", 36, 8 / 288) == 0
+    assert read_bytes(TensorName("blk.3.ffn_down_exps.weight"), 36, 8 / 288) == 1.0
+    assert read_bytes(TensorName("blk.3.ffn_down_shexp.weight"), 36, 8 / 288) == 36
+    assert read_bytes(TensorName("output.weight"), 36, 8 / 288) == 36
+    assert read_bytes(TensorName("token_embd.weight"), 36, 8 / 288) == 0
 
 
 def test_a_token_reads_all_cells_of_full_layers_and_the_window_of_the_others(real: Checkpoint) -> None:

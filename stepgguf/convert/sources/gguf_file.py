@@ -114,11 +114,11 @@ class GGUFSource:
         return result
 
     def prefetch(self, name: str, start: int, stop: int) -> None:
-        fd, offset, size = self._locate(name, start, stop)
+        fd, offset, size = self._place_of(name, start, stop)
         disk.prefetch_at(fd, size, offset)
 
     def raw(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
-        fd, offset, size = self._locate(name, start, stop)
+        fd, offset, size = self._place_of(name, start, stop)
         data = np.empty(size, np.uint8)
         disk.read_at(fd, data.data, offset, name, TruncatedFile)
         return data.reshape(stop - start, -1)
@@ -131,7 +131,7 @@ class GGUFSource:
         decoder_for(tensor.ggml_type).decode(data, values)
         return values
 
-    def _locate(self, name: str, start: int, stop: int) -> tuple[int, int, int]:
+    def _place_of(self, name: str, start: int, stop: int) -> tuple[int, int, int]:
         header, tensor = self._where[name]
         size = row_size(tensor.ggml_type, tensor.shape[-1])
         return self._files[header.path], header.data_start + tensor.offset + start * size, (stop - start) * size
