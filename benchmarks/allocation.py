@@ -39,8 +39,8 @@ from stepgguf.demo import CHECKPOINT, tasks
 from stepgguf.demo.train import Encoder
 from stepgguf.files import folders
 from stepgguf.quants.imatrix import Imatrix, write_imatrix
-from stepgguf.reference.imatrix import collect
-from stepgguf.reference.load import load
+from stepgguf.reference.imatrix import collect_imatrix
+from stepgguf.reference.load import load_reference
 
 TYPES = ["Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M"]
 CALIBRATION = 300
@@ -49,9 +49,9 @@ CALIBRATION = 300
 def calibrate() -> Imatrix:
     """The importance matrix of the first conversations that seed 1000 makes, each run on its own."""
     rng, encoder = random.Random(1000), Encoder((CHECKPOINT / "tokenizer.json").read_text())
-    conversations = [encoder.example(*tasks.conversation(rng))[0] for _ in range(CALIBRATION)]
+    conversations = [encoder.encode_example(*tasks.random_conversation(rng))[0] for _ in range(CALIBRATION)]
     with Checkpoint(CHECKPOINT) as checkpoint:
-        return collect(load(checkpoint), (torch.tensor([tokens]) for tokens in conversations))[0]
+        return collect_imatrix(load_reference(checkpoint), (torch.tensor([tokens]) for tokens in conversations))[0]
 
 
 class Bench:

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "fit": {"files", "model", "quants", "convert", "runtime.engine", "runtime.llama_build"},
     "grammar": set(),
     "chat": {"files", "grammar", "runtime.engine"},
-    "conversation": {"files", "chat", "runtime.engine"},
+    "conversation": {"files", "chat", "runtime.engine", "runtime.http_events"},
     "server": {"chat", "runtime.engine"},
     "demo": {"chat.template", "convert.sources", "model", "reference"},
     "report": {"files", "model", "convert", "quants"},

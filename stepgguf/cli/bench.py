@@ -92,7 +92,7 @@ def bench(
         for row in _speed_rows(llama, depth_list, batch_list, tokens, repetitions):
             speed.append(row)
             show(_speed_line(row))
-        if llama.n_heads and llama.info.chat_template is not None:
+        if llama.n_mtp and llama.info.chat_template is not None:
             show("\ndrafted  tokens/step  tok/s               gain    accepted by head")
             for n, row in enumerate(_drafting_rows(llama, tokens, repetitions)):
                 drafting.append(row)
@@ -116,7 +116,7 @@ def _speed_rows(
 
 def _drafting_rows(engine: LlamaEngine, tokens: int, repetitions: int) -> Iterator[BenchRow]:
     """The speed with 0 drafted tokens a step, 1, and so on to one for each MTP block."""
-    for n in range(engine.n_heads + 1):
+    for n in range(engine.n_mtp + 1):
         yield _average([_measure_drafting(engine, n, tokens) for _ in range(repetitions)])
 
 

@@ -14,7 +14,7 @@ import typer
 from stepgguf.cli import arguments, loading
 
 if TYPE_CHECKING:
-    from stepgguf.conversation.session import Backend
+    from stepgguf.conversation.session import ChatBackend
 
 
 def chat(
@@ -96,18 +96,19 @@ def chat(
 
     from dataclasses import replace
 
-    from stepgguf.cli.dialogue import Dialogue, one_shot, resume, view
-    from stepgguf.cli.terminal.view import Pipe, Screen
-    from stepgguf.conversation.records import Settings
+    from stepgguf.cli.answering import answer_once, open_view
+    from stepgguf.cli.dialogue import Dialogue, resume_session
+    from stepgguf.cli.terminal.screen import Screen
+    from stepgguf.conversation.records import ChatSettings
     from stepgguf.conversation.session import Session
-    from stepgguf.conversation.transcript import Transcript, sessions
+    from stepgguf.conversation.transcript import Transcript, list_sessions
     from stepgguf.files import folders
 
-    screen: Screen | Pipe = view(thinking=thinking, plain=plain, silent=json)
+    view = open_view(reasoning_display=thinking, plain=plain, silent=json)
     if sys.platform == "darwin":  # where older versions kept them on every system
         folders.adopt_data(Path.home() / ".local" / "share" / "stepgguf")
     folder = folders.sessions()
-    last = sessions(folder)[:1] if continue_ else []
+    last = list_sessions(folder)[:1] if continue_ else []
     if continue_ and not last:
         raise typer.BadParameter(f"there is no session in {folder}", param_hint="--continue")
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
@@ -127,22 +128,22 @@ def chat(
         force=force,
     )
     with _backend(path, url, api_key, options, quiet=quiet) as backend:
-        session = Session(backend, Settings())
+        session = Session(backend, ChatSettings())
         if last:
-            session = resume(session, last[0])
+            session = resume_session(session, last[0])
         elif not no_save and not question:
             session.transcript = Transcript(folder, backend.origin)
         settings = replace(session.settings, **{k: v for k, v in changes.items() if v is not None})
-        session.set(replace(settings, sampling={**settings.sampling, **sampling}))
+        session.change_settings(replace(settings, sampling={**settings.sampling, **sampling}))
         if question:
-            one_shot(session, question, screen, quiet=quiet, as_json=json)
-        elif isinstance(screen, Screen):
+            answer_once(session, question, view, quiet=quiet, as_json=json)
+        elif isinstance(view, Screen):
             if not quiet:
                 limit = f", context {backend.n_ctx:,}" if backend.n_ctx is not None else ""
-                screen.note(f"{backend.origin.model}{limit}. /help lists the commands, Ctrl+D leaves.")
-            dialogue = Dialogue(session, screen, folder, history=None if no_save else folders.history())
+                view.note(f"{backend.origin.model}{limit}. /help lists the commands, Ctrl+D leaves.")
+            dialogue = Dialogue(session, view, folder, history=None if no_save else folders.history())
             if last:
-                dialogue.recall()
+                dialogue.show_last_messages()
             dialogue.run()
         else:
             raise typer.BadParameter("a conversation needs a terminal; ask with --prompt", param_hint="--prompt")
@@ -160,16 +161,16 @@ def _piped() -> str | None:
 @contextmanager
 def _backend(
     path: Path | None, url: str | None, api_key: str | None, options: loading.EngineOptions, *, quiet: bool
-) -> Iterator[Backend]:
+) -> Iterator[ChatBackend]:
     if url is not None:
-        from stepgguf.conversation.remote import Remote
+        from stepgguf.conversation.remote import RemoteBackend
 
-        yield Remote(url, api_key)
+        yield RemoteBackend(url, api_key)
         return
     assert path is not None
     from stepgguf.chat.exchange import ChatModel
-    from stepgguf.conversation.inprocess import InProcess
-    from stepgguf.conversation.records import Origin
+    from stepgguf.conversation.inprocess import InProcessBackend
+    from stepgguf.conversation.records import AnswerOrigin
 
     with loading.open_engine(path, options, command="chat", quiet=quiet) as engine:
-        yield InProcess(ChatModel(engine), Origin.of(engine.info.name, path))
+        yield InProcessBackend(ChatModel(engine), AnswerOrigin.of_file(engine.info.name, path))

@@ -54,14 +54,14 @@ def convert(
     - `stepgguf convert Step-3.5-Flash/ step-128gb.gguf --type 128gb --imatrix imatrix.gguf`
     - `stepgguf convert Step-3.5-Flash/ step.gguf --fit 104GiB --imatrix imatrix.gguf --dry-run`
     """
-    from stepgguf.chat.template import ChatTemplate, read
+    from stepgguf.chat.template import ChatTemplate, read_template
     from stepgguf.cli.converting import RunOptions, carry_out, choose_recipe, make_plan
     from stepgguf.convert.metadata import CHAT_TEMPLATE
     from stepgguf.convert.plan import Options
     from stepgguf.convert.sources.checkpoint import Checkpoint
 
     if chat_template is not None:
-        read(chat_template)  # tried before anything is written
+        read_template(chat_template)  # tried before anything is written
     how = RunOptions(threads, memory, dry_run, restart, overwrite, quiet, json)
     limits = arguments.read_budget(fit, target_bpw, min_tps, bandwidth)
     recipe, limits = choose_recipe(type, limits, source, arguments.DEFAULT_TYPE)

@@ -30,11 +30,12 @@ def demo(
 
     from stepgguf.chat.exchange import ChatModel
     from stepgguf.cli import output
+    from stepgguf.cli.answering import answer_once, open_view
     from stepgguf.cli.converting import Conversion, RunOptions
-    from stepgguf.cli.dialogue import Dialogue, one_shot, view
-    from stepgguf.cli.terminal.view import Screen
-    from stepgguf.conversation.inprocess import InProcess
-    from stepgguf.conversation.records import Settings
+    from stepgguf.cli.dialogue import Dialogue
+    from stepgguf.cli.terminal.screen import Screen
+    from stepgguf.conversation.inprocess import InProcessBackend
+    from stepgguf.conversation.records import ChatSettings
     from stepgguf.conversation.session import Session
     from stepgguf.convert.plan import Options
     from stepgguf.convert.planner import plan_source
@@ -52,10 +53,10 @@ def demo(
             output.note(f"{conversion.plan_text()}\n")
             conversion.execute()
         with loading.open_engine(path, loading.EngineOptions(), command="chat", quiet=False) as engine:
-            session = Session(InProcess(ChatModel(engine)), Settings({"temperature": 0.0}))
-            screen = view(thinking="full")
+            session = Session(InProcessBackend(ChatModel(engine)), ChatSettings({"temperature": 0.0}))
+            view = open_view(reasoning_display="full")
             output.note(f"\n> {QUESTION}")
             sys.stderr.flush()
-            one_shot(session, QUESTION, screen, quiet=False)
-            if interactive and isinstance(screen, Screen):
-                Dialogue(session, screen, Path(folder), history=None).run()
+            answer_once(session, QUESTION, view, quiet=False)
+            if interactive and isinstance(view, Screen):
+                Dialogue(session, view, Path(folder), history=None).run()

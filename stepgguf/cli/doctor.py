@@ -78,12 +78,12 @@ def doctor(
 
 def find_prompt_end(template: str | None) -> PromptEnd:
     """Where the prompts of a chat template end, or what is wrong with it."""
-    from stepgguf.chat.template import ChatTemplate, place_of
+    from stepgguf.chat.template import ChatTemplate, prompt_ending
 
     if template is None:
         return BadMetadata("the file has no chat template, so it cannot chat")
     try:
-        return place_of(ChatTemplate(template).probe())
+        return prompt_ending(ChatTemplate(template).probe())
     except StepggufError as error:
         return error
 

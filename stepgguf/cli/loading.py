@@ -229,10 +229,9 @@ def _load_in_process(
 def _start_server(
     model: ModelFile, machine: Machine, options: EngineOptions, progress: Callable[[float], None]
 ) -> Engine:
-    from stepgguf.runtime.llamaserver import LlamaServerEngine
+    from stepgguf.runtime.llamaserver import LlamaServerEngine, ServerOptions
 
-    return LlamaServerEngine.spawn(
-        model.path,
+    server = ServerOptions(
         binary=options.server_binary or None,
         n_ctx=options.ctx,
         n_parallel=options.parallel,
@@ -241,9 +240,8 @@ def _start_server(
         mtp=options.draft != 0 and model.footprint.has_mtp,
         mtp_file=model.mtp_file,
         rpc=options.rpc,
-        queue_limit=options.queue,
-        progress=progress,
     )
+    return LlamaServerEngine.spawn(model.path, server, queue_limit=options.queue, progress=progress)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from typing import Protocol
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
-from stepgguf.chat.exchange import Prepared, Reply
+from stepgguf.chat.exchange import PreparedRequest, Reply
 from stepgguf.chat.output import Delta
 from stepgguf.errors import RequestError
 from stepgguf.runtime.engine import Engine, Event, Finished, Ticket, Tokens
@@ -52,7 +52,7 @@ class Part:
 class Exchange:
     """Several answers that are made at the same time; usually one. `replies` are theirs, in order."""
 
-    def __init__(self, prepared: Sequence[Prepared], watch: Watch) -> None:
+    def __init__(self, prepared: Sequence[PreparedRequest], watch: Watch) -> None:
         self.prepared = tuple(prepared)
         self.replies = [Reply(p) for p in prepared]
         self.n_generated = 0
@@ -66,7 +66,7 @@ class Exchange:
         self._overrun = False
 
     @classmethod
-    async def start(cls, engine: Engine, prepared: Sequence[Prepared], watch: Watch) -> Exchange:
+    async def start(cls, engine: Engine, prepared: Sequence[PreparedRequest], watch: Watch) -> Exchange:
         """Submit all or none. Compiling a grammar takes time: it is done off the event loop."""
         exchange = cls(prepared, watch)
         await run_in_threadpool(exchange._submit, engine)

@@ -13,7 +13,7 @@ import time
 import httpx
 import pytest
 
-from stepgguf.chat.exchange import ChatModel, Prepared
+from stepgguf.chat.exchange import ChatModel, PreparedRequest
 from stepgguf.errors import EngineDied, RequestError
 from stepgguf.runtime.engine import Request
 from stepgguf.server.config import ServerConfig
@@ -153,7 +153,7 @@ def test_a_reader_that_lags_too_far_is_given_up(chat_model: ChatModel, monkeypat
     monkeypatch.setattr("stepgguf.server.generation.MOST_WAITING", 20)
     engine = chat_model.engine
     request = Request(prompt=tuple(engine.tokenize("Hello")), ignore_end=True)
-    prepared = Prepared(request, chat_model.markers, in_reasoning=False, tools=(), stops=())
+    prepared = PreparedRequest(request, chat_model.markers, in_reasoning=False, tools=(), stops=())
 
     n_read = 0
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from stepgguf.chat.request import Choice, Format, Gbnf, JsonObject, JsonSchema
+from stepgguf.chat.request import AnswerFormat, GbnfGrammar, JsonObject, JsonSchema, OneOfTexts
 from stepgguf.errors import RequestError
 from stepgguf.runtime.engine import Sampling
 from stepgguf.server.body.objects import Body, ignored
@@ -150,7 +150,7 @@ class FormatFields(Body):
     guided_grammar: str | None = Field(None, description="NVIDIA's and once vLLM's grammar, here in GBNF.")
     nvext: Nvext | None = None
 
-    def format(self) -> Format | None:
+    def format(self) -> AnswerFormat | None:
         nvext, vllm = self.nvext or Nvext(), self.structured_outputs or StructuredOutputs.model_validate({})
         schemas = {
             "json_schema": self.json_schema,
@@ -169,9 +169,11 @@ class FormatFields(Body):
             "nvext.guided_grammar": nvext.guided_grammar,
             "structured_outputs.grammar": vllm.grammar,
         }
-        asked: dict[str, Format] = {name: JsonSchema(schema) for name, schema in schemas.items() if schema is not None}
-        asked |= {name: Choice(tuple(texts)) for name, texts in choices.items() if texts is not None}
-        asked |= {name: Gbnf(text) for name, text in grammars.items() if text}
+        asked: dict[str, AnswerFormat] = {
+            name: JsonSchema(schema) for name, schema in schemas.items() if schema is not None
+        }
+        asked |= {name: OneOfTexts(tuple(texts)) for name, texts in choices.items() if texts is not None}
+        asked |= {name: GbnfGrammar(text) for name, text in grammars.items() if text}
         if (form := self._response_format()) is not None:
             asked["response_format"] = form
         if len(asked) > 1:
@@ -179,7 +181,7 @@ class FormatFields(Body):
             raise RequestError(f"{first} and {second} both say what the answer looks like", param=second)
         return next(iter(asked.values()), None)
 
-    def _response_format(self) -> Format | None:
+    def _response_format(self) -> AnswerFormat | None:
         asked = self.response_format
         if isinstance(asked, JsonSchemaFormat):
             return JsonSchema(asked.json_schema.schema_)

@@ -49,7 +49,7 @@ class TokenizeBody(Body):
         if self.messages is not None:
             tools = as_tools(functions(self.tools, service))
             request = ChatRequest(as_chat(self.messages), service.engine.info.sampling, tools=tools)
-            return service.chat.prompt(request)[0]
+            return service.chat.render_prompt(request)[0]
         text, engine = self.text or self.content or "", service.engine
         starts = given == ["text"] if self.add_special is None else self.add_special
         if self.parse_special is False:

@@ -14,8 +14,8 @@ from anthropic.types import Message, RawMessageStreamEvent
 from pydantic import TypeAdapter
 
 from stepgguf.chat.exchange import ChatModel
+from stepgguf.chat.messages import normalize_messages
 from stepgguf.chat.request import ChatRequest, ToolChoice
-from stepgguf.chat.template import normalize
 from stepgguf.runtime.engine import Sampling
 from stepgguf.server.body.reasoning import ReasoningMap
 from stepgguf.server.config import ServerConfig
@@ -192,7 +192,7 @@ def test_the_reason_to_stop_is_named_in_anthropics_words() -> None:
 
 def messages_of(turns: list[dict[str, Any]], **fields: Any) -> list[dict[str, Any]]:
     body = Create.model_validate({"max_tokens": 9, "messages": turns, **fields})
-    return normalize([*body.told(), *(message for turn in body.messages for message in turn.messages())])
+    return normalize_messages([*body.told(), *(message for turn in body.messages for message in turn.messages())])
 
 
 def test_results_of_tools_come_before_and_after_text_as_they_were_sent() -> None:

@@ -11,8 +11,8 @@ from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
-from stepgguf.chat.answer_grammar import constrain
-from stepgguf.chat.exchange import Prepared, Reply
+from stepgguf.chat.answer_grammar import constrain_answer
+from stepgguf.chat.exchange import PreparedRequest, Reply
 from stepgguf.chat.output import Delta, Markers
 from stepgguf.chat.request import ToolChoice
 from stepgguf.errors import RequestError
@@ -76,10 +76,10 @@ class CompletionBody(SamplingFields, FormatFields, ExtraBody, Ignored):
                 raise RequestError(f"prompt: expected token ids from 0 to {n_vocab - 1}, found {token}", param="prompt")
         return [tuple(tokens) for tokens in tokenized]
 
-    def prepare(self, service: Service) -> list[Prepared]:
+    def prepare(self, service: Service) -> list[PreparedRequest]:
         self.check()
         info, markers, n = service.engine.info, service.chat.markers, self.n or 1
-        grammar = constrain(
+        grammar = constrain_answer(
             markers, in_reasoning=False, format=self.format(), tools=(), choice=ToolChoice("none"), parallel=False
         )
         prepared = []
@@ -91,7 +91,9 @@ class CompletionBody(SamplingFields, FormatFields, ExtraBody, Ignored):
                 grammar=grammar,
                 top_logprobs=self.logprobs,
             )
-            prepared += copies(Prepared(request, _NO_MARKERS, in_reasoning=False, tools=(), stops=self.stops()), n)
+            prepared += copies(
+                PreparedRequest(request, _NO_MARKERS, in_reasoning=False, tools=(), stops=self.stops()), n
+            )
         return prepared
 
 
@@ -113,7 +115,7 @@ async def completions(body: CompletionBody, request: Request, service: TheServic
     return JSONResponse(writer.whole(exchange, echoes, await exchange.whole(request)))
 
 
-def _text(service: Service, prepared: Prepared) -> str:
+def _text(service: Service, prepared: PreparedRequest) -> str:
     return b"".join(service.engine.piece(token) for token in prepared.request.prompt).decode(errors="replace")
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from stepgguf.chat.request import ChatRequest, Format, JsonObject, JsonSchema
+from stepgguf.chat.request import AnswerFormat, ChatRequest, JsonObject, JsonSchema
 from stepgguf.errors import RequestError
 from stepgguf.runtime.engine import Sampling
 from stepgguf.server.body.objects import Body, Ignored, Part, ignored
@@ -45,7 +45,7 @@ class TextFormat(Part):
     format_schema: dict[str, Any] | None = Field(None, alias="schema")
     strict: bool | None = None
 
-    def as_format(self) -> Format | None:
+    def as_format(self) -> AnswerFormat | None:
         if self.type == "json_schema":
             return JsonSchema(self.format_schema if self.format_schema is not None else True)
         return JsonObject() if self.type == "json_object" else None

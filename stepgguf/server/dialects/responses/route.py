@@ -91,7 +91,7 @@ async def input_tokens(body: Prompt, service: TheService, answers: TheAnswers) -
     """How many tokens the prompt of such a response has."""
     service.model(body.model)
     asked = await run_in_threadpool(body.chat_request, service, answers)
-    prompt, _ = await run_in_threadpool(service.chat.prompt, asked.request)
+    prompt, _ = await run_in_threadpool(service.chat.render_prompt, asked.request)
     return {"object": "response.input_tokens", "input_tokens": len(prompt)}
 
 

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stepgguf.chat.call_reader import CallReader, value_as_json
+from stepgguf.chat.parameter_types import allowed_types, parameter_types
 from stepgguf.chat.request import Tool
-from stepgguf.chat.tools import CallReader, allowed_types, as_json, parameter_types
 
 ALL = {"string", "number", "integer", "boolean", "null", "array", "object"}
 
@@ -162,7 +163,7 @@ def test_values_that_do_not_fit_are_passed_on_with_a_warning() -> None:
     ids=lambda value: str(value)[:20],
 )
 def test_text_becomes_json_by_its_types(text: str, types: set[str], expected: str) -> None:
-    assert as_json(text, frozenset(types))[0] == expected
+    assert value_as_json(text, frozenset(types))[0] == expected
 
 
 # what is not a call --------------------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
-"""One request as one or more completions.
+"""RemoteRequest: one request as one or more completions.
 
 llama-server knows no forced tokens and no grammar that waits for a token id. So a request runs in legs, each a
 completion of everything so far, whose prompt llama-server has in its cache:
 
-    prompt ──leg──> thinking ──budget, loop or end_reasoning──> closing tokens ──leg──> answer
+    prompt ──leg──> reasoning ──budget, loop or end_reasoning──> closing tokens ──leg──> answer
     prompt ──leg──> ... start token ──leg, with the grammar──> ...
 
 A leg ends by itself where that can be told beforehand: n_predict is the budget, the start tokens' texts are stop
@@ -23,49 +23,54 @@ from dataclasses import dataclass, field
 
 from stepgguf.errors import BadGrammar, EngineError, RequestError, StepggufError
 from stepgguf.runtime.engine import Finished, FinishReason, Logprob, Prefill, Request, Sink, Step, Timings, Tokens
-from stepgguf.runtime.llamaserver.client import Client, Completion, ConnectionLost, Json
+from stepgguf.runtime.http_events import ConnectionLost, Exchange
+from stepgguf.runtime.llamaserver.client import Json, LlamaServerClient
 from stepgguf.runtime.llamaserver.gbnf import rooted
-from stepgguf.runtime.llamaserver.process import Server
-from stepgguf.runtime.llamaserver.settings import settings
-from stepgguf.runtime.llamaserver.vocabulary import Vocabulary
+from stepgguf.runtime.llamaserver.process import LlamaServer
+from stepgguf.runtime.llamaserver.settings import shared_settings
+from stepgguf.runtime.llamaserver.vocabulary import ServerVocabulary
 from stepgguf.runtime.reasoning_limit import ReasoningLimit
 
-_CHARACTER = 4  # bytes, so tokens, that a character can have
+_TOKENS_OF_A_CHARACTER = 4  # at most: it has so many bytes
 _RELEASE_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class Backend:
-    """What serves. `speculates`: it drafts tokens, which come without log probabilities."""
+class ServerHandle:
+    """What all requests to one llama-server share.
 
-    server: Server
-    client: Client
-    vocabulary: Vocabulary
+    speculates: it drafts tokens, which come without log probabilities. open_legs: one entry for each completion that
+    runs, to compare with how many slots are busy.
+    """
+
+    server: LlamaServer
+    client: LlamaServerClient
+    vocabulary: ServerVocabulary
     n_ctx: int
     n_parallel: int
     speculates: bool
-    open_legs: list[Completion] = field(default_factory=list)
+    open_legs: list[Exchange] = field(default_factory=list)
 
 
-class Run:
-    """Served by one thread; `cancel`, `end_reasoning` and `interrupt` come from any."""
+class RemoteRequest:
+    """A request on its way. One thread serves it; `cancel`, `end_reasoning` and `interrupt` come from any."""
 
-    def __init__(self, backend: Backend, request: Request, sink: Sink) -> None:
+    def __init__(self, handle: ServerHandle, request: Request, sink: Sink) -> None:
         self.emit = sink
         self.cancelled = False
         self.timings = Timings(n_prompt=len(request.prompt))
-        self._backend, self._request = backend, request
+        self._handle, self._request = handle, request
         self._tokens = list(request.prompt)
-        room = backend.n_ctx - len(request.prompt)
+        room = handle.n_ctx - len(request.prompt)
         self._max_tokens = room if request.max_tokens is None else min(room, request.max_tokens)
         self._reasoning = ReasoningLimit(request.reasoning) if request.reasoning is not None else None
-        self._answer_now = False  # end_reasoning was called
+        self._reasoning_must_end = False  # was called, and is not carried out yet
         self._forced: list[int] = []
         self._banned = request.banned if request.reasoning is None else frozenset[int]()
         self._starts = dict(request.grammar.starts) if request.grammar is not None else {}
         self._rule = "root" if request.grammar is not None and not self._starts else None
         self._lock = threading.RLock()
-        self._completion: Completion | None = None
+        self._exchange: Exchange | None = None  # the completion that runs
         self._settings: Json = {}
         self._nothing_came = False  # in the last leg, because a character was cut
         self._unreported: list[Step] = []  # forced before the prompt was read
@@ -75,43 +80,46 @@ class Run:
     # from any thread --------------------------------------------------------------------------------------------
 
     def cancel(self) -> None:
+        """See `Ticket.cancel`."""
         self.cancelled = True
         self.interrupt()
 
     def end_reasoning(self) -> None:
+        """See `Ticket.end_reasoning`. The leg that runs is broken off, and `_go_on` forces the closing tokens."""
         with self._lock:
             if self._reasoning is None or not self._reasoning.is_open:
                 return
-            self._answer_now = True
+            self._reasoning_must_end = True
             self.interrupt()
 
     def interrupt(self) -> None:
         """Break off the completion that runs."""
         with self._lock:
-            if self._completion is not None:
-                self._completion.interrupt()
+            if self._exchange is not None:
+                self._exchange.interrupt()
 
     # from its thread --------------------------------------------------------------------------------------------
 
     def serve(self) -> FinishReason:
-        """Leg after leg, to the end."""
+        """Go leg after leg, to the end. Why it ended; StepggufError if it failed."""
         self._admitted = time.monotonic()
         self.timings.queue_seconds = self._admitted - self._submitted
         if self._reasoning is not None:
             self._forced.extend(self._reasoning.check_budget(self.timings))
         reason: FinishReason | None = None
         while reason is None:
-            while not self.cancelled and not self._backend.server.is_ready(0.2):
+            # In short waits, so that a request whose server loads again can be cancelled.
+            while not self.cancelled and not self._handle.server.wait_until_ready(0.2):
                 pass
             try:
                 reason = "cancelled" if self.cancelled else self._go_on()
-            except ConnectionLost:
-                if not self.cancelled and not self._answer_now:
-                    raise self._backend.server.death() from None
+            except ConnectionLost:  # unless we broke it off ourselves, the server is gone or going
+                if not self.cancelled and not self._reasoning_must_end:
+                    raise self._handle.server.lost_connection_error() from None
         return reason
 
-    def finished(self, reason: FinishReason, error: StepggufError | None) -> Finished:
-        """Its last event. Everything else has been emitted then."""
+    def finished_event(self, reason: FinishReason, error: StepggufError | None) -> Finished:
+        """Its last event, for the caller to emit; everything else has been emitted then."""
         if self._unreported:
             self.emit(Tokens(tuple(self._unreported)))
         timings, now = self.timings, time.monotonic()
@@ -127,64 +135,66 @@ class Run:
         return len(self._request.prompt) + self._max_tokens - len(self._tokens)
 
     def _go_on(self) -> FinishReason | None:
-        """Put what is forced, then a leg. Why the request has ended; None: it has not."""
-        if self._answer_now and self._reasoning is not None:
-            self._answer_now = False
+        """Put what is forced, then go a leg. Why the request has ended; None: it has not."""
+        if self._reasoning_must_end and self._reasoning is not None:
+            self._reasoning_must_end = False
             self._forced.extend(self._reasoning.close())
         if self._forced:
             forced, self._forced = self._forced[: self._n_left], []
             self._banned = self._request.banned
-            self._take([Step(token, self._backend.vocabulary.piece(token), forced=True) for token in forced])
-        return self._leg() if self._n_left else "length"
+            self._take_steps([Step(token, self._handle.vocabulary.piece(token), forced=True) for token in forced])
+        return self._run_leg() if self._n_left else "length"
 
-    def _leg(self) -> FinishReason | None:
-        with self._backend.client.completion() as completion:
+    def _run_leg(self) -> FinishReason | None:
+        """One completion. Why the request has ended; None: it has not."""
+        with self._handle.client.open_completion() as exchange:
             with self._lock:
-                if self.cancelled or self._answer_now:
+                if self.cancelled or self._reasoning_must_end:  # said while there was nothing to interrupt
                     return None
-                self._completion = completion
-            self._backend.open_legs.append(completion)
+                self._exchange = exchange
+            self._handle.open_legs.append(exchange)
             try:
-                return self._read(completion)
+                return self._read_leg(exchange)
             except RequestError as error:
                 if self._rule is None:
                     raise
                 raise BadGrammar(error.message, param="grammar") from error
             finally:
-                self._backend.open_legs.remove(completion)
+                self._handle.open_legs.remove(exchange)
                 with self._lock:
-                    self._completion = None
+                    self._exchange = None
 
-    def _read(self, completion: Completion) -> FinishReason | None:
-        limit = self._limit()
+    def _read_leg(self, exchange: Exchange) -> FinishReason | None:
+        """Take the tokens of a leg, up to its end or to where it must end."""
+        limit = self._leg_limit()
         self._nothing_came = True
         held: list[Json] = []  # events of tokens whose text has not come
         n_seen, counts = 0, None
         try:
-            for event in completion.events(self._body(limit)):
+            for event in self._handle.client.events(exchange, self._leg_body(limit)):
                 counts = event.get("timings", counts)
                 if event["stop"]:
-                    return self._end(event, held, limit)
+                    return self._end_leg(event, held, limit)
                 if "prompt_progress" in event:
-                    self._on_progress(event["prompt_progress"])
+                    self._report_progress(event["prompt_progress"])
                     continue
                 held.append(event)
-                if not event["content"]:
+                if not event["content"]:  # inside a character, or a control token
                     continue
-                steps = self._steps(held, whole=event["tokens_predicted"] - n_seen == len(held))
+                steps = self._steps_of(held, whole=event["tokens_predicted"] - n_seen == len(held))
                 held, n_seen = [], event["tokens_predicted"]
-                if not self._take(steps) and n_seen < limit:
-                    break
-            completion.interrupt()
+                if not self._take_steps(steps) and n_seen < limit:
+                    break  # at the limit its last event is due, with the counts
+            exchange.interrupt()
             self._await_release()
             return None
         finally:
-            self._count(counts or {})
+            self._add_counts(counts or {})
 
-    def _end(self, event: Json, held: list[Json], limit: int) -> FinishReason | None:
+    def _end_leg(self, event: Json, held: list[Json], limit: int) -> FinishReason | None:
         """The last event of a leg. The end token is the last of those before it."""
         at_end = event["stop_type"] == "eos"
-        if not self._take(self._steps(held[:-1] if at_end else held, whole=True)):
+        if not self._take_steps(self._steps_of(held[:-1] if at_end else held, whole=True)):
             return None
         if at_end:
             return "stop"
@@ -192,7 +202,7 @@ class Run:
             return "length"
         return "length" if self._nothing_came and limit >= self._n_left else None
 
-    def _take(self, steps: Sequence[Step]) -> bool:
+    def _take_steps(self, steps: Sequence[Step]) -> bool:
         """Add tokens and report them. False: the leg must end here; what it made after that does not count."""
         steps = steps[: self._n_left]  # more, if a character was spelled anew in more tokens
         going_on = True
@@ -202,7 +212,7 @@ class Run:
                 self._forced.extend(self._reasoning.feed(step.token_id, self.timings))
             if self._rule is None and step.token_id in self._starts:
                 self._rule = self._starts[step.token_id]
-                going_on = step.forced
+                going_on = step.forced  # forced ones come between legs: the next has the grammar anyway
             if self._forced or not going_on:
                 steps, going_on = steps[:n], False
                 break
@@ -216,39 +226,39 @@ class Run:
             self._unreported = []
         return going_on
 
-    def _steps(self, events: list[Json], *, whole: bool) -> list[Step]:
+    def _steps_of(self, events: list[Json], *, whole: bool) -> list[Step]:
         """The tokens of events, whose text is there now. Not `whole`: there were more, which made no event."""
         text = "".join(event["content"] for event in events)
         if not whole:
-            return [Step(token, piece) for token, piece in self._backend.vocabulary.spell(text)]
-        return [self._step(event, text if len(events) == 1 else "") for event in events]
+            return [Step(token, piece) for token, piece in self._handle.vocabulary.spell(text)]
+        return [self._step_of(event, text if len(events) == 1 else "") for event in events]
 
-    def _step(self, event: Json, text: str) -> Step:
+    def _step_of(self, event: Json, text: str) -> Step:
         (token,) = event["tokens"]
-        piece = text.encode() or self._backend.vocabulary.piece(token)
+        piece = text.encode() or self._handle.vocabulary.piece(token)
         if self._request.top_logprobs is None or "completion_probabilities" not in event:
             return Step(token, piece)
         (entry,) = event["completion_probabilities"]
         top = tuple(
-            Logprob(one["id"], bytes(one["bytes"]) or self._backend.vocabulary.piece(one["id"]), one["logprob"])
+            Logprob(one["id"], bytes(one["bytes"]) or self._handle.vocabulary.piece(one["id"]), one["logprob"])
             for one in entry["top_logprobs"][: self._request.top_logprobs]
         )
         return Step(token, piece, False, entry["logprob"], top)
 
     # a leg's request --------------------------------------------------------------------------------------------
 
-    def _limit(self) -> int:
+    def _leg_limit(self) -> int:
         """n_predict. Single tokens where drafted ones would come without their log probabilities."""
         limit = self._n_left
         if self._reasoning is not None and self._reasoning.n_left is not None:
             limit = min(limit, self._reasoning.n_left)
-        if self._request.top_logprobs is not None and self._backend.speculates and self._rule is None:
+        if self._request.top_logprobs is not None and self._handle.speculates and self._rule is None:
             limit = 1
-        return max(limit, _CHARACTER) if self._nothing_came else limit
+        return max(limit, _TOKENS_OF_A_CHARACTER) if self._nothing_came else limit
 
-    def _body(self, limit: int) -> Json:
+    def _leg_body(self, limit: int) -> Json:
         request = self._request
-        self._settings = self._settings or settings(request, self._backend.vocabulary, self._backend.n_ctx)
+        self._settings = self._settings or shared_settings(request, self._handle.vocabulary, self._handle.n_ctx)
         body = {**self._settings, "prompt": self._tokens, "n_predict": limit}
         body["logit_bias"] = [*self._settings["logit_bias"], *((token, False) for token in sorted(self._banned))]
         if request.sampling.seed is not None:  # no leg may draw again what the one before drew
@@ -256,17 +266,18 @@ class Run:
         if request.grammar is not None and self._rule is not None:
             body["grammar"] = rooted(request.grammar.gbnf, self._rule)
         elif self._starts:
-            body["stop"] = [self._backend.vocabulary.piece(token).decode() for token in self._starts]
+            # The leg ends there, and the next one has the grammar.
+            body["stop"] = [self._handle.vocabulary.piece(token).decode() for token in self._starts]
         return body
 
     # around it --------------------------------------------------------------------------------------------------
 
-    def _on_progress(self, progress: Json) -> None:
+    def _report_progress(self, progress: Json) -> None:
         if not self._prompt_read:
             self.timings.n_cached = progress["cache"]
             self.emit(Prefill(progress["processed"], progress["total"], progress["cache"]))
 
-    def _count(self, counts: Json) -> None:
+    def _add_counts(self, counts: Json) -> None:
         """Add up a leg's numbers. llama-server does not tell the drafts of one head from another's."""
         timings, drafted, accepted = self.timings, counts.get("draft_n", 0), counts.get("draft_n_accepted", 0)
         timings.n_steps += counts.get("predicted_n", 0) - accepted
@@ -279,8 +290,8 @@ class Run:
         without the cache."""
         deadline = time.monotonic() + _RELEASE_SECONDS
         with contextlib.suppress(EngineError):  # a server without /slots
-            while self._backend.n_parallel > 1 and time.monotonic() < deadline:
-                n_busy = sum(slot["is_processing"] for slot in self._backend.client.get("/slots"))
-                if n_busy < len(self._backend.open_legs):
+            while self._handle.n_parallel > 1 and time.monotonic() < deadline:
+                n_busy = sum(slot["is_processing"] for slot in self._handle.client.get("/slots"))
+                if n_busy < len(self._handle.open_legs):
                     return
                 time.sleep(0.01)

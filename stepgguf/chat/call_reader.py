@@ -6,7 +6,7 @@ r"""The text of one tool call, read while it arrives, as a function's name and t
 A value ends at the first line `</parameter>` that is followed by a line starting with `<parameter=` or `</function>`.
 The protocol has no escapes, and agents write files: a `</parameter>` within a line, or on a line of its own before
 anything else, and the tokens <tool_call> and </tool_call> are part of the value. Only a value that quotes this very
-protocol at the start of its lines cannot be told from the protocol. grammar.py forbids the model just that.
+protocol at the start of its lines cannot be told from the protocol. call_grammar.py forbids the model just that.
 
 Models forget `</parameter>`, or put it at the end of a line. So a value also ends, with a warning, before a line that
 starts with `<parameter=K>`, if K is a parameter of the function that the call has not had; and, if no required
@@ -22,11 +22,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from stepgguf.chat.parameter_types import parameter_names, parameter_types, required_names
 from stepgguf.chat.request import Tool
-from stepgguf.grammar.schema import ALL_TYPES, resolve, type_of, widen
+from stepgguf.grammar.merged_schema import type_of, widen_types
 
 VALUE_ENDS = ("\n</parameter>\n<parameter=", "\n</parameter>\n</function>")
 FORGOTTEN_ENDS = tuple(f"\n{tag}{space}</tool_call>" for tag in ("</function>", "</parameter>") for space in ("\n", ""))
@@ -35,10 +36,10 @@ _FORGOTTEN_END = re.compile(r"(?:\n?</parameter>\n+|\n)</function>\n?|\n</parame
 _FUNCTION = re.compile(r"\s*<function=([^>\n]*)>")
 _PARAMETER = re.compile(r"\s*<parameter=([^>\n]*)>")
 _CLOSE = re.compile(r"\s*</function>")
-PYTHON_LITERALS = {"True": "true", "False": "false", "None": "null"}  # how the template writes them in the history
+_PYTHON_LITERALS = {"True": "true", "False": "false", "None": "null"}  # how the template writes them in the history
 
 
-def _begun(*atoms: str) -> str:
+def _any_beginning(*atoms: str) -> str:
     """A pattern of every beginning of what these patterns match one after the other."""
     pattern = ""
     for atom in reversed(atoms):
@@ -48,7 +49,7 @@ def _begun(*atoms: str) -> str:
 
 _MAY_END = re.compile(
     "|".join(
-        _begun(*start, *tag)
+        _any_beginning(*start, *tag)
         for start in (("\n?", *"</parameter>", "\n*"), ("\n",))
         for tag in ((*"<parameter=", r"[^>\n]*"), (*"</function>", "\n?"))
     )
@@ -56,10 +57,12 @@ _MAY_END = re.compile(
 
 
 class CallReader:
-    """feed the text, then finish. Both return the next fragment of the arguments' JSON; `name` is set before the first.
+    """Feed it the text, then finish it. Both return the next fragment of the arguments' JSON, `name` being set before.
 
     problem: why this is no call, or no longer one. Then the arguments are complete JSON as far as they came, `rest` is
     the text that was not read (all of it if `name` is None), and feeding is over.
+
+        function --<function=NAME>--> body --<parameter=K>--> value --its end--> body --</function>--> end
     """
 
     def __init__(self, tools: Mapping[str, Tool]) -> None:
@@ -68,25 +71,28 @@ class CallReader:
         self.rest = ""
         self.warnings: list[str] = []
         self._tools = tools
-        self._read: Callable[[], bool] = self._read_function
-        self._out: list[str] = []
+        self._read: Callable[[], bool] = self._read_function  # the state
+        self._out: list[str] = []  # fragments of JSON that nobody has had yet
         self._late = ""  # comes with the next fragment: a call may be cut before it
-        self._keys: dict[str, None] = {}
-        self._value: _Value | None = None
+        self._keys: dict[str, None] = {}  # the parameters that the call has had, in their order
+        self._value: _ParameterValue | None = None
 
     @property
     def in_value(self) -> bool:
+        """Whether a parameter's value is under way, of which anything but its end is a part."""
         return self._value is not None
 
     @property
     def ended(self) -> bool:
+        """Whether </function> has come."""
         return self._read == self._read_end
 
     def feed(self, text: str) -> str:
+        """Read more of the call's text."""
         self.rest += text
         while self._read():
             pass
-        return self._taken()
+        return self._take_output()
 
     def try_end(self) -> bool:
         """Whether the call can be taken for whole if its text ends here. It ends a value whose end was forgotten."""
@@ -104,33 +110,34 @@ class CallReader:
         return True
 
     def finish(self) -> str:
-        """The text is over, and not within a value."""
+        """Take the text for over, which is not within a value; what is missing then becomes the `problem`."""
         assert self._value is None
         if self.ended:
-            self._put("}")
+            self._emit("}")
         elif self._read == self._read_function:
             self._fail("has no <function=NAME>")
         elif self._read == self._read_body:
             self._fail("has no </function>")
-        return self._taken()
+        return self._take_output()
 
     def cut(self) -> str:
-        """The text is over, and the call is not: the last fragment of an unclosed prefix."""
-        self._put("")
-        return self._taken()
+        """Take the text for over and the call for unfinished: the JSON stays an unclosed prefix."""
+        self._emit("")
+        return self._take_output()
 
-    def _put(self, fragment: str) -> None:
+    def _emit(self, fragment: str) -> None:
+        """Add JSON, after what was held back until more of the call came."""
         self._out.append(self._late + fragment)
         self._late = ""
 
-    def _taken(self) -> str:
+    def _take_output(self) -> str:
         fragment, self._out = "".join(self._out), []
         return fragment
 
     def _fail(self, problem: str) -> bool:
         self.problem = problem
         if self.name is not None:
-            self._put("}")
+            self._emit("}")
         self._read = self._read_nothing
         return False
 
@@ -171,10 +178,11 @@ class CallReader:
                 else:
                     self._start_value(key)
                 return True
+        # All but what may still become the end goes out now: it is kept from its first character on.
         cut = next(
             (m.start() for m in re.finditer("[\n<]", self.rest) if _MAY_END.fullmatch(self.rest, m.start())), None
         )
-        self._put(self._value.feed(self.rest[:cut]))
+        self._emit(self._value.feed(self.rest[:cut]))
         self.rest = "" if cut is None else self.rest[cut:]
         return False
 
@@ -197,27 +205,30 @@ class CallReader:
         return self._tools[self.name].parameters
 
     def _start_value(self, key: str) -> None:
-        if key in self._keys:
+        if key in self._keys:  # JSON has no way to say it twice, and the first one is out already
             self.warnings.append(f"the call of {self.name} has {key!r} twice; the first one counts")
-            self._value = _Value(None)
+            self._value = _ParameterValue(None)
             return
-        self._put(("," if self._keys else "") + json.dumps(key, ensure_ascii=False) + ":")
+        self._emit(("," if self._keys else "") + json.dumps(key, ensure_ascii=False) + ":")
         self._keys[key] = None
-        self._value = _Value(parameter_types(self._parameters, key))
+        self._value = _ParameterValue(parameter_types(self._parameters, key))
 
     def _end_value(self, text: str, *, forgotten: bool) -> None:
         assert self._value is not None
         if forgotten:
             self.warnings.append(f"the call of {self.name} lacks a tag after its parameter {list(self._keys)[-1]!r}")
-        self._put(self._value.feed(text))
-        self._late = self._value.finish()
+        self._emit(self._value.feed(text))
+        self._late = self._value.finish()  # if generation is cut right here, the JSON must not look whole
         if self._value.misfit:
             self.warnings.append(f"a parameter of {self.name} is {self._value.misfit}")
         self._value = None
 
 
-class _Value:
-    """One parameter's text as JSON. types: what it may be; None: it is read and ignored."""
+class _ParameterValue:
+    """Turns one parameter's text into JSON. types: what it may be; None: it is read and ignored.
+
+    A value that can only be a string goes out as it comes, any other at its end: "tru" may become true or "trunk".
+    """
 
     def __init__(self, types: frozenset[str] | None) -> None:
         self.misfit = ""
@@ -231,9 +242,9 @@ class _Value:
             self._started = True
             text = text.removeprefix("\n")
             if self._streams:
-                return '"' + _escaped(text)
+                return '"' + _escape_json(text)
         if self._streams:
-            return _escaped(text)
+            return _escape_json(text)
         self._kept.append(text)
         return ""
 
@@ -242,23 +253,23 @@ class _Value:
             return '"' if self._started else '""'
         if self._types is None:
             return ""
-        text, self.misfit = as_json("".join(self._kept), self._types)
+        text, self.misfit = value_as_json("".join(self._kept), self._types)
         return text
 
 
-def as_json(text: str, types: frozenset[str]) -> tuple[str, str]:
-    """A value's text as JSON of one of these types, and what is wrong with it.
+def value_as_json(text: str, types: frozenset[str]) -> tuple[str, str]:
+    """Return a value's text as JSON of one of these types, and what is wrong with it ("" if nothing is).
 
     JSON wins over text where both are allowed ("5" is the number if there may be one; models do not quote strings).
     Text that may not be a string is one all the same if it is no JSON: better than nothing.
     """
     stripped = text.strip()
-    stripped = PYTHON_LITERALS.get(stripped, stripped)
+    stripped = _PYTHON_LITERALS.get(stripped, stripped)
     try:
-        found = type_of(json.loads(stripped, parse_constant=_refuse))
+        found = type_of(json.loads(stripped, parse_constant=_refuse_constant))
     except (ValueError, RecursionError):
         found = ""
-    if found and found != "string" and found in widen(types):
+    if found and found != "string" and found in widen_types(types):
         return stripped, ""
     expected = " or ".join(sorted(types))
     if found and "string" not in types:
@@ -266,100 +277,9 @@ def as_json(text: str, types: frozenset[str]) -> tuple[str, str]:
     return json.dumps(text, ensure_ascii=False), "" if "string" in types else f"no JSON, but should be {expected}"
 
 
-def _refuse(constant: str) -> None:
+def _refuse_constant(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
-def _escaped(text: str) -> str:
+def _escape_json(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)[1:-1]
-
-
-def held_from(text: str, ends: Iterable[str]) -> int:
-    """Where a suffix of text begins that may become one of `ends`; the length of text if there is none."""
-    ends = tuple(ends)
-    longest = max(map(len, ends), default=0)
-    for i in range(max(0, len(text) - longest + 1), len(text)):
-        if any(end.startswith(text[i:]) for end in ends):
-            return i
-    return len(text)
-
-
-# types ------------------------------------------------------------------------------------------------------------
-
-
-def parameter_types(parameters: Any, key: str) -> frozenset[str]:
-    """The JSON types that a parameter of a function may have; all of them if nothing is said."""
-    types = [allowed_types(schema, parameters) for schema in _declared(parameters, key)]
-    return frozenset().union(*types) if types else ALL_TYPES
-
-
-def parameter_names(parameters: Any) -> frozenset[str]:
-    """The parameters that a function's schema lists, wherever it does."""
-    listed = (part.get("properties") for part in _parts(parameters, parameters, _UNIONS, set()))
-    return frozenset(name for names in listed if isinstance(names, Mapping) for name in names)
-
-
-def required_names(parameters: Any) -> frozenset[str]:
-    """The parameters that every call must have."""
-    listed = (part.get("required") for part in _parts(parameters, parameters, ("allOf",), set()))
-    return frozenset(name for names in listed if isinstance(names, list) for name in names if isinstance(name, str))
-
-
-_UNIONS = ("allOf", "anyOf", "oneOf")
-
-
-def _declared(parameters: Any, key: str) -> Iterator[Any]:
-    """The schemas of a property, wherever an object's schema may have it."""
-    for part in _parts(parameters, parameters, _UNIONS, set()):
-        properties = part.get("properties")
-        if isinstance(properties, Mapping) and key in properties:
-            yield properties[key]
-        elif isinstance(part.get("additionalProperties"), Mapping):
-            yield part["additionalProperties"]
-
-
-def _parts(schema: Any, root: Any, keys: Iterable[str], seen: set[int]) -> Iterator[Mapping[str, Any]]:
-    """A schema, and those that it is made of under these keys."""
-    if not isinstance(schema, Mapping) or id(schema) in seen:
-        return
-    seen.add(id(schema))
-    yield schema
-    for part in _combined(schema, root, keys):
-        yield from _parts(part, root, keys, seen)
-
-
-def _combined(schema: Mapping[str, Any], root: Any, keys: Iterable[str]) -> Iterator[Any]:
-    for name in keys:
-        parts = schema.get(name)
-        yield from parts if isinstance(parts, list) else ()
-    found = resolve(root, schema.get("$ref"))
-    if found is not None and "allOf" in keys:
-        yield found[0]
-
-
-def allowed_types(schema: Any, root: Any) -> frozenset[str]:
-    """The JSON types that a schema allows; all of them if it does not say, or makes no sense."""
-    return _allowed(schema, root, {}) or ALL_TYPES
-
-
-def _allowed(schema: Any, root: Any, known: dict[int, frozenset[str]]) -> frozenset[str]:
-    """known: the answers so far, by id; a schema inside itself allows all."""
-    if not isinstance(schema, Mapping):
-        return frozenset() if schema is False else ALL_TYPES
-    if id(schema) in known:
-        return known[id(schema)]
-    known[id(schema)] = ALL_TYPES
-    types = ALL_TYPES
-    if "type" in schema:
-        names = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
-        types &= widen(name for name in names if isinstance(name, str)) & ALL_TYPES or ALL_TYPES
-    members = [schema["const"]] if "const" in schema else schema.get("enum")
-    if isinstance(members, list):
-        types &= frozenset(map(type_of, members))
-    for part in _combined(schema, root, ("allOf",)):
-        types &= _allowed(part, root, known)
-    for name in ("anyOf", "oneOf"):
-        branches = [_allowed(part, root, known) for part in _combined(schema, root, (name,))]
-        types &= frozenset().union(*branches) if branches else ALL_TYPES
-    known[id(schema)] = types
-    return types

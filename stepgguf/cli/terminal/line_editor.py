@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stepgguf.cli.terminal.complete import candidates
+from stepgguf.cli.terminal.complete import completions
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -28,16 +28,16 @@ def is_open(text: str) -> bool:
     return backslashes % 2 == 1 or text.count(_QUOTES) % 2 == 1
 
 
-def unquoted(text: str) -> str:
-    """Without the quotes around all of it."""
+def strip_quotes(text: str) -> str:
+    """Return the text without the triple quotes around all of it, if there are any."""
     stripped = text.strip()
     if len(stripped) >= 2 * len(_QUOTES) and stripped.startswith(_QUOTES) and stripped.endswith(_QUOTES):
         return stripped[len(_QUOTES) : -len(_QUOTES)].strip("\n")
     return stripped
 
 
-class Prompt:
-    """history: a file, None for none. words: see complete.candidates."""
+class LineEditor:
+    """Reads lines with history and completion. history: a file, None for none. words: see complete.completions."""
 
     def __init__(self, history: Path | None, words: Callable[[str], Iterable[str]]) -> None:
         from prompt_toolkit import PromptSession
@@ -48,7 +48,7 @@ class Prompt:
 
         class Words(Completer):
             def get_completions(self, document: Document, event: CompleteEvent) -> Iterable[Completion]:
-                for word, n in candidates(document.text_before_cursor, words):
+                for word, n in completions(document.text_before_cursor, words):
                     yield Completion(word, start_position=-n)
 
         class Lines(FileHistory):
@@ -63,7 +63,7 @@ class Prompt:
                 with suppress(OSError):
                     super().store_string(string)
 
-        self._running: PromptSession[str] | None = None
+        self._running: PromptSession[str] | None = None  # what is being edited
         if history is not None:
             with suppress(OSError):
                 history.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -74,31 +74,31 @@ class Prompt:
             history=Lines(str(history)) if history is not None else InMemoryHistory(),
             completer=Words(),
             complete_while_typing=False,
-            key_bindings=_bindings(),
+            key_bindings=_key_bindings(),
             enable_open_in_editor=True,
             enable_suspend=True,
             tempfile_suffix=".md",
             output=create_output(sys.stdout if sys.stdout.isatty() else sys.stderr),
         )
 
-    def ask(self, default: str = "") -> str:
-        """A question or a command. EOFError: Ctrl+D; KeyboardInterrupt: Ctrl+C on an empty line."""
-        return unquoted(self._run(self._session, "\n> ", default))
+    def read_line(self, default: str = "") -> str:
+        """Return a question or a command. EOFError: Ctrl+D; KeyboardInterrupt: Ctrl+C on an empty line."""
+        return strip_quotes(self._prompt_with(self._session, "\n> ", default))
 
-    def ask_line(self, message: str) -> str:
-        """An answer to something else. EOFError, KeyboardInterrupt: there is none."""
+    def read_reply(self, message: str) -> str:
+        """Return the answer to something else, without history. EOFError, KeyboardInterrupt: there is none."""
         from prompt_toolkit import PromptSession
 
-        return self._run(PromptSession(output=self._session.output), message)
+        return self._prompt_with(PromptSession(output=self._session.output), message)
 
-    def end(self, code: int) -> None:
+    def end_program(self, code: int) -> None:
         """Leave the program from a signal handler. A line that is being edited has the terminal put back first."""
         app = self._running.app if self._running is not None else None
         if app is None or app.loop is None or not app.is_running:
             raise SystemExit(code)
         app.loop.call_soon_threadsafe(lambda: app.exit(exception=SystemExit(code)))
 
-    def _run(self, session: PromptSession[str], message: str, default: str = "") -> str:
+    def _prompt_with(self, session: PromptSession[str], message: str, default: str = "") -> str:
         self._running = session
         try:
             return session.prompt(message, default=default)
@@ -106,7 +106,7 @@ class Prompt:
             self._running = None
 
 
-def _bindings() -> KeyBindings:
+def _key_bindings() -> KeyBindings:
     from prompt_toolkit.application import get_app
     from prompt_toolkit.enums import DEFAULT_BUFFER
     from prompt_toolkit.filters import Condition, has_focus
