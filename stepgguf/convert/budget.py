@@ -26,8 +26,9 @@ from stepgguf.convert.sizes import Inventory, take_inventory
 from stepgguf.convert.sources.source import TensorSource
 from stepgguf.errors import DoesNotFit, RecipeError
 from stepgguf.files.byte_sizes import readable_size, size_word
+from stepgguf.model.tensors import TensorSpec
 from stepgguf.quants.allocate import TensorOptions, TypeOption, allocate_bytes
-from stepgguf.quants.mixtures import Candidate, TypeChoice
+from stepgguf.quants.mixtures import TypeChoice
 from stepgguf.quants.recipe import Recipe
 from stepgguf.quants.recipe_files import load_recipe
 from stepgguf.quants.types import bits_per_weight, fitting_type
@@ -279,7 +280,7 @@ def _as_fixed(tensor: PlannedTensor, priced: TensorOptions | None, read_share: f
     return TensorOptions(tensor.name, (TypeOption(tensor.ggml_type, tensor.n_bytes, cost),), read_share)
 
 
-def _is_open(candidate: Candidate, model: Inventory, options: Options) -> bool:
+def _is_open(candidate: TensorSpec, model: Inventory, options: Options) -> bool:
     return options.recipe.fixed_type(candidate, model.facts) is None
 
 
