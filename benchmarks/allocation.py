@@ -29,7 +29,6 @@ from benchmarks.copies import reorder
 from benchmarks.quality import Reference, held_out, reference_logits, scores, summary
 from stepgguf.cli.main import main as stepgguf
 from stepgguf.convert import budget, pipeline
-from stepgguf.convert.budget import Limits
 from stepgguf.convert.importance import Importance
 from stepgguf.convert.plan import Options, Plan
 from stepgguf.convert.planner import plan_source
@@ -61,8 +60,8 @@ class Bench:
     def __init__(self, source: GGUFSource, importance: Importance | None, reference: Reference, threads: int) -> None:
         self.source, self.importance, self.reference, self.threads = source, importance, reference, threads
         self.dest = source.path.with_name("file.gguf")
-        free, _ = budget.resolve(None, Limits(1), "")
-        self.trunk = budget.price(source, self.dest, Options(free, importance=importance), threads=threads)
+        free = budget.open_recipe("fit")
+        self.trunk = budget.price_trunk(source, self.dest, Options(free, importance=importance), threads=threads)
 
     def kld(self, plan: Plan) -> float:
         with Writer(plan, self.source.identity(), restart=True, overwrite=True) as writer:
@@ -72,7 +71,7 @@ class Bench:
     def compare(self, type_name: str) -> tuple[float, float]:
         """KLD of the stock file, and of the types that were chosen within its bytes."""
         stock = plan_source(self.source, self.dest, Options(type_name, importance=self.importance))
-        types = self.trunk.choose(stock.n_bytes)
+        types = self.trunk.choose_types(stock.n_bytes)
         [file] = stock.files
         chosen = tuple(replace(t, ggml_type=types[t.name]) for t in file.tensors)
         return self.kld(stock), self.kld(replace(stock, files=(replace(file, tensors=chosen),)))

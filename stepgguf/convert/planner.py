@@ -14,7 +14,6 @@ from pathlib import Path
 from gguf import GGMLQuantizationType
 
 from stepgguf.convert import metadata
-from stepgguf.convert.importance import wanted_tensor
 from stepgguf.convert.plan import Constant, Options, Plan, PlannedFile, PlannedTensor, choose_action
 from stepgguf.convert.sources.source import SourceTensor, TensorSource
 from stepgguf.convert.sources.splits import split_path
@@ -137,8 +136,7 @@ def _check_loss(stored: SourceTensor, ggml_type: GGMLQuantizationType, options: 
 def _cover(specs: Sequence[TensorSpec], options: Options) -> Coverage | None:
     if options.importance is None or not specs:
         return None
-    asked = [wanted_tensor(spec.name, spec.shape, is_mtp=spec.is_mtp) for spec in specs]
-    return coverage.coverage(options.importance.source, asked)
+    return coverage.coverage(options.importance.source, specs)
 
 
 def _check_importance(encoded: Sequence[tuple[TensorSpec, GGMLQuantizationType]], options: Options) -> None:
@@ -185,7 +183,7 @@ def _plan_tensors(chosen: Sequence[Chosen], source: TensorSource, options: Optio
 def _provenance(options: Options, facts: Facts, tensors: Sequence[PlannedTensor], source: str) -> list[Key]:
     """What made this file of what: of a file of MTP blocks alone, with their types as its own."""
     made = [t for t in tensors if t.source is not None and len(t.shape) > 1 and t.ggml_type != F32]
-    mtp = [t for t in made if facts.is_mtp(t.name.layer)]
+    mtp = [t for t in made if t.name.is_mtp(facts.n_layer)]
     is_mtp_file = all(t in mtp for t in made if t.name.startswith("blk."))
     sizes: dict[GGMLQuantizationType, int] = {}
     for tensor in mtp if is_mtp_file else made:
