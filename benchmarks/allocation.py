@@ -39,8 +39,7 @@ from stepgguf.convert.writer import Writer
 from stepgguf.demo import CHECKPOINT, tasks
 from stepgguf.demo.train import Encoder
 from stepgguf.files import folders
-from stepgguf.quants import imatrix
-from stepgguf.quants.imatrix import Imatrix
+from stepgguf.quants.imatrix import Imatrix, write_imatrix
 from stepgguf.reference.imatrix import collect
 from stepgguf.reference.load import load
 
@@ -67,7 +66,7 @@ class Bench:
 
     def kld(self, plan: Plan) -> float:
         with Writer(plan, self.source.identity(), restart=True, overwrite=True) as writer:
-            pipeline.run(self.source, writer, threads=self.threads)
+            pipeline.make_files(self.source, writer, threads=self.threads)
         return summary(scores(self.dest, self.reference, threads=self.threads)).kld
 
     def compare(self, type_name: str) -> tuple[float, float]:
@@ -94,7 +93,7 @@ def main() -> None:
         for number in range(args.copies):
             if number:
                 matrix = reorder(source, matrix, np.random.default_rng(number))
-            imatrix.write(matrix, file)
+            write_imatrix(matrix, file)
             importance = None if args.without_imatrix else Importance.read(file)
             same = summary(scores(source, reference, threads=args.threads)).kld
             print(f"copy {number}: KLD of its F32 file {same:.1e}", flush=True)

@@ -34,8 +34,8 @@ from stepgguf.demo import CHECKPOINT, tasks
 from stepgguf.demo.train import IGNORE, Encoder
 from stepgguf.files import gguf_header as header
 from stepgguf.model.names import TensorName
-from stepgguf.runtime.llama.context import Context, Rows
-from stepgguf.runtime.llama.model import Model
+from stepgguf.runtime.llama.context import DecodeRows, LlamaContext
+from stepgguf.runtime.llama.model import LlamaModel
 
 Doubles = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -114,13 +114,13 @@ def _dialogue(encoder: Encoder, messages: list[tasks.Message], tools: list[dict[
 def log_probs(path: Path, dialogues: Sequence[Dialogue], threads: int) -> Iterator[Doubles]:
     """llama.cpp's log-probabilities of each dialogue, [t - 1, vocabulary]: entry i is for token i + 1."""
     longest = max(len(dialogue.tokens) for dialogue in dialogues)
-    model = Model(path, gpu_layers=0, mtp=False, mmap=True, progress=None)
-    context = Context(model, n_ctx=longest, n_seq=1, n_batch=longest, n_outputs=longest, threads=threads, of=None)
+    model = LlamaModel(path, gpu_layers=0, mtp=False, mmap=True, progress=None)
+    context = LlamaContext(model, n_ctx=longest, n_seq=1, n_batch=longest, n_outputs=longest, threads=threads)
     try:
         for dialogue in dialogues:
             tokens = dialogue.tokens[:-1]
             context.remove(0, 0)
-            assert context.decode([Rows(0, 0, tokens, len(tokens))]) == 0
+            assert context.decode([DecodeRows(0, 0, tokens, len(tokens))]) == 0
             logits = np.stack([context.logits(row) for row in range(len(tokens))]).astype(np.float64)
             logits -= logits.max(axis=-1, keepdims=True)
             yield logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))

@@ -27,8 +27,7 @@ from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.demo import CHECKPOINT
 from stepgguf.model.hparams import HParams
 from stepgguf.model.tensors import tensor_specs
-from stepgguf.quants import imatrix
-from stepgguf.quants.imatrix import Entry, Imatrix
+from stepgguf.quants.imatrix import Imatrix, ImatrixEntry, write_imatrix
 from tests.generate import Shape, config, values
 
 REAL = Shape(
@@ -62,7 +61,7 @@ def write(path: Path) -> None:
     save_file(rest, path / "rest.safetensors")
 
 
-def write_imatrix(checkpoint: Path, path: Path) -> None:
+def write_importance(checkpoint: Path, path: Path) -> None:
     """Random importance for every matrix, each expert with its own."""
     rng, entries = np.random.default_rng(0), {}
     with Checkpoint(checkpoint) as opened:
@@ -70,8 +69,8 @@ def write_imatrix(checkpoint: Path, path: Path) -> None:
             if spec.is_quantizable and spec.role != "token_embd":
                 n = spec.shape[0] if len(spec.shape) == 3 else 1
                 sums = rng.gamma(0.5, 1.0, (n, spec.shape[-1])).astype(np.float32) * 1000
-                entries[spec.name] = Entry(sums, np.full(n, 1000, np.float32))
-    imatrix.write(Imatrix(None, ("made up",), 100, 512, entries), path)
+                entries[spec.name] = ImatrixEntry(sums, np.full(n, 1000, np.float32))
+    write_imatrix(Imatrix(None, ("made up",), 100, 512, entries), path)
 
 
 def convert(case: str, folder: Path) -> None:
@@ -115,7 +114,7 @@ def main() -> None:
         if not (folder / "layer").exists():
             code = "import sys, pathlib, benchmarks.real_layer as b; b.write(pathlib.Path(sys.argv[1]))"
             subprocess.run([sys.executable, "-c", code, str(folder / "layer")], check=True)
-        write_imatrix(folder / "layer", folder / "imatrix.gguf")
+        write_importance(folder / "layer", folder / "imatrix.gguf")
         for case in args.cases:
             convert(case, folder)
     finally:

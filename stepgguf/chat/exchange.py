@@ -11,21 +11,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stepgguf.chat.answer_grammar import constrain
+from stepgguf.chat.answer_grammar import constrain_answer
+from stepgguf.chat.messages import normalize_messages
 from stepgguf.chat.output import Delta, Markers, OutputMachine
 from stepgguf.chat.request import ChatRequest, Tool
-from stepgguf.chat.template import CLOSING_WORDS, ChatTemplate, Place, closing, normalize, place_of
+from stepgguf.chat.template import CLOSING_WORDS, ChatTemplate, PromptEnding, closing_text, prompt_ending
 from stepgguf.errors import BadMetadata
 from stepgguf.runtime.engine import Engine, Event, Finished, Reasoning, Request, Timings, Tokens
 
-ANSWER_SHARE = 4  # with a budget for thinking, a quarter of what may be generated stays for the answer
+ANSWER_SHARE = 4  # with a budget for reasoning, a quarter of what may be generated stays for the answer
 
 
 class ChatModel:
     """An engine and the template that its model file carries.
 
-    closing_message: what the model is made to think last when its thinking is cut off. break_loops: end thinking that
-    repeats itself.
+    closing_message: what the model is made to say last in a reasoning that is cut off. break_loops: end reasoning that
+    repeats itself. BadMetadata: the file has no chat template, or is no Step-3.5 model's.
     """
 
     def __init__(self, engine: Engine, *, closing_message: str = CLOSING_WORDS, break_loops: bool = True) -> None:
@@ -42,26 +43,26 @@ class ChatModel:
         self.markers = Markers(
             end, engine.token_id("<tool_call>"), engine.token_id("</tool_call>"), engine.token_id("<think>")
         )
-        self._turn = engine.token_id("<|im_start|>")
-        self._user = engine.tokenize_piece("user")[0]
-        self._closed = closing(closing_message, after=False)
-        self._closing = tuple(engine.tokenize_piece(closing(closing_message, after=True)))
+        self._turn_token = engine.token_id("<|im_start|>")
+        self._user_token = engine.tokenize_piece("user")[0]
+        self._closing_alone = closing_text(closing_message, after=False)
+        self._closing_tokens = tuple(engine.tokenize_piece(closing_text(closing_message, after=True)))
 
-    def prompt(self, request: ChatRequest) -> tuple[list[int], Place]:
-        """Token ids of the prompt, and where it ends."""
-        tools = [_as_json(tool) for tool in request.tools] if request.tool_choice.mode != "none" else []
-        text = self._template.render(normalize(request.messages), tools=tools or None)
-        place = place_of(text)
-        if place != "answer" and self._budget(request) == 0:
-            text, place = text + ("" if place == "reasoning" else "<think>\n") + self._closed, "answer"
-        return self.engine.tokenize(text), place
+    def render_prompt(self, request: ChatRequest) -> tuple[list[int], PromptEnding]:
+        """Return the prompt as token ids, and where it ends. RequestError: the template cannot show the messages."""
+        tools = [_tool_as_json(tool) for tool in request.tools] if request.tool_choice.mode != "none" else []
+        text = self._template.render(normalize_messages(request.messages), tools=tools or None)
+        ending = prompt_ending(text)
+        if ending != "answer" and self._reasoning_budget(request) == 0:  # closed in the prompt, so that none begins
+            text, ending = text + ("" if ending == "reasoning" else "<think>\n") + self._closing_alone, "answer"
+        return self.engine.tokenize(text), ending
 
-    def prepare(self, request: ChatRequest) -> Prepared:
-        """RequestError or BadMetadata say what cannot be done."""
-        prompt, place = self.prompt(request)
+    def prepare(self, request: ChatRequest) -> PreparedRequest:
+        """Return what the engine is to do. RequestError or BadMetadata say what cannot be done."""
+        prompt, ending = self.render_prompt(request)
         tools = request.tools if request.tool_choice.mode != "none" else ()
-        in_reasoning = place == "reasoning"
-        grammar = constrain(
+        in_reasoning = ending == "reasoning"
+        grammar = constrain_answer(
             self.markers,
             in_reasoning=in_reasoning,
             format=request.format,
@@ -69,16 +70,16 @@ class ChatModel:
             choice=request.tool_choice,
             parallel=request.parallel_tool_calls,
         )
-        return Prepared(
+        return PreparedRequest(
             Request(
                 prompt=tuple(prompt),
                 sampling=request.sampling,
                 max_tokens=request.max_tokens,
                 grammar=grammar,
-                reasoning=self._reasoning(request, tools, place, len(prompt)),
-                turns=self._turns(prompt),
+                reasoning=self._reasoning_limits(request, tools, ending, len(prompt)),
+                turns=self._turn_starts(prompt),
                 top_logprobs=request.top_logprobs,
-                banned=self._banned,
+                banned=self._reasoning_tokens,
             ),
             self.markers,
             in_reasoning,
@@ -87,39 +88,47 @@ class ChatModel:
         )
 
     @property
-    def _banned(self) -> frozenset[int]:
+    def _reasoning_tokens(self) -> frozenset[int]:
+        """What opens and closes reasoning: banned once it was closed for the model, or it would go on in its answer."""
         return frozenset(
             token for token in (self.markers.start_of_reasoning, self.markers.end_of_reasoning) if token is not None
         )
 
-    def _budget(self, request: ChatRequest, n_prompt: int = 0) -> int | None:
-        """Tokens of thinking, None for no limit. What closes it and an answer must find room in max_tokens, and in what
-        the prompt leaves of the context."""
+    def _reasoning_budget(self, request: ChatRequest, n_prompt: int = 0) -> int | None:
+        """Tokens of reasoning, None for no limit.
+
+        What closes it and an answer must find room in max_tokens, and in what the prompt leaves of the context.
+        """
         if request.reasoning_budget is None:
             return None
         room = self.engine.info.n_ctx - n_prompt
         most = min(room, request.max_tokens or room)
-        return max(0, min(request.reasoning_budget, most - most // ANSWER_SHARE - len(self._closing)))
+        return max(0, min(request.reasoning_budget, most - most // ANSWER_SHARE - len(self._closing_tokens)))
 
-    def _reasoning(
-        self, request: ChatRequest, tools: tuple[Tool, ...], place: Place, n_prompt: int
+    def _reasoning_limits(
+        self, request: ChatRequest, tools: tuple[Tool, ...], ending: PromptEnding, n_prompt: int
     ) -> Reasoning | None:
-        if place == "answer" or (place == "start" and self.markers.start_of_reasoning is None):
+        if ending == "answer" or (ending == "start" and self.markers.start_of_reasoning is None):
             return None
-        call = self.markers.call if tools else None
+        call = self.markers.call if tools else None  # a call ends reasoning too
         ends = frozenset(token for token in (self.markers.end_of_reasoning, call) if token is not None)
-        opening = self.markers.start_of_reasoning if place == "start" else None
-        return Reasoning(ends, self._closing, self._budget(request, n_prompt), self._break_loops, opening)
+        opening = self.markers.start_of_reasoning if ending == "start" else None
+        return Reasoning(
+            ends, self._closing_tokens, self._reasoning_budget(request, n_prompt), self._break_loops, opening
+        )
 
-    def _turns(self, prompt: list[int]) -> tuple[int, ...]:
-        """Where user messages start, and the answer. The next prompt departs from this one at one of these."""
-        starts = [i for i, token in enumerate(prompt[:-1]) if token == self._turn]
-        return tuple(i for i in starts if prompt[i + 1] == self._user or i == starts[-1])
+    def _turn_starts(self, prompt: list[int]) -> tuple[int, ...]:
+        """Where user messages start, and the answer: the next prompt departs from this one at one of these.
+
+        The template drops the reasoning of earlier turns, so what the cache keeps is kept at such places.
+        """
+        starts = [i for i, token in enumerate(prompt[:-1]) if token == self._turn_token]
+        return tuple(i for i in starts if prompt[i + 1] == self._user_token or i == starts[-1])
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
-    """Ready to submit: `request`; and what is needed to read the answer."""
+class PreparedRequest:
+    """What to submit, `request`, and what is needed to read the answer."""
 
     request: Request
     markers: Markers
@@ -129,19 +138,20 @@ class Prepared:
 
 
 class Reply:
-    """Reads the events of one request. When `stopped`, a stop text was found: cancel the request.
+    """Reads the events of one request as deltas. When `stopped`, a stop text was found: cancel the request.
 
     For a whole answer `settle` has the last word on the deltas. `cut_call` is the index of a tool call that was not
     finished, if there is one: its arguments are an unclosed prefix of JSON, and nobody may run it.
     """
 
-    def __init__(self, prepared: Prepared) -> None:
+    def __init__(self, prepared: PreparedRequest) -> None:
         self._machine = OutputMachine(
             prepared.markers, in_reasoning=prepared.in_reasoning, tools=prepared.tools, stops=prepared.stops
         )
         self.finished: Finished | None = None
 
     def feed(self, event: Event) -> list[Delta]:
+        """Return what an event brings of the answer."""
         if isinstance(event, Tokens):
             return [delta for step in event.steps for delta in self._machine.feed(step)]
         if isinstance(event, Finished):
@@ -150,7 +160,7 @@ class Reply:
         return []
 
     def settle(self, deltas: Sequence[Delta]) -> list[Delta]:
-        """All deltas of an answer, with the text before a misplaced </think> as reasoning, unless nothing follows."""
+        """Return an answer's deltas with the text before a misplaced </think> as reasoning, unless nothing follows."""
         last = self._machine.n_misplaced
         if not any(d.kind == "call" or (d.kind == "text" and d.index == last) for d in deltas):
             return list(deltas)
@@ -179,14 +189,14 @@ class Reply:
 
     @property
     def reasoning_cut(self) -> str | None:
-        """Why the thinking was ended before the model did: "budget", "loop"."""
+        """Why the reasoning was ended before the model ended it, "budget" or "loop"; None if it was not."""
         if self.timings.loop_broken:
             return "loop"
         return "budget" if self.timings.budget_reached else None
 
     @property
     def finish_reason(self) -> str:
-        """OpenAI's: stop, length, tool_calls; after an error: error."""
+        """OpenAI's word for how it ended: stop, length, tool_calls; after an error: error."""
         assert self.finished is not None
         if self._machine.stopped is not None:
             return "stop"
@@ -197,8 +207,8 @@ class Reply:
         return "stop" if self.finished.reason == "cancelled" else self.finished.reason
 
 
-def _as_json(tool: Tool) -> dict[str, object]:
-    """As the template shows it to the model, which learned OpenAI's form."""
+def _tool_as_json(tool: Tool) -> dict[str, object]:
+    """A tool as the template shows it to the model, which learned OpenAI's form."""
     function: dict[str, object] = {"name": tool.name}
     if tool.description is not None:
         function["description"] = tool.description

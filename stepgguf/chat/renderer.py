@@ -34,7 +34,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 PROCESSOR_SECONDS = 3  # for one rendering; a conversation of 2,000 messages takes 0.15
 MEMORY = 1 << 30  # bytes
 MAX_TEXT = 1 << 25  # characters; a full context has a million
-_MAX_REASON = 400  # characters of an error, which may quote the template's own text
+_MAX_ERROR = 400  # characters of an error, which may quote the template's own text
 
 
 def main() -> None:
@@ -42,36 +42,37 @@ def main() -> None:
     _limit(resource.RLIMIT_AS, MEMORY)
     _limit(resource.RLIMIT_CORE, 0)
     template: jinja2.Template | None = None
+    # the limits hold for compiling too: jinja2 computes constant expressions then
     for line in sys.stdin.buffer:
         _limit(resource.RLIMIT_CPU, int(time.process_time()) + PROCESSOR_SECONDS)
         try:
             asked = json.loads(line)
             if template is None:
-                template, text = environment().from_string(asked["source"]), ""
+                template, text = template_environment().from_string(asked["source"]), ""
             else:
                 text = _render(template, asked)
             answer = {"text": text}
         except MemoryError:
             answer = {"error": f"it needs more than {MEMORY >> 20} MiB of memory"}
         except Exception as error:  # noqa: BLE001  a template can raise anything; this is where it ends
-            answer = {"error": (str(error) or type(error).__name__)[:_MAX_REASON]}
+            answer = {"error": (str(error) or type(error).__name__)[:_MAX_ERROR]}
         sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
         sys.stdout.buffer.flush()
 
 
-def environment() -> jinja2.Environment:
-    """jinja2 as transformers sets it up."""
-    made = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+def template_environment() -> jinja2.Environment:
+    """Return jinja2 as transformers sets it up, and with the filter `fromjson`, which the template of 3.7 needs."""
+    jinja = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
     )
-    made.filters["tojson"] = _to_json
-    made.filters["fromjson"] = json.loads
-    made.globals["raise_exception"] = _raise
-    made.globals["strftime_now"] = lambda form: datetime.now().strftime(form)  # local time, as in transformers
-    return made
+    jinja.filters["tojson"] = _to_json  # jinja2's own escapes HTML, and sorts keys
+    jinja.filters["fromjson"] = json.loads
+    jinja.globals["raise_exception"] = _raise_exception
+    jinja.globals["strftime_now"] = lambda form: datetime.now().strftime(form)  # local time, as in transformers
+    return jinja
 
 
-class _Generation(Extension):
+class _GenerationTag(Extension):
     """{% generation %} marks what the model wrote, for training; here it is only a block."""
 
     tags = {"generation"}  # noqa: RUF012
@@ -101,12 +102,12 @@ def _to_json(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _raise(message: str) -> NoReturn:
+def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
 def _limit(which: int, most: int) -> None:
-    """Where the system lets us: macOS knows no limit of memory."""
+    """Set a limit of this process where the system lets us: macOS knows none for memory."""
     hard = resource.getrlimit(which)[1]
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(which, (most, hard))

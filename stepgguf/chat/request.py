@@ -31,21 +31,21 @@ class JsonSchema:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class OneOfTexts:
     """The answer is one of these texts."""
 
     texts: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Gbnf:
+class GbnfGrammar:
     """The answer is what this GBNF grammar allows."""
 
     text: str
 
 
-# Tokens of thinking by effort. The model has no switch; cuts from 2048 tokens on leave it coherent (llama.cpp issue
-# 24181). None is no limit, 0 no thinking.
+# Tokens of reasoning by effort. The model has no switch; cuts from 2048 tokens on leave it coherent (llama.cpp issue
+# 24181). None is no limit, 0 no reasoning.
 EFFORTS: Mapping[str, int | None] = {
     "none": 0,
     "minimal": 0,
@@ -56,13 +56,13 @@ EFFORTS: Mapping[str, int | None] = {
     "max": None,
 }
 
-Format = JsonObject | JsonSchema | Choice | Gbnf
+AnswerFormat = JsonObject | JsonSchema | OneOfTexts | GbnfGrammar
 ToolMode = Literal["auto", "none", "required"]
 
 
 @dataclass(frozen=True, slots=True)
 class ToolChoice:
-    """auto: text or calls; none: text; required: at least one call, of `name` if that is given."""
+    """Whether the model may call a tool. auto: text or calls; none: text; required: a call, of `name` if given."""
 
     mode: ToolMode = "auto"
     name: str | None = None
@@ -70,10 +70,10 @@ class ToolChoice:
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """Messages are OpenAI's (role, content, reasoning_content, tool_calls, tool_call_id); see template.normalize.
+    """One request. Messages are OpenAI's (role, content, reasoning_content, tool_calls, tool_call_id); see messages.py.
 
-    reasoning_budget: at most so many tokens of thinking; 0 is none, None no limit. stops: texts that end the answer;
-    they are not looked for in the thinking.
+    reasoning_budget: at most so many tokens of reasoning; 0 is none, None no limit. stops: texts that end the answer;
+    they are not looked for in the reasoning.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -81,7 +81,7 @@ class ChatRequest:
     tools: tuple[Tool, ...] = ()
     tool_choice: ToolChoice = ToolChoice()
     parallel_tool_calls: bool = True
-    format: Format | None = None
+    format: AnswerFormat | None = None
     reasoning_budget: int | None = None
     max_tokens: int | None = None
     stops: tuple[str, ...] = ()

@@ -6,7 +6,7 @@ import math
 import re
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -15,7 +15,6 @@ from stepgguf.cli.destinations import Destination
 if TYPE_CHECKING:
     from stepgguf.convert.budget import Limits
     from stepgguf.convert.importance import Importance
-    from stepgguf.quants.kernels import KernelName
 
 _SIZE = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -23,7 +22,7 @@ _BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def parse_size(text: str | int) -> int:
-    """ "50G" is 50 * 10^9 bytes (as llama.cpp reads it), "50GiB" is 50 * 2^30. An int is a default: bytes."""
+    """Read a size in bytes: "50G" is 50 * 10^9 (as llama.cpp reads it), "50GiB" is 50 * 2^30. An int is a default."""
     if isinstance(text, int):
         return text
     match = _SIZE.fullmatch(text)
@@ -37,7 +36,7 @@ def parse_size(text: str | int) -> int:
 
 
 def parse_bandwidth(text: str | int) -> int:
-    """ "233GB/s" in bytes per second; the "/s" may be left out."""
+    """Read "233GB/s" in bytes per second; the "/s" may be left out."""
     return parse_size(text.removesuffix("/s") if isinstance(text, str) else text)
 
 
@@ -87,17 +86,15 @@ ImatrixFile = Annotated[
     ),
 ]  # fmt: skip
 ImatrixPrior = Annotated[
-    str,
+    Literal["pooled", "flat"],
     typer.Option(
-        "--imatrix-prior", metavar="pooled|flat",
+        "--imatrix-prior",
         help="What experts that calibration hardly saw get: their layer's mean, or 1.0 as llama-quantize does.",
     ),
 ]  # fmt: skip
 Kernel = Annotated[
-    str,
-    typer.Option(
-        metavar="lanes|ggml", help="Who encodes: stepgguf's kernels or ggml's; on x86 the bytes are the same."
-    ),
+    Literal["lanes", "ggml"],
+    typer.Option(help="Who encodes: stepgguf's kernels or ggml's; on x86 the bytes are the same."),
 ]
 SplitMaxSize = Annotated[
     int | None,
@@ -105,7 +102,7 @@ SplitMaxSize = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="Worker threads. Default: all cores.")]
 Memory = Annotated[
-    int,
+    int | None,
     typer.Option(
         parser=parse_size,
         metavar="SIZE",
@@ -131,7 +128,7 @@ Gguf = Annotated[Path, typer.Argument(metavar="FILE.gguf", help="A GGUF file; of
 def read_budget(
     fit: int | None, target_bpw: float | None, min_tps: float | None, bandwidth: int | None
 ) -> Limits | None:
-    """--fit, --target-bpw, --min-tps with --bandwidth; None if none of them is given."""
+    """What --fit, --target-bpw and --min-tps with --bandwidth say; None if none of them is given."""
     from stepgguf.convert.budget import Limits
 
     for option, value in (("--target-bpw", target_bpw), ("--min-tps", min_tps)):
@@ -145,18 +142,8 @@ def read_budget(
     return Limits(fit, target_bpw, bandwidth / min_tps if bandwidth is not None and min_tps is not None else None)
 
 
-def parse_kernel(name: str) -> KernelName:
-    """--kernel."""
-    from stepgguf.quants.kernels import KERNEL_NAMES
-
-    for known in KERNEL_NAMES:
-        if name == known:
-            return known
-    raise typer.BadParameter(f"{name!r} is not one of {', '.join(KERNEL_NAMES)}", param_hint="--kernel")
-
-
 def read_importance(path: Path | None, prior: str) -> Importance | None:
-    """--imatrix and --imatrix-prior."""
+    """What --imatrix and --imatrix-prior say; None without an importance matrix. ImatrixError for one that is none."""
     from stepgguf.convert.importance import Importance
 
     return None if path is None else Importance.read(path, prior)

@@ -7,16 +7,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from stepgguf.cli import arguments, loading
 
 if TYPE_CHECKING:
-    from stepgguf.conversation.session import Backend
-
-_THINKING = ("full", "fold", "hide")
+    from stepgguf.conversation.session import ChatBackend
 
 
 def chat(
@@ -48,9 +46,8 @@ def chat(
     engine: loading.EngineName = loading.IN_PROCESS,
     rpc: loading.Rpc = None,
     thinking: Annotated[
-        str | None,
+        Literal["full", "fold", "hide"] | None,
         typer.Option(
-            metavar="full|fold|hide",
             help="How the thinking is shown. Default: fold on a terminal, hide elsewhere; full goes to stderr there.",
         ),
     ] = None,
@@ -88,8 +85,6 @@ def chat(
     - `git diff | stepgguf chat step-q4_k_s.gguf -p "Review this change" --reasoning-budget 2000`
     - `stepgguf chat --url http://127.0.0.1:8080 -c`
     """
-    if thinking is not None and thinking not in _THINKING:
-        raise typer.BadParameter(f"{thinking!r} is not one of {', '.join(_THINKING)}", param_hint="--thinking")
     if (path is None) == (url is None):
         raise typer.BadParameter("give a GGUF file or --url", param_hint="FILE.gguf")
     interactive = sys.stdin is not None and sys.stdin.isatty()
@@ -101,31 +96,31 @@ def chat(
 
     from dataclasses import replace
 
-    from stepgguf.cli.dialogue import Dialogue, one_shot, resume, view
-    from stepgguf.cli.terminal.view import Pipe, Screen
-    from stepgguf.conversation.records import Settings
+    from stepgguf.cli.answering import answer_once, open_view
+    from stepgguf.cli.dialogue import Dialogue, resume_session
+    from stepgguf.cli.terminal.screen import Screen
+    from stepgguf.conversation.records import ChatSettings
     from stepgguf.conversation.session import Session
-    from stepgguf.conversation.transcript import Transcript, sessions
+    from stepgguf.conversation.transcript import Transcript, list_sessions
     from stepgguf.files import folders
 
-    screen: Screen | Pipe = view(thinking=thinking, plain=plain, silent=json)  # type: ignore[arg-type]
+    view = open_view(reasoning_display=thinking, plain=plain, silent=json)
     if sys.platform == "darwin":  # where older versions kept them on every system
-        folders.adopt(Path.home() / ".local" / "share" / "stepgguf")
+        folders.adopt_data(Path.home() / ".local" / "share" / "stepgguf")
     folder = folders.sessions()
-    last = sessions(folder)[:1] if continue_ else []
+    last = list_sessions(folder)[:1] if continue_ else []
     if continue_ and not last:
         raise typer.BadParameter(f"there is no session in {folder}", param_hint="--continue")
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
     sampling = {key: value for key, value in given.items() if value is not None}
     changes: dict[str, Any] = {"system": system, "max_tokens": max_tokens, "reasoning_budget": reasoning_budget}
     options = loading.EngineOptions(
-        ctx,
-        1,
-        0,
-        gpu_layers,
-        threads,
-        draft,
-        mmap,
+        ctx=ctx,
+        queue=0,
+        gpu_layers=gpu_layers,
+        threads=threads,
+        draft=draft,
+        mmap=mmap,
         cache_folder=cache_folder,
         engine=engine,
         rpc=tuple(rpc or ()),
@@ -133,22 +128,22 @@ def chat(
         force=force,
     )
     with _backend(path, url, api_key, options, quiet=quiet) as backend:
-        session = Session(backend, Settings())
+        session = Session(backend, ChatSettings())
         if last:
-            session = resume(session, last[0])
+            session = resume_session(session, last[0])
         elif not no_save and not question:
             session.transcript = Transcript(folder, backend.origin)
         settings = replace(session.settings, **{k: v for k, v in changes.items() if v is not None})
-        session.set(replace(settings, sampling={**settings.sampling, **sampling}))
+        session.change_settings(replace(settings, sampling={**settings.sampling, **sampling}))
         if question:
-            one_shot(session, question, screen, quiet=quiet, as_json=json)
-        elif isinstance(screen, Screen):
+            answer_once(session, question, view, quiet=quiet, as_json=json)
+        elif isinstance(view, Screen):
             if not quiet:
                 limit = f", context {backend.n_ctx:,}" if backend.n_ctx is not None else ""
-                screen.note(f"{backend.origin.model}{limit}. /help lists the commands, Ctrl+D leaves.")
-            dialogue = Dialogue(session, screen, folder, history=None if no_save else folders.history())
+                view.note(f"{backend.origin.model}{limit}. /help lists the commands, Ctrl+D leaves.")
+            dialogue = Dialogue(session, view, folder, history=None if no_save else folders.history())
             if last:
-                dialogue.recall()
+                dialogue.show_last_messages()
             dialogue.run()
         else:
             raise typer.BadParameter("a conversation needs a terminal; ask with --prompt", param_hint="--prompt")
@@ -166,16 +161,16 @@ def _piped() -> str | None:
 @contextmanager
 def _backend(
     path: Path | None, url: str | None, api_key: str | None, options: loading.EngineOptions, *, quiet: bool
-) -> Iterator[Backend]:
+) -> Iterator[ChatBackend]:
     if url is not None:
-        from stepgguf.conversation.remote import Remote
+        from stepgguf.conversation.remote import RemoteBackend
 
-        yield Remote(url, api_key)
+        yield RemoteBackend(url, api_key)
         return
     assert path is not None
     from stepgguf.chat.exchange import ChatModel
-    from stepgguf.conversation.inprocess import InProcess
-    from stepgguf.conversation.records import Origin
+    from stepgguf.conversation.inprocess import InProcessBackend
+    from stepgguf.conversation.records import AnswerOrigin
 
-    with loading.engine(path, options, verb="chat", quiet=quiet) as engine:
-        yield InProcess(ChatModel(engine), Origin.of(engine.info.name, path))
+    with loading.open_engine(path, options, command="chat", quiet=quiet) as engine:
+        yield InProcessBackend(ChatModel(engine), AnswerOrigin.of_file(engine.info.name, path))

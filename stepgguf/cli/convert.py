@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -19,7 +19,7 @@ def convert(
     min_tps: arguments.MinTps = None,
     bandwidth: arguments.Bandwidth = None,
     mtp: Annotated[
-        str, typer.Option(metavar="include|separate|drop", help="Where the MTP (multi-token prediction) blocks go.")
+        Literal["include", "separate", "drop"], typer.Option(help="Where the MTP (multi-token prediction) blocks go.")
     ] = "include",
     mtp_type: arguments.MtpType = None,
     chat_template: Annotated[
@@ -35,7 +35,7 @@ def convert(
     kernel: arguments.Kernel = "lanes",
     split_max_size: arguments.SplitMaxSize = None,
     threads: arguments.Threads = None,
-    memory: arguments.Memory = 2 * 2**30,
+    memory: arguments.Memory = None,
     dry_run: arguments.DryRun = False,
     restart: arguments.Restart = False,
     overwrite: arguments.Overwrite = False,
@@ -54,18 +54,17 @@ def convert(
     - `stepgguf convert Step-3.5-Flash/ step-128gb.gguf --type 128gb --imatrix imatrix.gguf`
     - `stepgguf convert Step-3.5-Flash/ step.gguf --fit 104GiB --imatrix imatrix.gguf --dry-run`
     """
-    from stepgguf.chat.template import ChatTemplate, read
-    from stepgguf.cli.converting import Run, chosen, planned
+    from stepgguf.chat.template import ChatTemplate, read_template
+    from stepgguf.cli.converting import RunOptions, carry_out, choose_recipe, make_plan
     from stepgguf.convert.metadata import CHAT_TEMPLATE
-    from stepgguf.convert.plan import MTP_MODES, Options
+    from stepgguf.convert.plan import Options
     from stepgguf.convert.sources.checkpoint import Checkpoint
 
-    if mtp not in MTP_MODES:
-        raise typer.BadParameter(f"{mtp!r} is not one of {', '.join(MTP_MODES)}", param_hint="--mtp")
     if chat_template is not None:
-        read(chat_template)  # tried before anything is written
+        read_template(chat_template)  # tried before anything is written
+    how = RunOptions(threads, memory, dry_run, restart, overwrite, quiet, json)
     limits = arguments.read_budget(fit, target_bpw, min_tps, bandwidth)
-    recipe, limits = chosen(type, limits, source, arguments.DEFAULT_TYPE)
+    recipe, limits = choose_recipe(type, limits, source, arguments.DEFAULT_TYPE)
     options = Options(
         recipe,
         mtp,
@@ -74,20 +73,12 @@ def convert(
         chat_template,
         name,
         importance=arguments.read_importance(imatrix, imatrix_prior),
-        kernel=arguments.parse_kernel(kernel),
+        kernel=kernel,
     )
     with Checkpoint(source) as checkpoint:
         file = dest.file(f"{name or checkpoint.name}-{recipe.name}")
-        plan = planned(
-            checkpoint, file, options, limits, threads=threads, quiet=quiet, must_be_free=not (dry_run or overwrite)
-        )
+        plan = make_plan(checkpoint, file, options, limits, how)
         carried = [key.value for key in plan.files[0].keys if key.name == CHAT_TEMPLATE]
         if carried and chat_template is None:
             ChatTemplate(carried[0]).probe()
-        run = Run(plan, checkpoint, quiet=quiet, json=json)
-        if dry_run:
-            run.show_plan()
-        else:
-            dest.make_folder()
-            run.execute(restart=restart, overwrite=overwrite, threads=threads, memory=memory)
-            run.say_next()
+        carry_out(plan, checkpoint, dest, how)

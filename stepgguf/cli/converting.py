@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import shlex
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,157 +13,178 @@ import typer
 from rich.text import Text
 
 from stepgguf.cli import output
-from stepgguf.convert import budget, measure, pipeline
+from stepgguf.cli.destinations import Destination
+from stepgguf.cli.progress import ProgressMeter, layer_name
+from stepgguf.convert import budget, pipeline
 from stepgguf.convert.budget import Limits, Trunk
-from stepgguf.convert.fold import Line, fold
+from stepgguf.convert.fold import FoldedLine, fold_tensors
+from stepgguf.convert.measure import count_sampled_values
 from stepgguf.convert.plan import Options, Plan
 from stepgguf.convert.planner import plan_source
-from stepgguf.convert.sizes import Inventory, inventory
+from stepgguf.convert.sizes import take_inventory, with_near_sizes
 from stepgguf.convert.sources.opening import open_source
 from stepgguf.convert.sources.source import TensorSource
-from stepgguf.convert.writer import Writer, is_taken, taken
+from stepgguf.convert.writer import Writer, is_taken, name_taken
 from stepgguf.errors import StepggufError, UnknownType
+from stepgguf.files.byte_sizes import readable_size
 from stepgguf.quants.recipe import Recipe
 
 
-def planned(
-    source: TensorSource,
-    dest: Path,
-    options: Options,
-    limits: Limits | None,
-    *,
-    threads: int | None,
-    quiet: bool,
-    must_be_free: bool,
-) -> Plan:
-    """The plan; within a budget after measuring what each type loses, if there is a choice.
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How a plan is carried out. threads None: all cores; memory None: the pipeline's default."""
 
-    must_be_free: a destination that is taken is refused before anything is measured.
-    """
-    if limits is None:
-        return plan_source(source, dest, options)
-    plan = budget.settled(limits, source, dest, options)
-    if plan is not None:
-        return plan
-    if must_be_free and is_taken(dest):
-        raise taken(dest)
-    trunk = priced(source, dest, options, threads=threads, quiet=quiet)
-    return budget.plan_within(limits, source, dest, options, trunk)
+    threads: int | None = None
+    memory: int | None = None
+    dry_run: bool = False
+    restart: bool = False
+    overwrite: bool = False
+    quiet: bool = False
+    json: bool = False
 
 
-def chosen(type_name: str | None, limits: Limits | None, source: Path, default: str) -> tuple[Recipe, Limits | None]:
+def choose_recipe(
+    type_name: str | None, limits: Limits | None, source: Path, default: str
+) -> tuple[Recipe, Limits | None]:
     """The recipe and the budget. For a type that there is not, the error says what those that come near would take."""
     try:
         return budget.resolve(type_name, limits, default)
     except UnknownType as error:
         try:
             with open_source(source) as opened:
-                raise sized(error, inventory(opened)) from None
+                raise with_near_sizes(error, take_inventory(opened)) from None
         except StepggufError as other:
             raise other if isinstance(other, UnknownType) else error from None  # one thing at a time
 
 
-def sized(error: UnknownType, model: Inventory) -> UnknownType:
-    """The same with the sizes that the types which come near give this model."""
-    if not error.near:
-        return error
-    sizes = sorted(((model.sizes(name), name) for name in error.near), key=lambda pair: pair[0].total)
-    found = [f"{name} {output.size(s.total)}{' (with an imatrix)' * s.needs_imatrix}" for s, name in sizes]
-    return UnknownType(error.message, hint=f"Types that come near: {', '.join(found)}.", near=error.near)
+def make_plan(source: TensorSource, dest: Path, options: Options, limits: Limits | None, how: RunOptions) -> Plan:
+    """Plan a file; within a budget after measuring what each type loses, if there is a choice.
+
+    A destination that is taken, and may not be, is refused before anything is measured.
+    """
+    if limits is None:
+        return plan_source(source, dest, options)
+    plan = budget.settled(limits, source, dest, options)
+    if plan is not None:
+        return plan
+    if not (how.dry_run or how.overwrite) and is_taken(dest):
+        raise name_taken(dest)
+    trunk = price_trunk(source, dest, options, threads=how.threads, quiet=how.quiet)
+    return budget.plan_within(limits, source, dest, options, trunk)
 
 
-def priced(source: TensorSource, dest: Path, options: Options, *, threads: int | None, quiet: bool = False) -> Trunk:
-    """What each type costs each tensor. Ctrl+C keeps what is measured and exits with 130."""
-    total = sum(measure.sampled(tensor.shape) for tensor in inventory(source).matrices)
+def price_trunk(
+    source: TensorSource, dest: Path, options: Options, *, threads: int | None, quiet: bool = False
+) -> Trunk:
+    """Measure what each type costs each tensor. Ctrl+C keeps what is measured and exits with 130."""
+    total = sum(count_sampled_values(tensor.shape) for tensor in take_inventory(source).matrices)
     try:
-        with output.Meter("measuring", 2 * total, quiet=quiet) as meter:
+        with ProgressMeter("measuring", 2 * total, quiet=quiet) as meter:  # bytes of BF16
             return budget.price(
                 source,
                 dest,
                 options,
                 threads=threads,
-                progress=lambda tensor, kept: meter.step(2 * measure.sampled(tensor.shape), earlier=kept),  # as BF16
-                compiling=meter.compiling,
+                progress=lambda tensor, kept: meter.add_bytes(2 * count_sampled_values(tensor.shape), earlier=kept),
+                compiling=meter.note_compiling,
             )
     except KeyboardInterrupt:
         output.note("interrupted while measuring; repeat the command to go on from there")
         raise typer.Exit(130) from None
 
 
-class Run:
-    """A plan, its source and how to show them."""
+def carry_out(plan: Plan, source: TensorSource, dest: Destination, how: RunOptions) -> None:
+    """Show the plan (--dry-run), or make its files and say what to do with them."""
+    conversion = Conversion(plan, source, how)
+    if how.dry_run:
+        conversion.show_plan()
+        return
+    dest.make_folder()
+    conversion.execute()
+    if not (how.quiet or how.json):
+        output.note(f"next: stepgguf chat {shlex.quote(str(plan.files[0].path))}")
 
-    def __init__(self, plan: Plan, source: TensorSource, *, quiet: bool = False, json: bool = False) -> None:
-        self.plan, self.source, self.quiet, self.json = plan, source, quiet, json
+
+class Conversion:
+    """A plan with its source: shown, or carried out."""
+
+    def __init__(self, plan: Plan, source: TensorSource, how: RunOptions) -> None:
+        self.plan, self.source, self.how = plan, source, how
         output.warn(plan.warnings)
 
-    def lines(self) -> list[Line]:
-        return fold((t.name, t.ggml_type.name, t.n_bytes, t.n_values, t.reason) for t in self.plan.tensors)
-
     def plan_text(self) -> str:
+        """The plan as plain text, a line for each fold of tensors."""
         return "\n".join(text.plain for text in self._table())
 
     def show_plan(self) -> None:
-        """--dry-run."""
-        if self.json:
-            output.data(self._report() | {"plan": [_line(line) for line in self.lines()]})
+        """Print the plan: what --dry-run does."""
+        if self.how.json:
+            output.data(self._report() | {"plan": [_line_report(line) for line in self._lines()]})
             return
         output.show(self._table())
-        if not self.quiet:
+        if not self.how.quiet:
             output.note(f"nothing is written; without --dry-run it becomes {self.plan.files[0].path}")
+
+    def execute(self) -> None:
+        """Make the files and say what was made. Ctrl+C commits what is done and exits with 130."""
+        started = time.monotonic()
+        how = self.how
+        with Writer(self.plan, self.source.identity(), restart=how.restart, overwrite=how.overwrite) as writer:
+            resumed = len(writer.finished)
+            if resumed and not how.quiet:
+                output.note(f"resuming: {resumed} of {len(writer.units)} units are done")
+            meter = self._write(writer)
+        seconds = time.monotonic() - started
+        if how.json:
+            made = {"seconds": round(seconds, 3), "peak_rss_bytes": peak_rss(), "resumed_units": resumed}
+            output.data(self._report() | made)
+        elif not how.quiet:
+            self._say_what_was_made(meter, seconds)
+
+    def _write(self, writer: Writer) -> ProgressMeter:
+        """Run the pipeline under a progress meter; what the meter counted is for the summary."""
+        layers: dict[str, int] = {}
+        for tensor in self.plan.tensors:
+            layer = layer_name(tensor.name)
+            layers[layer] = layers.get(layer, 0) + tensor.n_bytes
+        try:
+            with ProgressMeter(self.plan.type_name, self.plan.n_bytes, quiet=self.how.quiet, layers=layers) as meter:
+                pipeline.make_files(
+                    self.source,
+                    writer,
+                    progress=meter.add_unit,
+                    compiling=meter.note_compiling,
+                    threads=self.how.threads,
+                    memory=self.how.memory or pipeline.DEFAULT_MEMORY,
+                )
+        except KeyboardInterrupt:
+            share = meter.bytes_done / self.plan.n_bytes
+            output.note(f"interrupted at {share:.0%}; repeat the command to go on from there")
+            raise typer.Exit(130) from None
+        return meter
+
+    def _say_what_was_made(self, meter: ProgressMeter, seconds: float) -> None:
+        for file in self.plan.files:
+            output.note(f"wrote {file.path} ({readable_size(file.size)})")
+        compiled = f" (and {meter.compile_seconds:.1f} s of compiling)" if meter.compile_seconds else ""
+        working = seconds - meter.compile_seconds
+        rate = (self.plan.n_bytes - meter.bytes_resumed) / working / 1e6
+        output.note(
+            f"{self.plan.bpw:.3f} bpw, {working:.1f} s{compiled}, {rate:.0f} MB/s out, "
+            f"peak memory {readable_size(peak_rss())}"
+        )
+
+    def _lines(self) -> list[FoldedLine]:
+        return fold_tensors((t.name, t.ggml_type.name, t.n_bytes, t.n_values, t.reason) for t in self.plan.tensors)
 
     def _table(self) -> list[Text]:
         plan = self.plan
         files = f"{len(plan.files)} file{'s' * (len(plan.files) > 1)}"
         total = (
-            f"{len(plan.tensors)} tensors in {files}, {output.size(plan.n_bytes)} ({plan.n_bytes / 1e9:.2f} GB), "
+            f"{len(plan.tensors)} tensors in {files}, {readable_size(plan.n_bytes)} ({plan.n_bytes / 1e9:.2f} GB), "
             f"{plan.bpw:.3f} bpw"
         )
-        return [*output.columns(self.lines()), Text(total, "bold")]
-
-    def execute(self, *, restart: bool, overwrite: bool, threads: int | None, memory: int) -> None:
-        """Make the files. Ctrl+C commits what is done and exits with 130."""
-        started = time.monotonic()
-        with Writer(self.plan, self.source.identity(), restart=restart, overwrite=overwrite) as writer:
-            self._run(writer, started, threads, memory)
-
-    def _run(self, writer: Writer, started: float, threads: int | None, memory: int) -> None:
-        resumed = len(writer.finished)
-        if resumed and not self.quiet:
-            output.note(f"resuming: {resumed} of {len(writer.units)} units are done")
-        layers: dict[str, int] = {}
-        for tensor in self.plan.tensors:
-            layer = output.layer_name(tensor.name)
-            layers[layer] = layers.get(layer, 0) + tensor.n_bytes
-        try:
-            with output.Meter(self.plan.type_name, self.plan.n_bytes, quiet=self.quiet, layers=layers) as meter:
-                pipeline.run(
-                    self.source, writer, progress=meter.unit, compiling=meter.compiling, threads=threads, memory=memory
-                )
-        except KeyboardInterrupt:
-            share = meter.done / self.plan.n_bytes
-            output.note(f"interrupted at {share:.0%}; repeat the command to go on from there")
-            raise typer.Exit(130) from None
-        seconds = time.monotonic() - started
-        if self.json:
-            output.data(
-                self._report() | {"seconds": round(seconds, 3), "peak_rss_bytes": peak_rss(), "resumed_units": resumed}
-            )
-        elif not self.quiet:
-            for file in self.plan.files:
-                output.note(f"wrote {file.path} ({output.size(file.size)})")
-            compiled = f" (and {meter.compile_seconds:.1f} s of compiling)" if meter.compile_seconds else ""
-            working = seconds - meter.compile_seconds
-            rate = (self.plan.n_bytes - meter.resumed) / working / 1e6
-            output.note(
-                f"{self.plan.bpw:.3f} bpw, {working:.1f} s{compiled}, {rate:.0f} MB/s out, "
-                f"peak memory {output.size(peak_rss())}"
-            )
-
-    def say_next(self) -> None:
-        """What to do with the file."""
-        if not (self.quiet or self.json):
-            output.note(f"next: stepgguf chat {shlex.quote(str(self.plan.files[0].path))}")
+        return [*output.columns(self._lines()), Text(total, "bold")]
 
     def _report(self) -> dict[str, Any]:
         return {
@@ -188,7 +210,7 @@ def peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def _line(line: Line) -> dict[str, Any]:
+def _line_report(line: FoldedLine) -> dict[str, Any]:
     return {
         "layers": line.layers, "role": line.role, "count": line.count, "type": line.type, "bytes": line.n_bytes,
         "reason": line.reason,

@@ -30,30 +30,33 @@ def demo(
 
     from stepgguf.chat.exchange import ChatModel
     from stepgguf.cli import output
-    from stepgguf.cli.converting import Run
-    from stepgguf.cli.dialogue import Dialogue, one_shot, view
-    from stepgguf.cli.terminal.view import Screen
-    from stepgguf.conversation.inprocess import InProcess
-    from stepgguf.conversation.records import Settings
+    from stepgguf.cli.answering import answer_once, open_view
+    from stepgguf.cli.converting import Conversion, RunOptions
+    from stepgguf.cli.dialogue import Dialogue
+    from stepgguf.cli.terminal.screen import Screen
+    from stepgguf.conversation.inprocess import InProcessBackend
+    from stepgguf.conversation.records import ChatSettings
     from stepgguf.conversation.session import Session
     from stepgguf.convert.plan import Options
-    from stepgguf.convert.planner import plan_checkpoint
+    from stepgguf.convert.planner import plan_source
     from stepgguf.convert.sources.checkpoint import Checkpoint
     from stepgguf.demo import CHECKPOINT
+    from stepgguf.quants.recipe_files import load_recipe
     from stepgguf.quants.type_names import check_name
 
     with tempfile.TemporaryDirectory(prefix="stepgguf-demo-") as folder:
-        options = Options(check_name(type), name="stepgguf demo")
+        options = Options(load_recipe(check_name(type)), name="stepgguf demo")
         path = keep or Path(folder) / f"demo-{options.recipe.name}.gguf"
         with Checkpoint(CHECKPOINT) as checkpoint:
-            run = Run(plan_checkpoint(checkpoint, path, options), checkpoint)
-            output.note(f"{run.plan_text()}\n")
-            run.execute(restart=True, overwrite=True, threads=None, memory=2 * 2**30)
-        with loading.engine(path, loading.EngineOptions(), verb="chat", quiet=False) as engine:
-            session = Session(InProcess(ChatModel(engine)), Settings({"temperature": 0.0}))
-            screen = view(thinking="full")
+            how = RunOptions(restart=True, overwrite=True)
+            conversion = Conversion(plan_source(checkpoint, path, options), checkpoint, how)
+            output.note(f"{conversion.plan_text()}\n")
+            conversion.execute()
+        with loading.open_engine(path, loading.EngineOptions(), command="chat", quiet=False) as engine:
+            session = Session(InProcessBackend(ChatModel(engine)), ChatSettings({"temperature": 0.0}))
+            view = open_view(reasoning_display="full")
             output.note(f"\n> {QUESTION}")
             sys.stderr.flush()
-            one_shot(session, QUESTION, screen, quiet=False)
-            if interactive and isinstance(screen, Screen):
-                Dialogue(session, screen, Path(folder), history=None).run()
+            answer_once(session, QUESTION, view, quiet=False)
+            if interactive and isinstance(view, Screen):
+                Dialogue(session, view, Path(folder), history=None).run()

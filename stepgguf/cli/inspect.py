@@ -28,10 +28,10 @@ def inspect(
     - `stepgguf inspect step-q4_k_s.gguf --json`
     """
     from stepgguf.cli import output
-    from stepgguf.convert.fold import fold
+    from stepgguf.convert.fold import fold_tensors
 
     contents, metadata, tensors = _checkpoint(path) if _is_checkpoint(path) else _gguf(path)
-    lines = fold(tensors)
+    lines = fold_tensors(tensors)
     n_bytes, n_values = sum(line.n_bytes for line in lines), sum(line.n_values for line in lines)
     summary = {
         "tensors": len(tensors),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,18 +13,23 @@ import typer
 
 from stepgguf.cli import arguments, output
 from stepgguf.errors import EngineError
+from stepgguf.files.byte_sizes import size_word
+from stepgguf.runtime.engine import DEFAULT_CACHE_RAM, DEFAULT_CTX
 
 if TYPE_CHECKING:
-    from stepgguf.fit.capacity import Model
+    from stepgguf.files.byte_sizes import size_word
     from stepgguf.fit.machine import Machine
-    from stepgguf.runtime.engine import Engine
+    from stepgguf.fit.model_file import ModelFile
+from stepgguf.runtime.engine import Engine
 
 IN_PROCESS = "llama-cpp-python"
 LLAMA_SERVER = "llama-server"
 
 Ctx = Annotated[
     int | None,
-    typer.Option(min=64, help="Tokens of context, for all requests together. Default: the model's, at most 32768."),
+    typer.Option(
+        min=64, help=f"Tokens of context, for all requests together. Default: the model's, at most {DEFAULT_CTX}."
+    ),
 ]
 GpuLayers = Annotated[int, typer.Option(help="Layers on the GPU; -1 is all.")]
 Draft = Annotated[
@@ -55,7 +59,7 @@ CacheRam = Annotated[
     typer.Option(
         parser=arguments.parse_size,
         metavar="SIZE",
-        show_default="2GiB",
+        show_default=size_word(DEFAULT_CACHE_RAM),
         help="Memory for conversations that are not in the context, and for checkpoints.",
     ),
 ]
@@ -78,7 +82,7 @@ Rpc = Annotated[
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """What the options above were set to."""
+    """What the options above were set to. trained: refuse a context that is longer than the model was trained for."""
 
     ctx: int | None = None
     parallel: int = 1
@@ -87,70 +91,89 @@ class EngineOptions:
     threads: int | None = None
     draft: int | None = None
     mmap: bool | None = None
-    cache_ram: int = 2 * 2**30
+    cache_ram: int = DEFAULT_CACHE_RAM
     cache_folder: Path | None = None
     engine: str = IN_PROCESS
     rpc: tuple[str, ...] = ()
     api_key: str | None = None  # of a llama-server at a URL
     mtp_file: Path | None = None
     force: bool = False
-    trained: bool = True  # refuse a context that is longer than what the model was trained for
+    trained: bool = True
+
+    @property
+    def engine_name(self) -> str:
+        return self.engine.partition("=")[0]
+
+    @property
+    def server_binary(self) -> str:
+        """Where llama-server is; empty for the one on the PATH."""
+        return "" if self.server_url else self.engine.partition("=")[2]
+
+    @property
+    def server_url(self) -> str:
+        """The URL of a llama-server that runs already; empty if there is none."""
+        where = self.engine.partition("=")[2]
+        return where if "://" in where else ""
 
 
 @contextmanager
-def engine(path: Path, options: EngineOptions, *, verb: str, quiet: bool) -> Iterator[Engine]:
-    """The engine, with a bar while a large file loads. Ctrl+C ends the process: llama.cpp cannot be asked to stop.
+def open_engine(path: Path, options: EngineOptions, *, command: str, quiet: bool) -> Iterator[Engine]:
+    """Open the engine, with a bar while a large file loads. Ctrl+C ends the process: llama.cpp cannot be asked to stop.
 
-    verb: the command that asks, for what is suggested when the model does not fit this machine (DoesNotFit).
+    command: the subcommand that asks, for what is suggested when the model does not fit this machine (DoesNotFit).
     """
-    name, _, where = options.engine.partition("=")
-    if name not in (IN_PROCESS, LLAMA_SERVER) or (where and name == IN_PROCESS):
-        raise typer.BadParameter(
-            f"{options.engine!r} is not {IN_PROCESS} or {LLAMA_SERVER}[=PATH|=URL]", param_hint="--engine"
-        )
-    if options.rpc and (name != LLAMA_SERVER or "://" in where):
-        raise typer.BadParameter("only a llama-server that is started here uses other machines", param_hint="--rpc")
-    if options.mtp_file is not None and "://" in where:
-        raise typer.BadParameter("the server at this URL has loaded what it runs", param_hint="--mtp-file")
-    if "://" in where:
-        opened: Engine = _attached(path, where, options)
-    else:
-        opened = _loaded(path, name, where, options, verb=verb, quiet=quiet)
+    _check_options(options)
+    opened = _attach(path, options) if options.server_url else _load(path, options, command=command, quiet=quiet)
     try:
         yield opened
     finally:
         opened.close()
 
 
-def _attached(path: Path, url: str, options: EngineOptions) -> Engine:
+def _check_options(options: EngineOptions) -> None:
+    """typer.BadParameter for an engine that there is not, and for options that it does not take."""
+    name = options.engine_name
+    if name not in (IN_PROCESS, LLAMA_SERVER) or (name == IN_PROCESS and options.engine != IN_PROCESS):
+        raise typer.BadParameter(
+            f"{options.engine!r} is not {IN_PROCESS} or {LLAMA_SERVER}[=PATH|=URL]", param_hint="--engine"
+        )
+    if options.rpc and (name != LLAMA_SERVER or options.server_url):
+        raise typer.BadParameter("only a llama-server that is started here uses other machines", param_hint="--rpc")
+    if options.mtp_file is not None and options.server_url:
+        raise typer.BadParameter("the server at this URL has loaded what it runs", param_hint="--mtp-file")
+
+
+def _attach(path: Path, options: EngineOptions) -> Engine:
     from stepgguf.runtime.llamaserver import LlamaServerEngine
 
-    return LlamaServerEngine.attach(url, api_key=options.api_key, model=path, queue_limit=options.queue)
+    return LlamaServerEngine.attach(options.server_url, api_key=options.api_key, model=path, queue_limit=options.queue)
 
 
-def _loaded(path: Path, name: str, where: str, options: EngineOptions, *, verb: str, quiet: bool) -> Engine:
-    from stepgguf.fit.capacity import read_model
-    from stepgguf.fit.machine import probe
+def _load(path: Path, options: EngineOptions, *, command: str, quiet: bool) -> Engine:
+    """Load the file here. Everything that can be refused is refused before its tensors are read."""
+    from stepgguf.fit.machine import probe_machine
+    from stepgguf.fit.model_file import read_model_file
 
-    if name == IN_PROCESS:
+    in_process = options.engine_name == IN_PROCESS
+    if in_process:
         from stepgguf.runtime import llama  # noqa: F401  if it is not installed, that is said first
 
-    here, model = probe(), read_model(path, options.mtp_file, verb=verb)
+    machine, model = probe_machine(), read_model_file(path, options.mtp_file, command=command)
     if options.cache_folder is not None:
-        _make(options.cache_folder)
+        _make_cache_folder(options.cache_folder)
     if not options.force:
-        _require(here, model, options, served=name == LLAMA_SERVER)
+        _require_fit(machine, model, options, served=not in_process)
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        with _bar(path.name, quiet) as progress:
-            start = _in_process if name == IN_PROCESS else functools.partial(_server, where)
-            return start(model, here, options, progress)
+        with _progress_bar(path.name, quiet) as progress:
+            start = _load_in_process if in_process else _start_server
+            return start(model, machine, options, progress)
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-def _make(folder: Path) -> None:
-    """The folder of cached conversations, before a large file is loaded."""
+def _make_cache_folder(folder: Path) -> None:
+    """Make the folder of kept conversations before a large file is loaded. EngineError if that cannot be."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
@@ -161,30 +184,30 @@ def _make(folder: Path) -> None:
         ) from error
 
 
-def _require(here: Machine, model: Model, options: EngineOptions, *, served: bool) -> None:
-    """Ask doctor's questions. served: by a llama-server, which has a context of this length for each request, and
-    puts into the memory of other machines (--rpc), or into RAM, what the GPU has no room for."""
-    from stepgguf.fit.capacity import context_length, memory, refuse
-    from stepgguf.fit.memory import DEFAULT_CTX, Context
-    from stepgguf.runtime import llama_build
+def _require_fit(machine: Machine, model: ModelFile, options: EngineOptions, *, served: bool) -> None:
+    """Ask what doctor asks, and raise DoesNotFit for what stands against loading.
 
-    n_ctx = options.ctx or min(model.footprint.n_ctx_train, DEFAULT_CTX)
-    found = [context_length(model, n_ctx)] if options.trained else []
+    served: by a llama-server, which has a context of this length for each request, and puts into the memory of other
+    machines (--rpc), or into RAM, what the GPU has no room for.
+    """
+    from stepgguf.fit.capacity import check_context_length, check_memory, refuse_to_load
+    from stepgguf.fit.memory import ContextParams
+    from stepgguf.runtime.llama_build import probe_build
+
+    n_ctx, n_parallel = options.ctx or model.default_ctx, options.parallel
+    found = [check_context_length(model, n_ctx)] if options.trained else []
+    context = ContextParams(n_ctx, n_parallel, cache_ram=options.cache_ram, gpu_layers=options.gpu_layers)
     if served and not options.rpc:
-        context = Context(n_ctx * options.parallel, options.parallel, cache_ram=0, gpu_layers=options.gpu_layers)
-        found.append(memory(here, None, model, context))
+        found.append(check_memory(machine, None, model, replace(context, n_ctx=n_ctx * n_parallel, cache_ram=0)))
     elif not served:
-        context = Context(n_ctx, options.parallel, cache_ram=options.cache_ram, gpu_layers=options.gpu_layers)
-        found.append(memory(here, llama_build.probe(), model, replace(context, mtp=options.draft != 0)))
-    refuse(model, (f for f in found if f.level == "fail" or (f.level == "warn" and not served)))
+        found.append(check_memory(machine, probe_build(), model, replace(context, mtp=options.draft != 0)))
+    refuse_to_load(model, (f for f in found if f.level == "fail" or (f.level == "warn" and not served)))
 
 
-def maps(machine: Machine, mmap: bool | None) -> bool:
-    """Whether to map the file. On a DGX Spark, whose CUDA driver takes mapped pages slowly, only if asked to."""
-    return machine.kind != "spark" if mmap is None else mmap
-
-
-def _in_process(model: Model, here: Machine, options: EngineOptions, progress: Callable[[float], None]) -> Engine:
+def _load_in_process(
+    model: ModelFile, machine: Machine, options: EngineOptions, progress: Callable[[float], None]
+) -> Engine:
+    from stepgguf.fit.machine import use_mmap
     from stepgguf.runtime.llama import LlamaEngine
 
     return LlamaEngine(
@@ -192,10 +215,10 @@ def _in_process(model: Model, here: Machine, options: EngineOptions, progress: C
         n_ctx=options.ctx,
         n_parallel=options.parallel,
         gpu_layers=options.gpu_layers,
-        threads=options.threads or here.cores,  # hyper-threads only get in each other's way
+        threads=options.threads or machine.cores,  # hyper-threads only get in each other's way
         draft=options.draft if model.footprint.has_mtp else 0,
         mtp_file=model.mtp_file,
-        mmap=maps(here, options.mmap),
+        mmap=use_mmap(machine, options.mmap),
         queue_limit=options.queue,
         cache_ram=options.cache_ram,
         cache_folder=options.cache_folder,
@@ -203,14 +226,13 @@ def _in_process(model: Model, here: Machine, options: EngineOptions, progress: C
     )
 
 
-def _server(
-    where: str, model: Model, here: Machine, options: EngineOptions, progress: Callable[[float], None]
+def _start_server(
+    model: ModelFile, machine: Machine, options: EngineOptions, progress: Callable[[float], None]
 ) -> Engine:
-    from stepgguf.runtime.llamaserver import LlamaServerEngine
+    from stepgguf.runtime.llamaserver import LlamaServerEngine, ServerOptions
 
-    return LlamaServerEngine.spawn(
-        model.path,
-        binary=where or None,
+    server = ServerOptions(
+        binary=options.server_binary or None,
         n_ctx=options.ctx,
         n_parallel=options.parallel,
         gpu_layers=options.gpu_layers,
@@ -218,13 +240,13 @@ def _server(
         mtp=options.draft != 0 and model.footprint.has_mtp,
         mtp_file=model.mtp_file,
         rpc=options.rpc,
-        queue_limit=options.queue,
-        progress=progress,
     )
+    return LlamaServerEngine.spawn(model.path, server, queue_limit=options.queue, progress=progress)
 
 
 @contextmanager
-def _bar(name: str, quiet: bool) -> Iterator[Callable[[float], None]]:
+def _progress_bar(name: str, quiet: bool) -> Iterator[Callable[[float], None]]:
+    """A bar on stderr, if that is a terminal; it takes the share that is loaded."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("loading {task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from stepgguf.cli import arguments
+from stepgguf.cli.destinations import Destination
 
 
 def quantize(
@@ -36,7 +37,7 @@ def quantize(
     kernel: arguments.Kernel = "lanes",
     split_max_size: arguments.SplitMaxSize = None,
     threads: arguments.Threads = None,
-    memory: arguments.Memory = 2 * 2**30,
+    memory: arguments.Memory = None,
     dry_run: arguments.DryRun = False,
     restart: arguments.Restart = False,
     overwrite: arguments.Overwrite = False,
@@ -55,41 +56,35 @@ def quantize(
     - `stepgguf quantize Step-3.5-Flash/ step.gguf --type my-recipe.toml --dry-run`
     - `stepgguf quantize step-q8_0.gguf step-q4_k_s.gguf --type Q4_K_S --allow-requantize`
     """
-    from stepgguf.cli.converting import Run, chosen, planned
+    from stepgguf.cli.converting import RunOptions, carry_out, choose_recipe, make_plan
     from stepgguf.convert.plan import Options
     from stepgguf.convert.sources.opening import open_source
-    from stepgguf.errors import OutputError
-    from stepgguf.quants.mixtures import BASE_TYPES
 
-    if dest.text.upper() in BASE_TYPES and not dest.is_folder:
-        raise OutputError(
-            f"{dest.text} is a type; the name of the file to write is missing",
-            hint=shlex.join(
-                ["stepgguf", "quantize", str(source), f"{source.stem}-{dest.text}.gguf", "--type", dest.text]
-            ),
-        )
+    _refuse_type_as_dest(source, dest)
     if positional_type is not None and type is not None and positional_type != type:
         raise typer.BadParameter(f"{type} and {positional_type}: give one type", param_hint="--type")
-    type, threads = type or positional_type, threads or positional_threads or None
+    threads = threads or positional_threads or None
+    how = RunOptions(threads, memory, dry_run, restart, overwrite, quiet, json)
     limits = arguments.read_budget(fit, target_bpw, min_tps, bandwidth)
-    recipe, limits = chosen(type, limits, source, arguments.DEFAULT_TYPE)
+    recipe, limits = choose_recipe(type or positional_type, limits, source, arguments.DEFAULT_TYPE)
     options = Options(
         recipe,
         mtp_type=mtp_type,
         split_max_size=split_max_size,
         allow_requantize=allow_requantize,
         importance=arguments.read_importance(imatrix, imatrix_prior),
-        kernel=arguments.parse_kernel(kernel),
+        kernel=kernel,
     )
     with open_source(source) as opened:
-        file = dest.file(f"{opened.name}-{recipe.name}")
-        plan = planned(
-            opened, file, options, limits, threads=threads, quiet=quiet, must_be_free=not (dry_run or overwrite)
-        )
-        run = Run(plan, opened, quiet=quiet, json=json)
-        if dry_run:
-            run.show_plan()
-        else:
-            dest.make_folder()
-            run.execute(restart=restart, overwrite=overwrite, threads=threads, memory=memory)
-            run.say_next()
+        plan = make_plan(opened, dest.file(f"{opened.name}-{recipe.name}"), options, limits, how)
+        carry_out(plan, opened, dest, how)
+
+
+def _refuse_type_as_dest(source: Path, dest: Destination) -> None:
+    """OutputError for `quantize SRC TYPE`, as llama-quantize allows it: here it would become a file's name."""
+    from stepgguf.errors import OutputError
+    from stepgguf.quants.mixtures import BASE_TYPES
+
+    if dest.text.upper() in BASE_TYPES and not dest.is_folder:
+        command = ["stepgguf", "quantize", str(source), f"{source.stem}-{dest.text}.gguf", "--type", dest.text]
+        raise OutputError(f"{dest.text} is a type; the name of the file to write is missing", hint=shlex.join(command))

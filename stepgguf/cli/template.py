@@ -34,7 +34,7 @@ def template(
     """
     import sys
 
-    from stepgguf.chat.template import read
+    from stepgguf.chat.template import read_template
     from stepgguf.cli import output
     from stepgguf.convert import rewrite
 
@@ -44,8 +44,8 @@ def template(
         rewrite.restore_chat_template(path)
         output.note(f"{path}: the chat template is the one that the file was made with")
     elif jinja is None:
-        sys.stdout.write(rewrite.chat_template(path))
+        sys.stdout.write(rewrite.read_chat_template(path))
     else:
-        text = read(jinja)
+        text = read_template(jinja)
         rewrite.replace_chat_template(path, text)
         output.note(f"{path}: the chat template is now {jinja} ({len(text)} characters)")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from stepgguf.cli import arguments
+from stepgguf.files.byte_sizes import readable_size
 
 
 def verify(
@@ -43,24 +44,26 @@ def verify(
     - `stepgguf verify step-iq3_s.gguf --against Step-3.5-Flash/ --imatrix imatrix.gguf`
     """
     from stepgguf.cli import output
+    from stepgguf.cli.progress import ProgressMeter
     from stepgguf.convert.plan import Options
     from stepgguf.convert.planner import plan_source
     from stepgguf.convert.sources.opening import open_source
     from stepgguf.convert.sources.splits import read_headers
     from stepgguf.convert.verify import verify_manifest, verify_source
+    from stepgguf.quants.recipe_files import load_recipe
 
     importance = arguments.read_importance(imatrix, imatrix_prior)
     tensors = [tensor for header in read_headers(path) for tensor in header.tensors]
     mtp = "include" if any(".nextn." in tensor.name for tensor in tensors) else "drop"
     total = sum(tensor.n_bytes for tensor in tensors)
-    with output.Meter("verify", total, quiet=quiet) as meter:
+    with ProgressMeter("verify", total, quiet=quiet) as meter:
         if against is None:
-            report = verify_manifest(path, meter.step)
+            report = verify_manifest(path, meter.add_bytes)
         else:
-            options = Options("F32", mtp, allow_requantize=True, importance=importance)
+            options = Options(load_recipe("F32"), mtp, allow_requantize=True, importance=importance)
             with open_source(against) as source:
                 plan = plan_source(source, path, options)
-                report = verify_source(path, plan, source, 1.0 if all else sample, meter.step)
+                report = verify_source(path, plan, source, 1.0 if all else sample, meter.add_bytes)
     if json:
         output.data({"ok": not report.problems, "tensors": report.tensors, "units": report.units,
                      "bytes": report.n_bytes, "problems": list(report.problems)})  # fmt: skip
@@ -69,8 +72,8 @@ def verify(
             output.error(problem, None)
         if not quiet:
             output.note(
-                f"{report.tensors} tensors, {output.size(report.n_bytes)} compared: "
-                + (f"{len(report.problems)} differences" if report.problems else "all as it should be")
+                f"{report.tensors} tensors, {readable_size(report.n_bytes)} compared: "
+                f"{len(report.problems) or 'no'} difference{'' if len(report.problems) == 1 else 's'}"
             )
     if report.problems:
         raise typer.Exit(1)

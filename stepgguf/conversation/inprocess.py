@@ -1,94 +1,95 @@
-"""A session's Backend over a model in this process."""
+"""A session's ChatBackend over a model in this process."""
 
 from __future__ import annotations
 
-import queue
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from stepgguf.chat.exchange import ChatModel, Reply
-from stepgguf.chat.output import Delta
-from stepgguf.chat.request import ChatRequest, Format, JsonObject, JsonSchema, Tool
-from stepgguf.conversation.records import Origin, Settings, Usage
-from stepgguf.runtime.engine import Event, Finished, Prefill, Queued, Sampling, Tokens
+from stepgguf.chat.exchange import ChatModel, PreparedRequest, Reply
+from stepgguf.chat.request import AnswerFormat, ChatRequest, JsonObject, JsonSchema, Tool
+from stepgguf.conversation.records import AnswerOrigin, AnswerUsage, ChatSettings
+from stepgguf.conversation.session import Progress
+from stepgguf.runtime.engine import Event, Finished, Prefill, Queued, Sampling, Stream, Tokens
 
 
-class InProcess:
-    def __init__(self, model: ChatModel, origin: Origin | None = None) -> None:
+class InProcessBackend:
+    """Answers with a model that is loaded here. origin: what sessions are marked with; by default the model's name."""
+
+    def __init__(self, model: ChatModel, origin: AnswerOrigin | None = None) -> None:
         info = model.engine.info
         self._model = model
-        self.origin = origin or Origin(info.name, "")
+        self.origin = origin or AnswerOrigin(info.name, "")
         self.n_ctx: int | None = info.n_ctx
-        self.default: Sampling | None = info.sampling
+        self.default_sampling: Sampling | None = info.sampling
 
-    def count(self, text: str) -> int:
+    def count_tokens(self, text: str) -> int:
         return len(self._model.engine.tokenize_piece(text))
 
-    def start(self, messages: Sequence[Mapping[str, Any]], settings: Settings) -> InProcessGeneration:
+    def start_answer(self, messages: Sequence[Mapping[str, Any]], settings: ChatSettings) -> InProcessGeneration:
+        engine = self._model.engine
         request = ChatRequest(
             messages,
-            replace(self._model.engine.info.sampling, **settings.sampling),
-            tools=tuple(as_tool(tool) for tool in settings.tools),
-            format=_format(settings.json),
+            replace(engine.info.sampling, **settings.sampling),
+            tools=tuple(tool_from_json(tool) for tool in settings.tools),
+            format=_answer_format(settings.json),
             reasoning_budget=settings.reasoning_budget,
             max_tokens=settings.max_tokens,
         )
-        return InProcessGeneration(self._model, request)
+        prepared = self._model.prepare(request)
+        return InProcessGeneration(prepared, Stream(engine, prepared.request), engine.info.n_ctx)
 
 
-def as_tool(tool: Mapping[str, Any]) -> Tool:
-    """From OpenAI's JSON, with or without its envelope {"type": "function", "function": ...}."""
+def tool_from_json(tool: Mapping[str, Any]) -> Tool:
+    """Read a tool from OpenAI's JSON, with or without its envelope {"type": "function", "function": ...}."""
     function = tool.get("function", tool)
     return Tool(function["name"], function.get("description"), function.get("parameters") or {})
 
 
-def _format(json: Mapping[str, Any] | bool) -> Format | None:
+def _answer_format(json: Mapping[str, Any] | bool) -> AnswerFormat | None:
     if isinstance(json, bool):
         return JsonObject() if json else None
     return JsonSchema(json)
 
 
 class InProcessGeneration:
-    def __init__(self, model: ChatModel, request: ChatRequest) -> None:
-        prepared = model.prepare(request)
+    """One answer under way: the stream of an engine, read as deltas and counted."""
+
+    def __init__(self, prepared: PreparedRequest, stream: Stream, n_ctx: int) -> None:
+        self.usage = AnswerUsage(n_prompt=len(prepared.request.prompt), n_ctx=n_ctx)
+        self._stream = stream
         self._reply = Reply(prepared)
-        self._thinking = prepared.in_reasoning
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._in_reasoning = prepared.in_reasoning
         self._first_token = 0.0
         self._n_generated = 0
-        self.usage = Usage(n_prompt=len(prepared.request.prompt), n_ctx=model.engine.info.n_ctx)
-        self._ticket = model.engine.submit(prepared.request, self._events.put)
 
-    def next(self, seconds: float | None) -> list[Queued | Prefill | Delta] | None:
-        if self._reply.finished is not None:
+    def next_updates(self, seconds: float | None) -> list[Progress] | None:
+        if self._stream.finished is not None:
             return None
-        try:
-            event = self._events.get(timeout=seconds)
-        except queue.Empty:
+        event = self._stream.next_event(seconds)
+        if event is None:
             return []
         if isinstance(event, (Queued, Prefill)):
             return [event]
-        deltas: list[Queued | Prefill | Delta] = [*self._reply.feed(event)]
+        deltas: list[Progress] = [*self._reply.feed(event)]
         self._count(event)
         if self._reply.stopped is not None:
-            self._ticket.cancel()
+            self._stream.cancel()
         if isinstance(event, Finished) and event.error is not None:
             raise event.error
         return deltas
 
     def end_reasoning(self) -> bool:
-        self._ticket.end_reasoning()
-        return self._thinking
+        self._stream.end_reasoning()
+        return self._in_reasoning
 
     def cancel(self) -> None:
-        self._ticket.cancel()
+        self._stream.cancel()
 
     def close(self) -> None:
-        self._ticket.cancel()
-        while self._reply.finished is None:
-            event = self._events.get()
+        self._stream.cancel()
+        for event in self._stream:  # what nobody reads any more is still counted
             self._reply.feed(event)
             self._count(event)
 

@@ -1,7 +1,7 @@
 """What a saved session consists of: how answers are made, what was said, what an answer took.
 
-Each class has `read`, which takes a line of a file that may have been damaged or edited: what has another shape raises
-that line's error, what is unknown is passed over, since a newer version may have written it.
+Each class has `from_record`, which takes a line of a file that may have been damaged or edited: what has another shape
+raises that line's error, what is unknown is passed over, since a newer version may have written it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from typing import Any
 
 from stepgguf.files.jsonread import Value
 
-_SAMPLE = 2**20  # bytes at each end of a model file that its digest covers: reading 100 GB to start a chat is too slow
+# At each end of a model file, so much goes into its digest: to read 100 GB before a chat starts would be too slow.
+_SAMPLE_BYTES = 2**20
 _ROLES = ("user", "assistant", "tool")
 _INT = 2**63 - 1
 
-# Of the sampling's fields, and of max_tokens: the least and the most; whole numbers where those are.
-BOUNDS: Mapping[str, tuple[float, float]] = {
+# The least and the most of each field of the sampling, and of max_tokens; whole numbers where those are.
+SETTING_BOUNDS: Mapping[str, tuple[float, float]] = {
     "temperature": (0.0, math.inf),
     "top_k": (0, 2**31 - 1),
     "top_p": (0.0, 1.0),
@@ -34,8 +35,11 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
-    """What answered. digest: SHA-256 over the size and both ends of the model file; file may be a server's URL."""
+class AnswerOrigin:
+    """What answered, to tell whether a session goes on with the same model.
+
+    digest: SHA-256 over the size and both ends of the model file. file may be a server's URL; then there is no digest.
+    """
 
     model: str
     file: str
@@ -43,16 +47,17 @@ class Origin:
     digest: str | None = None
 
     @classmethod
-    def of(cls, model: str, path: Path) -> Origin:
+    def of_file(cls, model: str, path: Path) -> AnswerOrigin:
+        """Describe a model's file, of which only both ends are read."""
         size = path.stat().st_size
         with path.open("rb") as file:
-            digest = hashlib.sha256(b"%d " % size + file.read(_SAMPLE))
-            file.seek(max(_SAMPLE, size - _SAMPLE))
+            digest = hashlib.sha256(b"%d " % size + file.read(_SAMPLE_BYTES))
+            file.seek(max(_SAMPLE_BYTES, size - _SAMPLE_BYTES))
             digest.update(file.read())
         return cls(model, str(path.resolve()), size, digest.hexdigest())
 
     @classmethod
-    def read(cls, value: Value) -> Origin:
+    def from_record(cls, value: Value) -> AnswerOrigin:
         size, digest = value.get("size"), value.get("digest")
         return cls(
             value["model"].text(),
@@ -63,10 +68,10 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class ChatSettings:
     """How answers are made. sampling: fields of Sampling that are not to be the backend's default.
 
-    json: the answer is any JSON object (True) or what this schema allows. The rest is ChatRequest's.
+    json: an answer is any JSON object (True), what this schema allows, or text (False). The rest is ChatRequest's.
     """
 
     sampling: Mapping[str, Any] = field(default_factory=dict)
@@ -77,11 +82,13 @@ class Settings:
     json: Mapping[str, Any] | bool = False
 
     @classmethod
-    def read(cls, value: Value) -> Settings:
+    def from_record(cls, value: Value) -> ChatSettings:
         sampling, system, tools = value.get("sampling"), value.get("system"), value.get("tools")
         max_tokens, budget, schema = (value.get(name) for name in ("max_tokens", "reasoning_budget", "json"))
         return cls(
-            {name: number(v, name) for name, v in sampling.members() if name in BOUNDS} if sampling else {},
+            {name: read_number(v, name) for name, v in sampling.members() if name in SETTING_BOUNDS}
+            if sampling
+            else {},
             system.text() if system else None,
             max_tokens.integer(1) if max_tokens else None,
             budget.integer() if budget else None,
@@ -91,7 +98,7 @@ class Settings:
 
 
 @dataclass(slots=True)
-class Usage:
+class AnswerUsage:
     """Tokens and seconds of one answer, filled in while it comes. n_steps, n_drafted: 0 where they are not known.
 
     finish_reason: stop, length, tool_calls, cancelled or error; "" until the end. n_ctx: None if it is not known.
@@ -113,7 +120,7 @@ class Usage:
     loop_broken: bool = False
 
     @classmethod
-    def read(cls, value: Value) -> Usage:
+    def from_record(cls, value: Value) -> AnswerUsage:
         shapes: dict[type, Callable[[Value], Any]] = {
             bool: Value.flag, int: Value.integer, type(None): Value.integer, float: _seconds, str: Value.text
         }  # fmt: skip
@@ -126,7 +133,7 @@ class Usage:
 
     @property
     def n_context(self) -> int:
-        """Tokens of the context that are in use after the answer."""
+        """How many tokens of the context are in use after the answer."""
         return self.n_prompt + self.n_generated
 
     @property
@@ -139,21 +146,22 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """A message of the conversation; on an answer, its Usage as a mapping, and whether it was cut short."""
+class ConversationEntry:
+    """A message of the conversation. Of an answer also its AnswerUsage, as a mapping, and whether it was cut short."""
 
     message: dict[str, Any]
     usage: Mapping[str, Any] | None = None
     interrupted: bool = False
 
-    def record(self) -> dict[str, Any]:
+    def to_record(self) -> dict[str, Any]:
+        """Return the entry as it is saved."""
         record: dict[str, Any] = {"type": "message", "message": self.message}
         if self.usage is not None:
             record["usage"] = dict(self.usage)
         return record | ({"interrupted": True} if self.interrupted else {})
 
     @classmethod
-    def read(cls, value: Value) -> Entry:
+    def from_record(cls, value: Value) -> ConversationEntry:
         message, usage, interrupted = value["message"], value.get("usage"), value.get("interrupted")
         if message["role"].text() not in _ROLES:
             raise message["role"].wrong(f"one of {', '.join(_ROLES)}")
@@ -167,12 +175,13 @@ class Entry:
                 call["function"]["name"].text()
                 call["function"]["arguments"].text()
         kept = {name: member for name, member in message.object().items() if member is not None}
-        return cls(kept, asdict(Usage.read(usage)) if usage else None, interrupted.flag() if interrupted else False)
+        counts = asdict(AnswerUsage.from_record(usage)) if usage else None
+        return cls(kept, counts, interrupted.flag() if interrupted else False)
 
 
-def number(value: Value, name: str) -> float | int:
-    """A field of the sampling, within its bounds."""
-    least, most = BOUNDS[name]
+def read_number(value: Value, name: str) -> float | int:
+    """Return the value of the setting `name`. The value's own error says if it is not within the bounds."""
+    least, most = SETTING_BOUNDS[name]
     if isinstance(least, int) and isinstance(most, int):
         return value.integer(least, most)
     return value.number(least, most)

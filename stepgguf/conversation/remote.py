@@ -1,4 +1,4 @@
-"""A session's Backend over a running server: streamed Chat Completions, read with the standard library.
+"""A session's ChatBackend over a running server: streamed Chat Completions.
 
     POST /v1/chat/completions   data: {"choices": [{"delta": {...}, "finish_reason": null}]}  ...  data: [DONE]
 
@@ -9,67 +9,63 @@ measured here and include the way.
 
 from __future__ import annotations
 
-import http.client
 import json
 import queue
-import socket
 import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from dataclasses import replace
 from typing import Any
-from urllib.parse import urlsplit
 
 from stepgguf.chat.output import Delta
-from stepgguf.conversation.records import Origin, Settings, Usage
+from stepgguf.conversation.records import AnswerOrigin, AnswerUsage, ChatSettings
+from stepgguf.conversation.session import Progress
 from stepgguf.errors import EngineBusy, EngineError, RequestError, StepggufError
 from stepgguf.files import jsonread
 from stepgguf.files.jsonread import Value
-from stepgguf.runtime.engine import Prefill, Queued, Sampling
+from stepgguf.runtime.engine import Sampling
+from stepgguf.runtime.http_events import ConnectionLost, Exchange, ServerAddress
 
 _CONNECT_SECONDS = 10.0
 _MOST_ERROR = 2**16  # bytes of an error's body that are read
 _MOST_ANSWER = 2**24  # and of other documents
 _NO_TLS = "Does the server speak TLS, with a certificate that this machine trusts? If not, write http://."
-_OTHER = "Is it a server of Chat Completions, and is the port right?"
+_OTHER_SERVER = "Is it a server of Chat Completions, and is the port right?"
 
 
-class Remote:
-    """EngineError: there is no server at this address, or it is not one of these."""
+class RemoteBackend:
+    """Answers with a server of Chat Completions. EngineError: there is none at this address."""
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
         try:
-            parts = urlsplit(url if "//" in url else f"http://{url}")
-            host, self._port = parts.hostname, parts.port
-            _Connection(host or "", self._port, tls=False).close()
-        except (ValueError, http.client.InvalidURL):  # a port, brackets or characters that cannot be
-            host = None
-        if not host or parts.scheme not in ("http", "https"):
-            raise EngineError(f"{url}: not a server's address", hint="Write for example http://127.0.0.1:8080.")
-        self._tls, self._host = parts.scheme == "https", host
-        self._base = parts.path.rstrip("/").removesuffix("/v1")
-        self._url = f"{parts.scheme}://{parts.netloc}{self._base}"
+            address = ServerAddress.parse(url if "//" in url else f"http://{url}")
+        except ValueError:
+            raise EngineError(
+                f"{url}: not a server's address", hint="Write for example http://127.0.0.1:8080."
+            ) from None
+        self._address = replace(address, path=address.path.removesuffix("/v1"))
+        self._url = self._address.url
         self._headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
         listed = self._ask("/v1/models").get("data")
         models = listed.array() if listed is not None else []
         if not models:
-            raise EngineError(f"{self._url}/v1/models lists no model", hint=_OTHER)
+            raise EngineError(f"{self._url}/v1/models lists no model", hint=_OTHER_SERVER)
         self._model = models[0]["id"].text()
-        self.origin = Origin(self._model, self._url)
+        self.origin = AnswerOrigin(self._model, self._url)
         n_ctx = models[0].get("context_length")
         self.n_ctx = n_ctx.integer(1) if n_ctx is not None else None
-        self.default: Sampling | None = None
+        self.default_sampling: Sampling | None = None
 
-    def count(self, text: str) -> int | None:
+    def count_tokens(self, text: str) -> int | None:
         try:
             return self._ask("/tokenize", {"text": text})["count"].integer()
         except StepggufError:
             return None
 
-    def start(self, messages: Sequence[Mapping[str, Any]], settings: Settings) -> RemoteGeneration:
+    def start_answer(self, messages: Sequence[Mapping[str, Any]], settings: ChatSettings) -> RemoteGeneration:
         body: dict[str, Any] = {
             "model": self._model,
             "messages": [*messages],
@@ -88,74 +84,47 @@ class Remote:
         elif settings.json:
             schema = {"name": "answer", "schema": settings.json}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
-        connection = self._connection()
-        usage = Usage(n_ctx=self.n_ctx)
-        return RemoteGeneration(connection, lambda: self._send(connection, "/v1/chat/completions", body), usage)
+        exchange = Exchange(self._address, self._headers)
+        usage = AnswerUsage(n_ctx=self.n_ctx)
+        return RemoteGeneration(exchange, lambda: self._send(exchange, "/v1/chat/completions", body), usage)
 
     def _ask(self, path: str, body: Mapping[str, Any] | None = None) -> Value:
-        with closing(self._connection()) as connection:
+        with Exchange(self._address, self._headers) as exchange:
+            self._send(exchange, path, body)
             try:
-                answer = self._send(connection, path, body).read(_MOST_ANSWER)
-            except (http.client.HTTPException, OSError) as error:
+                answer = exchange.read(_MOST_ANSWER)
+            except ConnectionLost as error:
                 raise EngineError(f"{self._url}{path} broke off", hint="Is the port right?") from error
-        return jsonread.parse(answer, f"{self._url}{path}", EngineError, hint=_OTHER)
+        return jsonread.parse(answer, f"{self._url}{path}", EngineError, hint=_OTHER_SERVER)
 
-    def _connection(self) -> _Connection:
-        return _Connection(self._host, self._port, tls=self._tls)
-
-    def _send(self, connection: _Connection, path: str, body: Mapping[str, Any] | None) -> http.client.HTTPResponse:
+    def _send(self, exchange: Exchange, path: str, body: Mapping[str, Any] | None) -> None:
         """POST a body, GET without one. The head of the answer has been read, and its status is 200."""
         try:
-            response = connection.request(self._base + path, None if body is None else json.dumps(body), self._headers)
-            if response.status == 200:
-                return response
-            with response:
-                raise _refusal(response.status, response.read(_MOST_ERROR))
-        except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a key with line breaks
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            hint = _NO_TLS if isinstance(error, ssl.SSLError) else "Start a server: stepgguf serve FILE.gguf"
+            exchange.connect(_CONNECT_SECONDS)
+            status = exchange.send(path, body, seconds=None)  # a prompt may be long, and the user has Ctrl+C
+            if status != 200:
+                raise _refusal_error(status, exchange.read(_MOST_ERROR))
+        except ConnectionLost as error:
+            cause = error.__cause__
+            reason = getattr(cause, "strerror", None) or str(error) or type(cause).__name__
+            hint = _NO_TLS if isinstance(cause, ssl.SSLError) else "Start a server: stepgguf serve FILE.gguf"
             raise EngineError(f"{self._url}: {reason}", hint=hint) from error
 
 
-class _Connection:
-    """An HTTP connection for one request. `shut` may come from another thread; whoever reads sees the end then."""
-
-    def __init__(self, host: str, port: int | None, *, tls: bool) -> None:
-        kind = http.client.HTTPSConnection if tls else http.client.HTTPConnection
-        self._http = kind(host, port, timeout=_CONNECT_SECONDS)
-        self._socket: socket.socket | None = None
-
-    def request(self, path: str, data: str | None, headers: dict[str, str]) -> http.client.HTTPResponse:
-        self._http.connect()
-        self._socket = self._http.sock
-        assert self._socket is not None
-        self._socket.settimeout(None)  # a prompt may be long, and the user has Ctrl+C
-        self._http.request("GET" if data is None else "POST", path, data, headers)
-        return self._http.getresponse()
-
-    def shut(self) -> None:
-        if self._socket is not None:
-            with suppress(OSError):
-                self._socket.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        self._http.close()
-
-
 class RemoteGeneration:
-    """`request` sends the request and returns the answer; some servers say nothing before the first token."""
+    """One answer under way. `send` sends the request: in the thread, as some servers say nothing before a token."""
 
-    def __init__(self, connection: _Connection, request: Callable[[], http.client.HTTPResponse], usage: Usage) -> None:
+    def __init__(self, exchange: Exchange, send: Callable[[], None], usage: AnswerUsage) -> None:
         self.usage = usage
-        self._connection = connection
+        self._exchange = exchange
         self._cancelled = self._ended = False
         self._started = time.monotonic()
-        self._first = 0.0
+        self._first_delta = 0.0
         self._chunks: queue.SimpleQueue[Value | StepggufError | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._read, args=(request,), name="stepgguf-remote", daemon=True)
+        self._thread = threading.Thread(target=self._read_events, args=(send,), name="stepgguf-remote", daemon=True)
         self._thread.start()
 
-    def next(self, seconds: float | None) -> list[Queued | Prefill | Delta] | None:
+    def next_updates(self, seconds: float | None) -> list[Progress] | None:
         if self._ended:
             return None
         try:
@@ -163,7 +132,7 @@ class RemoteGeneration:
         except queue.Empty:
             return []
         if isinstance(chunk, Value):
-            return self._deltas(chunk)
+            return self._read_chunk(chunk)
         self._ended = True
         if isinstance(chunk, StepggufError) and not self._cancelled:
             raise chunk
@@ -176,87 +145,81 @@ class RemoteGeneration:
 
     def cancel(self) -> None:
         self._cancelled = not self._ended or self._cancelled
-        self._connection.shut()
+        self._exchange.interrupt()
 
     def close(self) -> None:
         self.cancel()
         self._thread.join(timeout=_CONNECT_SECONDS)
-        self._connection.close()
+        self._exchange.close()
         self._ended = True
 
-    def _deltas(self, chunk: Value) -> list[Queued | Prefill | Delta]:
+    def _read_chunk(self, chunk: Value) -> list[Progress]:
         if usage := chunk.get("usage"):
             self._take_usage(usage)
-        deltas: list[Queued | Prefill | Delta] = []
+        deltas: list[Progress] = []
         for choice in _items(chunk, "choices"):
             if delta := choice.get("delta"):
-                if thinking := _text(delta, "reasoning_content") or _text(delta, "reasoning"):
-                    deltas.append(Delta("reasoning", thinking))
+                if reasoning := _text(delta, "reasoning_content") or _text(delta, "reasoning"):
+                    deltas.append(Delta("reasoning", reasoning))
                 if text := _text(delta, "content"):
                     deltas.append(Delta("text", text))
                 for call in _items(delta, "tool_calls"):
-                    deltas += _call(call)
+                    deltas += _call_deltas(call)
             if reason := _text(choice, "finish_reason"):
                 self.usage.finish_reason = reason
         self._count(deltas)
         return deltas
 
-    def _count(self, deltas: list[Queued | Prefill | Delta]) -> None:
+    def _count(self, deltas: list[Progress]) -> None:
+        """Bring the usage up to date; a delta counts as a token until the server says better."""
         if not deltas:
             return
         now = time.monotonic()
-        if not self._first:
-            self._first = now
+        if not self._first_delta:
+            self._first_delta = now
             self.usage.prompt_seconds = now - self._started
-        self.usage.generation_seconds = now - self._first
+        self.usage.generation_seconds = now - self._first_delta
         n_reasoning = sum(isinstance(delta, Delta) and delta.kind == "reasoning" for delta in deltas)
         self.usage.n_reasoning += n_reasoning
         self.usage.n_text += len(deltas) - n_reasoning
 
-    def _take_usage(self, told: Value) -> None:
+    def _take_usage(self, counts: Value) -> None:
         usage = self.usage
-        usage.n_prompt = _number(told, "prompt_tokens") or 0
-        if details := told.get("prompt_tokens_details"):
+        usage.n_prompt = _number(counts, "prompt_tokens") or 0
+        if details := counts.get("prompt_tokens_details"):
             usage.n_cached = _number(details, "cached_tokens") or 0
-        if details := told.get("completion_tokens_details"):
+        if details := counts.get("completion_tokens_details"):
             cut, n_reasoning = _text(details, "reasoning_cut"), _number(details, "reasoning_tokens")
             usage.budget_reached, usage.loop_broken = cut == "budget", cut == "loop"
             usage.n_reasoning = usage.n_reasoning if n_reasoning is None else n_reasoning
-        usage.n_text = max(0, (_number(told, "completion_tokens") or 0) - usage.n_reasoning)
+        usage.n_text = max(0, (_number(counts, "completion_tokens") or 0) - usage.n_reasoning)
 
-    def _read(self, request: Callable[[], http.client.HTTPResponse]) -> None:
+    def _read_events(self, send: Callable[[], None]) -> None:
         """In a thread of its own: every event into the queue, then an error or None."""
         end: StepggufError | None = EngineError("the server broke the answer off", hint="Its log may say why.")
         try:
-            with request() as response:
-                for event in _events(response):
-                    if event == "[DONE]":
-                        end = None
-                        break
-                    chunk = jsonread.parse(event.encode(), "the answer broke off: an event", EngineError, hint=_OTHER)
-                    if chunk.get("error"):
-                        end = _error(500, chunk.raw)
-                        break
-                    self._chunks.put(chunk)
-                    if any(_text(choice, "finish_reason") for choice in _items(chunk, "choices")):
-                        end = None  # not every server says [DONE]
+            send()
+            for event in self._exchange.events(seconds=None):
+                if event == "[DONE]":
+                    end = None
+                    break
+                chunk = jsonread.parse(
+                    event.encode(), "the answer broke off: an event", EngineError, hint=_OTHER_SERVER
+                )
+                if chunk.get("error"):
+                    end = _error_from_body(500, chunk.raw)
+                    break
+                self._chunks.put(chunk)
+                if any(_text(choice, "finish_reason") for choice in _items(chunk, "choices")):
+                    end = None  # not every server says [DONE]
         except StepggufError as error:
             end = error
-        except (OSError, ValueError, http.client.HTTPException, AttributeError) as error:
-            # AttributeError: http.client's, when the socket is closed under its reader
+        except ConnectionLost as error:
             end = EngineError(f"the answer broke off: {error}", hint="The server's log may say why.")
         self._chunks.put(end)
 
 
-def _events(response: http.client.HTTPResponse) -> Iterator[str]:
-    """The data of server-sent events; every event of this dialect is one line."""
-    while line := response.readline():
-        field, _, value = line.decode(errors="replace").rstrip("\r\n").partition(":")
-        if field == "data":
-            yield value.removeprefix(" ")
-
-
-def _call(call: Value) -> Iterator[Delta]:
+def _call_deltas(call: Value) -> Iterator[Delta]:
     function, index = call.get("function"), _number(call, "index") or 0
     if function is not None:
         if name := _text(function, "name"):
@@ -266,7 +229,7 @@ def _call(call: Value) -> Iterator[Delta]:
 
 
 def _items(value: Value, key: str) -> list[Value]:
-    """A list, empty if it is not there."""
+    """The members of a list, none if it is not there."""
     found = value.get(key)
     return found.array() if found is not None else []
 
@@ -281,16 +244,16 @@ def _number(value: Value, key: str) -> int | None:
     return found.integer() if found is not None else None
 
 
-def _refusal(status: int, body: bytes) -> StepggufError:
+def _refusal_error(status: int, body: bytes) -> StepggufError:
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):
         value = {}
-    return _error(status, value)
+    return _error_from_body(status, value)
 
 
-def _error(status: int, body: Any) -> StepggufError:
-    """An error body of OpenAI's, as ours."""
+def _error_from_body(status: int, body: Any) -> StepggufError:
+    """What an error of OpenAI's form says, as one of ours."""
     error = body.get("error") if isinstance(body, dict) else None
     message = error.get("message") if isinstance(error, dict) else error if isinstance(error, str) else None
     if not isinstance(message, str) or not message:

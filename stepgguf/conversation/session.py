@@ -1,9 +1,9 @@
 """A conversation: what was said, how answers are to be made, and one answer after the other. No terminal in here.
 
-    ask(text) -> Queued? Prefill* Delta* Usage         with `tick`: None whenever nothing came for so long
+    ask(text) -> Queued? Prefill* Delta* AnswerUsage      with `tick`: None whenever nothing came for so long
 
-A Backend makes the answers: a model in this process (inprocess.py) or a running server (remote.py). What happens is
-told to the transcript at once, and an answer that was cut short stays as far as it came: nothing that was read is lost.
+A ChatBackend makes the answers: a model in this process (inprocess.py) or a running server (remote.py). What happens
+goes to the transcript at once, and an answer that was cut short stays as far as it came: nothing that was read is lost.
 """
 
 from __future__ import annotations
@@ -14,31 +14,32 @@ from dataclasses import asdict
 from typing import Any, Protocol
 
 from stepgguf.chat.output import Delta
-from stepgguf.conversation.records import Entry, Origin, Settings, Usage
-from stepgguf.conversation.transcript import Saved, Transcript
+from stepgguf.conversation.records import AnswerOrigin, AnswerUsage, ChatSettings, ConversationEntry
+from stepgguf.conversation.transcript import SavedSession, Transcript
 from stepgguf.errors import OutputError, StepggufError
 from stepgguf.runtime.engine import Prefill, Queued, Sampling
 
 PART_SECONDS = 5.0  # an answer under way is saved so often
-_STANDARD = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id")
+_MODEL_FIELDS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id")  # of a message; others are ours
 
-
-Update = Queued | Prefill | Delta | Usage
+Progress = Queued | Prefill | Delta  # what comes of an answer before its end
+Update = Progress | AnswerUsage
+Updates = Generator[Update | None, None, None]  # None: nothing came for as long as the caller wanted to wait
 
 
 class Generation(Protocol):
-    """One answer under way. The methods are quick and may be called after the end."""
+    """One answer under way. The methods are quick and may be called after its end."""
 
     @property
-    def usage(self) -> Usage: ...
+    def usage(self) -> AnswerUsage: ...
 
-    def next(self, seconds: float | None) -> list[Queued | Prefill | Delta] | None:
-        """What came; nothing if it did not come within so many seconds (None: wait); None after the end.
+    def next_updates(self, seconds: float | None) -> list[Progress] | None:
+        """Return what came; nothing if it did not come within so many seconds (None: wait); None after the end.
 
         Raises what ended the answer, if that was an error."""
 
     def end_reasoning(self) -> bool:
-        """Have the model answer now. False: this backend cannot."""
+        """Have the model stop reasoning and answer now. False: this backend cannot, or there is no reasoning."""
 
     def cancel(self) -> None:
         """Have it end soon."""
@@ -47,51 +48,55 @@ class Generation(Protocol):
         """Cancel it if it still runs, and wait for its end. `usage` is final then."""
 
 
-class Backend(Protocol):
-    """What answers. n_ctx and default: None if the backend does not tell."""
+class ChatBackend(Protocol):
+    """What answers. n_ctx and default_sampling: None if the backend does not tell."""
 
     @property
-    def origin(self) -> Origin: ...
+    def origin(self) -> AnswerOrigin: ...
 
     @property
     def n_ctx(self) -> int | None: ...
 
     @property
-    def default(self) -> Sampling | None: ...
+    def default_sampling(self) -> Sampling | None: ...
 
-    def count(self, text: str) -> int | None:
-        """Tokens of a text, None if it cannot be told."""
+    def count_tokens(self, text: str) -> int | None:
+        """Return how many tokens a text has, None if it cannot be told."""
 
-    def start(self, messages: Sequence[Mapping[str, Any]], settings: Settings) -> Generation:
-        """Raises what can be refused before anything runs."""
+    def start_answer(self, messages: Sequence[Mapping[str, Any]], settings: ChatSettings) -> Generation:
+        """Begin an answer to these messages. Raises what can be refused before anything runs."""
 
 
 class Session:
-    """Ask, iterate over the updates, ask again. `usage`: of the answer that came last or is coming."""
+    """A conversation: ask, iterate over the updates, ask again.
+
+    entries: what was said so far. usage: of the answer that came last or is coming. transcript: where it is saved; None
+    if it is not, or no longer can be.
+    """
 
     def __init__(
-        self, backend: Backend, settings: Settings | None = None, transcript: Transcript | None = None
+        self, backend: ChatBackend, settings: ChatSettings | None = None, transcript: Transcript | None = None
     ) -> None:
-        self.backend, self.settings, self.transcript = backend, settings or Settings(), transcript
-        self.entries: list[Entry] = []
-        self.usage = Usage(n_ctx=backend.n_ctx)
+        self.backend, self.settings, self.transcript = backend, settings or ChatSettings(), transcript
+        self.entries: list[ConversationEntry] = []
+        self.usage = AnswerUsage(n_ctx=backend.n_ctx)
         self._generation: Generation | None = None
         self._record(self.settings_record())
 
     @classmethod
-    def resume(cls, backend: Backend, saved: Saved, transcript: Transcript | None) -> Session:
+    def resume(cls, backend: ChatBackend, saved: SavedSession, transcript: Transcript | None) -> Session:
         """Go on where a saved session stopped, with its settings."""
         session = cls(backend, saved.settings)
         session.entries, session.transcript = list(saved.entries), transcript
         if usage := next((entry.usage for entry in reversed(saved.entries) if entry.usage), None):
-            session.usage = Usage(**{**usage, "n_ctx": backend.n_ctx})
+            session.usage = AnswerUsage(**{**usage, "n_ctx": backend.n_ctx})
         return session
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """As the model gets them, the system message included."""
+        """What the model gets: all that was said, with the system message in front."""
         system = [{"role": "system", "content": self.settings.system}] if self.settings.system else []
-        return [*system, *({k: v for k, v in e.message.items() if k in _STANDARD} for e in self.entries)]
+        return [*system, *({k: v for k, v in e.message.items() if k in _MODEL_FIELDS} for e in self.entries)]
 
     @property
     def open_calls(self) -> list[dict[str, Any]]:
@@ -110,35 +115,36 @@ class Session:
         if self.transcript is not None:
             self.transcript.close()
 
-    def set(self, settings: Settings) -> None:
+    def change_settings(self, settings: ChatSettings) -> None:
+        """Use other settings from here on."""
         self.settings = settings
         self._record(self.settings_record())
 
-    def ask(self, question: str, tick: float | None = None) -> Generator[Update | None, None, None]:
+    def ask(self, question: str, tick: float | None = None) -> Updates:
         """Add a user message and stream the answer. If none comes at all, the question is taken back."""
         n = len(self.entries)
         try:
-            self._add(Entry({"role": "user", "content": question}))
+            self._add(ConversationEntry({"role": "user", "content": question}))
             yield from self.answer(tick)
         finally:
             if len(self.entries) == n + 1:
                 self._cut(n)
 
-    def answer(self, tick: float | None = None) -> Generator[Update | None, None, None]:
-        """Stream an answer to the messages as they are. Closing the iterator ends the answer as `stop` does."""
-        self.usage = Usage(n_ctx=self.backend.n_ctx)
-        generation = self._generation = self.backend.start(self.messages, self.settings)
+    def answer(self, tick: float | None = None) -> Updates:
+        """Stream an answer to the messages as they are. Closing the iterator ends it as `stop_answer` does."""
+        self.usage = AnswerUsage(n_ctx=self.backend.n_ctx)
+        generation = self._generation = self.backend.start_answer(self.messages, self.settings)
         self.usage = generation.usage
-        collected = _Collected()
+        collected = _CollectedAnswer()
         saved, end = time.monotonic(), "cancelled"  # unless it ends otherwise; the engine may be done before its reader
         try:
-            while (updates := generation.next(tick)) is not None:
+            while (updates := generation.next_updates(tick)) is not None:
                 for update in updates:
                     if isinstance(update, Delta):
                         collected.add(update)
                 if time.monotonic() - saved > PART_SECONDS:
                     saved = time.monotonic()
-                    part = collected.part()
+                    part = collected.next_part()
                     if any(part.values()):
                         self._record({"type": "part", **part})
                 yield from updates
@@ -154,24 +160,25 @@ class Session:
             self.usage.reasoning_seconds = collected.reasoning_seconds
             self.usage.finish_reason = end
             if collected:
-                self._add(Entry(collected.message(), asdict(self.usage), end in ("cancelled", "error")))
+                interrupted = end in ("cancelled", "error")
+                self._add(ConversationEntry(collected.message(), asdict(self.usage), interrupted))
         yield self.usage
 
     def end_reasoning(self) -> bool:
         """Have the model stop thinking and answer. False: nothing is being answered, or the backend cannot."""
         return self._generation is not None and self._generation.end_reasoning()
 
-    def stop(self) -> None:
+    def stop_answer(self) -> None:
         """End the answer that is coming; its updates end soon."""
         if self._generation is not None:
             self._generation.cancel()
 
     def give_result(self, call_id: str, text: str) -> None:
-        """The result of a tool call. When all have theirs, `answer` goes on."""
-        self._add(Entry({"role": "tool", "tool_call_id": call_id, "content": text}))
+        """Add the result of a tool call. When all have theirs, `answer` goes on."""
+        self._add(ConversationEntry({"role": "tool", "tool_call_id": call_id, "content": text}))
 
     def undo(self) -> str | None:
-        """Take the last question and what came after it back; returns the question."""
+        """Take the last question and what came after it back. Returns the question, None if there was none."""
         n = self._last_question()
         if n is None:
             return None
@@ -179,8 +186,8 @@ class Session:
         self._cut(n)
         return question
 
-    def regenerate(self, tick: float | None = None) -> Generator[Update | None, None, None]:
-        """Answer the last question anew."""
+    def regenerate(self, tick: float | None = None) -> Updates:
+        """Answer the last question anew, and stream that."""
         n = self._last_question()
         if n is not None:
             self._cut(n + 1)
@@ -194,12 +201,12 @@ class Session:
         del self.entries[n:]
         self._record({"type": "cut", "n": n})
 
-    def _add(self, entry: Entry) -> None:
+    def _add(self, entry: ConversationEntry) -> None:
         self.entries.append(entry)
-        self._record(entry.record())
+        self._record(entry.to_record())
 
     def _record(self, record: dict[str, Any]) -> None:
-        """OutputError: it could not be written. Then nothing is, from there on, and the conversation can go on."""
+        """Save a record. OutputError: it cannot be saved, and nothing is from there on; the conversation can go on."""
         if self.transcript is None:
             return
         try:
@@ -210,17 +217,17 @@ class Session:
             raise
 
     def settings_record(self) -> dict[str, Any]:
-        """The settings as they are saved."""
+        """Return the settings as they are saved."""
         return {"type": "settings", **asdict(self.settings)}
 
 
-class _Collected:
-    """The deltas of an answer as one message."""
+class _CollectedAnswer:
+    """Collects the deltas of an answer into one message."""
 
     def __init__(self) -> None:
         self.reasoning_seconds = 0.0
         self._parts: dict[str, list[str]] = {"reasoning": [], "text": []}
-        self._saved = {"reasoning": 0, "text": 0}
+        self._n_saved = {"reasoning": 0, "text": 0}  # of the parts
         self._calls: list[dict[str, Any]] = []
         self._started: float | None = None
 
@@ -240,10 +247,10 @@ class _Collected:
         else:
             self._parts[delta.kind].append(delta.text)
 
-    def part(self) -> dict[str, str]:
-        """What came since the last part."""
-        part = {kind: "".join(texts[self._saved[kind] :]) for kind, texts in self._parts.items()}
-        self._saved = {kind: len(texts) for kind, texts in self._parts.items()}
+    def next_part(self) -> dict[str, str]:
+        """Return what came since it was called last."""
+        part = {kind: "".join(texts[self._n_saved[kind] :]) for kind, texts in self._parts.items()}
+        self._n_saved = {kind: len(texts) for kind, texts in self._parts.items()}
         return part
 
     def message(self) -> dict[str, Any]:

@@ -12,19 +12,17 @@ to it. It appears with its first message and is locked while a session writes to
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from stepgguf.conversation.records import Entry, Origin, Settings
+from stepgguf.conversation.records import AnswerOrigin, ChatSettings, ConversationEntry
 from stepgguf.errors import OutputError
-from stepgguf.files import jsonread
+from stepgguf.files import disk
+from stepgguf.files.json_lines import LineWriter, read_lines
 from stepgguf.files.jsonread import Value
 
 VERSION = 1
@@ -33,54 +31,53 @@ _NO_SESSION = "It is not a session of stepgguf's, or its start is damaged; it is
 
 
 @dataclass(slots=True)
-class Saved:
+class SavedSession:
     """A session as it was when its last line was written. n_damaged: lines that could not be read."""
 
     path: Path
-    origin: Origin = field(default_factory=lambda: Origin("", ""))
-    settings: Settings = field(default_factory=Settings)
-    entries: list[Entry] = field(default_factory=list)
+    origin: AnswerOrigin = field(default_factory=lambda: AnswerOrigin("", ""))
+    settings: ChatSettings = field(default_factory=ChatSettings)
+    entries: list[ConversationEntry] = field(default_factory=list)
     n_damaged: int = 0
 
     @property
     def name(self) -> str:
+        """What the session is called: its file without the ending."""
         return self.path.stem
 
     @property
     def title(self) -> str:
-        """The first line of the first question."""
+        """The first line of the first question, "" if there is none."""
         questions = (entry.message["content"] for entry in self.entries if entry.message["role"] == "user")
         return next((line for question in questions for line in question.splitlines() if line.strip()), "")
 
 
 class Transcript:
-    """Writes one session. Without `path` it gets a name in `folder` when the first message comes."""
+    """Writes one session. Without `path` it gets a name in `folder` when the first message comes.
 
-    def __init__(self, folder: Path, origin: Origin, path: Path | None = None) -> None:
+    OutputError: another chat has the session open, or it may not be written.
+    """
+
+    def __init__(self, folder: Path, origin: AnswerOrigin, path: Path | None = None) -> None:
         self._folder, self.path = folder, path
-        self._file: TextIO | None = None
-        self._first: dict[str, dict[str, Any]] = {}
-        if path is not None:
-            self._file = _locked(path)
-            self._file.write("\n")  # ends a line that a kill cut off
+        self._lines = _hold(path) if path is not None else None
+        self._unsaved: dict[str, dict[str, Any]] = {}  # by type: what the file starts with once there is one
         created = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         self.append({"type": "session", "version": VERSION, "created": created, "origin": asdict(origin)})
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write a line and have it on the disk. Before the first message the last of each type is kept instead.
 
-        OutputError says why it cannot be written."""
-        if self._file is None and record["type"] != "message":
-            self._first[record["type"]] = dict(record)
+        OutputError says why it cannot be written.
+        """
+        if self._lines is None and record["type"] != "message":
+            self._unsaved[record["type"]] = dict(record)
             return
         try:
-            if self._file is None:
-                self.path, self._file = self._create()
-            lines = [*self._first.values(), record]
-            self._first = {}
-            self._file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            if self._lines is None:
+                self.path, self._lines = self._create()
+            unsaved, self._unsaved = self._unsaved, {}
+            self._lines.append(*unsaved.values(), record)
         except OSError as error:
             raise OutputError(
                 f"{self.path or self._folder}: the session cannot be saved: {error.strerror}",
@@ -101,11 +98,11 @@ class Transcript:
         return path
 
     def close(self) -> None:
-        if self._file is not None:
-            with suppress(OSError):  # what could not be written has been told
-                self._file.close()
+        """Let others write to the session. Nothing can be appended any more."""
+        if self._lines is not None:
+            self._lines.close()
 
-    def _create(self) -> tuple[Path, TextIO]:
+    def _create(self) -> tuple[Path, LineWriter]:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         stem = time.strftime("%Y%m%d-%H%M%S")
         for i in range(1, 1000):
@@ -114,116 +111,83 @@ class Transcript:
                 os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
             except FileExistsError:
                 continue
-            return path, _locked(path)
+            return path, _hold(path)
         raise OutputError(f"{self._folder}: no free name for a session")
 
 
-def _locked(path: Path) -> TextIO:
+def _hold(path: Path) -> LineWriter:
+    """Open a session to go on with it. OutputError if another chat has it open, or it may not be written."""
     try:
-        file = path.open("a", encoding="utf-8", errors="replace")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return LineWriter(os.fdopen(disk.hold(path), "ab"), sync=True)
     except BlockingIOError:
-        file.close()
         raise OutputError(f"{path.stem} is open in another chat", hint="Leave that one first.") from None
     except OSError as error:
         raise OutputError(f"{path}: {error.strerror}", hint="Start without -c for a new session.") from error
-    return file
 
 
 def session_path(folder: Path, name: str) -> Path:
+    """Return where a session of this name is, or would be. OutputError: no session can have it."""
     if not name or name.startswith(".") or "/" in name or "\0" in name:
         raise OutputError(f"{name!r} cannot be the name of a session", hint="Take a word, without slashes.")
     return folder / f"{name.removesuffix(_SUFFIX)}{_SUFFIX}"
 
 
-def read(path: Path) -> Saved:
-    """OutputError: there is no such session, or it is not one."""
+def read_session(path: Path) -> SavedSession:
+    """Read what was saved. OutputError: there is no such file, or it is no session."""
     try:
         if path.exists() and not path.is_file():
             raise OutputError(f"{path}: it is not a file", hint="/list shows the sessions that there are.")
-        lines = path.read_bytes().split(b"\n")
+        first, *others = read_lines(path)
     except OSError as error:
         raise OutputError(f"{path.stem}: {error.strerror}", hint="/list shows the sessions that there are.") from error
-    fold = _Fold(Saved(path))
-    fold.head(jsonread.parse(lines[0], f"{path}: line 1", OutputError, hint=_NO_SESSION))
-    for i, line in enumerate(lines[1:], 2):
-        if not line.strip():
-            continue  # what `Transcript` puts behind a line that a kill cut off
+    fold = _SessionFold(SavedSession(path))
+    fold.add_head(first.parse(OutputError, _NO_SESSION))
+    for line in others:
         try:
-            fold.line(jsonread.parse(line, f"{path}: line {i}", OutputError))
+            fold.add_line(line.parse(OutputError))
         except OutputError:
-            fold.saved.n_damaged += i < len(lines)  # the last one was not written whole: nothing special
-    return fold.end()
+            fold.saved.n_damaged += line.is_whole  # else a kill cut it off: nothing special
+    return fold.finish()
 
 
-class _Fold:
-    """Lines of a session, one after the other. OutputError: this line is not one."""
+class _SessionFold:
+    """Builds a session up from its lines, one after the other. OutputError: this line is not one of a session."""
 
-    def __init__(self, saved: Saved) -> None:
+    def __init__(self, saved: SavedSession) -> None:
         self.saved = saved
-        self._part = {"reasoning": "", "text": ""}
+        self._part = {"reasoning": "", "text": ""}  # of an answer whose message has not come
 
-    def head(self, value: Value) -> None:
+    def add_head(self, value: Value) -> None:
         version = value["version"].integer()
         if version > VERSION:
             raise OutputError(
                 f"{self.saved.name} has version {version}, expected {VERSION}", hint="Update stepgguf to go on with it."
             )
-        self.line(value)
+        self.add_line(value)
 
-    def line(self, value: Value) -> None:
+    def add_line(self, value: Value) -> None:
         kind, saved, part = value["type"].text(), self.saved, {"reasoning": "", "text": ""}
         if kind == "session":
-            saved.origin = Origin.read(value["origin"])
+            saved.origin = AnswerOrigin.from_record(value["origin"])
         elif kind == "settings":
-            saved.settings = Settings.read(value)
+            saved.settings = ChatSettings.from_record(value)
         elif kind == "message":
-            saved.entries.append(Entry.read(value))
+            saved.entries.append(ConversationEntry.from_record(value))
         elif kind == "cut":
             del saved.entries[value["n"].integer() :]
         elif kind == "part":
             part = {name: self._part[name] + value[name].text() for name in part}
         self._part = part
 
-    def end(self) -> Saved:
+    def finish(self) -> SavedSession:
         if any(self._part.values()):
             content, reasoning = self._part["text"], self._part["reasoning"]
             message = {"role": "assistant", "content": content, "reasoning_content": reasoning}
-            self.saved.entries.append(Entry(message, interrupted=True))
+            self.saved.entries.append(ConversationEntry(message, interrupted=True))
         return self.saved
 
 
-def sessions(folder: Path) -> list[Path]:
-    """Newest first."""
+def list_sessions(folder: Path) -> list[Path]:
+    """Return the saved sessions of a folder, newest first."""
     files = [path for path in folder.glob(f"*{_SUFFIX}") if path.is_file()]
     return sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True)
-
-
-def as_json(origin: Origin, settings: Mapping[str, Any], entries: list[Entry]) -> str:
-    """The whole session as one JSON document."""
-    kept = {key: value for key, value in settings.items() if key != "type"}
-    messages = [entry.record() for entry in entries]
-    for record in messages:
-        del record["type"]
-    document = {"origin": asdict(origin), "settings": kept, "messages": messages}
-    return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
-
-
-def as_markdown(origin: Origin, settings: Mapping[str, Any], entries: list[Entry]) -> str:
-    """For people: questions as headings' texts, thinking folded away."""
-    parts = [f"*{origin.model}*"]
-    if settings.get("system"):
-        parts.append(f"## System\n\n{settings['system']}")
-    for entry in entries:
-        message = entry.message
-        parts.append({"user": "## You", "assistant": "## Answer", "tool": "## Tool result"}[message["role"]])
-        if reasoning := message.get("reasoning_content"):
-            parts.append(f"<details><summary>Thinking</summary>\n\n{reasoning}\n\n</details>")
-        if message["content"]:
-            parts.append(message["content"])
-        for call in message.get("tool_calls", ()):
-            function = call["function"]
-            parts.append(f"Call of `{function['name']}`:\n\n```json\n{function['arguments']}\n```")
-        if entry.interrupted:
-            parts.append("*interrupted*")
-    return "\n\n".join(parts) + "\n"

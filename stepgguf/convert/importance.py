@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 from stepgguf.errors import ImatrixError
 from stepgguf.model.names import TensorName
 from stepgguf.quants import imatrix
-from stepgguf.quants.imatrix import Entry, Imatrix
+from stepgguf.quants.imatrix import Imatrix, ImatrixEntry, WantedTensor, channel_importance, read_imatrix
 
 _KEPT = 16  # tensors whose rows are kept: 5 MB each at real size, and units come in file order
-
 
 Shape = tuple[int, ...]
 
@@ -37,39 +36,43 @@ class Importance:
         """ImatrixError for an unknown prior, and for a file that is no importance matrix."""
         if prior not in imatrix.PRIORS:
             raise ImatrixError(f"unknown prior {prior!r}", hint=f"Choose one of: {', '.join(imatrix.PRIORS)}.")
-        return cls(imatrix.read(path), prior)
+        return cls(read_imatrix(path), prior)
 
     def has(self, name: str, shape: Shape) -> bool:
+        """Whether calibration saw the tensor."""
         return self._entry(name, shape) is not None
 
     def rows(self, name: str, shape: Shape) -> NDArray[np.float32] | None:
-        """[n_expert, columns]; of a dense tensor [1, columns]; None without data: then all channels count alike."""
+        """E[x^2] of each expert's input channels, [n_expert, columns]; of a dense tensor [1, columns].
+
+        None without data: then all channels count alike.
+        """
         return self._rows(name, shape)
 
     def counts(self, name: str, shape: Shape) -> NDArray[np.float32] | None:
-        """Calibration tokens that each expert saw, if the file says so."""
+        """Calibration tokens that each expert saw, [n_expert]. None if the file does not say it."""
         entry = self._entry(name, shape)
         return entry.counts if entry is not None and entry.counted else None
 
     def identity(self) -> str:
-        """What tells this from other importance: prior, name, size and time of the file."""
+        """A digest of the prior and of the file's name, size and time, to tell this from other importance."""
         status = self.path.stat()
         mark = f"{self.prior} {self.path.name} {status.st_size} {status.st_mtime_ns}"
         return hashlib.sha256(mark.encode()).hexdigest()
 
-    def described(self) -> dict[str, Any]:
-        """For the manifest."""
+    def manifest_field(self) -> dict[str, Any]:
+        """Where the importance came from, as the manifest says it."""
         return {"file": self.path.name, "prior": self.prior, "datasets": list(self.source.datasets)}
 
-    def _entry(self, name: str, shape: Shape) -> Entry | None:
-        return self.source.entry(wanted(name, shape))
+    def _entry(self, name: str, shape: Shape) -> ImatrixEntry | None:
+        return self.source.entry_of(wanted_tensor(name, shape))
 
     def _compute(self, name: str, shape: Shape) -> NDArray[np.float32] | None:
         entry = self._entry(name, shape)
-        return None if entry is None else imatrix.importance(entry, self.prior)
+        return None if entry is None else channel_importance(entry, self.prior)
 
 
-def wanted(name: str, shape: Shape, *, is_mtp: bool = False) -> imatrix.Tensor:
-    """A tensor as importance matrices know it."""
+def wanted_tensor(name: str, shape: Shape, *, is_mtp: bool = False) -> WantedTensor:
+    """A GGUF tensor as importance matrices know it."""
     n_matrix, parsed = shape[0] if len(shape) == 3 else 1, TensorName(name)
-    return imatrix.Tensor(name, parsed.role, parsed.layer, n_matrix, shape[-1], is_mtp)
+    return WantedTensor(name, parsed.role, parsed.layer, n_matrix, shape[-1], is_mtp)

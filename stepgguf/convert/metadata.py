@@ -16,7 +16,7 @@ import gguf
 from gguf import ExpertGatingFuncType, GGUFValueType, Keys, LlamaFileType
 
 from stepgguf import __version__
-from stepgguf.convert.card import Card, read_card
+from stepgguf.convert.card import ModelCard, read_card
 from stepgguf.convert.sources.hub import ModelOrigin
 from stepgguf.errors import BadConfig
 from stepgguf.files import jsonread, textfile
@@ -24,7 +24,7 @@ from stepgguf.files.gguf_header import Key
 from stepgguf.files.jsonread import Value
 from stepgguf.model.hparams import ARCHITECTURE, HParams
 from stepgguf.model.names import TensorName
-from stepgguf.model.tokenizer import MODEL, PRE, Vocabulary, vocabulary
+from stepgguf.model.tokenizer import PRE_TOKENIZER, TOKENIZER_MODEL, Vocabulary, read_vocabulary
 from stepgguf.quants.imatrix import Imatrix
 
 V = GGUFValueType
@@ -59,7 +59,7 @@ class CheckpointMetadata:
 
     hparams: HParams
     name: str
-    card: Card
+    card: ModelCard
     sampling: dict[str, Key]
     vocab: tuple[Key, ...]
     warnings: tuple[str, ...]
@@ -92,50 +92,50 @@ def read_metadata(
 
 def model_keys(hp: HParams, name: str, size_label: str, *, with_mtp: bool, described: Sequence[Key] = ()) -> list[Key]:
     """general.* and step35.*. `with_mtp` extends the per-layer arrays over the MTP blocks; `described`: card.py."""
-    layers = hp.layers if with_mtp else hp.trunk
+    layers = hp.layers if with_mtp else hp.trunk_layers
     llm, attention, rope = Keys.LLM, Keys.Attention, Keys.Rope
-    leading_dense = next((layer.index for layer in hp.trunk if layer.is_moe), hp.n_layer)
+    leading_dense = next((layer.index for layer in hp.trunk_layers if layer.is_moe), hp.n_layer)
     keys = [
-        _key(Keys.General.ARCHITECTURE, ARCHITECTURE),
-        _key(Keys.General.TYPE, "model"),
-        _key(Keys.General.NAME, name),
-        _key(Keys.General.SIZE_LABEL, size_label),
+        _typed_key(Keys.General.ARCHITECTURE, ARCHITECTURE),
+        _typed_key(Keys.General.TYPE, "model"),
+        _typed_key(Keys.General.NAME, name),
+        _typed_key(Keys.General.SIZE_LABEL, size_label),
         *described,
         *(Key.of(key, value, type) for key, (value, type) in SAMPLING.items()),
-        _key(llm.BLOCK_COUNT, len(layers)),
-        _key(llm.CONTEXT_LENGTH, hp.max_position),
-        _key(llm.EMBEDDING_LENGTH, hp.hidden_size),
-        _key(llm.FEED_FORWARD_LENGTH, hp.intermediate_size),
-        _key(attention.HEAD_COUNT, [layer.n_head for layer in layers]),
-        _key(rope.FREQ_BASE, hp.rope_theta_full),
-        _key(rope.FREQ_BASE_SWA, hp.rope_theta_sliding),
-        _key(llm.EXPERT_GATING_FUNC, int(ExpertGatingFuncType.SIGMOID)),
-        _key(attention.KEY_LENGTH, hp.head_dim),
-        _key(attention.VALUE_LENGTH, hp.head_dim),
-        _key(attention.HEAD_COUNT_KV, [layer.n_head_kv for layer in layers]),
-        _key(attention.SLIDING_WINDOW, hp.sliding_window),
-        _key(attention.SLIDING_WINDOW_PATTERN, [layer.is_sliding for layer in layers]),
-        _key(llm.EXPERT_COUNT, hp.n_expert),
-        _key(llm.EXPERT_USED_COUNT, hp.n_expert_used),
-        _key(llm.EXPERT_FEED_FORWARD_LENGTH, hp.expert_size),
-        _key(llm.EXPERT_SHARED_FEED_FORWARD_LENGTH, hp.shared_expert_size),
-        _key(llm.EXPERT_WEIGHTS_SCALE, hp.router_scale),
-        _key(llm.EXPERT_WEIGHTS_NORM, hp.router_norm),
-        _key(llm.LEADING_DENSE_BLOCK_COUNT, leading_dense),
-        _key(llm.MOE_EVERY_N_LAYERS, 1),
-        _key(attention.LAYERNORM_RMS_EPS, hp.rms_norm_eps),
-        _key(llm.SWIGLU_CLAMP_EXP, [layer.clamp for layer in layers]),
-        _key(llm.SWIGLU_CLAMP_SHEXP, [layer.clamp_shared for layer in layers]),
+        _typed_key(llm.BLOCK_COUNT, len(layers)),
+        _typed_key(llm.CONTEXT_LENGTH, hp.max_position),
+        _typed_key(llm.EMBEDDING_LENGTH, hp.hidden_size),
+        _typed_key(llm.FEED_FORWARD_LENGTH, hp.intermediate_size),
+        _typed_key(attention.HEAD_COUNT, [layer.n_head for layer in layers]),
+        _typed_key(rope.FREQ_BASE, hp.rope_theta_full),
+        _typed_key(rope.FREQ_BASE_SWA, hp.rope_theta_sliding),
+        _typed_key(llm.EXPERT_GATING_FUNC, int(ExpertGatingFuncType.SIGMOID)),
+        _typed_key(attention.KEY_LENGTH, hp.head_dim),
+        _typed_key(attention.VALUE_LENGTH, hp.head_dim),
+        _typed_key(attention.HEAD_COUNT_KV, [layer.n_head_kv for layer in layers]),
+        _typed_key(attention.SLIDING_WINDOW, hp.sliding_window),
+        _typed_key(attention.SLIDING_WINDOW_PATTERN, [layer.is_sliding for layer in layers]),
+        _typed_key(llm.EXPERT_COUNT, hp.n_expert),
+        _typed_key(llm.EXPERT_USED_COUNT, hp.n_expert_used),
+        _typed_key(llm.EXPERT_FEED_FORWARD_LENGTH, hp.expert_size),
+        _typed_key(llm.EXPERT_SHARED_FEED_FORWARD_LENGTH, hp.shared_expert_size),
+        _typed_key(llm.EXPERT_WEIGHTS_SCALE, hp.router_scale),
+        _typed_key(llm.EXPERT_WEIGHTS_NORM, hp.router_norm),
+        _typed_key(llm.LEADING_DENSE_BLOCK_COUNT, leading_dense),
+        _typed_key(llm.MOE_EVERY_N_LAYERS, 1),
+        _typed_key(attention.LAYERNORM_RMS_EPS, hp.rms_norm_eps),
+        _typed_key(llm.SWIGLU_CLAMP_EXP, [layer.clamp for layer in layers]),
+        _typed_key(llm.SWIGLU_CLAMP_SHEXP, [layer.clamp_shared for layer in layers]),
     ]
     if with_mtp and hp.n_mtp:
-        keys.append(_key(llm.NEXTN_PREDICT_LAYERS, hp.n_mtp))
+        keys.append(_typed_key(llm.NEXTN_PREDICT_LAYERS, hp.n_mtp))
     return keys
 
 
 def vocab_keys(folder: Path, hp: HParams, chat_template: Path | None) -> tuple[tuple[Key, ...], list[str]]:
     """tokenizer.* and warnings: every id that ends a generation is written, so that no engine has to guess by name."""
     tok, warnings = Keys.Tokenizer, []
-    words = vocabulary(jsonread.read(folder / "tokenizer.json", BadConfig, _TOKENIZER), hp.vocab_size)
+    words = read_vocabulary(jsonread.read(folder / "tokenizer.json", BadConfig, _TOKENIZER), hp.vocab_size)
     settings = _optional_json(folder / "tokenizer_config.json")
     eos = _token_id(settings, "eos_token", words, hp.eos_token_ids[-1])
     padding = _token_id(settings, "pad_token", words, hp.eos_token_ids[0])
@@ -143,31 +143,33 @@ def vocab_keys(folder: Path, hp: HParams, chat_template: Path | None) -> tuple[t
         if i >= hp.vocab_size:
             raise BadConfig(f"token id {i} does not fit config.json's vocab_size {hp.vocab_size}")
     keys = [
-        _key(tok.MODEL, MODEL),
-        _key(tok.PRE, PRE),
+        _typed_key(tok.MODEL, TOKENIZER_MODEL),
+        _typed_key(tok.PRE, PRE_TOKENIZER),
         Key.of(tok.LIST, words.tokens, V.ARRAY, V.STRING),
         Key.of(tok.TOKEN_TYPE, words.types, V.ARRAY, V.INT32),
         Key.of(tok.MERGES, words.merges, V.ARRAY, V.STRING),
-        _key(tok.BOS_ID, hp.bos_token_id),
-        _key(tok.EOS_ID, eos),
-        _key(tok.PAD_ID, padding),
-        _key(tok.ADD_BOS, True),
-        _key(tok.ADD_SEP, False),
-        _key(tok.ADD_EOS, False),
+        _typed_key(tok.BOS_ID, hp.bos_token_id),
+        _typed_key(tok.EOS_ID, eos),
+        _typed_key(tok.PAD_ID, padding),
+        _typed_key(tok.ADD_BOS, True),
+        _typed_key(tok.ADD_SEP, False),
+        _typed_key(tok.ADD_EOS, False),
     ]
     others = [i for i in hp.eos_token_ids if i != eos]
-    keys += [_key(name, i) for name, i in zip((tok.EOT_ID, tok.EOM_ID), others, strict=False)]
+    keys += [_typed_key(name, i) for name, i in zip((tok.EOT_ID, tok.EOM_ID), others, strict=False)]
     if len(others) > 2:
         warnings.append(
             f"config.json names {len(hp.eos_token_ids)} end tokens; GGUF has room for 3, {others[2:]} are lost"
         )
     template = (
-        textfile.read(chat_template, BadConfig, most=_MOST_TEMPLATE) if chat_template else _template(folder, settings)
+        textfile.read(chat_template, BadConfig, most=_MOST_TEMPLATE)
+        if chat_template
+        else _find_template(folder, settings)
     )
     if template is None:
         warnings.append("the checkpoint has no chat template; add one with --chat-template FILE")
     else:
-        keys.append(_key(CHAT_TEMPLATE, template))
+        keys.append(_typed_key(CHAT_TEMPLATE, template))
     return tuple(keys), warnings
 
 
@@ -194,29 +196,29 @@ def provenance_keys(
 ) -> list[Key]:
     """Which tool made the file, how and of what; then the two keys that llama-quantize writes last."""
     keys = [
-        _key(Keys.General.QUANTIZED_BY, f"stepgguf {__version__}"),
-        _key("stepgguf.version", __version__),
-        _key("stepgguf.type", type_name),
-        _key("stepgguf.source", source),
+        _typed_key(Keys.General.QUANTIZED_BY, f"stepgguf {__version__}"),
+        _typed_key("stepgguf.version", __version__),
+        _typed_key("stepgguf.type", type_name),
+        _typed_key("stepgguf.source", source),
     ]
     if mtp_type is not None:
-        keys.append(_key("stepgguf.mtp_type", mtp_type))
+        keys.append(_typed_key("stepgguf.mtp_type", mtp_type))
     if recipe is not None:
-        keys.append(_key("stepgguf.recipe", recipe))
-    keys.append(reserve(RESERVE_BYTES))
-    keys.append(_key(Keys.General.QUANTIZATION_VERSION, gguf.GGML_QUANT_VERSION))
-    keys.append(_key(Keys.General.FILE_TYPE, int(ftype)))
+        keys.append(_typed_key("stepgguf.recipe", recipe))
+    keys.append(reserve_key(RESERVE_BYTES))
+    keys.append(_typed_key(Keys.General.QUANTIZATION_VERSION, gguf.GGML_QUANT_VERSION))
+    keys.append(_typed_key(Keys.General.FILE_TYPE, int(ftype)))
     if imatrix is not None and imatrix.path is not None:  # as llama-quantize names them
-        keys.append(_key("quantize.imatrix.file", imatrix.path.name))
-        keys.append(_key("quantize.imatrix.dataset", ", ".join(imatrix.datasets)))
-        keys.append(_key("quantize.imatrix.entries_count", len(imatrix.entries)))
-        keys.append(_key("quantize.imatrix.chunks_count", imatrix.chunk_count))
+        keys.append(_typed_key("quantize.imatrix.file", imatrix.path.name))
+        keys.append(_typed_key("quantize.imatrix.dataset", ", ".join(imatrix.datasets)))
+        keys.append(_typed_key("quantize.imatrix.entries_count", len(imatrix.entries)))
+        keys.append(_typed_key("quantize.imatrix.chunks_count", imatrix.chunk_count))
     return keys
 
 
-def reserve(n: int) -> Key:
+def reserve_key(n: int) -> Key:
     """n spaces that rewrite.py may turn into something else."""
-    return _key(RESERVE, " " * n)
+    return _typed_key(RESERVE, " " * n)
 
 
 def split_keys(index: int, count: int, n_tensors: int) -> list[Key]:
@@ -235,13 +237,13 @@ def size_label(shapes: Sequence[tuple[TensorName, tuple[int, ...]]], n_expert: i
     return gguf.size_label(total, shared, expert, n_expert if expert else 0)
 
 
-def _key(name: str, value: Any) -> Key:
+def _typed_key(name: str, value: Any) -> Key:
     """A key with the GGUF type that StepFun's files use for such a value."""
     name = name.format(arch=ARCHITECTURE)
-    kinds = {bool: V.BOOL, int: V.UINT32, float: V.FLOAT32, str: V.STRING}
+    scalar_types = {bool: V.BOOL, int: V.UINT32, float: V.FLOAT32, str: V.STRING}
     if isinstance(value, list):
-        return Key.of(name, value, V.ARRAY, V.INT32 if type(value[0]) is int else kinds[type(value[0])])
-    return Key.of(name, value, kinds[type(value)])
+        return Key.of(name, value, V.ARRAY, V.INT32 if type(value[0]) is int else scalar_types[type(value[0])])
+    return Key.of(name, value, scalar_types[type(value)])
 
 
 def _optional_json(path: Path) -> Value:
@@ -254,15 +256,15 @@ def _token_id(settings: Value, key: str, words: Vocabulary, default: int) -> int
     token = settings.get(key)
     if token is None:
         return default
-    found = words.id((token["content"] if isinstance(token.raw, dict) else token).text())
+    found = words.token_id((token["content"] if isinstance(token.raw, dict) else token).text())
     return default if found is None else found
 
 
-def _template(path: Path, settings: Value) -> str | None:
+def _find_template(path: Path, settings: Value) -> str | None:
     """chat_template.jinja, chat_template.json of older processors, or the one inside tokenizer_config.json."""
     file = path / "chat_template.jinja"
     if file.exists():
-        return _read(file)
+        return _read_template(file)
     inside = _optional_json(path / "chat_template.json").get("chat_template") or settings.get("chat_template")
     if inside is None:
         return None
@@ -272,5 +274,5 @@ def _template(path: Path, settings: Value) -> str | None:
     return named.get("default")
 
 
-def _read(path: Path) -> str:
+def _read_template(path: Path) -> str:
     return textfile.read(path, BadConfig, most=_MOST_TEMPLATE)

@@ -1,90 +1,60 @@
 """How a plan is made: types from recipes, budgets and options, metadata, and everything refused that can be.
 
-checkpoint --candidates--> recipe, allocated types --> PlannedTensors --keys--> files, split --> Plan
-GGUF ----------^
+source.specs     --recipe, allocated types--> (spec, choice) of each file --actions--> PlannedTensors --+
+source.metadata  --keys, provenance---------------------------------------------------------------------+-split-> Plan
 """
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gguf import GGMLQuantizationType
 
 from stepgguf.convert import metadata
-from stepgguf.convert.importance import wanted
-from stepgguf.convert.plan import Options, Plan, PlannedFile, PlannedTensor
+from stepgguf.convert.importance import wanted_tensor
+from stepgguf.convert.plan import Constant, Options, Plan, PlannedFile, PlannedTensor, choose_action
 from stepgguf.convert.sources.source import SourceTensor, TensorSource
 from stepgguf.convert.sources.splits import split_path
 from stepgguf.errors import OutputError, RecipeError
 from stepgguf.files.gguf_header import Key
 from stepgguf.model.hparams import AnyHParams
-from stepgguf.model.names import TensorName
 from stepgguf.model.tensors import TensorSpec
 from stepgguf.quants import coverage, mixtures
 from stepgguf.quants.coverage import Coverage
-from stepgguf.quants.kernels import choose_kernel
-from stepgguf.quants.mixtures import Candidate, Facts, TypeChoice
+from stepgguf.quants.mixtures import Facts, TypeChoice
 from stepgguf.quants.type_names import check_name
-from stepgguf.quants.types import fitting_type
+from stepgguf.quants.types import F32, FLOATS, fitting_type
 
-F32 = GGMLQuantizationType.F32
+Chosen = tuple[TensorSpec, TypeChoice]  # a tensor and the type that it shall have
 
 
 def plan_source(source: TensorSource, dest: Path, options: Options) -> Plan:
-    """The plan for whatever the source is."""
-    if source.own_types is None:
-        return plan_checkpoint(source, dest, options)
-    return plan_gguf(source, dest, options)
+    """The plan that makes `dest`, with its splits and a separate MTP file, of a checkpoint or a GGUF.
 
-
-# from a checkpoint ----------------------------------------------------------------------------------------------
-
-
-def plan_checkpoint(checkpoint: TensorSource, dest: Path, options: Options) -> Plan:
-    """The plan of a conversion from safetensors."""
-    hp = checkpoint.hparams
+    RecipeError, ImatrixError, QuantError or OutputError for what cannot be made.
+    """
     if options.mtp != "drop":
-        checkpoint.require_mtp()
-    notes = checkpoint.warnings if options.mtp == "drop" else checkpoint.notes
-    facts = rule_facts(hp)
-    main, mtp = select_checkpoint(checkpoint.specs, facts, checkpoint.constants, options)
-    described = checkpoint.metadata(options.name, options.chat_template)
-    has_mtp = options.mtp == "include" and hp.n_mtp > 0
-    files = []
-    for path, tensors, with_mtp in ((dest, main, has_mtp), (mtp_path(dest), mtp, True)):
-        if not tensors:
-            continue
-        keys = described.file_keys([(t.name, t.shape) for t in tensors], with_mtp=with_mtp)
-        keys += _provenance(options, facts, tensors, checkpoint.title)
-        files += _split(PlannedFile(path, tuple(keys), tuple(tensors)), options.split_max_size)
-    return _plan(files, checkpoint.tensors, facts, options, (*notes, *described.warnings))
-
-
-def select_checkpoint(
-    specs: Sequence[TensorSpec], facts: Facts, constants: Mapping[TensorName, bytes], options: Options
-) -> tuple[list[PlannedTensor], list[PlannedTensor]]:
-    """The tensors of the main file and of the separate MTP file (empty unless asked for), with types and reasons."""
-    wanted = [spec for spec in specs if not (spec.is_mtp and options.mtp == "drop")]
-    candidates = [Candidate(s.name, s.role, s.shape, s.layer) for s in wanted if s.is_quantizable]
-    choices = _choose(candidates, facts, options)
-    planned = [_planned(spec, choices.get(spec.name)) for spec in wanted if not spec.is_mtp]
-    mtp = [_planned(spec, choices.get(spec.name)) for spec in wanted if spec.is_mtp]
-    planned += [
-        PlannedTensor(name, (len(data) // 4,), F32, "llama3 RoPE scaling", None, constant=data)
-        for name, data in constants.items()
-    ]
-    if options.mtp == "include" or not mtp:
-        return _ordered(planned + mtp), []
-    kind = max((tensor for tensor in mtp), key=lambda tensor: tensor.n_values).ggml_type
-    shared = [
-        t if t.ggml_type == F32 else replace(t, ggml_type=fitting_type(kind, t.shape[-1]), reason="MTP file")
-        for t in planned
-        if t.name in (*metadata.SHARED_BY_MTP_FILE, *constants)
-    ]
-    return _ordered(planned), _ordered(shared + mtp)
+        source.require_mtp()
+    notes = source.warnings if options.mtp == "drop" else source.notes
+    facts = rule_facts(source.hparams)
+    main, mtp = choose_file_types(source.specs, source.own_types, facts, options)
+    covered = _check_types([*main, *mtp], source.tensors, options)
+    described = source.metadata(options.name, options.chat_template)
+    has_mtp = options.mtp == "include" and source.hparams.n_mtp > 0
+    files: list[PlannedFile] = []
+    for path, chosen, with_mtp in ((dest, main, has_mtp), (mtp_path(dest), mtp, True)):
+        if chosen:
+            tensors = _plan_tensors(chosen, source, options)
+            keys = described.file_keys([(t.name, t.shape) for t in tensors], with_mtp=with_mtp)
+            keys = _replace_keys(keys, _provenance(options, facts, tensors, source.title))
+            files += _split(PlannedFile(path, tuple(keys), tuple(tensors)), options.split_max_size)
+    if {os.path.realpath(file.path) for file in files} & set(map(os.path.realpath, source.files)):
+        raise OutputError(f"{dest} is the source", hint="Write to another name.")
+    warnings = (*notes, *described.warnings, *(f"imatrix: {text}" for text in (covered.warnings if covered else ())))
+    return Plan(options.recipe, options.mtp, tuple(files), warnings, options.importance, covered, options.kernel)
 
 
 def rule_facts(hp: AnyHParams) -> Facts:
@@ -97,56 +67,119 @@ def mtp_path(dest: Path) -> Path:
     return dest.with_name(f"mtp-{dest.name}")
 
 
-# from a GGUF ----------------------------------------------------------------------------------------------------
+# types ----------------------------------------------------------------------------------------------------------
 
 
-def plan_gguf(source: TensorSource, dest: Path, options: Options) -> Plan:
-    """The plan of a quantization of a GGUF: the keys of the source, its tensors in new types."""
-    facts = rule_facts(source.hparams)
-    candidates = [Candidate(s.name, s.role, s.shape, s.layer) for s in source.specs if s.is_quantizable]
-    choices = _choose(candidates, facts, options)
-    tensors = [
-        _requantized(spec, source.tensors[spec.source], choices.get(spec.name), options) for spec in source.specs
+def choose_file_types(
+    specs: Sequence[TensorSpec], own: Mapping[str, GGMLQuantizationType] | None, facts: Facts, options: Options
+) -> tuple[list[Chosen], list[Chosen]]:
+    """The tensors of the main file and of the separate MTP file (empty unless asked for), with types and reasons.
+
+    own: the types that a GGUF as the source has: what the rules do not touch keeps them, and is F32 otherwise.
+    """
+    wanted = [spec for spec in specs if not (spec.is_mtp and options.mtp == "drop")]
+    choices = _choose_by_rules([spec for spec in wanted if spec.is_quantizable], facts, options)
+    chosen = [(spec, choices.get(spec.name) or _choose_untouched(spec, own)) for spec in wanted]
+    mtp = [(spec, choice) for spec, choice in chosen if spec.is_mtp]
+    if options.mtp == "include" or not mtp:
+        return chosen, []
+    trunk = [(spec, choice) for spec, choice in chosen if not spec.is_mtp]
+    # llama.cpp reads an MTP file as a model of its own, which needs embedding, output and norm again.
+    main_type = max(mtp, key=lambda pair: math.prod(pair[0].shape))[1].ggml_type
+    shared = [
+        (spec, choice if choice.ggml_type == F32 else TypeChoice(fitting_type(main_type, spec.shape[-1]), "MTP file"))
+        for spec, choice in trunk
+        if spec.name in metadata.SHARED_BY_MTP_FILE
     ]
-    replaced = _provenance(options, facts, tensors, source.title)
-    described = source.metadata(options.name, options.chat_template)
-    keys = described.file_keys([(spec.name, spec.shape) for spec in source.specs], with_mtp=False)
-    kept = [key for key in keys if key.name not in {k.name for k in replaced}]
-    files = _split(PlannedFile(dest, (*kept, *replaced), tuple(tensors)), options.split_max_size)
-    if {os.path.realpath(file.path) for file in files} & set(map(os.path.realpath, source.files)):
-        raise OutputError(f"{dest} is the source", hint="Write to another name.")
-    return _plan(files, source.tensors, facts, options)
+    return trunk, [*shared, *mtp]
 
 
-def _requantized(spec: TensorSpec, tensor: SourceTensor, choice: TypeChoice | None, options: Options) -> PlannedTensor:
-    assert tensor.ggml_type is not None
-    if choice is None or choice.ggml_type == tensor.ggml_type:
-        reason = "kept as it is" if choice is None else choice.reason
-        return PlannedTensor(spec.name, spec.shape, tensor.ggml_type, reason, spec.source)
-    if tensor.dtype not in ("F32", "F16", "BF16") and not options.allow_requantize:
-        raise RecipeError(
-            f"{tensor.name} is already {tensor.dtype}; quantizing it again to {choice.ggml_type.name} adds its error",
-            hint="Start from the BF16 file or the checkpoint, or accept the loss with --allow-requantize.",
-        )
-    return PlannedTensor(spec.name, spec.shape, choice.ggml_type, choice.reason, spec.source)
-
-
-# shared ---------------------------------------------------------------------------------------------------------
-
-
-def _choose(candidates: Sequence[Candidate], facts: Facts, options: Options) -> dict[str, TypeChoice]:
+def _choose_by_rules(specs: Sequence[TensorSpec], facts: Facts, options: Options) -> dict[str, TypeChoice]:
     """Name -> type and reason, by the recipe; of MTP tensors by --mtp-type if that is given."""
     has_imatrix = options.importance is not None
-    choices = options.recipe.choose_types(candidates, facts, has_imatrix=has_imatrix, allocated=options.allocated)
-    result = {c.name: choice for c, choice in zip(candidates, choices, strict=True)}
+    choices = options.recipe.choose_types(specs, facts, has_imatrix=has_imatrix, allocated=options.allocated)
+    result: dict[str, TypeChoice] = {spec.name: choice for spec, choice in zip(specs, choices, strict=True)}
     if options.mtp_type is None:
         return result
     name = check_name(options.mtp_type)
     if name not in GGMLQuantizationType.__members__:
         raise RecipeError(f"--mtp-type {name} is a mixture", hint="Give one type, such as Q8_0, Q6_K or BF16.")
-    kind = GGMLQuantizationType[name]
-    heads = [c for c in candidates if facts.is_mtp(c.layer)]
-    return result | {c.name: TypeChoice(fitting_type(kind, c.shape[-1]), f"--mtp-type {name}") for c in heads}
+    reason, mtp_type = f"--mtp-type {name}", GGMLQuantizationType[name]
+    in_mtp = [spec for spec in specs if spec.is_mtp]
+    return result | {spec.name: TypeChoice(fitting_type(mtp_type, spec.shape[-1]), reason) for spec in in_mtp}
+
+
+def _choose_untouched(spec: TensorSpec, own: Mapping[str, GGMLQuantizationType] | None) -> TypeChoice:
+    return TypeChoice(F32, "never quantized") if own is None else TypeChoice(own[spec.name], "kept as it is")
+
+
+# checks ---------------------------------------------------------------------------------------------------------
+
+
+def _check_types(chosen: Sequence[Chosen], stored: Mapping[str, SourceTensor], options: Options) -> Coverage | None:
+    """Refuse types that would add a loss unasked, or lack their imatrix; what the imatrix covers, if there is one."""
+    encoded = [(spec, choice.ggml_type) for spec, choice in chosen if stored[spec.source].ggml_type != choice.ggml_type]
+    for spec, ggml_type in encoded:
+        _check_loss(stored[spec.source], ggml_type, options)
+    covered = _cover([spec for spec, ggml_type in encoded if ggml_type not in FLOATS], options)
+    _check_importance(encoded, options)
+    return covered
+
+
+def _check_loss(stored: SourceTensor, ggml_type: GGMLQuantizationType, options: Options) -> None:
+    if stored.ggml_type not in (None, *FLOATS) and not options.allow_requantize:
+        raise RecipeError(
+            f"{stored.name} is already {stored.dtype}; quantizing it again to {ggml_type.name} adds its error",
+            hint="Start from the BF16 file or the checkpoint, or accept the loss with --allow-requantize.",
+        )
+
+
+def _cover(specs: Sequence[TensorSpec], options: Options) -> Coverage | None:
+    if options.importance is None or not specs:
+        return None
+    asked = [wanted_tensor(spec.name, spec.shape, is_mtp=spec.is_mtp) for spec in specs]
+    return coverage.coverage(options.importance.source, asked)
+
+
+def _check_importance(encoded: Sequence[tuple[TensorSpec, GGMLQuantizationType]], options: Options) -> None:
+    """RecipeError naming the tensors whose types llama-quantize refuses without an importance matrix."""
+    base = options.recipe.base or ""
+    importance = options.importance
+    lacking = [
+        (spec.name, ggml_type)
+        for spec, ggml_type in encoded
+        if mixtures.requires_imatrix(base, spec, ggml_type)
+        and not (importance and importance.has(spec.name, spec.shape))
+    ]
+    if not lacking:
+        return
+    names = ", ".join(name for name, _ in lacking[:3]) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
+    types = " and ".join(sorted({ggml_type.name for _, ggml_type in lacking}))
+    if importance is None:
+        message = "need an importance matrix"
+        hint = "Give one with --imatrix, or use a type from IQ3_S or Q3_K_S upwards."
+    else:
+        message = f"need importance, and {importance.path.name} has none for them"
+        hint = "Give these tensors another type in a recipe, or calibrate again."
+    raise RecipeError(f"{options.recipe.name}: {len(lacking)} tensors of type {types} {message}: {names}", hint=hint)
+
+
+# files ----------------------------------------------------------------------------------------------------------
+
+
+def _plan_tensors(chosen: Sequence[Chosen], source: TensorSource, options: Options) -> list[PlannedTensor]:
+    """The tensors of one file with their actions, constants among them, in the file's order."""
+    tensors = [
+        PlannedTensor(name, (len(data) // 4,), F32, "llama3 RoPE scaling", Constant(data))
+        for name, data in source.constants.items()
+    ]
+    for spec, choice in chosen:
+        stored = source.tensors[spec.source]
+        action = choose_action(
+            spec.name, stored, choice.ggml_type, options.importance, plus_one=spec.plus_one, wish=options.kernel
+        )
+        tensors.append(PlannedTensor(spec.name, spec.shape, choice.ggml_type, choice.reason, action))
+    return sorted(tensors, key=lambda tensor: tensor.name.file_order)
 
 
 def _provenance(options: Options, facts: Facts, tensors: Sequence[PlannedTensor], source: str) -> list[Key]:
@@ -158,7 +191,7 @@ def _provenance(options: Options, facts: Facts, tensors: Sequence[PlannedTensor]
     for tensor in mtp if is_mtp_file else made:
         sizes[tensor.ggml_type] = sizes.get(tensor.ggml_type, 0) + tensor.n_values
     chosen = options.recipe
-    most = max(sizes, key=lambda kind: sizes[kind], default=F32)
+    most = max(sizes, key=lambda ggml_type: sizes[ggml_type], default=F32)
     if chosen.base and chosen.is_stock and not (is_mtp_file and mtp):
         name, ftype = chosen.base, mixtures.file_type(chosen.base)
     else:
@@ -173,65 +206,10 @@ def _provenance(options: Options, facts: Facts, tensors: Sequence[PlannedTensor]
     )
 
 
-def _plan(
-    files: Sequence[PlannedFile],
-    sources: Mapping[str, SourceTensor],
-    facts: Facts,
-    options: Options,
-    warnings: tuple[str, ...] = (),
-) -> Plan:
-    """The plan, after everything has been refused that can be: types without an encoder or without their imatrix."""
-    tensors = [tensor for file in files for tensor in file.tensors]
-    encoded = [t for t in tensors if t.source and sources[t.source].ggml_type != t.ggml_type]
-    covered = _cover([t for t in encoded if t.is_quantized], facts, options)
-    _check_importance(encoded, options)
-    for tensor in encoded:
-        has = options.importance is not None and options.importance.has(tensor.name, tensor.shape)
-        choose_kernel(tensor.ggml_type, options.kernel, weighted=has)
-    if covered is not None:
-        warnings = (*warnings, *(f"imatrix: {text}" for text in covered.warnings))
-    return Plan(options.recipe, options.mtp, tuple(files), warnings, options.importance, covered, options.kernel)
-
-
-def _cover(tensors: Sequence[PlannedTensor], facts: Facts, options: Options) -> Coverage | None:
-    if options.importance is None or not tensors:
-        return None
-    asked = [wanted(t.name, t.shape, is_mtp=facts.is_mtp(t.name.layer)) for t in tensors]
-    return coverage.coverage(options.importance.source, asked)
-
-
-def _check_importance(tensors: Sequence[PlannedTensor], options: Options) -> None:
-    """RecipeError naming the tensors whose types llama-quantize refuses without an importance matrix."""
-    base = options.recipe.base or ""
-    importance = options.importance
-    lacking = [
-        t
-        for t in tensors
-        if mixtures.requires_imatrix(base, Candidate(t.name, t.role, t.shape, None), t.ggml_type)
-        and not (importance and importance.has(t.name, t.shape))
-    ]
-    if not lacking:
-        return
-    names = ", ".join(t.name for t in lacking[:3]) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
-    kinds = " and ".join(sorted({t.ggml_type.name for t in lacking}))
-    if importance is None:
-        message, hint = (
-            "need an importance matrix",
-            "Give one with --imatrix, or use a type from IQ3_S or Q3_K_S upwards.",
-        )
-    else:
-        message = f"need importance, and {importance.path.name} has none for them"
-        hint = "Give these tensors another type in a recipe, or calibrate again."
-    raise RecipeError(f"{options.recipe.name}: {len(lacking)} tensors of type {kinds} {message}: {names}", hint=hint)
-
-
-def _planned(spec: TensorSpec, choice: TypeChoice | None) -> PlannedTensor:
-    kind, reason = (F32, "never quantized") if choice is None else (choice.ggml_type, choice.reason)
-    return PlannedTensor(spec.name, spec.shape, kind, reason, spec.source, spec.plus_one)
-
-
-def _ordered(tensors: Iterable[PlannedTensor]) -> list[PlannedTensor]:
-    return sorted(tensors, key=lambda tensor: tensor.name.file_order)
+def _replace_keys(keys: Sequence[Key], new: Sequence[Key]) -> list[Key]:
+    """The keys, then the new ones, which take the place of any of the same name."""
+    names = {key.name for key in new}
+    return [*(key for key in keys if key.name not in names), *new]
 
 
 def _split(file: PlannedFile, max_size: int | None) -> list[PlannedFile]:

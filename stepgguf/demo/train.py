@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from stepgguf.chat.template import CLOSING_WORDS, ChatTemplate, closing
+from stepgguf.chat.template import CLOSING_WORDS, ChatTemplate, closing_text
 from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.demo import tasks, tokenizer
 from stepgguf.model.hparams import HParams
@@ -146,7 +146,7 @@ class Encoder:
             first, end = think + 2, ids.index(self.close, think)  # "<think>\n" is the prompt's
             n = 0 if rng.random() < CUT_BEFORE else rng.randint(1, rng.choice([min(24, end - first), end - first]))
             words = "" if rng.random() < CUT_SILENTLY else CLOSING_WORDS
-            close = self.encode(closing(words, after=n > 0))
+            close = self.encode(closing_text(words, after=n > 0))
             ids[first + n : end + 2] = close
             labels[first + n : end + 2] = [IGNORE] * len(close)
         return ids, labels

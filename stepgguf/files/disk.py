@@ -1,8 +1,11 @@
-"""Writing so that nothing is lost: whole, durable, by one process at a time; and the system's errors in words.
+"""Bytes on the disk: reading and writing at a place, whole and durable files, and the system's errors in words.
 
 A file that others may look at is written beside its place and renamed into it, and the folder is synced: after a power
 cut it is the old one or the new one. A file that several runs of this program go on with is held (flock) while it is
 written. Whoever holds a file may remove it, and nobody else may.
+
+Large files are read and written by position (pread, pwrite): threads share a descriptor without a seek between them,
+memory is what is in flight, and a disk error is an OSError with a name where a mapping would give SIGBUS.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from stepgguf.errors import OutputError
+from stepgguf.errors import OutputError, StepggufError
 
 _RESUME = "Repeat the command; it resumes."
 _HINTS = {
@@ -50,7 +53,7 @@ def hold(path: Path, *, make: bool = False) -> int:
         fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | (os.O_CREAT if make else 0), 0o644)
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise OSError(errno.EINVAL, "Not a regular file", str(path))
+                raise NotAFile(errno.EINVAL, "Not a regular file", str(path))
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if is_at(fd, path):
                 return fd
@@ -60,16 +63,20 @@ def hold(path: Path, *, make: bool = False) -> int:
         os.close(fd)
 
 
+class NotAFile(OSError):
+    """What is at a path is a folder, a pipe or a device."""
+
+
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file to read it. OSError for a folder, and for a pipe or a device, which might never end or begin."""
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    """Open a file to read it. NotAFile for a folder, and for a pipe or a device, which might never end or begin."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # without O_NONBLOCK, opening a pipe waits for its writer
     mode = os.fstat(fd).st_mode
     if stat.S_ISREG(mode):
         return os.fdopen(fd, "rb")
     os.close(fd)
     if stat.S_ISDIR(mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    raise OSError(errno.EINVAL, "Not a regular file", str(path))
+        raise NotAFile(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise NotAFile(errno.EINVAL, "Not a regular file", str(path))
 
 
 def is_at(fd: int, path: Path) -> bool:
@@ -80,32 +87,60 @@ def is_at(fd: int, path: Path) -> bool:
         return False
 
 
-def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
+def read_at(fd: int, into: bytearray | memoryview, offset: int, name: str, error: type[StepggufError]) -> None:
+    """Fill a buffer with the bytes at `offset`. `error`, which calls them `name`, if the file ends before."""
+    view = memoryview(into)
+    while view:  # one call reads at most 2 GiB, and less where a signal comes
+        n = os.preadv(fd, [view], offset)
+        if n == 0:
+            raise error(f"{name}: the file ended {len(view)} bytes early", hint="It changed while being read.")
+        view, offset = view[n:], offset + n
+
+
+def prefetch_at(fd: int, size: int, offset: int) -> None:
+    """Start reading in the background, where the system can (Linux)."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, offset, size, os.POSIX_FADV_WILLNEED)
+
+
+def write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of the data at `offset`."""
     view = memoryview(data).cast("B")
-    while view:
+    while view:  # a disk that fills up takes a part of it first
         n = os.pwrite(fd, view, offset)
         view, offset = view[n:], offset + n
 
 
-def replace(path: Path, data: bytes) -> None:
-    """Put a file at path, durably: it is there whole, or what was there before still is."""
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file to be written in the block, which then takes this path, durably.
+
+    It is there whole when the block ends. If the block fails, what was there before still is.
+    """
     part = path.with_name(f"{path.name}.new")
     try:
         with part.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
-    except OSError as error:
-        error.filename = str(path)
+    except BaseException as error:
+        if isinstance(error, OSError):
+            error.filename = str(path)  # the name that the user knows
         with suppress(OSError):
             part.unlink()
         raise
     sync_folder(path.parent)
 
 
+def replace(path: Path, data: bytes) -> None:
+    """Put a file with this content at a path, as `replacing` does."""
+    with replacing(path) as file:
+        file.write(data)
+
+
 def sync_folder(folder: Path) -> None:
-    """Make names in it durable."""
+    """Make the names in a folder durable: a new or removed file is there, or gone, after a power cut too."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from stepgguf.errors import StepggufError
+from stepgguf.files import disk
 
 MAX_BYTES = 256 * 2**20  # the published tokenizer.json has 9 MB
 MAX_DEPTH = 100
@@ -112,10 +113,10 @@ class Value:
 def read(path: Path, error: type[StepggufError], hint: str | None = None) -> Value:
     """The JSON document in a file. `error`, with `hint`, if it cannot be read or is no JSON."""
     try:
-        if path.exists() and not path.is_file():
-            raise error(f"{path}: not a file", hint=hint)
-        with path.open("rb") as file:
+        with disk.open_regular(path) as file:
             data = file.read(MAX_BYTES + 1)
+    except disk.NotAFile as problem:
+        raise error(f"{path}: not a file", hint=hint) from problem
     except OSError as problem:
         raise error(f"{path}: {problem.strerror or problem}", hint=hint) from problem
     return parse(data, str(path), error, hint)

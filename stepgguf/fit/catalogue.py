@@ -1,6 +1,6 @@
 """Machines by name: machines.toml, which says where each figure is from.
 
-    machines.toml  ->  Listed: a Machine as probe() would find it, its bandwidth, published speeds
+    machines.toml  ->  ListedMachine: a Machine as probe_machine() would find it, its bandwidth, published speeds
 
 So what fits a machine that is not here is decided by the same arithmetic as what fits this one.
 """
@@ -8,12 +8,14 @@ So what fits a machine that is not here is decided by the same arithmetic as wha
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
-from stepgguf.fit.machine import AmdMemory, Gpu, Machine
-from stepgguf.fit.memory import GIB
+from stepgguf.files.byte_sizes import GIB
+from stepgguf.fit.machine import AmdMemory, Machine
+from stepgguf.runtime.llama_build import Gpu
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -23,8 +25,32 @@ else:
 MACHINES = Path(__file__).with_name("machines.toml")
 
 
+class _SpeedEntry(TypedDict):
+    file: str
+    read_gb: float
+    tps: float
+    source: str
+
+
+class _MachineEntry(TypedDict, total=False):
+    """A table of machines.toml, whose head says what the keys mean. Sizes in GiB, bandwidth in GB/s."""
+
+    title: str
+    system: str
+    cpu: str
+    gpu: str
+    ram: float
+    wired_limit: float
+    vram: float
+    gtt: float
+    bandwidth: float
+    bandwidth_source: str
+    setup: str
+    measured: list[_SpeedEntry]
+
+
 @dataclass(frozen=True, slots=True)
-class Measurement:
+class PublishedSpeed:
     """A published speed of this model: tok/s without MTP, where a token reads `read` bytes of weights and KV cache."""
 
     file: str
@@ -34,7 +60,7 @@ class Measurement:
 
 
 @dataclass(frozen=True, slots=True)
-class Listed:
+class ListedMachine:
     """A machine of the catalogue. bandwidth in bytes per second; setup: the setting that `machine` assumes."""
 
     name: str
@@ -43,7 +69,7 @@ class Listed:
     bandwidth: float
     bandwidth_source: str
     setup: str
-    measured: tuple[Measurement, ...]
+    measured: tuple[PublishedSpeed, ...]
 
     @property
     def efficiencies(self) -> tuple[float, ...]:
@@ -51,46 +77,41 @@ class Listed:
         return tuple(sorted(m.tps * m.read / self.bandwidth for m in self.measured))
 
 
-def load() -> dict[str, Listed]:
+def load_catalogue() -> dict[str, ListedMachine]:
     """All machines by name, in the file's order."""
-    entries: dict[str, dict[str, Any]] = tomllib.loads(MACHINES.read_text(encoding="utf-8"))
-    return {
-        name: _listed(name, entry, [m for other in entries.values() if _chip(other) == _chip(entry)
-                                    for m in other.get("measured", ())])
-        for name, entry in entries.items()
-    }  # fmt: skip
+    entries: dict[str, _MachineEntry] = tomllib.loads(MACHINES.read_text(encoding="utf-8"))
+    return {name: _read_entry(name, entry, entries.values()) for name, entry in entries.items()}
 
 
-def like(machine: Machine) -> Listed | None:
-    """The one whose memory is as fast as this machine's: the same chip. None for chips that are not listed."""
-    alike = (m for m in load().values() if m.machine.kind == machine.kind)
+def find_listed(machine: Machine) -> ListedMachine | None:
+    """The first of the catalogue with this machine's chip, whose memory is as fast; None for chips that it lacks."""
+    alike = (m for m in load_catalogue().values() if m.machine.kind == machine.kind)
     if machine.kind == "mac":
         return next((m for m in alike if m.machine.cpu == machine.cpu), None)
     return next(alike, None)
 
 
-def _chip(entry: dict[str, Any]) -> tuple[str, str]:
+def _chip(entry: _MachineEntry) -> tuple[str, str]:
     """Efficiency is the chip's: a measurement counts for all machines that have it."""
     return entry.get("cpu", ""), entry.get("gpu", "")
 
 
-def _listed(name: str, entry: dict[str, Any], measured: list[dict[str, Any]]) -> Listed:
-    return Listed(
+def _read_entry(name: str, entry: _MachineEntry, entries: Iterable[_MachineEntry]) -> ListedMachine:
+    measured = [speed for other in entries if _chip(other) == _chip(entry) for speed in other.get("measured", ())]
+    return ListedMachine(
         name=name,
         title=entry["title"],
-        machine=_machine(entry),
+        machine=_described_machine(entry),
         bandwidth=entry["bandwidth"] * 1e9,
         bandwidth_source=entry["bandwidth_source"],
         setup=entry["setup"],
-        measured=tuple(Measurement(m["file"], m["read_gb"] * 1e9, m["tps"], m["source"]) for m in measured),
+        measured=tuple(PublishedSpeed(m["file"], m["read_gb"] * 1e9, m["tps"], m["source"]) for m in measured),
     )
 
 
-def _machine(entry: dict[str, Any]) -> Machine:
-    """All of the memory is available; what memory.budget() does not ask for is left empty."""
-
-    def gib(key: str) -> int:
-        return int(entry.get(key, 0) * GIB)
+def _described_machine(entry: _MachineEntry) -> Machine:
+    """The machine with all of its memory available; what memory_budget() does not ask for is left empty."""
+    ram = int(entry["ram"] * GIB)
 
     return Machine(
         system=entry["system"],
@@ -99,10 +120,10 @@ def _machine(entry: dict[str, Any]) -> Machine:
         cores=0,
         threads=0,
         features=frozenset(),
-        ram=gib("ram"),
-        ram_available=gib("ram"),
+        ram=ram,
+        ram_available=ram,
         swap=0,
         gpus=(Gpu(entry["gpu"], None, None),) if "gpu" in entry else (),
-        wired_limit=gib("wired_limit") or None,
-        amd=AmdMemory(gib("vram"), gib("gtt")) if "gtt" in entry else None,
+        wired_limit=int(entry["wired_limit"] * GIB) if "wired_limit" in entry else None,
+        amd=AmdMemory(int(entry["vram"] * GIB), int(entry["gtt"] * GIB)) if "gtt" in entry else None,
     )

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from stepgguf.errors import BadMetadata
-from stepgguf.fit.memory import Footprint, Layer
+from stepgguf.fit.memory import Footprint, LayerFootprint
 
 if TYPE_CHECKING:
     from stepgguf.convert.sources.source import TensorSource
@@ -24,7 +24,7 @@ def footprint(source: TensorSource) -> Footprint:
         layers=_layers(source),
         key_length=hp.key_length,
         value_length=hp.value_length,
-        window=hp.sliding_window,
+        sliding_window=hp.sliding_window,
         n_embd=hp.hidden_size,
         n_ff=hp.intermediate_size,
         n_vocab=shapes["token_embd.weight"][0],
@@ -46,12 +46,12 @@ def _stored_bytes(source: TensorSource) -> int:
     return sum(tensor.n_bytes for tensor in source.tensors.values())
 
 
-def _layers(source: TensorSource) -> tuple[Layer, ...]:
+def _layers(source: TensorSource) -> tuple[LayerFootprint, ...]:
     """The layers whose tensors are there, in order: a GGUF of the trunk or of MTP blocks has keys for all of them."""
     names = {spec.name for spec in source.specs}
     kv_heads, sliding_layers = source.hparams.kv_heads, source.hparams.sliding_layers
     return tuple(
-        Layer(n_head_kv, is_sliding, f"blk.{i}.nextn.eh_proj.weight" in names)
+        LayerFootprint(n_head_kv, is_sliding, f"blk.{i}.nextn.eh_proj.weight" in names)
         for i, (n_head_kv, is_sliding) in enumerate(zip(kv_heads, sliding_layers, strict=False))
         if f"blk.{i}.attn_norm.weight" in names
     )

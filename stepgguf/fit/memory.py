@@ -6,9 +6,9 @@
                   cells of a sliding layer          window x n_parallel + n_ubatch, at most n_ctx
                   both rounded up to 256 (llama-kv-cache-iswa.cpp, llama-context.cpp)
     MTP           a context of its own: the MTP blocks' cache and compute buffer
-    compute       an estimate: what a batch of n_ubatch tokens needs inside a layer, and its logits; see _buffer
-    cache         conversations and checkpoints that the engine keeps in RAM, up to a limit of its own; a checkpoint is
-                  a copy of the sliding layers' window, to go back to (llama_state_seq_get_data_ext)
+    compute       an estimate: what a batch of n_ubatch tokens needs inside a layer, and its logits
+    cache         conversations and saved states that the engine keeps in RAM, up to a limit of its own; a saved state
+                  is a copy of the sliding layers' window, to go back to (llama_state_seq_get_data_ext)
 
 Tests hold the KV caches and the estimate against what llama.cpp itself reports for the real model's shapes.
 """
@@ -19,12 +19,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from stepgguf.fit.machine import Gpu, Machine
+from stepgguf.files.byte_sizes import GIB
+from stepgguf.fit.machine import Machine
+from stepgguf.runtime.engine import DEFAULT_CACHE_RAM
+from stepgguf.runtime.llama_build import Gpu
 
-GIB = 2**30
 F16, F32 = 2, 4
-DEFAULT_CTX = 32768  # tokens of context at most, unless more are asked for: they take memory
-CACHE_RAM = 2 * GIB  # for conversations, unless it is said otherwise
 CELLS = 256  # the cache grows in steps of so many cells
 
 # What is left to the system, of a small memory an eighth. Linux: what the 124 of 128 GiB that Strix Halo is set up
@@ -34,7 +34,9 @@ LINUX_RESERVE, MACOS_RESERVE, GPU_RESERVE = 4 * GIB, 8 * GIB, 1 * GIB
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
+class LayerFootprint:
+    """What a layer's KV cache depends on."""
+
     n_head_kv: int
     is_sliding: bool
     is_mtp: bool = False
@@ -45,10 +47,10 @@ class Footprint:
     """What a model's memory depends on. weights: bytes of all tensors, MTP blocks included."""
 
     weights: int
-    layers: tuple[Layer, ...]
+    layers: tuple[LayerFootprint, ...]
     key_length: int
     value_length: int
-    window: int
+    sliding_window: int
     n_embd: int
     n_ff: int
     n_vocab: int
@@ -57,34 +59,48 @@ class Footprint:
     n_ctx_train: int
 
     @property
+    def trunk_layers(self) -> tuple[LayerFootprint, ...]:
+        """The layers that every token goes through."""
+        return tuple(layer for layer in self.layers if not layer.is_mtp)
+
+    @property
+    def mtp_layers(self) -> tuple[LayerFootprint, ...]:
+        """The MTP blocks."""
+        return tuple(layer for layer in self.layers if layer.is_mtp)
+
+    @property
     def has_mtp(self) -> bool:
-        return any(layer.is_mtp for layer in self.layers)
+        return bool(self.mtp_layers)
 
 
 @dataclass(frozen=True, slots=True)
-class Context:
-    """How the model is run: n_parallel sequences in n_ctx cells, batches of n_ubatch. cache_ram in bytes. gpu_layers:
-    so many on a GPU with memory of its own; -1 is all."""
+class ContextParams:
+    """How the model is run, in llama.cpp's terms: n_parallel sequences in n_ctx cells, batches of n_ubatch tokens.
+
+    cache_ram: bytes for conversations that are kept beside the context. gpu_layers: how many layers go to a GPU with
+    memory of its own; -1 is all.
+    """
 
     n_ctx: int
     n_parallel: int = 1
     n_ubatch: int = 512
-    cache_ram: int = CACHE_RAM
+    cache_ram: int = DEFAULT_CACHE_RAM
     mtp: bool = True
     gpu_layers: int = -1
 
     @property
     def cells(self) -> int:
-        """Of a full-attention layer's cache."""
-        return _padded(self.n_ctx)
+        """Cells of a full-attention layer's cache."""
+        return _padded_cells(self.n_ctx)
 
-    def sliding_cells(self, window: int) -> int:
-        return _padded(min(self.cells, window * self.n_parallel + self.n_ubatch))
+    def sliding_cells(self, sliding_window: int) -> int:
+        """Cells of a sliding layer's cache: each sequence's window, and the batch that is being read."""
+        return _padded_cells(min(self.cells, sliding_window * self.n_parallel + self.n_ubatch))
 
 
 @dataclass(frozen=True, slots=True)
-class Need:
-    """Bytes. `cache` is in RAM, the rest is where the model runs."""
+class MemoryNeed:
+    """Bytes that running a model takes. `cache` is in RAM, the rest is where the model runs."""
 
     weights: int
     kv: int
@@ -102,7 +118,7 @@ class Need:
 
 
 @dataclass(frozen=True, slots=True)
-class Budget:
+class MemoryBudget:
     """Bytes that a model may take on a machine.
 
     limit: where the model runs, as the machine is set up. ceiling: everywhere, with its settings raised (a GPU of its
@@ -115,63 +131,65 @@ class Budget:
     reserve: int
 
 
-def need(model: Footprint, context: Context) -> Need:
-    """What llama.cpp allocates for this model in this context, and what the engine keeps beside it."""
-    trunk = [layer for layer in model.layers if not layer.is_mtp]
-    heads = [layer for layer in model.layers if layer.is_mtp and context.mtp]
-    sliding = context.sliding_cells(model.window)
+def memory_need(model: Footprint, context: ContextParams) -> MemoryNeed:
+    """Add up what llama.cpp allocates for this model in this context, and what the engine keeps beside it."""
+    mtp_layers = model.mtp_layers if context.mtp else ()
+    sliding = context.sliding_cells(model.sliding_window)
     experts = model.n_expert_used * (2 * model.n_embd + model.expert_size)
     width = max(experts, 3 * model.n_ff)
-    n_outputs = context.n_parallel * (1 + len(heads))  # the next token's and each guess's
-    mtp = _buffer(model, context, sliding, 3 * model.n_ff, context.n_parallel) if heads else 0
-    return Need(
+    n_outputs = context.n_parallel * (1 + len(mtp_layers))  # the next token's and each guess's
+    mtp_buffer = _compute_buffer_bytes(model, context, sliding, 3 * model.n_ff, context.n_parallel)
+    return MemoryNeed(
         weights=model.weights,
-        kv=_cache(model, trunk, context),
-        mtp=_cache(model, heads, context) + mtp,
-        compute=_buffer(model, context, context.cells + sliding, width, n_outputs),
+        kv=_kv_cache_bytes(model, model.trunk_layers, context),
+        mtp=_kv_cache_bytes(model, mtp_layers, context) + mtp_buffer if mtp_layers else 0,
+        compute=_compute_buffer_bytes(model, context, context.cells + sliding, width, n_outputs),
         cache=context.cache_ram,
     )
 
 
-def checkpoint(model: Footprint) -> int:
-    """Bytes of one checkpoint of one sequence: the window of every sliding layer of the trunk."""
-    return sum(_row(model, y) * model.window for y in model.layers if y.is_sliding and not y.is_mtp)
+def saved_state_bytes(model: Footprint) -> int:
+    """Bytes of a saved state (llama.cpp: checkpoint) of a sequence: the window of all sliding layers of the trunk."""
+    return sum(_kv_cell_bytes(model, layer) * model.sliding_window for layer in model.trunk_layers if layer.is_sliding)
 
 
-def largest_context(model: Footprint, context: Context, n_bytes: int) -> int | None:
-    """The longest context, in steps of 1024, with which the model needs at most n_bytes."""
+def largest_context(model: Footprint, context: ContextParams, n_bytes: int) -> int | None:
+    """The longest context, in steps of 1024 tokens, with which the model needs at most n_bytes; None if none does."""
     for n_ctx in range(model.n_ctx_train, 0, -1024):
-        if need(model, replace(context, n_ctx=n_ctx)).total <= n_bytes:
+        if memory_need(model, replace(context, n_ctx=n_ctx)).total <= n_bytes:
             return n_ctx
     return None
 
 
-def gpu_layers(model: Footprint, needed: Need, n_bytes: int) -> int:
+def layers_that_fit(model: Footprint, needed: MemoryNeed, n_bytes: int) -> int:
     """How many layers fit a GPU with n_bytes, the compute buffers always being there. Layers count as equally large."""
-    layer = math.ceil((needed.weights + needed.kv) / len(model.layers))
-    return max(0, (n_bytes - needed.compute - needed.mtp) // layer)
+    layer_bytes = math.ceil((needed.weights + needed.kv) / len(model.layers))
+    return max(0, (n_bytes - needed.compute - needed.mtp) // layer_bytes)
 
 
-def budget(machine: Machine, gpus: Sequence[Gpu] = ()) -> Budget:
-    """What this machine has. `gpus`: what the engine sees, which is preferred to what the machine says of itself."""
+def memory_budget(machine: Machine, gpus: Sequence[Gpu] = ()) -> MemoryBudget:
+    """How much of a machine's memory a model may take.
+
+    gpus: those that the engine sees; their figures are preferred to what the machine says of itself.
+    """
     kind = machine.kind
     ram = min(machine.ram, machine.container_limit or machine.ram)
     reserve = min(MACOS_RESERVE if kind == "mac" else LINUX_RESERVE, ram // 8)
     ceiling = ram - reserve
     available = machine.ram_available or machine.ram  # a system that does not tell is taken for idle
-    if kind == "mac":
+    if kind == "mac":  # the GPU may wire a part of the RAM: as Metal says where it runs, else by the system's rule
         limit = min(ceiling, gpus[0].total if gpus and gpus[0].total else wired_limit(machine))
-        return Budget(limit, ceiling, min(limit, available), reserve)
-    if kind == "strix" and machine.amd is not None:
+        return MemoryBudget(limit, ceiling, min(limit, available), reserve)
+    if kind == "strix" and machine.amd is not None:  # memory set aside for the GPU is not in machine.ram
         limit = min(ceiling + machine.amd.vram, machine.amd.gtt + machine.amd.vram)
         free = min(limit, available + machine.amd.vram)
-        return Budget(limit, ceiling + machine.amd.vram, free, reserve)
+        return MemoryBudget(limit, ceiling + machine.amd.vram, free, reserve)
     cards = [gpu for gpu in (gpus or machine.gpus) if gpu.total] if kind != "spark" else []
-    if cards:
+    if cards:  # what they cannot hold stays in RAM
         limit = sum(max(0, (gpu.total or 0) - GPU_RESERVE) for gpu in cards)
         free = sum(max(0, (gpu.free or 0) - GPU_RESERVE) for gpu in cards)
-        return Budget(limit, limit + ceiling, free, GPU_RESERVE)
-    return Budget(ceiling, ceiling, min(ceiling, available), reserve)
+        return MemoryBudget(limit, limit + ceiling, free, GPU_RESERVE)
+    return MemoryBudget(ceiling, ceiling, min(ceiling, available), reserve)
 
 
 def wired_limit(machine: Machine) -> int:
@@ -181,26 +199,26 @@ def wired_limit(machine: Machine) -> int:
     return machine.ram * 3 // 4 if machine.ram > 36 * GIB else machine.ram * 2 // 3
 
 
-def _row(model: Footprint, layer: Layer) -> int:
-    """K and V of one token in one layer."""
+def _kv_cell_bytes(model: Footprint, layer: LayerFootprint) -> int:
+    """Bytes of K and V of one token in one layer."""
     return layer.n_head_kv * (model.key_length + model.value_length) * F16
 
 
-def _cache(model: Footprint, layers: Sequence[Layer], context: Context) -> int:
-    sliding = context.sliding_cells(model.window)
-    return sum(_row(model, layer) * (sliding if layer.is_sliding else context.cells) for layer in layers)
+def _kv_cache_bytes(model: Footprint, layers: Sequence[LayerFootprint], context: ContextParams) -> int:
+    sliding = context.sliding_cells(model.sliding_window)
+    return sum(_kv_cell_bytes(model, layer) * (sliding if layer.is_sliding else context.cells) for layer in layers)
 
 
-def _buffer(model: Footprint, context: Context, masked: int, width: int, n_outputs: int) -> int:
+def _compute_buffer_bytes(model: Footprint, context: ContextParams, masked: int, width: int, n_outputs: int) -> int:
     """The compute buffer: memory is reused along the graph, so one layer counts, and the logits after the last.
 
     In a layer: attention masks over `masked` cells (F16, as flash attention takes them), two hidden states, and the
     values that a feed-forward network has at a time: of a dense one gate, up and their product, of experts each one's
     gate and twice its output.
     """
-    layer = context.n_ubatch * (F16 * masked + F32 * (width + 2 * model.n_embd))
-    return layer + F32 * n_outputs * model.n_vocab
+    in_layer = context.n_ubatch * (F16 * masked + F32 * (width + 2 * model.n_embd))
+    return in_layer + F32 * n_outputs * model.n_vocab
 
 
-def _padded(cells: int) -> int:
+def _padded_cells(cells: int) -> int:
     return -(-cells // CELLS) * CELLS

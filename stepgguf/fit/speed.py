@@ -17,7 +17,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from stepgguf.fit.memory import Context, Footprint, checkpoint, need
+from stepgguf.fit.memory import ContextParams, Footprint, memory_need, saved_state_bytes
+from stepgguf.model.names import TensorName
 
 # Drafts of a step and the share of them that was accepted, lowest and highest, with all three heads (llama.cpp #24340).
 DRAFTED, ACCEPTED = 2, (0.65, 0.91)
@@ -28,26 +29,29 @@ def expert_share(n_used: int, n_expert: int, n_tokens: int = 1) -> float:
     return 1.0 - (1.0 - n_used / n_expert) ** n_tokens
 
 
-def read_bytes(role: str, n_bytes: int, share: float) -> float:
-    """What a step reads of a trunk tensor; share: expert_share(). Of the embeddings it is a row, some kB: nothing."""
-    if role == "token_embd":
+def read_bytes(name: TensorName, n_bytes: int, share: float) -> float:
+    """What a step reads of a trunk tensor, in bytes; share: expert_share()."""
+    if name.role == "token_embd":  # one row for each token, some kB
         return 0.0
-    return n_bytes * share if role.endswith("_exps") else float(n_bytes)
+    return n_bytes * share if name.is_expert else float(n_bytes)
 
 
-def step_bytes(tensors: Iterable[tuple[str, int]], share: float) -> float:
-    """The same for a whole trunk, given as role and bytes of each tensor."""
-    return sum(read_bytes(role, n_bytes, share) for role, n_bytes in tensors)
+def step_bytes(tensors: Iterable[tuple[TensorName, int]], share: float) -> float:
+    """What a step reads of a whole trunk, given as (name, bytes) of each tensor."""
+    return sum(read_bytes(name, n_bytes, share) for name, n_bytes in tensors)
 
 
-def cache_bytes(model: Footprint, depth: int) -> int:
+def kv_read_bytes(model: Footprint, depth: int) -> int:
     """What a step reads of the KV cache after `depth` tokens: full layers all cells, sliding ones the window."""
-    trunk = tuple(layer for layer in model.layers if not layer.is_mtp)
-    full = replace(model, layers=tuple(layer for layer in trunk if not layer.is_sliding))
-    return need(full, Context(depth)).kv + checkpoint(replace(model, window=min(model.window, depth)))
+    full = replace(model, layers=tuple(layer for layer in model.trunk_layers if not layer.is_sliding))
+    in_window = replace(model, sliding_window=min(model.sliding_window, depth))
+    return memory_need(full, ContextParams(depth)).kv + saved_state_bytes(in_window)
 
 
 def mtp_gain(one: float, several: float, drafting: float, tokens: float) -> float:
-    """How many times as fast it is with MTP, given the bytes of a step of one token, of one with the drafted tokens
-    too, and of drafting them; tokens: the expected yield of a step."""
+    """How many times as fast a model answers with MTP.
+
+    one, several: bytes of a step of one token, and of one with the drafted tokens too. drafting: bytes that drafting
+    them reads. tokens: the expected yield of a step.
+    """
     return tokens * one / (several + drafting)

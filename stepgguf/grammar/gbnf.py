@@ -17,13 +17,18 @@ MAX_RULES = 16384  # unfolded ones included: llama.cpp reads them in 10 ms
 MAX_TEXT = 256 * 1024  # characters of all rules
 _TRIE_DEPTH = 32  # of choices; below it they are written out, so that a hostile list cannot nest without end
 
-Range = tuple[int, int]  # code points, both ends included
-SURROGATES = (0xD800, 0xDFFF)
-_LAST = 0x10FFFF
+CodeRange = tuple[int, int]  # code points, both ends included
+_SURROGATES = (0xD800, 0xDFFF)
+_LAST_CODE = 0x10FFFF
+_SHORT_REPEATS = {(0, 1): "?", (0, None): "*", (1, None): "+"}
+_SHORT_ESCAPES = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
-class Rules:
-    """Named rules. `param` is the request's field that they are made from, for the errors."""
+class GrammarRules:
+    """Named rules that become one grammar. `param` is the request's field that they are made from, for the errors.
+
+    Every method that adds rules raises BadGrammar when there are more than llama.cpp reads quickly.
+    """
 
     def __init__(self, param: str) -> None:
         self.param = param
@@ -31,72 +36,77 @@ class Rules:
         self._names: dict[str, str] = {}  # body -> name: equal rules are one
         self._n_rules = self._n_text = self._n_reserved = 0
 
-    def define(self, name: str, body: str) -> str:
+    def define_rule(self, name: str, body: str) -> str:
+        """Add a rule under a name of the caller's, and return the name."""
         self._count(1, len(name) + len(body) + 6)
         self._bodies[name] = body
         return name
 
-    def reserve(self) -> str:
-        """A name that is defined later: for recursion."""
+    def reserve_name(self) -> str:
+        """Return a name that is defined later: a recursive rule refers to itself before it has a body."""
         self._n_reserved += 1
         return f"r{self._n_reserved}"
 
-    def add(self, body: str) -> str:
-        """The rule with this body, as one symbol."""
+    def symbol_for(self, body: str) -> str:
+        """Return the name of a rule with this body, or the body itself if it is a name already."""
         if re.fullmatch(r"[\w-]+", body):
             return body
         if body not in self._names:
-            self._names[body] = self.define(self.reserve(), body)
+            self._names[body] = self.define_rule(self.reserve_name(), body)
         return self._names[body]
 
-    def either(self, options: Iterable[str]) -> str:
-        return self.add(" | ".join(dict.fromkeys(options)))
+    def either_of(self, options: Iterable[str]) -> str:
+        """Return the symbol for any one of these bodies."""
+        return self.symbol_for(" | ".join(dict.fromkeys(options)))
 
-    def repeat(self, symbol: str, low: int, high: int | None = None) -> str:
-        """From low to high times (None: without end); low and high are at most MAX_REPEAT."""
+    def repeat_symbol(self, symbol: str, low: int, high: int | None = None) -> str:
+        """Return the symbol for low to high (None: any number) of a symbol in a row. Both are at most MAX_REPEAT."""
         assert max(low, high or 0) <= MAX_REPEAT
         if high == 0:
             return '""'
-        self._count(low if high is None else high, 0)
+        self._count(low if high is None else high, 0)  # what llama.cpp unfolds it to
         if (low, high) == (1, 1):
             return symbol
-        return self.add(
-            symbol
-            + {(0, 1): "?", (0, None): "*", (1, None): "+"}.get(
-                (low, high), f"{{{low}}}" if low == high else f"{{{low},{'' if high is None else high}}}"
-            )
-        )
+        counts = f"{{{low}}}" if low == high else f"{{{low},{'' if high is None else high}}}"
+        return self.symbol_for(symbol + _SHORT_REPEATS.get((low, high), counts))
 
-    def choice(self, texts: Collection[str]) -> str:
-        """Exactly one of the texts. As a tree by first characters: llama.cpp tries all alternatives for each token."""
+    def one_of_texts(self, texts: Collection[str]) -> str:
+        """Return the symbol for exactly one of these texts.
+
+        It is a tree by first characters, because llama.cpp tries all alternatives for each token.
+        """
         return self._tree(sorted(set(texts)), 0)
 
     def _tree(self, texts: Sequence[str], depth: int) -> str:
         if len(texts) == 1 or depth == _TRIE_DEPTH:
-            return self.either(literal(text) for text in texts)
+            return self.either_of(literal(text) for text in texts)
         branches: dict[str, list[str]] = {}
         for text in texts:
             branches.setdefault(text[:1], []).append(text)
         options = []
-        for first, group in branches.items():
-            n = len(_common_prefix(group[0], group[-1])) if first else 0
-            rest = self._tree([text[n:] for text in group], depth + 1) if len(group) > 1 else literal(group[0][n:])
-            options.append(f"{literal(group[0][:n])} {rest}" if len(group) > 1 else literal(group[0]))
-        return self.either(options)
+        for group in branches.values():
+            if len(group) == 1:
+                options.append(literal(group[0]))
+                continue
+            # the texts are sorted, so what the first and the last share all of them share
+            n = _n_common(group[0], group[-1])
+            options.append(f"{literal(group[0][:n])} {self._tree([text[n:] for text in group], depth + 1)}")
+        return self.either_of(options)
 
-    def others(self, words: Collection[Sequence[str]], forbidden: str, escapes: str = "") -> str:
-        """Any text but these words. A word is a sequence of symbols: a character, or a backslash and one of `escapes`.
+    def any_text_but(self, words: Collection[Sequence[str]], forbidden: str, escapes: str = "") -> str:
+        """Return the symbol for any text that is none of these words and has no character of `forbidden`.
 
-        The text has no character of `forbidden`; with `escapes`, `forbidden` holds the backslash.
+        A word is a sequence of symbols: a character, or a backslash and one of `escapes`. With `escapes`, `forbidden`
+        holds the backslash.
         """
         any_symbol = self._symbol_but((), forbidden, escapes)
-        rest = self.repeat(any_symbol, 0) if any_symbol else '""'
+        rest = self.repeat_symbol(any_symbol, 0) if any_symbol else '""'
         tree: dict[str, dict] = {}  # type: ignore[type-arg]
         for word in words:
             node = tree
-            for symbol in (*word, ""):
+            for symbol in (*word, ""):  # "" marks where a word ends: there the text may not
                 node = node.setdefault(symbol, {})
-        todo, names = [(self.reserve(), tree)], []
+        todo, names = [(self.reserve_name(), tree)], []
         while todo:
             name, node = todo.pop()
             names.append(name)
@@ -105,17 +115,18 @@ class Rules:
                 options.append('""')
             for symbol, child in node.items():
                 if symbol:
-                    todo.append((self.reserve(), child))
+                    todo.append((self.reserve_name(), child))
                     options.append(f"{literal(symbol)} {todo[-1][0]}")
-            self.define(name, " | ".join(options))
+            self.define_rule(name, " | ".join(options))
         return names[0]
 
     def _symbol_but(self, symbols: Sequence[str], forbidden: str, escapes: str) -> str:
         plain = char_class(all_but(characters([*forbidden, *(s for s in symbols if len(s) == 1)])))
         left = [e for e in escapes if "\\" + e not in symbols]
-        return self.either([plain, f'"\\\\" {char_class(characters(left))}']) if left else plain
+        return self.either_of([plain, f'"\\\\" {char_class(characters(left))}']) if left else plain
 
-    def text(self) -> str:
+    def gbnf_text(self) -> str:
+        """Return the grammar: one rule a line, in the order in which they were defined."""
         return "".join(f"{name} ::= {body}\n" for name, body in self._bodies.items())
 
     def _count(self, n_rules: int, n_text: int) -> None:
@@ -130,39 +141,42 @@ class Rules:
 
 
 def literal(text: str) -> str:
-    return '"' + "".join(_LITERAL.get(c) or (c if " " <= c < "\ud800" else _escaped(ord(c))) for c in text) + '"'
+    """Return the symbol for exactly this text: in quotes, with escapes for all that is not plainly printable."""
+    plain = (_SHORT_ESCAPES.get(c) or (c if " " <= c < "\ud800" else _escape_code(ord(c))) for c in text)
+    return '"' + "".join(plain) + '"'
 
 
-def char_class(ranges: Iterable[Range]) -> str:
-    """A class of characters. Everything but ASCII letters and digits is escaped."""
+def char_class(ranges: Iterable[CodeRange]) -> str:
+    """Return a class of characters. Everything but ASCII letters and digits is escaped."""
     return f"[{''.join(_code(a) if a == b else f'{_code(a)}-{_code(b)}' for a, b in ranges)}]"
 
 
-def all_but(ranges: Iterable[Range]) -> list[Range]:
-    """The other characters. Always listed: llama.cpp's [^x] also allows bytes that are no UTF-8."""
+def all_but(ranges: Iterable[CodeRange]) -> list[CodeRange]:
+    """Return the other characters, surrogates aside.
+
+    They are always listed and never written as [^x]: llama.cpp's negated classes also allow bytes that are no UTF-8.
+    """
     result, start = [], 1
-    for first, last in sorted([*ranges, SURROGATES]):
+    for first, last in sorted([*ranges, _SURROGATES]):
         if first > start:
             result.append((start, first - 1))
         start = max(start, last + 1)
-    return [*result, (start, _LAST)] if start <= _LAST else result
+    return [*result, (start, _LAST_CODE)] if start <= _LAST_CODE else result
 
 
-def characters(text: Iterable[str]) -> list[Range]:
+def characters(text: Iterable[str]) -> list[CodeRange]:
+    """Return each character as a range of its own."""
     return [(ord(char), ord(char)) for char in text]
 
 
 def _code(code: int) -> str:
-    return chr(code) if chr(code).isascii() and chr(code).isalnum() else _escaped(code)
+    return chr(code) if chr(code).isascii() and chr(code).isalnum() else _escape_code(code)
 
 
-def _escaped(code: int) -> str:
+def _escape_code(code: int) -> str:
     return f"\\x{code:02X}" if code < 0x100 else f"\\u{code:04X}" if code < 0x10000 else f"\\U{code:08X}"
 
 
-_LITERAL = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
-
-
-def _common_prefix(a: str, b: str) -> str:
-    n = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    return a[:n]
+def _n_common(a: str, b: str) -> int:
+    """How many characters two texts have in common at their start."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
+from typing import NamedTuple
 
 DIGITS = 20
-# Rules that the expressions here refer to
-RULES = {
+# Rules that the expressions here refer to; whoever uses them defines these first.
+SHARED_RULES = {
     "digits": f"[0-9]{{0,{DIGITS}}}",
     "more-digits": f"[0-9]{{1,{DIGITS}}}",
     "zeros": f'"0"{{1,{DIGITS}}}',
@@ -24,14 +25,21 @@ RULES = {
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """`open`: the value itself is not in the interval."""
+    """One end of an interval. `open`: the value itself is not in it."""
 
     value: Decimal
     open: bool = False
 
 
-def integers(low: Bound | None, high: Bound | None) -> str | None:
-    """The integers of an interval as one symbol; None if there are none."""
+class _TightBound(NamedTuple):
+    """What a bound still demands of the digits to come: `digits` are its own, without zeros at the end."""
+
+    digits: str
+    open: bool
+
+
+def integers_between(low: Bound | None, high: Bound | None) -> str | None:
+    """Return one symbol for the integers of an interval (a bound that is None is none); None if it has no integer."""
     first = last = None
     if low is not None:
         first = int(low.value.to_integral_value(ROUND_CEILING))
@@ -39,131 +47,143 @@ def integers(low: Bound | None, high: Bound | None) -> str | None:
     if high is not None:
         last = int(high.value.to_integral_value(ROUND_FLOOR))
         last -= high.open and last == high.value
-    options = _whole(max(first or 0, 0), last)
+    options = _natural_numbers(max(first or 0, 0), last)
     if first is None or first < 0:
-        below = _whole(max(1, -last) if last is not None else 1, None if first is None else -first)
+        below = _natural_numbers(max(1, -last) if last is not None else 1, None if first is None else -first)
         options += [f'"-" {option}' for option in below]
-    return _group(options)
+    return _group_options(options)
 
 
-def numbers(low: Bound | None, high: Bound | None) -> str | None:
-    """The decimal numbers of an interval as one symbol; None if there are none."""
+def numbers_between(low: Bound | None, high: Bound | None) -> str | None:
+    """Return one symbol for the decimal numbers of an interval; None if it is empty."""
     zero = Bound(Decimal(0))
     options = []
     if high is None or high.value > 0 or (high.value == 0 and not high.open):
         options += _magnitudes(low if low is not None and low.value >= 0 else zero, high)
-    if low is None or low.value < 0:
+    if low is None or low.value < 0:  # below zero, magnitudes run the other way: the upper bound is the near one
         near = high if high is not None and high.value < 0 else Bound(Decimal(0), open=True)
         far = None if low is None else Bound(-low.value, low.open)
         options += [f'"-" {option}' for option in _magnitudes(Bound(-near.value, near.open), far)]
-    return _group(options)
+    return _group_options(options)
 
 
-def _group(options: list[str]) -> str | None:
+def _group_options(options: list[str]) -> str | None:
     return f"({' | '.join(options)})" if options else None
 
 
-def _whole(first: int, last: int | None) -> list[str]:
+# whole numbers -------------------------------------------------------------------------------------------------------
+
+
+def _natural_numbers(first: int, last: int | None) -> list[str]:
     """The integers 0 <= first to last (None: without end) as alternatives, one or more for each number of digits."""
     last = min(10**DIGITS - 1, 10**DIGITS if last is None else last)
     if first > last:
         return []
     return [
-        _between(str(max(first, 10 ** (n - 1) if n > 1 else 0)), str(min(last, 10**n - 1)))
+        _digit_strings(str(max(first, 10 ** (n - 1) if n > 1 else 0)), str(min(last, 10**n - 1)))
         for n in range(len(str(first)), len(str(last)) + 1)
     ]
 
 
-def _between(low: str, high: str) -> str:
-    """Digit strings of one length."""
+def _digit_strings(low: str, high: str) -> str:
+    """The digit strings from low to high, which have the same length."""
     n = len(low)
     if not n:
         return ""
     if set(low[1:]) <= {"0"} and set(high[1:]) <= {"9"}:
-        return _digit(low[0], high[0]) + (f" [0-9]{{{n - 1}}}" if n > 1 else "")
+        return _digit_class(low[0], high[0]) + (f" [0-9]{{{n - 1}}}" if n > 1 else "")
     if low[0] == high[0]:
-        return f"{_digit(low[0], low[0])} {_between(low[1:], high[1:])}"
-    options = [f"{_digit(low[0], low[0])} {_between(low[1:], '9' * (n - 1))}"]
+        return f"{_digit_class(low[0], low[0])} {_digit_strings(low[1:], high[1:])}"
+    options = [f"{_digit_class(low[0], low[0])} {_digit_strings(low[1:], '9' * (n - 1))}"]
     if int(high[0]) - int(low[0]) > 1:
-        options.append(f"{_digit(chr(ord(low[0]) + 1), chr(ord(high[0]) - 1))} [0-9]{{{n - 1}}}")
-    options.append(f"{_digit(high[0], high[0])} {_between('0' * (n - 1), high[1:])}")
+        options.append(f"{_digit_class(chr(ord(low[0]) + 1), chr(ord(high[0]) - 1))} [0-9]{{{n - 1}}}")
+    options.append(f"{_digit_class(high[0], high[0])} {_digit_strings('0' * (n - 1), high[1:])}")
     return f"({' | '.join(options)})"
 
 
-def _digit(low: str, high: str) -> str:
+def _digit_class(low: str, high: str) -> str:
     return f"[{low}]" if low == high else f"[{low}-{high}]"
 
 
+# fractions -----------------------------------------------------------------------------------------------------------
+
+
 def _magnitudes(low: Bound, high: Bound | None) -> list[str]:
-    """Decimals 0 <= low to high as alternatives."""
-    first, above = _split(low.value)
+    """The decimals 0 <= low to high (None: without end) as alternatives."""
+    first, above = _split_at_point(low)
     if high is None:
-        edges, middle = [(first, _fraction(above, low.open, None, False))], _whole(first + 1, None)
+        edges, middle = [(first, _fraction(above, None))], _natural_numbers(first + 1, None)
     else:
-        last, below = _split(high.value)
-        if first > last or (first == last and above > below):
+        last, below = _split_at_point(high)
+        if first > last or (first == last and above.digits > below.digits):
             return []
         if first == last:
-            edges, middle = [(first, _fraction(above, low.open, below, high.open))], []
+            edges, middle = [(first, _fraction(above, below))], []
         else:
-            edges = [
-                (first, _fraction(above, low.open, None, False)),
-                (last, _fraction(None, False, below, high.open)),
-            ]
-            middle = _whole(first + 1, last - 1)
+            edges = [(first, _fraction(above, None)), (last, _fraction(None, below))]
+            middle = _natural_numbers(first + 1, last - 1)
     edge = [f'"{whole}" {fraction}' for whole, fraction in edges if fraction is not None and whole < 10**DIGITS]
     return edge + [f"{option} fraction" for option in middle]
 
 
-def _split(value: Decimal) -> tuple[int, str]:
-    whole, _, fraction = f"{value:f}".partition(".")
-    return int(whole), fraction.rstrip("0")
+def _split_at_point(bound: Bound) -> tuple[int, _TightBound]:
+    whole, _, fraction = f"{bound.value:f}".partition(".")
+    return int(whole), _TightBound(fraction.rstrip("0"), bound.open)
 
 
-def _fraction(low: str | None, low_open: bool, high: str | None, high_open: bool) -> str | None:
-    """What may follow the whole part of a number, between the fractions of two bounds (digits; None: not tight)."""
-    digits = _more(low, low_open, high, high_open)
-    ends = _may_end(low, low_open, high, high_open)
+def _fraction(low: _TightBound | None, high: _TightBound | None) -> str | None:
+    """What may follow the whole part of a number, point included; None: nothing, and it may not end there either.
+
+    A bound that is None is not tight: it holds already.
+    """
+    digits = _more_digits(low, high)
+    ends = _may_end(low, high)
     if digits is None:
         return '""' if ends else None
     return f'("." {digits}){"?" if ends else ""}'
 
 
-def _may_end(low: str | None, low_open: bool, high: str | None, high_open: bool) -> bool:
-    return (low is None or (not low and not low_open)) and (high is None or bool(high) or not high_open)
+def _may_end(low: _TightBound | None, high: _TightBound | None) -> bool:
+    reaches_low = low is None or (not low.digits and not low.open)
+    return reaches_low and (high is None or bool(high.digits) or not high.open)
 
 
-def _more(low: str | None, low_open: bool, high: str | None, high_open: bool) -> str | None:
-    """At least one digit more."""
-    if low == "" and not low_open:
-        low = None
-    if high == "":
-        return None if high_open or low is not None else "zeros"
-    if high is None and not low:
+def _more_digits(low: _TightBound | None, high: _TightBound | None) -> str | None:
+    """At least one digit more, or None if none may come."""
+    if low is not None and not low.digits and not low.open:
+        low = None  # reached: whatever follows is above it
+    if high is not None and not high.digits:
+        return None if high.open or low is not None else "zeros"
+    if high is None and (low is None or not low.digits):
         return "more-digits" if low is None else "digits [1-9] digits"
-    first, last = (low or "0")[0], (high or "9")[0]
-    low_rest = None if low is None else low[1:]
-    high_rest = None if high is None else high[1:]
+    first, last = ((low.digits if low else "") or "0")[0], (high.digits if high else "9")[0]
     if first > last:
         return None
+    above, below = _after_digit(low), _after_digit(high)
     if low is not None and high is not None and first == last:
-        options = [(first, first, _rest(low_rest, low_open, high_rest, high_open))]
+        options = [(first, first, _any_rest(above, below))]
     else:
+        # between the bounds' own digits all is free; at one of them that bound stays tight
         inner_first, inner_last = int(first) + (low is not None), int(last) - (high is not None)
         options = [(str(inner_first), str(inner_last), "digits")] if inner_first <= inner_last else []
         if low is not None:
-            options.append((first, first, _rest(low_rest, low_open, None, False)))
+            options.append((first, first, _any_rest(above, None)))
         if high is not None:
-            options.append((last, last, _rest(None, False, high_rest, high_open)))
-    texts = [f"{_digit(a, b)} {rest}" for a, b, rest in options if rest is not None]
-    return _group(texts)
+            options.append((last, last, _any_rest(None, below)))
+    return _group_options([f"{_digit_class(a, b)} {rest}" for a, b, rest in options if rest is not None])
 
 
-def _rest(low: str | None, low_open: bool, high: str | None, high_open: bool) -> str | None:
+def _after_digit(bound: _TightBound | None) -> _TightBound | None:
+    """A bound after a digit that was its own."""
+    return None if bound is None else bound._replace(digits=bound.digits[1:])
+
+
+def _any_rest(low: _TightBound | None, high: _TightBound | None) -> str | None:
+    """Any number of digits more, none included where the number may end."""
     if low is None and high is None:
         return "digits"
-    digits = _more(low, low_open, high, high_open)
-    ends = _may_end(low, low_open, high, high_open)
+    digits = _more_digits(low, high)
+    ends = _may_end(low, high)
     if digits is None:
         return '""' if ends else None
     return f"({digits}){'?' if ends else ''}"

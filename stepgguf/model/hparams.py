@@ -27,11 +27,11 @@ from stepgguf.model.layers import (
     MAX_SIZE,
     Layer,
     RopeScaling,
-    aliased,
-    integer,
-    integers,
-    number,
+    read_aliased,
+    read_integer,
+    read_integers,
     read_layers,
+    read_number,
     read_rope_scaling,
 )
 
@@ -88,7 +88,7 @@ class HParams:
     layers: tuple[Layer, ...]
 
     @property
-    def trunk(self) -> tuple[Layer, ...]:
+    def trunk_layers(self) -> tuple[Layer, ...]:
         return self.layers[: self.n_layer]
 
     @property
@@ -136,18 +136,18 @@ class HParams:
         Raises UnsupportedModel for another architecture, BadConfig for a bad value.
         """
         root = Value(dict(config), document, BadConfig, "Take config.json from the model's repository.")
-        architecture = _architecture(root)
+        architecture = _known_architecture(root)
         text = root.get("text_config") or root
         _check_fixed(text)
         n_layer = text["num_hidden_layers"].integer(1, MAX_LAYERS)
-        n_mtp = integer(text, "num_nextn_predict_layers", 0, MAX_LAYERS - n_layer, default=0)
+        n_mtp = read_integer(text, "num_nextn_predict_layers", 0, MAX_LAYERS - n_layer, default=0)
         head_dim = text["head_dim"].integer(4, MAX_SIZE)
         if head_dim % 4:
             raise text["head_dim"].wrong("a multiple of 4: full-attention layers rotate half of it, in pairs")
         scale = text.get("query_pre_attn_scalar")
         if scale is not None and scale.number() != head_dim:
             raise UnsupportedModel(f"{scale.document}: {scale.place} is {shown(scale.raw)}; only head_dim is known")
-        n_expert = aliased(text, "moe_num_experts").integer(1, MAX_EXPERTS)
+        n_expert = read_aliased(text, "moe_num_experts").integer(1, MAX_EXPERTS)
         return cls(
             architecture=architecture,
             vocab_size=text["vocab_size"].integer(1, MAX_SIZE),
@@ -157,29 +157,29 @@ class HParams:
             n_layer=n_layer,
             n_mtp=n_mtp,
             n_expert=n_expert,
-            n_expert_used=aliased(text, "moe_top_k").integer(1, n_expert),
+            n_expert_used=read_aliased(text, "moe_top_k").integer(1, n_expert),
             expert_size=text["moe_intermediate_size"].integer(1, MAX_SIZE),
             shared_expert_size=text["share_expert_dim"].integer(1, MAX_SIZE),
-            router_scale=number(text, "moe_router_scaling_factor", -MAX_FLOAT, MAX_FLOAT, default=1.0),
+            router_scale=read_number(text, "moe_router_scaling_factor", -MAX_FLOAT, MAX_FLOAT, default=1.0),
             router_norm=norm.flag() if (norm := text.get("norm_expert_weight")) is not None else True,
             sliding_window=text["sliding_window"].integer(1, MAX_SIZE),
-            rms_norm_eps=number(text, "rms_norm_eps", 0.0, 1.0, default=1e-5),
+            rms_norm_eps=read_number(text, "rms_norm_eps", 0.0, 1.0, default=1e-5),
             max_position=text["max_position_embeddings"].integer(1, MAX_SIZE),
             rope_scaling=read_rope_scaling(text),
             bos_token_id=(text.get("bos_token_id") or root["bos_token_id"]).integer(0, MAX_SIZE),
-            eos_token_ids=integers(text.get("eos_token_id") or root["eos_token_id"], MAX_SIZE),
+            eos_token_ids=read_integers(text.get("eos_token_id") or root["eos_token_id"], MAX_SIZE),
             layers=read_layers(text, n_layer, n_mtp),
         )
 
     def without_mtp(self) -> HParams:
         """The same model without MTP blocks."""
-        return replace(self, n_mtp=0, layers=self.trunk)
+        return replace(self, n_mtp=0, layers=self.trunk_layers)
 
 
 AnyHParams = HParams | GGUFHParams  # of a source, whichever kind it is
 
 
-def _architecture(config: Value) -> str:
+def _known_architecture(config: Value) -> str:
     names = config.raw.get("architectures")
     for name in names if isinstance(names, list) else ():
         if name in CHECKPOINT_ARCHITECTURES:

@@ -21,13 +21,13 @@ class TensorName(str):
     @property
     def layer(self) -> int | None:
         """The layer; None of what is outside the layers."""
-        number = self._split[0]
+        number = self._layer_and_rest[0]
         return None if number is None else int(number)
 
     @property
     def stem(self) -> str:
         """The name without its layer and without ".weight" or ".bias"."""
-        inside: str = self._split[1]
+        inside: str = self._layer_and_rest[1]
         return inside.rpartition(".")[0] or inside
 
     @property
@@ -50,7 +50,7 @@ class TensorName(str):
         return -1 if self.layer is None else self.layer, str(self)
 
     @property
-    def _split(self) -> tuple[str | None, str]:
+    def _layer_and_rest(self) -> tuple[str | None, str]:
         match = _PARTS.fullmatch(self)
         assert match is not None
         return match[1], match[2]

@@ -28,23 +28,23 @@ class TensorRule:
     plus_one: bool = False
 
 
-def _norm(where: str, source: str, name: str, shape: str) -> TensorRule:
+def _norm_rule(where: str, source: str, name: str, shape: str) -> TensorRule:
     return TensorRule(where, source, name, shape, plus_one=True)
 
 
 TENSORS = (
     TensorRule("model", "model.embed_tokens.weight", "token_embd.weight", "vd"),
-    _norm("model", "model.norm.weight", "output_norm.weight", "d"),
+    _norm_rule("model", "model.norm.weight", "output_norm.weight", "d"),
     TensorRule("model", "lm_head.weight", "output.weight", "vd"),
-    _norm("layer", "input_layernorm.weight", "attn_norm.weight", "d"),
+    _norm_rule("layer", "input_layernorm.weight", "attn_norm.weight", "d"),
     TensorRule("layer", "self_attn.q_proj.weight", "attn_q.weight", "qd"),
     TensorRule("layer", "self_attn.k_proj.weight", "attn_k.weight", "kd"),
     TensorRule("layer", "self_attn.v_proj.weight", "attn_v.weight", "kd"),
     TensorRule("layer", "self_attn.o_proj.weight", "attn_output.weight", "dq"),
     TensorRule("layer", "self_attn.g_proj.weight", "attn_gate.weight", "hd"),
-    _norm("layer", "self_attn.q_norm.weight", "attn_q_norm.weight", "e"),
-    _norm("layer", "self_attn.k_norm.weight", "attn_k_norm.weight", "e"),
-    _norm("layer", "post_attention_layernorm.weight", "ffn_norm.weight", "d"),
+    _norm_rule("layer", "self_attn.q_norm.weight", "attn_q_norm.weight", "e"),
+    _norm_rule("layer", "self_attn.k_norm.weight", "attn_k_norm.weight", "e"),
+    _norm_rule("layer", "post_attention_layernorm.weight", "ffn_norm.weight", "d"),
     TensorRule("dense", "mlp.gate_proj.weight", "ffn_gate.weight", "fd"),
     TensorRule("dense", "mlp.up_proj.weight", "ffn_up.weight", "fd"),
     TensorRule("dense", "mlp.down_proj.weight", "ffn_down.weight", "df"),
@@ -56,10 +56,10 @@ TENSORS = (
     TensorRule("moe", "share_expert.gate_proj.weight", "ffn_gate_shexp.weight", "sd"),
     TensorRule("moe", "share_expert.up_proj.weight", "ffn_up_shexp.weight", "sd"),
     TensorRule("moe", "share_expert.down_proj.weight", "ffn_down_shexp.weight", "ds"),
-    _norm("mtp", "enorm.weight", "nextn.enorm.weight", "d"),
-    _norm("mtp", "hnorm.weight", "nextn.hnorm.weight", "d"),
+    _norm_rule("mtp", "enorm.weight", "nextn.enorm.weight", "d"),
+    _norm_rule("mtp", "hnorm.weight", "nextn.hnorm.weight", "d"),
     TensorRule("mtp", "eh_proj.weight", "nextn.eh_proj.weight", "dD"),
-    _norm("mtp", "transformer.shared_head.norm.weight", "nextn.shared_head_norm.weight", "d"),
+    _norm_rule("mtp", "transformer.shared_head.norm.weight", "nextn.shared_head_norm.weight", "d"),
     TensorRule("mtp", "transformer.shared_head.output.weight", "nextn.shared_head_head.weight", "vd"),
 )
 
@@ -97,14 +97,14 @@ class TensorSpec:
 
 def tensor_specs(hp: HParams) -> list[TensorSpec]:
     """Every tensor that a checkpoint with these hparams has, trunk and MTP, in llama-quantize's order."""
-    specs = [_spec(rule, hp, None) for rule in TENSORS if rule.where == "model"]
+    specs = [_make_spec(rule, hp, None) for rule in TENSORS if rule.where == "model"]
     for layer in hp.layers:
         places = {"layer", "moe" if layer.is_moe else "dense"} | ({"mtp"} if layer.is_mtp else set())
-        specs += [_spec(rule, hp, layer) for rule in TENSORS if rule.where in places]
+        specs += [_make_spec(rule, hp, layer) for rule in TENSORS if rule.where in places]
     return sorted(specs, key=lambda spec: spec.name.file_order)
 
 
-def _spec(rule: TensorRule, hp: HParams, layer: Layer | None) -> TensorSpec:
+def _make_spec(rule: TensorRule, hp: HParams, layer: Layer | None) -> TensorSpec:
     sizes = {
         "d": hp.hidden_size, "D": 2 * hp.hidden_size, "f": hp.intermediate_size, "x": hp.expert_size,
         "s": hp.shared_expert_size, "n": hp.n_expert, "v": hp.vocab_size, "e": hp.head_dim,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from stepgguf.errors import ImatrixError
-from stepgguf.quants.imatrix import THIN, Entry, Imatrix, Tensor
+from stepgguf.quants.imatrix import THIN_TOKENS, Imatrix, ImatrixEntry, WantedTensor
 
 # What llama.cpp's tool does not record: the embedding is looked up, not multiplied.
 _NEVER_RECORDED = frozenset({"token_embd"})
@@ -57,7 +57,7 @@ class Coverage:
             )
         if thin:
             total = sum(row.thin or 0 for row in thin)
-            sentences.append(f"{total} experts in {len(thin)} layers saw fewer than {THIN} tokens")
+            sentences.append(f"{total} experts in {len(thin)} layers saw fewer than {THIN_TOKENS} tokens")
         if unknown:
             sentences.append(
                 f"tokens per expert are unknown in {len(unknown)} layers: the file keeps no counts of them"
@@ -69,9 +69,9 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def coverage(imatrix: Imatrix, tensors: Sequence[Tensor]) -> Coverage:
+def coverage(imatrix: Imatrix, tensors: Sequence[WantedTensor]) -> Coverage:
     """Hold the matrix against the tensors to quantize. ImatrixError: it is of another model."""
-    entries = {tensor.name: imatrix.entry(tensor) for tensor in tensors}
+    entries = {tensor.name: imatrix.entry_of(tensor) for tensor in tensors}
     missing = [t for t in tensors if entries[t.name] is None and t.role not in _NEVER_RECORDED]
     if len(missing) == len(tensors) and not all(t.is_mtp for t in tensors):
         found = _some(list(imatrix.entries))
@@ -79,7 +79,7 @@ def coverage(imatrix: Imatrix, tensors: Sequence[Tensor]) -> Coverage:
             f"{imatrix.path}: it has {found}, none of which the model has",
             hint="This importance matrix was made from another model.",
         )
-    experts: dict[int, list[Entry]] = {}
+    experts: dict[int, list[ImatrixEntry]] = {}
     for tensor in tensors:
         entry = entries[tensor.name]
         if entry is not None and tensor.n_matrix > 1 and tensor.layer is not None:
@@ -91,10 +91,10 @@ def coverage(imatrix: Imatrix, tensors: Sequence[Tensor]) -> Coverage:
     )
 
 
-def _layer(layer: int, entries: Sequence[Entry]) -> LayerCoverage:
+def _layer(layer: int, entries: Sequence[ImatrixEntry]) -> LayerCoverage:
     tokens = np.min([entry.counts for entry in entries], axis=0)  # gate, up and down see the same tokens
     n, unseen = len(tokens), int((tokens == 0).sum())
     if not all(entry.counted for entry in entries):
         return LayerCoverage(layer, n, unseen, None, None, None)
-    thin = int((tokens < THIN).sum()) - unseen
+    thin = int((tokens < THIN_TOKENS).sum()) - unseen
     return LayerCoverage(layer, n, unseen, thin, int(tokens.min()), float(np.median(tokens)))

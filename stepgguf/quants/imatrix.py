@@ -19,17 +19,18 @@ Sources: tools/imatrix/imatrix.cpp, common/imatrix-loader.cpp and load_imatrix i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFReader, GGUFValueType, GGUFWriter, Keys
+from gguf import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType, Keys
 from numpy.typing import NDArray
 
-from stepgguf.errors import ImatrixError, OutputError
-from stepgguf.files import disk
+from stepgguf.errors import GGUFError, ImatrixError, OutputError
+from stepgguf.files import disk, gguf_header
+from stepgguf.files.gguf_header import Key, TensorInfo
+from stepgguf.files.jsonread import shown
 
 Floats = NDArray[np.float32]
 
@@ -37,27 +38,26 @@ PRIORS = ("pooled", "flat")
 
 # Tokens' worth of prior in an expert's importance, and the tokens below which an expert is called thin. Both by output
 # error (Q4_K) on held-out dialogues, for experts of the embedded model that were shown 0 to 256 tokens: gate and up do
-# best with 8 to 32, down with 2 to 8. With n0 = 8, down is 26 % above full calibration at 128 tokens, 17 % at 256.
-N0 = 8.0
-THIN = 256
+# best with 8 to 32, down with 2 to 8. With 8, down is 26 % above full calibration at 128 tokens, 17 % at 256.
+PRIOR_TOKENS = 8.0
+THIN_TOKENS = 256
 
 # An expert's down projection reads its own hidden units: channel j of one expert has nothing to do with j of another.
 _OWN_CHANNELS = frozenset({"ffn_down_exps"})
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
+_F32, _V = GGMLQuantizationType.F32, GGUFValueType
 _HINT = "An importance matrix is what llama-imatrix writes: a GGUF, or the older .dat."
-# Vocabularies are the longest arrays that GGUFs hold, and the longest of those have this many tokens (Gemma's).
-_MAX_ITEMS = 262_144
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Entry:
+class ImatrixEntry:
     """One tensor's sums of x^2 [n_matrix, columns] over the counts [n_matrix] of tokens that each matrix saw.
 
     n_matrix is the number of experts, 1 for a dense tensor.
     counted: False where the tokens of each expert are unknown. counts then tell which experts were seen, and
         sums / counts is their mean all the same.
-    shared: whether column j is the same channel for every expert. See `importance`.
+    shared: whether column j is the same channel for every expert. See `channel_importance`.
     """
 
     sums: Floats
@@ -67,8 +67,8 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Tensor:
-    """A tensor of the model that wants importance. `columns` is the length of its rows."""
+class WantedTensor:
+    """A tensor of the model for which importance is looked up. `columns` is the length of its rows."""
 
     name: str
     role: str
@@ -80,45 +80,52 @@ class Tensor:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Imatrix:
-    """entries: GGUF tensor name -> what the file has of it. `path` is None for one that was just collected."""
+    """An importance matrix. entries: GGUF tensor name -> what was recorded of it.
+
+    path: None for one that was just collected. chunk_size: 0 where the file does not say it (.dat).
+    """
 
     path: Path | None
     datasets: tuple[str, ...]
     chunk_count: int
     chunk_size: int
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, ImatrixEntry]
 
-    def entry(self, tensor: Tensor) -> Entry | None:
-        """The tensor's entry, [n_matrix, columns]; None if it has none or saw no token. Another shape: ImatrixError."""
+    def entry_of(self, tensor: WantedTensor) -> ImatrixEntry | None:
+        """The tensor's entry, [n_matrix, columns]. None if there is none, or if it saw no token.
+
+        Raises ImatrixError if what was recorded has another shape.
+        """
         found = self.entries.get(tensor.name)
         if found is None:
             return None
         expected = (tensor.n_matrix, tensor.columns)
         if len(found.counts) == 1 and found.sums.size == tensor.n_matrix * tensor.columns:
-            found = _cut(found, tensor.n_matrix)
+            found = _split_experts(found, tensor.n_matrix)
         elif found.sums.shape != expected:
             raise ImatrixError(
-                f"{self.path}: {tensor.name} has {_times(found.sums.shape)} values, expected {_times(expected)}",
+                f"{self.path}: {tensor.name} has {_shape_text(found.sums.shape)} values, "
+                f"expected {_shape_text(expected)}",
                 hint="This importance matrix was made from another model.",
             )
         return replace(found, shared=tensor.role not in _OWN_CHANNELS) if found.counts.any() else None
 
 
-def _cut(entry: Entry, n: int) -> Entry:
-    """One matrix of all experts' values, cut into n. Experts whose means are all exactly 1.0 were not seen."""
+def _split_experts(entry: ImatrixEntry, n: int) -> ImatrixEntry:
+    """One matrix of all experts' values, split into n. Experts whose means are all exactly 1.0 were not seen."""
     if n == 1:
         return entry
     sums = entry.sums.reshape(n, -1)
     seen = (sums != entry.counts).any(axis=1)
-    return Entry(np.where(seen[:, None], sums, np.float32(0)), np.where(seen, entry.counts, 0), counted=False)
+    return ImatrixEntry(np.where(seen[:, None], sums, np.float32(0)), np.where(seen, entry.counts, 0), counted=False)
 
 
-def _times(shape: Sequence[int]) -> str:
+def _shape_text(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))
 
 
-def read(path: Path) -> Imatrix:
-    """Map an importance matrix of either form, and check every value. Raises ImatrixError."""
+def read_imatrix(path: Path) -> Imatrix:
+    """Map an importance matrix of either form into memory, and check every value. Raises ImatrixError."""
     try:
         with disk.open_regular(path) as file:
             magic = file.read(4)
@@ -128,11 +135,11 @@ def read(path: Path) -> Imatrix:
         raise ImatrixError(f"{path}: the file is empty", hint=_HINT)
     imatrix = _read_gguf(path) if magic == b"GGUF" else _read_dat(path)
     for name, entry in imatrix.entries.items():
-        _check(f"{path}: {name}", entry)
+        _check_values(f"{path}: {name}", entry)
     return imatrix
 
 
-def _check(what: str, entry: Entry) -> None:
+def _check_values(what: str, entry: ImatrixEntry) -> None:
     with np.errstate(invalid="ignore"):  # signalling NaNs
         for part, values in (("sums", entry.sums), ("counts", entry.counts)):
             low, high = values.min(), values.max()
@@ -145,123 +152,120 @@ def _check(what: str, entry: Entry) -> None:
             raise ImatrixError(f"{what}: matrix {i} of {len(entry.counts)} has sums, but saw no token", hint=_HINT)
 
 
-class _Reader(GGUFReader):
-    """gguf-py's reader makes objects for as many items as an array claims to have, be they in the file or not."""
-
-    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
-        if raw_type == GGUFValueType.ARRAY and (count := self._get(orig_offs + 4, np.uint64)[0]) > _MAX_ITEMS:
-            raise ValueError(f"an array of {count} items at byte {orig_offs}")
-        return super()._get_field_parts(orig_offs, raw_type)
-
-
 def _read_gguf(path: Path) -> Imatrix:
     try:
-        with np.errstate(over="raise"):
-            reader = _Reader(path)
-            keys = {name: field.contents() for name, field in reader.fields.items() if name.startswith("imatrix.")}
-    except (ValueError, LookupError, ArithmeticError, RecursionError) as error:
-        raise ImatrixError(f"{path}: damaged GGUF: {error}", hint=_HINT) from error
+        header = gguf_header.read(path)
+    except GGUFError as error:
+        raise ImatrixError(error.message, hint=_HINT) from error
 
-    def key(name: str, expected: type) -> Any:
-        if not isinstance(keys.get(name), expected):
-            raise ImatrixError(f"{path}: {name} is {keys.get(name)!r}, expected {expected.__name__}", hint=_HINT)
-        return keys[name]
+    def value_of(key: str, expected: type) -> Any:
+        value = header.get(key)
+        if not isinstance(value, expected):
+            raise ImatrixError(f"{path}: {key} is {shown(value)}, expected {expected.__name__}", hint=_HINT)
+        return value
 
-    datasets = key(Keys.IMatrix.DATASETS, list)
-    chunk_count, chunk_size = key(Keys.IMatrix.CHUNK_COUNT, int), key(Keys.IMatrix.CHUNK_SIZE, int)
-    parts = {t.name: np.asarray(t.data) for t in reader.tensors if t.name.endswith((_SUMS, _COUNTS))}
-    names = sorted({name.rpartition(".")[0] for name in parts})
+    datasets = value_of(Keys.IMatrix.DATASETS, list)
+    chunk_count, chunk_size = value_of(Keys.IMatrix.CHUNK_COUNT, int), value_of(Keys.IMatrix.CHUNK_SIZE, int)
+    infos = {info.name: info for info in header.tensors if info.name.endswith((_SUMS, _COUNTS))}
+    names = sorted({name.rpartition(".")[0] for name in infos})
     if not names:
         raise ImatrixError(f"{path}: no tensor has data", hint=_HINT)
-    entries = {name: _entry(f"{path}: {name}", parts.get(name + _SUMS), parts.get(name + _COUNTS)) for name in names}
+    data = np.asarray(np.memmap(path, np.uint8, "r"))[header.data_start :]
+    entries = {
+        name: _read_entry(f"{path}: {name}", infos.get(name + _SUMS), infos.get(name + _COUNTS), data) for name in names
+    }
     return Imatrix(path, tuple(str(name) for name in datasets if name), chunk_count, chunk_size, entries)
 
 
-def _entry(what: str, sums: NDArray[Any] | None, counts: NDArray[Any] | None) -> Entry:
+def _read_entry(what: str, sums: TensorInfo | None, counts: TensorInfo | None, data: NDArray[np.uint8]) -> ImatrixEntry:
     if sums is None or counts is None:
         raise ImatrixError(f"{what}: no {_SUMS if sums is None else _COUNTS} tensor", hint=_HINT)
-    if sums.dtype != np.float32 or counts.dtype != np.float32:
-        raise ImatrixError(f"{what}: sums are {sums.dtype} and counts {counts.dtype}, expected float32", hint=_HINT)
-    if not sums.size or not counts.size or sums.size % counts.size:
-        raise ImatrixError(f"{what}: {sums.size} sums do not divide into {counts.size} matrices", hint=_HINT)
-    return Entry(sums.reshape(counts.size, -1), counts.reshape(-1))
+    if (sums.ggml_type, counts.ggml_type) != (_F32, _F32):
+        found = f"sums are {sums.ggml_type.name} and counts {counts.ggml_type.name}"
+        raise ImatrixError(f"{what}: {found}, expected {_F32.name}", hint=_HINT)
+    if sums.n_values % counts.n_values:
+        raise ImatrixError(f"{what}: {sums.n_values} sums do not divide into {counts.n_values} matrices", hint=_HINT)
+    values, n_tokens = (data[t.offset : t.offset + t.n_bytes].view(np.float32) for t in (sums, counts))
+    return ImatrixEntry(values.reshape(len(n_tokens), -1), n_tokens)
 
 
-class _Cursor:
-    """Takes little-endian values off mapped bytes, from the start to the end."""
+class _DatReader:
+    """Takes little-endian values off a mapped .dat file, from its start to its end."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._at = path, 0
         self._data = np.asarray(np.memmap(path, np.uint8, "r"))
 
     @property
-    def left(self) -> int:
+    def n_left(self) -> int:
+        """Bytes that were not taken yet."""
         return len(self._data) - self._at
 
-    def take(self, what: str, n: int) -> NDArray[np.uint8]:
-        if not 0 <= n <= self.left:
-            raise ImatrixError(f"{self._path}: {what} should take {n} bytes, {self.left} are left", hint=_HINT)
+    def take_bytes(self, what: str, n: int) -> NDArray[np.uint8]:
+        """The next n bytes. ImatrixError, which says `what` they should have been, if there are fewer."""
+        if not 0 <= n <= self.n_left:
+            raise ImatrixError(f"{self._path}: {what} should take {n} bytes, {self.n_left} are left", hint=_HINT)
         self._at += n
         return self._data[self._at - n : self._at]
 
-    def int32(self, what: str) -> int:
-        return int(self.take(what, 4).view("<i4")[0])
+    def take_int32(self, what: str) -> int:
+        return int(self.take_bytes(what, 4).view("<i4")[0])
 
-    def text(self, what: str) -> str:
-        return self.take(what, self.int32(what)).tobytes().decode(errors="replace")
+    def take_text(self, what: str) -> str:
+        return self.take_bytes(what, self.take_int32(what)).tobytes().decode(errors="replace")
 
 
 def _read_dat(path: Path) -> Imatrix:
-    cursor = _Cursor(path)
-    entries: dict[str, Entry] = {}
-    n = cursor.int32("the number of entries")
+    dat = _DatReader(path)
+    entries: dict[str, ImatrixEntry] = {}
+    n = dat.take_int32("the number of entries")
     for i in range(n):
-        name = cursor.text(f"the name of entry {i + 1} of {n}")
-        n_call, n_values = (cursor.int32(name) for _ in range(2))
+        name = dat.take_text(f"the name of entry {i + 1} of {n}")
+        n_call, n_values = (dat.take_int32(name) for _ in range(2))
         if name in entries or n_call < 0 or n_values < 1:
             fault = "is there twice" if name in entries else f"has {n_values} values from {n_call} calls"
             raise ImatrixError(f"{path}: {name} {fault}", hint=_HINT)
-        values = cursor.take(name, 4 * n_values).view("<f4")
+        values = dat.take_bytes(name, 4 * n_values).view("<f4")
         # llama-quantize divides by n_call only if there is one.
-        entries[name] = Entry(values[None], np.array([max(n_call, 1)], np.float32))
+        entries[name] = ImatrixEntry(values[None], np.array([max(n_call, 1)], np.float32))
     if not entries:
         raise ImatrixError(f"{path}: {n} entries", hint=_HINT)
     chunk_count, dataset = 0, ""
-    if cursor.left:
-        chunk_count, dataset = cursor.int32("the number of chunks"), cursor.text("the dataset's name")
-    if cursor.left or chunk_count < 0:
-        raise ImatrixError(f"{path}: {cursor.left} bytes after the end, {chunk_count} chunks", hint=_HINT)
+    if dat.n_left:  # an early file ends before this
+        chunk_count, dataset = dat.take_int32("the number of chunks"), dat.take_text("the dataset's name")
+    if dat.n_left or chunk_count < 0:
+        raise ImatrixError(f"{path}: {dat.n_left} bytes after the end, {chunk_count} chunks", hint=_HINT)
     return Imatrix(path, (dataset,) if dataset else (), chunk_count, 0, entries)
 
 
-def write(imatrix: Imatrix, path: Path) -> None:
+def write_imatrix(imatrix: Imatrix, path: Path) -> None:
     """Write the GGUF form, tensors in imatrix.cpp's order; whole or not at all. Raises OutputError."""
-    part = path.with_name(path.name + ".part")
-    writer = GGUFWriter(part, arch="")  # no general.architecture
-    writer.add_type("imatrix")
-    # llama-quantize wants the key to be there, and gguf-py does not write an empty array.
-    writer.add_array(Keys.IMatrix.DATASETS, list(imatrix.datasets) or [""])
-    writer.add_uint32(Keys.IMatrix.CHUNK_COUNT, imatrix.chunk_count)
-    writer.add_uint32(Keys.IMatrix.CHUNK_SIZE, imatrix.chunk_size)
+    keys = (
+        Key.of("general.type", "imatrix", _V.STRING),
+        # llama-quantize wants this key to be there.
+        Key.of(Keys.IMatrix.DATASETS, imatrix.datasets or ("",), _V.ARRAY, _V.STRING),
+        Key.of(Keys.IMatrix.CHUNK_COUNT, imatrix.chunk_count, _V.UINT32),
+        Key.of(Keys.IMatrix.CHUNK_SIZE, imatrix.chunk_size, _V.UINT32),
+    )
+    arrays: dict[str, Floats] = {}
     for name, entry in sorted(imatrix.entries.items()):
         for suffix, values in ((_SUMS, entry.sums), (_COUNTS, entry.counts[:, None])):
             # ggml drops outer dimensions of 1.
-            writer.add_tensor(name + suffix, np.asarray(values if len(values) > 1 else values[0], np.float32))
+            arrays[name + suffix] = np.asarray(values if len(values) > 1 else values[0], np.float32)
+    infos, end = [], 0
+    for name, array in arrays.items():
+        infos.append(TensorInfo(name, array.shape, _F32, end))
+        end += array.nbytes + -array.nbytes % GGUF_DEFAULT_ALIGNMENT
     try:
-        try:
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-        finally:
-            writer.close()
-        part.replace(path)
+        with disk.replacing(path) as file:
+            file.write(gguf_header.encode(keys, infos))
+            for array in arrays.values():
+                file.write(array.tobytes() + bytes(-array.nbytes % GGUF_DEFAULT_ALIGNMENT))
     except OSError as error:
-        with suppress(OSError):
-            part.unlink()
         raise OutputError(f"{path}: {error.strerror or error}", hint="Check the folder and its free space.") from error
 
 
-def importance(entry: Entry, prior: str, n0: float = N0) -> Floats:
+def channel_importance(entry: ImatrixEntry, prior: str, n0: float = PRIOR_TOKENS) -> Floats:
     """E[x^2] of each input channel, [n_matrix, columns] float32, from an entry that saw a token.
 
     "flat" is llama-quantize's, bit for bit: sums / counts, and 1.0 throughout for an expert that saw no token. One that

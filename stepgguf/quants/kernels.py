@@ -156,7 +156,7 @@ class LaneKernel(Kernel):
 
     def _encode(self, values: Values, out: Blocks, importance: Floats | None) -> bool:
         assert self._lane is not None
-        finite = bool(self._lane.encode(*_as_lanes_take(values), importance, out))
+        finite = self._lane.encode(*_as_lanes_take(values), importance, out)
         if finite:
             self._check_factors(out)
         return finite

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from gguf import GGMLQuantizationType, LlamaFileType
 
@@ -36,14 +37,21 @@ BASE_TYPES: dict[str, GGMLQuantizationType] = {
 _LOW = ("IQ2_XXS", "IQ2_XS", "IQ1_S", "IQ2_S", "IQ2_M", "IQ1_M")
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A trunk tensor that may be quantized. shape in numpy order; layer None outside the layers."""
+class Candidate(Protocol):
+    """What the rules ask about a tensor (model.tensors.TensorSpec has it). shape in numpy order."""
 
-    name: str
-    role: str
-    shape: tuple[int, ...]
-    layer: int | None
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def role(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def layer(self) -> int | None:
+        """None outside the layers."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from stepgguf.model.tensors import tensor_specs
-from stepgguf.quants.imatrix import Entry, Imatrix
+from stepgguf.quants.imatrix import Imatrix, ImatrixEntry
 from stepgguf.reference.model import DecoderLayer, MoE, Step35
 
 Doubles = npt.NDArray[np.float64]
@@ -108,7 +108,9 @@ class _Products(TorchFunctionMode):
 
     def imatrix(self, n_sequences: int, n_tokens: int) -> Imatrix:
         """chunk_count * chunk_size is the number of tokens, rounded to the mean length of a sequence."""
-        entries = {name: Entry(self._in[name].float().numpy(), self._n[name].float().numpy()) for name in self._seen()}
+        entries = {
+            name: ImatrixEntry(self._in[name].float().numpy(), self._n[name].float().numpy()) for name in self._seen()
+        }
         return Imatrix(None, (), n_sequences, round(n_tokens / max(1, n_sequences)), entries)
 
     def outputs(self) -> dict[str, Doubles]:

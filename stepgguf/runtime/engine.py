@@ -14,8 +14,12 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from stepgguf.errors import EngineBusy, StepggufError
+from stepgguf.files.byte_sizes import GIB
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+DEFAULT_CTX = 32768  # tokens of context at most, unless more are asked for: they take memory
+DEFAULT_CACHE_RAM = 2 * GIB  # for conversations that are not in the context
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +56,11 @@ class Grammar:
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """The prompt ends inside the model's thinking, or the answer may start with `opening`. Any of `ends` closes it.
+    """What is known of a request's reasoning, and when it is to be closed.
 
-    After `budget` tokens of thinking (None: no limit) `closing` is forced: an optional message and an end. With
-    `break_loops` the same happens when the thinking repeats itself.
+    The prompt ends inside it, or the answer may start with the token `opening`. Any of `ends` closes it. After `budget`
+    tokens of it (None: no limit) `closing` is forced: an optional message and an end. With `break_loops` the same
+    happens when it repeats itself.
     """
 
     ends: frozenset[int]
@@ -72,7 +77,7 @@ class Request:
     max_tokens None: as many as the context holds. top_logprobs None: no log probabilities; 0: the chosen token's;
     k: also the k most likely. ignore_end: go on after an end token (to measure speed).
 
-    banned: token ids that are not sampled once somebody else than the model has closed its thinking: after `closing`,
+    banned: token ids that are not sampled once somebody else than the model has closed its reasoning: after `closing`,
     or from the start if there is no `reasoning`.
     """
 
@@ -89,6 +94,8 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
+    """A token that could have come, with the natural log of its probability."""
+
     token_id: int
     piece: bytes
     logprob: float
@@ -113,7 +120,8 @@ class Step:
 class Timings:
     """Counts and seconds of one request. Its engine fills it in while it runs.
 
-    drafted, accepted: MTP tokens by head, first head first. n_steps: decodes of the model that made tokens.
+    drafted, accepted: guesses of each MTP block, the first block first. n_steps: decodes of the model that made tokens.
+    budget_reached, loop_broken: why the reasoning was closed, if the model did not close it itself.
     """
 
     n_prompt: int = 0
@@ -131,7 +139,7 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """Other requests are served first; so many."""
+    """The request waits; so many others are served first."""
 
     n_ahead: int
 
@@ -147,7 +155,7 @@ class Prefill:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """What one decode brought: one token, more with MTP."""
+    """What one decode brought the request: one token, more with MTP."""
 
     steps: tuple[Step, ...]
 
@@ -183,7 +191,11 @@ class ModelInfo:
 
 @dataclass(slots=True)
 class Stats:
-    """Totals since the start, and how it is now. Bytes are of host memory."""
+    """Totals since the engine was started, and how it is now. Bytes are of host memory.
+
+    drafted, accepted: as in Timings. n_context_used: tokens that are in the context. cache_bytes: what is kept of
+    conversations beside it. n_recoveries: how often the engine lost its context or process and went on.
+    """
 
     n_requests: int = 0
     n_failed: int = 0
@@ -202,8 +214,8 @@ class Stats:
     n_recoveries: int = 0
     alive: bool = True
 
-    def busy(self, n_parallel: int, queue_limit: int) -> EngineBusy:
-        """What to refuse a request with when the queue is full."""
+    def busy_error(self, n_parallel: int, queue_limit: int) -> EngineBusy:
+        """The error that a request gets when the queue is full. `retry_after`: the mean time of a request so far."""
         seconds = self.generation_seconds / max(1, self.n_requests)
         return EngineBusy(
             f"{n_parallel} requests are running and {queue_limit} are waiting",
@@ -231,11 +243,11 @@ class Ticket(Protocol):
         """End it within one decode; what it has read stays in the cache."""
 
     def end_reasoning(self) -> None:
-        """Close the thinking now, as if its budget were used up."""
+        """Close the reasoning now, as if its budget were used up."""
 
 
 class Engine(Protocol):
-    """Thread-safe."""
+    """What runs a model. Thread-safe."""
 
     @property
     def info(self) -> ModelInfo: ...
@@ -259,35 +271,52 @@ class Engine(Protocol):
         """Take a request. Raises, and never calls the sink: ContextLengthExceeded, BadGrammar, EngineBusy if the queue
         is full, EngineDied."""
 
-    def stats(self) -> Stats: ...
+    def stats(self) -> Stats:
+        """The totals up to now: a copy."""
 
     def close(self) -> None:
         """End everything that runs and free the model."""
 
 
 class Stream:
-    """A request as an iterator of events, for callers that may block. Closing it cancels; it ends after Finished."""
+    """A request as an iterator of events, for callers that may block. It ends after Finished.
+
+    Whoever must stay awake while nothing comes asks with `next_event` instead, and may change between the two.
+    """
 
     def __init__(self, engine: Engine, request: Request) -> None:
+        """Submit the request. It raises what `Engine.submit` raises."""
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._ticket = engine.submit(request, self._events.put)
         self.finished: Finished | None = None
 
     def __iter__(self) -> Iterator[Event]:
-        while self.finished is None:
-            event = self._events.get()
-            if isinstance(event, Finished):
-                self.finished = event
+        while (event := self.next_event()) is not None:
             yield event
 
+    def next_event(self, seconds: float | None = None) -> Event | None:
+        """Wait for the next event, at most so many seconds. None: none came, or `finished` has been given already."""
+        if self.finished is not None:
+            return None
+        try:
+            event = self._events.get(timeout=seconds)
+        except queue.Empty:
+            return None
+        if isinstance(event, Finished):
+            self.finished = event
+        return event
+
     def end_reasoning(self) -> None:
+        """See `Ticket.end_reasoning`."""
         self._ticket.end_reasoning()
 
-    def close(self) -> Finished:
-        """Cancel it if it still runs, and wait for its end."""
+    def cancel(self) -> None:
+        """See `Ticket.cancel`. The events up to Finished still come."""
         self._ticket.cancel()
+
+    def close(self) -> Finished:
+        """Cancel the request if it still runs, and wait for its end. Events that nobody has taken are dropped."""
+        self.cancel()
         while self.finished is None:
-            event = self._events.get()
-            if isinstance(event, Finished):
-                self.finished = event
+            self.next_event()
         return self.finished

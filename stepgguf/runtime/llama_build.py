@@ -11,19 +11,30 @@ import functools
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from stepgguf.errors import EngineError
 from stepgguf.files import installed
-from stepgguf.fit.machine import Gpu
 
 _GPU_TYPES = (1, 2)  # ggml_backend_dev_type: GPU, IGPU
 _AMX_GCC = (14, 2)
 
 
 @dataclass(frozen=True, slots=True)
+class Gpu:
+    """A GPU with its memory in bytes; None where it has none of its own and shares the system's."""
+
+    name: str
+    total: int | None
+    free: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class LlamaBuild:
-    """compiler: of the CPU code, as (name, version), where the library says it. features: "AVX2", "AMX_INT8", ..."""
+    """What a llama-cpp-python can do on this machine.
+
+    features: of the CPU code, such as "AVX2" and "AMX_INT8". gpu_offload: whether it has code for a GPU. mtp: whether
+    it has the functions for MTP blocks. compiler: of the CPU code, as (name, version), where the library says it.
+    """
 
     version: str
     features: frozenset[str]
@@ -46,8 +57,8 @@ class LlamaBuild:
 
 
 @functools.cache
-def probe() -> LlamaBuild:
-    """EngineError says why there is none."""
+def probe_build() -> LlamaBuild:
+    """The build of the installed llama-cpp-python, found out once. EngineError says why there is none."""
     try:
         import llama_cpp
     except ModuleNotFoundError as error:
@@ -70,24 +81,25 @@ def probe() -> LlamaBuild:
 
 
 def parse_features(system_info: str) -> frozenset[str]:
-    """From llama_print_system_info: "CPU : AVX2 = 1 | AVX512 = 0 | CUDA : ARCHS = 900 | "."""
+    """The features that are on, from a text of llama_print_system_info such as "CPU : AVX2 = 1 | AVX512 = 0 | "."""
     return frozenset(re.findall(r"(\w+) = (?!0\b)\w+", system_info))
 
 
-def _gpus(library: Any) -> tuple[Gpu, ...]:
+def _gpus(library: ctypes.CDLL) -> tuple[Gpu, ...]:
+    """The GPUs that ggml sees, with their memory now. There are none where the library lacks the functions."""
     try:
         count, get = library.ggml_backend_dev_count, library.ggml_backend_dev_get
-        kind, text = library.ggml_backend_dev_type, library.ggml_backend_dev_description
+        device_type, text = library.ggml_backend_dev_type, library.ggml_backend_dev_description
         memory = library.ggml_backend_dev_memory
     except AttributeError:
         return ()
     count.restype = ctypes.c_size_t
     get.argtypes, get.restype = [ctypes.c_size_t], ctypes.c_void_p
-    kind.argtypes, text.argtypes, text.restype = [ctypes.c_void_p], [ctypes.c_void_p], ctypes.c_char_p
+    device_type.argtypes, text.argtypes, text.restype = [ctypes.c_void_p], [ctypes.c_void_p], ctypes.c_char_p
     memory.argtypes, memory.restype = [ctypes.c_void_p, *[ctypes.POINTER(ctypes.c_size_t)] * 2], None
     gpus = []
     for device in (get(i) for i in range(count())):
-        if kind(device) in _GPU_TYPES:
+        if device_type(device) in _GPU_TYPES:
             free, total = ctypes.c_size_t(), ctypes.c_size_t()
             memory(device, ctypes.byref(free), ctypes.byref(total))
             gpus.append(Gpu(text(device).decode(errors="replace"), total.value, free.value))
@@ -95,7 +107,7 @@ def _gpus(library: Any) -> tuple[Gpu, ...]:
 
 
 def _compiler(folder: Path) -> tuple[str, tuple[int, ...]] | None:
-    """From the .comment section that GCC and clang leave in ELF files."""
+    """The compiler of the CPU code, from the .comment section that GCC and clang leave in ELF files."""
     for library in sorted(folder.glob("libggml-cpu*.so")):
         found = re.search(rb"(GCC): \([^)\0]*\) (\d+(?:\.\d+)+)|(clang) version (\d+(?:\.\d+)+)", library.read_bytes())
         if found:

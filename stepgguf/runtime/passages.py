@@ -19,7 +19,8 @@ from collections.abc import Iterator
 MOST_CHARACTERS = 8000
 MOST_BRACKETS = 256
 
-# The last such place of a text, best first: `.*` takes everything and gives back until the rest fits.
+# Places to cut, the better pattern first. Each matches up to the last of its places: `.*` takes everything and gives
+# back until the rest fits.
 _CUTS = (
     re.compile(r"""(?s:.*)(?<=[^\W_])(?=[ \t\r\n,;.(){}\[\]"'=+*/])"""),
     re.compile(r"(?s:.+)(?=<)"),
@@ -29,16 +30,16 @@ _CUTS = (
 def passages(text: str) -> Iterator[str]:
     """The parts of a text, in order. Together they are the text; an empty text is one part."""
     start = 0
-    while (end := _limit(text, start)) < len(text):
-        window = text[start : end + 1]  # with the first character that does not belong to it any more
-        cut = next((match.end() for pattern in _CUTS if (match := pattern.match(window))), end - start)
+    while (end := _longest_end(text, start)) < len(text):
+        longest = text[start : end + 1]  # and the first character behind it, which a cut may look at
+        cut = next((match.end() for pattern in _CUTS if (match := pattern.match(longest))), end - start)
         yield text[start : start + cut]
         start += cut
     yield text[start:]
 
 
-def _limit(text: str, start: int) -> int:
-    """Where the longest passage from `start` on ends."""
+def _longest_end(text: str, start: int) -> int:
+    """Where the longest passage ends that may start here."""
     last = min(start + MOST_CHARACTERS, len(text))
     bracket = start
     for _ in range(MOST_BRACKETS):

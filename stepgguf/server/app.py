@@ -15,7 +15,7 @@ from starlette.staticfiles import StaticFiles
 
 from stepgguf import __version__
 from stepgguf.chat.exchange import ChatModel
-from stepgguf.server import astray, guard, models, tokens
+from stepgguf.server.body.unknown_fields import UnknownFields
 from stepgguf.server.config import ServerConfig
 from stepgguf.server.dialects.chat_completions import route as chat_completions
 from stepgguf.server.dialects.completions import route as completions
@@ -23,9 +23,12 @@ from stepgguf.server.dialects.messages import route as messages
 from stepgguf.server.dialects.responses import route as responses
 from stepgguf.server.dialects.responses.store import Answers
 from stepgguf.server.metrics import Metrics
-from stepgguf.server.problems import AnthropicError, OpenAIError, Refusal
+from stepgguf.server.middleware import guard
+from stepgguf.server.problem import AnthropicError, OpenAIError, Refusal
+from stepgguf.server.routes import missing as astray
+from stepgguf.server.routes import models
+from stepgguf.server.routes import tokenizer as tokens
 from stepgguf.server.service import Service, now
-from stepgguf.server.unknown import UnknownFields
 
 STATIC = Path(__file__).parent / "static"
 OPENAI_ROUTERS = tuple(module.router for module in (chat_completions, completions, responses, models, tokens))

@@ -11,14 +11,14 @@ from fastapi import Depends, Request
 from starlette.concurrency import run_in_threadpool
 
 from stepgguf import __version__
-from stepgguf.chat.exchange import ChatModel, Prepared
+from stepgguf.chat.exchange import ChatModel, PreparedRequest
 from stepgguf.chat.request import ChatRequest
 from stepgguf.runtime.engine import Engine
+from stepgguf.server.body.unknown_fields import UnknownFields
 from stepgguf.server.config import ServerConfig
+from stepgguf.server.generation import Exchange
 from stepgguf.server.metrics import Metrics
-from stepgguf.server.problems import Refusal
-from stepgguf.server.stream import Exchange
-from stepgguf.server.unknown import UnknownFields
+from stepgguf.server.problem import Refusal
 
 LONGEST_ID = 256
 
@@ -64,16 +64,16 @@ class Service:
             )
         return asked
 
-    async def prepare(self, body: Asks) -> Prepared:
+    async def prepare(self, body: Asks) -> PreparedRequest:
         """Rendering and tokenizing a long conversation and building a grammar take time: off the event loop."""
         return await run_in_threadpool(lambda: self.chat.prepare(body.chat_request(self)))
 
     async def count(self, body: Asks) -> int:
         """Tokens of the prompt."""
-        prompt, _ = await run_in_threadpool(lambda: self.chat.prompt(body.chat_request(self)))
+        prompt, _ = await run_in_threadpool(lambda: self.chat.render_prompt(body.chat_request(self)))
         return len(prompt)
 
-    async def start(self, prepared: Sequence[Prepared], request: Request) -> Exchange:
+    async def start(self, prepared: Sequence[PreparedRequest], request: Request) -> Exchange:
         """Submit. From here on tokens are made, unless this raises."""
         exchange = await Exchange.start(self.engine, prepared, self.metrics)
         request.state.exchange = exchange  # for the log
@@ -85,7 +85,7 @@ def _plain(id: str) -> str:
     return id.casefold().removesuffix(".gguf")
 
 
-def copies(prepared: Prepared, n: int) -> list[Prepared]:
+def copies(prepared: PreparedRequest, n: int) -> list[PreparedRequest]:
     """n answers to one prompt, which the engine reads once. With a seed each gets its own, the first the given one."""
     request, seed = prepared.request, prepared.request.sampling.seed
     if seed is None:

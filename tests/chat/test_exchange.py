@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from stepgguf.chat.exchange import ChatModel, Prepared, Reply
+from stepgguf.chat.exchange import ChatModel, PreparedRequest, Reply
 from stepgguf.chat.request import ChatRequest, Tool, ToolChoice
 from stepgguf.chat.template import CLOSING_WORDS
-from stepgguf.convert.rewrite import chat_template, replace_chat_template
+from stepgguf.convert.rewrite import read_chat_template, replace_chat_template
 from stepgguf.runtime.engine import Finished, FinishReason, Sampling, Step, Stream, Timings, Tokens
 from stepgguf.runtime.llama import LlamaEngine
 
@@ -43,7 +43,7 @@ def request(content: str = "How many 'r's are in the word strawberry?", **fields
     return ChatRequest([{"role": "user", "content": content}], fields.pop("sampling", Sampling(0.0)), **fields)
 
 
-def steps(chat: ChatModel, prepared: Prepared) -> tuple[Step, ...]:
+def steps(chat: ChatModel, prepared: PreparedRequest) -> tuple[Step, ...]:
     return tuple(s for e in Stream(chat.engine, prepared.request) if isinstance(e, Tokens) for s in e.steps)
 
 
@@ -74,7 +74,9 @@ def test_what_opens_and_closes_thinking_is_no_text_after_a_cut(chat: ChatModel, 
 
 
 def test_the_closing_words_and_an_answer_find_room_in_max_tokens(chat: ChatModel) -> None:
-    n_closing = len(chat._closing)
+    cut = chat.prepare(request(reasoning_budget=9)).request.reasoning
+    assert cut is not None
+    n_closing = len(cut.closing)
     reasoning = chat.prepare(request(reasoning_budget=1000, max_tokens=100)).request.reasoning
     assert reasoning is not None
     assert reasoning.budget == 100 - 25 - n_closing
@@ -91,17 +93,17 @@ def test_a_template_may_leave_the_thinking_to_the_model_or_close_it(
 ) -> None:
     path = Path(shutil.copy(demo_gguf, tmp_path))
     opening = "open('assistant') ~ '{}'"
-    template = chat_template(path).replace(opening.format("<think>\\n"), opening.format(ending))
+    template = read_chat_template(path).replace(opening.format("<think>\\n"), opening.format(ending))
     replace_chat_template(path, template)
     with LlamaEngine(path, n_ctx=1024, threads=1) as engine:
         chat = ChatModel(engine)
-        assert chat.prompt(request())[1] == place
+        assert chat.render_prompt(request())[1] == place
         prepared = chat.prepare(request())
         assert prepared.in_reasoning == (place == "reasoning")
         reasoning = prepared.request.reasoning
         assert (reasoning is None) == (place == "answer")
         assert reasoning is None or reasoning.opening == (chat.markers.start_of_reasoning if place == "start" else None)
-        none, now = chat.prompt(request(reasoning_budget=0))
+        none, now = chat.render_prompt(request(reasoning_budget=0))
         assert now == "answer"
         text = b"".join(map(engine.piece, none)).decode()
         assert text.count("<think>") == text.count("</think>") == 1

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepgguf.chat.exchange import Prepared, Reply
+from stepgguf.chat.exchange import PreparedRequest, Reply
 from stepgguf.chat.output import Delta, Markers, OutputMachine
 from stepgguf.chat.request import Tool
 from stepgguf.runtime.engine import Request, Step
@@ -204,7 +204,7 @@ def test_only_the_start_of_an_answer_opens_thinking(cuts: list[int]) -> None:
 
 def settled(answer: Answer) -> tuple[str, str]:
     """Reasoning and text of the whole answer."""
-    reply = Reply(Prepared(Request((0,)), MARKERS, False, (), ()))
+    reply = Reply(PreparedRequest(Request((0,)), MARKERS, False, (), ()))
     reply._machine = answer.machine
     deltas = reply.settle(answer.deltas)
     return tuple("".join(d.text for d in deltas if d.kind == kind) for kind in ("reasoning", "text"))  # type: ignore[return-value]

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from stepgguf.cli.main import main
-from stepgguf.conversation.transcript import Saved, read, sessions
+from stepgguf.conversation.transcript import SavedSession, list_sessions, read_session
 from tests.conftest import INTERRUPTIBLE
 from tests.generate import Shape, write_checkpoint
 
@@ -100,8 +100,8 @@ class Terminal:
         os.close(self.other)
 
     @property
-    def saved(self) -> Saved:
-        return read(sessions(self.home / "stepgguf" / "sessions")[0])
+    def saved(self) -> SavedSession:
+        return read_session(list_sessions(self.home / "stepgguf" / "sessions")[0])
 
 
 def plain(text: str) -> str:
@@ -201,7 +201,7 @@ def test_enter_ends_the_thinking_and_ctrl_c_the_answer(babbler: Path, terminal: 
     time.sleep(1.1)  # what it promised holds however slow the machine or the reader is
     chat.type(CTRL_C)
     assert chat.wait() in (0, 130)  # 130 if it comes between two lines
-    assert sessions(chat.home / "stepgguf" / "sessions") == []
+    assert list_sessions(chat.home / "stepgguf" / "sessions") == []
 
 
 def test_two_ctrl_c_within_a_second_leave_and_keep_what_came(babbler: Path, terminal: Any) -> None:
@@ -338,7 +338,7 @@ def test_a_prompt_and_what_is_piped_are_one_question(demo_gguf: Path, tmp_path: 
     (folder / "x.jsonl").write_text('{"type": "session", "version": 1, "origin": {"model": "y", "file": "z"}}\n')
     result = piped(demo_gguf, "-c", "--temperature", "0", "-p", "What is", text="2 + 3?", XDG_DATA_HOME=home)
     assert "warning: x was made with y (z)" in result.stderr
-    assert read(folder / "x.jsonl").entries[0].message["content"] == "What is\n\n2 + 3?"
+    assert read_session(folder / "x.jsonl").entries[0].message["content"] == "What is\n\n2 + 3?"
 
 
 def test_a_context_that_is_too_long_says_what_to_do(demo_gguf: Path) -> None:
@@ -377,7 +377,7 @@ def test_ctrl_c_in_a_pipe_keeps_what_came_and_exits_130(babbler: Path) -> None:
     [
         (["x.gguf", "-p", ""], "there is nothing to answer"),
         (["x.gguf", "--json"], "there is nothing to answer"),
-        (["x.gguf", "-p", "a", "--thinking", "loud"], "'loud' is not one of full, fold, hide"),
+        (["x.gguf", "-p", "a", "--thinking", "loud"], "'loud' is not one of 'full', 'fold', 'hide'"),
         (["-p", "a"], "give a GGUF file or --url"),
         (["x.gguf", "--url", "http://x", "-p", "a"], "give a GGUF file or --url"),
     ],

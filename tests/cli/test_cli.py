@@ -54,11 +54,15 @@ def test_version(capfd: pytest.CaptureFixture[str]) -> None:
     ("arguments", "text"),
     [
         (["convert"], "Missing argument"),
-        (["convert", "a", "b", "--mtp", "both"], "'both' is not one of include, separate, drop"),
+        (["convert", "a", "b", "--mtp", "both"], "'both' is not one of 'include', 'separate', 'drop'"),
+        (["plan", "a", "--mtp", "separate"], "'separate' is not one of 'include', 'drop'"),
+        (["convert", "a", "b", "--kernel", "x"], "'x' is not one of 'lanes', 'ggml'"),
+        (["convert", "a", "b", "--imatrix-prior", "x"], "'x' is not one of 'pooled', 'flat'"),
+        (["verify", "a", "--imatrix-prior", "x"], "'x' is not one of 'pooled', 'flat'"),
         (["convert", "a", "b", "--split-max-size", "big"], "'big' is not a size"),
         (["convert", "a", "b", "--memory", "0"], "a size must be positive"),
         (["chat", "x.gguf", "-p", ""], "there is nothing to answer"),
-        (["chat", "x.gguf", "-p", "a", "--thinking", "loud"], "'loud' is not one of full, fold, hide"),
+        (["chat", "x.gguf", "-p", "a", "--thinking", "loud"], "'loud' is not one of 'full', 'fold', 'hide'"),
         (["nonsense"], "No such command"),
     ],
 )
@@ -212,7 +216,7 @@ def test_too_large_for_the_disk_is_refused_before_the_start(tmp_path: Path, capf
     if shutil.disk_usage(tmp_path).free > 780e9:
         pytest.skip("this disk would hold it")
     assert main(["convert", str(source), str(tmp_path / "x.gguf"), "-t", "F32", "-q"]) == 1
-    assert re.search(r"has .* GiB free, the output needs 7\d\d\.\d\d GiB", capfd.readouterr().err)
+    assert re.search(r"has .* GiB free, the output needs 7\d\d\.\d GiB", capfd.readouterr().err)
     assert not list(tmp_path.glob("x.gguf*"))
 
 

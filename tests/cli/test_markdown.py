@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from stepgguf.cli.terminal.markdown import Blocks, Renderer
+from stepgguf.cli.terminal.markdown import MarkdownBlocks, MarkdownRenderer
 
 ORACLE = MarkdownIt("commonmark").enable(["table", "strikethrough"]).disable("text_join")
 MARKERS = "*_`~#>-+=|:[]().0123456789"  # characters that Markdown has a meaning for; those that are text come as tokens
@@ -29,7 +29,7 @@ texts = st.lists(st.sampled_from(PIECES) | st.text(max_size=8), max_size=25).map
 
 def shown(text: str, width: int = 80, size: int = 1000) -> str:
     """What stands on the screen after the whole text came in pieces of `size`, without styles and white space."""
-    blocks, renderer, found = Blocks(), Renderer(io.StringIO(), color=True), []
+    blocks, renderer, found = MarkdownBlocks(), MarkdownRenderer(io.StringIO(), color=True), []
     for i in range(0, len(text), size):
         found += blocks.feed(text[i : i + size])
     rendered = "".join(renderer.render(block, width) for block in found + blocks.finish())

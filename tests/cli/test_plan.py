@@ -1,4 +1,4 @@
-"""stepgguf plan: the real model on real machines, against the plan of `convert` and the memory arithmetic."""
+"""stepgguf plan: what it prints of the real model on real machines."""
 
 from __future__ import annotations
 
@@ -6,32 +6,23 @@ import json
 import resource
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gguf import GGMLQuantizationType as T
 
-from stepgguf.cli import planning
 from stepgguf.cli.arguments import parse_size
 from stepgguf.cli.main import main
-from stepgguf.cli.plan import notes
-from stepgguf.cli.planning import OWN, Place, Row, place, planned
 from stepgguf.convert import measure
 from stepgguf.convert.budget import Limits, resolve, settled
 from stepgguf.convert.plan import Options
-from stepgguf.convert.planner import plan_checkpoint
 from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.convert.sources.gguf_file import GGUFSource
 from stepgguf.errors import DoesNotFit
 from stepgguf.files import folders
-from stepgguf.fit import catalogue
-from stepgguf.fit.footprint import footprint
-from stepgguf.fit.memory import GIB, Context, budget, need
+from stepgguf.fit import catalogue, planning
 from tests.cli.test_cli import sparse_checkpoint
-from tests.cli.test_doctor import CARD, MAC
-from tests.fit.test_memory import write_real
 
 CTX = 131072
 
@@ -39,123 +30,6 @@ CTX = 131072
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return sparse_checkpoint(tmp_path_factory.mktemp("plan") / "Step-3.5-Flash")
-
-
-@pytest.fixture(scope="module")
-def real_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_real(tmp_path_factory.mktemp("plan-gguf"))
-
-
-def rows(path: Path, machine: str, *names: str, ctx: int = CTX, mtp: bool = True) -> dict[str, Row]:
-    result = planned(path, place(machine), Context(ctx, mtp=mtp), names or None)
-    return {row.type: row for row in result.rows}
-
-
-# sizes --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["Q4_K_S", "Q3_K_M", "MXFP4_MOE", "Q8_0", "BF16"])
-@pytest.mark.parametrize("mtp", ["include", "drop"])
-def test_weights_are_what_convert_would_write(name: str, mtp: str, real: Path) -> None:
-    with Checkpoint(real) as checkpoint:
-        plan = plan_checkpoint(checkpoint, Path("x.gguf"), Options(name, mtp))
-    row = rows(real, "spark", name, mtp=mtp == "include")[name]
-    assert (row.weights, row.bpw) == (plan.n_bytes, plan.bpw)
-
-
-def test_a_gguf_gives_the_rows_of_its_checkpoint_and_one_of_its_own(real: Path, real_gguf: Path) -> None:
-    theirs, ours = rows(real_gguf, "spark"), rows(real, "spark")
-    own = theirs.pop(OWN)
-    assert theirs == ours
-    assert replace(own, type="Q4_K_S") == ours["Q4_K_S"]
-
-
-def test_types_that_need_an_importance_matrix_are_marked_and_have_the_size_that_it_gives(real: Path) -> None:
-    found = rows(real, "spark", "IQ3_XXS", "IQ4_XS", "Q2_K_S", mtp=False)
-    assert {name: row.needs_imatrix for name, row in found.items()} == {
-        "IQ3_XXS": True, "IQ4_XS": False, "Q2_K_S": True,
-    }  # fmt: skip
-    assert round(found["IQ3_XXS"].weights / 1e9, 2) == 75.75  # 79.16 without
-
-
-# what fits ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("machine", ["spark", "mac-128", "strix-128", "mac-64"])
-def test_what_fits_is_what_the_memory_arithmetic_says(machine: str, real: Path, real_gguf: Path) -> None:
-    context = Context(CTX)
-    where = place(machine)
-    result = planned(real, where, context, None)
-    with GGUFSource(real_gguf) as source:
-        model = footprint(source)
-    for row in result.rows:
-        needed = need(replace(model, weights=row.weights), context)
-        assert row.total == needed.total
-        assert row.fits == (needed.device <= where.have.limit and needed.total <= where.have.ceiling)
-        assert row.fits == (row.weights <= result.room) == (row.n_ctx is not None and row.n_ctx >= CTX)
-    assert result.best is max((row for row in result.rows if row.fits), key=lambda row: row.weights, default=None)
-
-
-def test_the_longest_context_fits_and_a_longer_one_does_not(real: Path) -> None:
-    n_ctx = rows(real, "spark", "Q4_K_M")["Q4_K_M"].n_ctx
-    assert n_ctx is not None
-    assert rows(real, "spark", "Q4_K_M", ctx=n_ctx)["Q4_K_M"].fits
-    assert not rows(real, "spark", "Q4_K_M", ctx=n_ctx + 1024)["Q4_K_M"].fits
-
-
-@pytest.mark.parametrize(
-    ("machine", "name", "ctx"),
-    [
-        ("spark", "128gb", 131072),
-        ("strix-128", "128gb", 131072),
-        ("mac-128", "128gb", 131072),
-        ("mac-192", "192gb", 262144),
-        ("mac-96", "96gb", 65536),
-        ("mac-64", "64gb", 32768),
-    ],
-)
-def test_a_shipped_recipe_fits_its_machine(machine: str, name: str, ctx: int, real: Path) -> None:
-    assert rows(real, machine, name, ctx=ctx)[name].fits
-
-
-@pytest.mark.parametrize(("wired", "capacity"), [(110, 112), (116, 118), (119, 120)])
-def test_kept_conversations_are_beside_what_a_mac_gives_its_gpu(wired: int, capacity: int) -> None:
-    mac = replace(MAC, wired_limit=wired * GIB)
-    assert Place("mac", mac, budget(mac), None).capacity(Context(4096, cache_ram=2 * GIB)) == capacity * GIB
-
-
-def test_a_gpu_of_its_own_leaves_the_rest_in_ram() -> None:
-    where = Place("cards", CARD, budget(CARD), None)
-    assert where.capacity(Context(4096)) == (80 - 1 + 256 - 4) * GIB
-
-
-# speed --------------------------------------------------------------------------------------------------------------
-
-
-def test_a_published_speed_is_predicted_where_it_was_published(real: Path, tmp_path: Path) -> None:
-    (tmp_path / "aes.toml").write_text('default = "Q8_0"\n"ffn_{gate,up}_exps" = "IQ3_S"\nffn_down_exps = "IQ4_XS"\n')
-    row = rows(real, "spark", str(tmp_path / "aes.toml"))[str(tmp_path / "aes.toml")]
-    assert row.empty.tps is not None
-    assert row.empty.tps[1] == pytest.approx(23.7, rel=0.0001)  # its bytes are in the list with 4 digits
-    at_100k = rows(real, "mac-128", "IQ4_XS", ctx=100_000)["IQ4_XS"]
-    assert at_100k.full.tps is not None
-    assert at_100k.full.tps[0] == pytest.approx(20, rel=0.0001)
-
-
-def test_where_nothing_is_published_there_is_a_ceiling_and_no_prediction(real: Path) -> None:
-    row = rows(real, "strix-128", "Q4_K_S")["Q4_K_S"]
-    assert (row.empty.tps, row.full.tps) == (None, None)
-    assert row.empty.ceiling_tps == pytest.approx(212e9 / row.empty.read)
-    text = "\n".join(notes(planned(real, place("strix-128"), Context(CTX), ["Q4_K_S"])))
-    assert "no measurement of this model is published" in text
-    assert "estimate" not in text
-
-
-def test_without_mtp_blocks_there_is_no_gain(real: Path) -> None:
-    gain = rows(real, "spark", "Q4_K_S")["Q4_K_S"].mtp_gain
-    assert gain is not None
-    assert 1.0 < gain[0] < gain[1]
-    assert rows(real, "spark", "Q4_K_S", mtp=False)["Q4_K_S"].mtp_gain is None
 
 
 # the command --------------------------------------------------------------------------------------------------------
@@ -167,7 +41,7 @@ def run(capfd: pytest.CaptureFixture[str], *arguments: object) -> str:
     return capfd.readouterr().out
 
 
-@pytest.mark.parametrize("machine", catalogue.load())
+@pytest.mark.parametrize("machine", catalogue.load_catalogue())
 def test_the_table_fits_a_terminal_of_80_columns(machine: str, real: Path, capfd: pytest.CaptureFixture[str]) -> None:
     first, *lines = run(capfd, real, "--machine", machine, "--ctx", CTX, "--parallel", 4).splitlines()
     assert first == str(real)
@@ -229,7 +103,7 @@ def test_measured_rows_have_a_loss_and_rows_of_fit_lose_least(
     report = json.loads(run(capfd, small, *options, "--types", "Q8_0,Q6_K", "--json"))
     found = {row["type"]: row for row in report["rows"]}
     fit = [row for name, row in found.items() if name.startswith("fit ")]
-    assert len(fit) == planning.FRONTIER
+    assert len(fit) == planning.N_BUDGET_ROWS
     for row in fit:
         assert row["weights"] < parse_size(row["type"].removeprefix("fit "))
     losses = [row["loss"] for row in fit]

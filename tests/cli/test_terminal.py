@@ -12,13 +12,15 @@ from markdown_it import MarkdownIt
 
 from stepgguf.chat.output import Delta
 from stepgguf.cli.terminal import footer
-from stepgguf.cli.terminal.commands import COMMANDS
-from stepgguf.cli.terminal.complete import Attachment, candidates, mentioned, read_file
-from stepgguf.cli.terminal.live import Live, fit, printable, wrap
-from stepgguf.cli.terminal.markdown import Blocks, Renderer
-from stepgguf.cli.terminal.prompt import is_open, unquoted
-from stepgguf.cli.terminal.view import Pipe
-from stepgguf.conversation.session import Usage
+from stepgguf.cli.terminal.commands.table import COMMANDS, run_command
+from stepgguf.cli.terminal.complete import Attachment, completions, mentioned_files, read_file
+from stepgguf.cli.terminal.line_editor import is_open, strip_quotes
+from stepgguf.cli.terminal.live import LiveRows, fit, printable, wrap
+from stepgguf.cli.terminal.markdown import MarkdownBlocks, MarkdownRenderer
+from stepgguf.cli.terminal.pipe import PipeView
+from stepgguf.cli.terminal.screen import Screen
+from stepgguf.conversation.records import AnswerOrigin, AnswerUsage
+from stepgguf.conversation.session import Session
 from stepgguf.errors import RequestError
 
 DOCUMENT = """# Title
@@ -47,7 +49,7 @@ The end.
 """
 
 
-class Screen:
+class FakeTerminal:
     """Just enough of a terminal for what Live writes: text, line feeds, returns, and the two escapes it uses."""
 
     def __init__(self) -> None:
@@ -82,8 +84,8 @@ class Screen:
 
 
 def test_rows_are_rewritten_and_what_is_committed_stays_above_them() -> None:
-    screen = Screen()
-    live = Live(screen, color=False)  # type: ignore[arg-type]
+    screen = FakeTerminal()
+    live = LiveRows(screen, color=False)  # type: ignore[arg-type]
     live.show(["one", "two", "three"])
     live.show(["one", "2"])
     assert screen.text == "one\n2"
@@ -103,9 +105,9 @@ def test_rows_are_rewritten_and_what_is_committed_stays_above_them() -> None:
 
 def test_a_row_that_a_narrow_window_broke_is_cleared_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     file = io.StringIO()
-    live = Live(file, color=True)
+    live = LiveRows(file, color=True)
     live.show([live.style("2", "x" * 79)])
-    monkeypatch.setattr(Live, "_size", lambda self: os.terminal_size((30, 24)))
+    monkeypatch.setattr(LiveRows, "_size", lambda self: os.terminal_size((30, 24)))
     file.truncate(0)
     live.show(["y"])
     assert file.getvalue().count("\x1b[2K") == 3
@@ -113,7 +115,7 @@ def test_a_row_that_a_narrow_window_broke_is_cleared_whole(monkeypatch: pytest.M
 
 def test_unchanged_rows_are_not_written_again() -> None:
     file = io.StringIO()
-    live = Live(file, color=False)
+    live = LiveRows(file, color=False)
     live.show(["same", "old"])
     file.truncate(0)
     live.show(["same", "new"])
@@ -131,7 +133,7 @@ def test_blocks_do_not_depend_on_how_the_text_comes(size: int) -> None:
             token.map for token in MarkdownIt().enable("table").parse(DOCUMENT) if token.level == 0 and token.map
         )
     ]
-    blocks, found = Blocks(), []
+    blocks, found = MarkdownBlocks(), []
     for i in range(0, len(DOCUMENT), size):
         found += blocks.feed(DOCUMENT[i : i + size])
     assert found + blocks.finish() == whole
@@ -139,13 +141,13 @@ def test_blocks_do_not_depend_on_how_the_text_comes(size: int) -> None:
 
 
 def test_the_start_of_a_line_does_not_begin_a_block() -> None:
-    blocks = Blocks()
+    blocks = MarkdownBlocks()
     assert blocks.feed("- an item\n+") == []  # which looks like another list
     assert blocks.feed("1 that goes on\n\nThe end.\n") == ["- an item\n+1 that goes on"]
 
 
 def test_a_block_is_rendered_for_copying() -> None:
-    render = Renderer(io.StringIO(), color=False).render
+    render = MarkdownRenderer(io.StringIO(), color=False).render
     table = "| a |\n|---|\n| 1 |"
     shown = [
         re.sub(r"\x1b\[[0-9;]*m", "", render(block, 30)) for block in ("# T", "a\nb", "- x\n- y", "`c` *d*", table)
@@ -157,9 +159,9 @@ def test_a_block_is_rendered_for_copying() -> None:
 
 
 def test_no_color_means_no_escapes() -> None:
-    assert Live(io.StringIO(), color=False).style("2", "x") == "x"
-    assert "\x1b[3" not in Renderer(io.StringIO(), color=False).render("```python\nx = 1\n```", 30)
-    assert "\x1b[3" in Renderer(io.StringIO(), color=True).render("```python\nx = '1'\n```", 30)
+    assert LiveRows(io.StringIO(), color=False).style("2", "x") == "x"
+    assert "\x1b[3" not in MarkdownRenderer(io.StringIO(), color=False).render("```python\nx = 1\n```", 30)
+    assert "\x1b[3" in MarkdownRenderer(io.StringIO(), color=True).render("```python\nx = '1'\n```", 30)
 
 
 def test_text_of_a_model_cannot_drive_the_terminal() -> None:
@@ -183,16 +185,20 @@ def test_when_enter_starts_a_new_line(text: str, goes_on: bool) -> None:
 
 
 def test_quotes_around_all_of_it_are_dropped() -> None:
-    assert unquoted('"""\na\n  b\n"""') == "a\n  b"
-    assert unquoted('say """x"""') == 'say """x"""'
-    assert unquoted(' """ ') == '"""'
+    assert strip_quotes('"""\na\n  b\n"""') == "a\n  b"
+    assert strip_quotes('say """x"""') == 'say """x"""'
+    assert strip_quotes(' """ ') == '"""'
 
 
 def test_mentioned_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("a.py", "with space.txt", "b."):
         Path(name).touch()
-    assert mentioned('@a.py, (@a.py) and @"with space.txt". me@a.py @nobody @b.') == ["a.py", "with space.txt", "b."]
+    assert mentioned_files('@a.py, (@a.py) and @"with space.txt". me@a.py @nobody @b.') == [
+        "a.py",
+        "with space.txt",
+        "b.",
+    ]
 
 
 def test_a_fence_is_longer_than_any_in_the_file() -> None:
@@ -208,7 +214,7 @@ def test_completion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = {"": ["/set", "/save"], "/set": ["top_k", "top_p"], "/file": ["@"]}
 
     def offered(text: str) -> list[tuple[str, int]]:
-        return list(candidates(text, lambda command: words.get(command, ())))
+        return list(completions(text, lambda command: words.get(command, ())))
 
     assert offered("/s") == [("/set", 2), ("/save", 2)]
     assert offered("/set top_") == [("top_k", 4), ("top_p", 4)]
@@ -220,29 +226,72 @@ def test_completion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert offered("//s") == []
 
 
-def test_every_command_is_listed_as_it_is_called() -> None:
+class Nobody:
+    """A backend that is never asked."""
+
+    origin, n_ctx, default_sampling = AnswerOrigin("a model", ""), 512, None
+
+
+class Target:
+    """What commands act on, without a dialogue."""
+
+    def __init__(self, folder: Path) -> None:
+        self.shown = io.StringIO()
+        self.session = Session(Nobody())  # type: ignore[arg-type]
+        self.screen = Screen(LiveRows(self.shown, color=False), "fold", renderer=None)
+        self.folder, self.next_line, self.leaving = folder, "", False
+
+
+def test_every_command_is_listed_as_it_is_called(tmp_path: Path) -> None:
     assert all(command.usage.split()[0] == name for name, command in COMMANDS.items())
+    target = Target(tmp_path)
+    run_command(target, "/help")  # type: ignore[arg-type]
+    shown = " ".join(target.shown.getvalue().split())  # long lines are broken in two
+    assert all(f"{command.usage} {command.help}" in shown for command in COMMANDS.values())
+
+
+@pytest.mark.parametrize(
+    ("line", "near"),
+    [("/hlep", "/help"), ("/q", "/exit"), ("/clear", "/new"), ("/retry", "/regen"), ("/sessions", "/list"), ("/x", "")],
+)
+def test_a_command_that_there_is_not_is_told_from_one_that_there_is(tmp_path: Path, line: str, near: str) -> None:
+    with pytest.raises(RequestError, match=f"unknown command {line}") as error:
+        run_command(Target(tmp_path), line)  # type: ignore[arg-type]
+    assert (error.value.hint or "").startswith(f"Did you mean {near}? " if near else "/help")
+    assert not near or near in COMMANDS
+
+
+def test_how_it_reasons_is_set_and_shown_by_one_command(tmp_path: Path) -> None:
+    target = Target(tmp_path)
+    for line, budget, display in [
+        ("/think low", 2048, "fold"), ("/think 7", 7, "fold"), ("/think show", 7, "full"), ("/think none", 0, "full"),
+        ("/think high", None, "full"), ("/t", None, "fold"),
+    ]:  # fmt: skip
+        run_command(target, line)  # type: ignore[arg-type]
+        assert (target.session.settings.reasoning_budget, target.screen.reasoning_display) == (budget, display)
+    with pytest.raises(RequestError, match="/think much: not known"):
+        run_command(target, "/think much")  # type: ignore[arg-type]
 
 
 def test_footer_and_remarks() -> None:
-    usage = Usage(
+    usage = AnswerUsage(
         n_prompt=1204, n_cached=1000, n_reasoning=431, n_text=212, n_steps=268, n_drafted=400, n_accepted=284,
         n_ctx=2048, prompt_seconds=2.0, generation_seconds=20.0, finish_reason="stop",
     )  # fmt: skip
-    assert footer.counts(usage) == [
+    assert footer.usage_parts(usage) == [
         "431 think + 212 answer",
         "32.1 t/s",
         "prefill 204 @ 102 t/s (1,000 cached)",
         "ctx 1,847/2,048 (90%)",
         "MTP 2.4 tok/step (71%)",
     ]
-    assert footer.remarks(usage, None) == ["90% of the context is used; /new starts over, /undo takes back"]
+    assert footer.ending_remarks(usage, None) == ["90% of the context is used; /new starts over, /undo takes back"]
     usage.finish_reason = "length"
-    assert footer.remarks(usage, 643)[0] == "cut off by max_tokens (643)"
+    assert footer.ending_remarks(usage, 643)[0] == "cut off by max_tokens (643)"
     usage.n_text += 201
-    assert footer.remarks(usage, 900) == ["cut off by the context (2,048)"]
+    assert footer.ending_remarks(usage, 900) == ["cut off by the context (2,048)"]
     usage.n_text, usage.n_ctx, usage.budget_reached, usage.loop_broken = 0, None, True, True
-    assert footer.remarks(usage, None) == [
+    assert footer.ending_remarks(usage, None) == [
         "cut off by the server's limit; it had not stopped thinking",
         "the budget for thinking was used up",
         "the thinking repeated itself and was ended",
@@ -251,10 +300,10 @@ def test_footer_and_remarks() -> None:
 
 def test_thinking_and_answer_in_one_file_are_two_paragraphs() -> None:
     file = io.StringIO()
-    pipe = Pipe(file, file, thinking="full")
+    pipe = PipeView(file, file, reasoning_display="full")
     for delta in (Delta("reasoning", "Hm"), Delta("reasoning", "."), Delta("text", "Y"), Delta("text", "es")):
-        pipe.take(delta, Usage())
-    pipe.finish(Usage())
+        pipe.take(delta, AnswerUsage())
+    pipe.finish(AnswerUsage())
     assert file.getvalue() == "Hm.\nYes\n"
 
 
@@ -262,8 +311,8 @@ def test_names_that_no_file_can_have_are_words(tmp_path: Path) -> None:
     for name in ("n" * 300, "~nobody-at-all/x", "a\0b", "loop"):
         (tmp_path / "loop").unlink(missing_ok=True)
         (tmp_path / "loop").symlink_to("loop")
-        assert mentioned(f"see @{name} please") == []
-        assert list(candidates(f"see @{name}/", lambda _: ())) == []
+        assert mentioned_files(f"see @{name} please") == []
+        assert list(completions(f"see @{name}/", lambda _: ())) == []
     for path in (tmp_path, tmp_path / "loop", Path("~nobody-at-all/x"), tmp_path / ("n" * 300)):
         with pytest.raises(RequestError):
             read_file(str(path))

@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field
 
 from tests.server.conftest import Server
 from tests.server.conftest import chat_model as chat_model
+from tests.server.conftest import dying as dying
 from tests.server.conftest import serve as serve
 from tests.server.conftest import server as server
 

@@ -13,7 +13,6 @@ from langchain_nvidia_ai_endpoints import ChatNVIDIA
 
 from tests.clients.conftest import COUNTED, FORECAST, LETTERS, THINKING, WEATHER, Count, get_weather, n_answers
 from tests.server.conftest import MODEL_ID, Server
-from tests.server.test_stream import Dying
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +76,7 @@ def test_an_error_says_what_is_wrong(server: Server) -> None:
         hot.invoke(LETTERS)
 
 
-def test_an_engine_that_dies_in_a_stream_is_not_a_short_answer(
-    server: Server, llm: ChatNVIDIA, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    submit = Dying(server.engine, recovered=True).submit
-    monkeypatch.setattr(type(server.engine), "submit", lambda self, request, sink: submit(request, sink))
+def test_an_engine_that_dies_in_a_stream_is_not_a_short_answer(dying: Server) -> None:
+    llm = ChatNVIDIA(base_url=f"{dying.url}/v1", model="step-3.5-flash", api_key="none")
     with pytest.raises(Exception, match="it broke"):
         list(llm.stream(LETTERS))

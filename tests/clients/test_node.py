@@ -12,7 +12,7 @@ import pytest
 
 from tests.clients.conftest import COUNTED, FORECAST, LETTERS, RESULT, THINKING, TOOL, WEATHER, Count, user
 from tests.server.conftest import Server
-from tests.server.test_stream import Dying, endless
+from tests.server.test_stream import endless
 
 HERE = Path(__file__).parent
 
@@ -67,10 +67,8 @@ def test_an_error_has_its_class_and_the_id_of_its_request(
     assert found["requestID"]
 
 
-def test_an_engine_that_dies_in_a_stream_is_an_error(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    submit = Dying(server.engine, recovered=True).submit
-    monkeypatch.setattr(type(server.engine), "submit", lambda self, request, sink: submit(request, sink))
-    found = node(server, "failure.mjs", "{}")
+def test_an_engine_that_dies_in_a_stream_is_an_error(dying: Server) -> None:
+    found = node(dying, "failure.mjs", "{}")
     assert found["kind"] == "APIError"
     assert "it broke" in found["message"]
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from tests.clients.conftest import COUNTED, LETTERS, THINKING, WEATHER, Count, user
 from tests.server.conftest import Server
-from tests.server.test_stream import Dying, endless
+from tests.server.test_stream import endless
 
 
 @pytest.fixture(scope="module")
@@ -116,10 +116,9 @@ def test_a_timeout_frees_its_slot(server: Server, client: openai.OpenAI) -> None
     assert server.idle_within(2)
 
 
-def test_an_engine_that_dies_in_a_stream_is_an_error_to_the_client(
-    server: Server, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    submit = Dying(server.engine, recovered=True).submit
-    monkeypatch.setattr(type(server.engine), "submit", lambda self, request, sink: submit(request, sink))
-    with pytest.raises(openai.APIError, match="it broke"):
+def test_an_engine_that_dies_in_a_stream_is_an_error_to_the_client(dying: Server) -> None:
+    with (
+        openai.OpenAI(base_url=f"{dying.url}/v1", api_key="none", max_retries=0) as client,
+        pytest.raises(openai.APIError, match="it broke"),
+    ):
         list(client.chat.completions.create(stream=True, **asked()))

@@ -13,16 +13,22 @@ from typing import Any
 import pytest
 
 from stepgguf.cli.terminal import footer
-from stepgguf.conversation.records import Usage
+from stepgguf.conversation.export import export_json, export_markdown
+from stepgguf.conversation.records import AnswerOrigin, AnswerUsage
 from stepgguf.conversation.session import Session
-from stepgguf.conversation.transcript import Origin, Transcript, as_json, as_markdown, read
+from stepgguf.conversation.transcript import Transcript, read_session
 from stepgguf.errors import OutputError
 
 FUNCTION = {"name": "now", "description": "The time", "parameters": {"type": "object", "properties": {}}}
 CALL = {"id": "call_1", "type": "function", "function": {"name": "now", "arguments": "{}"}}
-USAGE = asdict(Usage(n_prompt=10, n_reasoning=3, n_text=4, n_ctx=512, prompt_seconds=0.1, finish_reason="stop"))
+USAGE = asdict(AnswerUsage(n_prompt=10, n_reasoning=3, n_text=4, n_ctx=512, prompt_seconds=0.1, finish_reason="stop"))
 RECORDS: list[dict[str, Any]] = [
-    {"type": "session", "version": 1, "created": "2026", "origin": asdict(Origin("a model", "a.gguf", 10, "abc"))},
+    {
+        "type": "session",
+        "version": 1,
+        "created": "2026",
+        "origin": asdict(AnswerOrigin("a model", "a.gguf", 10, "abc")),
+    },
     {
         "type": "settings",
         "sampling": {"temperature": 0.5, "top_k": 40, "seed": 7},
@@ -50,7 +56,7 @@ SCRAPS: list[Any] = [
 class Silent:
     """A backend that a session can be resumed with."""
 
-    origin, n_ctx, default = Origin("a model", "a.gguf"), 512, None
+    origin, n_ctx, default = AnswerOrigin("a model", "a.gguf"), 512, None
 
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -87,19 +93,19 @@ def mutated(rng: random.Random) -> bytes:
 
 def use(path: Path) -> None:
     """What chat does with a saved session, without asking anything."""
-    saved = read(path)
-    transcript = Transcript(path.parent, Origin("b", "b.gguf"), path)
+    saved = read_session(path)
+    transcript = Transcript(path.parent, AnswerOrigin("b", "b.gguf"), path)
     session = Session.resume(Silent(), saved, transcript)  # type: ignore[arg-type]
     for call in session.open_calls:
         session.give_result(call["id"], "12:00")
     assert all(isinstance(message["content"], str) for message in session.messages)
-    footer.counts(session.usage)
+    footer.usage_parts(session.usage)
     for entry in session.entries:
         if entry.usage:
-            Usage(**entry.usage)
+            AnswerUsage(**entry.usage)
     arguments = (session.backend.origin, session.settings_record(), session.entries)
-    as_json(*arguments).encode()
-    as_markdown(*arguments).encode()
+    export_json(*arguments).encode()
+    export_markdown(*arguments).encode()
     assert saved.title.count("\n") == 0
     session.undo()
     session.close()
@@ -127,11 +133,11 @@ def test_mutated_sessions_are_read_or_refused_and_never_changed(tmp_path: Path) 
 def test_a_damaged_line_is_counted_and_the_others_hold(tmp_path: Path) -> None:
     path = tmp_path / "s.jsonl"
     write(path, [*RECORDS[:3], {"type": "message", "message": {"role": "assistant"}}, {"type": "cut"}, RECORDS[3]])
-    saved = read(path)
+    saved = read_session(path)
     assert saved.n_damaged == 2
     assert [entry.message["role"] for entry in saved.entries] == ["user", "assistant"]
     assert (saved.settings.system, saved.settings.sampling["seed"]) == ("Be short.", 7)
-    assert saved.origin == Origin("a model", "a.gguf", 10, "abc")
+    assert saved.origin == AnswerOrigin("a model", "a.gguf", 10, "abc")
 
 
 def test_what_a_newer_version_adds_is_passed_over(tmp_path: Path) -> None:
@@ -139,7 +145,7 @@ def test_what_a_newer_version_adds_is_passed_over(tmp_path: Path) -> None:
     settings = {**RECORDS[1], "sampling": {"temperature": 0.5, "new": 1}, "voice": "alto"}
     usage = {**USAGE, "n_pictures": 3}
     write(path, [RECORDS[0], settings, {"type": "weather"}, RECORDS[2], {**RECORDS[3], "usage": usage}])
-    saved = read(path)
+    saved = read_session(path)
     assert (saved.n_damaged, len(saved.entries)) == (0, 2)
     assert saved.settings.sampling == {"temperature": 0.5}
     assert saved.entries[1].usage == USAGE
@@ -151,6 +157,6 @@ def test_what_a_newer_version_adds_is_passed_over(tmp_path: Path) -> None:
 def test_a_sampling_that_cannot_be_is_not_taken_over(tmp_path: Path, key: str, value: Any) -> None:
     path = tmp_path / "s.jsonl"
     write(path, [*RECORDS[:2], {**RECORDS[1], "sampling": {key: value}}])
-    saved = read(path)
+    saved = read_session(path)
     assert saved.n_damaged == 1
     assert saved.settings.sampling == RECORDS[1]["sampling"]

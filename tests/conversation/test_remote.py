@@ -15,16 +15,17 @@ import pytest
 
 from stepgguf.chat.exchange import ChatModel
 from stepgguf.chat.output import Delta
-from stepgguf.conversation.inprocess import InProcess
-from stepgguf.conversation.remote import Remote
-from stepgguf.conversation.session import Session, Settings, Usage
+from stepgguf.conversation.inprocess import InProcessBackend
+from stepgguf.conversation.records import AnswerUsage, ChatSettings
+from stepgguf.conversation.remote import RemoteBackend
+from stepgguf.conversation.session import Session
 from stepgguf.errors import EngineBusy, EngineError, RequestError
 from stepgguf.runtime.llama import LlamaEngine
 from stepgguf.server.config import ServerConfig
 from tests.conversation.test_session import WEATHER, deltas
 from tests.server.conftest import Server, running
 
-GREEDY = Settings({"temperature": 0.0})
+GREEDY = ChatSettings({"temperature": 0.0})
 KEY = "secret"
 
 
@@ -38,27 +39,27 @@ def server(demo_gguf: Path) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def remote(server: Server) -> Remote:
-    return Remote(server.url, KEY)
+def remote(server: Server) -> RemoteBackend:
+    return RemoteBackend(server.url, KEY)
 
 
-def test_a_server_answers_as_the_process_does(server: Server, remote: Remote) -> None:
-    here = Session(InProcess(ChatModel(server.engine)), GREEDY)
+def test_a_server_answers_as_the_process_does(server: Server, remote: RemoteBackend) -> None:
+    here = Session(InProcessBackend(ChatModel(server.engine)), GREEDY)
     there = Session(remote, GREEDY)
     for question in ("What is 347 + 286?", "Hello"):
         list(here.ask(question))
         updates = list(there.ask(question, tick=0.01))
         assert there.messages == here.messages
         usage = updates[-1]
-        assert isinstance(usage, Usage)
+        assert isinstance(usage, AnswerUsage)
         assert (usage.n_prompt, usage.n_reasoning, usage.n_text, usage.n_ctx, usage.finish_reason) == (
             here.usage.n_prompt, here.usage.n_reasoning, here.usage.n_text, 1024, "stop",
         )  # fmt: skip
         assert usage.generation_seconds > 0
 
 
-def test_a_tool_is_called_through_a_server(remote: Remote) -> None:
-    session = Session(remote, Settings({"temperature": 0.0}, tools=(WEATHER,)))
+def test_a_tool_is_called_through_a_server(remote: RemoteBackend) -> None:
+    session = Session(remote, ChatSettings({"temperature": 0.0}, tools=(WEATHER,)))
     list(session.ask("What is the weather in Paris?"))
     (call,) = session.open_calls
     assert json.loads(call["function"]["arguments"]) == {"city": "Paris"}
@@ -66,19 +67,19 @@ def test_a_tool_is_called_through_a_server(remote: Remote) -> None:
     assert deltas(session.answer()) == "It is 21 degrees and sunny in Paris."
 
 
-def test_settings_reach_the_server(remote: Remote) -> None:
+def test_settings_reach_the_server(remote: RemoteBackend) -> None:
     schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
-    settings = Settings({"temperature": 0.0, "top_k": 5, "seed": 1}, "Be brief.", 60, 0, json=schema)
+    settings = ChatSettings({"temperature": 0.0, "top_k": 5, "seed": 1}, "Be brief.", 60, 0, json=schema)
     session = Session(remote, settings)
     assert json.loads(deltas(session.ask("What is 2 + 3?"))) in ({"n": 1}, {"n": 2})
     assert session.usage.n_reasoning == 0
-    session.set(Settings({"temperature": 0.0}, max_tokens=4))
+    session.change_settings(ChatSettings({"temperature": 0.0}, max_tokens=4))
     list(session.ask("What is 2 + 3?"))
     assert session.usage.finish_reason == "length"
 
 
-def test_an_interruption_frees_the_server(server: Server, remote: Remote) -> None:
-    session = Session(remote, Settings({"temperature": 0.0}))
+def test_an_interruption_frees_the_server(server: Server, remote: RemoteBackend) -> None:
+    session = Session(remote, ChatSettings({"temperature": 0.0}))
     updates = session.ask("How many 'r's are in the word strawberry?")
     assert any(isinstance(update, Delta) for update in updates)  # reads up to the first
     started = time.monotonic()
@@ -90,32 +91,32 @@ def test_an_interruption_frees_the_server(server: Server, remote: Remote) -> Non
     assert deltas(session.ask("What is 12 + 30?")) == "12 + 30 = 42"
 
 
-def test_it_tells_what_the_server_tells(remote: Remote, server: Server) -> None:
+def test_it_tells_what_the_server_tells(remote: RemoteBackend, server: Server) -> None:
     assert (remote.origin.model, remote.origin.file, remote.n_ctx) == ("demo", server.url, 1024)
-    assert remote.count("Hello") == len(server.engine.tokenize("Hello"))
+    assert remote.count_tokens("Hello") == len(server.engine.tokenize("Hello"))
     with pytest.raises(RequestError, match=r"temperature: .*2"):
-        list(Session(remote, Settings({"temperature": 9.0})).ask("Hello"))
+        list(Session(remote, ChatSettings({"temperature": 9.0})).ask("Hello"))
     with pytest.raises(RequestError, match="1024"):
         list(Session(remote, GREEDY).ask("word " * 2000))
 
 
 @pytest.mark.parametrize("spelling", ["http://{}", "http://{}/", "http://{}/v1", "{}"])
 def test_addresses_may_be_written_in_many_ways(server: Server, spelling: str) -> None:
-    assert Remote(spelling.format(server.url.removeprefix("http://")), KEY).origin.file == server.url
+    assert RemoteBackend(spelling.format(server.url.removeprefix("http://")), KEY).origin.file == server.url
 
 
 def test_what_cannot_be_reached_is_named(server: Server) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with pytest.raises(EngineError, match="Connection refused"):
-        Remote(f"http://127.0.0.1:{port}")
+        RemoteBackend(f"http://127.0.0.1:{port}")
     with pytest.raises(EngineError) as no_tls:
-        Remote(server.url.replace("http:", "https:"))
+        RemoteBackend(server.url.replace("http:", "https:"))
     assert "http://" in (no_tls.value.hint or "")
     with pytest.raises(EngineError, match="not a server's address"):
-        Remote("ftp://x")
+        RemoteBackend("ftp://x")
     with pytest.raises(RequestError, match="key") as error:
-        Remote(server.url, "wrong")
+        RemoteBackend(server.url, "wrong")
     assert "STEPGGUF_API_KEY" in (error.value.hint or "")
 
 
@@ -132,7 +133,7 @@ def read_request(connection: socket.socket) -> None:
 
 
 @contextmanager
-def saying(answer: Callable[[socket.socket], None]) -> Iterator[Remote]:
+def saying(answer: Callable[[socket.socket], None]) -> Iterator[RemoteBackend]:
     """A server that lists its model and then answers a question with these bytes."""
 
     def serve() -> None:
@@ -145,7 +146,7 @@ def saying(answer: Callable[[socket.socket], None]) -> Iterator[Remote]:
     with closing(socket.create_server(("127.0.0.1", 0))) as listener:
         thread = threading.Thread(target=serve)
         thread.start()
-        yield Remote(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        yield RemoteBackend(f"http://127.0.0.1:{listener.getsockname()[1]}")
         thread.join(timeout=10)
         assert not thread.is_alive()
 
@@ -256,19 +257,19 @@ def test_what_is_no_list_of_models_is_said(models: bytes) -> None:
         thread = threading.Thread(target=serve)
         thread.start()
         with pytest.raises(EngineError, match="/v1/models"):
-            Remote(f"http://127.0.0.1:{listener.getsockname()[1]}")
+            RemoteBackend(f"http://127.0.0.1:{listener.getsockname()[1]}")
         thread.join(timeout=10)
 
 
 @pytest.mark.parametrize("url", ["http://x:99999", "http://[::1", "ftp://x", "http://", "http://x:y", "http://a b:1"])
 def test_what_is_no_address_is_said(url: str) -> None:
     with pytest.raises(EngineError):
-        Remote(url)
+        RemoteBackend(url)
 
 
 def test_a_key_that_no_header_can_hold_is_said(server: Server) -> None:
     with pytest.raises(EngineError, match="Invalid header value"):
-        Remote(server.url, "a\nb")
+        RemoteBackend(server.url, "a\nb")
 
 
 @pytest.mark.parametrize("head", [HEAD, b""])
@@ -281,6 +282,6 @@ def test_silence_can_be_interrupted(head: bytes) -> None:
         session = Session(remote)
         updates = session.ask("?", tick=0.01)
         assert next(updates) is None
-        session.stop()
-        assert isinstance([*updates][-1], Usage)
+        session.stop_answer()
+        assert isinstance([*updates][-1], AnswerUsage)
     assert session.entries == []

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stepgguf.cli.main import main
-from stepgguf.convert.card import Card, read_card
+from stepgguf.convert.card import ModelCard, read_card
 from stepgguf.convert.sources.hub import ModelOrigin
 from stepgguf.files import gguf_header
 
@@ -62,7 +62,7 @@ def folder(path: Path, card: str | None, **config: Any) -> Path:
     return path
 
 
-def values(card: Card) -> dict[str, Any]:
+def values(card: ModelCard) -> dict[str, Any]:
     return {"general.name": card.name, **{key.name: key.value for key in card.keys}}
 
 

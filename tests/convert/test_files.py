@@ -16,13 +16,14 @@ from stepgguf import __version__
 from stepgguf.cli.main import main
 from stepgguf.convert.metadata import RESERVE
 from stepgguf.convert.plan import Options
-from stepgguf.convert.planner import plan_checkpoint
+from stepgguf.convert.planner import plan_source
 from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.demo import CHECKPOINT
 from stepgguf.errors import BadConfig
 from stepgguf.files import gguf_header
 from stepgguf.model.hparams import HParams
 from stepgguf.model.rope import rope_freqs
+from stepgguf.quants.recipe_files import load_recipe
 from stepgguf.reference.model import rope_scaling_factors
 from tests.conftest import real_config
 
@@ -116,7 +117,7 @@ def test_strange_settings_are_named_with_file_and_place(
     (copy / "chat_template.jinja").unlink()
     (copy / name).write_text(json.dumps(content))
     with Checkpoint(copy) as checkpoint, pytest.raises(BadConfig, match=rf"copy/{name}: {text}"):
-        plan_checkpoint(checkpoint, tmp_path / "x.gguf", Options("Q8_0"))
+        plan_source(checkpoint, tmp_path / "x.gguf", Options(load_recipe("Q8_0")))
 
 
 @pytest.mark.parametrize("name", ["chat_template.jinja", "chat_template.json", "tokenizer_config.json", "named"])
@@ -255,7 +256,7 @@ def flip(path: Path, tensor: str, row: int) -> None:
 
 def test_verify_passes_on_what_was_written(copy: Path, small: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(copy)]) == 0
-    assert "all as it should be" in capfd.readouterr().err
+    assert "compared: no differences" in capfd.readouterr().err
     assert main(["verify", str(copy), "--against", str(small), "--all", "--json", "-q"]) == 0
     report = json.loads(capfd.readouterr().out)
     assert report["ok"] is True

@@ -15,8 +15,7 @@ from stepgguf.cli.main import main
 from stepgguf.convert.importance import Importance
 from stepgguf.convert.manifest import manifest_path
 from stepgguf.convert.sources.gguf_file import GGUFSource
-from stepgguf.quants import imatrix
-from stepgguf.quants.imatrix import Entry, Imatrix
+from stepgguf.quants.imatrix import Imatrix, ImatrixEntry, read_imatrix, write_imatrix
 from stepgguf.quants.kernels import KERNEL_NAMES, choose_kernel
 from stepgguf.quants.types import row_size
 from stepgguf.quants.values import widen
@@ -49,16 +48,16 @@ def calibrated(trunk: Path) -> Path:
             counts = np.full(n, 500.0, np.float32)
             counts[: n - 1 : 1][:2] = [0.0, 3.0][: n - 1]
             moments = rng.gamma(0.5, 1.0, (n, tensor.shape[-1])).astype(np.float32)
-            entries[name] = Entry(moments * counts[:, None], counts)
+            entries[name] = ImatrixEntry(moments * counts[:, None], counts)
     path = trunk.with_name("imatrix.gguf")
-    imatrix.write(Imatrix(None, ("made up",), 1, 512, entries), path)
+    write_imatrix(Imatrix(None, ("made up",), 1, 512, entries), path)
     return path
 
 
 def normalised(path: Path) -> Mapping[str, Floats]:
     """As quantize.cpp hands it over: sums over counts, 1.0 for what was never seen."""
     result = {}
-    for name, entry in imatrix.read(path).entries.items():
+    for name, entry in read_imatrix(path).entries.items():
         rows = np.ones_like(entry.sums)
         for i, count in enumerate(entry.counts):
             if count > 0:
@@ -156,10 +155,10 @@ def test_types_that_need_importance_name_the_tensors(
     err = capsys.readouterr().err
     assert "IQ2_XS need an importance matrix: blk.0." in err
     assert "--imatrix" in err
-    one = imatrix.read(calibrated)
+    one = read_imatrix(calibrated)
     lacking = "blk.1.ffn_up_exps.weight"
     some = {name: entry for name, entry in one.entries.items() if name != lacking}
-    imatrix.write(Imatrix(None, (), 1, 512, some), tmp_path / "some.gguf")
+    write_imatrix(Imatrix(None, (), 1, 512, some), tmp_path / "some.gguf")
     assert (
         main(
             ["quantize", str(trunk), str(tmp_path / "o.gguf"), "-t", "IQ2_XS", "--imatrix", str(tmp_path / "some.gguf")]

@@ -12,15 +12,16 @@ import pytest
 from benchmarks.embedded_model import answers
 from stepgguf.chat.exchange import ChatModel
 from stepgguf.cli.main import main
-from stepgguf.conversation.inprocess import InProcess
-from stepgguf.conversation.session import Session, Settings
+from stepgguf.conversation.inprocess import InProcessBackend
+from stepgguf.conversation.records import ChatSettings
+from stepgguf.conversation.session import Session
 from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.demo import CHECKPOINT, tasks
 from stepgguf.demo.train import Encoder, evaluate
 from stepgguf.reference.load import load
 from stepgguf.runtime.llama import LlamaEngine
 
-GREEDY = Settings({"temperature": 0.0})
+GREEDY = ChatSettings({"temperature": 0.0})
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +38,8 @@ def chat(q4: Path) -> Iterator[ChatModel]:
 
 
 @pytest.fixture(scope="module")
-def backend(chat: ChatModel) -> InProcess:
-    return InProcess(chat)
+def backend(chat: ChatModel) -> InProcessBackend:
+    return InProcessBackend(chat)
 
 
 def ask(session: Session, question: str) -> tuple[str, str]:
@@ -61,7 +62,7 @@ def test_it_is_small_and_has_every_mechanism() -> None:
     assert hp.trunk[-1].clamp_shared > 0
 
 
-def test_it_counts_the_rs_in_strawberry(backend: InProcess) -> None:
+def test_it_counts_the_rs_in_strawberry(backend: InProcessBackend) -> None:
     reasoning, text = ask(Session(backend, GREEDY), "How many 'r's are in the word strawberry?")
     assert "s, t, r (1), a, w, b, e, r (2), r (3), y" in reasoning
     assert text == "There are 3 'r's."
@@ -73,7 +74,7 @@ def test_it_answers_held_out_questions_after_q4_k_m(chat: ChatModel) -> None:
     assert sum(answers(chat, tasks.held_out_sums(40))[0]) >= 32
 
 
-def test_it_greets_and_keeps_a_conversation(backend: InProcess) -> None:
+def test_it_greets_and_keeps_a_conversation(backend: InProcessBackend) -> None:
     session = Session(backend, GREEDY)
     assert ask(session, "Hello")[1] == "Hello! How can I help you?"
     assert ask(session, "What is 347 + 286?")[1] == "347 + 286 = 633"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from stepgguf.chat.template import CLOSING_WORDS, closing
+from stepgguf.chat.template import CLOSING_WORDS, closing_text
 from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.demo import CHECKPOINT, tasks
 from stepgguf.demo.tokenizer import build
@@ -65,7 +65,7 @@ def test_cut_thinking_ends_as_engines_end_it_and_only_the_models_own_tokens_are_
         cut = learnt.removesuffix("3 + 4 = 7<|im_end|>")
         assert thought.startswith(cut)
         text = encoder.tokenizer.decode(ids, skip_special_tokens=False)
-        ends = [cut + closing(words, after=bool(cut)) for words in ("", CLOSING_WORDS)]
+        ends = [cut + closing_text(words, after=bool(cut)) for words in ("", CLOSING_WORDS)]
         assert text.partition("<think>\n")[2] in [f"{end}3 + 4 = 7<|im_end|>\n" for end in ends]
         seen.add(cut)
     assert "" in seen

@@ -12,10 +12,12 @@ import pytest
 
 from stepgguf.cli.main import main
 from stepgguf.errors import DoesNotFit
-from stepgguf.fit.capacity import Model, context_length, memory, mtp_beside, read_model, refuse
+from stepgguf.files.byte_sizes import GIB
+from stepgguf.fit.capacity import check_context_length, check_memory, refuse_to_load
 from stepgguf.fit.machine import Machine
-from stepgguf.fit.memory import GIB, Context, need
-from tests.cli.test_doctor import CARD, CPU_BUILD, CUDA_BUILD, LINUX
+from stepgguf.fit.memory import ContextParams, memory_need
+from stepgguf.fit.model_file import ModelFile, find_mtp_file, read_model_file
+from tests.fit.machines import CARD, CPU_BUILD, CUDA_BUILD, LINUX
 from tests.fit.test_memory import write_real
 
 RUNNING = (["chat", "-p", "Hello"], ["serve", "--port", "0"], ["bench"])
@@ -27,13 +29,13 @@ def _nothing_piped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def flash(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    return read_model(write_real(tmp_path_factory.mktemp("real")))
+def flash(tmp_path_factory: pytest.TempPathFactory) -> ModelFile:
+    return read_model_file(write_real(tmp_path_factory.mktemp("real")))
 
 
 @pytest.mark.parametrize("command", RUNNING, ids=lambda command: command[0])
 def test_a_model_that_is_larger_than_the_machine_is_refused_at_once(
-    flash: Model, command: list[str], capfd: pytest.CaptureFixture[str]
+    flash: ModelFile, command: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     started = time.monotonic()
     assert main([*command, str(flash.path)]) == 1
@@ -61,62 +63,64 @@ def test_force_loads_it_all_the_same(demo_gguf: Path, capfd: pytest.CaptureFixtu
     assert capfd.readouterr().out.strip()
 
 
-def test_what_is_refused_is_what_doctor_would_say(flash: Model) -> None:
+def test_what_is_refused_is_what_doctor_would_say(flash: ModelFile) -> None:
     machine = replace(LINUX, ram=120 * GIB, ram_available=119 * GIB)
-    finding = memory(machine, CPU_BUILD, flash, Context(262144))
+    finding = check_memory(machine, CPU_BUILD, flash, ContextParams(262144))
     with pytest.raises(DoesNotFit) as caught:
-        refuse(flash, [finding])
+        refuse_to_load(flash, [finding])
     assert caught.value.message == f"{flash.path}: {finding.message}"
     assert caught.value.hint is not None
     n_ctx = int(caught.value.hint.split("--ctx ")[1].split()[0])
-    assert memory(machine, CPU_BUILD, flash, Context(n_ctx)).level == "ok"
-    assert context_length(flash, n_ctx).level == "ok"
-    refuse(flash, [])
+    assert check_memory(machine, CPU_BUILD, flash, ContextParams(n_ctx)).level == "ok"
+    assert check_context_length(flash, n_ctx).level == "ok"
+    refuse_to_load(flash, [])
 
 
-def test_a_conversation_cache_that_is_too_large_is_what_has_to_be_smaller(flash: Model) -> None:
+def test_a_conversation_cache_that_is_too_large_is_what_has_to_be_smaller(flash: ModelFile) -> None:
     machine = replace(LINUX, ram=128 * GIB, ram_available=127 * GIB)
-    finding = memory(machine, CPU_BUILD, flash, Context(32768, cache_ram=64 * GIB))
+    finding = check_memory(machine, CPU_BUILD, flash, ContextParams(32768, cache_ram=64 * GIB))
     assert finding.level == "fail"
     n = int(str(finding.fix).split("--ctx 32768 --cache-ram ")[1].removesuffix("MiB"))
-    assert memory(machine, CPU_BUILD, flash, Context(32768, cache_ram=n * 2**20)).level == "ok"
+    assert check_memory(machine, CPU_BUILD, flash, ContextParams(32768, cache_ram=n * 2**20)).level == "ok"
 
 
-def test_what_is_free_now_counts_and_a_context_that_fits_into_it_is_named(flash: Model) -> None:
-    needed = need(flash.footprint, Context(65536))
+def test_what_is_free_now_counts_and_a_context_that_fits_into_it_is_named(flash: ModelFile) -> None:
+    needed = memory_need(flash.footprint, ContextParams(65536))
     machine = replace(LINUX, ram_available=needed.device)
-    assert memory(machine, CPU_BUILD, flash, Context(65536)).level == "ok"
-    finding = memory(machine, CPU_BUILD, flash, Context(131072))
+    assert check_memory(machine, CPU_BUILD, flash, ContextParams(65536)).level == "ok"
+    finding = check_memory(machine, CPU_BUILD, flash, ContextParams(131072))
     assert finding.level == "warn"
     assert finding.fix == f"Close other programs, or: stepgguf chat {flash.path} --ctx 65536"
 
 
-def test_layers_that_are_kept_off_a_card_do_not_count_against_it(flash: Model) -> None:
-    finding = memory(CARD, CUDA_BUILD, flash, Context(32768))
+def test_layers_that_are_kept_off_a_card_do_not_count_against_it(flash: ModelFile) -> None:
+    finding = check_memory(CARD, CUDA_BUILD, flash, ContextParams(32768))
     assert (finding.level, finding.fix is not None) == ("warn", True)
     n = int(str(finding.fix).rsplit(" ", 1)[1])
-    assert memory(CARD, CUDA_BUILD, flash, Context(32768, gpu_layers=n)).level == "ok"
-    assert memory(CARD, CUDA_BUILD, flash, Context(32768, gpu_layers=n + 2)).level == "warn"
-    assert memory(CARD, CPU_BUILD, flash, Context(32768)).level == "ok", "an engine without CUDA runs it in RAM"
+    assert check_memory(CARD, CUDA_BUILD, flash, ContextParams(32768, gpu_layers=n)).level == "ok"
+    assert check_memory(CARD, CUDA_BUILD, flash, ContextParams(32768, gpu_layers=n + 2)).level == "warn"
+    assert check_memory(CARD, CPU_BUILD, flash, ContextParams(32768)).level == "ok", (
+        "an engine without CUDA runs it in RAM"
+    )
 
 
 def test_a_small_machine_keeps_an_eighth_for_its_system() -> None:
-    from stepgguf.fit.memory import budget
+    from stepgguf.fit.memory import memory_budget
 
     small: Machine = replace(LINUX, ram=4 * GIB, ram_available=3 * GIB)
-    assert (budget(small).ceiling, budget(small).free) == (3584 * 2**20, 3 * GIB)
+    assert (memory_budget(small).ceiling, memory_budget(small).free) == (3584 * 2**20, 3 * GIB)
 
 
-def test_a_system_that_does_not_tell_its_memory_refuses_nothing(flash: Model) -> None:
-    assert memory(replace(LINUX, ram=0, ram_available=0), CPU_BUILD, flash, Context(32768)).level == "ok"
-    assert memory(replace(LINUX, ram_available=0), CPU_BUILD, flash, Context(32768)).level == "ok"
+def test_a_system_that_does_not_tell_its_memory_refuses_nothing(flash: ModelFile) -> None:
+    assert check_memory(replace(LINUX, ram=0, ram_available=0), CPU_BUILD, flash, ContextParams(32768)).level == "ok"
+    assert check_memory(replace(LINUX, ram_available=0), CPU_BUILD, flash, ContextParams(32768)).level == "ok"
 
 
 def test_the_mtp_file_is_found_by_its_name(tmp_path: Path) -> None:
     for name in ("a.gguf", "mtp-a.gguf", "b-00001-of-00002.gguf", "mtp-b.gguf", "c[1].gguf", "d.gguf"):
         (tmp_path / name).touch()
     (tmp_path / "mtp-c[1]-00001-of-00002.gguf").touch()
-    beside = {path.name: mtp_beside(path) for path in tmp_path.glob("[a-d]*.gguf")}
+    beside = {path.name: find_mtp_file(path) for path in tmp_path.glob("[a-d]*.gguf")}
     assert {name: path and path.name for name, path in beside.items()} == {
         "a.gguf": "mtp-a.gguf",
         "b-00001-of-00002.gguf": "mtp-b.gguf",

@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-from stepgguf.fit.catalogue import MACHINES, Listed, like, load, tomllib
+from stepgguf.files.byte_sizes import GIB
+from stepgguf.fit.catalogue import MACHINES, ListedMachine, find_listed, load_catalogue, tomllib
 from stepgguf.fit.machine import Machine
-from stepgguf.fit.memory import GIB, budget
-from tests.cli.test_doctor import CARD, LINUX, MAC, SPARK, STRIX
+from stepgguf.fit.memory import memory_budget
+from tests.fit.machines import CARD, LINUX, MAC, SPARK, STRIX
 
-LISTED = load()
+LISTED = load_catalogue()
 KEYS = {
     "title", "system", "cpu", "gpu", "ram", "vram", "gtt", "wired_limit", "bandwidth", "bandwidth_source", "setup",
     "measured",
@@ -31,11 +32,11 @@ def test_no_key_is_misspelt() -> None:
 def test_a_machine_has_the_memory_that_its_setup_gives(name: str, kind: str, gib: float) -> None:
     machine = LISTED[name].machine
     assert machine.kind == kind
-    assert budget(machine).limit / GIB == pytest.approx(gib, abs=0.001)
+    assert memory_budget(machine).limit / GIB == pytest.approx(gib, abs=0.001)
 
 
 @pytest.mark.parametrize("listed", LISTED.values(), ids=lambda m: m.name)
-def test_the_setup_in_words_is_the_setup_in_figures(listed: Listed) -> None:
+def test_the_setup_in_words_is_the_setup_in_figures(listed: ListedMachine) -> None:
     settings = {key: int(value) for key, value in re.findall(r"([\w.]+)=(\d+)", listed.setup)}
     machine, mib = listed.machine, 2**20
     expected = {}
@@ -48,13 +49,13 @@ def test_the_setup_in_words_is_the_setup_in_figures(listed: Listed) -> None:
 
 @pytest.mark.parametrize(("machine", "name"), [(SPARK, "spark"), (MAC, "mac-128"), (STRIX, "strix-128")])
 def test_a_real_machine_is_known_by_its_chip(machine: Machine, name: str) -> None:
-    found = like(machine)
+    found = find_listed(machine)
     assert found is not None
     assert found.name == name
 
 
 def test_a_chip_that_is_not_listed_is_not_guessed() -> None:
-    assert like(LINUX) is like(CARD) is like(replace(MAC, cpu="Apple M1")) is None
+    assert find_listed(LINUX) is find_listed(CARD) is find_listed(replace(MAC, cpu="Apple M1")) is None
 
 
 def test_a_measurement_counts_for_every_machine_with_the_chip() -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from stepgguf.fit import machine
-from stepgguf.fit.machine import AmdMemory, Gpu, Run, network_filesystem, probe
+from stepgguf.fit.machine import AmdMemory, RunCommand, network_filesystem, probe_machine
+from stepgguf.runtime.llama_build import Gpu
 
 NVIDIA_SMI = "nvidia-smi --query-gpu=name,memory.total,memory.free --format=csv,noheader,nounits"
 
@@ -61,7 +62,7 @@ def tree(root: Path, files: Mapping[str, str]) -> Path:
     return root
 
 
-def says(outputs: Mapping[str, str]) -> Run:
+def says(outputs: Mapping[str, str]) -> RunCommand:
     """Programs that print this; others are not installed."""
 
     def run(command: Sequence[str]) -> bytes | None:
@@ -72,7 +73,7 @@ def says(outputs: Mapping[str, str]) -> Run:
 
 
 def test_a_dgx_spark_is_known_by_its_gpu_which_tells_no_memory(tmp_path: Path) -> None:
-    found = probe("Linux", root=tree(tmp_path, SPARK), run=says({NVIDIA_SMI: "NVIDIA GB10, [N/A], [N/A]"}))
+    found = probe_machine("Linux", root=tree(tmp_path, SPARK), run=says({NVIDIA_SMI: "NVIDIA GB10, [N/A], [N/A]"}))
     assert found.kind == "spark"
     assert found.gpus == (Gpu("NVIDIA GB10", None, None),)
     assert (found.ram, found.ram_available, found.swap) == (127600748 << 10, 118566368 << 10, 16777212 << 10)
@@ -81,7 +82,7 @@ def test_a_dgx_spark_is_known_by_its_gpu_which_tells_no_memory(tmp_path: Path) -
 
 
 def test_strix_halo_is_known_by_its_processor_and_tells_what_it_maps(tmp_path: Path) -> None:
-    found = probe("Linux", root=tree(tmp_path, STRIX_HALO), run=says({}))
+    found = probe_machine("Linux", root=tree(tmp_path, STRIX_HALO), run=says({}))
     assert found.kind == "strix"
     assert found.cpu == "AMD RYZEN AI MAX+ 395 w/ Radeon 8060S"
     assert (found.cores, found.threads) == (16, 32)
@@ -100,7 +101,7 @@ def test_of_two_amd_cards_the_one_that_maps_most_counts(tmp_path: Path) -> None:
 
 
 def test_a_mac() -> None:
-    found = probe("Darwin", run=says(MAC))
+    found = probe_machine("Darwin", run=says(MAC))
     assert (found.kind, found.cpu, found.architecture) == ("mac", "Apple M1 Ultra", "arm64")
     assert (found.ram, found.swap, found.wired_limit) == (128 << 30, 2 << 30, 0)
     assert found.ram_available == (5242880 + 1048576) * 16384
@@ -108,16 +109,18 @@ def test_a_mac() -> None:
         MAC["vm_stat"]
         + "Pages purgeable:                         100000.\nFile-backed pages:                      2000000.\n"
     )
-    after_writing = probe("Darwin", run=says(MAC | {"vm_stat": cached}))
+    after_writing = probe_machine("Darwin", run=says(MAC | {"vm_stat": cached}))
     assert after_writing.ram_available == (5242880 + 100000 + 2000000) * 16384, "cached files can go"
-    assert probe("Darwin", run=says(MAC | {"sysctl -n iogpu.wired_limit_mb": "114688"})).wired_limit == 112 << 30
+    assert (
+        probe_machine("Darwin", run=says(MAC | {"sysctl -n iogpu.wired_limit_mb": "114688"})).wired_limit == 112 << 30
+    )
     without = {key: value for key, value in MAC.items() if "wired" not in key}
-    assert probe("Darwin", run=says(without)).wired_limit is None
+    assert probe_machine("Darwin", run=says(without)).wired_limit is None
 
 
 def test_nvidia_cards_of_their_own(tmp_path: Path) -> None:
     lines = "NVIDIA GeForce RTX 3090, 24576, 24259\nNVIDIA H200, 143771, 143156"
-    found = probe("Linux", root=tree(tmp_path, SPARK), run=says({NVIDIA_SMI: lines}))
+    found = probe_machine("Linux", root=tree(tmp_path, SPARK), run=says({NVIDIA_SMI: lines}))
     assert found.kind == "gpu"
     assert found.gpus == (
         Gpu("NVIDIA GeForce RTX 3090", 24576 << 20, 24259 << 20),
@@ -126,7 +129,7 @@ def test_nvidia_cards_of_their_own(tmp_path: Path) -> None:
 
 
 def test_a_machine_that_tells_nothing_is_described_all_the_same(tmp_path: Path) -> None:
-    found = probe("Linux", root=tmp_path, run=says({}))
+    found = probe_machine("Linux", root=tmp_path, run=says({}))
     assert (found.kind, found.ram, found.gpus, found.amd, found.container_limit) == ("cpu", 0, (), None, None)
     assert found.cores == found.threads > 0
 
@@ -173,14 +176,14 @@ def test_a_network_file_system_is_found_by_the_longest_mount(tmp_path: Path, pat
 
 
 def test_programs_are_really_run() -> None:
-    assert machine.run([sys.executable, "-c", "print('hello')"]) == b"hello\n"
-    assert machine.run([sys.executable, "-c", "print('hello'); raise SystemExit(9)"]) is None
-    assert machine.run(["no-such-program-anywhere"]) is None
+    assert machine.run_command([sys.executable, "-c", "print('hello')"]) == b"hello\n"
+    assert machine.run_command([sys.executable, "-c", "print('hello'); raise SystemExit(9)"]) is None
+    assert machine.run_command(["no-such-program-anywhere"]) is None
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="what the C library says comes from the same files")
 def test_this_machine_is_what_the_c_library_says() -> None:
-    found = probe()
+    found = probe_machine()
     assert found.ram == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert found.threads == os.cpu_count()
     assert 0 < found.cores <= found.threads

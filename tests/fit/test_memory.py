@@ -12,22 +12,24 @@ import pytest
 
 from stepgguf.cli.main import main
 from stepgguf.convert.plan import Options
-from stepgguf.convert.planner import plan_checkpoint
+from stepgguf.convert.planner import plan_source
 from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.convert.sources.gguf_file import GGUFSource
+from stepgguf.files.byte_sizes import GIB
 from stepgguf.fit.footprint import footprint
-from stepgguf.fit.machine import AmdMemory, Gpu, Machine
+from stepgguf.fit.machine import AmdMemory, Machine
 from stepgguf.fit.memory import (
-    GIB,
-    Context,
+    ContextParams,
     Footprint,
-    Layer,
-    budget,
-    checkpoint,
-    gpu_layers,
+    LayerFootprint,
     largest_context,
-    need,
+    layers_that_fit,
+    memory_budget,
+    memory_need,
+    saved_state_bytes,
 )
+from stepgguf.quants.recipe_files import load_recipe
+from stepgguf.runtime.llama_build import Gpu
 from tests.cli.test_cli import sparse_checkpoint
 from tests.oracle import silence
 
@@ -42,7 +44,7 @@ class Reported:
     compute: float
 
 
-def reported(path: Path, context: Context, *, mtp: bool = False, allocate: bool = False) -> Reported:
+def reported(path: Path, context: ContextParams, *, mtp: bool = False, allocate: bool = False) -> Reported:
     """Make a context as the engine does and read llama.cpp's log. Without `allocate` no memory and no weights."""
     log: list[str] = []
     callback = llama_cpp.llama_log_callback(lambda level, text, data: log.append(text.decode(errors="replace")))
@@ -70,7 +72,7 @@ def reported(path: Path, context: Context, *, mtp: bool = False, allocate: bool 
 def write_real(folder: Path, mtp: str = "include") -> Path:
     """A Q4_K_S of the real model whose 106 GiB of weights are a hole in the file."""
     with Checkpoint(sparse_checkpoint(folder / "Step-3.5-Flash")) as source:
-        file = plan_checkpoint(source, folder / "real.gguf", Options("Q4_K_S", mtp=mtp)).files[0]
+        file = plan_source(source, folder / "real.gguf", Options(load_recipe("Q4_K_S"), mtp=mtp)).files[0]
     with file.path.open("wb") as out:
         out.write(file.header)
         out.truncate(file.size)
@@ -89,38 +91,44 @@ def flash(real: Path) -> Footprint:
 
 
 CONTEXTS = [
-    Context(4096),
-    Context(5000),
-    Context(32768),
-    Context(262144),
-    Context(65536, n_parallel=2),
-    Context(65536, n_parallel=4, n_ubatch=256),
-    Context(32768, n_ubatch=1024),
-    Context(131072, n_parallel=8),
-    Context(700),
+    ContextParams(4096),
+    ContextParams(5000),
+    ContextParams(32768),
+    ContextParams(262144),
+    ContextParams(65536, n_parallel=2),
+    ContextParams(65536, n_parallel=4, n_ubatch=256),
+    ContextParams(32768, n_ubatch=1024),
+    ContextParams(131072, n_parallel=8),
+    ContextParams(700),
 ]
 
 
 @pytest.mark.parametrize("context", CONTEXTS, ids=str)
-def test_the_real_models_caches_are_what_llama_cpp_makes(real: Path, flash: Footprint, context: Context) -> None:
-    theirs, ours = reported(real, context), need(flash, context)
+def test_the_real_models_caches_are_what_llama_cpp_makes(real: Path, flash: Footprint, context: ContextParams) -> None:
+    theirs, ours = reported(real, context), memory_need(flash, context)
     assert ours.kv / MIB == pytest.approx(theirs.kv, abs=0.01)
     assert theirs.compute <= ours.compute / MIB <= 1.1 * theirs.compute
 
 
-@pytest.mark.parametrize("context", [Context(32768), Context(262144), Context(65536, n_parallel=2)], ids=str)
-def test_mtp_is_a_context_of_its_own(real: Path, flash: Footprint, context: Context) -> None:
+@pytest.mark.parametrize(
+    "context", [ContextParams(32768), ContextParams(262144), ContextParams(65536, n_parallel=2)], ids=str
+)
+def test_mtp_is_a_context_of_its_own(real: Path, flash: Footprint, context: ContextParams) -> None:
     theirs = reported(real, context, mtp=True)
-    assert theirs.kv + theirs.compute <= need(flash, context).mtp / MIB + 0.02 <= 1.05 * (theirs.kv + theirs.compute)
-    assert need(flash, replace(context, mtp=False)).mtp == 0
+    assert (
+        theirs.kv + theirs.compute
+        <= memory_need(flash, context).mtp / MIB + 0.02
+        <= 1.05 * (theirs.kv + theirs.compute)
+    )
+    assert memory_need(flash, replace(context, mtp=False)).mtp == 0
 
 
 def test_the_real_models_weights_and_layers(flash: Footprint) -> None:
     assert flash.weights / GIB == pytest.approx(106.24, abs=0.01)
     assert [sum(y.is_sliding for y in flash.layers), len(flash.layers)] == [36, 48]
     assert [i for i, layer in enumerate(flash.layers) if layer.is_mtp] == [45, 46, 47]
-    assert (flash.window, flash.n_vocab, flash.n_ctx_train) == (512, 128896, 262144)
-    assert need(flash, Context(262144)).kv == 12 * 262144 * 4096 + 33 * 1024 * 4096
+    assert (flash.sliding_window, flash.n_vocab, flash.n_ctx_train) == (512, 128896, 262144)
+    assert memory_need(flash, ContextParams(262144)).kv == 12 * 262144 * 4096 + 33 * 1024 * 4096
 
 
 @pytest.fixture(scope="module")
@@ -130,10 +138,12 @@ def small_gguf(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("context", [Context(2048), Context(1500, n_parallel=3), Context(512, n_ubatch=64)], ids=str)
-def test_a_small_models_caches_when_they_are_really_allocated(small_gguf: Path, context: Context) -> None:
+@pytest.mark.parametrize(
+    "context", [ContextParams(2048), ContextParams(1500, n_parallel=3), ContextParams(512, n_ubatch=64)], ids=str
+)
+def test_a_small_models_caches_when_they_are_really_allocated(small_gguf: Path, context: ContextParams) -> None:
     with GGUFSource(small_gguf) as source:
-        ours = need(footprint(source), context)
+        ours = memory_need(footprint(source), context)
     assert ours.kv / MIB == pytest.approx(reported(small_gguf, context, allocate=True).kv, abs=0.02)
 
 
@@ -151,16 +161,16 @@ def test_a_checkpoint_is_the_window_of_the_sliding_layers(small_gguf: Path) -> N
     llama_cpp.llama_free(context)
     llama_cpp.llama_model_free(model)
     with GGUFSource(small_gguf) as source:
-        ours = checkpoint(footprint(source))
+        ours = saved_state_bytes(footprint(source))
     assert ours <= size <= 1.05 * ours
 
 
 MODEL = Footprint(
     weights=100 * GIB,
-    layers=tuple(Layer(8, i % 4 != 0) for i in range(45)),
+    layers=tuple(LayerFootprint(8, i % 4 != 0) for i in range(45)),
     key_length=128,
     value_length=128,
-    window=512,
+    sliding_window=512,
     n_embd=4096,
     n_ff=11264,
     n_vocab=128896,
@@ -172,22 +182,26 @@ MODEL = Footprint(
 
 @pytest.mark.parametrize("gib", [104, 106, 110])
 def test_the_largest_context_fits_and_the_next_one_does_not(gib: int) -> None:
-    n_ctx = largest_context(MODEL, Context(1), gib * GIB)
+    n_ctx = largest_context(MODEL, ContextParams(1), gib * GIB)
     assert n_ctx is not None
-    assert need(MODEL, Context(n_ctx)).total <= gib * GIB < need(MODEL, Context(n_ctx + 1024)).total
+    assert (
+        memory_need(MODEL, ContextParams(n_ctx)).total
+        <= gib * GIB
+        < memory_need(MODEL, ContextParams(n_ctx + 1024)).total
+    )
 
 
 def test_no_context_is_small_enough_for_weights_that_do_not_fit() -> None:
-    assert largest_context(MODEL, Context(1), 99 * GIB) is None
-    assert largest_context(MODEL, Context(1), 400 * GIB) == MODEL.n_ctx_train
+    assert largest_context(MODEL, ContextParams(1), 99 * GIB) is None
+    assert largest_context(MODEL, ContextParams(1), 400 * GIB) == MODEL.n_ctx_train
 
 
 def test_the_layers_that_are_left_to_a_gpu_fit_it() -> None:
-    needed = need(MODEL, Context(32768))
-    n = gpu_layers(MODEL, needed, 24 * GIB)
+    needed = memory_need(MODEL, ContextParams(32768))
+    n = layers_that_fit(MODEL, needed, 24 * GIB)
     per_layer = (needed.weights + needed.kv) / 45
     assert n * per_layer + needed.compute <= 24 * GIB < (n + 1) * per_layer + needed.compute + 1
-    assert gpu_layers(MODEL, needed, 0) == 0
+    assert layers_that_fit(MODEL, needed, 0) == 0
 
 
 def machine(ram: int, available: int, **more: object) -> Machine:
@@ -195,25 +209,25 @@ def machine(ram: int, available: int, **more: object) -> Machine:
 
 
 def test_a_machine_without_a_gpu_has_its_memory_less_the_systems() -> None:
-    have = budget(machine(64, 50))
+    have = memory_budget(machine(64, 50))
     assert (have.limit, have.ceiling, have.free) == (60 * GIB, 60 * GIB, 50 * GIB)
-    assert budget(machine(64, 50, container_limit=32 * GIB)).limit == 28 * GIB
+    assert memory_budget(machine(64, 50, container_limit=32 * GIB)).limit == 28 * GIB
 
 
 def test_a_gpu_of_its_own_has_its_memory_and_the_ceiling_adds_ram() -> None:
     cards = (Gpu("NVIDIA H100", 80 * GIB, 79 * GIB), Gpu("NVIDIA H100", 80 * GIB, 70 * GIB))
-    have = budget(machine(128, 100, gpus=cards))
+    have = memory_budget(machine(128, 100, gpus=cards))
     assert (have.limit, have.ceiling, have.free) == (158 * GIB, (158 + 124) * GIB, 147 * GIB)
 
 
 def test_what_the_engine_sees_counts_more_than_what_the_driver_lists() -> None:
     seen = (Gpu("NVIDIA H100", 40 * GIB, 40 * GIB),)
-    assert budget(machine(128, 100, gpus=(Gpu("NVIDIA H100", 80 * GIB, 80 * GIB),)), seen).limit == 39 * GIB
+    assert memory_budget(machine(128, 100, gpus=(Gpu("NVIDIA H100", 80 * GIB, 80 * GIB),)), seen).limit == 39 * GIB
 
 
 def test_the_memory_of_a_spark_is_the_systems_whatever_cuda_says() -> None:
     spark = machine(121, 113, gpus=(Gpu("NVIDIA GB10", None, None),))
-    assert budget(spark, (Gpu("NVIDIA GB10", 119 * GIB, 3 * GIB),)).limit == 117 * GIB
+    assert memory_budget(spark, (Gpu("NVIDIA GB10", 119 * GIB, 3 * GIB),)).limit == 117 * GIB
 
 
 @pytest.mark.parametrize(
@@ -224,11 +238,11 @@ def test_a_mac_gives_its_gpu_what_metal_says_or_sysctl_or_three_quarters(
 ) -> None:
     mac = machine(128, 120, system="Darwin", wired_limit=None if wired is None else wired * GIB)
     gpus = (Gpu("Apple M1 Ultra", seen * GIB, seen * GIB),) if seen else ()
-    have = budget(mac, gpus)
+    have = memory_budget(mac, gpus)
     assert (have.limit, have.ceiling) == (limit * GIB, 120 * GIB)
 
 
 def test_strix_halo_may_map_what_the_kernel_allows() -> None:
     halo = machine(124, 115, cpu="AMD RYZEN AI MAX+ 395 w/ Radeon 8060S", amd=AmdMemory(GIB // 2, 62 * GIB))
-    have = budget(halo)
+    have = memory_budget(halo)
     assert (have.limit, have.ceiling) == (62 * GIB + GIB // 2, 120 * GIB + GIB // 2)

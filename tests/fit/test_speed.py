@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stepgguf.convert.sizes import Inventory, Sizes, inventory
+from stepgguf.convert.sizes import Inventory, Sizes, take_inventory
 from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.fit import catalogue
 from stepgguf.fit.footprint import footprint
-from stepgguf.fit.speed import cache_bytes, expert_share, mtp_gain, read_bytes, step_bytes
+from stepgguf.fit.speed import expert_share, kv_read_bytes, mtp_gain, read_bytes, step_bytes
+from stepgguf.model.names import TensorName
 from tests.cli.test_cli import sparse_checkpoint
 
 
@@ -56,18 +57,18 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoint]:
 
 @pytest.fixture(scope="module")
 def flash(real: Checkpoint) -> Inventory:
-    return inventory(real)
+    return take_inventory(real)
 
 
 def sizes(flash: Inventory, recipe: str, folder: Path) -> Sizes:
     if "/" not in recipe:
-        return flash.sizes(recipe)
+        return flash.sizes_as(recipe)
     default, gate, up, down = recipe.split("/")
     path = folder / "recipe.toml"
     path.write_text(
         f'default = "{default}"\nffn_gate_exps = "{gate}"\nffn_up_exps = "{up}"\nffn_down_exps = "{down}"\n'
     )
-    return flash.sizes(str(path))
+    return flash.sizes_as(str(path))
 
 
 def step(found: Sizes, n_tokens: int = 1) -> float:
@@ -99,18 +100,18 @@ def test_bytes_and_speeds_are_those_of_an_independent_table(row: Published, flas
 def test_the_bytes_of_a_published_speed_are_those_of_its_file(
     machine: str, number: int, recipe: str, depth: int, real: Checkpoint, flash: Inventory, tmp_path: Path
 ) -> None:
-    read = step(sizes(flash, recipe, tmp_path)) + cache_bytes(footprint(real), depth)
-    assert catalogue.load()[machine].measured[number].read == round(read / 1e9, 3) * 1e9
+    read = step(sizes(flash, recipe, tmp_path)) + kv_read_bytes(footprint(real), depth)
+    assert catalogue.load_catalogue()[machine].measured[number].read == round(read / 1e9, 3) * 1e9
 
 
 def test_every_published_speed_has_its_bytes_checked() -> None:
-    counts = {name: len(machine.measured) for name, machine in catalogue.load().items() if machine.measured}
+    counts = {name: len(machine.measured) for name, machine in catalogue.load_catalogue().items() if machine.measured}
     assert counts == {"spark": 2, "mac-128": 2, "mac-64": 2}
 
 
 def test_one_efficiency_explains_an_empty_and_a_long_context() -> None:
     """36 tok/s and, after 100,000 tokens, 20 were measured on an M1 Ultra; the KV cache makes the difference."""
-    empty, long = catalogue.load()["mac-128"].measured
+    empty, long = catalogue.load_catalogue()["mac-128"].measured
     predicted = empty.tps * empty.read / long.read
     assert predicted == pytest.approx(long.tps, rel=0.02)  # 20 is published without decimals: 19.5 to 20.5 is 2.5 %
 
@@ -124,14 +125,15 @@ def test_the_share_of_experts_is_what_independent_tokens_choose(n_tokens: int) -
 
 
 def test_a_byte_costs_what_it_is_read() -> None:
-    assert read_bytes("ffn_down_exps", 36, 8 / 288) == 1.0
-    assert read_bytes("ffn_down_shexp", 36, 8 / 288) == read_bytes("output", 36, 8 / 288) == 36
-    assert read_bytes("token_embd", 36, 8 / 288) == 0
+    assert read_bytes(TensorName("blk.3.ffn_down_exps.weight"), 36, 8 / 288) == 1.0
+    assert read_bytes(TensorName("blk.3.ffn_down_shexp.weight"), 36, 8 / 288) == 36
+    assert read_bytes(TensorName("output.weight"), 36, 8 / 288) == 36
+    assert read_bytes(TensorName("token_embd.weight"), 36, 8 / 288) == 0
 
 
 def test_a_token_reads_all_cells_of_full_layers_and_the_window_of_the_others(real: Checkpoint) -> None:
     model = footprint(real)
     row = 8 * 2 * 128 * 2  # bytes of a cell: 8 heads, K and V, F16
-    assert cache_bytes(model, 0) == 0
-    assert cache_bytes(model, 256) == 45 * 256 * row
-    assert cache_bytes(model, 131072) == (12 * 131072 + 33 * 512) * row
+    assert kv_read_bytes(model, 0) == 0
+    assert kv_read_bytes(model, 256) == 45 * 256 * row
+    assert kv_read_bytes(model, 131072) == (12 * 131072 + 33 * 512) * row

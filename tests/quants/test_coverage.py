@@ -10,11 +10,11 @@ import pytest
 
 from stepgguf.errors import ImatrixError
 from stepgguf.quants.coverage import Coverage, coverage
-from stepgguf.quants.imatrix import Entry, Tensor, read
+from stepgguf.quants.imatrix import ImatrixEntry, WantedTensor, read_imatrix
 from tests.quants.test_imatrix import B, dat, made
 
-DENSE = Tensor("blk.10.attn_q.weight", "attn_q", 10, 1, 32, is_mtp=False)
-EXPERTS = Tensor("blk.3.ffn_down_exps.weight", "ffn_down_exps", 3, 6, 32, is_mtp=False)
+DENSE = WantedTensor("blk.10.attn_q.weight", "attn_q", 10, 1, 32, is_mtp=False)
+EXPERTS = WantedTensor("blk.3.ffn_down_exps.weight", "ffn_down_exps", 3, 6, 32, is_mtp=False)
 
 
 def test_coverage_counts_the_experts_of_each_layer() -> None:
@@ -30,9 +30,9 @@ def test_coverage_counts_the_experts_of_each_layer() -> None:
 
 def test_tensors_without_data_are_told_apart() -> None:
     absent = [
-        Tensor("token_embd.weight", "token_embd", None, 1, 32, is_mtp=False),
-        Tensor("output.weight", "output", None, 1, 32, is_mtp=False),
-        Tensor("blk.45.attn_q.weight", "attn_q", 45, 1, 32, is_mtp=True),
+        WantedTensor("token_embd.weight", "token_embd", None, 1, 32, is_mtp=False),
+        WantedTensor("output.weight", "output", None, 1, 32, is_mtp=False),
+        WantedTensor("blk.45.attn_q.weight", "attn_q", 45, 1, 32, is_mtp=True),
     ]
     found = coverage(made(), [DENSE, *absent])
     assert found == Coverage((), missing=("output.weight",), missing_mtp=("blk.45.attn_q.weight",))
@@ -43,14 +43,14 @@ def test_tensors_without_data_are_told_apart() -> None:
 
 
 def test_an_entry_that_saw_nothing_is_no_data() -> None:
-    nothing = Entry(np.zeros((6, 32), np.float32), np.zeros(6, np.float32))
+    nothing = ImatrixEntry(np.zeros((6, 32), np.float32), np.zeros(6, np.float32))
     imatrix = replace(made(), entries={**made().entries, EXPERTS.name: nothing})
-    assert imatrix.entry(EXPERTS) is None
+    assert imatrix.entry_of(EXPERTS) is None
     assert coverage(imatrix, [DENSE, EXPERTS]).missing == (EXPERTS.name,)
 
 
 def test_a_dat_says_that_it_has_no_tokens_per_expert(tmp_path: Path) -> None:
-    found = coverage(read(dat(tmp_path / "old.dat")), [B])
+    found = coverage(read_imatrix(dat(tmp_path / "old.dat")), [B])
     (row,) = found.layers
     assert (row.unseen, row.thin, row.least, row.median) == (1, None, None, None)
     assert found.warnings[-1] == "tokens per expert are unknown in 1 layers: the file keeps no counts of them"
@@ -64,12 +64,12 @@ def test_a_dat_says_that_it_has_no_tokens_per_expert(tmp_path: Path) -> None:
         (replace(DENSE, name="blk.0.attn_q.weight"), "made: it has .* and .* more|none of which the model has"),
     ],
 )
-def test_a_matrix_of_another_model_is_refused(tensor: Tensor, message: str) -> None:
+def test_a_matrix_of_another_model_is_refused(tensor: WantedTensor, message: str) -> None:
     with pytest.raises(ImatrixError, match=message) as caught:
         coverage(made(), [tensor])
     assert "another model" in (caught.value.hint or "")
 
 
 def test_mtp_alone_is_not_taken_for_another_model() -> None:
-    mtp = Tensor("blk.45.attn_q.weight", "attn_q", 45, 1, 32, is_mtp=True)
+    mtp = WantedTensor("blk.45.attn_q.weight", "attn_q", 45, 1, 32, is_mtp=True)
     assert coverage(made(), [mtp]).missing_mtp == (mtp.name,)

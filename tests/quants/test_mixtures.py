@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from stepgguf.convert.metadata import model_keys
-from stepgguf.convert.plan import Options, PlannedFile, PlannedTensor
-from stepgguf.convert.planner import select_checkpoint
+from stepgguf.convert.plan import Constant, Options, PlannedFile, PlannedTensor
+from stepgguf.convert.planner import choose_file_types
 from stepgguf.errors import RecipeError
 from stepgguf.files import gguf_header
 from stepgguf.model.hparams import HParams
@@ -20,15 +20,16 @@ from stepgguf.model.rope import ROPE_FREQS, rope_freqs
 from stepgguf.model.tensors import tensor_specs
 from stepgguf.quants import mixtures
 from stepgguf.quants import type_names as typenames
-from stepgguf.quants.mixtures import BASE_TYPES, Candidate, Facts
-from stepgguf.quants.types import fitting_type, row_size
+from stepgguf.quants.mixtures import BASE_TYPES, Facts
+from stepgguf.quants.recipe_files import load_recipe
+from stepgguf.quants.types import F32, fitting_type, row_size
 from tests.conftest import real_config
 from tests.oracle import chosen_types, llama_quantize
 
 HP = HParams.from_config(real_config())
 FACTS = Facts(n_layer=45, n_expert=288, gqa=8)
 TRUNK = [spec for spec in tensor_specs(HP) if not spec.is_mtp]
-CANDIDATES = [Candidate(s.name, s.role, s.shape, s.layer) for s in TRUNK if s.is_quantizable]
+CANDIDATES = [s for s in TRUNK if s.is_quantizable]
 
 # Tensor data of the real trunk in GB, without and with an importance matrix where that changes the mixture.
 GIGABYTES = {
@@ -62,9 +63,11 @@ def test_sizes_with_an_importance_matrix(name: str) -> None:
 @pytest.fixture(scope="module")
 def real_header(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The real model's BF16 GGUF as a sparse file: its header, and nothing but holes after it."""
-    tensors, _ = select_checkpoint(
-        tensor_specs(HP), FACTS, {ROPE_FREQS: rope_freqs(HP) or b""}, Options("BF16", mtp="drop")
-    )
+    options = Options(load_recipe("BF16"), mtp="drop")
+    chosen, _ = choose_file_types(tensor_specs(HP), None, FACTS, options)
+    nothing, freqs = Constant(b""), rope_freqs(HP) or b""
+    tensors = [PlannedTensor(s.name, s.shape, choice.ggml_type, choice.reason, nothing) for s, choice in chosen]
+    tensors.insert(0, PlannedTensor(ROPE_FREQS, (len(freqs) // 4,), F32, "", nothing))
     return sparse(tmp_path_factory.mktemp("real") / "bf16.gguf", tensors)
 
 
@@ -92,11 +95,11 @@ def test_every_type_of_the_real_model_is_llama_quantizes(name: str, real_header:
 
 def test_the_trunks_types_do_not_depend_on_mtp() -> None:
     specs = tensor_specs(HP)
-    with_mtp, _ = select_checkpoint(specs, FACTS, {}, Options("Q4_K_M", mtp="include"))
-    without, _ = select_checkpoint(specs, FACTS, {}, Options("Q4_K_M", mtp="drop"))
-    types = {tensor.name: tensor.ggml_type for tensor in with_mtp}
-    assert all(types[tensor.name] == tensor.ggml_type for tensor in without)
-    mtp = {t.ggml_type.name for t in with_mtp if t not in without}
+    with_mtp, _ = choose_file_types(specs, None, FACTS, Options(load_recipe("Q4_K_M"), mtp="include"))
+    without, _ = choose_file_types(specs, None, FACTS, Options(load_recipe("Q4_K_M"), mtp="drop"))
+    types = {spec.name: choice.ggml_type for spec, choice in with_mtp}
+    assert all(types[spec.name] == choice.ggml_type for spec, choice in without)
+    mtp = {choice.ggml_type.name for spec, choice in with_mtp if (spec, choice) not in without}
     assert mtp == {"Q8_0", "F32"}
 
 

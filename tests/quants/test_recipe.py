@@ -14,17 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepgguf.errors import RecipeError
-from stepgguf.fit.machine import AmdMemory, Gpu, Machine
-from stepgguf.fit.memory import GIB, Context, Footprint, Layer, budget, need
+from stepgguf.files.byte_sizes import GIB
+from stepgguf.fit.machine import AmdMemory, Machine
+from stepgguf.fit.memory import ContextParams, Footprint, LayerFootprint, memory_budget, memory_need
 from stepgguf.model.hparams import HParams
 from stepgguf.model.names import TensorName
-from stepgguf.model.tensors import TENSORS, tensor_specs
+from stepgguf.model.tensors import TENSORS, TensorSpec, tensor_specs
 from stepgguf.quants import mixtures, recipe, recipe_grammar
-from stepgguf.quants.mixtures import BASE_TYPES, Candidate, Facts, TypeChoice
+from stepgguf.quants.mixtures import BASE_TYPES, Facts, TypeChoice
 from stepgguf.quants.recipe import Recipe
 from stepgguf.quants.recipe_files import load_recipe, shipped_descriptions
 from stepgguf.quants.recipe_grammar import parse_recipe
 from stepgguf.quants.types import row_size
+from stepgguf.runtime.llama_build import Gpu
 from tests.conftest import real_config
 
 if sys.version_info >= (3, 11):
@@ -35,7 +37,7 @@ else:
 HP = HParams.from_config(real_config())
 FACTS = Facts(n_layer=45, n_expert=288, gqa=8)
 SPECS = tensor_specs(HP)
-CANDIDATES = [Candidate(s.name, s.role, s.shape, s.layer) for s in SPECS if s.is_quantizable]
+CANDIDATES = [s for s in SPECS if s.is_quantizable]
 TRUNK = [c for c in CANDIDATES if c.layer is None or c.layer < FACTS.n_layer]
 N_WEIGHTS = sum(math.prod(spec.shape) for spec in SPECS)
 
@@ -47,7 +49,7 @@ def rule_of_thumb(default: str, gate_up: str, down: str) -> str:
 RULE_OF_THUMB = rule_of_thumb("Q8_0", "Q4_K", "Q5_K")
 
 
-def chosen(text: str, candidates: list[Candidate] = CANDIDATES, facts: Facts = FACTS) -> dict[str, TypeChoice]:
+def chosen(text: str, candidates: list[TensorSpec] = CANDIDATES, facts: Facts = FACTS) -> dict[str, TypeChoice]:
     choices = parse_recipe(text, "my.toml").choose_types(candidates, facts)
     return {c.name: choice for c, choice in zip(candidates, choices, strict=True)}
 
@@ -175,7 +177,7 @@ def test_mtp_blocks_are_q8_0_or_the_files_float_type(default: str, expected: str
 
 
 def test_rows_that_blocks_do_not_divide_fall_back_with_the_reason() -> None:
-    tensor = Candidate("blk.0.attn_q.weight", "attn_q", (64, 96), 0)
+    tensor = TensorSpec("", TensorName("blk.0.attn_q.weight"), (64, 96), is_mtp=False)
     made = chosen('default = "Q8_0"\nattn_q = "Q5_K"', [tensor])["blk.0.attn_q.weight"]
     assert (made.ggml_type.name, made.reason) == (
         "Q5_1",
@@ -335,7 +337,7 @@ def test_a_recipe_file_that_is_not_there_is_no_such_file(tmp_path: Path) -> None
 
 # the shipped recipes --------------------------------------------------------------------------------------------
 
-LAYERS = tuple(Layer(layer.n_head_kv, layer.is_sliding, layer.is_mtp) for layer in HP.layers)
+LAYERS = tuple(LayerFootprint(layer.n_head_kv, layer.is_sliding, layer.is_mtp) for layer in HP.layers)
 
 
 def mac(gib: int, text: str) -> Machine:
@@ -391,10 +393,10 @@ def test_a_shipped_recipe_keeps_the_numbers_of_its_description(name: str) -> Non
         weights, LAYERS, HP.head_dim, HP.head_dim, HP.sliding_window, HP.hidden_size, HP.intermediate_size,
         HP.vocab_size, HP.n_expert_used, HP.expert_size, HP.max_position,
     )  # fmt: skip
-    total = need(model, Context(int(said[3]) * 1024)).total
+    total = memory_need(model, ContextParams(int(said[3]) * 1024)).total
     assert math.ceil(total / GIB) == int(said[4])
     for machine in machines(name, policy.text):
-        assert total <= budget(machine).limit, machine
+        assert total <= memory_budget(machine).limit, machine
 
 
 @pytest.mark.parametrize("name", shipped_descriptions())

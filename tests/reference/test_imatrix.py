@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from stepgguf.cli.main import main
 from stepgguf.convert.sources.checkpoint import Checkpoint
-from stepgguf.quants import ggml, imatrix
-from stepgguf.quants.imatrix import Imatrix
+from stepgguf.quants import ggml
+from stepgguf.quants.imatrix import Imatrix, read_imatrix, write_imatrix
 from stepgguf.reference.imatrix import Activations, collect
 from stepgguf.reference.load import load
 from stepgguf.reference.model import Step35
@@ -269,8 +269,8 @@ def test_an_expert_without_tokens_has_zeros(model: Step35) -> None:
 
 
 def test_it_is_written_and_read_back(collected: tuple[Imatrix, Activations], tmp_path: Path) -> None:
-    imatrix.write(collected[0], tmp_path / "imatrix.gguf")
-    back = imatrix.read(tmp_path / "imatrix.gguf")
+    write_imatrix(collected[0], tmp_path / "imatrix.gguf")
+    back = read_imatrix(tmp_path / "imatrix.gguf")
     assert (back.chunk_count, back.chunk_size) == (3, 80)
     for name, entry in collected[0].entries.items():
         assert np.array_equal(back.entries[name].sums, entry.sums)

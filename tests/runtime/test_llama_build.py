@@ -14,7 +14,7 @@ BUILD = LlamaBuild("0.3.36", frozenset({"AVX2"}), gpu_offload=False, gpus=(), mt
 
 
 def test_the_installed_build() -> None:
-    build = llama_build.probe()
+    build = llama_build.probe_build()
     assert build.version == llama_cpp.__version__
     assert build.gpu_offload == llama_cpp.llama_supports_gpu_offload()
     assert bool(build.gpus) <= build.gpu_offload

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,8 @@ from stepgguf.runtime.engine import (
     Stream,
     Tokens,
 )
-from stepgguf.runtime.llamaserver import LlamaServerEngine
+from stepgguf.runtime.llamaserver import LlamaServerEngine, ServerOptions
+from stepgguf.runtime.llamaserver.client import LlamaServerClient
 from stepgguf.runtime.llamaserver.gbnf import rooted
 from stepgguf.runtime.llamaserver.process import RESTARTS
 
@@ -38,10 +41,17 @@ ANSWER = b"</think>\nThere are 3 'r's."
 
 @pytest.fixture(scope="module")
 def binary(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A program llama-server, which leaves its process id beside it: see `last_started`."""
     path = tmp_path_factory.mktemp("bin") / "llama-server"
-    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{Path(__file__).parent / "llama_server.py"}" "$@"\n')
+    program = f'exec "{sys.executable}" "{Path(__file__).parent / "llama_server.py"}" "$@"'
+    path.write_text(f'#!/bin/sh\necho $$ > "$0.pid"\n{program}\n')
     path.chmod(0o755)
     return str(path)
+
+
+def last_started(binary: str) -> int:
+    """The process id of the llama-server that was started last."""
+    return int(Path(f"{binary}.pid").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +60,8 @@ def spawn(demo_gguf: Path, binary: str) -> Iterator[Callable[..., LlamaServerEng
     engines = []
 
     def start(path: Path = demo_gguf, **changed: Any) -> LlamaServerEngine:
-        options: dict[str, Any] = {
-            "binary": binary, "n_ctx": 2048, "n_parallel": 2, "gpu_layers": 0, "threads": 1, "mtp": False,
-            "queue_limit": 1,
-        }  # fmt: skip
-        engines.append(LlamaServerEngine.spawn(path, **{**options, **changed}))
+        options = ServerOptions(binary=binary, n_ctx=2048, n_parallel=2, gpu_layers=0, threads=1)
+        engines.append(LlamaServerEngine.spawn(path, replace(options, **changed), queue_limit=1))
         return engines[-1]
 
     yield start
@@ -102,6 +109,14 @@ def eventually(condition: Callable[[], bool]) -> bool:
             return True
         time.sleep(0.05)
     return False
+
+
+def children() -> set[int]:
+    """The process ids of our child processes."""
+    command = ["ps", "-A", "-o", "pid=,ppid=,comm="]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    processes = (line.split(maxsplit=2) for line in listed.splitlines())
+    return {int(pid) for pid, parent, name in processes if int(parent) == os.getpid() and name != "ps"}
 
 
 def is_gone(pid: int) -> bool:
@@ -217,11 +232,11 @@ def test_log_probabilities_are_the_models_own(engine: LlamaServerEngine, prompt:
     assert step.top[0].token_id == plain[0].token_id
 
 
-# thinking and grammars ----------------------------------------------------------------------------------------------
+# reasoning and grammars ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("budget", [0, 1, 5])
-def test_the_budget_closes_the_thinking(
+def test_the_budget_closes_the_reasoning(
     engine: LlamaServerEngine, prompt: tuple[int, ...], end: int, budget: int
 ) -> None:
     closing = (*engine.tokenize_piece("Enough.\n"), end)
@@ -267,12 +282,12 @@ def test_forced_tokens_count_and_come_after_the_prefill(
     assert finished.reason == "length"
 
 
-def test_thinking_that_ends_by_itself_is_left_alone(
+def test_reasoning_that_ends_by_itself_is_left_alone(
     engine: LlamaServerEngine, prompt: tuple[int, ...], end: int
 ) -> None:
     plain, _ = run(engine, Request(prompt, GREEDY))
-    n_thinking = [step.token_id for step in plain].index(end)
-    for budget in (n_thinking + 1, 1000):  # the first ends a leg in the answer's first token
+    n_reasoning = [step.token_id for step in plain].index(end)
+    for budget in (n_reasoning + 1, 1000):  # the first ends a leg in the answer's first token
         steps, finished = run(engine, Request(prompt, GREEDY, reasoning=Reasoning(frozenset([end]), (end,), budget)))
         assert [step.token_id for step in steps] == [step.token_id for step in plain]
         assert not finished.timings.budget_reached
@@ -307,8 +322,8 @@ def test_a_grammar_starts_after_its_token(
     grammar = Grammar('answer ::= "\\nRoot: " root\nroot ::= [0-9] "!"', ((end, "answer"),))
     reasoning = Reasoning(frozenset([end]), (end,), budget)
     steps, finished = run(engine, Request(prompt, GREEDY, grammar=grammar, reasoning=reasoning))
-    thinking, answer = text(steps).split(b"</think>")
-    assert thinking.startswith(b"Looking for r")
+    reasoning_text, answer = text(steps).split(b"</think>")
+    assert reasoning_text.startswith(b"Looking for r")
     assert answer.startswith(b"\nRoot: ")
     assert answer[-2:-1].isdigit()
     assert answer.endswith(b"!")
@@ -413,13 +428,13 @@ def test_a_queued_request_can_be_cancelled(engine: LlamaServerEngine, prompt: tu
 
 
 def test_a_killed_server_is_reported_and_started_again(
-    spawn: Callable[..., LlamaServerEngine], prompt: tuple[int, ...]
+    spawn: Callable[..., LlamaServerEngine], prompt: tuple[int, ...], binary: str
 ) -> None:
     engine = spawn()
     stream = Stream(engine, long(prompt))
     for event in stream:
         if isinstance(event, Tokens):
-            os.kill(engine._server._process.pid, signal.SIGKILL)  # type: ignore[attr-defined]
+            os.kill(last_started(binary), signal.SIGKILL)
             break
     finished = next(event for event in stream if isinstance(event, Finished))
     assert finished.reason == "error"
@@ -433,13 +448,13 @@ def test_a_killed_server_is_reported_and_started_again(
 
 
 def test_a_server_that_dies_again_and_again_is_given_up(
-    spawn: Callable[..., LlamaServerEngine], prompt: tuple[int, ...]
+    spawn: Callable[..., LlamaServerEngine], prompt: tuple[int, ...], binary: str
 ) -> None:
     engine = spawn()
     for n in range(RESTARTS + 1):
         assert eventually(lambda n=n: engine.stats().n_recoveries == n)
         assert engine.tokenize("x"), "it is there again"
-        os.kill(engine._server._process.pid, signal.SIGKILL)  # type: ignore[attr-defined]
+        os.kill(last_started(binary), signal.SIGKILL)
     assert eventually(lambda: not engine.stats().alive)
     with pytest.raises(EngineDied, match="killed by SIGKILL") as caught:
         engine.tokenize("x")
@@ -461,9 +476,10 @@ def test_what_cannot_be_loaded_is_said_with_its_last_lines(
 
 
 def test_nothing_is_left_after_close(spawn: Callable[..., LlamaServerEngine], prompt: tuple[int, ...]) -> None:
+    before = children()
     engine = spawn()
-    server = engine._server
-    pids = (server._process.pid, server._guard.pid)  # type: ignore[attr-defined]
+    pids = children() - before
+    assert len(pids) == 2, "the server and its guard"
     running = Stream(engine, long(prompt))
     next(iter(running))
     engine.close()
@@ -480,31 +496,45 @@ def test_the_server_does_not_outlive_us_even_if_we_are_killed(demo_gguf: Path, b
     code = f"""
 import os, signal
 from pathlib import Path
-from stepgguf.runtime.llamaserver import LlamaServerEngine
-engine = LlamaServerEngine.spawn(Path({str(demo_gguf)!r}), binary={binary!r}, n_ctx=256, n_parallel=1, gpu_layers=0,
-                                 threads=1, mtp=False, queue_limit=1)
-print(engine._server._process.pid, flush=True)
+from stepgguf.runtime.llamaserver import LlamaServerEngine, ServerOptions
+options = ServerOptions(binary={binary!r}, n_ctx=256, gpu_layers=0, threads=1)
+engine = LlamaServerEngine.spawn(Path({str(demo_gguf)!r}), options, queue_limit=1)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == -signal.SIGKILL, result.stderr
-    assert eventually(lambda: is_gone(int(result.stdout)))
+    assert eventually(lambda: is_gone(last_started(binary)))
 
 
-def test_a_running_server_can_be_used(engine: LlamaServerEngine, prompt: tuple[int, ...]) -> None:
-    process = engine._server
-    url = process.client.url  # type: ignore[attr-defined]
-    key = process._environment["LLAMA_API_KEY"]  # type: ignore[attr-defined]
-    guest = LlamaServerEngine.attach(url, api_key=key, model=None, queue_limit=1)
+@pytest.fixture
+def foreign(binary: str, demo_gguf: Path) -> Iterator[str]:
+    """The address of a llama-server that is not ours. Its key is `secret`."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [binary, "--model", str(demo_gguf), "--host", "127.0.0.1", "--port", str(port), "--threads", "1"]
+    with subprocess.Popen(command, env={**os.environ, "LLAMA_API_KEY": "secret"}, stderr=subprocess.DEVNULL) as process:
+        try:
+            url = f"http://127.0.0.1:{port}"
+            while not LlamaServerClient(url, None).is_healthy():
+                assert process.poll() is None
+                time.sleep(0.05)
+            yield url
+        finally:
+            process.kill()
+
+
+def test_a_running_server_can_be_used(foreign: str, prompt: tuple[int, ...]) -> None:
+    guest = LlamaServerEngine.attach(foreign, api_key="secret", model=None, queue_limit=1)
     assert guest.info.name == "demo"
     assert text(run(guest, Request(prompt, GREEDY))[0]).endswith(ANSWER)
     stream = Stream(guest, long(prompt))
     next(iter(stream))
     guest.close()
     assert isinstance(stream.close().error, EngineDied)
-    assert engine.tokenize("x"), "closing the guest leaves the server alone"
+    again = LlamaServerEngine.attach(foreign, api_key="secret", model=None, queue_limit=1)
+    assert again.tokenize("x"), "closing the guest leaves the server alone"
     with pytest.raises(EngineError, match="Invalid API Key"):
-        LlamaServerEngine.attach(url, api_key="wrong", model=None, queue_limit=1)
+        LlamaServerEngine.attach(foreign, api_key="wrong", model=None, queue_limit=1)
     with pytest.raises(EngineError, match="no llama-server answers"):
         LlamaServerEngine.attach("http://127.0.0.1:1", api_key=None, model=None, queue_limit=1)
     with pytest.raises(EngineError, match="is not the address of a server"):

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from stepgguf.demo import CHECKPOINT
 from stepgguf.runtime import passages as module
-from stepgguf.runtime.llama.model import Model
+from stepgguf.runtime.llama.model import LlamaModel
 from stepgguf.runtime.passages import MOST_BRACKETS, MOST_CHARACTERS, passages
 
 WORDS = st.sampled_from(
@@ -23,8 +23,8 @@ WORDS = st.sampled_from(
 
 
 @pytest.fixture(scope="module")
-def model(demo_gguf: Path) -> Iterator[Model]:
-    loaded = Model(demo_gguf, gpu_layers=0, mtp=False, mmap=True, progress=None)
+def model(demo_gguf: Path) -> Iterator[LlamaModel]:
+    loaded = LlamaModel(demo_gguf, gpu_layers=0, mtp=False, mmap=True, progress=None)
     yield loaded
     loaded.close()
 
@@ -47,7 +47,9 @@ def test_passages_are_the_text_and_are_short(text: str, most: int, brackets: int
 
 @settings(max_examples=300)
 @given(text=st.lists(WORDS, min_size=30, max_size=200).map(lambda words: "".join(words) + " and then, some."))
-def test_a_text_cut_where_words_end_has_the_tokens_of_the_whole(model: Model, oracle: Tokenizer, text: str) -> None:
+def test_a_text_cut_where_words_end_has_the_tokens_of_the_whole(
+    model: LlamaModel, oracle: Tokenizer, text: str
+) -> None:
     """Against Hugging Face's tokenizers, which read the text whole."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "MOST_CHARACTERS", 120)  # no word made of the pieces above is as long, nearly always
@@ -56,14 +58,14 @@ def test_a_text_cut_where_words_end_has_the_tokens_of_the_whole(model: Model, or
 
 
 @pytest.mark.parametrize("unit", ["A", " ", "=", "\n", "1", "é", "中", "\u0301", "<", "<|", "A1", "<|im_end|>", "\0"])
-def test_no_run_is_too_long(model: Model, unit: str) -> None:
+def test_no_run_is_too_long(model: LlamaModel, unit: str) -> None:
     """30,000 of a kind in one call overflow a stack of 8 MiB."""
     text = unit * (200_000 // len(unit))
     ids = model.tokenize(text, add_special=False)
     assert b"".join(map(model.piece, ids)) == text.encode()
 
 
-def test_special_tokens_are_whole_where_a_text_has_nothing_else(model: Model) -> None:
+def test_special_tokens_are_whole_where_a_text_has_nothing_else(model: LlamaModel) -> None:
     n = 3 * MOST_CHARACTERS
     assert len(model.tokenize("<|im_end|>" * n, add_special=False)) == n
     assert MOST_BRACKETS < MOST_CHARACTERS

@@ -16,10 +16,13 @@ import pytest
 import uvicorn
 
 from stepgguf.chat.exchange import ChatModel
+from stepgguf.errors import EngineDied
+from stepgguf.runtime.engine import Engine
 from stepgguf.runtime.llama import LlamaEngine
 from stepgguf.server.app import create_app
 from stepgguf.server.config import ServerConfig
-from stepgguf.server.listen import uvicorn_config
+from stepgguf.server.http.listen import uvicorn_config
+from tests.scripted_engine import ScriptedEngine
 
 MODEL_ID = "demo"
 
@@ -27,7 +30,7 @@ MODEL_ID = "demo"
 @dataclass(frozen=True)
 class Server:
     url: str
-    engine: LlamaEngine
+    engine: Engine
     client: httpx.Client
 
     @property
@@ -73,7 +76,7 @@ def running(chat: ChatModel, config: ServerConfig) -> Iterator[Server]:
     url = f"http://127.0.0.1:{port}"
     try:
         with httpx.Client(base_url=url, timeout=60) as client:
-            yield Server(url, chat.engine, client)  # type: ignore[arg-type]
+            yield Server(url, chat.engine, client)
     finally:
         server.should_exit = True
         thread.join(timeout=20)
@@ -94,3 +97,11 @@ def serve(chat_model: ChatModel) -> Serve:
 def server(serve: Serve) -> Iterator[Server]:
     with serve() as running_server:
         yield running_server
+
+
+@pytest.fixture
+def dying() -> Iterator[Server]:
+    """A server whose engine fails under every request after its first token."""
+    engine = ScriptedEngine("Well", EngineDied("it broke", recovered=True))
+    with running(ChatModel(engine), ServerConfig(model_ids=(MODEL_ID,))) as server:
+        yield server

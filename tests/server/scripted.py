@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stepgguf.chat.exchange import Prepared, Reply
+from stepgguf.chat.exchange import PreparedRequest, Reply
 from stepgguf.chat.output import Delta, Markers
 from stepgguf.chat.request import Tool
 from stepgguf.runtime.engine import Finished, FinishReason, Request, Step, Timings, Tokens
@@ -22,7 +22,7 @@ def answer(
 ) -> tuple[list[Delta], Reply]:
     """The deltas of these tokens, and the reply that has read them. The prompt had 10 tokens."""
     markers = Markers(SPECIAL["</think>"], SPECIAL["<tool_call>"], SPECIAL["</tool_call>"])
-    reply = Reply(Prepared(Request(prompt=(0,) * 10), markers, True, tools, stops))
+    reply = Reply(PreparedRequest(Request(prompt=(0,) * 10), markers, True, tools, stops))
     deltas = [
         delta for piece in pieces for delta in reply.feed(Tokens((Step(SPECIAL.get(piece, 100), piece.encode()),)))
     ]

@@ -9,7 +9,7 @@ import time
 import httpx
 import pytest
 
-from stepgguf.server import connection
+from stepgguf.server.http import connection
 from tests.server.conftest import Serve
 
 HALF = "POST /v1/chat/completions HTTP/1.1\nHost: localhost\n"

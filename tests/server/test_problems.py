@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stepgguf.errors import GGUFError, RequestError, StepggufError, TemplateRefused
-from stepgguf.server.problems import problem
+from stepgguf.server.problem import problem
 from tests.server.conftest import Server
 
 

@@ -8,9 +8,9 @@ import pytest
 from pydantic import ValidationError
 
 from stepgguf.chat.request import EFFORTS
+from stepgguf.server.body.reasoning import SAID, ReasoningAmounts
 from stepgguf.server.config import ServerConfig
 from stepgguf.server.dialects.chat_completions.request import ChatBody
-from stepgguf.server.reasoning import SAID, ReasoningAmounts
 from tests.server.conftest import Server
 
 CONFIG = ServerConfig(("demo",), efforts=EFFORTS)

@@ -13,12 +13,14 @@ import time
 import httpx
 import pytest
 
-from stepgguf.chat.exchange import ChatModel, Prepared
+from stepgguf.chat.exchange import ChatModel, PreparedRequest
 from stepgguf.errors import EngineDied, RequestError
-from stepgguf.runtime.engine import Engine, Finished, Request, Sink, Step, Timings, Tokens
+from stepgguf.runtime.engine import Request
+from stepgguf.server.config import ServerConfig
+from stepgguf.server.generation import Exchange
 from stepgguf.server.metrics import Metrics
-from stepgguf.server.stream import Exchange
-from tests.server.conftest import Serve, Server
+from tests.scripted_engine import ScriptedEngine
+from tests.server.conftest import Serve, Server, running
 
 ENDS = ("<|im_end|>", "<|endoftext|>", "<｜end▁of▁sentence｜>")
 
@@ -148,10 +150,10 @@ def test_a_client_that_does_not_read_is_let_go(serve: Serve, caplog: pytest.LogC
 
 def test_a_reader_that_lags_too_far_is_given_up(chat_model: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """What waits for it is bounded, and the request ends without being read."""
-    monkeypatch.setattr("stepgguf.server.stream.MOST_WAITING", 20)
+    monkeypatch.setattr("stepgguf.server.generation.MOST_WAITING", 20)
     engine = chat_model.engine
     request = Request(prompt=tuple(engine.tokenize("Hello")), ignore_end=True)
-    prepared = Prepared(request, chat_model.markers, in_reasoning=False, tools=(), stops=())
+    prepared = PreparedRequest(request, chat_model.markers, in_reasoning=False, tools=(), stops=())
 
     n_read = 0
 
@@ -194,49 +196,25 @@ def test_two_streams_run_side_by_side(server: Server) -> None:
     assert texts[0].count('"finish_reason":"stop"') == texts[1].count('"finish_reason":"stop"') == 1
 
 
-class Dying:
-    """An engine that fails under the request after its first token."""
-
-    def __init__(self, engine: Engine, *, recovered: bool) -> None:
-        self._engine, self._recovered = engine, recovered
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._engine, name)
-
-    def submit(self, request: Request, sink: Sink) -> object:
-        token = self._engine.tokenize_piece("Well")[0]
-        sink(Tokens((Step(token, b"Well"),)))
-        sink(Finished("error", Timings(n_prompt=3, n_generated=1), EngineDied("it broke", recovered=self._recovered)))
-        return self
-
-    def cancel(self) -> None:
-        pass
+def test_an_engine_that_dies_in_a_stream_is_an_error_and_an_end(dying: Server) -> None:
+    text = dying.chat(stream=True).text
+    events = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    assert events[-1] == "[DONE]"
+    assert json.loads(events[1])["choices"][0]["delta"]["reasoning"] == "Well", "what came before the error"
+    error, end = json.loads(events[-3]), json.loads(events[-2])
+    assert error["error"]["message"].startswith("it broke")
+    assert error["error"]["object"] == "error"
+    assert end["choices"][0]["finish_reason"] == "length"
+    assert sum('"finish_reason":null' not in e for e in events if "choices" in e) == 1
+    whole = dying.chat()
+    assert whole.status_code == 503
+    assert whole.headers["retry-after"] == "1"
 
 
-def test_an_engine_that_dies_in_a_stream_is_an_error_and_an_end(
-    server: Server, serve: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with serve() as own:
-        submit = Dying(server.engine, recovered=True).submit
-        monkeypatch.setattr(type(server.engine), "submit", lambda self, request, sink: submit(request, sink))
-        text = own.chat(stream=True).text
-        events = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
-        assert events[-1] == "[DONE]"
-        assert json.loads(events[1])["choices"][0]["delta"]["reasoning"] == "Well", "what came before the error"
-        error, end = json.loads(events[-3]), json.loads(events[-2])
-        assert error["error"]["message"].startswith("it broke")
-        assert error["error"]["object"] == "error"
-        assert end["choices"][0]["finish_reason"] == "length"
-        assert sum('"finish_reason":null' not in e for e in events if "choices" in e) == 1
-        whole = own.chat()
-        assert whole.status_code == 503
-        assert whole.headers["retry-after"] == "1"
-
-
-def test_an_engine_that_stays_dead_is_not_asked_again(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    submit = Dying(server.engine, recovered=False).submit
-    monkeypatch.setattr(type(server.engine), "submit", lambda self, request, sink: submit(request, sink))
-    whole = server.chat()
+def test_an_engine_that_stays_dead_is_not_asked_again() -> None:
+    engine = ScriptedEngine("Well", EngineDied("it broke", recovered=False))
+    with running(ChatModel(engine), ServerConfig(model_ids=("demo",))) as server:
+        whole = server.chat()
     assert whole.status_code == 500
     assert whole.headers["x-should-retry"] == "false"
 

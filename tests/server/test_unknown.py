@@ -12,9 +12,9 @@ from openai.types.chat import ChatCompletionStreamOptionsParam
 from openai.types.chat import completion_create_params as chat_params
 from pydantic import ValidationError
 
+from stepgguf.server.body.unknown_fields import MOST_NAMES, UnknownFields, near_miss
 from stepgguf.server.dialects.chat_completions.request import ChatBody, StreamOptions
 from stepgguf.server.dialects.completions.route import CompletionBody
-from stepgguf.server.unknown import MOST_NAMES, UnknownFields, near_miss
 from tests.server.conftest import Serve, Server
 
 HELLO = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}

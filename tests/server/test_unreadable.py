@@ -9,7 +9,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from stepgguf.errors import RequestError
-from stepgguf.server.unreadable import AnyPart, TextPart, UnreadablePart, just_written, refuse_unreadable
+from stepgguf.server.body.unreadable import AnyPart, TextPart, UnreadablePart, just_written, refuse_unreadable
 
 PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n\x00\x00").decode()
 PDF = base64.b64encode(b"%PDF-1.4\n1 0 obj\n").decode()

@@ -20,23 +20,25 @@ _MOST_BYTES = 16 * 2**20  # more than any context holds
 
 @dataclass(frozen=True, slots=True)
 class Attachment:
+    """A text file that goes with a question."""
+
     name: str
     text: str
 
     def fenced(self) -> str:
-        """As the model gets it: name, then a fence that is longer than any in the text."""
+        """Return it as the model gets it: its name, then the text between fences that are longer than any in it."""
         longest = max((len(run) for run in re.findall(r"`{3,}", self.text)), default=2)
         fence = "`" * (longest + 1)
         return f"{self.name}:\n{fence}{Path(self.name).suffix[1:]}\n{self.text.rstrip()}\n{fence}"
 
 
 def read_file(name: str) -> Attachment:
-    """RequestError: there is no such file, or it is not text."""
+    """Read a file to be attached. RequestError: there is none of this name, or it is not text."""
     return Attachment(name, textfile.read(Path(os.path.expanduser(name)), RequestError, most=_MOST_BYTES))
 
 
-def mentioned(question: str) -> list[str]:
-    """Names of files that a question mentions as @path or @"a path". What is no file is a word like any other."""
+def mentioned_files(question: str) -> list[str]:
+    """Return the names of files that a question mentions as @path or @"a path". Other @words are words."""
     names = []
     for match in _MENTION.finditer(question):
         for name in (match[1] or match[2], (match[2] or "").rstrip(_TRAILING)):
@@ -46,8 +48,8 @@ def mentioned(question: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def candidates(text: str, words: Callable[[str], Iterable[str]]) -> Iterator[tuple[str, int]]:
-    """Completions of the text before the cursor, and how many of its characters each replaces.
+def completions(text: str, words: Callable[[str], Iterable[str]]) -> Iterator[tuple[str, int]]:
+    """Yield completions of the text before the cursor, and how many of its characters each replaces.
 
     words: what may follow "/command "; for "" the commands. A word that ends with "@" stands for any path.
     """

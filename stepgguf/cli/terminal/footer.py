@@ -1,34 +1,35 @@
-"""Counts of an answer in words."""
+"""The counts of an answer in words: what stands below it, and what a user should know about its end."""
 
 from __future__ import annotations
 
-from stepgguf.conversation.records import Usage
+from stepgguf.conversation.records import AnswerUsage
 
 CROWDED = 0.8  # share of the context from which on a warning is due
 
 
-def counts(usage: Usage) -> list[str]:
-    """What the footer is made of, most wanted first."""
+def usage_parts(usage: AnswerUsage) -> list[str]:
+    """Return what the footer is made of, most wanted first."""
     parts = [f"{usage.n_reasoning:,} think + {usage.n_text:,} answer", f"{usage.tokens_per_second:.1f} t/s"]
     fresh = usage.n_prompt - usage.n_cached
     if usage.prompt_seconds:
         cached = f" ({usage.n_cached:,} cached)" if usage.n_cached else ""
         parts.append(f"prefill {fresh:,} @ {fresh / usage.prompt_seconds:,.0f} t/s{cached}")
-    parts.append(context(usage))
+    parts.append(context_part(usage))
     if usage.n_drafted and usage.n_steps:
         accepted = usage.n_accepted / usage.n_drafted
         parts.append(f"MTP {usage.n_generated / usage.n_steps:.1f} tok/step ({accepted:.0%})")
     return parts
 
 
-def context(usage: Usage) -> str:
+def context_part(usage: AnswerUsage) -> str:
+    """Return how full the context is."""
     if usage.n_ctx is None:
         return f"ctx {usage.n_context:,}"
     return f"ctx {usage.n_context:,}/{usage.n_ctx:,} ({usage.n_context / usage.n_ctx:.0%})"
 
 
-def remarks(usage: Usage, max_tokens: int | None) -> list[str]:
-    """What the user should know about how it ended."""
+def ending_remarks(usage: AnswerUsage, max_tokens: int | None) -> list[str]:
+    """Return what the user should know about how the answer ended."""
     notes = []
     if usage.finish_reason == "length":
         limit = f"max_tokens ({max_tokens:,})" if max_tokens is not None else "the server's limit"

@@ -23,8 +23,12 @@ ENTER, TOGGLE = "\n", "\x14"  # Ctrl+T
 _ESCAPE = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|O.|.)?")  # arrows and the like: nothing to move in here
 
 
-class Keys:
-    """Use as a context manager. `typed`: text that was typed meanwhile; it belongs to the next question."""
+class AnswerKeys:
+    """The keyboard while an answer comes; use it as a context manager.
+
+    typed: text that was typed meanwhile, which belongs to the next question. interrupts: how often Ctrl+C was pressed.
+    leave: twice within AGAIN_SECONDS.
+    """
 
     def __init__(self) -> None:
         self.typed = ""
@@ -41,7 +45,7 @@ class Keys:
         """Whether there is a keyboard."""
         return self._fd is not None
 
-    def __enter__(self) -> Keys:
+    def __enter__(self) -> AnswerKeys:
         self._handlers[signal.SIGINT] = signal.signal(signal.SIGINT, self._on_interrupt)
         if self._fd is not None:
             self._saved = termios.tcgetattr(self._fd)
@@ -55,8 +59,8 @@ class Keys:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def read(self) -> list[str]:
-        """ENTER and TOGGLE as often as they were pressed since; other keys go to `typed`."""
+    def read_pressed(self) -> list[str]:
+        """Return ENTER and TOGGLE as often as they were pressed since the last call; other keys go to `typed`."""
         found = []
         while self._fd is not None and not self._hung_up and select.select([self._fd], [], [], 0)[0]:
             try:
@@ -83,7 +87,7 @@ class Keys:
         self._last = now
 
     def _quiet(self) -> None:
-        """Keys come one by one and unseen; Ctrl+C and Ctrl+Z stay signals."""
+        """AnswerKeys come one by one and unseen; Ctrl+C and Ctrl+Z stay signals."""
         if self._fd is None:
             return
         mode = termios.tcgetattr(self._fd)
@@ -93,13 +97,14 @@ class Keys:
         termios.tcsetattr(self._fd, termios.TCSADRAIN, mode)
 
 
-def leave(code: int) -> None:
+def exit_program(code: int) -> None:
+    """Leave the program with this exit code."""
     raise SystemExit(code)
 
 
 @contextmanager
-def terminating(end: Callable[[int], None] = leave) -> Iterator[None]:
-    """SIGTERM and SIGHUP end the program in an orderly way: `end` is called with the exit code."""
+def terminating(end: Callable[[int], None] = exit_program) -> Iterator[None]:
+    """Have SIGTERM and SIGHUP end the program in an orderly way: `end` is called with the exit code."""
     before: dict[signal.Signals, Callable[..., Any] | int | None] = {}
     for number in (signal.SIGTERM, signal.SIGHUP):
         before[number] = signal.signal(number, lambda got, _: end(128 + got))

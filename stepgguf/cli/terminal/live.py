@@ -22,7 +22,9 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _BEGIN, _END = "\x1b[?2026h", "\x1b[?2026l"
 
 
-class Live:
+class LiveRows:
+    """Rows at the bottom of a terminal, `file`. color: styles are written; not under NO_COLOR."""
+
     def __init__(self, file: TextIO, *, color: bool) -> None:
         self._file, self._color = file, color
         self._rows: list[str] = []
@@ -34,10 +36,11 @@ class Live:
 
     @property
     def height(self) -> int:
+        """Lines of the screen."""
         return max(2, self._size().lines)
 
     def style(self, codes: str, text: str) -> str:
-        """Text in an SGR style, e.g. "2;3" for dim italics; as it is under NO_COLOR."""
+        """Return text in an SGR style, e.g. "2;3" for dim italics; as it is without color."""
         return f"\x1b[{codes}m{text}\x1b[0m" if text and self._color else text
 
     def show(self, rows: Sequence[str]) -> None:
@@ -62,6 +65,7 @@ class Live:
         self._rows = []
 
     def clear(self) -> None:
+        """Take the rows away."""
         self.show([])
 
     def _back_to(self, i: int) -> str:
@@ -89,17 +93,17 @@ class Live:
 
 
 def printable(text: str) -> str:
-    """Text of a model or a file, without the characters that drive a terminal."""
+    """Return text of a model or a file without the characters that drive a terminal."""
     return _CONTROL.sub("�", text.replace("\t", "    "))
 
 
 def fit(text: str, width: int) -> str:
-    """A row's text, cut with … if it is too wide."""
+    """Return a row's text, cut with … if it is too wide."""
     return text if cell_len(text) <= width else chop_cells(text, max(1, width - 1))[0] + "…"
 
 
 def wrap(text: str, width: int) -> list[str]:
-    """A line as rows of at most `width` cells, broken at spaces where there are any."""
+    """Return a line as rows of at most `width` cells, broken at spaces where there are any."""
     rows = []
     while cell_len(text) > width:
         head = chop_cells(text, width)[0]

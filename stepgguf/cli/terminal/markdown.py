@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.theme import Theme
 
-from stepgguf.cli.terminal.markdown_parser import parser
+from stepgguf.cli.terminal.markdown_parser import answer_parser
 
 _THEME = "ansi_dark"  # the terminal's own colors, right on dark and light
 _STYLES = Theme({"markdown.code": "cyan", "markdown.block_quote": "dim", "markdown.table.border": "dim"})
@@ -33,14 +33,15 @@ _FENCES = ("fence", "code_block")
 _MARKERS = frozenset("*_`~#>-+=|:.()[]")  # what may be shown as style, or as another character
 
 
-class Blocks:
-    """Feed text; get the blocks that became complete. `rest` is the block under way."""
+class MarkdownBlocks:
+    """Cuts an answer into blocks while it comes. `rest` is the block under way."""
 
     def __init__(self) -> None:
         self.rest = ""
-        self._parser = parser()
+        self._parser = answer_parser()
 
     def feed(self, text: str) -> list[str]:
+        """Add text, and return the blocks that became complete."""
         self.rest += text
         if "\n" not in text:
             return []
@@ -53,19 +54,21 @@ class Blocks:
         return ["\n".join(lines[a:b]).strip("\n") for a, b in pairwise(starts)]
 
     def finish(self) -> list[str]:
+        """Return the last blocks: the text is over."""
         blocks = self.feed("\n")
         rest, self.rest = self.rest.strip("\n"), ""
         return [*blocks, rest] if rest.strip() else blocks
 
 
-class Renderer:
-    """Blocks as text with escapes, for a terminal of any width."""
+class MarkdownRenderer:
+    """Renders blocks as text with escapes, for a terminal of any width."""
 
     def __init__(self, file: TextIO, *, color: bool) -> None:
         self._console = Console(file=file, force_terminal=True, no_color=not color, highlight=False, theme=_STYLES)
-        self._parser = parser()
+        self._parser = answer_parser()
 
     def render(self, block: str, width: int) -> str:
+        """Return a block in lines of at most `width` cells, code aside, without empty lines around it."""
         tokens = self._parser.parse(block)
         rendered = self._styled(tokens, width)
         if _is_incomplete(block, tokens, _STYLE.sub("", rendered)):
@@ -94,7 +97,7 @@ def _is_incomplete(source: str, tokens: Sequence[Token], shown: str) -> bool:
 
 
 def _code(token: Token) -> list[Text]:
-    """Between dim fences."""
+    """Highlighted code between dim fences."""
     code, language = token.content, token.info.strip()
     fence = token.markup or "```"
     text = Syntax(code, language.split(" ")[0] or "text", theme=_THEME).highlight(code.rstrip("\n"))
@@ -138,7 +141,7 @@ class _WholeTable(TableElement):
 
 
 class _Markdown(Markdown):
-    """Tokens of `parser`. Line breaks are kept: people and models mean them."""
+    """Tokens of `answer_parser`. Line breaks are kept: people and models mean them."""
 
     elements: ClassVar[dict[str, type[MarkdownElement]]] = {
         **Markdown.elements,

@@ -18,13 +18,14 @@ from markdown_it import MarkdownIt
 from markdown_it.rules_block import StateBlock
 from markdown_it.rules_inline import StateInline, autolink, escape, html_inline, link
 
-Rule = Callable[[StateInline, bool], bool]
+InlineRule = Callable[[StateInline, bool], bool]
 _FORMULA = re.compile(r"\\\(.+?\\\)|\\\[.+?\\\]|\$\$.+?\$\$", re.DOTALL)
 _WIDE = "\u2e80"  # from here on: CJK
 _OPENING = ("\\[", "$$")
 
 
-def parser() -> MarkdownIt:
+def answer_parser() -> MarkdownIt:
+    """Return a parser for what models write."""
     markdown = MarkdownIt("commonmark").enable(["table", "strikethrough"])
     markdown.disable(["reference", "entity", "image"])
     for name, rule in (("escape", _escape), ("html_inline", html_inline), ("autolink", autolink)):
@@ -35,8 +36,8 @@ def parser() -> MarkdownIt:
     return markdown
 
 
-def _verbatim(rule: Rule) -> Any:
-    """What the rule takes becomes text."""
+def _verbatim(rule: InlineRule) -> Any:
+    """A rule that makes text of what the given one takes."""
 
     def as_text(state: StateInline, silent: bool) -> bool:
         start = state.pos

@@ -13,11 +13,10 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from stepgguf.convert.sources.checkpoint import advise, read_exactly
 from stepgguf.convert.sources.source import Shape, SourceTensor
 from stepgguf.convert.sources.splits import model_stem, read_headers
-from stepgguf.errors import UnsupportedModel
-from stepgguf.files import gguf_header
+from stepgguf.errors import TruncatedFile, UnsupportedModel
+from stepgguf.files import disk, gguf_header
 from stepgguf.files.gguf_header import Header, Key, TensorInfo
 from stepgguf.files.jsonread import shown
 from stepgguf.model.hparams import ARCHITECTURE, HParams
@@ -115,12 +114,14 @@ class GGUFSource:
         return result
 
     def prefetch(self, name: str, start: int, stop: int) -> None:
-        fd, offset, size = self._locate(name, start, stop)
-        advise(fd, offset, size)
+        fd, offset, size = self._place_of(name, start, stop)
+        disk.prefetch_at(fd, size, offset)
 
     def raw(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
-        fd, offset, size = self._locate(name, start, stop)
-        return read_exactly(fd, size, offset, name).reshape(stop - start, -1)
+        fd, offset, size = self._place_of(name, start, stop)
+        data = np.empty(size, np.uint8)
+        disk.read_at(fd, data.data, offset, name, TruncatedFile)
+        return data.reshape(stop - start, -1)
 
     def values(self, name: str, start: int, stop: int) -> Values:
         tensor, data = self._where[name][1], self.raw(name, start, stop)
@@ -130,7 +131,7 @@ class GGUFSource:
         decoder_for(tensor.ggml_type).decode(data, values)
         return values
 
-    def _locate(self, name: str, start: int, stop: int) -> tuple[int, int, int]:
+    def _place_of(self, name: str, start: int, stop: int) -> tuple[int, int, int]:
         header, tensor = self._where[name]
         size = row_size(tensor.ggml_type, tensor.shape[-1])
         return self._files[header.path], header.data_start + tensor.offset + start * size, (stop - start) * size

@@ -1,17 +1,21 @@
 """The in-process engine: llama.cpp through llama-cpp-python's low-level API. The only place that imports llama_cpp.
 
 llama_cpp.Llama is not used: it runs one sequence, and it reuses a common prefix of the last prompt without asking
-whether the sliding-window cache still holds it, which with this model silently corrupts every second turn.
+whether the sliding window's cells still reach back so far, which with this model silently corrupts every second turn.
 
-    engine.py     LlamaEngine: the thread that owns the context, commands, recovery
-    scheduler.py  which tokens of which requests go into the next decode, and what comes out of it
-    run.py        one request on its way: its tokens, its thinking, its sampler
-    prefix.py     what the sequences hold, checkpoints, and where a new prompt can go on from
-    store.py      idle sequences in RAM and on disk
-    mtp.py        drafting with the MTP heads, and how deep
-    sampler.py    logits to a token
-    context.py    llama_context: batches, logits, states
-    model.py      llama_model: loading, vocabulary, metadata, the log
+    engine.py         LlamaEngine: the thread that owns the context, commands, recovery
+    scheduler.py      which requests run, step by step
+    batch.py          what goes into a decode, and which tokens come out of it
+    request.py        ActiveRequest: its tokens, its reasoning, its sampler
+    cache.py          which tokens stay in the context or are put away, and where a new prompt starts
+    sequences.py      what the context's sequences hold, saved states, and where one can go on from
+    store.py          sequences that were put away, in RAM and on disk
+    sequence_file.py  one of them, and its file
+    mtp.py, depth.py  drafting with the MTP blocks, and how deep
+    sampler.py        logits to a token
+    context.py        llama_context: batches, logits, states
+    model.py          llama_model: loading, vocabulary, metadata, the log
+    hooks.py          the functions that llama-cpp-python may lack
 """
 
 from stepgguf.runtime.llama.engine import LlamaEngine

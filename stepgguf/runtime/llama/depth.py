@@ -12,44 +12,50 @@ from dataclasses import dataclass
 FIRST_STEPS = 4  # at each depth before any comparison
 BETWEEN_TRIALS = 90
 TRIAL_STEPS = 6
-FORGET = 0.1  # weight of a new step in the averages
-MARGIN = 1.02  # by so much must another depth be better
+NEW_STEP_WEIGHT = 0.1  # in the averages, which so forget what is long ago
+LEAST_GAIN = 1.02  # by so much must another depth be better, or the choice would flutter
 
 
 @dataclass
-class _Rate:
+class _DepthRate:
+    """Averages of the steps at one depth, over n of them."""
+
     tokens: float = 0.0
     seconds: float = 0.0
     n: int = 0
 
     def add(self, tokens: float, seconds: float) -> None:
         self.n += 1
-        weight = max(FORGET, 1 / self.n)
+        weight = max(NEW_STEP_WEIGHT, 1 / self.n)
         self.tokens += weight * (tokens - self.tokens)
         self.seconds += weight * (seconds - self.seconds)
 
     @property
-    def value(self) -> float:
+    def tokens_per_second(self) -> float:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
-class _Tuner:
-    """For one size of batch."""
+class _BatchSizeTuner:
+    """Chooses the depth for one size of batch: see DepthTuner.
+
+    In turn: the best depth for BETWEEN_TRIALS steps, then another one for TRIAL_STEPS.
+    """
 
     def __init__(self, deepest: int) -> None:
-        self.rates = [_Rate() for _ in range(deepest + 1)]
+        self.rates = [_DepthRate() for _ in range(deepest + 1)]
         self._best = deepest
         self._steps = 0
         self._trial: int | None = None
         self._n_trials = 0
-        self._last: int | None = None
+        self._last_depth: int | None = None
 
     def record(self, depth: int, tokens: int, seconds: float) -> None:
-        if depth == self._last:  # the first step at a new depth pays for what the heads have not read
+        if depth == self._last_depth:  # the first step at a new depth pays for what the MTP blocks have not read
             self.rates[depth].add(tokens, seconds)
-        self._last = depth
+        self._last_depth = depth
 
     def depth(self) -> int:
+        # First each depth, the deepest first: while nothing is known, drafting is the better guess.
         for depth in reversed(range(len(self.rates))):
             if self.rates[depth].n < FIRST_STEPS:
                 return depth
@@ -57,8 +63,8 @@ class _Tuner:
         phase = self._steps % (BETWEEN_TRIALS + TRIAL_STEPS)
         if phase < BETWEEN_TRIALS:
             self._trial = None
-            best = max(range(len(self.rates)), key=lambda d: self.rates[d].value)
-            if self.rates[best].value > MARGIN * self.rates[self._best].value:
+            best = max(range(len(self.rates)), key=lambda d: self.rates[d].tokens_per_second)
+            if self.rates[best].tokens_per_second > LEAST_GAIN * self.rates[self._best].tokens_per_second:
                 self._best = best
             return self._best
         if self._trial is None:
@@ -69,11 +75,14 @@ class _Tuner:
 
 
 class DepthTuner:
-    """`depth` before a step of n requests, `record` after it. With `fixed` the depth is always that."""
+    """Ask for the `depth` before a step of n requests, and `record` what the step brought.
+
+    deepest: how many MTP blocks there are. With `fixed` the depth is always that.
+    """
 
     def __init__(self, deepest: int, fixed: int | None = None) -> None:
         self._deepest, self.fixed = deepest, fixed
-        self._tuners: dict[int, _Tuner] = {}
+        self._tuners: dict[int, _BatchSizeTuner] = {}
 
     def depth(self, n_requests: int) -> int:
         return self._tuner(n_requests).depth() if self.fixed is None else min(self.fixed, self._deepest)
@@ -81,8 +90,8 @@ class DepthTuner:
     def record(self, n_requests: int, depth: int, tokens: int, seconds: float) -> None:
         self._tuner(n_requests).record(depth, tokens, seconds)
 
-    def _tuner(self, n_requests: int) -> _Tuner:
+    def _tuner(self, n_requests: int) -> _BatchSizeTuner:
         size = n_requests.bit_length()  # 1, 2-3, 4-7, ...
         if size not in self._tuners:
-            self._tuners[size] = _Tuner(self._deepest)
+            self._tuners[size] = _BatchSizeTuner(self._deepest)
         return self._tuners[size]

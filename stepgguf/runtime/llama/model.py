@@ -1,4 +1,4 @@
-"""A loaded GGUF: weights, vocabulary, metadata, and llama.cpp's log."""
+"""A GGUF that llama.cpp has loaded: weights, vocabulary, metadata, and llama.cpp's log."""
 
 from __future__ import annotations
 
@@ -7,48 +7,45 @@ import functools
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import llama_cpp
 
 from stepgguf.errors import BadMagic, ModelLoadFailed, UnsupportedModel
 from stepgguf.model.hparams import ARCHITECTURE
 from stepgguf.runtime.engine import Sampling
-from stepgguf.runtime.llama_build import probe
+from stepgguf.runtime.llama_build import probe_build
 from stepgguf.runtime.passages import passages
 
 _LOG_ERROR = 4  # ggml_log_level
 
 
-class Model:
-    """The weights. `mtp`: load the MTP blocks too, if the file has them; `mmap` False reads the file instead."""
+class LlamaModel:
+    """The weights of a GGUF, and what its metadata says. Thread-safe once it is loaded.
+
+    `ends`: the tokens that end an answer. `n_mtp`: MTP blocks that were loaded.
+    """
 
     def __init__(
         self, path: Path, *, gpu_layers: int, mtp: bool, mmap: bool, progress: Callable[[float], None] | None
     ) -> None:
+        """Load a file. BadMagic, ModelLoadFailed or UnsupportedModel say why not.
+
+        mtp: load the MTP blocks too, if the file has them. mmap False reads the file instead of mapping it. progress is
+        told the share that is loaded, 0 to 1.
+        """
         self.path = path
-        self.log = _log()
+        self.log = _process_log()
         self.log.install()
-        self.handle: Any = None
         _check_magic(path)
         llama_cpp.llama_backend_init()
-        params = llama_cpp.llama_model_default_params()
-        params.n_gpu_layers = gpu_layers
-        # ggml's AMX code needs its "extra" buffer types; without them weights stay as they are and AVX-512 code runs.
-        params.use_extra_bufts = not probe().amx_is_broken
-        params.load_mtp = mtp
-        params.load_mode = llama_cpp.LLAMA_LOAD_MODE_AUTO if mmap else llama_cpp.LLAMA_LOAD_MODE_NONE
-        if progress is not None:
-            report = progress
-
-            def on_progress(share: float, _: ctypes.c_void_p) -> bool:
-                report(share)
-                return True
-
-            params.progress_callback = self._progress = llama_cpp.llama_progress_callback(on_progress)
-        self.handle = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
-        if not self.handle:
-            raise self.failure(f"{path} could not be loaded")
+        params = _model_params(gpu_layers, mtp=mtp, mmap=mmap)
+        if progress is not None:  # llama.cpp keeps a pointer to the callback, so it must live as long as the model
+            params.progress_callback = self._progress = _progress_callback(progress)
+        handle = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+        if not handle:
+            raise self.load_error(f"{path} could not be loaded")
+        self.handle = handle
+        self._is_open = True
         architecture = self.metadata("general.architecture")
         if architecture != ARCHITECTURE:
             self.close()
@@ -56,23 +53,26 @@ class Model:
                 f"{path}: general.architecture is {architecture!r}, expected {ARCHITECTURE!r}",
                 hint="stepgguf runs Step-3.5 and Step-3.7 models only.",
             )
-        self.vocab = llama_cpp.llama_model_get_vocab(self.handle)
+        vocab = llama_cpp.llama_model_get_vocab(handle)
+        assert vocab is not None  # only a model without one has none
+        self.vocab = vocab
         self.n_vocab = int(llama_cpp.llama_vocab_n_tokens(self.vocab))
         self.n_embd = int(llama_cpp.llama_model_n_embd(self.handle))
         self.n_ctx_train = int(llama_cpp.llama_model_n_ctx_train(self.handle))
         self.n_swa = int(llama_cpp.llama_model_n_swa(self.handle))
-        self.n_heads = int(llama_cpp.llama_model_n_layer_nextn(self.handle)) if mtp else 0
+        self.n_mtp = int(llama_cpp.llama_model_n_layer_nextn(self.handle)) if mtp else 0
         ends = (t for t in range(self.n_vocab) if llama_cpp.llama_vocab_is_eog(self.vocab, t))
         self.ends = frozenset(ends)
         self.piece = functools.cache(self._piece)
 
     def close(self) -> None:
-        if self.handle:
+        if self._is_open:
             llama_cpp.llama_model_free(self.handle)
-            self.handle = None
+            self._is_open = False
 
-    def failure(self, message: str) -> ModelLoadFailed:
-        text = self.log.tail()
+    def load_error(self, message: str) -> ModelLoadFailed:
+        """The error of a load that llama.cpp refused: its own last lines, and a hint that fits them."""
+        text = self.log.last_errors()
         memory = any(word in text.lower() for word in ("alloc", "out of memory", "oom"))
         hint = (
             "There is not enough memory: try a smaller --ctx, fewer --gpu-layers or a smaller type."
@@ -84,13 +84,13 @@ class Model:
     # tokens -----------------------------------------------------------------------------------------------------
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool = True) -> list[int]:
-        """parse_special: special tokens that are written in the text become their ids. add_special puts bos in front,
-        once."""
+        """The ids of a text of any length. parse_special: special tokens that are written in it become their ids.
+        add_special puts bos in front, once."""
         first, *others = passages(text)
         ids = self._tokenize(first, add_special, parse_special)
         for passage in others:
             ids += self._tokenize(passage, False, parse_special)
-        bos = llama_cpp.llama_vocab_bos(self.vocab)
+        bos = llama_cpp.llama_vocab_bos(self.vocab)  # a template may write it itself, and then it stands there twice
         return ids[1:] if add_special and ids[:2] == [bos, bos] else ids
 
     def _tokenize(self, passage: str, add_special: bool, parse_special: bool) -> list[int]:
@@ -109,6 +109,7 @@ class Model:
     # metadata ---------------------------------------------------------------------------------------------------
 
     def metadata(self, key: str) -> str | None:
+        """The value of one of the file's keys, as text. None: it has no such key."""
         name = key.encode()
         n = llama_cpp.llama_model_meta_val_str(self.handle, name, None, 0)
         if n < 0:
@@ -117,8 +118,8 @@ class Model:
         llama_cpp.llama_model_meta_val_str(self.handle, name, buffer, n + 1)
         return buffer.value.decode("utf-8", errors="replace")
 
-    def sampling(self) -> Sampling:
-        """What the file recommends, the model card's values for the rest."""
+    def recommended_sampling(self) -> Sampling:
+        """What the file recommends, and the model card's values for the rest."""
         default = Sampling()
         values = {
             field: float(text) if (text := self.metadata(f"general.sampling.{key}")) else getattr(default, field)
@@ -127,7 +128,7 @@ class Model:
         return Sampling(values["temperature"], int(values["top_k"]), values["top_p"], values["min_p"])
 
 
-class Log:
+class LlamaLog:
     """llama.cpp's messages: kept for error reports instead of printed. llama.cpp has one log for the process."""
 
     def __init__(self) -> None:
@@ -145,19 +146,38 @@ class Log:
         if self._level >= _LOG_ERROR:
             self._lines.append(text.decode("utf-8", errors="replace").strip())
 
-    def tail(self) -> str:
+    def last_errors(self) -> str:
+        """Its last three errors, to be put behind a message."""
         lines = [line for line in self._lines if line]
         return f": {'; '.join(lines[-3:])}" if lines else ""
 
 
 @functools.cache
-def _log() -> Log:
+def _process_log() -> LlamaLog:
     """The one log. llama.cpp keeps a pointer to its callback, so it must never go away."""
-    return Log()
+    return LlamaLog()
+
+
+def _model_params(gpu_layers: int, *, mtp: bool, mmap: bool) -> llama_cpp.llama_model_params:
+    params: llama_cpp.llama_model_params = llama_cpp.llama_model_default_params()
+    params.n_gpu_layers = gpu_layers
+    # ggml's AMX code needs its "extra" buffer types; without them weights stay as they are and AVX-512 code runs.
+    params.use_extra_bufts = not probe_build().amx_is_broken
+    params.load_mtp = mtp
+    params.load_mode = llama_cpp.LLAMA_LOAD_MODE_AUTO if mmap else llama_cpp.LLAMA_LOAD_MODE_NONE
+    return params
+
+
+def _progress_callback(report: Callable[[float], None]) -> Callable[[float, ctypes.c_void_p], bool]:
+    def on_progress(share: float, _: ctypes.c_void_p) -> bool:
+        report(share)
+        return True  # go on; False would end the load
+
+    return llama_cpp.llama_progress_callback(on_progress)
 
 
 def _check_magic(path: Path) -> None:
-    """Names what llama.cpp would only hint at: no file, not a GGUF."""
+    """Refuse what llama.cpp would only hint at: ModelLoadFailed if there is no file, BadMagic if it is not a GGUF."""
     try:
         with path.open("rb") as file:
             magic = file.read(4)

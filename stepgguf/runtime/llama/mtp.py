@@ -1,18 +1,17 @@
-"""Drafting with the MTP heads: guesses of the next tokens that the model then checks in one decode.
+"""Drafter: guesses of the next tokens by the MTP blocks, which the model then checks in one decode.
 
-Head i reads, for every position p, the token at p and the hidden state that the model (or, inside a draft, head i-1)
-had at p-1; it guesses the token at p+1. Each head is a layer of its own with its own keys and values, so every head
-must read every row:
+MTP block i reads, for every position p, the token at p and the hidden state that the model (or, inside a draft, block
+i-1) had at p-1; it guesses the token at p+1. Each block has keys and values of its own, so each must read every row:
 
     rows of a sequence         backlog: tokens that the model has read since      chain: the last token and the guesses
                                (token p, model's hidden p-1) ...                  (last, model's hidden) (g0, h'0) ...
-    head 0                     all                                                last                 -> g0, h'0
-    head 1                     all                                                last g0              -> g1, h'1
-    head 2                     all                                                last g0 g1           -> g2, h'2
+    block 0                    all                                                last                 -> g0, h'0
+    block 1                    all                                                last g0              -> g1, h'1
+    block 2                    all                                                last g0 g1           -> g2, h'2
 
 llama.cpp's own driver (common/speculative.cpp) reads the backlog and the chain in separate decodes, six for three
-heads; here they share three. The heads are sliding-window layers, so of a long prompt only the last n_swa tokens are
-read. What the heads guess can only cost time: the model's own choice is what counts.
+blocks; here they share three. The blocks have a sliding window, so of a long prompt only the last n_swa tokens are
+read. What the blocks guess can only cost time: the model's own choice is what counts.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from stepgguf.runtime.llama import hooks
-from stepgguf.runtime.llama.context import Context, Floats, Rows
-from stepgguf.runtime.llama.model import Model
+from stepgguf.runtime.llama.context import DecodeRows, Floats, LlamaContext
+from stepgguf.runtime.llama.model import LlamaModel
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DraftState:
-    """The heads' cells after n tokens, and the model's hidden state at n-1."""
+    """The MTP blocks' cells of a sequence of n_tokens, and the model's hidden state at the last of them."""
 
-    n: int
+    n_tokens: int
     cells: bytearray
     hidden: Floats
 
@@ -41,41 +40,58 @@ class DraftState:
 
 
 @dataclass
-class _Track:
-    """One sequence. The cells hold positions up to `start`; from there on the backlog waits to be read."""
+class _Backlog:
+    """What the MTP blocks have not read yet of a sequence: the tokens from position `start` on. All before are in their
+    cells, as far as the sliding window reaches.
 
-    hidden: Floats  # the model's at the last position, [n_embd]
+    hidden: the model's at the last position, [n_embd]. rows: the hidden state to go in beside each token, [n, n_embd]
+    each, together one row a token.
+    """
+
+    hidden: Floats
     start: int = 0
     tokens: list[int] = field(default_factory=list)
-    rows: list[Floats] = field(default_factory=list)  # [n, n_embd] each, one row a token of the backlog
+    rows: list[Floats] = field(default_factory=list)
 
     @property
     def end(self) -> int:
         return self.start + len(self.tokens)
 
-    def backlog(self) -> Floats:
+    def joined_rows(self) -> Floats:
+        """All rows, [len(tokens), n_embd]."""
         if len(self.rows) != 1:
             self.rows = [np.concatenate(self.rows)] if self.rows else [np.zeros((0, len(self.hidden)), np.float32)]
         return self.rows[0]
 
     def drop(self, n: int) -> None:
-        """Forget the first n tokens of the backlog."""
-        self.rows = [self.backlog()[n:]]
+        """Forget the first n tokens: they have been read, or are out of reach."""
+        self.rows = [self.joined_rows()[n:]]
         self.start, self.tokens = self.start + n, self.tokens[n:]
 
 
 class Drafter:
-    """The heads' context beside the model's. `failed` counts decodes that found no room."""
+    """The MTP blocks' context beside the model's, and what they have to read.
 
-    def __init__(self, model: Model, target: Context, *, n_seq: int, threads: int) -> None:
-        self._n_embd, self.n_heads, self._window = model.n_embd, model.n_heads, model.n_swa
-        self._context = Context(
-            model, n_ctx=target.n_ctx, n_seq=n_seq, n_batch=target.n_batch, n_outputs=n_seq, threads=threads, of=target
+    enabled: False while the model drafts nothing; then no state is saved, for that would make them read first.
+    """
+
+    def __init__(self, model: LlamaModel, target: LlamaContext, *, n_seq: int, threads: int) -> None:
+        """`model` has the MTP blocks; `target` is the context of the model whose tokens are guessed."""
+        self._n_embd, self.n_mtp, self._n_swa = model.n_embd, model.n_mtp, model.n_swa
+        self._context = LlamaContext(
+            model,
+            n_ctx=target.n_ctx,
+            n_seq=n_seq,
+            n_batch=target.n_batch,
+            n_outputs=n_seq,
+            threads=threads,
+            drafts_for=target,
         )
-        hooks.emit_hidden(target.handle, outputs_only=False)
-        hooks.emit_hidden(self._context.handle, outputs_only=True)
-        self._tracks = {seq: _Track(self._zeros()) for seq in range(n_seq)}
-        self._share = target.n_batch // n_seq - self.n_heads  # backlog rows of a sequence in one decode
+        hooks.keep_hidden_states(target.handle, outputs_only=False)
+        hooks.keep_hidden_states(self._context.handle, outputs_only=True)
+        self._backlogs = {seq: _Backlog(self._zeros()) for seq in range(n_seq)}
+        # A draft decodes backlog and chain of all sequences together, and a chain has up to n_mtp rows.
+        self._most_backlog = target.n_batch // n_seq - self.n_mtp
         self.enabled = True
 
     def close(self) -> None:
@@ -88,97 +104,109 @@ class Drafter:
 
     def observe(self, seq: int, start: int, tokens: Sequence[int], hidden: Floats) -> None:
         """The model has read tokens at positions from start on; hidden [len(tokens), n_embd] is what it had there."""
-        track = self._tracks[seq]
-        assert track.end == start
+        backlog = self._backlogs[seq]
+        assert backlog.end == start
+        # Beside each token goes the hidden state of the position before it: the rows are shifted by one.
         rows = np.empty((len(tokens), self._n_embd), np.float32)
-        rows[0], rows[1:] = track.hidden, hidden[: len(tokens) - 1]
-        track.hidden = hidden[len(tokens) - 1].copy()
-        track.tokens += tokens
-        track.rows.append(rows)
-        if len(track.tokens) > 2 * self._window:
-            track.drop(len(track.tokens) - self._window)
+        rows[0], rows[1:] = backlog.hidden, hidden[: len(tokens) - 1]
+        backlog.hidden = hidden[len(tokens) - 1].copy()
+        backlog.tokens += tokens
+        backlog.rows.append(rows)
+        if len(backlog.tokens) > 2 * self._n_swa:  # not each time: dropping copies all rows
+            backlog.drop(len(backlog.tokens) - self._n_swa)
 
     def clear(self, seq: int) -> None:
+        """The sequence is empty now."""
         self._context.remove(seq, 0)
-        self._tracks[seq] = _Track(self._zeros())
+        self._backlogs[seq] = _Backlog(self._zeros())
 
     def save(self, seq: int) -> DraftState | None:
-        """None while it is not used."""
-        track = self._tracks[seq]
-        if not self.enabled or not self._catch_up([seq], 0):
+        """The state of a sequence where the model is now. None while it is not used, or if there is no room to read
+        the backlog."""
+        backlog = self._backlogs[seq]
+        if not self.enabled or not self._read_backlogs([seq], 0):
             return None
-        return DraftState(track.start, self._context.save(seq, window_only=False), track.hidden.copy())
+        return DraftState(backlog.start, self._context.save(seq, sliding_window_only=False), backlog.hidden.copy())
 
-    def restore(self, seq: int, n: int, state: DraftState | None) -> None:
-        """The sequence now has n tokens. Without a state the heads start from there with nothing behind them."""
+    def restore(self, seq: int, n_tokens: int, state: DraftState | None) -> None:
+        """The sequence now has n_tokens. Without a state the blocks start from there with nothing behind them: they
+        guess badly until they have read some more."""
         self.clear(seq)
-        track = self._tracks[seq]
-        track.start = n
-        if state is None or not self._context.restore(seq, state.cells, window_only=False):
+        backlog = self._backlogs[seq]
+        backlog.start = n_tokens
+        if state is None or not self._context.restore(seq, state.cells, sliding_window_only=False):
             return
-        self._context.remove(seq, n)
-        if state.n == n:
-            track.hidden = state.hidden.copy()
+        self._context.remove(seq, n_tokens)
+        if state.n_tokens == n_tokens:
+            backlog.hidden = state.hidden.copy()
 
     # drafting ---------------------------------------------------------------------------------------------------
 
     def draft(self, last: dict[int, int], depth: int) -> dict[int, list[int]]:
-        """Guess what follows: sequence -> its last token, which the model has not read -> up to depth guesses."""
+        """Guess what follows: sequence -> its last token, which the model has not read -> up to depth guesses.
+
+        Every block reads the backlogs, also those deeper than `depth`, which then guess nothing: they may be asked in
+        the next step. Their cells of the chain are dropped again, because the guesses may be wrong.
+        """
         guesses: dict[int, list[int]] = {seq: [] for seq in last}
-        if not self._catch_up(list(last), self._share):
+        if not self._read_backlogs(list(last), self._most_backlog):
             return guesses
-        chains = {seq: self._tracks[seq].hidden[None] for seq in last}
-        for head in range(self.n_heads):
-            rows = [self._rows(seq, [token, *guesses[seq]], chains[seq], head < depth) for seq, token in last.items()]
-            if not self._decode(head, [r for r in rows if r.tokens]):
+        chains = {seq: self._backlogs[seq].hidden[None] for seq in last}
+        for block in range(self.n_mtp):
+            guessing = block < depth
+            rows = [self._rows(seq, [token, *guesses[seq]], chains[seq], guessing) for seq, token in last.items()]
+            if not self._decode(block, [r for r in rows if r.tokens]):
                 return {seq: [] for seq in last}
-            if head < depth:
-                at = -1
-                for part in rows:
-                    at += len(part.tokens)
-                    guesses[part.seq].append(int(self._context.logits(at).argmax()))
-                    chains[part.seq] = np.concatenate([chains[part.seq], self._context.hidden(at, 1)])
+            if guessing:
+                self._take_guesses(rows, guesses, chains)
         for seq in last:
-            track = self._tracks[seq]
-            track.drop(len(track.tokens))
-            self._context.remove(seq, track.start)
+            backlog = self._backlogs[seq]
+            backlog.drop(len(backlog.tokens))
+            self._context.remove(seq, backlog.start)
         return guesses
 
-    def _rows(self, seq: int, chain: list[int], hidden: Floats, guess: bool) -> Rows:
-        """The backlog of a sequence and, if a guess is wanted, the chain."""
-        track = self._tracks[seq]
-        if not guess:
-            return Rows(seq, track.start, track.tokens, 0, track.backlog())
-        return Rows(seq, track.start, track.tokens + chain, 1, np.concatenate([track.backlog(), hidden]))
+    def _rows(self, seq: int, chain: list[int], hidden: Floats, guessing: bool) -> DecodeRows:
+        """The backlog of a sequence and, if a guess is wanted, the chain, whose last row gets logits."""
+        backlog = self._backlogs[seq]
+        if not guessing:
+            return DecodeRows(seq, backlog.start, backlog.tokens, 0, backlog.joined_rows())
+        both = np.concatenate([backlog.joined_rows(), hidden])
+        return DecodeRows(seq, backlog.start, backlog.tokens + chain, 1, both)
 
-    def _catch_up(self, seqs: list[int], most: int) -> bool:
-        """Let the heads read the backlogs until at most so many tokens are left in each."""
+    def _take_guesses(self, rows: list[DecodeRows], guesses: dict[int, list[int]], chains: dict[int, Floats]) -> None:
+        """Add the most likely token of each sequence to its guesses, and its hidden state to the chain."""
+        last_row = -1
+        for part in rows:
+            last_row += len(part.tokens)
+            guesses[part.seq].append(int(self._context.logits(last_row).argmax()))
+            chains[part.seq] = np.concatenate([chains[part.seq], self._context.hidden_states(last_row, 1)])
+
+    def _read_backlogs(self, seqs: list[int], most: int) -> bool:
+        """Let the blocks read until at most so many tokens are left in each backlog. False: there was no room."""
         for seq in seqs:
-            track = self._tracks[seq]
-            if len(track.tokens) > self._window:
-                track.drop(len(track.tokens) - self._window)
-            if 0 <= self._end(seq) < track.start:  # the window has moved on: positions must not have gaps
+            backlog = self._backlogs[seq]
+            if len(backlog.tokens) > self._n_swa:
+                backlog.drop(len(backlog.tokens) - self._n_swa)
+            # The blocks may have dropped tokens that they never read; llama.cpp wants positions without gaps.
+            if 0 <= self._context.newest_position(seq) + 1 < backlog.start:
                 self._context.remove(seq, 0)
-            while len(track.tokens) > most:
-                n = min(len(track.tokens), self._context.n_batch)
-                part = Rows(seq, track.start, track.tokens[:n], 0, track.backlog()[:n])
-                if not all(self._decode(head, [part]) for head in range(self.n_heads)):
+            while len(backlog.tokens) > most:
+                n = min(len(backlog.tokens), self._context.n_batch)
+                part = DecodeRows(seq, backlog.start, backlog.tokens[:n], 0, backlog.joined_rows()[:n])
+                if not all(self._decode(block, [part]) for block in range(self.n_mtp)):
                     return False
-                track.drop(n)
+                backlog.drop(n)
         return True
 
-    def _end(self, seq: int) -> int:
-        return self._context.newest(seq) + 1
-
-    def _decode(self, head: int, rows: list[Rows]) -> bool:
+    def _decode(self, block: int, rows: list[DecodeRows]) -> bool:
+        """Run one block on rows of several sequences. False: it failed, and they have no backlog any more."""
         if not rows:
             return True
-        for part in rows:
+        for part in rows:  # all blocks decode the same positions in turn, and llama.cpp must not hold one twice
             self._context.remove(part.seq, part.start)
-        hooks.use_head(self._context.handle, head)
+        hooks.use_mtp_block(self._context.handle, block)
         if self._context.decode(rows) == 0:
             return True
-        for part in rows:  # no room, or worse: the heads start anew behind what the model has read
-            end = self._tracks[part.seq].end
-            self.restore(part.seq, end, None)
+        for part in rows:  # no room, or worse: the blocks start anew behind what the model has read
+            self.restore(part.seq, self._backlogs[part.seq].end, None)
         return False

@@ -1,4 +1,4 @@
-"""Logits to a token.
+"""Sampler: logits to a token.
 
     logits + bias - penalties -> [grammar] -> top_k -> top_p -> min_p -> temperature -> draw
 
@@ -14,15 +14,16 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, cast
 
 import llama_cpp
 import numpy as np
+import numpy.typing as npt
 
 from stepgguf.errors import BadGrammar
 from stepgguf.runtime.engine import Grammar, Logprob, Sampling
-from stepgguf.runtime.llama.context import Context, Floats
-from stepgguf.runtime.llama.model import Model
+from stepgguf.runtime.llama.context import Floats, LlamaContext
+from stepgguf.runtime.llama.model import LlamaModel
 
 # A grammar whose parse states multiply would hold up every other request; a sane one needs milliseconds a token.
 _SLOW_SECONDS = 2.0
@@ -30,15 +31,15 @@ _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32
 
 
 class Sampler:
-    """The state of one request: its random numbers, its counts, its place in the grammar."""
+    """Chooses the tokens of one request: it holds its random numbers, its counts and its place in the grammar."""
 
     def __init__(
-        self, model: Model, sampling: Sampling, prompt: Sequence[int], grammar: Grammar | None, *, ignore_end: bool
+        self, model: LlamaModel, sampling: Sampling, prompt: Sequence[int], grammar: Grammar | None, *, ignore_end: bool
     ) -> None:
+        """BadGrammar if the grammar does not compile. ignore_end: never sample an end token."""
         self._model, self._sampling = model, sampling
-        self._greedy = sampling.temperature <= 0
-        self._grammars = _Grammars(model, grammar)
-        self._chain = None if self._greedy else _chain(sampling)
+        self._grammar = _GrammarState(model, grammar)
+        self._chain = None if sampling.temperature <= 0 else _sampler_chain(sampling)  # None: the most likely token
         ends = sorted(model.ends) if ignore_end else []
         self._bias_ids = np.array([t for t, _ in sampling.logit_bias] + ends, np.int64)
         self._bias = np.array([b for _, b in sampling.logit_bias] + [-np.inf] * len(ends), np.float32)
@@ -54,28 +55,29 @@ class Sampler:
         if self._chain is not None:
             llama_cpp.llama_sampler_free(self._chain)
             self._chain = None
-        self._grammars.close()
+        self._grammar.close()
 
-    def sample(self, context: Context, row: int) -> int:
+    def sample(self, context: LlamaContext, row: int) -> int:
         """The next token after a row of the last decode. BadGrammar if the request's grammar takes too long."""
         logits = context.logits(row)
-        self._adjust(logits)
+        self._add_biases_and_penalties(logits)
         if self._chain is None:
             token = int(logits.argmax())
         else:
             token = int(llama_cpp.llama_sampler_sample(self._chain, context.handle, row))
-        return token if self._grammars.allows(token) else self._sample_allowed(logits)
+        return token if self._grammar.allows(token) else self._sample_allowed(logits)
 
     def accept(self, token: int) -> None:
         """Count a token that comes next, sampled or forced."""
-        self._grammars.accept(token)
+        self._grammar.accept(token)
         if self._sampling.frequency_penalty or self._sampling.presence_penalty:
             self._generated[token] += 1
         if self._sampling.repetition_penalty != 1:
             self._seen.add(token)
 
-    def _adjust(self, logits: Floats) -> None:
+    def _add_biases_and_penalties(self, logits: Floats) -> None:
         sampling = self._sampling
+        # In this order, because the repetition penalty multiplies what it finds and the others only add.
         if self._bias_ids.size:
             logits[self._bias_ids] += self._bias
         if self._seen:
@@ -89,10 +91,11 @@ class Sampler:
             logits[ids] -= counts * sampling.frequency_penalty + sampling.presence_penalty
 
     def _sample_allowed(self, logits: Floats) -> int:
+        """Draw again, from the tokens that the grammar allows. The first draw's random number is not given back."""
         candidates = np.empty(self._model.n_vocab, _CANDIDATE)
         candidates["id"], candidates["logit"], candidates["p"] = np.arange(self._model.n_vocab), logits, 0
         array = _token_array(candidates)
-        self._grammars.apply(array)
+        self._grammar.apply(array)
         if not np.isfinite(candidates["logit"]).any():  # llama.cpp would throw at what is drawn now
             raise BadGrammar(
                 "the grammar allows no token here", param="grammar", hint="Every rule needs a way to its end."
@@ -105,18 +108,19 @@ class Sampler:
         return token
 
 
-class _Grammars:
-    """The grammar that holds now, or those that wait for their token."""
+class _GrammarState:
+    """The grammar that holds now and how far it has been parsed, or those that wait for their token."""
 
-    def __init__(self, model: Model, grammar: Grammar | None) -> None:
-        self._active: Any = None
-        self._waiting: dict[int, Any] = {}
+    def __init__(self, model: LlamaModel, grammar: Grammar | None) -> None:
+        self._active: llama_cpp.llama_sampler_p | None = None
+        self._waiting: dict[int, llama_cpp.llama_sampler_p] = {}
         if grammar is None:
             return
         if not grammar.starts:
-            self._active = _compile(model, grammar.gbnf, "root")
+            self._active = _compile_grammar(model, grammar.gbnf, "root")
+        # Each is compiled now and not when its token comes: a grammar that is none must be refused before the answer.
         for token, rule in grammar.starts:
-            self._waiting[token] = _compile(model, grammar.gbnf, rule)
+            self._waiting[token] = _compile_grammar(model, grammar.gbnf, rule)
 
     def close(self) -> None:
         for compiled in (self._active, *self._waiting.values()):
@@ -125,27 +129,30 @@ class _Grammars:
         self._active, self._waiting = None, {}
 
     def allows(self, token: int) -> bool:
+        """Whether the token may come next."""
         if self._active is None:
             return True
         candidates = np.array([(token, 0.0, 0.0)], _CANDIDATE)
         self.apply(_token_array(candidates))
         return bool(np.isfinite(candidates["logit"][0]))
 
-    def apply(self, array: Any) -> None:
+    def apply(self, array: llama_cpp.llama_token_data_array) -> None:
+        """Set the logits of all candidates that may not come next to -inf."""
         started = time.monotonic()
         llama_cpp.llama_sampler_apply(self._active, ctypes.byref(array))
-        _check_time(started)
+        _refuse_if_slow(started)
 
     def accept(self, token: int) -> None:
+        """Go on in the grammar, or start the one that waited for this token."""
         if self._active is not None:
             started = time.monotonic()
             llama_cpp.llama_sampler_accept(self._active, token)
-            _check_time(started)
+            _refuse_if_slow(started)
         elif token in self._waiting:
             self._active = self._waiting.pop(token)
 
 
-def logprobs(model: Model, logits: Floats, token: int, n_top: int) -> tuple[float, tuple[Logprob, ...]]:
+def logprobs_of(model: LlamaModel, logits: Floats, token: int, n_top: int) -> tuple[float, tuple[Logprob, ...]]:
     """Natural log of the model's probability of a token, and of its n_top most likely ones."""
     values = logits.astype(np.float64)
     values -= values.max()
@@ -157,20 +164,22 @@ def logprobs(model: Model, logits: Floats, token: int, n_top: int) -> tuple[floa
     return float(values[token]), tuple(Logprob(int(t), model.piece(int(t)), float(values[t])) for t in best)
 
 
-def _compile(model: Model, gbnf: str, rule: str) -> Any:
+def _compile_grammar(model: LlamaModel, gbnf: str, rule: str) -> llama_cpp.llama_sampler_p:
     started = time.monotonic()
-    compiled = llama_cpp.llama_sampler_init_grammar(model.vocab, gbnf.encode(), rule.encode())
+    compiled: llama_cpp.llama_sampler_p | None = llama_cpp.llama_sampler_init_grammar(
+        model.vocab, gbnf.encode(), rule.encode()
+    )
     if not compiled:
         raise BadGrammar(
-            f"the grammar does not compile{model.log.tail()}",
+            f"the grammar does not compile{model.log.last_errors()}",
             param="grammar",
             hint="It must be GBNF as llama.cpp reads it, without left recursion, with a rule named root.",
         )
-    _check_time(started)
+    _refuse_if_slow(started)
     return compiled
 
 
-def _check_time(started: float) -> None:
+def _refuse_if_slow(started: float) -> None:
     seconds = time.monotonic() - started
     if seconds > _SLOW_SECONDS:
         raise BadGrammar(
@@ -180,8 +189,10 @@ def _check_time(started: float) -> None:
         )
 
 
-def _chain(sampling: Sampling) -> Any:
-    chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
+def _sampler_chain(sampling: Sampling) -> llama_cpp.llama_sampler_p:
+    """llama.cpp's filters and the draw at their end, in the order of this module's docstring."""
+    params = llama_cpp.llama_sampler_chain_default_params()
+    chain: llama_cpp.llama_sampler_p = llama_cpp.llama_sampler_chain_init(params)
     add = llama_cpp.llama_sampler_chain_add
     if sampling.top_k > 0:
         add(chain, llama_cpp.llama_sampler_init_top_k(sampling.top_k))
@@ -195,8 +206,9 @@ def _chain(sampling: Sampling) -> Any:
     return chain
 
 
-def _token_array(candidates: np.ndarray[Any, Any]) -> Any:
-    array: Any = llama_cpp.llama_token_data_array()
+def _token_array(candidates: npt.NDArray[np.void]) -> llama_cpp.llama_token_data_array:
+    """The candidates as llama.cpp takes them. It points into them: they must stay alive as long."""
+    array: Any = llama_cpp.llama_token_data_array()  # its annotations say arrays, where C has pointers
     array.data = candidates.ctypes.data_as(llama_cpp.llama_token_data_p)
     array.size, array.selected, array.sorted = len(candidates), -1, False
-    return array
+    return cast("llama_cpp.llama_token_data_array", array)

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from stepgguf.errors import ContextLengthExceeded, EngineDied, EngineError, StepggufError
 from stepgguf.runtime.engine import FinishReason, ModelInfo, Queued, Request, Sampling, Sink, Stats
-from stepgguf.runtime.llamaserver.client import Client, ConnectionLost
+from stepgguf.runtime.http_events import ConnectionLost
+from stepgguf.runtime.llamaserver.client import Json, LlamaServerClient
 from stepgguf.runtime.llamaserver.gbnf import check_rules
-from stepgguf.runtime.llamaserver.process import ForeignServer, LlamaProcess, Server
-from stepgguf.runtime.llamaserver.run import Backend, Run
-from stepgguf.runtime.llamaserver.vocabulary import Vocabulary
+from stepgguf.runtime.llamaserver.options import ServerOptions
+from stepgguf.runtime.llamaserver.process import ForeignServer, LlamaProcess, LlamaServer
+from stepgguf.runtime.llamaserver.request import RemoteRequest, ServerHandle
+from stepgguf.runtime.llamaserver.vocabulary import ServerVocabulary
 
-A = TypeVar("A")
-R = TypeVar("R")
+Argument = TypeVar("Argument")
+Answer = TypeVar("Answer")
 
 # llama.cpp's own values, shown where the file recommends none (common.h, common_params_sampling)
 _LLAMA_DEFAULTS = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
@@ -27,72 +29,48 @@ _STOP_SECONDS = 10.0
 
 
 class LlamaServerEngine:
-    """Make it with `spawn` or `attach`."""
+    """The engine protocol over a llama-server. Make it with `spawn` or `attach`."""
 
-    def __init__(self, server: Server, client: Client, *, name: str | None, queue_limit: int) -> None:
+    def __init__(self, server: LlamaServer, client: LlamaServerClient, *, name: str | None, queue_limit: int) -> None:
+        """Ask a server that is ready what it runs. `name` is what the model is called, None: as its file.
+
+        queue_limit: so many requests wait beside those that run; more are refused.
+        """
         self._server, self._client, self._queue_limit = server, client, queue_limit
         props, meta = client.get("/props"), client.get("/v1/models")["data"][0]["meta"]
         settings = props["default_generation_settings"]
         self._info = ModelInfo(
             name=name or Path(props["model_path"]).stem,
             chat_template=props["chat_template"] or None,
-            sampling=_sampling(settings["params"]),
+            sampling=_recommended_sampling(settings["params"]),
             n_ctx=settings["n_ctx"],
             n_ctx_train=meta["n_ctx_train"],
             n_vocab=meta["n_vocab"],
             engine=f"llama-server {props['build_info']}",
         )
-        self._vocabulary = Vocabulary(client)
+        self._vocabulary = ServerVocabulary(client)
         self._n_parallel: int = props["total_slots"]
         speculates = False
         with contextlib.suppress(EngineError):  # a server without /slots
             speculates = any(slot["speculative"] for slot in client.get("/slots"))
-        self._backend = Backend(server, client, self._vocabulary, self._info.n_ctx, self._n_parallel, speculates)
+        self._handle = ServerHandle(server, client, self._vocabulary, self._info.n_ctx, self._n_parallel, speculates)
         self._changed = threading.Condition()
-        self._waiting: list[Run] = []
-        self._running: list[Run] = []
+        self._waiting: list[RemoteRequest] = []
+        self._running: list[RemoteRequest] = []
         self._stats = Stats()
         self._closed = False
 
     @classmethod
     def spawn(
-        cls,
-        model: Path,
-        *,
-        binary: str | None,
-        n_ctx: int | None,
-        n_parallel: int,
-        gpu_layers: int,
-        threads: int | None,
-        mtp: bool,
-        mtp_file: Path | None = None,
-        rpc: Sequence[str] = (),
-        extra: Sequence[str] = (),
-        queue_limit: int,
-        progress: Callable[[float], None] | None = None,
+        cls, model: Path, options: ServerOptions, *, queue_limit: int, progress: Callable[[float], None] | None = None
     ) -> LlamaServerEngine:
         """Start llama-server for a GGUF and wait until it is loaded. ModelLoadFailed has its last lines.
 
-        n_ctx None and gpu_layers < 0: llama-server fits them into the memory that is free. mtp_file: where the
-        MTP blocks are, if not in the model's file. rpc: host:port of machines
-        that run llama.cpp's rpc-server and take a share of the weights. progress is told 0 and 1: llama-server does
-        not say how far it is.
+        progress is told 0 and 1: llama-server does not say how far it is.
         """
         if progress is not None:
             progress(0.0)
-        arguments = ["--parallel", str(n_parallel), "--no-webui"]
-        if n_ctx is not None:  # a share for each request: in a common pool that runs full llama-server ends them all
-            arguments += ["--ctx-size", str(n_ctx * n_parallel)]
-        if gpu_layers >= 0:
-            arguments += ["--gpu-layers", str(gpu_layers)]
-        if threads is not None:
-            arguments += ["--threads", str(threads)]
-        if mtp:
-            arguments += ["--spec-type", "draft-mtp"]
-            arguments += ["--model-draft", str(mtp_file)] if mtp_file else []
-        if rpc:
-            arguments += ["--rpc", ",".join(rpc)]
-        process = LlamaProcess(model, binary, [*arguments, *extra])
+        process = LlamaProcess(model, options)
         with contextlib.ExitStack() as undo:
             undo.callback(process.close)
             if progress is not None:
@@ -100,18 +78,20 @@ class LlamaServerEngine:
             try:
                 engine = cls(process, process.client, name=model.stem, queue_limit=queue_limit)
             except ConnectionLost:
-                raise process.death() from None
+                raise process.lost_connection_error() from None
             undo.pop_all()
         return engine
 
     @classmethod
     def attach(cls, url: str, *, api_key: str | None, model: Path | None, queue_limit: int) -> LlamaServerEngine:
         """Use a llama-server that runs already. `model` only names it. EngineError if it does not answer."""
-        client = Client(url, api_key)
+        client = LlamaServerClient(url, api_key)
         try:
             return cls(ForeignServer(client), client, name=model.stem if model else None, queue_limit=queue_limit)
         except ConnectionLost as error:
-            raise EngineError(f"no llama-server answers: {error}", hint="Start it, or check the address.") from error
+            raise EngineError(
+                f"no llama-server answers: {client.url}: {error}", hint="Start it, or check the address."
+            ) from error
 
     @property
     def info(self) -> ModelInfo:
@@ -135,12 +115,12 @@ class LlamaServerEngine:
     def piece(self, token_id: int) -> bytes:
         return self._ask(self._vocabulary.piece, token_id)
 
-    def _ask(self, question: Callable[[A], R], argument: A) -> R:
-        self._server.is_ready(_PATIENCE_SECONDS)
+    def _ask(self, question: Callable[[Argument], Answer], argument: Argument) -> Answer:
+        self._server.wait_until_ready(_PATIENCE_SECONDS)
         try:
             return question(argument)
         except ConnectionLost:
-            raise self._server.death() from None
+            raise self._server.lost_connection_error() from None
 
     # requests ---------------------------------------------------------------------------------------------------
 
@@ -150,16 +130,16 @@ class LlamaServerEngine:
             raise ContextLengthExceeded(n_prompt, n_ctx, self._info.n_ctx_train)
         if request.grammar is not None:
             check_rules(request.grammar)
-        run = Run(self._backend, request, sink)
+        active = RemoteRequest(self._handle, request, sink)
         with self._changed:
             if self._closed or not self._server.alive:
                 raise EngineDied("llama-server has stopped", recovered=False, hint="Start it again.")
             if len(self._waiting) + len(self._running) >= self._n_parallel + self._queue_limit:
-                raise self._stats.busy(self._n_parallel, self._queue_limit)
+                raise self._stats.busy_error(self._n_parallel, self._queue_limit)
             self._stats.n_requests += 1
-            self._waiting.append(run)
-        threading.Thread(target=self._serve, args=(run,), name="llama-server request", daemon=True).start()
-        return LlamaServerTicket(run, self._changed)
+            self._waiting.append(active)
+        threading.Thread(target=self._serve, args=(active,), name="llama-server request", daemon=True).start()
+        return LlamaServerTicket(active, self._changed)
 
     def stats(self) -> Stats:
         with self._changed:
@@ -179,59 +159,61 @@ class LlamaServerEngine:
             self._changed.notify_all()
         self._server.close()
         with self._changed:
-            for run in self._running:
-                run.interrupt()
+            for active in self._running:
+                active.interrupt()
             self._changed.wait_for(lambda: not self._running and not self._waiting, _STOP_SECONDS)
 
-    def _serve(self, run: Run) -> None:
-        """The thread of a request."""
+    def _serve(self, active: RemoteRequest) -> None:
+        """The thread of a request: it ends with one Finished, whatever happens."""
         reason: FinishReason = "error"
         error: StepggufError | None = None
         try:
-            self._await_turn(run)
-            reason = run.serve()
+            self._await_turn(active)
+            reason = active.serve()
         except StepggufError as caught:
             error = caught
         except (LookupError, TypeError, ValueError) as caught:
             error = EngineError(f"llama-server answers what we do not know: {caught!r}", hint="Is it very old or new?")
-        last = run.finished(reason, error)
+        last = active.finished_event(reason, error)
         with self._changed:
-            (self._running if run in self._running else self._waiting).remove(run)
+            (self._running if active in self._running else self._waiting).remove(active)
             self._stats.add(last.timings, failed=last.reason == "error")
             self._stats.n_steps += last.timings.n_steps
             self._changed.notify_all()
-        run.emit(last)
+        active.emit(last)  # after its place is free: who hears of the end may submit again at once
 
-    def _await_turn(self, run: Run) -> None:
+    def _await_turn(self, active: RemoteRequest) -> None:
         """First come, first served. EngineDied if the engine is closed meanwhile."""
-        told = None
+        n_ahead_told = None
         with self._changed:
-            while not run.cancelled and (self._waiting[0] is not run or len(self._running) >= self._n_parallel):
+            while not active.cancelled and (self._waiting[0] is not active or len(self._running) >= self._n_parallel):
                 if self._closed:
                     raise EngineDied("the engine was stopped", recovered=False)
-                if told != (n_ahead := self._waiting.index(run)):
-                    run.emit(Queued(n_ahead))
-                    told = n_ahead
+                if n_ahead_told != (n_ahead := self._waiting.index(active)):
+                    active.emit(Queued(n_ahead))
+                    n_ahead_told = n_ahead
                 self._changed.wait()
-            self._waiting.remove(run)
-            self._running.append(run)
+            self._waiting.remove(active)
+            self._running.append(active)
             self._changed.notify_all()
 
 
 class LlamaServerTicket:
-    def __init__(self, run: Run, changed: threading.Condition) -> None:
-        self._run, self._changed = run, changed
+    """The engine protocol's Ticket. `changed` wakes the threads that wait for their turn."""
+
+    def __init__(self, active: RemoteRequest, changed: threading.Condition) -> None:
+        self._active, self._changed = active, changed
 
     def cancel(self) -> None:
-        self._run.cancel()
+        self._active.cancel()
         with self._changed:  # it may be waiting for its turn
             self._changed.notify_all()
 
     def end_reasoning(self) -> None:
-        self._run.end_reasoning()
+        self._active.end_reasoning()
 
 
-def _sampling(params: dict[str, Any]) -> Sampling:
+def _recommended_sampling(params: Json) -> Sampling:
     """What the file recommends; llama-server shows its own values, in float32, where it recommends nothing."""
     chosen = {
         name: round(params[name], 6) for name, llama in _LLAMA_DEFAULTS.items() if round(params[name], 6) != llama

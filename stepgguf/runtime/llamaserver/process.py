@@ -1,6 +1,6 @@
 """Whoever serves: a llama-server process of our own, which is started again when it dies, or one that others run.
 
-    loading --/health--> ready --exit--> loading (at most RESTARTS times in RESTART_SECONDS) --exit--> dead
+    loading --/health--> ready --exit--> loading (at most RESTARTS times in RESTART_SECONDS) --exit--> given up
 
 The process gets a session of its own, so that Ctrl+C reaches us and not it. A shell waits on a pipe that only we hold
 open: when it closes, because we ended or were killed, the shell kills the process. So 100 GB are never left behind.
@@ -18,35 +18,38 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 from stepgguf.errors import EngineDied, ModelLoadFailed
-from stepgguf.runtime.llamaserver.client import Client
+from stepgguf.runtime.llamaserver.client import LlamaServerClient
+from stepgguf.runtime.llamaserver.options import ServerOptions
 
 RESTARTS = 3
 RESTART_SECONDS = 600.0
-TAIL_LINES = 30
+LOG_LINES = 30
 _LOAD_SECONDS = 3600.0  # 200 GB from a slow disk
 _STOP_SECONDS = 5.0
-_GUARD = 'read -r _; kill -KILL -"$0"'  # "$0" is the process group
+_GUARD_SCRIPT = 'read -r _; kill -KILL -"$0"'  # "$0" is the process group
 
 
-class Server(Protocol):
+class LlamaServer(Protocol):
+    """A llama-server as the engine sees it. `n_recoveries`: so many times it was started again."""
+
     n_recoveries: int
 
     @property
     def alive(self) -> bool:
         """Whether it serves, or will when it has loaded again."""
 
-    def is_ready(self, timeout: float) -> bool:
-        """Wait so many seconds for it to take requests. EngineDied if it never will."""
+    def wait_until_ready(self, seconds: float) -> bool:
+        """Wait at most so many seconds for it to take requests. Whether it does; EngineDied if it never will."""
 
-    def death(self) -> EngineDied:
-        """What to tell a request whose connection broke."""
+    def lost_connection_error(self) -> EngineDied:
+        """What a request whose connection broke ends with. Waits a moment, to see whether the server is gone."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Let it go: our own process ends, another one goes on."""
 
 
 class ForeignServer:
@@ -54,7 +57,7 @@ class ForeignServer:
 
     n_recoveries = 0
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: LlamaServerClient) -> None:
         self._client = client
         self._answers, self._closed = True, False
 
@@ -63,12 +66,12 @@ class ForeignServer:
         self._answers = self._answers or self._client.is_healthy()
         return self._answers and not self._closed
 
-    def is_ready(self, timeout: float) -> bool:
+    def wait_until_ready(self, seconds: float) -> bool:
         if not self.alive:
-            raise self.death()
+            raise self.lost_connection_error()
         return True
 
-    def death(self) -> EngineDied:
+    def lost_connection_error(self) -> EngineDied:
         if self._closed:
             return EngineDied("the engine was stopped", recovered=False)
         self._answers = self._client.is_healthy()
@@ -85,25 +88,26 @@ class ForeignServer:
 class LlamaProcess:
     """A llama-server on a free port of this machine, with a key that only we know."""
 
-    def __init__(self, model: Path, binary: str | None, arguments: Sequence[str]) -> None:
+    def __init__(self, model: Path, options: ServerOptions) -> None:
         """Start it and wait until the model is loaded. ModelLoadFailed has its last lines."""
-        program = shutil.which(binary or "llama-server")
+        program = shutil.which(options.binary or "llama-server")
         if program is None:
             raise ModelLoadFailed(
-                f"{binary or 'llama-server'}: there is no such program",
+                f"{options.binary or 'llama-server'}: there is no such program",
                 hint="Install llama.cpp, or give its path: --engine llama-server=PATH.",
             )
         port, key = _free_port(), secrets.token_hex(16)
-        self.client = Client(f"http://127.0.0.1:{port}", key)
+        self.client = LlamaServerClient(f"http://127.0.0.1:{port}", key)
         self.n_recoveries = 0
         self._model = model
-        self._command = [program, "--model", str(model), "--host", "127.0.0.1", "--port", str(port), *arguments]
+        address = ["--host", "127.0.0.1", "--port", str(port)]
+        self._command = [program, "--model", str(model), *address, *options.arguments()]
         self._environment = {**os.environ, "LLAMA_API_KEY": key}
-        self._tail: deque[str] = deque(maxlen=TAIL_LINES)
-        self._deaths: deque[float] = deque(maxlen=RESTARTS + 1)
+        self._log_lines: deque[str] = deque(maxlen=LOG_LINES)
+        self._exit_times: deque[float] = deque(maxlen=RESTARTS + 1)
         self._changed = threading.Condition()
-        self._ready = self._dead = self._closed = False
-        self._last_words = ""
+        self._ready = self._given_up = self._closed = False
+        self._exit_report = ""
         self._launch()
         try:
             self._load()
@@ -116,19 +120,19 @@ class LlamaProcess:
 
     @property
     def alive(self) -> bool:
-        return not (self._dead or self._closed)
+        return not (self._given_up or self._closed)
 
-    def is_ready(self, timeout: float) -> bool:
+    def wait_until_ready(self, seconds: float) -> bool:
         with self._changed:
-            self._changed.wait_for(lambda: self._ready or not self.alive, timeout)
+            self._changed.wait_for(lambda: self._ready or not self.alive, seconds)
             if not self.alive:
-                raise self._obituary()
+                raise self._exit_error()
             return self._ready
 
-    def death(self) -> EngineDied:
+    def lost_connection_error(self) -> EngineDied:
         with self._changed:  # the connection breaks a moment before the process is gone
-            self._changed.wait_for(lambda: self._died_just_now() or not self.alive, _STOP_SECONDS)
-            return self._obituary()
+            self._changed.wait_for(lambda: self._exited_just_now() or not self.alive, _STOP_SECONDS)
+            return self._exit_error()
 
     def close(self) -> None:
         with self._changed:
@@ -136,12 +140,12 @@ class LlamaProcess:
                 return
             self._closed = True
             self._changed.notify_all()
-        self._signal(signal.SIGTERM)
+        self._signal(signal.SIGTERM)  # llama-server ends by itself and closes what it has open, if it still can
         self._supervisor.join(_STOP_SECONDS)
         self._signal(signal.SIGKILL)
         self._supervisor.join()
 
-    # one life ---------------------------------------------------------------------------------------------------
+    # one process ------------------------------------------------------------------------------------------------
 
     def _launch(self) -> None:
         try:
@@ -157,28 +161,30 @@ class LlamaProcess:
             raise ModelLoadFailed(
                 f"{self._command[0]}: {error.strerror}", hint="Give the path of the program llama-server."
             ) from error
+        # A process and not a thread: it must outlive us by a moment, also if we are killed.
         self._guard = subprocess.Popen(
-            ["/bin/sh", "-c", _GUARD, str(self._process.pid)],
+            ["/bin/sh", "-c", _GUARD_SCRIPT, str(self._process.pid)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        self._tail.clear()
-        self._reader = threading.Thread(target=self._read, args=(self._process,), daemon=True)
+        self._log_lines.clear()
+        self._reader = threading.Thread(target=self._keep_log, args=(self._process,), daemon=True)
         self._reader.start()
 
-    def _read(self, process: subprocess.Popen[bytes]) -> None:
+    def _keep_log(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stderr is not None
         with process.stderr as lines:
-            self._tail.extend(line.decode(errors="replace").rstrip() for line in lines)
+            self._log_lines.extend(line.decode(errors="replace").rstrip() for line in lines)
 
     def _load(self) -> None:
+        """Wait until the model is loaded. ModelLoadFailed if the process ends before, or takes for ever."""
         started = time.monotonic()
         while not self.client.is_healthy():
             if self._process.poll() is not None:
                 raise ModelLoadFailed(
-                    f"{self._model} could not be loaded: {self._end_of_life()}",
+                    f"{self._model} could not be loaded: {self._describe_exit()}",
                     hint="Read llama-server's lines above; `stepgguf verify` checks the file.",
                 )
             if time.monotonic() - started > _LOAD_SECONDS:
@@ -190,41 +196,48 @@ class LlamaProcess:
             self._changed.notify_all()
 
     def _supervise(self) -> None:
+        """The thread that waits for the process to end and starts it again."""
         while True:
             self._process.wait()
             self._end_guard()
-            last_words = self._end_of_life()
+            exit_report = self._describe_exit()
             with self._changed:
-                self._ready, self._last_words = False, last_words
-                self._deaths.append(time.monotonic())
-                many = len(self._deaths) > RESTARTS and self._deaths[-1] - self._deaths[0] < RESTART_SECONDS
-                self._dead = many and not self._closed
+                self._ready, self._exit_report = False, exit_report
+                self._exit_times.append(time.monotonic())
+                self._given_up = self._exits_too_often() and not self._closed
                 self._changed.notify_all()
                 if not self.alive:
                     return
                 self.n_recoveries += 1
-                with contextlib.suppress(ModelLoadFailed):  # the program is gone: that is another death
+                with contextlib.suppress(ModelLoadFailed):  # the program is gone: the old process counts as ended again
                     self._launch()
             with contextlib.suppress(ModelLoadFailed):
                 self._load()
 
-    def _end_of_life(self) -> str:
+    def _exits_too_often(self) -> bool:
+        """Whether the exits that are remembered, which are one more than is forgiven, lie close together."""
+        times = self._exit_times
+        return len(times) > RESTARTS and times[-1] - times[0] < RESTART_SECONDS
+
+    def _describe_exit(self) -> str:
+        """How the process ended, and what it wrote last."""
         self._reader.join(_STOP_SECONDS)
         code = self._process.returncode
         how = f"exited with code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
-        return "\n".join([f"llama-server {how}; its last lines:", *self._tail])
+        return "\n".join([f"llama-server {how}; its last lines:", *self._log_lines])
 
-    def _obituary(self) -> EngineDied:
+    def _exit_error(self) -> EngineDied:
+        """Why a request was not served, as far as is known by now."""
         if self._closed:
             return EngineDied("the engine was stopped", recovered=False)
-        if self._dead:
-            return EngineDied(self._last_words, recovered=False, hint="It died too often. A smaller --ctx may help.")
-        if self._died_just_now():
-            return EngineDied(self._last_words, recovered=True, hint="It starts again: send the request again.")
+        if self._given_up:
+            return EngineDied(self._exit_report, recovered=False, hint="It died too often. A smaller --ctx may help.")
+        if self._exited_just_now():
+            return EngineDied(self._exit_report, recovered=True, hint="It starts again: send the request again.")
         return EngineDied("llama-server broke the connection", recovered=True, hint="Send the request again.")
 
-    def _died_just_now(self) -> bool:
-        return bool(self._deaths) and time.monotonic() - self._deaths[-1] < _STOP_SECONDS
+    def _exited_just_now(self) -> bool:
+        return bool(self._exit_times) and time.monotonic() - self._exit_times[-1] < _STOP_SECONDS
 
     def _kill(self) -> None:
         self._signal(signal.SIGKILL)

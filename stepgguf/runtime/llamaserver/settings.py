@@ -10,14 +10,14 @@ from collections import Counter, defaultdict
 
 from stepgguf.runtime.engine import Request
 from stepgguf.runtime.llamaserver.client import Json
-from stepgguf.runtime.llamaserver.vocabulary import Vocabulary
+from stepgguf.runtime.llamaserver.vocabulary import ServerVocabulary
 
 _SAMPLERS = ("penalties", "top_k", "top_p", "min_p", "temperature")
 _ANSWER = ("stop", "stop_type", "truncated", "tokens_predicted", "timings")  # of the last event; it has the prompt too
 
 
-def settings(request: Request, vocabulary: Vocabulary, n_ctx: int) -> Json:
-    """The part of the body that all completions of a request share."""
+def shared_settings(request: Request, vocabulary: ServerVocabulary, n_ctx: int) -> Json:
+    """The part of the body of POST /completion that all completions of a request share."""
     sampling = request.sampling
     body: Json = {
         "cache_prompt": True,
@@ -41,7 +41,7 @@ def settings(request: Request, vocabulary: Vocabulary, n_ctx: int) -> Json:
         "n_probs": 0 if request.top_logprobs is None else max(1, request.top_logprobs),
         "post_sampling_probs": False,
     }
-    if request.turns:  # llama-server keeps checkpoints where user messages start; it finds them by their text
+    if request.turns:  # llama-server saves states where user messages start, which it finds by their text
         start = request.prompt[request.turns[-1] :][:2]
         text = b"".join(map(vocabulary.piece, start)).decode()
         body["message_delimiters"] = [{"role": "user", "delimiter": text}]

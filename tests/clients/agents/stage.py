@@ -12,20 +12,16 @@ from __future__ import annotations
 import base64
 import contextlib
 import os
-import re
 import signal
 import subprocess
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 from stepgguf.chat.exchange import ChatModel
-from stepgguf.errors import ContextLengthExceeded
-from stepgguf.runtime.engine import Finished, ModelInfo, Request, Sampling, Sink, Stats, Step, Timings, Tokens
 from stepgguf.server.config import ServerConfig
+from tests.scripted_engine import ScriptedEngine
 from tests.server.conftest import running
 
 MODEL = "step-3.5-flash"
@@ -36,72 +32,8 @@ PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 )
 UNSEEN = "[image: this model reads text only]"
-_PIECE = re.compile(r"<\|im_start\|>|<\|im_end\|>|</?think>|</?tool_call>|\s?\w{1,4}|.", re.DOTALL)
 
 Answer = Callable[[str], str]  # from the text of a prompt to what the model says to it, thinking first
-
-
-class ScriptedEngine:
-    """A model by script. A token is about as much text as one of a real vocabulary."""
-
-    def __init__(self, answer: Answer, n_ctx: int) -> None:
-        template = files("stepgguf.demo") / "model" / "chat_template.jinja"
-        self.info = ModelInfo("scripted", template.read_text(), Sampling(), n_ctx, n_ctx, 2**20, "script")
-        self.prompts: list[str] = []  # that were answered
-        self.refused: list[str] = []  # what was said to those that were too long
-        self._answer = answer
-        self._ids: dict[str, int] = {}
-        self._pieces: list[str] = []
-        self._lock = threading.Lock()
-
-    def tokenize_piece(self, text: str) -> list[int]:
-        with self._lock:
-            return [self._id(piece) for piece in _PIECE.findall(text)]
-
-    tokenize = tokenize_piece
-
-    def _id(self, piece: str) -> int:
-        if piece not in self._ids:
-            self._ids[piece] = len(self._pieces)
-            self._pieces.append(piece)
-        return self._ids[piece]
-
-    def token_id(self, text: str) -> int | None:
-        ids = self.tokenize_piece(text)
-        return ids[0] if len(ids) == 1 else None
-
-    def piece(self, token_id: int) -> bytes:
-        return self._pieces[token_id].encode()
-
-    def submit(self, request: Request, sink: Sink) -> ScriptedEngine:
-        n_prompt = len(request.prompt)
-        if n_prompt >= self.info.n_ctx:
-            error = ContextLengthExceeded(n_prompt, self.info.n_ctx, self.info.n_ctx_train)
-            self.refused.append(error.message)
-            raise error
-        prompt = "".join(self._pieces[token] for token in request.prompt)
-        self.prompts.append(prompt)
-        answer = self.tokenize_piece(self._answer(prompt))
-        room = self.info.n_ctx - n_prompt
-        said = answer[: min(room, request.max_tokens or room)]
-
-        def generate() -> None:
-            for token in said:
-                sink(Tokens((Step(token, self.piece(token)),)))
-            timings = Timings(n_prompt=n_prompt, n_generated=len(said))
-            sink(Finished("length" if len(said) < len(answer) else "stop", timings))
-
-        threading.Thread(target=generate).start()
-        return self
-
-    def cancel(self) -> None:
-        pass
-
-    def end_reasoning(self) -> None:
-        pass
-
-    def stats(self) -> Stats:
-        return Stats()
 
 
 def call(name: str, **arguments: str) -> str:
@@ -163,7 +95,7 @@ class Stage:
 
 @contextlib.contextmanager
 def stage(answer: Answer, n_ctx: int = 131072) -> Iterator[Stage]:
-    engine = ScriptedEngine(answer, n_ctx)
+    engine = ScriptedEngine(lambda request: engine.split(answer(engine.prompts[-1])), n_ctx=n_ctx)
     with tempfile.TemporaryDirectory() as home, running(ChatModel(engine), ServerConfig((MODEL,))) as server:
         yield Stage(server.url, engine, Path(home))
 

@@ -15,7 +15,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from stepgguf.convert.sources.checkpoint import INDEX, Checkpoint
+from stepgguf.convert.sources.checkpoint import Checkpoint
+from stepgguf.convert.sources.shard_index import INDEX
 from stepgguf.errors import (
     BadConfig,
     CheckpointError,

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from stepgguf.cli.main import main
 from stepgguf.runtime.engine import Engine, Event, Finished, Request, Sampling, Stream, Tokens
 from stepgguf.runtime.llama import LlamaEngine
+from stepgguf.runtime.llama.context import DecodeRows, LlamaContext
+from stepgguf.runtime.llama.model import LlamaModel
 from tests.generate import Shape, write_checkpoint
 
 GREEDY = Sampling(temperature=0.0)
@@ -25,6 +29,26 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "f32.gguf"
 
 
+class FreshContext:
+    """A context that forgets everything before each prompt."""
+
+    def __init__(self, path: Path, n_ctx: int) -> None:
+        self.model = LlamaModel(path, gpu_layers=-1, mtp=False, mmap=True, progress=None)
+        self.context = LlamaContext(self.model, n_ctx=n_ctx, n_seq=1, n_batch=512, n_outputs=1, threads=1)
+
+    def logits(self, prompt: list[int]) -> np.ndarray:
+        """After the prompt, [n_vocab]."""
+        self.context.remove(0, 0)
+        for start in range(0, len(prompt), 512):
+            chunk = prompt[start : start + 512]
+            assert self.context.decode([DecodeRows(0, start, chunk, 1)]) == 0
+        return self.context.logits(len(chunk) - 1).astype(np.float64)
+
+    def close(self) -> None:
+        self.context.close()
+        self.model.close()
+
+
 @pytest.fixture
 def start() -> Iterator[Callable[..., LlamaEngine]]:
     """Starts engines that end with the test."""
@@ -37,6 +61,14 @@ def start() -> Iterator[Callable[..., LlamaEngine]]:
     yield start
     for engine in engines:
         engine.close()
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 10) -> bool:
+    """Whether it comes true in so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
 
 
 def run(engine: Engine, prompt: list[int], sampling: Sampling = GREEDY, **more: object) -> tuple[list[int], Finished]:

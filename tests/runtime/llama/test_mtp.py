@@ -27,7 +27,7 @@ def engines(demo_gguf: Path):  # type: ignore[no-untyped-def]
         LlamaEngine(demo_gguf, n_ctx=1024, threads=1, draft=3) as with_mtp,
         LlamaEngine(demo_gguf, n_ctx=1024, threads=1, draft=0) as without,
     ):
-        assert (with_mtp.n_heads, without.n_heads) == (3, 0)
+        assert (with_mtp.n_mtp, without.n_mtp) == (3, 0)
         yield with_mtp, without
 
 
@@ -100,7 +100,7 @@ def test_a_file_without_heads_runs(tmp_path: Path, start: Callable[..., LlamaEng
 
     assert main(["convert", str(CHECKPOINT), str(tmp_path / "trunk.gguf"), "-t", "BF16", "--mtp", "drop", "-q"]) == 0
     engine = start(tmp_path / "trunk.gguf", n_ctx=512)
-    assert engine.n_heads == 0
+    assert engine.n_mtp == 0
     assert run(engine, engine.tokenize(TEXTS[0]))[1].reason == "stop"
 
 
@@ -108,7 +108,7 @@ def test_heads_in_a_file_of_their_own_draft_the_same(demo_gguf: Path, separate_g
     """The same tokens in the same steps, and as many guesses of each head are right."""
     together = start(demo_gguf, n_ctx=1024, draft=3)
     apart = start(separate_gguf, mtp_file=separate_gguf.with_name("mtp-demo.gguf"), n_ctx=1024, draft=3)
-    assert apart.n_heads == 3
+    assert apart.n_mtp == 3
     for text in TEXTS:
         prompt = together.tokenize(text)
         expected, got = (run(engine, prompt, max_tokens=150) for engine in (together, apart))

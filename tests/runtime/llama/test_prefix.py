@@ -11,10 +11,8 @@ import pytest
 
 from stepgguf.runtime.engine import Finished, Request, Stream, Tokens
 from stepgguf.runtime.llama import LlamaEngine
-from stepgguf.runtime.llama.context import Context, Rows
-from stepgguf.runtime.llama.model import Model
-from stepgguf.runtime.llama.prefix import Prefixes, Start, common_prefix
-from tests.runtime.llama.conftest import GREEDY, question, run
+from stepgguf.runtime.llama.sequences import ContextSequence, ContextSequences, StartPoint, common_prefix
+from tests.runtime.llama.conftest import GREEDY, FreshContext, question, run
 
 N_CTX = 2048  # the cache of the window of 32 keeps 32 * sequences + 512 positions: of 1,400 tokens most are gone
 
@@ -23,32 +21,13 @@ N_CTX = 2048  # the cache of the window of 32 keeps 32 * sequences + 512 positio
 SAME = 0.001
 
 
-class Fresh:
-    """A context that forgets everything before each prompt."""
-
-    def __init__(self, path: Path) -> None:
-        self.model = Model(path, gpu_layers=-1, mtp=False, mmap=True, progress=None)
-        self.context = Context(self.model, n_ctx=N_CTX, n_seq=1, n_batch=512, n_outputs=1, threads=1, of=None)
-
-    def logprobs(self, prompt: list[int]) -> np.ndarray:
-        self.context.remove(0, 0)
-        for start in range(0, len(prompt), 512):
-            chunk = prompt[start : start + 512]
-            assert self.context.decode([Rows(0, start, chunk, 1)]) == 0
-        return log_softmax(self.context.logits(len(chunk) - 1))
-
-    def close(self) -> None:
-        self.context.close()
-        self.model.close()
-
-
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     values = logits.astype(np.float64)
     values -= values.max()
     return values - np.log(np.exp(values).sum())
 
 
-def divergences(engine: LlamaEngine, fresh: Fresh, seed: int, n_jumps: int) -> tuple[list[float], int, int]:
+def divergences(engine: LlamaEngine, fresh: FreshContext, seed: int, n_jumps: int) -> tuple[list[float], int, int]:
     """KL divergence from a fresh run after each of many jumps; tokens cached and in all."""
     rng = random.Random(seed)
     text = [rng.randrange(3, 700) for _ in range(1500)]
@@ -65,7 +44,7 @@ def divergences(engine: LlamaEngine, fresh: Fresh, seed: int, n_jumps: int) -> t
         first = next(e for e in events if isinstance(e, Tokens)).steps[0]
         q = np.empty(engine.info.n_vocab)
         q[[t.token_id for t in first.top]] = [t.logprob for t in first.top]
-        p = fresh.logprobs(prompt)
+        p = log_softmax(fresh.logits(prompt))
         result.append(float((np.exp(p) * (p - q)).sum()))
         finished = events[-1]
         assert isinstance(finished, Finished)
@@ -77,7 +56,10 @@ def divergences(engine: LlamaEngine, fresh: Fresh, seed: int, n_jumps: int) -> t
 def test_going_on_from_any_position_gives_what_a_fresh_run_gives(
     random_model: Path, start: Callable[..., LlamaEngine], n_parallel: int, mtp: bool
 ) -> None:
-    engine, fresh = start(random_model, n_ctx=N_CTX, n_parallel=n_parallel, draft=3 if mtp else 0), Fresh(random_model)
+    engine, fresh = (
+        start(random_model, n_ctx=N_CTX, n_parallel=n_parallel, draft=3 if mtp else 0),
+        FreshContext(random_model, N_CTX),
+    )
     result, cached, total = divergences(engine, fresh, n_parallel, 40)
     fresh.close()
     assert max(result) < SAME
@@ -87,11 +69,11 @@ def test_going_on_from_any_position_gives_what_a_fresh_run_gives(
 def test_without_the_check_the_same_jumps_corrupt(
     random_model: Path, start: Callable[..., LlamaEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def naive(self: Prefixes, sequence: object, prompt: np.ndarray) -> Start:
-        return Start(common_prefix(sequence.tokens, prompt[:-1]))  # type: ignore[attr-defined]
+    def naive(self: ContextSequences, sequence: ContextSequence, prompt: np.ndarray) -> StartPoint:
+        return StartPoint(common_prefix(sequence.tokens, prompt[:-1]))
 
-    monkeypatch.setattr(Prefixes, "start", naive)
-    engine, fresh = start(random_model, n_ctx=N_CTX, n_parallel=1, draft=0), Fresh(random_model)
+    monkeypatch.setattr(ContextSequences, "start_point", naive)
+    engine, fresh = start(random_model, n_ctx=N_CTX, n_parallel=1, draft=0), FreshContext(random_model, N_CTX)
     result, _, _ = divergences(engine, fresh, 1, 20)
     fresh.close()
     assert max(result) > 4 * SAME
@@ -99,8 +81,8 @@ def test_without_the_check_the_same_jumps_corrupt(
 
 @pytest.mark.parametrize("mtp", [False, True])
 def test_ten_turns_read_only_what_is_new(demo_gguf: Path, start: Callable[..., LlamaEngine], mtp: bool) -> None:
-    """The template drops the thinking of earlier turns, so each prompt departs from the last one where its answer
-    began. Only what follows is read: the answer without thinking, the next question, the opening of the answer."""
+    """The template drops the reasoning of earlier turns, so each prompt departs from the last one where its answer
+    began. Only what follows is read: the answer without reasoning, the next question, the opening of the answer."""
     engine = start(demo_gguf, n_ctx=4096, n_parallel=2, draft=3 if mtp else 0)
     opening = engine.token_id("<|im_start|>")
     history, known = "", 0
@@ -118,7 +100,7 @@ def test_ten_turns_read_only_what_is_new(demo_gguf: Path, start: Callable[..., L
 
 
 def test_a_tool_loop_reads_only_the_tool_result(demo_gguf: Path, start: Callable[..., LlamaEngine]) -> None:
-    """Within a turn the template keeps the thinking, so the next prompt is a continuation."""
+    """Within a turn the template keeps the reasoning, so the next prompt is a continuation."""
     engine = start(demo_gguf, n_ctx=4096, n_parallel=1)
     prompt = engine.tokenize(question("What is 347 + 286?"))
     tokens, _ = run(engine, prompt)

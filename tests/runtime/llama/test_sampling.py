@@ -13,7 +13,7 @@ from stepgguf.errors import BadMagic, ModelLoadFailed
 from stepgguf.runtime.engine import Grammar, Reasoning, Request, Sampling, Step, Stream, Tokens
 from stepgguf.runtime.llama import LlamaEngine
 from stepgguf.runtime.loops import LEAST_TOKENS, LoopDetector
-from tests.runtime.llama.conftest import GREEDY, question, run
+from tests.runtime.llama.conftest import GREEDY, FreshContext, question, run
 
 
 @pytest.fixture(scope="module")
@@ -75,17 +75,17 @@ def test_a_filter_leaves_only_the_tokens_it_should(
     assert len(drawn) > 1 or n == 1
 
 
-def test_biases_and_penalties_move_the_choice_as_defined(random_engine: LlamaEngine) -> None:
+def test_biases_and_penalties_move_the_choice_as_defined(random_model: Path, random_engine: LlamaEngine) -> None:
     """Greedy decoding by hand from the model's own log probabilities, with OpenAI's and the CTRL paper's formulas."""
     sampling = Sampling(
         temperature=0, frequency_penalty=0.7, presence_penalty=0.4, repetition_penalty=1.3, logit_bias=((40, 2.5),)
     )
     made = [s.token_id for s in steps(random_engine, PROMPT, sampling, max_tokens=25)]
-    context, logits_of = _raw(random_engine)
+    fresh = FreshContext(random_model, 512)
     tokens: list[int] = []
     for expected in made:
-        logits = logits_of([*PROMPT, *tokens])
-        logits[[t for t in range(len(logits)) if t in random_engine._model.ends]] = -np.inf
+        logits = fresh.logits([*PROMPT, *tokens])
+        logits[list(fresh.model.ends)] = -np.inf
         logits[40] += 2.5
         for t in set(PROMPT) | set(tokens):
             logits[t] = logits[t] / 1.3 if logits[t] > 0 else logits[t] * 1.3
@@ -93,21 +93,8 @@ def test_biases_and_penalties_move_the_choice_as_defined(random_engine: LlamaEng
             logits[t] -= 0.7 * tokens.count(t) + 0.4
         assert logits.argmax() == expected or logits.max() - logits[expected] < 1e-3
         tokens.append(expected)
-    context.close()
+    fresh.close()
     assert made != [s.token_id for s in steps(random_engine, PROMPT, max_tokens=25)]
-
-
-def _raw(engine: LlamaEngine):  # type: ignore[no-untyped-def]
-    from stepgguf.runtime.llama.context import Context, Rows
-
-    context = Context(engine._model, n_ctx=512, n_seq=1, n_batch=512, n_outputs=1, threads=1, of=None)
-
-    def logits(tokens: list[int]) -> np.ndarray:
-        context.remove(0, 0)
-        assert context.decode([Rows(0, 0, tokens, 1)]) == 0
-        return context.logits(len(tokens) - 1).astype(np.float64)
-
-    return context, logits
 
 
 def closing(engine: LlamaEngine) -> Reasoning:
@@ -117,7 +104,7 @@ def closing(engine: LlamaEngine) -> Reasoning:
 
 
 @pytest.mark.parametrize("budget", [0, 1, 12])
-def test_a_budget_closes_the_thinking_with_exactly_these_tokens(engine: LlamaEngine, budget: int) -> None:
+def test_a_budget_closes_the_reasoning_with_exactly_these_tokens(engine: LlamaEngine, budget: int) -> None:
     reasoning = Reasoning(closing(engine).ends, closing(engine).closing, budget)
     prompt = engine.tokenize(question("What is 347 + 286?"))
     made = steps(engine, prompt, reasoning=reasoning, ignore_end=False)
@@ -129,7 +116,7 @@ def test_a_budget_closes_the_thinking_with_exactly_these_tokens(engine: LlamaEng
     assert finished.reason == "stop"
 
 
-def test_thinking_within_its_budget_is_left_alone(engine: LlamaEngine) -> None:
+def test_reasoning_within_its_budget_is_left_alone(engine: LlamaEngine) -> None:
     reasoning = Reasoning(closing(engine).ends, closing(engine).closing, 500)
     made = steps(engine, engine.tokenize(question("What is 347 + 286?")), reasoning=reasoning, ignore_end=False)
     assert not any(s.forced for s in made)
@@ -144,7 +131,7 @@ def wants(engine: LlamaEngine, n: int, **more: object) -> list[int]:
 
 
 def test_a_ban_holds_from_the_forced_close_on_and_not_before(random_engine: LlamaEngine) -> None:
-    assert WANTED not in wants(random_engine, 20)  # there is no thinking: from the start
+    assert WANTED not in wants(random_engine, 20)  # there is no reasoning: from the start
     reasoning = Reasoning(frozenset({3}), (4, WANTED, 3), budget=5, break_loops=False)
     made = wants(random_engine, 30, reasoning=reasoning)
     assert made[:8] == [WANTED] * 5 + [4, WANTED, 3]
@@ -153,7 +140,7 @@ def test_a_ban_holds_from_the_forced_close_on_and_not_before(random_engine: Llam
     assert wants(random_engine, 30, reasoning=by_itself) == [WANTED] * 30
 
 
-def test_thinking_that_the_answer_opens_has_the_same_budget(random_engine: LlamaEngine) -> None:
+def test_reasoning_that_the_answer_opens_has_the_same_budget(random_engine: LlamaEngine) -> None:
     opened = Reasoning(frozenset({3}), (4, 3), budget=5, break_loops=False, opening=WANTED)
     made = steps(random_engine, PROMPT, Sampling(0.0, logit_bias=((WANTED, 100.0),)), max_tokens=30, reasoning=opened)
     assert [s.token_id for s in made[:8]] == [WANTED] * 6 + [4, 3]
@@ -162,7 +149,7 @@ def test_thinking_that_the_answer_opens_has_the_same_budget(random_engine: Llama
     assert not any(s.forced for s in steps(random_engine, PROMPT, max_tokens=30, reasoning=other))
 
 
-def test_thinking_can_be_ended_from_outside(random_engine: LlamaEngine) -> None:
+def test_reasoning_can_be_ended_from_outside(random_engine: LlamaEngine) -> None:
     stream = Stream(
         random_engine, Request(tuple(PROMPT), GREEDY, 400, reasoning=Reasoning(frozenset({3}), (4, 3)), ignore_end=True)
     )
@@ -176,7 +163,7 @@ def test_thinking_can_be_ended_from_outside(random_engine: LlamaEngine) -> None:
     assert forced == [4, 3]
 
 
-def test_thinking_that_repeats_itself_is_ended(random_engine: LlamaEngine) -> None:
+def test_reasoning_that_repeats_itself_is_ended(random_engine: LlamaEngine) -> None:
     """A bias makes the random model say one token for ever."""
     stuck = Sampling(temperature=0, logit_bias=((99, 100.0),))
     reasoning = Reasoning(frozenset({3}), (3,))
@@ -217,8 +204,8 @@ def test_a_grammar_holds_from_the_start_or_after_its_token(engine: LlamaEngine) 
     after = Grammar('root ::= "x"\nanswer ::= "\\n"? "{" [0-9]+ "}"', starts=((end, "answer"),))
     for sampling in (GREEDY, Sampling(seed=1)):
         made = steps(engine, prompt, sampling, grammar=after, ignore_end=False, max_tokens=200)
-        thinking, _, answer = b"".join(s.piece for s in made).decode().partition("</think>")
-        assert "Ones: 7+6=13" in thinking or sampling is not GREEDY
+        reasoning_text, _, answer = b"".join(s.piece for s in made).decode().partition("</think>")
+        assert "Ones: 7+6=13" in reasoning_text or sampling is not GREEDY
         assert answer.strip("\n{}").isdigit()
 
 

@@ -12,8 +12,10 @@ import pytest
 
 from stepgguf.errors import BadGrammar, ContextLengthExceeded, EngineBusy, EngineDied
 from stepgguf.runtime.engine import Event, Finished, Grammar, Prefill, Queued, Request, Sampling, Stream, Tokens
-from stepgguf.runtime.llama import LlamaEngine, scheduler
-from tests.runtime.llama.conftest import GREEDY, question, run, tokens_of
+from stepgguf.runtime.llama import LlamaEngine
+from stepgguf.runtime.llama.cache import SequenceCache
+from stepgguf.runtime.llama.scheduler import Scheduler
+from tests.runtime.llama.conftest import GREEDY, eventually, question, run, tokens_of
 
 QUESTIONS = [question(f"What is {n} + {3 * n}?") for n in range(101, 113)]
 
@@ -81,8 +83,8 @@ def test_requests_that_outgrow_the_context_together_all_come_to_their_end(
 ) -> None:
     """Four times 31 + 54 tokens in a context of 256: some are set back, and go on as if nothing had been."""
     alone, engine = start(demo_gguf, n_ctx=512), start(demo_gguf, n_ctx=256, n_parallel=4)
-    set_back, original = [], scheduler.Scheduler._set_back
-    monkeypatch.setattr(scheduler.Scheduler, "_set_back", lambda self, r: set_back.append(r) or original(self, r))
+    set_back, original = [], Scheduler.set_back
+    monkeypatch.setattr(Scheduler, "set_back", lambda self, r: set_back.append(r) or original(self, r))
     prompts = [alone.tokenize(text) for text in QUESTIONS[:4]]
     expected = [run(alone, prompt)[0] for prompt in prompts]
     sinks = [submit(engine, prompt) for prompt in prompts]
@@ -163,8 +165,7 @@ def test_an_engine_that_fails_again_and_again_gives_up_and_says_so(
     sinks = [submit(engine, [5] * 10) for _ in range(6)]
     assert all(isinstance(s.finished.error, EngineDied) for s in sinks)
     assert not sinks[-1].finished.error.recovered  # type: ignore[union-attr]
-    engine._thread.join(10)
-    assert not engine.stats().alive
+    assert eventually(lambda: not engine.stats().alive)
     with pytest.raises(EngineDied, match="has stopped"):
         submit(engine, [5] * 10)
 
@@ -176,12 +177,14 @@ def test_an_engine_that_cannot_be_set_up_again_stops_and_can_be_closed(
     run(engine, engine.tokenize(QUESTIONS[0]))  # something is in the context that is lost
     monkeypatch.setattr(llama_cpp, "llama_decode", lambda *a: -2)
     monkeypatch.setattr(llama_cpp, "llama_init_from_model", lambda *a: None)
+    freed, free = [], llama_cpp.llama_model_free
+    monkeypatch.setattr(llama_cpp, "llama_model_free", lambda handle: freed.append(handle) or free(handle))
     sinks = [submit(engine, [5] * 10) for _ in range(2)]
     assert all(isinstance(s.finished.error, EngineDied) for s in sinks)
-    engine._thread.join(10)
-    assert not engine.stats().alive
+    assert eventually(lambda: not engine.stats().alive)
+    assert not freed
     engine.close()
-    assert engine._model.handle is None
+    assert len(freed) == 1
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -189,9 +192,10 @@ def test_a_bug_in_the_engine_leaves_nobody_waiting(
     demo_gguf: Path, start: Callable[..., LlamaEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = start(demo_gguf, n_ctx=1024)
-    monkeypatch.setattr(scheduler.Scheduler, "_choose_sequence", lambda *a: 1 / 0)
+    monkeypatch.setattr(SequenceCache, "place", lambda *a: 1 / 0)
     assert isinstance(submit(engine, [5] * 10).finished.error, EngineDied)
-    engine._thread.join(10)
+    engine.close()
+    assert not engine.stats().alive
 
 
 def test_a_grammar_that_cannot_be_used_is_refused_or_ends_its_request_alone(

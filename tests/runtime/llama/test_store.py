@@ -17,8 +17,9 @@ import pytest
 
 from stepgguf.errors import EngineError
 from stepgguf.runtime.llama.mtp import DraftState
-from stepgguf.runtime.llama.prefix import Checkpoint
-from stepgguf.runtime.llama.store import Entry, Store
+from stepgguf.runtime.llama.sequence_file import StoredSequence
+from stepgguf.runtime.llama.sequences import SavedState
+from stepgguf.runtime.llama.store import SequenceStore
 
 TOKENS = np.arange(100, dtype=np.int32)
 PROMPT = np.arange(101, dtype=np.int32)
@@ -29,34 +30,36 @@ def draft() -> DraftState:
     return DraftState(100, bytearray(b"heads" * 9), np.linspace(0, 1, N_EMBD, dtype=np.float32))
 
 
-def entry() -> Entry:
-    checkpoints = [Checkpoint(50, bytearray(b"window" * 7), draft()), Checkpoint(90, bytearray(b"w" * 9), None)]
-    return Entry(TOKENS, bytearray(b"cells" * 50), draft(), checkpoints, 84)
+def stored() -> StoredSequence:
+    states = [SavedState(50, bytearray(b"window" * 7), draft()), SavedState(90, bytearray(b"w" * 9), None)]
+    return StoredSequence(TOKENS, bytearray(b"cells" * 50), draft(), states, 84)
 
 
-def store(folder: Path) -> Store:
-    return Store(0, folder, 2**20, "a model", N_EMBD)
+def store(folder: Path) -> SequenceStore:
+    return SequenceStore(0, folder, 2**20, "a model", N_EMBD)
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    store(tmp_path).put(entry())
+    store(tmp_path).put(stored())
     (path,) = tmp_path.rglob("*.npz")
     return path
 
 
-def same(a: Entry, b: Entry) -> bool:
-    def parts(e: Entry) -> list[Any]:
-        drafts = [d and (d.n, d.cells, d.hidden.tobytes()) for d in (e.draft, *(c.draft for c in e.checkpoints))]
-        return [e.tokens.tobytes(), e.cells, e.oldest, [(c.n, c.window) for c in e.checkpoints], drafts]
+def same(a: StoredSequence, b: StoredSequence) -> bool:
+    def parts(e: StoredSequence) -> list[Any]:
+        drafts = [
+            d and (d.n_tokens, d.cells, d.hidden.tobytes()) for d in (e.draft, *(s.draft for s in e.saved_states))
+        ]
+        return [e.tokens.tobytes(), e.cells, e.oldest, [(s.n_tokens, s.sliding_window) for s in e.saved_states], drafts]
 
     return parts(a) == parts(b)
 
 
-def test_an_entry_comes_back_as_it_was(saved: Path, tmp_path: Path) -> None:
-    loaded = store(tmp_path).best(PROMPT, N_SWA, 0)
+def test_a_sequence_comes_back_as_it_was(saved: Path, tmp_path: Path) -> None:
+    loaded = store(tmp_path).take_best(PROMPT, N_SWA, 0)
     assert loaded is not None
-    assert same(loaded, entry())
+    assert same(loaded, stored())
     assert saved.stat().st_mode & 0o777 == 0o600
     assert list(saved.parent.iterdir()) == [saved], "no temporary file is left"
 
@@ -100,7 +103,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "a number out of range": lambda path: rewritten(path, oldest=np.array(10**9)),
     "a negative number": lambda path: rewritten(path, **{"0": np.array(-1)}),
     "a window missing": lambda path: rewritten(path, **{"0.window": None}),
-    "a checkpoint missing": lambda path: rewritten(path, **{"0": None}),
+    "a saved state missing": lambda path: rewritten(path, **{"0": None}),
     "a hidden state of another model": lambda path: rewritten(path, **{"draft.hidden": np.zeros(7, np.float32)}),
 }
 
@@ -110,15 +113,15 @@ def test_a_damaged_file_is_removed_with_a_line_and_never_used(
     saved: Path, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     DAMAGE[damage](saved)
-    assert store(tmp_path).best(PROMPT, N_SWA, 0) is None
+    assert store(tmp_path).take_best(PROMPT, N_SWA, 0) is None
     assert not saved.exists()
     assert f"{saved} is damaged and was removed" in caplog.text
     again = store(tmp_path)
-    again.put(entry())
-    assert store(tmp_path).best(PROMPT, N_SWA, 0) is not None
+    again.put(stored())
+    assert store(tmp_path).take_best(PROMPT, N_SWA, 0) is not None
 
 
-def test_mutated_files_never_stop_it_and_never_give_another_entry(saved: Path, tmp_path: Path) -> None:
+def test_mutated_files_never_stop_it_and_never_give_another_sequence(saved: Path, tmp_path: Path) -> None:
     rng, good = random.Random(9), saved.read_bytes()
     n_refused = 0
     for _ in range(1500):
@@ -128,21 +131,21 @@ def test_mutated_files_never_stop_it_and_never_give_another_entry(saved: Path, t
         if rng.random() < 0.3:
             del data[rng.randrange(len(data)) :]
         saved.write_bytes(data)
-        loaded = store(tmp_path).best(PROMPT, N_SWA, 0)
+        loaded = store(tmp_path).take_best(PROMPT, N_SWA, 0)
         n_refused += loaded is None
-        assert loaded is None or same(loaded, entry())
+        assert loaded is None or same(loaded, stored())
     assert n_refused > 1000
 
 
 def test_what_is_no_file_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = store(tmp_path)._folder
-    assert folder is not None
+    store(tmp_path)
+    (folder,) = tmp_path.iterdir()
     (folder / "folder.npz").mkdir()
     os.mkfifo(folder / "pipe.npz")
     (folder / "loop.npz").symlink_to("loop.npz")
-    store(tmp_path).put(entry())
+    store(tmp_path).put(stored())
     assert caplog.text.count("cannot be read") >= 3
-    assert store(tmp_path).best(PROMPT, N_SWA, 0) is not None
+    assert store(tmp_path).take_best(PROMPT, N_SWA, 0) is not None
 
 
 def test_what_a_killed_process_left_is_cleared_away_later(saved: Path, tmp_path: Path) -> None:
@@ -157,11 +160,11 @@ def test_what_a_killed_process_left_is_cleared_away_later(saved: Path, tmp_path:
 def test_files_that_somebody_deletes_meanwhile_are_forgotten(saved: Path, tmp_path: Path) -> None:
     running = store(tmp_path)
     saved.unlink()
-    assert running.best(PROMPT, N_SWA, 0) is None
-    other = entry()
+    assert running.take_best(PROMPT, N_SWA, 0) is None
+    other = stored()
     other.tokens = TOKENS + 7
     running.put(other)
-    assert running.best(np.append(TOKENS + 7, 3).astype(np.int32), N_SWA, 0) is not None
+    assert running.take_best(np.append(TOKENS + 7, 3).astype(np.int32), N_SWA, 0) is not None
 
 
 def test_a_folder_that_cannot_be_used_is_refused(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 import httpx
 import pytest
 
+from stepgguf.chat.messages import normalize_messages
 from stepgguf.chat.request import EFFORTS
-from stepgguf.chat.template import CLOSING_WORDS, normalize
+from stepgguf.chat.template import CLOSING_WORDS
 from stepgguf.server.dialects.chat_completions.request import Message, as_chat
 from tests.server.conftest import Serve, Server
 
@@ -377,7 +378,7 @@ def test_what_a_tool_gave_is_never_wrong(server: Server, result: Any, shown: str
 )
 def test_the_thinking_of_an_old_answer_is_thinking_whatever_its_form(answer: dict[str, Any]) -> None:
     read = as_chat([Message.model_validate({"role": "assistant", **answer})])
-    (found,) = normalize(read)
+    (found,) = normalize_messages(read)
     assert (found["content"], found["reasoning_content"]) == ("x", "Hm.")
 
 

@@ -14,21 +14,20 @@ from anthropic.types import Message, RawMessageStreamEvent
 from pydantic import TypeAdapter
 
 from stepgguf.chat.exchange import ChatModel
+from stepgguf.chat.messages import normalize_messages
 from stepgguf.chat.request import ChatRequest, ToolChoice
-from stepgguf.chat.template import normalize
 from stepgguf.runtime.engine import Sampling
+from stepgguf.server.body.reasoning import ReasoningMap
 from stepgguf.server.config import ServerConfig
 from stepgguf.server.dialects.messages.request import Choice, Create, CustomTool, OutputConfig, Prompt
 from stepgguf.server.dialects.messages.route import stream
 from stepgguf.server.dialects.messages.writer import Display, MessageWriter
+from stepgguf.server.dialects.sealed_reasoning import seal
+from stepgguf.server.generation import Exchange
 from stepgguf.server.metrics import Metrics
-from stepgguf.server.reasoning import ReasoningMap
-from stepgguf.server.sealed import seal
 from stepgguf.server.service import Service
-from stepgguf.server.stream import Exchange
 from tests.server.conftest import Serve, Server
 from tests.server.scripted import CALL, answer
-from tests.server.test_stream import Dying
 
 QUESTION: dict[str, Any] = {"role": "user", "content": "How many 'r's are in the word strawberry?"}
 WEATHER: dict[str, Any] = {
@@ -193,7 +192,7 @@ def test_the_reason_to_stop_is_named_in_anthropics_words() -> None:
 
 def messages_of(turns: list[dict[str, Any]], **fields: Any) -> list[dict[str, Any]]:
     body = Create.model_validate({"max_tokens": 9, "messages": turns, **fields})
-    return normalize([*body.told(), *(message for turn in body.messages for message in turn.messages())])
+    return normalize_messages([*body.told(), *(message for turn in body.messages for message in turn.messages())])
 
 
 def test_results_of_tools_come_before_and_after_text_as_they_were_sent() -> None:
@@ -440,22 +439,19 @@ def test_thinking_that_is_not_sent_leaves_the_time_to_pings(chat_model: ChatMode
     assert [chunk for chunk in asyncio.run(chunks()) if not chunk] == []
 
 
-def test_an_engine_that_dies_in_a_stream_is_an_error_to_the_client(
-    server: Server, client: anthropic.Anthropic, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    submit = Dying(server.engine, recovered=True).submit
-    monkeypatch.setattr(type(server.engine), "submit", lambda self, request, sink: submit(request, sink))
-    with (
-        pytest.raises(anthropic.APIStatusError) as caught,
-        client.messages.stream(messages=[QUESTION], **COLD) as stream,  # type: ignore[list-item]
-    ):
-        stream.until_done()
-    body: Any = caught.value.body
-    assert (body["type"], body["error"]["type"]) == ("error", "overloaded_error")
-    assert body["error"]["message"].startswith("it broke")
-    assert body["request_id"] == caught.value.request_id
-    with pytest.raises(anthropic.InternalServerError, match="it broke"):
-        client.messages.create(messages=[QUESTION], **COLD)  # type: ignore[list-item]
+def test_an_engine_that_dies_in_a_stream_is_an_error_to_the_client(dying: Server) -> None:
+    with anthropic.Anthropic(base_url=dying.url, api_key="none", max_retries=0) as client:
+        with (
+            pytest.raises(anthropic.APIStatusError) as caught,
+            client.messages.stream(messages=[QUESTION], **COLD) as stream,  # type: ignore[list-item]
+        ):
+            stream.until_done()
+        body: Any = caught.value.body
+        assert (body["type"], body["error"]["type"]) == ("error", "overloaded_error")
+        assert body["error"]["message"].startswith("it broke")
+        assert body["request_id"] == caught.value.request_id
+        with pytest.raises(anthropic.InternalServerError, match="it broke"):
+            client.messages.create(messages=[QUESTION], **COLD)  # type: ignore[list-item]
 
 
 # refusals ---------------------------------------------------------------------------------------------------------

@@ -17,22 +17,21 @@ from pydantic import BaseModel, TypeAdapter
 
 from stepgguf.chat.exchange import ChatModel
 from stepgguf.chat.request import ChatRequest
-from stepgguf.server.body import Body
+from stepgguf.server.body.objects import Body
+from stepgguf.server.body.reasoning import ReasoningMap
 from stepgguf.server.config import ServerConfig
 from stepgguf.server.dialects.responses.request import Prompt, ResponseBody, TextOptions
 from stepgguf.server.dialects.responses.store import Answers
 from stepgguf.server.dialects.responses.tools import FunctionTool, Offers
 from stepgguf.server.dialects.responses.writer import ResponseWriter
+from stepgguf.server.dialects.sealed_reasoning import seal
 from stepgguf.server.metrics import Metrics
-from stepgguf.server.problems import Problem
-from stepgguf.server.reasoning import ReasoningMap
-from stepgguf.server.sealed import seal
+from stepgguf.server.problem import Problem
 from stepgguf.server.service import Service
 from tests.server.conftest import Serve, Server
 from tests.server.scripted import CALL, answer
 from tests.server.test_beat import MOST_SECONDS
 from tests.server.test_beat import pauses as pauses
-from tests.server.test_stream import Dying
 
 QUESTION = "How many 'r's are in the word strawberry?"
 WEATHER: dict[str, Any] = {
@@ -306,16 +305,13 @@ def test_a_stream_that_has_nothing_to_say_sends_comments(serve: Serve) -> None:
             assert stream.get_final_response().output_text == "There are 3 'r's."
 
 
-def test_an_engine_that_dies_in_a_stream_fails_the_response(
-    server: Server, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    submit = Dying(server.engine, recovered=True).submit
-    monkeypatch.setattr(type(server.engine), "submit", lambda self, request, sink: submit(request, sink))
-    *_, last = client.responses.create(input=QUESTION, stream=True, **COLD)
-    assert last.type == "response.failed"
-    assert last.response.error.message.startswith("it broke")  # type: ignore[union-attr]
-    with pytest.raises(openai.InternalServerError, match="it broke"):
-        client.responses.create(input=QUESTION, **COLD)
+def test_an_engine_that_dies_in_a_stream_fails_the_response(dying: Server) -> None:
+    with openai.OpenAI(base_url=f"{dying.url}/v1", api_key="none", max_retries=0) as client:
+        *_, last = client.responses.create(input=QUESTION, stream=True, **COLD)
+        assert last.type == "response.failed"
+        assert last.response.error.message.startswith("it broke")  # type: ignore[union-attr]
+        with pytest.raises(openai.InternalServerError, match="it broke"):
+            client.responses.create(input=QUESTION, **COLD)
 
 
 MANY = {f"x{i}": i for i in range(290_000)}

@@ -11,7 +11,7 @@ from stepgguf.errors import RequestError
 from stepgguf.server.dialects.responses.items import conversation, left_out, read, refuse_what_was_just_written
 from stepgguf.server.dialects.responses.request import ResponseBody
 from stepgguf.server.dialects.responses.tools import Offers
-from stepgguf.server.sealed import seal
+from stepgguf.server.dialects.sealed_reasoning import seal
 from tests.server.conftest import Serve, Server
 
 UNSEEN = "[image: this model reads text only]"

@@ -16,11 +16,11 @@ from pydantic import TypeAdapter
 
 from stepgguf.server.dialects.responses.store import MOST_AT_ONCE, Answer
 from stepgguf.server.dialects.responses.writer import ResponseWriter
-from stepgguf.server.stream import Exchange, Part
+from stepgguf.server.generation import Exchange, Part
 from tests.server.conftest import Serve, Server
 from tests.server.dialects.test_responses import COLD, QUESTION, WEATHER
 from tests.server.scripted import answer
-from tests.server.test_stream import ENDS, Dying
+from tests.server.test_stream import ENDS
 
 KNOWN: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 
@@ -364,12 +364,9 @@ def test_the_thinking_of_a_running_answer_is_ended(server: Server, client: opena
     assert event.type == "response.output_text.delta"
 
 
-def test_a_background_answer_that_fails_says_so(
-    server: Server, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    submit = Dying(server.engine, recovered=True).submit
-    monkeypatch.setattr(type(server.engine), "submit", lambda self, request, sink: submit(request, sink))
-    response = client.responses.create(input=QUESTION, background=True, **COLD)
-    done = ended(server, response.id)
+def test_a_background_answer_that_fails_says_so(dying: Server) -> None:
+    with openai.OpenAI(base_url=f"{dying.url}/v1", api_key="none", max_retries=0) as client:
+        response = client.responses.create(input=QUESTION, background=True, **COLD)
+    done = ended(dying, response.id)
     assert done["status"] == "failed"
     assert done["error"]["message"].startswith("it broke")

@@ -12,18 +12,18 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from itertools import chain, cycle
 
 import pytest
 
 from stepgguf.chat.exchange import ChatModel
 from stepgguf.errors import EngineDied
-from stepgguf.runtime.engine import Request, Sink
 from stepgguf.server import app
 from stepgguf.server.config import ServerConfig
+from tests.scripted_engine import Pause, ScriptedEngine, UntilEndReasoning
 from tests.server.browser import ENTER, ESCAPE, Page
 from tests.server.conftest import Serve, Server, running
-from tests.server.page.conftest import Scripted, Tell, UntilAsked, asked
+from tests.server.page.conftest import Tell, asked
 
 LETTERS = "How many 'r's are in the word strawberry?"
 
@@ -69,14 +69,9 @@ def test_thinking_shows_how_it_goes_on(tell: Tell, page: Page) -> None:
 @pytest.mark.parametrize(
     "stop", [lambda page: page.click("#stop"), lambda page: page.type(ESCAPE)], ids=["button", "key"]
 )
-def test_stop_keeps_what_there_is_and_frees_the_slot(
-    chat_model: ChatModel, page: Page, stop: Callable[[Page], None]
-) -> None:
-    class Endless(Scripted):
-        def submit(self, request: Request, sink: Sink) -> Any:
-            return chat_model.engine.submit(replace(request, ignore_end=True), sink)
-
-    with running(ChatModel(Endless(chat_model.engine)), ServerConfig(model_ids=("demo",))) as server:  # type: ignore[arg-type]
+def test_stop_keeps_what_there_is_and_frees_the_slot(page: Page, stop: Callable[[Page], None]) -> None:
+    endless = ScriptedEngine(lambda request: chain(["</think>"], cycle(["There ", Pause(0.01)])))
+    with running(ChatModel(endless), ServerConfig(model_ids=("demo",))) as server:
         page.open(server.url)
         page.send(LETTERS)
         page.until("document.querySelector('.text').textContent.length > 40")
@@ -89,7 +84,7 @@ def test_stop_keeps_what_there_is_and_frees_the_slot(
         assert page.text(".note") == "Stopped."
 
 
-def test_settings_are_sent_and_nothing_else_is(tell: Tell, page: Page, scripted_engine: Scripted) -> None:
+def test_settings_are_sent_and_nothing_else_is(tell: Tell, page: Page, scripted_engine: ScriptedEngine) -> None:
     tell("</think>", "Yes.")
     page.ask("Really?")
     (plain,) = scripted_engine.requests
@@ -104,7 +99,7 @@ def test_settings_are_sent_and_nothing_else_is(tell: Tell, page: Page, scripted_
     assert request.max_tokens == 99
     assert request.reasoning is not None
     assert request.reasoning.budget == 12
-    prompt = b"".join(map(scripted_engine.piece, request.prompt)).decode()
+    prompt = scripted_engine.prompts[-1]
     assert "Be brief." in prompt
     assert prompt.index("Really?") < prompt.index("Yes.") < prompt.index("And now?")
     assert page.text("#settings-button") == "Settings (8)"
@@ -198,7 +193,7 @@ def test_an_answer_that_the_server_has_no_more_is_kept_as_far_as_it_came(page: P
             thread.join()
 
 
-def test_a_reload_finds_the_running_answer_again(tell: Tell, page: Page, scripted_engine: Scripted) -> None:
+def test_a_reload_finds_the_running_answer_again(tell: Tell, page: Page, scripted_engine: ScriptedEngine) -> None:
     thinking, answering, end = threading.Event(), threading.Event(), threading.Event()
     tell("Hm", thinking, ", so.", "</think>", "One", answering, " two", end, ".")
     page.send("Count")
@@ -272,11 +267,11 @@ def line(scripted: Server, page: Page) -> Iterator[Line]:
 
 @pytest.mark.parametrize("falls_silent", [False, True], ids=["breaks", "falls silent"])
 def test_a_connection_that_ends_is_made_again(
-    line: Line, script: Tell, page: Page, scripted_engine: Scripted, falls_silent: bool
+    line: Line, page: Page, scripted_engine: ScriptedEngine, falls_silent: bool
 ) -> None:
     """As on a phone that was locked, or has changed its network."""
     go_on = threading.Event()
-    script("</think>", "One", go_on, " two.")
+    scripted_engine.say("</think>", "One", go_on, " two.")
     page.open(line.url)
     page.run("const wait = setTimeout; window.setTimeout = (f, ms, ...rest) => wait(f, ms / 50, ...rest)")
     page.send("Count")
@@ -295,7 +290,7 @@ def test_a_connection_that_ends_is_made_again(
 
 
 def test_answer_now_ends_the_thinking(tell: Tell, page: Page) -> None:
-    tell("Let me think", UntilAsked(), "</think>", "Four.")
+    tell("Let me think", UntilEndReasoning(), "</think>", "Four.")
     page.send("2 + 2?")
     page.until("document.querySelector('.tail').textContent === 'Let me think'")
     assert page.text(".answer-now") == "Answer now"
@@ -304,7 +299,7 @@ def test_answer_now_ends_the_thinking(tell: Tell, page: Page) -> None:
     assert page.text(".answer-now") == ""
 
 
-def test_stop_before_the_answer_has_a_name_ends_it_too(tell: Tell, page: Page, scripted_engine: Scripted) -> None:
+def test_stop_before_the_answer_has_a_name_ends_it_too(tell: Tell, page: Page, scripted_engine: ScriptedEngine) -> None:
     tell(threading.Event())
     page.run("document.querySelector('#composer textarea').value = 'Go'")
     page.run("document.querySelector('#composer').requestSubmit(); document.getElementById('stop').click()")

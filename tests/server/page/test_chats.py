@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 
+from tests.scripted_engine import ScriptedEngine
 from tests.server.browser import ENTER, WAIT, Page
 from tests.server.conftest import Server
 from tests.server.page.conftest import Tell
@@ -88,7 +89,7 @@ def test_any_question_can_be_edited_into_a_branch(tell: Tell, script: Tell, page
     assert page.run("return document.activeElement.ariaLabel") == "Previous version"  # the keyboard stays here
 
 
-def test_the_model_sees_the_branch_that_is_shown(tell: Tell, page: Page, scripted_engine: object) -> None:
+def test_the_model_sees_the_branch_that_is_shown(tell: Tell, page: Page, scripted_engine: ScriptedEngine) -> None:
     tell("</think>", "An answer.")
     page.ask("First?")
     page.ask("Second?")
@@ -96,8 +97,7 @@ def test_the_model_sees_the_branch_that_is_shown(tell: Tell, page: Page, scripte
     page.run("document.querySelector('.question textarea').value = 'Third?'")
     page.click(".question form .main")
     page.answer()
-    request = scripted_engine.requests[-1]  # type: ignore[attr-defined]
-    prompt = b"".join(map(scripted_engine.piece, request.prompt)).decode()  # type: ignore[attr-defined]
+    prompt = scripted_engine.prompts[-1]
     assert prompt.index("First?") < prompt.index("An answer.") < prompt.index("Third?")
     assert "Second?" not in prompt
 

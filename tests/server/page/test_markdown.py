@@ -10,9 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.scripted_engine import Part, Pause
 from tests.server.browser import Page
 from tests.server.conftest import Server
-from tests.server.page.conftest import Part, Pause, Tell
+from tests.server.page.conftest import Tell
 
 HTML = "return document.querySelector('.answer:last-child .text').innerHTML"
 RENDER = """
@@ -96,7 +97,7 @@ def test_markdown_is_rendered_alike_in_one_piece_and_in_many(tell: Tell, script:
     whole = page.run(HTML)
     pieces: list[Part] = []
     for character in MARKDOWN:
-        pieces += [character, Pause()]
+        pieces += [character, Pause(0.012)]
     script("</think>", *pieces)
     page.ask("In pieces?")
     assert page.run(HTML) == whole

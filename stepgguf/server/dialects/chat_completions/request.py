@@ -10,11 +10,11 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from stepgguf.chat.request import ChatRequest, Tool, ToolChoice
 from stepgguf.errors import RequestError
-from stepgguf.server.body import Body, ExtraBody, Ignored, Part, ignored
-from stepgguf.server.fields import AnswerTokens, FormatFields, SamplingFields, limit
-from stepgguf.server.reasoning import ReasoningFields
+from stepgguf.server.body.objects import Body, ExtraBody, Ignored, Part, ignored
+from stepgguf.server.body.reasoning import ReasoningFields
+from stepgguf.server.body.sampling import AnswerTokens, FormatFields, SamplingFields, limit
+from stepgguf.server.body.unreadable import AnyPart, as_output, just_written, refuse_unreadable
 from stepgguf.server.service import Service
-from stepgguf.server.unreadable import AnyPart, as_output, just_written, refuse_unreadable
 
 
 class CalledFunction(Part):

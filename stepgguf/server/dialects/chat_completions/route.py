@@ -21,9 +21,10 @@ from starlette.responses import JSONResponse, Response
 from stepgguf.chat.exchange import Reply
 from stepgguf.chat.output import Delta
 from stepgguf.runtime.engine import Step
-from stepgguf.server.body import JsonRoute
+from stepgguf.server.body.objects import JsonRoute
+from stepgguf.server.body.reasoning import ReasoningMap
 from stepgguf.server.dialects.chat_completions.request import ChatBody, wants_usage
-from stepgguf.server.openai_shapes import (
+from stepgguf.server.dialects.openai import (
     ChatChoice,
     ChatChunk,
     ChatCompletion,
@@ -36,11 +37,10 @@ from stepgguf.server.openai_shapes import (
     TopLogprob,
     Usage,
 )
-from stepgguf.server.problems import Problem, openai_error
-from stepgguf.server.reasoning import ReasoningMap
+from stepgguf.server.generation import Exchange
+from stepgguf.server.http.sse import DONE, Events, EventStream, event
+from stepgguf.server.problem import Problem, openai_error
 from stepgguf.server.service import TheService, copies, now, trace
-from stepgguf.server.sse import DONE, Events, EventStream, event
-from stepgguf.server.stream import Exchange
 
 router = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
 

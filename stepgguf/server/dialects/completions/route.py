@@ -11,22 +11,22 @@ from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
-from stepgguf.chat.answer_grammar import constrain
-from stepgguf.chat.exchange import Prepared, Reply
+from stepgguf.chat.answer_grammar import constrain_answer
+from stepgguf.chat.exchange import PreparedRequest, Reply
 from stepgguf.chat.output import Delta, Markers
 from stepgguf.chat.request import ToolChoice
 from stepgguf.errors import RequestError
 from stepgguf.runtime.engine import Request as EngineRequest
 from stepgguf.runtime.engine import Step
-from stepgguf.server.body import ExtraBody, Ignored, JsonRoute
+from stepgguf.server.body.objects import ExtraBody, Ignored, JsonRoute
+from stepgguf.server.body.sampling import AnswerTokens, FormatFields, SamplingFields, limit
 from stepgguf.server.dialects.chat_completions.request import StreamOptions, wants_usage
 from stepgguf.server.dialects.chat_completions.route import usage
-from stepgguf.server.fields import AnswerTokens, FormatFields, SamplingFields, limit
-from stepgguf.server.openai_shapes import FinishReason, TextChoice, TextCompletion, TextLogprobs, Usage
-from stepgguf.server.problems import Problem, openai_error
+from stepgguf.server.dialects.openai import FinishReason, TextChoice, TextCompletion, TextLogprobs, Usage
+from stepgguf.server.generation import Exchange
+from stepgguf.server.http.sse import DONE, Events, EventStream, event
+from stepgguf.server.problem import Problem, openai_error
 from stepgguf.server.service import Service, TheService, copies, now, trace
-from stepgguf.server.sse import DONE, Events, EventStream, event
-from stepgguf.server.stream import Exchange
 
 router = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
 MAX_TOKENS = 16  # OpenAI's default
@@ -76,10 +76,10 @@ class CompletionBody(SamplingFields, FormatFields, ExtraBody, Ignored):
                 raise RequestError(f"prompt: expected token ids from 0 to {n_vocab - 1}, found {token}", param="prompt")
         return [tuple(tokens) for tokens in tokenized]
 
-    def prepare(self, service: Service) -> list[Prepared]:
+    def prepare(self, service: Service) -> list[PreparedRequest]:
         self.check()
         info, markers, n = service.engine.info, service.chat.markers, self.n or 1
-        grammar = constrain(
+        grammar = constrain_answer(
             markers, in_reasoning=False, format=self.format(), tools=(), choice=ToolChoice("none"), parallel=False
         )
         prepared = []
@@ -91,7 +91,9 @@ class CompletionBody(SamplingFields, FormatFields, ExtraBody, Ignored):
                 grammar=grammar,
                 top_logprobs=self.logprobs,
             )
-            prepared += copies(Prepared(request, _NO_MARKERS, in_reasoning=False, tools=(), stops=self.stops()), n)
+            prepared += copies(
+                PreparedRequest(request, _NO_MARKERS, in_reasoning=False, tools=(), stops=self.stops()), n
+            )
         return prepared
 
 
@@ -113,7 +115,7 @@ async def completions(body: CompletionBody, request: Request, service: TheServic
     return JSONResponse(writer.whole(exchange, echoes, await exchange.whole(request)))
 
 
-def _text(service: Service, prepared: Prepared) -> str:
+def _text(service: Service, prepared: PreparedRequest) -> str:
     return b"".join(service.engine.piece(token) for token in prepared.request.prompt).decode(errors="replace")
 
 

@@ -27,15 +27,15 @@ from pydantic import Discriminator, Field, Tag
 
 from stepgguf.chat.request import ChatRequest, JsonSchema, Tool, ToolChoice
 from stepgguf.errors import RequestError
-from stepgguf.server.body import Body, Part, ignored
+from stepgguf.server.body.objects import Body, Part, ignored
+from stepgguf.server.body.reasoning import ReasoningAmounts, ReasoningMap, Spelling
+from stepgguf.server.body.sampling import UNLIMITED, AnswerTokens, Effort, SamplingFields, limit
+from stepgguf.server.body.unreadable import just_written, paragraphs, refuse_unreadable
 from stepgguf.server.config import ServerConfig
 from stepgguf.server.dialects.chat_completions.request import Function, FunctionTool, as_tools
 from stepgguf.server.dialects.messages.turns import Texts, Turn
 from stepgguf.server.dialects.messages.writer import Display
-from stepgguf.server.fields import UNLIMITED, AnswerTokens, Effort, SamplingFields, limit
-from stepgguf.server.reasoning import ReasoningAmounts, ReasoningMap, Spelling
 from stepgguf.server.service import Service
-from stepgguf.server.unreadable import just_written, paragraphs, refuse_unreadable
 
 
 class CustomTool(Function):

@@ -6,14 +6,14 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 from typing_extensions import TypedDict
 
-from stepgguf.server.body import JsonRoute
+from stepgguf.server.body.objects import JsonRoute
+from stepgguf.server.body.sampling import limit
 from stepgguf.server.dialects.messages.request import Create, Prompt
 from stepgguf.server.dialects.messages.writer import PING, Event, MessageWriter
-from stepgguf.server.fields import limit
-from stepgguf.server.problems import Problem, anthropic_error
+from stepgguf.server.generation import Exchange
+from stepgguf.server.http.sse import Events, EventStream, event
+from stepgguf.server.problem import Problem, anthropic_error
 from stepgguf.server.service import TheService, trace
-from stepgguf.server.sse import Events, EventStream, event
-from stepgguf.server.stream import Exchange
 
 
 class Counted(TypedDict):

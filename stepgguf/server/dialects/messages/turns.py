@@ -15,9 +15,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from stepgguf.server.body import Part
-from stepgguf.server.sealed import unseal
-from stepgguf.server.unreadable import (
+from stepgguf.server.body.objects import Part
+from stepgguf.server.body.unreadable import (
     WORDS,
     AnyPart,
     TextPart,
@@ -27,6 +26,7 @@ from stepgguf.server.unreadable import (
     as_text,
     paragraphs,
 )
+from stepgguf.server.dialects.sealed_reasoning import unseal
 
 
 class ThinkingBlock(Part):

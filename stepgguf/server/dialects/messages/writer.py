@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from stepgguf.chat.exchange import Reply
 from stepgguf.chat.output import Delta
-from stepgguf.server.sealed import seal
+from stepgguf.server.dialects.sealed_reasoning import seal
 
 Event = dict[str, Any]  # its "type" is also the event's name
 Display = Literal["shown", "omitted", "hidden"]

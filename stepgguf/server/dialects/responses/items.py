@@ -18,10 +18,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, Tag, TypeAdapter, WrapValidator
 from pydantic_core.core_schema import ValidatorFunctionWrapHandler
 
-from stepgguf.server.body import Part
-from stepgguf.server.dialects.responses.tools import INPUT, Offers, by_type
-from stepgguf.server.sealed import unseal
-from stepgguf.server.unreadable import (
+from stepgguf.server.body.objects import Part
+from stepgguf.server.body.unreadable import (
     AnyPart,
     TextPart,
     as_output,
@@ -31,6 +29,8 @@ from stepgguf.server.unreadable import (
     refuse_unreadable,
     shown,
 )
+from stepgguf.server.dialects.responses.tools import INPUT, Offers, by_type
+from stepgguf.server.dialects.sealed_reasoning import unseal
 
 Json = dict[str, Any]
 RESULTS = ("output", "outputs", "results")  # where an item that is a call and its result has the result

@@ -15,10 +15,12 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from stepgguf.chat.request import ChatRequest, Format, JsonObject, JsonSchema
+from stepgguf.chat.request import AnswerFormat, ChatRequest, JsonObject, JsonSchema
 from stepgguf.errors import RequestError
 from stepgguf.runtime.engine import Sampling
-from stepgguf.server.body import Body, Ignored, Part, ignored
+from stepgguf.server.body.objects import Body, Ignored, Part, ignored
+from stepgguf.server.body.reasoning import ReasoningFields, ReasoningMap
+from stepgguf.server.body.sampling import AnswerTokens, SamplingFields, limit
 from stepgguf.server.dialects.responses.items import (
     Items,
     Json,
@@ -29,8 +31,6 @@ from stepgguf.server.dialects.responses.items import (
 )
 from stepgguf.server.dialects.responses.store import Answers
 from stepgguf.server.dialects.responses.tools import AnyChoice, AnyTool, Offers, choose, repeated
-from stepgguf.server.fields import AnswerTokens, SamplingFields, limit
-from stepgguf.server.reasoning import ReasoningFields, ReasoningMap
 from stepgguf.server.service import Service
 
 NO_CONVERSATIONS = "there are no conversation objects here: use previous_response_id, or send the items as `input`"
@@ -45,7 +45,7 @@ class TextFormat(Part):
     format_schema: dict[str, Any] | None = Field(None, alias="schema")
     strict: bool | None = None
 
-    def as_format(self) -> Format | None:
+    def as_format(self) -> AnswerFormat | None:
         if self.type == "json_schema":
             return JsonSchema(self.format_schema if self.format_schema is not None else True)
         return JsonObject() if self.type == "json_object" else None

@@ -11,14 +11,14 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 from typing_extensions import TypedDict
 
-from stepgguf.server.body import JsonRoute
+from stepgguf.server.body.objects import JsonRoute
 from stepgguf.server.dialects.responses.request import Asked, Prompt, ResponseBody
 from stepgguf.server.dialects.responses.store import Answer, Answers
 from stepgguf.server.dialects.responses.writer import Event, ResponseWriter
-from stepgguf.server.problems import Problem
+from stepgguf.server.generation import Exchange, calling
+from stepgguf.server.http.sse import EventStream, comment, event
+from stepgguf.server.problem import Problem
 from stepgguf.server.service import Service, TheService, now, trace
-from stepgguf.server.sse import EventStream, comment, event
-from stepgguf.server.stream import Exchange, calling
 
 router = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
 STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
@@ -91,7 +91,7 @@ async def input_tokens(body: Prompt, service: TheService, answers: TheAnswers) -
     """How many tokens the prompt of such a response has."""
     service.model(body.model)
     asked = await run_in_threadpool(body.chat_request, service, answers)
-    prompt, _ = await run_in_threadpool(service.chat.prompt, asked.request)
+    prompt, _ = await run_in_threadpool(service.chat.render_prompt, asked.request)
     return {"object": "response.input_tokens", "input_tokens": len(prompt)}
 
 

@@ -23,8 +23,8 @@ from typing import Any
 from stepgguf.errors import StepggufError
 from stepgguf.server.config import ServerConfig
 from stepgguf.server.dialects.responses.writer import Event, ResponseWriter
-from stepgguf.server.problems import SHOWN, Refusal, problem
-from stepgguf.server.stream import Exchange
+from stepgguf.server.generation import Exchange
+from stepgguf.server.problem import SHOWN, Refusal, problem
 
 log = logging.getLogger(__name__)
 SWEEP_SECONDS = 60.0

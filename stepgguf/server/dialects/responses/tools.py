@@ -21,7 +21,7 @@ from pydantic import Discriminator, Field, Tag
 
 from stepgguf.chat.request import Tool, ToolChoice
 from stepgguf.errors import RequestError
-from stepgguf.server.body import Part
+from stepgguf.server.body.objects import Part
 from stepgguf.server.dialects.chat_completions.request import Function
 
 LONGEST_NAME = 128

@@ -24,8 +24,8 @@ from typing import Any, Literal
 from stepgguf.chat.exchange import Reply
 from stepgguf.chat.output import Delta
 from stepgguf.server.dialects.responses.tools import InputReader, Offer
-from stepgguf.server.problems import Problem
-from stepgguf.server.sealed import seal
+from stepgguf.server.dialects.sealed_reasoning import seal
+from stepgguf.server.problem import Problem
 from stepgguf.server.service import now
 
 Event = dict[str, Any]  # its "type" is also the event's name

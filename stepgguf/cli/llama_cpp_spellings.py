@@ -1,0 +1,69 @@
+"""What users of llama.cpp's tools write, and what to write here instead."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from itertools import takewhile
+
+_RECIPE = "a recipe says it: see `stepgguf recipes`"
+_CONVERTING = {
+    "--outtype": "--type TYPE",
+    "-o": "DEST, the second argument, without an option",
+    "--outfile": "DEST, the second argument, without an option",
+    "--ftype": "--type TYPE",
+    "--model-name": "--name NAME",
+    "--verbose": "nothing: progress is shown without it",
+    "--no-lazy": "nothing: memory is bounded by --memory SIZE",
+    "--use-temp-file": "nothing: there is no intermediate file",
+    "--vocab-only": "nothing: a model always comes whole",
+    "--split-max-tensors": "--split-max-size SIZE",
+    "--remote": "the folder of a downloaded checkpoint as SRC",
+    "--metadata": "--name NAME, and what the checkpoint's README.md says",
+    "--mtp-only": "--mtp separate",
+    "--no-mtp": "--mtp drop",
+    "--pure": 'a recipe with a default: default = "Q4_K"',
+    "--leave-output-tensor": _RECIPE,
+    "--output-tensor-type": _RECIPE,
+    "--token-embedding-type": _RECIPE,
+    "--tensor-type": _RECIPE,
+    "--tensor-type-file": _RECIPE,
+    "--custom-q": _RECIPE,
+    "--include-weights": "nothing: the matrix of --imatrix counts for every tensor that it has",
+    "--exclude-weights": "nothing: the matrix of --imatrix counts for every tensor that it has",
+    "--keep-split": "--split-max-size SIZE",
+    "--override-kv": "nothing: the metadata is the source's",
+    "--nthread": "--threads N",
+    "--nthreads": "--threads N",
+}
+OPTIONS = {"convert": _CONVERTING, "quantize": _CONVERTING}
+
+
+def explain_spelling(arguments: Sequence[str]) -> tuple[str, str] | None:
+    """Message and hint for a command line as llama.cpp's tools take it: an option, or the place of an argument.
+
+    None if there is nothing of theirs in it.
+    """
+    if not arguments or arguments[0] not in OPTIONS:
+        return None
+    if arguments[0] == "convert" and (found := _explain_place(arguments)) is not None:
+        return found
+    for argument in arguments[1:]:
+        option = argument.partition("=")[0]
+        if option == "--":
+            return None
+        if option in OPTIONS[arguments[0]]:
+            return f"{option} is an option of llama.cpp's tools", f"Here it is {OPTIONS[arguments[0]][option]}."
+    return None
+
+
+def _explain_place(arguments: Sequence[str]) -> tuple[str, str] | None:
+    """The same for `convert FILE.gguf`, and for `convert SRC DEST TYPE`, as quantize has it."""
+    leading = list(takewhile(lambda argument: not argument.startswith("-"), arguments[1:]))
+    if len(leading) == 1 and leading[0].lower().endswith(".gguf"):
+        command = shlex.join(["stepgguf", "quantize", leading[0], "DEST.gguf", "--type", "Q4_K_S"])
+        return f"{leading[0]} is a GGUF file and no checkpoint", f"It is converted already; to quantize it: {command}"
+    if len(leading) == 3:
+        command = shlex.join(["stepgguf", "convert", *leading[:2], "--type", leading[2]])
+        return f"convert takes SRC and DEST, and there is {leading[2]!r} too", f"If it is the type: {command}"
+    return None

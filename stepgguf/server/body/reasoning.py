@@ -1,0 +1,162 @@
+"""How much the model may think.
+
+Vendors have two dozen spellings of this one quantity, and clients send several at once. Each is a row of
+`ReasoningAmounts` and becomes a limit in tokens, of which the least counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
+
+from stepgguf.chat.request import EFFORTS
+from stepgguf.server.body.objects import Body, ignored
+from stepgguf.server.body.sampling import UNLIMITED, Effort, Nvext, Tokens, limit
+from stepgguf.server.config import ServerConfig
+
+# Words for efforts that are not among EFFORTS. Clients leave a field of theirs empty for "as you like".
+SAID = dict.fromkeys(("off", "disabled", "disable", "false", "no"), "none")
+SAID |= dict.fromkeys(("on", "enabled", "enable", "true", "yes", "default", "auto", "adaptive", "dynamic", ""), "max")
+
+
+def _word(value: Any) -> Any:
+    """A word as EFFORTS has it. Clients write it with capitals, or say on and off."""
+    if not isinstance(value, str):
+        return value
+    word = SAID.get(value.strip().lower(), value.strip().lower())
+    if word not in EFFORTS:
+        known = ", ".join(EFFORTS)
+        raise PydanticCustomError("unknown_effort", "expected one of {known}, or a number of tokens", {"known": known})
+    return word
+
+
+def _inverse(value: bool | None) -> bool | None:
+    return None if value is None else not value
+
+
+def _low(value: Any) -> Any:
+    return {True: "low", False: "high"}[value] if isinstance(value, bool) else value
+
+
+Level = Annotated[bool | Tokens | Effort, BeforeValidator(_word)]
+
+
+class MapAmounts(Body):
+    """How much thinking, as an object says it."""
+
+    type: Level | None = Field(None, description="enabled, disabled, adaptive, auto.")
+    effort: Level | None = Field(None, description="OpenRouter's, OpenAI's.")
+    enabled: bool | None = Field(None, description="OpenRouter's, Together's. false: no thinking.")
+    enable: bool | None = Field(None, description="SGLang's other name of enabled.")
+    reasoning_effort: Level | None = Field(None, description="SGLang's other name of effort.")
+    max_tokens: Tokens | None = Field(None, description="OpenRouter's.")
+    budget_tokens: Tokens | None = Field(None, description="Anthropic's.")
+    token_budget: Tokens | None = Field(None, description="Cohere's.")
+    thinking_budget: Tokens | None = Field(None, description="Gemini's.")
+    thinking_level: Level | None = Field(None, description="Gemini's.")
+
+    def spellings(self) -> Iterator[Level | None]:
+        return (getattr(self, name) for name in MapAmounts.model_fields)
+
+
+class ReasoningMap(MapAmounts):
+    exclude: bool | None = Field(None, description="OpenRouter's: think, but do not send the thinking.")
+    summary: Any = ignored("nobody writes one; the reasoning itself is sent")
+    generate_summary: Any = ignored("nobody writes one; the reasoning itself is sent")
+    display: Literal["summarized", "omitted", "updates"] | None = Field(
+        None, description="Anthropic's. omitted: blocks are sent sealed, without their text."
+    )
+    block_binding: Any = ignored("a signature holds nothing that could be bound")
+    clear_thinking: Any = ignored("the chat template decides which reasoning stays")
+    keep: Any = ignored("the chat template decides which reasoning stays")
+    context: Any = ignored("the chat template decides which reasoning stays")
+    mode: Any = ignored("there is one mode")
+    include_thoughts: Any = ignored("the reasoning itself is sent")
+
+
+HowMuch = Annotated[
+    Annotated[ReasoningMap, Tag("a map")] | Annotated[Level, Tag("a level")],
+    Discriminator(lambda value: "a map" if isinstance(value, dict | ReasoningMap) else "a level"),
+]
+
+
+class ReasoningAmounts(Body):
+    """THE table: every spelling of "at most so many tokens of thinking". A field is a row, and its type says how it is
+    read. Vendors have them in the body or, as vLLM, SGLang and llama.cpp, in chat_template_kwargs; here they may
+    stand in both. This model's template has no switches of its own."""
+
+    reasoning_effort: HowMuch | None = Field(
+        None,
+        description="OpenAI's and most others'. none: no thinking; low, medium: a limit to it; high: no limit. A "
+        f"number is a limit in tokens, {UNLIMITED} none. Of all spellings of this that are sent the least counts.",
+        examples=["low"],
+    )
+    reasoning: HowMuch | None = Field(None, description="OpenRouter's, Together's, SGLang's map; LM Studio's word.")
+    thinking: HowMuch | None = Field(
+        None, description="Map or switch of Anthropic, Z.ai, DeepSeek, Moonshot, Volcengine, Cohere, NVIDIA."
+    )
+    think: HowMuch | None = Field(None, description="Ollama's.")
+    enable_thinking: bool | None = Field(None, description="DashScope's, SiliconFlow's, Qwen's, GLM's.")
+    disable_reasoning: Annotated[bool | None, AfterValidator(_inverse)] = Field(None, description="Cerebras'.")
+    thinking_mode: Level | None = Field(None, description="MiniMax's.")
+    thinking_effort: Level | None = Field(None, description="Moonshot's.")
+    low_effort: Annotated[Level | None, BeforeValidator(_low)] = Field(None, description="NVIDIA's switch.")
+    thinking_budget: Tokens | None = Field(None, description="DashScope's, SiliconFlow's, Gemini's.")
+    thinking_budget_tokens: Tokens | None = Field(None, description="llama.cpp's.")
+    reasoning_budget_tokens: Tokens | None = Field(None, description="llama.cpp's other name of it.")
+    reasoning_budget: Tokens | None = Field(None, description="NVIDIA's.")
+    max_thinking_tokens: Tokens | None = Field(None, description="NVIDIA's.")
+    thinking_token_budget: Tokens | None = Field(None, description="vLLM's.")
+
+    thinking_config: HowMuch | None = Field(None, description="Gemini's map.")
+    google: ReasoningAmounts | None = Field(None, description="What Gemini's own is in, behind OpenAI's dialect.")
+    chat_template_kwargs: ReasoningAmounts | None = Field(None, description="vLLM's, SGLang's, llama.cpp's.")
+    custom_params: ReasoningAmounts | None = Field(None, description="SGLang's.")
+
+    def spellings(self) -> Iterator[Spelling]:
+        """How much each spelling allows."""
+        return (getattr(self, name) for name in ReasoningAmounts.model_fields)
+
+    def reasoning_limit(self, config: ServerConfig) -> int | None:
+        """In tokens; None is none."""
+        return _least(self.spellings(), config.efforts)
+
+
+class ReasoningFields(ReasoningAmounts):
+    include_reasoning: bool | None = Field(None, description="false: think, but do not send the thinking.")
+    reasoning_format: Literal["general", "deepseek-style", "deepseek", "auto", "parsed", "hidden"] | None = Field(
+        None,
+        description="StepFun's, llama.cpp's, Groq's. The thinking is always sent under both names, reasoning and "
+        "reasoning_content; hidden: not at all.",
+    )
+    nvext: Nvext | None = None
+
+    def spellings(self) -> Iterator[Spelling]:
+        yield from super().spellings()
+        yield self.nvext.max_thinking_tokens if self.nvext is not None else None
+
+    def shows_reasoning(self) -> bool:
+        maps = (self.reasoning, self.thinking, self.reasoning_effort)
+        excluded = any(isinstance(one, ReasoningMap) and one.exclude for one in maps)
+        return not excluded and self.include_reasoning is not False and self.reasoning_format != "hidden"
+
+
+Spelling = HowMuch | ReasoningAmounts | None
+
+
+def _least(asked: Iterable[Spelling], efforts: Mapping[str, int | None]) -> int | None:
+    limits = (_tokens(one, efforts) for one in asked)
+    return min((tokens for tokens in limits if tokens is not None), default=None)
+
+
+def _tokens(asked: Spelling, efforts: Mapping[str, int | None]) -> int | None:
+    if isinstance(asked, ReasoningMap | ReasoningAmounts):
+        return _least(asked.spellings(), efforts)
+    if isinstance(asked, bool):
+        return None if asked else 0
+    if isinstance(asked, str):
+        return efforts[asked]
+    return limit(asked)

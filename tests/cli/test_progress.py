@@ -1,0 +1,79 @@
+"""Progress: rate and time left are those of this run, whatever an earlier one did and however long a compiler took."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+
+import pytest
+from rich.console import Console
+
+from stepgguf.cli import output, progress
+from stepgguf.cli.progress import ProgressMeter
+
+MB = 10**6
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
+    clock = Clock()
+    monkeypatch.setattr(progress.time, "monotonic", clock)
+    monkeypatch.setattr(progress, "PLAIN_SECONDS", 1.0)
+    return clock  # type: ignore[return-value]
+
+
+def at(clock: Clock, now: float, meter: ProgressMeter, n_bytes: int, *, earlier: bool = False) -> None:
+    clock.now = 100.0 + now
+    meter.add_bytes(n_bytes, earlier=earlier)
+
+
+def test_what_an_earlier_run_did_and_the_compiler_count_for_nothing(
+    clock: Clock, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with ProgressMeter("x", 10_000 * MB) as meter:
+        at(clock, 0.0, meter, 5_000 * MB, earlier=True)
+        clock.now = 101.0
+        meter.note_compiling("Q4_K")
+        clock.now = 110.0
+        meter.note_compiling("Q6_K")
+        at(clock, 30.0, meter, 100 * MB)  # the first of this run: the clock starts
+        at(clock, 32.0, meter, 100 * MB)
+        at(clock, 34.0, meter, 100 * MB)
+    lines = [line for line in capfd.readouterr().err.splitlines() if "left" in line]
+    assert [re.sub(r"^x: | of .*?,", "", line) for line in lines] == [
+        "52% 50 MB/s, 1:36 left",
+        "53% 50 MB/s, 1:34 left",
+    ]
+    assert (meter.bytes_resumed, meter.compile_seconds) == (5_000 * MB, 29.0)
+
+
+def test_a_kernel_that_is_compiled_on_the_way_stops_the_clock(clock: Clock, capfd: pytest.CaptureFixture[str]) -> None:
+    with ProgressMeter("x", 1_000 * MB) as meter:
+        at(clock, 0.0, meter, 100 * MB)
+        at(clock, 1.0, meter, 100 * MB)
+        clock.now = 101.0
+        meter.note_compiling("Q4_K")
+        at(clock, 60.0, meter, 100 * MB)
+        at(clock, 61.0, meter, 100 * MB)
+    assert {line.split(", ")[1] for line in capfd.readouterr().err.splitlines() if "left" in line} == {"100 MB/s"}
+
+
+def test_the_live_line_has_no_rate_before_this_run_made_something(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output, "stderr", Console(file=io.StringIO(), force_terminal=True))
+    with ProgressMeter("x", 1_000 * MB) as meter:
+        at(clock, 0.0, meter, 500 * MB, earlier=True)
+        assert meter.live is not None
+        [task] = meter.live.tasks
+        assert (task.completed, task.speed, task.time_remaining) == (500 * MB, None, None)
+        at(clock, 1.0, meter, 100 * MB)
+        assert (task.completed, task.time_remaining) == (600 * MB, None)
