@@ -66,7 +66,7 @@ class Bench:
 
     def kld(self, plan: Plan) -> float:
         with Writer(plan, self.source.identity(), restart=True, overwrite=True) as writer:
-            pipeline.run(self.source, writer, threads=self.threads)
+            pipeline.make_files(self.source, writer, threads=self.threads)
         return summary(scores(self.dest, self.reference, threads=self.threads)).kld
 
     def compare(self, type_name: str) -> tuple[float, float]:

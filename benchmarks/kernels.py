@@ -20,7 +20,9 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from stepgguf.quants import codec, ggml, lanes
+from stepgguf.quants import ggml, lanes
+from stepgguf.quants.kernels import choose_kernel
+from stepgguf.quants.types import BY_NAME, row_size
 
 COLUMNS = 4096
 Floats = NDArray[np.float32]
@@ -45,27 +47,29 @@ def rows(rng: np.random.Generator, n: int) -> Iterator[tuple[str, Floats]]:
     yield "zero", np.zeros(shape, np.float32)
 
 
-def identity(kind: GGMLQuantizationType, weighted: bool, n_weights: int) -> int:
+def identity(ggml_type: GGMLQuantizationType, weighted: bool, n_weights: int) -> int:
     """Weights that were compared; exits at the first difference."""
     library = ggml.load()
     assert library is not None
+    kernel = choose_kernel(ggml_type, weighted=weighted)
     rng, done, n = np.random.default_rng(0), 0, 64
     while done < n_weights:
         importance = rng.gamma(0.5, 1.0, COLUMNS).astype(np.float32) if weighted else None
         for name, values in rows(rng, n):
-            ours, theirs = (np.empty((n, ggml.row_size(kind, COLUMNS)), np.uint8) for _ in range(2))
-            codec.quantize(kind, values, ours, importance)
-            library.quantize(kind, values, theirs, importance)
+            ours, theirs = (np.empty((n, row_size(ggml_type, COLUMNS)), np.uint8) for _ in range(2))
+            kernel.encode(values, ours, importance)
+            library.quantize(ggml_type, values, theirs, importance)
             if not np.array_equal(ours, theirs):
-                sys.exit(f"{kind.name}: {name} rows differ in {(ours != theirs).mean():.2%} of their bytes")
+                sys.exit(f"{ggml_type.name}: {name} rows differ in {(ours != theirs).mean():.2%} of their bytes")
             done += values.size
     return done
 
 
-def speeds(kind: GGMLQuantizationType, weighted: bool, rounds: int) -> tuple[float, float, float]:
+def speeds(ggml_type: GGMLQuantizationType, weighted: bool, rounds: int) -> tuple[float, float, float]:
     """Million weights a second: ours, ggml's; and the median ratio. As many rows as ggml does in about 0.3 s."""
     library = ggml.load()
     assert library is not None
+    kernel = choose_kernel(ggml_type, weighted=weighted)
     rng = np.random.default_rng(1)
     importance = rng.gamma(0.5, 1.0, COLUMNS).astype(np.float32) if weighted else None
     n, seconds = 32, 0.0
@@ -74,12 +78,12 @@ def speeds(kind: GGMLQuantizationType, weighted: bool, rounds: int) -> tuple[flo
         bits = (rng.standard_normal((n, COLUMNS), np.float32) * np.float32(0.02)).view(np.uint32) >> 16
         stored = bits.astype(np.uint16)
         values = (bits << 16).view(np.float32)
-        out = np.empty((n, ggml.row_size(kind, COLUMNS)), np.uint8)
-        codec.quantize(kind, stored, out, importance)  # compiled, and its pages there
+        out = np.empty((n, row_size(ggml_type, COLUMNS)), np.uint8)
+        kernel.encode(stored, out, importance)  # compiled, and its pages there
         started = time.perf_counter()
-        codec.quantize(kind, stored, out, importance)
+        kernel.encode(stored, out, importance)
         middle = time.perf_counter()
-        library.quantize(kind, values, out, importance)
+        library.quantize(ggml_type, values, out, importance)
         seconds = time.perf_counter() - middle
         if seconds < 0.15 and n < 16384:
             n *= 2
@@ -99,12 +103,12 @@ def main() -> None:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     print(f"{'type':8} {'imatrix':8} {'identical weights':>18} {'lanes M/s':>10} {'ggml M/s':>10} {'ratio':>6}")
     for name in args.types:
-        kind = GGMLQuantizationType[name]
+        ggml_type = GGMLQuantizationType[name]
         for weighted in (True, False):
-            if not weighted and kind in ggml.ABORT_WITHOUT_IMATRIX:
+            if not weighted and BY_NAME[name].aborts:
                 continue
-            n = identity(kind, weighted, args.weights)
-            ours, theirs, ratio = speeds(kind, weighted, args.rounds)
+            n = identity(ggml_type, weighted, args.weights)
+            ours, theirs, ratio = speeds(ggml_type, weighted, args.rounds)
             with_it = "with" if weighted else "without"
             print(f"{name:8} {with_it:8} {n:>18,} {ours:>10.1f} {theirs:>10.1f} {ratio:>5.1f}x", flush=True)
 

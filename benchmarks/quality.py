@@ -33,7 +33,7 @@ from stepgguf.cli.main import main as stepgguf
 from stepgguf.demo import CHECKPOINT, tasks
 from stepgguf.demo.train import IGNORE, Encoder
 from stepgguf.files import gguf_header as header
-from stepgguf.model.tensors import layer_of
+from stepgguf.model.names import TensorName
 from stepgguf.runtime.llama.context import DecodeRows, LlamaContext
 from stepgguf.runtime.llama.model import LlamaModel
 
@@ -194,8 +194,8 @@ def divergence(path: Path, reference: Reference, *, threads: int = 1) -> Diverge
 def size(path: Path) -> tuple[int, float]:
     """Bytes of a file's trunk tensors, and bits per weight. The MTP blocks take no part in these logits."""
     tensors = header.read(path).tensors
-    mtp = {layer_of(tensor.name) for tensor in tensors if ".nextn." in tensor.name}
-    trunk = [tensor for tensor in tensors if layer_of(tensor.name) not in mtp]
+    mtp = {TensorName(tensor.name).layer for tensor in tensors if ".nextn." in tensor.name}
+    trunk = [tensor for tensor in tensors if TensorName(tensor.name).layer not in mtp]
     n_bytes = sum(tensor.n_bytes for tensor in trunk)
     return n_bytes, 8 * n_bytes / sum(tensor.n_values for tensor in trunk)
 

@@ -66,7 +66,7 @@ def write_importance(checkpoint: Path, path: Path) -> None:
     rng, entries = np.random.default_rng(0), {}
     with Checkpoint(checkpoint) as opened:
         for spec in opened.specs:
-            if not spec.float32 and spec.role != "token_embd":
+            if spec.is_quantizable and spec.role != "token_embd":
                 n = spec.shape[0] if len(spec.shape) == 3 else 1
                 sums = rng.gamma(0.5, 1.0, (n, spec.shape[-1])).astype(np.float32) * 1000
                 entries[spec.name] = ImatrixEntry(sums, np.full(n, 1000, np.float32))

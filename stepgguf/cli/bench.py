@@ -6,7 +6,7 @@ import itertools
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,14 +18,16 @@ if TYPE_CHECKING:
     from stepgguf.runtime.engine import Timings
     from stepgguf.runtime.llama import LlamaEngine
 
-PROMPT = 512  # tokens whose reading is timed
+PROMPT_TOKENS = 512  # tokens whose reading is timed
 QUESTION = "Add 4807 and 3996 step by step, then explain how a heat pump works."
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One measurement: mean and standard deviation of its repetitions. tok/s of all requests together; drafted and
-    accepted MTP tokens by head."""
+class BenchRow:
+    """One measurement, or the mean and the standard deviation of its repetitions.
+
+    tok/s are of all requests together; drafted and accepted are counts of MTP tokens by head.
+    """
 
     depth: int
     batch: int
@@ -67,12 +69,12 @@ def bench(
     """
     from stepgguf.cli import output
 
-    depth_list, batch_list = _numbers(depths, "--depths", 0), _numbers(batches, "--batches", 1)
+    depth_list, batch_list = _split_numbers(depths, "--depths", 0), _split_numbers(batches, "--batches", 1)
     most = max(batch_list)
-    ctx = most * (max(depth_list) + PROMPT + 2 * tokens + 64)
+    ctx = most * (max(depth_list) + PROMPT_TOKENS + 2 * tokens + 64)
     options = loading.EngineOptions(
-        ctx,
-        most,
+        ctx=ctx,
+        parallel=most,
         gpu_layers=gpu_layers,
         threads=threads,
         mmap=mmap,
@@ -83,38 +85,53 @@ def bench(
     )
     with loading.open_engine(path, options, command="bench", quiet=quiet) as engine:
         llama: LlamaEngine = engine  # type: ignore[assignment]
-        llama.set_draft(0)
-        _measure(llama, 0, 1, 8, 0)  # the first decode of each shape sets things up
-        show = _silent if json else _show
-        rows, drafting = [], []
+        show = _show_nothing if json else _show_row
+        speed: list[BenchRow] = []
+        drafting: list[BenchRow] = []
         show("depth    batch   prompt tok/s        generation tok/s")
-        for depth, batch in itertools.product(depth_list, batch_list):
-            rows.append(_mean([_measure(llama, depth, batch, tokens, i) for i in range(repetitions)]))
-            show(_speed_line(rows[-1]))
+        for row in _speed_rows(llama, depth_list, batch_list, tokens, repetitions):
+            speed.append(row)
+            show(_speed_line(row))
         if llama.n_mtp and llama.info.chat_template is not None:
             show("\ndrafted  tokens/step  tok/s               gain    accepted by head")
-            for n in range(llama.n_mtp + 1):
-                drafting.append(_mean([_draft(llama, n, tokens) for _ in range(repetitions)]))
-                show(_draft_line(n, drafting))
+            for n, row in enumerate(_drafting_rows(llama, tokens, repetitions)):
+                drafting.append(row)
+                show(_draft_line(n, row, drafting[0]))
         name, used = llama.info.name, llama.info.engine
     if json:
         output.data(
-            {"model": name, "engine": used, "speed": [asdict(r) for r in rows], "mtp": [asdict(r) for r in drafting]}
+            {"model": name, "engine": used, "speed": [asdict(r) for r in speed], "mtp": [asdict(r) for r in drafting]}
         )
 
 
-def _show(line: str) -> None:
-    """A row when it is known: the next may take minutes."""
+def _speed_rows(
+    engine: LlamaEngine, depths: Sequence[int], batches: Sequence[int], tokens: int, repetitions: int
+) -> Iterator[BenchRow]:
+    """The speed without drafting, by depth and batch."""
+    engine.set_draft(0)
+    _measure_speed(engine, 0, 1, 8, 0)  # the first decode of each shape sets things up
+    for depth, batch in itertools.product(depths, batches):
+        yield _average([_measure_speed(engine, depth, batch, tokens, i) for i in range(repetitions)])
+
+
+def _drafting_rows(engine: LlamaEngine, tokens: int, repetitions: int) -> Iterator[BenchRow]:
+    """The speed with 0 drafted tokens a step, 1, and so on to one for each MTP block."""
+    for n in range(engine.n_mtp + 1):
+        yield _average([_measure_drafting(engine, n, tokens) for _ in range(repetitions)])
+
+
+def _show_row(line: str) -> None:
+    """Write a row when it is known: the next may take minutes."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
 
 
-def _silent(line: str) -> None:
+def _show_nothing(line: str) -> None:
     pass
 
 
-def _mean(rows: Sequence[Row]) -> Row:
-    """Of repetitions. Counts are those of the last."""
+def _average(rows: Sequence[BenchRow]) -> BenchRow:
+    """Average the speeds of repetitions; counts are those of the last."""
     prompt, generation = [r.prompt_tps for r in rows], [r.generation_tps for r in rows]
     return replace(
         rows[-1],
@@ -125,26 +142,29 @@ def _mean(rows: Sequence[Row]) -> Row:
     )
 
 
-def _measure(engine: LlamaEngine, depth: int, batch: int, tokens: int, repetition: int) -> Row:
-    """Prompts of `depth` tokens are read first, then PROMPT more are timed, which are others in each repetition, then
-    the tokens that follow."""
+def _measure_speed(engine: LlamaEngine, depth: int, batch: int, tokens: int, repetition: int) -> BenchRow:
+    """Time `batch` requests at a depth of so many tokens, without drafting.
+
+    Prompts of `depth` tokens are read first and cached; then PROMPT_TOKENS more are timed, which are others in each
+    repetition so that no cache knows them, then the tokens that follow.
+    """
     n_vocab = engine.info.n_vocab
     starts = [[(7 * i + 31 * n) % (n_vocab - 100) + 50 for i in range(depth)] for n in range(batch)]
     if depth:
-        _together(engine, starts, 1)
+        _run_together(engine, starts, 1)
     prompts = [
-        s + [(11 * i + n + 101 * repetition) % (n_vocab - 100) + 50 for i in range(PROMPT)]
+        s + [(11 * i + n + 101 * repetition) % (n_vocab - 100) + 50 for i in range(PROMPT_TOKENS)]
         for n, s in enumerate(starts)
     ]
-    timings = _together(engine, prompts, tokens)
+    timings = _run_together(engine, prompts, tokens)
     n_read = sum(t.n_prompt - t.n_cached for t in timings)
     longest = max(t.prompt_seconds for t in timings)
     generating = max(t.generation_seconds for t in timings)
-    return Row(depth, batch, n_read / longest, (tokens - 1) * batch / generating, 1.0, [], [])
+    return BenchRow(depth, batch, n_read / longest, (tokens - 1) * batch / generating, 1.0, [], [])
 
 
-def _draft(engine: LlamaEngine, n: int, tokens: int) -> Row:
-    """The answer to a question with n drafted tokens a step."""
+def _measure_drafting(engine: LlamaEngine, n: int, tokens: int) -> BenchRow:
+    """Time the greedy answer to QUESTION with n drafted tokens a step; it does not end before its last token."""
     from stepgguf.chat.exchange import ChatModel
     from stepgguf.chat.request import ChatRequest
     from stepgguf.runtime.engine import Sampling, Stream
@@ -159,10 +179,11 @@ def _draft(engine: LlamaEngine, n: int, tokens: int) -> Row:
     assert stream.finished is not None
     t = stream.finished.timings
     seconds = t.generation_seconds or time.monotonic() - started
-    return Row(0, 1, 0.0, t.n_generated / seconds, t.n_generated / max(1, t.n_steps), t.drafted, t.accepted)
+    return BenchRow(0, 1, 0.0, t.n_generated / seconds, t.n_generated / max(1, t.n_steps), t.drafted, t.accepted)
 
 
-def _together(engine: LlamaEngine, prompts: Sequence[list[int]], tokens: int) -> list[Timings]:
+def _run_together(engine: LlamaEngine, prompts: Sequence[list[int]], tokens: int) -> list[Timings]:
+    """Submit all prompts at once, read their answers to the end and return the timings of each."""
     from stepgguf.runtime.engine import Request, Sampling, Stream
 
     greedy = Sampling(temperature=0.0)
@@ -174,23 +195,23 @@ def _together(engine: LlamaEngine, prompts: Sequence[list[int]], tokens: int) ->
     return [f.timings for f in finished if f is not None]
 
 
-def _speed_line(row: Row) -> str:
-    prompt = _spread(row.prompt_tps, row.prompt_tps_stdev)
-    return f"{row.depth:<8} {row.batch:<7} {prompt:<19} {_spread(row.generation_tps, row.generation_tps_stdev)}"
+def _speed_line(row: BenchRow) -> str:
+    prompt = _with_deviation(row.prompt_tps, row.prompt_tps_stdev)
+    return f"{row.depth:<8} {row.batch:<7} {prompt:<19} {_with_deviation(row.generation_tps, row.generation_tps_stdev)}"
 
 
-def _draft_line(n: int, rows: Sequence[Row]) -> str:
-    row = rows[-1]
+def _draft_line(n: int, row: BenchRow, without: BenchRow) -> str:
     heads = " ".join(f"{a / d:.0%}" for a, d in zip(row.accepted, row.drafted, strict=True) if d)
-    speed, gain = _spread(row.generation_tps, row.generation_tps_stdev), row.generation_tps / rows[0].generation_tps
+    speed = _with_deviation(row.generation_tps, row.generation_tps_stdev)
+    gain = row.generation_tps / without.generation_tps
     return f"{n:<8} {row.tokens_per_step:<12.2f} {speed:<19} {gain:<7.2f} {heads}".rstrip()
 
 
-def _spread(mean: float, deviation: float) -> str:
+def _with_deviation(mean: float, deviation: float) -> str:
     return f"{mean:.1f} ± {deviation:.1f}"
 
 
-def _numbers(text: str, option: str, least: int) -> list[int]:
+def _split_numbers(text: str, option: str, least: int) -> list[int]:
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:

@@ -101,7 +101,7 @@ def chat(
 
     view = open_view(reasoning_display=thinking, plain=plain, silent=json)
     if sys.platform == "darwin":  # where older versions kept them on every system
-        folders.adopt(Path.home() / ".local" / "share" / "stepgguf")
+        folders.adopt_data(Path.home() / ".local" / "share" / "stepgguf")
     folder = folders.sessions()
     last = next(iter(list_sessions(folder)), None) if continue_ else None
     if continue_ and last is None:
@@ -110,7 +110,6 @@ def chat(
     settings = {"system": system, "max_tokens": max_tokens, "reasoning_budget": reasoning_budget}
     options = loading.EngineOptions(
         ctx=ctx,
-        parallel=1,
         queue=0,
         gpu_layers=gpu_layers,
         threads=threads,

@@ -15,17 +15,16 @@ from rich.text import Text
 from stepgguf.cli import output
 from stepgguf.cli.destinations import Destination
 from stepgguf.cli.progress import ProgressMeter, layer_name
-from stepgguf.convert import budget, measure, pipeline
+from stepgguf.convert import budget, pipeline
 from stepgguf.convert.budget import Limits, Trunk
-from stepgguf.convert.fold import Line, fold
+from stepgguf.convert.fold import FoldedLine, fold_tensors
+from stepgguf.convert.measure import count_sampled_values
 from stepgguf.convert.plan import Options, Plan
 from stepgguf.convert.planner import plan_source
-from stepgguf.convert.sizes import inventory, with_near_sizes
-from stepgguf.convert.sources.checkpoint import Checkpoint
-from stepgguf.convert.sources.gguf_file import GGUFSource
+from stepgguf.convert.sizes import take_inventory, with_near_sizes
 from stepgguf.convert.sources.opening import open_source
 from stepgguf.convert.sources.source import TensorSource
-from stepgguf.convert.writer import Writer, is_taken, taken
+from stepgguf.convert.writer import Writer, is_taken, name_taken
 from stepgguf.errors import StepggufError, UnknownType
 from stepgguf.files.byte_sizes import readable_size
 from stepgguf.quants.recipe import Recipe
@@ -53,14 +52,12 @@ def choose_recipe(
     except UnknownType as error:
         try:
             with open_source(source) as opened:
-                raise with_near_sizes(error, inventory(opened)) from None
+                raise with_near_sizes(error, take_inventory(opened)) from None
         except StepggufError as other:
             raise other if isinstance(other, UnknownType) else error from None  # one thing at a time
 
 
-def make_plan(
-    source: Checkpoint | GGUFSource, dest: Path, options: Options, limits: Limits | None, how: RunOptions
-) -> Plan:
+def make_plan(source: TensorSource, dest: Path, options: Options, limits: Limits | None, how: RunOptions) -> Plan:
     """Plan a file; within a budget after measuring what each type loses, if there is a choice.
 
     A destination that is taken, and may not be, is refused before anything is measured.
@@ -71,16 +68,16 @@ def make_plan(
     if plan is not None:
         return plan
     if not (how.dry_run or how.overwrite) and is_taken(dest):
-        raise taken(dest)
+        raise name_taken(dest)
     trunk = price_trunk(source, dest, options, threads=how.threads, quiet=how.quiet)
     return budget.plan_within(limits, source, dest, options, trunk)
 
 
 def price_trunk(
-    source: Checkpoint | GGUFSource, dest: Path, options: Options, *, threads: int | None, quiet: bool = False
+    source: TensorSource, dest: Path, options: Options, *, threads: int | None, quiet: bool = False
 ) -> Trunk:
     """Measure what each type costs each tensor. Ctrl+C keeps what is measured and exits with 130."""
-    total = sum(measure.sampled(tensor.shape) for tensor in inventory(source).matrices)
+    total = sum(count_sampled_values(tensor.shape) for tensor in take_inventory(source).matrices)
     try:
         with ProgressMeter("measuring", 2 * total, quiet=quiet) as meter:  # bytes of BF16
             return budget.price(
@@ -88,7 +85,7 @@ def price_trunk(
                 dest,
                 options,
                 threads=threads,
-                progress=lambda tensor, kept: meter.add_bytes(2 * measure.sampled(tensor.shape), earlier=kept),
+                progress=lambda tensor, kept: meter.add_bytes(2 * count_sampled_values(tensor.shape), earlier=kept),
                 compiling=meter.note_compiling,
             )
     except KeyboardInterrupt:
@@ -152,7 +149,7 @@ class Conversion:
             layers[layer] = layers.get(layer, 0) + tensor.n_bytes
         try:
             with ProgressMeter(self.plan.type_name, self.plan.n_bytes, quiet=self.how.quiet, layers=layers) as meter:
-                pipeline.run(
+                pipeline.make_files(
                     self.source,
                     writer,
                     progress=meter.add_unit,
@@ -177,8 +174,8 @@ class Conversion:
             f"peak memory {readable_size(peak_rss())}"
         )
 
-    def _lines(self) -> list[Line]:
-        return fold((t.name, t.ggml_type.name, t.n_bytes, t.n_values, t.reason) for t in self.plan.tensors)
+    def _lines(self) -> list[FoldedLine]:
+        return fold_tensors((t.name, t.ggml_type.name, t.n_bytes, t.n_values, t.reason) for t in self.plan.tensors)
 
     def _table(self) -> list[Text]:
         plan = self.plan
@@ -213,7 +210,7 @@ def peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def _line_report(line: Line) -> dict[str, Any]:
+def _line_report(line: FoldedLine) -> dict[str, Any]:
     return {
         "layers": line.layers, "role": line.role, "count": line.count, "type": line.type, "bytes": line.n_bytes,
         "reason": line.reason,

@@ -38,17 +38,18 @@ def demo(
     from stepgguf.conversation.records import ChatSettings
     from stepgguf.conversation.session import Session
     from stepgguf.convert.plan import Options
-    from stepgguf.convert.planner import plan_checkpoint
+    from stepgguf.convert.planner import plan_source
     from stepgguf.convert.sources.checkpoint import Checkpoint
     from stepgguf.demo import CHECKPOINT
+    from stepgguf.quants.recipe_files import load_recipe
     from stepgguf.quants.type_names import check_name
 
     with tempfile.TemporaryDirectory(prefix="stepgguf-demo-") as folder:
-        options = Options(check_name(type), name="stepgguf demo")
+        options = Options(load_recipe(check_name(type)), name="stepgguf demo")
         path = keep or Path(folder) / f"demo-{options.recipe.name}.gguf"
         with Checkpoint(CHECKPOINT) as checkpoint:
             how = RunOptions(restart=True, overwrite=True)
-            conversion = Conversion(plan_checkpoint(checkpoint, path, options), checkpoint, how)
+            conversion = Conversion(plan_source(checkpoint, path, options), checkpoint, how)
             output.note(f"{conversion.plan_text()}\n")
             conversion.execute()
         with loading.open_engine(path, loading.EngineOptions(), command="chat", quiet=False) as engine:

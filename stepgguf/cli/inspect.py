@@ -28,10 +28,10 @@ def inspect(
     - `stepgguf inspect step-q4_k_s.gguf --json`
     """
     from stepgguf.cli import output
-    from stepgguf.convert.fold import fold
+    from stepgguf.convert.fold import fold_tensors
 
     contents, metadata, tensors = _checkpoint(path) if _is_checkpoint(path) else _gguf(path)
-    lines = fold(tensors)
+    lines = fold_tensors(tensors)
     n_bytes, n_values = sum(line.n_bytes for line in lines), sum(line.n_values for line in lines)
     summary = {
         "tensors": len(tensors),
@@ -76,8 +76,8 @@ def _gguf(path: Path) -> tuple[str, dict[str, Any], Tensors]:
 
 def gguf_contents(metadata: Mapping[str, Any], names: Sequence[str]) -> str:
     """What a GGUF holds, in a sentence."""
-    from stepgguf.convert.sources.gguf_file import ARCHITECTURE
-    from stepgguf.model.tensors import layer_of
+    from stepgguf.model.hparams import ARCHITECTURE
+    from stepgguf.model.names import TensorName
 
     kind, architecture = metadata.get("general.type", "model"), metadata.get("general.architecture")
     if kind != "model":
@@ -86,8 +86,8 @@ def gguf_contents(metadata: Mapping[str, Any], names: Sequence[str]) -> str:
         return f"a model of architecture {_short(architecture)}; stepgguf quantizes and runs {ARCHITECTURE} alone"
     if not names:
         return "metadata alone: no tensors"
-    mtp = {layer_of(name) for name in names if ".nextn." in name}
-    trunk = {layer for name in names if (layer := layer_of(name)) is not None} - mtp
+    mtp = {TensorName(name).layer for name in names if ".nextn." in name}
+    trunk = {layer for name in names if (layer := TensorName(name).layer) is not None} - mtp
     if mtp and not trunk:
         return f"{_count(len(mtp), 'MTP block')} alone, to be used with the file that holds the model's layers"
     return f"{_count(len(trunk), 'layer')} and {_count(len(mtp), 'MTP block')}"
@@ -96,7 +96,6 @@ def gguf_contents(metadata: Mapping[str, Any], names: Sequence[str]) -> str:
 def _checkpoint(path: Path) -> tuple[str, dict[str, Any], Tensors]:
     from stepgguf.cli import output
     from stepgguf.convert.sources.checkpoint import Checkpoint
-    from stepgguf.convert.sources.shards import DTYPE_BYTES
 
     with Checkpoint(path) as checkpoint:
         output.warn(checkpoint.notes)
@@ -108,10 +107,10 @@ def _checkpoint(path: Path) -> tuple[str, dict[str, Any], Tensors]:
             f"{'mtp ' if y.is_mtp else ''}{'moe' if y.is_moe else 'dense'} {'sliding' if y.is_sliding else 'full'}"
             for y in hp.layers
         ]
-        tensors = []
+        tensors: Tensors = []
         for spec in checkpoint.specs:
-            dtype, n = checkpoint.tensors[spec.source].dtype, math.prod(spec.shape)
-            tensors.append((spec.name, dtype, n * DTYPE_BYTES[dtype], n, ""))
+            stored = checkpoint.tensors[spec.source]
+            tensors.append((spec.name, stored.dtype, stored.n_bytes, math.prod(spec.shape), ""))
     contents = f"a checkpoint of {_count(hp.n_layer, 'layer')} and {_count(hp.n_mtp, 'MTP block')}"
     return contents, metadata, tensors
 

@@ -18,9 +18,9 @@ from stepgguf.cli import (
     convert,
     demo,
     doctor,
-    foreign,
     help,
     inspect,
+    llama_cpp_spellings,
     plan,
     quantize,
     recipes,
@@ -95,33 +95,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments  # accepted anywhere on the line
     arguments = [argument for argument in arguments if argument != "--debug"]
-    _write_anything()
+    _replace_unwritable()
     try:
-        code = _command(arguments)
+        code = _run_command(arguments)
         sys.stdout.flush()
-    except StepggufError as error:
-        if debug:
+    except (StepggufError, ModuleNotFoundError, OSError) as error:
+        explained = None if debug else _explain(error)
+        if explained is None:
             raise
-        return _refused(error.message, error.hint)
-    except ModuleNotFoundError as error:
-        extra = EXTRAS.get(error.name or "")
-        if debug or extra is None:
-            raise
-        return _refused(f"this needs {error.name}, which is not installed", installed.with_extra(extra))
-    except OSError as error:  # of files; what has more to say is a StepggufError by now
-        if debug:
-            raise
-        if error.filename is None and error.errno in (errno.EPIPE, errno.ENOSPC):  # of a file, it is named
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere
-            return 1 if error.errno == errno.EPIPE else _refused(f"standard output: {error.strerror}", None)
-        return _refused(f"{error.filename or 'a file'}: {error.strerror or error}", None)
+        return explained
     return code
 
 
-def _command(arguments: Sequence[str]) -> int:
-    other = foreign.answer(arguments)
-    if other is not None:
-        _refused(*other)
+def _run_command(arguments: Sequence[str]) -> int:
+    """Run one command; its exit code. Wrong usage has been explained on stderr."""
+    theirs = llama_cpp_spellings.explain_spelling(arguments)
+    if theirs is not None:
+        _show_error(*theirs)
         return 2
     try:
         app(args=arguments, prog_name="stepgguf")
@@ -130,14 +120,30 @@ def _command(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _refused(message: str, hint: str | None) -> int:
+def _explain(error: StepggufError | ModuleNotFoundError | OSError) -> int | None:
+    """Show what an error says and return the exit code; None for one that only its traceback explains."""
+    if isinstance(error, StepggufError):
+        return _show_error(error.message, error.hint)
+    if isinstance(error, ModuleNotFoundError):
+        extra = EXTRAS.get(error.name or "")
+        if extra is None:
+            return None
+        return _show_error(f"this needs {error.name}, which is not installed", installed.with_extra(extra))
+    if error.filename is None and error.errno in (errno.EPIPE, errno.ENOSPC):  # stdout's: a file would be named
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere
+        return 1 if error.errno == errno.EPIPE else _show_error(f"standard output: {error.strerror}", None)
+    return _show_error(f"{error.filename or 'a file'}: {error.strerror or error}", None)
+
+
+def _show_error(message: str, hint: str | None) -> int:
+    """Show an error and return the exit code of one."""
     from stepgguf.cli import output
 
     output.error(message, hint)
     return 1
 
 
-def _write_anything() -> None:
+def _replace_unwritable() -> None:
     """A terminal of another encoding shows a question mark for what it lacks."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

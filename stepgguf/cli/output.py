@@ -13,7 +13,7 @@ from rich.text import Text
 from stepgguf.files.byte_sizes import readable_size
 
 if TYPE_CHECKING:
-    from stepgguf.convert.fold import Line
+    from stepgguf.convert.fold import FoldedLine
 
 stdout = Console(highlight=False)
 stderr = Console(stderr=True, highlight=False)
@@ -52,12 +52,12 @@ def show(texts: Iterable[Text]) -> None:
         stdout.print(text, soft_wrap=True)
 
 
-def table(lines: Iterable[Line]) -> str:
+def table(lines: Iterable[FoldedLine]) -> str:
     """`columns` as plain text."""
     return "\n".join(text.plain for text in columns(lines))
 
 
-def columns(lines: Iterable[Line]) -> list[Text]:
+def columns(lines: Iterable[FoldedLine]) -> list[Text]:
     """Folded tensors, one a line: label, count, type, size, bits per weight, reason."""
     rows = [
         (

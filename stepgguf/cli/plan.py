@@ -72,7 +72,6 @@ def plan(
     from stepgguf.cli.converting import price_trunk
     from stepgguf.convert.budget import Limits, resolve
     from stepgguf.convert.plan import Options
-    from stepgguf.convert.sources.checkpoint import Checkpoint
     from stepgguf.convert.sources.opening import open_source
     from stepgguf.fit.memory import ContextParams
     from stepgguf.fit.planning import plan_for_machine
@@ -85,7 +84,7 @@ def plan(
     )
     context, target = ContextParams(ctx, parallel, mtp=mtp == "include"), _find_machine(machine)
     with open_source(source) as opened:
-        output.warn(opened.notes if isinstance(opened, Checkpoint) else ())
+        output.warn(opened.notes)
         price = (lambda: price_trunk(opened, Path("plan.gguf"), options, threads=threads)) if measure else None
         result = plan_for_machine(opened, target, context, names, price)
     if ctx > result.footprint.n_ctx_train:

@@ -22,9 +22,10 @@ from rich.progress import (
 
 from stepgguf.cli import output
 from stepgguf.files.byte_sizes import readable_size
+from stepgguf.model.names import TensorName
 
 if TYPE_CHECKING:
-    from stepgguf.convert.pipeline import Done
+    from stepgguf.convert.pipeline import UnitProgress
 
 PLAIN_SECONDS = 5.0  # between two plain progress lines
 
@@ -65,7 +66,7 @@ class ProgressMeter:
         if self.live is not None:
             self.live.stop()
 
-    def add_unit(self, done: Done) -> None:
+    def add_unit(self, done: UnitProgress) -> None:
         """Count a finished unit of a conversion, and show its layer."""
         layer = layer_name(done.tensor.name)
         self._seen[layer] = self._seen.get(layer, 0) + done.n_bytes
@@ -113,7 +114,8 @@ class ProgressMeter:
 
 def layer_name(tensor: str) -> str:
     """The layer that a tensor is shown under: "blk.7", or "other tensors" outside the layers."""
-    return ".".join(tensor.split(".")[:2]) if tensor.startswith("blk.") else "other tensors"
+    layer = TensorName(tensor).layer
+    return "other tensors" if layer is None else f"blk.{layer}"
 
 
 def _live_bars() -> Progress:

@@ -83,8 +83,8 @@ def quantize(
 def _refuse_type_as_dest(source: Path, dest: Destination) -> None:
     """OutputError for `quantize SRC TYPE`, as llama-quantize allows it: here it would become a file's name."""
     from stepgguf.errors import OutputError
-    from stepgguf.quants.mixtures import BASE
+    from stepgguf.quants.mixtures import BASE_TYPES
 
-    if dest.text.upper() in BASE and not dest.is_folder:
+    if dest.text.upper() in BASE_TYPES and not dest.is_folder:
         command = ["stepgguf", "quantize", str(source), f"{source.stem}-{dest.text}.gguf", "--type", dest.text]
         raise OutputError(f"{dest.text} is a type; the name of the file to write is missing", hint=shlex.join(command))

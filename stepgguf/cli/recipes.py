@@ -22,15 +22,15 @@ def recipes(
     - `stepgguf convert Step-3.5-Flash/ step.gguf --type mine.toml --dry-run`
     """
     from stepgguf.cli import output
-    from stepgguf.quants import recipe
     from stepgguf.quants import type_names as typenames
+    from stepgguf.quants.recipe_files import shipped_descriptions, shipped_text
 
-    known = recipe.shipped()
+    known = shipped_descriptions()
     if name is None:
         output.lines(f"{each:<8} {description}" for each, description in known.items())
         output.note("Print one with: stepgguf recipes NAME")
     elif name.lower() in known:
-        sys.stdout.write(recipe.shipped_text(name.lower()))
+        sys.stdout.write(shipped_text(name.lower()))
     else:
         guess = typenames.did_you_mean(name, known)
         raise typer.BadParameter(f"{name!r} is not one of {', '.join(known)}{guess}", param_hint="NAME")

@@ -43,13 +43,13 @@ def report(
     from stepgguf.files import disk
     from stepgguf.files.disk import disk_errors
     from stepgguf.report import figures, measured
-    from stepgguf.report.page import render
+    from stepgguf.report.page import render_page
 
-    subject = measured.read(path)
+    subject = measured.read_file(path)
     target = page.file(f"{path.name}.report") if page else path.with_name(f"{path.name}.report.html")
     if target.exists() and not overwrite:
         raise OutputError(f"{target} exists", hint="Choose another name with -o or replace it with --overwrite.")
-    text = render(subject)
+    text = render_page(subject)
     if page is not None:
         page.make_folder()
     with disk_errors(target):

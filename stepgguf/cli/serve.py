@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import re
 import socket
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from stepgguf.chat.template import CLOSING_WORDS
 from stepgguf.cli import arguments, loading
 from stepgguf.runtime.engine import DEFAULT_CACHE_RAM
+
+if TYPE_CHECKING:
+    from stepgguf.runtime.engine import ModelInfo
 
 
 def serve(
@@ -81,10 +83,54 @@ def serve(
     """
     from stepgguf.chat.exchange import ChatModel
     from stepgguf.chat.request import EFFORTS
-    from stepgguf.cli import addresses, output
     from stepgguf.server.app import create_app
     from stepgguf.server.config import ServerConfig
     from stepgguf.server.http import listen
+    from stepgguf.server.http.addresses import bind_socket
+
+    _check_exposure(host, api_key, no_key)
+    for name in allowed_host or ():
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise typer.BadParameter(f"expected a name such as spark.lan, found {name!r}", param_hint="--allowed-host")
+    options = loading.EngineOptions(
+        ctx=ctx,
+        parallel=parallel,
+        queue=queue,
+        gpu_layers=gpu_layers,
+        threads=threads,
+        draft=draft,
+        mmap=mmap,
+        cache_ram=cache_ram,
+        cache_folder=cache_folder,
+        engine=engine,
+        rpc=tuple(rpc or ()),
+        mtp_file=mtp_file,
+        force=force,
+    )
+    config = ServerConfig(
+        model_ids=(path.stem, *(alias or ())),
+        host=host,
+        allowed_hosts=tuple(allowed_host or ()),
+        strict=strict,
+        api_key=api_key,
+        cors_origins=tuple(cors or ()),
+        efforts={**EFFORTS, "low": low, "medium": medium},
+    )
+    with (
+        bind_socket(host, port) as listener,
+        loading.open_engine(path, options, command="serve", quiet=quiet) as opened,
+    ):
+        app = create_app(ChatModel(opened, closing_message=closing_message, break_loops=loop_breaker), config)
+        if not quiet:
+            _announce(opened.info, parallel, listener)
+        logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(asctime)s %(message)s")
+        listen.serve(app, listener, opened, host=host)
+        if not opened.stats().alive:
+            raise typer.Exit(1)
+
+
+def _check_exposure(host: str, api_key: str | None, no_key: bool) -> None:
+    """typer.BadParameter for an empty key, and for serving other machines without one unless that is meant."""
     from stepgguf.server.middleware.guard import is_loopback
 
     if not is_loopback(host) and api_key is None and not no_key:
@@ -92,59 +138,17 @@ def serve(
             f"{host} can be reached from other machines: set --api-key or STEPGGUF_API_KEY, or say --no-key",
             param_hint="--host",
         )
-    for name in allowed_host or ():
-        if not re.fullmatch(r"[\w.-]+", name):
-            raise typer.BadParameter(f"expected a name such as spark.lan, found {name!r}", param_hint="--allowed-host")
     if api_key == "":
         raise typer.BadParameter("the key is empty", param_hint="--api-key")
-    options = loading.EngineOptions(
-        ctx,
-        parallel,
-        queue,
-        gpu_layers,
-        threads,
-        draft,
-        mmap,
-        cache_ram,
-        cache_folder,
-        engine,
-        tuple(rpc or ()),
-        mtp_file=mtp_file,
-        force=force,
-    )
-    with _bound(host, port) as listener, loading.open_engine(path, options, command="serve", quiet=quiet) as opened:
-        config = ServerConfig(
-            model_ids=(path.stem, *(alias or ())),
-            host=host,
-            allowed_hosts=tuple(allowed_host or ()),
-            strict=strict,
-            api_key=api_key,
-            cors_origins=tuple(cors or ()),
-            efforts={**EFFORTS, "low": low, "medium": medium},
-        )
-        app = create_app(ChatModel(opened, closing_message=closing_message, break_loops=loop_breaker), config)
-        if not quiet:
-            first, *others = addresses.reachable(*listener.getsockname()[:2])
-            output.note(f"{opened.info.name} at {first}, {parallel} at once in {opened.info.n_ctx} tokens")
-            for other in others:
-                output.note(f"also at {other}")
-        logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(asctime)s %(message)s")
-        listen.serve(app, listener, opened, host=host)
-        if not opened.stats().alive:
-            raise typer.Exit(1)
 
 
-def _bound(host: str, port: int) -> socket.socket:
-    """The port, taken before a large file is loaded. Connections are refused until it is."""
-    from stepgguf.errors import EngineError
+def _announce(model: ModelInfo, parallel: int, listener: socket.socket) -> None:
+    """Say what is served and where: one line for each URL."""
+    from stepgguf.cli import output
+    from stepgguf.server.http.addresses import reachable_urls
 
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with contextlib.ExitStack() as undo:
-            listener = undo.enter_context(socket.socket(family, kind, protocol))
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            undo.pop_all()
-    except OSError as error:
-        raise EngineError(f"cannot listen on {host}:{port}: {error.strerror}", hint="Choose another --port.") from error
-    return listener
+    first, *others = reachable_urls(*listener.getsockname()[:2])
+    requests = f"{parallel} request{'s' * (parallel > 1)}"
+    output.note(f"{model.name} at {first}: {model.n_ctx:,} tokens of context, up to {requests} at the same time")
+    for other in others:
+        output.note(f"also at {other}")

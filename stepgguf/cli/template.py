@@ -44,7 +44,7 @@ def template(
         rewrite.restore_chat_template(path)
         output.note(f"{path}: the chat template is the one that the file was made with")
     elif jinja is None:
-        sys.stdout.write(rewrite.chat_template(path))
+        sys.stdout.write(rewrite.read_chat_template(path))
     else:
         text = read_template(jinja)
         rewrite.replace_chat_template(path, text)

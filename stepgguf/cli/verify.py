@@ -50,6 +50,7 @@ def verify(
     from stepgguf.convert.sources.opening import open_source
     from stepgguf.convert.sources.splits import read_headers
     from stepgguf.convert.verify import verify_manifest, verify_source
+    from stepgguf.quants.recipe_files import load_recipe
 
     importance = arguments.read_importance(imatrix, imatrix_prior)
     tensors = [tensor for header in read_headers(path) for tensor in header.tensors]
@@ -59,7 +60,7 @@ def verify(
         if against is None:
             report = verify_manifest(path, meter.add_bytes)
         else:
-            options = Options("F32", mtp, allow_requantize=True, importance=importance)
+            options = Options(load_recipe("F32"), mtp, allow_requantize=True, importance=importance)
             with open_source(against) as source:
                 plan = plan_source(source, path, options)
                 report = verify_source(path, plan, source, 1.0 if all else sample, meter.add_bytes)

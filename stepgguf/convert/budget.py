@@ -23,14 +23,14 @@ from stepgguf.convert.pipeline import Compiling
 from stepgguf.convert.plan import Options, Plan, PlannedTensor
 from stepgguf.convert.planner import plan_source
 from stepgguf.convert.sizes import Inventory
-from stepgguf.convert.sources.checkpoint import Checkpoint
-from stepgguf.convert.sources.gguf_file import GGUFSource
+from stepgguf.convert.sources.source import TensorSource
 from stepgguf.errors import DoesNotFit, RecipeError
 from stepgguf.files.byte_sizes import readable_size, size_word
-from stepgguf.quants import mixtures, recipe
-from stepgguf.quants.allocate import Item, Option, solve
-from stepgguf.quants.mixtures import Candidate, Choice
+from stepgguf.quants.allocate import TensorOptions, TypeOption, allocate_bytes
+from stepgguf.quants.mixtures import Candidate, TypeChoice
 from stepgguf.quants.recipe import Recipe
+from stepgguf.quants.recipe_files import load_recipe
+from stepgguf.quants.types import bits_per_weight, fitting_type
 
 _HEADER = 16 * 2**20  # bytes; published headers have 10 MB
 REASON = "least loss in the budget"
@@ -62,11 +62,11 @@ def resolve(type_name: str | None, limits: Limits | None, default: str) -> tuple
     RecipeError for a stock mixture with a budget, which would leave nothing of it.
     """
     if limits is None:
-        chosen = recipe.load(default if type_name is None else type_name)
+        chosen = load_recipe(default if type_name is None else type_name)
         return chosen, Limits(bpw=chosen.bpw) if chosen.bpw is not None else None
     if type_name is None:
         return Recipe(limits.name, "", limits.name, "", ()), limits
-    chosen = recipe.load(type_name)
+    chosen = load_recipe(type_name)
     if chosen.is_stock:
         raise RecipeError(
             f"{chosen.name} says the type of every tensor, and so does a budget ({limits.name})",
@@ -79,7 +79,7 @@ def resolve(type_name: str | None, limits: Limits | None, default: str) -> tuple
 class Trunk:
     """What the trunk's types cost. items: of each tensor. sketch: the draft plan, n_bytes of which are the trunk's."""
 
-    items: Sequence[Item]
+    items: Sequence[TensorOptions]
     sketch: Plan
     n_bytes: int
 
@@ -112,7 +112,7 @@ class Trunk:
 
     def choose(self, room: float, read_bytes: float = math.inf) -> dict[str, GGMLQuantizationType]:
         """Name -> type at the least cost. DoesNotFit if there is none."""
-        found = solve(self.items, max_bytes=room, max_read_bytes=read_bytes)
+        found = allocate_bytes(self.items, max_bytes=room, max_read_bytes=read_bytes)
         return {item.name: option.ggml_type for item, option in zip(self.items, found.options, strict=True)}
 
     def loss(self, types: Mapping[str, GGMLQuantizationType]) -> float | None:
@@ -122,12 +122,12 @@ class Trunk:
         return math.fsum(known) if len(known) == len(costs) else None
 
 
-def plan_within(limits: Limits, source: Checkpoint | GGUFSource, dest: Path, options: Options, trunk: Trunk) -> Plan:
+def plan_within(limits: Limits, source: TensorSource, dest: Path, options: Options, trunk: Trunk) -> Plan:
     """The plan whose types cost least within the budget, by `price` for the same options, if `settled` left it open."""
     room = trunk.room(limits)
     while True:
         types = trunk.choose(room, math.inf if limits.read_bytes is None else limits.read_bytes)
-        allocated = {name: Choice(kind, REASON) for name, kind in types.items()}
+        allocated = {name: TypeChoice(ggml_type, REASON) for name, ggml_type in types.items()}
         plan = plan_source(source, dest, replace(options, allocated=allocated))
         excess = 0 if limits.n_bytes is None else plan.file_bytes - limits.n_bytes
         if excess <= 0:
@@ -136,9 +136,9 @@ def plan_within(limits: Limits, source: Checkpoint | GGUFSource, dest: Path, opt
     return plan if options.importance is not None else replace(plan, warnings=(*plan.warnings, UNIFORM))
 
 
-def settled(limits: Limits, source: Checkpoint | GGUFSource, dest: Path, options: Options) -> Plan | None:
+def settled(limits: Limits, source: TensorSource, dest: Path, options: Options) -> Plan | None:
     """The plan if nothing has to be measured for it: the largest types fit. DoesNotFit if not even the smallest do."""
-    model = sizes.inventory(source)
+    model = sizes.take_inventory(source)
     smallest = _extreme(min, model, source, dest, options)
     if not _holds(limits, smallest, model):
         token = (
@@ -152,10 +152,9 @@ def settled(limits: Limits, source: Checkpoint | GGUFSource, dest: Path, options
     largest = _extreme(max, model, source, dest, options)
     if not _holds(limits, largest, model):
         return None
-    kinds = ", ".join(sorted({t.ggml_type.name for t in largest.tensors if t.reason == REASON}))
-    note = (
-        f"the budget holds the largest types that it chooses from ({kinds}, {readable_size(largest.file_bytes)} in all)"
-    )
+    types = ", ".join(sorted({t.ggml_type.name for t in largest.tensors if t.reason == REASON}))
+    in_all = readable_size(largest.file_bytes)
+    note = f"the budget holds the largest types that it chooses from ({types}, {in_all} in all)"
     return replace(largest, warnings=(*largest.warnings, note))
 
 
@@ -166,35 +165,37 @@ def extreme_types(
 
     has_imatrix: whether there shall be an importance matrix for all tensors; None: what the options have.
     """
-    types = {}
+    types: dict[str, GGMLQuantizationType] = {}
     for c in model.matrices:
         if not _is_open(c, model, options):
             continue
-        kinds = measure.candidates(c.name, c.shape, options.importance, has_imatrix=has_imatrix)
-        floor = options.recipe.floor(c, model.facts)
+        possible = measure.possible_types(c.name, c.shape, options.importance, has_imatrix=has_imatrix)
+        floor = options.recipe.floor_type(c, model.facts)
         if floor is not None:
-            least = recipe.bits_per_weight(floor)
-            kinds = {kind for kind in kinds if recipe.bits_per_weight(kind) >= least} or {floor}
-        types[c.name] = pick(kinds, key=recipe.bits_per_weight)
+            least = bits_per_weight(floor)
+            possible = {each for each in possible if bits_per_weight(each) >= least} or {floor}
+        types[c.name] = pick(possible, key=bits_per_weight)
     return types
 
 
 def smallest_size(model: Inventory, *, mtp: bool, has_imatrix: bool) -> int:
     """Bytes of a file with the smallest types that a budget chooses, whatever its vocabulary."""
     types = extreme_types(min, model, Options(resolve(None, Limits(1), "")[0]), has_imatrix=has_imatrix)
-    heads = {t.name: _q8_0(t.shape) for t in model.tensors if model.is_mtp(t) and t.name in model.quantizable}
-    return model.with_types(types | heads, mtp=mtp).total + _HEADER
+    heads = {t.name: _q8_0(t.shape) for t in model.tensors if t.is_mtp and t.is_quantizable}
+    return model.sizes_with(types | heads, mtp=mtp).total + _HEADER
 
 
 def _extreme(
     pick: Callable[..., GGMLQuantizationType],
     model: Inventory,
-    source: Checkpoint | GGUFSource,
+    source: TensorSource,
     dest: Path,
     options: Options,
 ) -> Plan:
     types = extreme_types(pick, model, options)
-    return plan_source(source, dest, replace(options, allocated={n: Choice(kind, REASON) for n, kind in types.items()}))
+    return plan_source(
+        source, dest, replace(options, allocated={n: TypeChoice(ggml_type, REASON) for n, ggml_type in types.items()})
+    )
 
 
 def _holds(limits: Limits, plan: Plan, model: Inventory) -> bool:
@@ -207,20 +208,22 @@ def _holds(limits: Limits, plan: Plan, model: Inventory) -> bool:
 
 def _read_bytes(plan: Plan, model: Inventory) -> float:
     """Of the trunk, for one token."""
-    trunk = {t.name for t in model.tensors if not model.is_mtp(t)}
+    trunk = {t.name for t in model.tensors if not t.is_mtp}
     shares = {t.name: t.n_bytes * objective.read_share(t, model.routing) for t in plan.tensors if t.name in trunk}
     return math.fsum(shares.values())
 
 
-def draft(source: Checkpoint | GGUFSource, dest: Path, options: Options) -> Plan:
+def draft(source: TensorSource, dest: Path, options: Options) -> Plan:
     """The plan with all that no rule decides as Q8_0, in one file (and one of MTP blocks, if they are separate)."""
-    model = sizes.inventory(source)
-    open_ = {c.name: Choice(_q8_0(c.shape), "draft") for c in model.matrices if _is_open(c, model, options)}
+    model = sizes.take_inventory(source)
+    open_: dict[str, TypeChoice] = {
+        c.name: TypeChoice(_q8_0(c.shape), "draft") for c in model.matrices if _is_open(c, model, options)
+    }
     return plan_source(source, dest, replace(options, allocated=open_, split_max_size=None))
 
 
 def price(
-    source: Checkpoint | GGUFSource,
+    source: TensorSource,
     dest: Path,
     options: Options,
     *,
@@ -230,16 +233,17 @@ def price(
 ) -> Trunk:
     """Measure what every type that the options leave to each tensor would cost."""
     sketch = draft(source, dest, options)
-    model = sizes.inventory(source)
-    names, importance = {t.name for t in model.tensors if not model.is_mtp(t)}, options.importance
+    model = sizes.take_inventory(source)
+    names, importance = {t.name for t in model.tensors if not t.is_mtp}, options.importance
+    quantizable = {t.name for t in model.matrices}
     trunk = [tensor for tensor in sketch.files[0].tensors if tensor.name in names]
-    matrices = [replace(t, ggml_type=_q8_0(t.shape)) for t in trunk if t.name in model.quantizable]
+    matrices = [tensor for tensor in trunk if tensor.name in quantizable]
     cache = measure.cache_path(source, importance)
-    measured = measure.measure(
+    measured = measure.measure_errors(
         source, matrices, cache, importance=importance, threads=threads, progress=progress, compiling=compiling
     )
-    priced = {item.name: item for item in objective.items(matrices, measured, model.routing, importance)}
-    open_ = {c.name: options.recipe.floor(c, model.facts) for c in model.matrices if _is_open(c, model, options)}
+    priced = {item.name: item for item in objective.allocation_items(matrices, measured, model.routing, importance)}
+    open_ = {c.name: options.recipe.floor_type(c, model.facts) for c in model.matrices if _is_open(c, model, options)}
     items = [
         _above(priced[t.name], open_[t.name], t)
         if t.name in open_
@@ -249,25 +253,25 @@ def price(
     return Trunk(items, sketch, sum(tensor.n_bytes for tensor in trunk))
 
 
-def _above(item: Item, floor: GGMLQuantizationType | None, tensor: PlannedTensor) -> Item:
+def _above(item: TensorOptions, floor: GGMLQuantizationType | None, tensor: PlannedTensor) -> TensorOptions:
     """Without types of fewer bits than the floor; the floor itself if that leaves none."""
     if floor is None:
         return item
-    least = recipe.bits_per_weight(floor)
-    options = tuple(o for o in item.options if recipe.bits_per_weight(o.ggml_type) >= least)
-    return replace(item, options=options or (Option(floor, replace(tensor, ggml_type=floor).n_bytes, 0.0),))
+    least = bits_per_weight(floor)
+    options = tuple(o for o in item.options if bits_per_weight(o.ggml_type) >= least)
+    return replace(item, options=options or (TypeOption(floor, tensor.bytes_as(floor), 0.0),))
 
 
-def _fixed(tensor: PlannedTensor, priced: Item | None, read_share: float) -> Item:
+def _fixed(tensor: PlannedTensor, priced: TensorOptions | None, read_share: float) -> TensorOptions:
     """One option; its cost counts where it is known."""
     options = priced.options if priced is not None else ()
     cost = next((option.cost for option in options if option.ggml_type == tensor.ggml_type), 0.0)
-    return Item(tensor.name, (Option(tensor.ggml_type, tensor.n_bytes, cost),), read_share)
+    return TensorOptions(tensor.name, (TypeOption(tensor.ggml_type, tensor.n_bytes, cost),), read_share)
 
 
 def _is_open(candidate: Candidate, model: Inventory, options: Options) -> bool:
-    return options.recipe.fixed(candidate, model.facts) is None
+    return options.recipe.fixed_type(candidate, model.facts) is None
 
 
 def _q8_0(shape: tuple[int, ...]) -> GGMLQuantizationType:
-    return mixtures.fallback(GGMLQuantizationType.Q8_0, shape[-1])
+    return fitting_type(GGMLQuantizationType.Q8_0, shape[-1])

@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 from gguf import GGUFValueType, Keys, Metadata
 
-from stepgguf.convert.sources.hub import HUB, Origin
+from stepgguf.convert.sources.hub import HUB, ModelOrigin
 from stepgguf.files import disk
 from stepgguf.files.gguf_header import Key
 
@@ -52,7 +52,7 @@ _MODELS = {"base_model": ("base_model", "base_models"), "dataset": ("datasets", 
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
+class ModelCard:
     """`name` is general.name. `keys` are the other general.* keys."""
 
     name: str
@@ -60,30 +60,30 @@ class Card:
     warnings: tuple[str, ...]
 
 
-def read_card(folder: Path, config: Mapping[str, Any], origin: Origin) -> Card:
-    """What a checkpoint says about itself."""
-    matter, warnings = _front_matter(folder / "README.md")
+def read_card(folder: Path, config: Mapping[str, Any], origin: ModelOrigin) -> ModelCard:
+    """What a checkpoint says about itself: its name, and keys."""
+    front_matter, warnings = _front_matter(folder / "README.md")
     loaded = config.get("_name_or_path")
     loaded = loaded if isinstance(loaded, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", loaded) else None
-    itself = origin.id
-    if itself is None and loaded is not None and loaded.split("/")[1].casefold() == origin.name.casefold():
-        itself = loaded
-    texts = {key: text for key, names in _TEXTS.items() if (text := _text(matter, names))}
-    if itself is not None:
-        texts.setdefault(General.ORGANIZATION, _title(itself.split("/")[0]))
-        texts.setdefault(General.SOURCE_REPO_URL, f"{HUB}/{itself}")
+    own_id = origin.hub_id
+    if own_id is None and loaded is not None and loaded.split("/")[1].casefold() == origin.name.casefold():
+        own_id = loaded
+    texts = {key: text for key, names in _TEXTS.items() if (text := _first_text(front_matter, names))}
+    if own_id is not None:
+        texts.setdefault(General.ORGANIZATION, _spell_title(own_id.split("/")[0]))
+        texts.setdefault(General.SOURCE_REPO_URL, f"{HUB}/{own_id}")
     if General.SOURCE_REPO_URL in texts:
         texts[General.REPO_URL] = texts[General.SOURCE_REPO_URL]
     keys = [Key.of(key, text, V.STRING) for key, text in texts.items()]
-    for kind, names in _MODELS.items():
-        models = _list(matter, names[:1]) or _list(matter, names[1:])
-        if not models and kind == "base_model" and loaded is not None and loaded != itself:
+    for relation, names in _MODELS.items():
+        models = _all_texts(front_matter, names[:1]) or _all_texts(front_matter, names[1:])
+        if not models and relation == "base_model" and loaded is not None and loaded != own_id:
             models = [loaded]
-        keys += _model_keys(kind, models)
+        keys += _model_keys(relation, models)
     for key, names in _LISTS.items():
-        if items := _list(matter, names):
+        if items := _all_texts(front_matter, names):
             keys.append(Key.of(key, items, V.ARRAY, V.STRING))
-    return Card(_text(matter, _NAMES) or origin.name, tuple(keys), tuple(warnings))
+    return ModelCard(_first_text(front_matter, _NAMES) or origin.name, tuple(keys), tuple(warnings))
 
 
 def _front_matter(path: Path) -> tuple[dict[str, Any], list[str]]:
@@ -109,45 +109,45 @@ def _front_matter(path: Path) -> tuple[dict[str, Any], list[str]]:
     return found if isinstance(found, dict) else {}, []
 
 
-def _text(matter: Mapping[str, Any], names: Sequence[str]) -> str | None:
+def _first_text(front_matter: Mapping[str, Any], names: Sequence[str]) -> str | None:
     """The first of these keys that says something; several values (licences) are joined by commas."""
     for name in names:
-        if items := _list(matter, (name,)):
+        if items := _all_texts(front_matter, (name,)):
             return ",".join(items)
     return None
 
 
-def _list(matter: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+def _all_texts(front_matter: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     """The texts of these keys, each of which may have one or a list."""
-    found = [value for name in names for value in (_items(matter.get(name)))]
+    found = [value for name in names for value in (_as_list(front_matter.get(name)))]
     texts = [item.encode("utf-8", "replace").decode().strip() for item in found if isinstance(item, str)]
     return [text for text in texts if text not in ("", "null", "~")][:_MAX_ITEMS]
 
 
-def _title(word: str) -> str:
+def _spell_title(word: str) -> str:
     """An id's part as gguf-py spells names."""
     return str(Metadata.id_to_title(word))  # type: ignore[no-untyped-call]
 
 
-def _items(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _model_keys(kind: str, models: Sequence[str]) -> Iterator[Key]:
+def _model_keys(relation: str, models: Sequence[str]) -> Iterator[Key]:
     """general.base_model.* or general.dataset.*: how many, and of each what its id or its address says."""
     if not models:
         return
-    yield Key.of(f"general.{kind}.count", len(models), V.UINT32)
+    yield Key.of(f"general.{relation}.count", len(models), V.UINT32)
     for i, model in enumerate(models):
         url = re.match(rf"{HUB}/(?:datasets/)?([^/\s]+/[^/\s]+)/?$", model)
         name, organization, _, _, version, _ = Metadata.get_model_id_components(url[1] if url else model)
         if "://" in model and not url:
-            yield Key.of(f"general.{kind}.{i}.repo_url", model, V.STRING)
+            yield Key.of(f"general.{relation}.{i}.repo_url", model, V.STRING)
             continue
         said = {
-            "name": _title(name) if name else None,
-            "organization": _title(organization) if organization else None,
+            "name": _spell_title(name) if name else None,
+            "organization": _spell_title(organization) if organization else None,
             "version": version,
             "repo_url": model if url else f"{HUB}/{model}" if organization and name else None,
         }
-        yield from (Key.of(f"general.{kind}.{i}.{key}", text, V.STRING) for key, text in said.items() if text)
+        yield from (Key.of(f"general.{relation}.{i}.{key}", text, V.STRING) for key, text in said.items() if text)

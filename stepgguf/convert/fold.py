@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from stepgguf.model.tensors import layer_of
+from stepgguf.model.names import TensorName
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class FoldedLine:
     """`layers` is "3-44" or "3-4,7,10"; empty outside the layers."""
 
     layers: str
@@ -25,16 +25,15 @@ class Line:
         return f"blk.{self.layers} {self.role}" if self.layers else self.role
 
 
-def fold(tensors: Iterable[tuple[str, str, int, int, str]]) -> list[Line]:
+def fold_tensors(tensors: Iterable[tuple[str, str, int, int, str]]) -> list[FoldedLine]:
     """Lines from (name, type, bytes, values, reason), in order of first appearance."""
-    groups: dict[tuple[str, str, str, bool], list[tuple[str, int, int]]] = {}
+    groups: dict[tuple[str, str, str, bool], list[tuple[TensorName, int, int]]] = {}
     for name, kind, n_bytes, n_values, reason in tensors:
-        in_layer = name.startswith("blk.")
-        role = ".".join(name.split(".")[2 if in_layer else 0 : -1])
-        groups.setdefault((role, kind, reason, in_layer), []).append((name, n_bytes, n_values))
+        parsed = TensorName(name)
+        groups.setdefault((parsed.stem, kind, reason, parsed.layer is not None), []).append((parsed, n_bytes, n_values))
     return [
-        Line(
-            layers=ranges([layer for name, _, _ in members if (layer := layer_of(name)) is not None]),
+        FoldedLine(
+            layers=format_ranges([layer for name, _, _ in members if (layer := name.layer) is not None]),
             role=role,
             count=len(members),
             type=kind,
@@ -46,7 +45,7 @@ def fold(tensors: Iterable[tuple[str, str, int, int, str]]) -> list[Line]:
     ]
 
 
-def ranges(numbers: Sequence[int]) -> str:
+def format_ranges(numbers: Sequence[int]) -> str:
     """[3, 4, 5, 7] -> "3-5,7"."""
     parts: list[list[int]] = []
     for number in sorted(numbers):

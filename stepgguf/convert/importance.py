@@ -11,12 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepgguf.errors import ImatrixError
-from stepgguf.model.tensors import layer_of, role_of
+from stepgguf.model.names import TensorName
 from stepgguf.quants import imatrix
 from stepgguf.quants.imatrix import Imatrix, ImatrixEntry, WantedTensor, channel_importance, read_imatrix
 
 _KEPT = 16  # tensors whose rows are kept: 5 MB each at real size, and units come in file order
-
 
 Shape = tuple[int, ...]
 
@@ -40,25 +39,29 @@ class Importance:
         return cls(read_imatrix(path), prior)
 
     def has(self, name: str, shape: Shape) -> bool:
+        """Whether calibration saw the tensor."""
         return self._entry(name, shape) is not None
 
     def rows(self, name: str, shape: Shape) -> NDArray[np.float32] | None:
-        """[n_expert, columns]; of a dense tensor [1, columns]; None without data: then all channels count alike."""
+        """E[x^2] of each expert's input channels, [n_expert, columns]; of a dense tensor [1, columns].
+
+        None without data: then all channels count alike.
+        """
         return self._rows(name, shape)
 
     def counts(self, name: str, shape: Shape) -> NDArray[np.float32] | None:
-        """Calibration tokens that each expert saw, if the file says so."""
+        """Calibration tokens that each expert saw, [n_expert]. None if the file does not say it."""
         entry = self._entry(name, shape)
         return entry.counts if entry is not None and entry.counted else None
 
     def identity(self) -> str:
-        """What tells this from other importance: prior, name, size and time of the file."""
+        """A digest of the prior and of the file's name, size and time, to tell this from other importance."""
         status = self.path.stat()
         mark = f"{self.prior} {self.path.name} {status.st_size} {status.st_mtime_ns}"
         return hashlib.sha256(mark.encode()).hexdigest()
 
-    def described(self) -> dict[str, Any]:
-        """For the manifest."""
+    def manifest_field(self) -> dict[str, Any]:
+        """Where the importance came from, as the manifest says it."""
         return {"file": self.path.name, "prior": self.prior, "datasets": list(self.source.datasets)}
 
     def _entry(self, name: str, shape: Shape) -> ImatrixEntry | None:
@@ -70,6 +73,6 @@ class Importance:
 
 
 def wanted_tensor(name: str, shape: Shape, *, is_mtp: bool = False) -> WantedTensor:
-    """A tensor as importance matrices know it."""
-    n_matrix = shape[0] if len(shape) == 3 else 1
-    return WantedTensor(name, role_of(name), layer_of(name), n_matrix, shape[-1], is_mtp)
+    """A GGUF tensor as importance matrices know it."""
+    n_matrix, parsed = shape[0] if len(shape) == 3 else 1, TensorName(name)
+    return WantedTensor(name, parsed.role, parsed.layer, n_matrix, shape[-1], is_mtp)

@@ -2,7 +2,7 @@
 
     line 1      JSON: what must be the same for a run to be resumed
     then        64 bytes for each finished unit: number u32, crc32 of number and the rest u32, sha256 of the unit's
-                bytes, its codec.Loss 3 x f64 (NaN where nothing was encoded)
+                bytes, its kernels.Loss 3 x f64 (NaN where nothing was encoded)
 
 A unit is entered after its bytes have reached the disk, so neither kill -9 nor a power cut leaves an entry without its
 bytes. A journal is held while it is open (disk.hold): of two processes that make the same files one gets it.
@@ -22,16 +22,17 @@ from typing import Any
 
 from stepgguf.errors import OutputError
 from stepgguf.files import disk, jsonread
-from stepgguf.quants.codec import Loss
+from stepgguf.quants.kernels import Loss
 
-_RECORD = struct.Struct("<II56s")
-_MADE = struct.Struct("<32s3d")
-_MAX_HEAD = 2**20
+_RECORD = struct.Struct("<II56s")  # number, crc32, _UNIT
+_UNIT = struct.Struct("<32s3d")  # sha256, loss
+RECORD_BYTES = _RECORD.size
+_MAX_HEAD = 2**20  # of the first line: a checkpoint of a hundred shards has 10 KB of identities
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
-    """A finished unit: the sha256 of its bytes, and what encoding them lost (None: nothing was encoded)."""
+class FinishedUnit:
+    """What is known of a unit whose bytes are written: their sha256, and what encoding lost (None: copied)."""
 
     digest: bytes
     loss: Loss | None
@@ -45,12 +46,12 @@ class Journal:
         self.fd = disk.hold(path, make=True)
         self._end = 0
 
-    def read(self, n_units: int) -> tuple[dict[str, Any], dict[int, Made]] | None:
+    def read_finished(self, n_units: int) -> tuple[dict[str, Any], dict[int, FinishedUnit]] | None:
         """The first line, and the units that were entered; None if there is no whole first line.
 
         What follows a damaged entry does not count.
         """
-        content = bytearray(min(os.fstat(self.fd).st_size, _MAX_HEAD + n_units * _RECORD.size))
+        content = bytearray(min(os.fstat(self.fd).st_size, _MAX_HEAD + n_units * RECORD_BYTES))
         disk.read_at(self.fd, content, 0, str(self.path), OutputError)
         head, newline, records = bytes(content).partition(b"\n")
         try:
@@ -60,17 +61,18 @@ class Journal:
         if not newline:
             return None
         self._end = len(head) + 1
-        finished: dict[int, Made] = {}
-        for number, check, made in _RECORD.iter_unpack(records[: len(records) // _RECORD.size * _RECORD.size]):
-            if check != zlib.crc32(made, number) or number >= n_units:
+        finished: dict[int, FinishedUnit] = {}
+        whole = len(records) // RECORD_BYTES * RECORD_BYTES  # a kill may have cut the last one
+        for number, check, unit in _RECORD.iter_unpack(records[:whole]):
+            if check != zlib.crc32(unit, number) or number >= n_units:
                 break
-            digest, *sums = _MADE.unpack(made)
-            finished[number] = Made(digest, None if math.isnan(sums[0]) else Loss(*sums))
-            self._end += _RECORD.size
+            digest, *sums = _UNIT.unpack(unit)
+            finished[number] = FinishedUnit(digest, None if math.isnan(sums[0]) else Loss(*sums))
+            self._end += RECORD_BYTES
         return label, finished
 
     def begin(self, label: Mapping[str, Any]) -> None:
-        """A new journal, without entries."""
+        """Start a new journal, without entries. What stood in the file is lost."""
         head = json.dumps(label).encode() + b"\n"
         os.ftruncate(self.fd, 0)
         disk.write_at(self.fd, head, 0)
@@ -78,19 +80,19 @@ class Journal:
         self._sync()
 
     def resume(self) -> None:
-        """Go on behind the last entry that `read` found."""
+        """Go on behind the last entry that `read_finished` found."""
         os.ftruncate(self.fd, self._end)
         self._sync()
 
-    def enter(self, finished: Mapping[int, Made]) -> None:
-        """Units whose bytes are on the disk."""
-        records = b"".join(_record(number, made) for number, made in finished.items())
+    def add_finished(self, finished: Mapping[int, FinishedUnit]) -> None:
+        """Enter units, whose bytes must be on the disk. They are in the journal durably when this returns."""
+        records = b"".join(_encode_record(number, unit) for number, unit in finished.items())
         disk.write_at(self.fd, records, self._end)
         self._end += len(records)
         os.fsync(self.fd)
 
     def remove(self) -> None:
-        """The work is done."""
+        """Remove the file, since the work is done. It stays held until `close`."""
         self.path.unlink()
         disk.sync_folder(self.path.parent)
 
@@ -102,7 +104,7 @@ class Journal:
         disk.sync_folder(self.path.parent)
 
 
-def _record(number: int, made: Made) -> bytes:
-    sums = (math.nan,) * 3 if made.loss is None else (made.loss.weighted, made.loss.energy, made.loss.squared)
-    packed = _MADE.pack(made.digest, *sums)
+def _encode_record(number: int, unit: FinishedUnit) -> bytes:
+    sums = (math.nan,) * 3 if unit.loss is None else (unit.loss.weighted, unit.loss.energy, unit.loss.squared)
+    packed = _UNIT.pack(unit.digest, *sums)
     return _RECORD.pack(number, zlib.crc32(packed, number), packed)

@@ -17,25 +17,25 @@ from typing import Any
 
 from stepgguf.convert.importance import Importance
 from stepgguf.convert.plan import PlannedTensor, Unit
-from stepgguf.quants.codec import Loss
+from stepgguf.quants.kernels import Loss
 
 _DIGITS = 5  # significant
 
 
-def entry(
+def ledger_field(
     tensor: PlannedTensor, units: Sequence[tuple[Unit, Loss | None]], importance: Importance | None
 ) -> dict[str, Any]:
-    """{"ledger": ...} of one tensor from its units' losses, {} if it was not quantized."""
+    """{"ledger": ...}, one tensor's member of the manifest, from its units' losses; {} if it was not quantized."""
     losses = [Loss(0.0, 0.0, 0.0)] * tensor.n_experts
     for unit, loss in units:
         if loss is None:
             return {}
         expert = unit.start // tensor.rows_per_expert
         losses[expert] = losses[expert] + loss
-    n = tensor.n_values // tensor.n_experts
+    n_values = tensor.n_values // tensor.n_experts
     result: dict[str, list[Any]] = {
         "error": [_round(loss.weighted / loss.energy) if loss.energy else None for loss in losses],
-        "rmse": [_round(math.sqrt(loss.squared / n)) for loss in losses],
+        "rmse": [_round(math.sqrt(loss.squared / n_values)) for loss in losses],
     }
     rows = None if importance is None else importance.rows(tensor.name, tensor.shape)
     if importance is not None and rows is not None:

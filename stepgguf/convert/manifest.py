@@ -15,7 +15,7 @@ from typing import Any
 
 from stepgguf import __version__
 from stepgguf.convert import ledger
-from stepgguf.convert.journal import Made
+from stepgguf.convert.journal import FinishedUnit
 from stepgguf.convert.plan import Plan, Unit
 from stepgguf.errors import VerifyError
 from stepgguf.files import disk, jsonread
@@ -25,8 +25,8 @@ _CHANGED = "The manifest was changed or is damaged: fetch it again."
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """One tensor: how it was cut into units, and the digest of each."""
+class ManifestEntry:
+    """One tensor as `verify` needs it: how it was cut into units, and the digest of each."""
 
     type: str
     shape: tuple[int, ...]
@@ -39,10 +39,10 @@ def manifest_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.manifest.json")
 
 
-def content(plan: Plan, index: int, finished: Mapping[int, Made]) -> dict[str, Any]:
-    """What the manifest of the plan's file number `index` says. finished: all units of the plan, by number."""
+def describe_file(plan: Plan, index: int, finished: Mapping[int, FinishedUnit]) -> dict[str, Any]:
+    """The manifest of the plan's file number `index`, as JSON. finished: all units of the plan, by number."""
     file = plan.files[index]
-    units: dict[int, list[tuple[Unit, Made]]] = {}
+    units: dict[int, list[tuple[Unit, FinishedUnit]]] = {}
     for number, unit in enumerate(plan.units()):
         if unit.file == index:
             units.setdefault(unit.tensor, []).append((unit, finished[number]))
@@ -54,14 +54,14 @@ def content(plan: Plan, index: int, finished: Mapping[int, Made]) -> dict[str, A
         "type": plan.type_name,
         **({} if recipe.is_stock else {"recipe": recipe.text}),
         "header_sha256": hashlib.sha256(file.header).hexdigest(),
-        **({} if importance is None else {"imatrix": importance.described()}),
+        **({} if importance is None else {"imatrix": importance.manifest_field()}),
         "tensors": {
             tensor.name: {
                 "type": tensor.ggml_type.name,
                 "shape": list(tensor.shape),
                 "rows_per_unit": tensor.rows_per_unit,
-                "sha256": [made.digest.hex() for _, made in units[i]],
-                **ledger.entry(tensor, [(unit, made.loss) for unit, made in units[i]], importance),
+                "sha256": [done.digest.hex() for _, done in units[i]],
+                **ledger.ledger_field(tensor, [(unit, done.loss) for unit, done in units[i]], importance),
             }
             for i, tensor in enumerate(file.tensors)
         },
@@ -69,12 +69,12 @@ def content(plan: Plan, index: int, finished: Mapping[int, Made]) -> dict[str, A
 
 
 def write_manifest(file: Path, manifest: Mapping[str, Any]) -> None:
-    """Durably."""
+    """Put the manifest beside its file, durably."""
     disk.replace(manifest_path(file), (json.dumps(manifest, indent=1) + "\n").encode())
 
 
 def read_manifest(file: Path, otherwise: str) -> dict[str, Any]:
-    """The manifest of a finished file. VerifyError, with the hint `otherwise`, if it has none that can be read."""
+    """The manifest of a finished file. Raises VerifyError, with the hint `otherwise`, if none can be read."""
     path = manifest_path(file)
     if not path.exists():
         raise VerifyError(f"{path} is not there", hint=otherwise)
@@ -84,14 +84,14 @@ def read_manifest(file: Path, otherwise: str) -> dict[str, Any]:
     return manifest
 
 
-def entries(file: Path, manifest: Mapping[str, Any]) -> tuple[str, dict[str, Entry]]:
-    """The header's digest, and the tensors by name. VerifyError for a manifest of another shape."""
+def read_entries(file: Path, manifest: Mapping[str, Any]) -> tuple[str, dict[str, ManifestEntry]]:
+    """The header's digest, and the tensors by name. Raises VerifyError for a manifest of another shape."""
     document = Value(manifest, str(manifest_path(file)), VerifyError, _CHANGED)
-    return document["header_sha256"].text(), {name: _entry(entry) for name, entry in document["tensors"].members()}
+    return document["header_sha256"].text(), {name: _read_entry(entry) for name, entry in document["tensors"].members()}
 
 
-def _entry(entry: Value) -> Entry:
-    return Entry(
+def _read_entry(entry: Value) -> ManifestEntry:
+    return ManifestEntry(
         entry["type"].text(),
         tuple(extent.integer(1) for extent in entry["shape"].array()),
         entry["rows_per_unit"].integer(1),

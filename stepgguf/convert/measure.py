@@ -28,7 +28,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,41 +37,38 @@ from gguf import GGMLQuantizationType
 
 from stepgguf.convert.importance import Importance
 from stepgguf.convert.pipeline import Compiling, UnitMaker
-from stepgguf.convert.plan import PlannedTensor, Unit, rows_per_expert
-from stepgguf.convert.sources.source import TensorSource
+from stepgguf.convert.plan import PlannedTensor, Unit
+from stepgguf.convert.sources.source import TensorSource, rows_per_expert
 from stepgguf.errors import StepggufError
 from stepgguf.files import folders
 from stepgguf.files.disk import disk_errors
 from stepgguf.files.json_lines import Line, LineWriter, read_lines
 from stepgguf.files.jsonread import Value
-from stepgguf.quants import mixtures
-from stepgguf.quants.codec import Loss
-from stepgguf.quants.mixtures import Candidate
+from stepgguf.quants.kernels import Loss
+from stepgguf.quants.types import TABLE, fitting_type, quant_type
 
 T = GGMLQuantizationType
 
-# From fewest bits to most. Those below Q2_K and IQ3_S need an imatrix, and are left out where a tensor has none.
-KINDS = (
-    T.IQ2_XXS, T.IQ2_XS, T.IQ2_S, T.Q2_K, T.IQ3_XXS, T.IQ3_S, T.Q3_K, T.IQ4_XS, T.Q4_K, T.Q5_K, T.Q6_K, T.Q8_0,
-)  # fmt: skip
+# Those that need an imatrix are left out where a tensor has none.
+MEASURED_TYPES = tuple(row.ggml_type for row in TABLE if row.measured)
 RUN, RUNS = 8, 32  # rows in a run; runs of a tensor, at least one of each expert
 _VERSION = 1
 _GOLDEN = (5**0.5 - 1) / 2  # multiples of it, less their whole parts, fill [0, 1) evenly however many there are
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class TensorErrors:
     """One tensor: `energy` of its output per token, and the relative error of each type that it can have."""
 
     energy: float
     errors: Mapping[GGMLQuantizationType, float]
 
 
-_NOTHING = Measured(0.0, {})
+_NOTHING = TensorErrors(0.0, {})
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
+class _SampledRows:
     """Rows [start, stop) inside one expert. `weight`: how many rows' worth of the expert's share a row stands for."""
 
     tensor: PlannedTensor
@@ -80,11 +77,12 @@ class _Run:
     weight: float
 
 
+Variants = Mapping[GGMLQuantizationType, PlannedTensor]  # one tensor, as each of its types
 Losses = Mapping[GGMLQuantizationType, Loss | None]  # None: the source has this type, nothing is lost
 Progress = Callable[[PlannedTensor, bool], None]  # a tensor is done; whether it was kept from an earlier time
 
 
-def measure(
+def measure_errors(
     source: TensorSource,
     tensors: Sequence[PlannedTensor],
     cache: Path,
@@ -93,125 +91,126 @@ def measure(
     threads: int | None = None,
     progress: Progress = lambda tensor, kept: None,
     compiling: Compiling = lambda name: None,
-) -> dict[str, Measured]:
-    """Name -> what was measured, for each tensor, with every type of `candidates`.
+) -> dict[str, TensorErrors]:
+    """Name -> what was measured, for each tensor, with every type of `possible_types`.
 
     `progress` is called as each is done, at once where `cache` has it. CorruptTensor on values that are not finite.
     """
-    kinds = {tensor: candidates(tensor.name, tensor.shape, importance) for tensor in tensors}
-    with _Cache(cache, _key(source, importance)) as known:
-        todo = [t for t in tensors if not kinds[t] <= known.measured.get(t.name, _NOTHING).errors.keys()]
+    types = {tensor.name: possible_types(tensor.name, tensor.shape, importance) for tensor in tensors}
+    with _ErrorsFile(cache, _cache_key(source, importance)) as known:
+        todo = [t for t in tensors if not types[t.name] <= known.measured.get(t.name, _NOTHING).errors.keys()]
         for tensor in tensors:
             if tensor not in todo:
                 progress(tensor, True)
+        variants = {t.name: {g: t.as_type(g, importance) for g in types[t.name]} for t in todo}
         maker = UnitMaker(source, importance)
-        maker.prepare([replace(t, ggml_type=kind) for t in todo for kind in kinds[t]], compiling)
-        runs = [run for tensor in todo for run in _runs(tensor, importance)]
+        maker.compile_kernels([tensor for each in variants.values() for tensor in each.values()], compiling)
+        samples = [rows for tensor in todo for rows in _sample_rows(tensor, importance)]
         pool = ThreadPoolExecutor(threads or os.cpu_count(), thread_name_prefix="measure")
         try:
-            losses = pool.map(lambda run: _lose(maker, run, kinds[run.tensor]), runs)
-            for tensor, group in itertools.groupby(zip(runs, losses, strict=True), key=lambda pair: pair[0].tensor):
-                known.add(tensor.name, _sum(group))
+            losses = pool.map(lambda rows: _measure_rows(maker, rows, variants[rows.tensor.name]), samples)
+            by_tensor = itertools.groupby(zip(samples, losses, strict=True), key=lambda pair: pair[0].tensor)
+            for tensor, group in by_tensor:
+                known.add(tensor.name, _weigh_losses(group))
                 progress(tensor, False)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
         return {tensor.name: known.measured[tensor.name] for tensor in tensors}
 
 
-def candidates(
+def possible_types(
     name: str, shape: tuple[int, ...], importance: Importance | None, *, has_imatrix: bool | None = None
 ) -> set[GGMLQuantizationType]:
-    """The types that a tensor can have: KINDS, or what replaces them in its rows, less those that lack their imatrix.
+    """The types that a tensor can have: MEASURED_TYPES, or what replaces them in its rows, if they have their imatrix.
 
     has_imatrix: whether there shall be one with this tensor; None: whether `importance` has it.
     """
-    fitting = {mixtures.fallback(kind, shape[-1]) for kind in KINDS}
+    fitting = {fitting_type(ggml_type, shape[-1]) for ggml_type in MEASURED_TYPES}
     if has_imatrix is None:
         has_imatrix = importance is not None and importance.has(name, shape)
     if has_imatrix:
         return fitting
-    plain = Candidate(name, "", shape, None)
-    return {kind for kind in fitting if not mixtures.requires_imatrix("", plain, kind)}
+    return {ggml_type for ggml_type in fitting if not quant_type(ggml_type).imatrix}
 
 
-def _runs(tensor: PlannedTensor, importance: Importance | None) -> list[_Run]:
+def _sample_rows(tensor: PlannedTensor, importance: Importance | None) -> list[_SampledRows]:
     """The sample: `count` runs in each expert, evenly spaced, shifted from expert to expert."""
     n, rows = tensor.n_experts, tensor.rows_per_expert
-    shares = _shares(tensor, importance)
-    length, count = _sample(rows, n)
+    shares = _token_shares(tensor, importance)
+    length, count = _sample_size(rows, n)
     spacing = rows / count
     result = []
     for expert in range(n):
         shift = expert * _GOLDEN % 1 * (spacing - length)
         for i in range(count):
             start = expert * rows + int(i * spacing + shift)
-            result.append(_Run(tensor, start, start + length, shares[expert] * rows / (count * length)))
+            result.append(_SampledRows(tensor, start, start + length, shares[expert] * rows / (count * length)))
     return result
 
 
-def sampled(shape: tuple[int, ...]) -> int:
+def count_sampled_values(shape: tuple[int, ...]) -> int:
     """Values of a tensor that `measure` reads."""
     rows = rows_per_expert(shape)
-    length, count = _sample(rows, math.prod(shape[:-2]))
+    length, count = _sample_size(rows, math.prod(shape[:-2]))
     return math.prod(shape[:-2]) * count * length * shape[-1]
 
 
-def _sample(rows: int, n: int) -> tuple[int, int]:
+def _sample_size(rows: int, n: int) -> tuple[int, int]:
     """Rows of a run, and runs of each of n experts with so many rows."""
     length = min(RUN, rows)
     return length, min(-(-RUNS // n), rows // length)
 
 
-def _shares(tensor: PlannedTensor, importance: Importance | None) -> list[float]:
+def _token_shares(tensor: PlannedTensor, importance: Importance | None) -> list[float]:
     """The part of the tokens that each expert gets."""
     counts = importance.counts(tensor.name, tensor.shape) if importance is not None else None
     tokens = np.ones(tensor.n_experts) if counts is None else counts.astype(np.float64)
     return [float(share) for share in tokens / tokens.sum()]
 
 
-def _lose(maker: UnitMaker, run: _Run, kinds: Iterable[GGMLQuantizationType]) -> Losses:
-    """Encode one run as each type, just as the pipeline does."""
-    unit = Unit(0, 0, run.start, run.stop)
-    return {kind: maker.make(replace(run.tensor, ggml_type=kind), unit)[1] for kind in kinds}
+def _measure_rows(maker: UnitMaker, rows: _SampledRows, variants: Variants) -> Losses:
+    """What is lost by encoding these rows as each type, just as the pipeline does."""
+    unit = Unit(0, 0, rows.start, rows.stop)
+    return {ggml_type: maker.make(tensor, unit)[1] for ggml_type, tensor in variants.items()}
 
 
-def _sum(group: Iterable[tuple[_Run, Losses]]) -> Measured:
+def _weigh_losses(group: Iterable[tuple[_SampledRows, Losses]]) -> TensorErrors:
     """One tensor's runs, weighted by the rows that they stand for."""
     energy, lost = 0.0, dict[GGMLQuantizationType, float]()
-    for run, losses in group:
-        energy += run.weight * max(loss.energy for loss in losses.values() if loss is not None)
-        for kind, loss in losses.items():
-            lost[kind] = lost.get(kind, 0.0) + (run.weight * loss.weighted if loss is not None else 0.0)
+    for rows, losses in group:
+        energy += rows.weight * max(loss.energy for loss in losses.values() if loss is not None)
+        for ggml_type, loss in losses.items():
+            lost[ggml_type] = lost.get(ggml_type, 0.0) + (rows.weight * loss.weighted if loss is not None else 0.0)
     # A tensor of zeros loses nothing.
-    return Measured(energy, {kind: lost[kind] / energy if energy else 0.0 for kind in sorted(lost)})
+    return TensorErrors(energy, {ggml_type: lost[ggml_type] / energy if energy else 0.0 for ggml_type in sorted(lost)})
 
 
 def cache_path(source: TensorSource, importance: Importance | None) -> Path:
     """Where errors of this source with this importance are kept."""
-    digest = hashlib.sha256(json.dumps(_key(source, importance), sort_keys=True).encode()).hexdigest()
-    return folders.errors() / f"{digest[:16]}.jsonl"
+    digest = hashlib.sha256(json.dumps(_cache_key(source, importance), sort_keys=True).encode()).hexdigest()
+    return folders.measurements() / f"{digest[:16]}.jsonl"
 
 
-def _key(source: TensorSource, importance: Importance | None) -> dict[str, Any]:
+def _cache_key(source: TensorSource, importance: Importance | None) -> dict[str, Any]:
     """What the errors belong to."""
     identity = importance.identity() if importance is not None else None
     return {"version": _VERSION, "source": source.identity(), "importance": identity}
 
 
-class _Cache:
+class _ErrorsFile:
     """The file of what was measured, appended to as it comes in. One that belongs to something else is begun anew."""
 
     def __init__(self, path: Path, key: Mapping[str, Any]) -> None:
         self._path, self._key = path, key
-        self.measured: dict[str, Measured] = {}
+        self.measured: dict[str, TensorErrors] = {}
         self._lines: LineWriter | None = None
 
-    def __enter__(self) -> _Cache:
+    def __enter__(self) -> _ErrorsFile:
         with disk_errors(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            first, *others = map(_parsed, read_lines(self._path)) if self._path.exists() else [None]
+            first, *others = map(_parse_line, read_lines(self._path)) if self._path.exists() else [None]
             if first is not None and first.raw == self._key:
-                self.measured = dict(read for record in others if record and (read := _read(record)))
+                self.measured = dict(read for record in others if record and (read := _read_record(record)))
                 self._lines = LineWriter(self._path.open("ab"))
             else:
                 self._lines = LineWriter(self._path.open("wb"))
@@ -222,15 +221,15 @@ class _Cache:
         assert self._lines is not None
         self._lines.close()
 
-    def add(self, name: str, measured: Measured) -> None:
+    def add(self, name: str, measured: TensorErrors) -> None:
         self.measured[name] = measured
-        errors = {kind.name: error for kind, error in measured.errors.items()}
+        errors = {ggml_type.name: error for ggml_type, error in measured.errors.items()}
         assert self._lines is not None
         with disk_errors(self._path):
             self._lines.append({"tensor": name, "energy": measured.energy, "errors": errors})
 
 
-def _parsed(line: Line) -> Value | None:
+def _parse_line(line: Line) -> Value | None:
     """A line's document; None for one that was cut off."""
     try:
         return line.parse(StepggufError)
@@ -238,10 +237,10 @@ def _parsed(line: Line) -> Value | None:
         return None
 
 
-def _read(record: Value) -> tuple[str, Measured] | None:
+def _read_record(record: Value) -> tuple[str, TensorErrors] | None:
     """A tensor's name and its errors; None for a line of another shape, whose tensor is measured again."""
     try:
         errors = {GGMLQuantizationType[name]: error.number(0.0) for name, error in record["errors"].members()}
-        return record["tensor"].text(), Measured(record["energy"].number(0.0), errors)
+        return record["tensor"].text(), TensorErrors(record["energy"].number(0.0), errors)
     except (StepggufError, KeyError):
         return None

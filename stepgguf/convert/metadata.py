@@ -7,24 +7,24 @@ itself (step35.cpp), so writing 64 would give 32.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
 from gguf import ExpertGatingFuncType, GGUFValueType, Keys, LlamaFileType
 
 from stepgguf import __version__
-from stepgguf.convert.sources.checkpoint import Checkpoint
-from stepgguf.convert.sources.gguf_file import ARCHITECTURE
+from stepgguf.convert.card import ModelCard, read_card
+from stepgguf.convert.sources.hub import ModelOrigin
 from stepgguf.errors import BadConfig
 from stepgguf.files import jsonread, textfile
 from stepgguf.files.gguf_header import Key
 from stepgguf.files.jsonread import Value
-from stepgguf.model.hparams import HParams
-from stepgguf.model.tokenizer import MODEL, PRE, Vocabulary, vocabulary
+from stepgguf.model.hparams import ARCHITECTURE, HParams
+from stepgguf.model.names import TensorName
+from stepgguf.model.tokenizer import PRE_TOKENIZER, TOKENIZER_MODEL, Vocabulary, read_vocabulary
 from stepgguf.quants.imatrix import Imatrix
 
 V = GGUFValueType
@@ -51,80 +51,112 @@ _MOST_TEMPLATE = 2**20  # bytes; the published ones have 5 KB
 
 
 @dataclass(frozen=True, slots=True)
-class Vocab:
-    """The keys about tokens, made once for all files of a conversion."""
+class CheckpointMetadata:
+    """What a checkpoint says of its model, read once for all files of a conversion.
 
-    keys: tuple[Key, ...]
+    sampling: keys that take the place of SAMPLING's. vocab: the keys about tokens.
+    """
+
+    hparams: HParams
+    name: str
+    card: ModelCard
+    sampling: dict[str, Key]
+    vocab: tuple[Key, ...]
     warnings: tuple[str, ...]
+
+    def file_keys(self, shapes: Sequence[tuple[TensorName, tuple[int, ...]]], *, with_mtp: bool) -> list[Key]:
+        """The keys of a file with these tensors. `with_mtp` extends the per-layer arrays over the MTP blocks."""
+        label = size_label(shapes, self.hparams.n_expert)
+        said = model_keys(self.hparams, self.name, label, with_mtp=with_mtp, described=self.card.keys)
+        return [*(self.sampling.get(key.name, key) for key in said), *self.vocab]
+
+
+def read_metadata(
+    folder: Path,
+    config: Mapping[str, Any],
+    origin: ModelOrigin,
+    hp: HParams,
+    *,
+    name: str | None,
+    template: Path | None,
+) -> CheckpointMetadata:
+    """Read what lies beside the shards: card, tokenizer, sampling, chat template. BadConfig for what cannot be used.
+
+    name, template: in place of the checkpoint's own.
+    """
+    vocab, warnings = vocab_keys(folder, hp, template)
+    sampling = sampling_keys(folder)
+    card = read_card(folder, config, origin)
+    return CheckpointMetadata(hp, name or card.name, card, sampling, vocab, (*card.warnings, *warnings))
 
 
 def model_keys(hp: HParams, name: str, size_label: str, *, with_mtp: bool, described: Sequence[Key] = ()) -> list[Key]:
     """general.* and step35.*. `with_mtp` extends the per-layer arrays over the MTP blocks; `described`: card.py."""
-    layers = hp.layers if with_mtp else hp.trunk
+    layers = hp.layers if with_mtp else hp.trunk_layers
     llm, attention, rope = Keys.LLM, Keys.Attention, Keys.Rope
-    leading_dense = next((layer.index for layer in hp.trunk if layer.is_moe), hp.n_layer)
+    leading_dense = next((layer.index for layer in hp.trunk_layers if layer.is_moe), hp.n_layer)
     keys = [
-        _key(Keys.General.ARCHITECTURE, ARCHITECTURE),
-        _key(Keys.General.TYPE, "model"),
-        _key(Keys.General.NAME, name),
-        _key(Keys.General.SIZE_LABEL, size_label),
+        _typed_key(Keys.General.ARCHITECTURE, ARCHITECTURE),
+        _typed_key(Keys.General.TYPE, "model"),
+        _typed_key(Keys.General.NAME, name),
+        _typed_key(Keys.General.SIZE_LABEL, size_label),
         *described,
         *(Key.of(key, value, type) for key, (value, type) in SAMPLING.items()),
-        _key(llm.BLOCK_COUNT, len(layers)),
-        _key(llm.CONTEXT_LENGTH, hp.max_position),
-        _key(llm.EMBEDDING_LENGTH, hp.hidden_size),
-        _key(llm.FEED_FORWARD_LENGTH, hp.intermediate_size),
-        _key(attention.HEAD_COUNT, [layer.n_head for layer in layers]),
-        _key(rope.FREQ_BASE, hp.rope_theta_full),
-        _key(rope.FREQ_BASE_SWA, hp.rope_theta_sliding),
-        _key(llm.EXPERT_GATING_FUNC, int(ExpertGatingFuncType.SIGMOID)),
-        _key(attention.KEY_LENGTH, hp.head_dim),
-        _key(attention.VALUE_LENGTH, hp.head_dim),
-        _key(attention.HEAD_COUNT_KV, [layer.n_head_kv for layer in layers]),
-        _key(attention.SLIDING_WINDOW, hp.sliding_window),
-        _key(attention.SLIDING_WINDOW_PATTERN, [layer.is_sliding for layer in layers]),
-        _key(llm.EXPERT_COUNT, hp.n_expert),
-        _key(llm.EXPERT_USED_COUNT, hp.n_expert_used),
-        _key(llm.EXPERT_FEED_FORWARD_LENGTH, hp.expert_size),
-        _key(llm.EXPERT_SHARED_FEED_FORWARD_LENGTH, hp.shared_expert_size),
-        _key(llm.EXPERT_WEIGHTS_SCALE, hp.router_scale),
-        _key(llm.EXPERT_WEIGHTS_NORM, hp.router_norm),
-        _key(llm.LEADING_DENSE_BLOCK_COUNT, leading_dense),
-        _key(llm.MOE_EVERY_N_LAYERS, 1),
-        _key(attention.LAYERNORM_RMS_EPS, hp.rms_norm_eps),
-        _key(llm.SWIGLU_CLAMP_EXP, [layer.clamp for layer in layers]),
-        _key(llm.SWIGLU_CLAMP_SHEXP, [layer.clamp_shared for layer in layers]),
+        _typed_key(llm.BLOCK_COUNT, len(layers)),
+        _typed_key(llm.CONTEXT_LENGTH, hp.max_position),
+        _typed_key(llm.EMBEDDING_LENGTH, hp.hidden_size),
+        _typed_key(llm.FEED_FORWARD_LENGTH, hp.intermediate_size),
+        _typed_key(attention.HEAD_COUNT, [layer.n_head for layer in layers]),
+        _typed_key(rope.FREQ_BASE, hp.rope_theta_full),
+        _typed_key(rope.FREQ_BASE_SWA, hp.rope_theta_sliding),
+        _typed_key(llm.EXPERT_GATING_FUNC, int(ExpertGatingFuncType.SIGMOID)),
+        _typed_key(attention.KEY_LENGTH, hp.head_dim),
+        _typed_key(attention.VALUE_LENGTH, hp.head_dim),
+        _typed_key(attention.HEAD_COUNT_KV, [layer.n_head_kv for layer in layers]),
+        _typed_key(attention.SLIDING_WINDOW, hp.sliding_window),
+        _typed_key(attention.SLIDING_WINDOW_PATTERN, [layer.is_sliding for layer in layers]),
+        _typed_key(llm.EXPERT_COUNT, hp.n_expert),
+        _typed_key(llm.EXPERT_USED_COUNT, hp.n_expert_used),
+        _typed_key(llm.EXPERT_FEED_FORWARD_LENGTH, hp.expert_size),
+        _typed_key(llm.EXPERT_SHARED_FEED_FORWARD_LENGTH, hp.shared_expert_size),
+        _typed_key(llm.EXPERT_WEIGHTS_SCALE, hp.router_scale),
+        _typed_key(llm.EXPERT_WEIGHTS_NORM, hp.router_norm),
+        _typed_key(llm.LEADING_DENSE_BLOCK_COUNT, leading_dense),
+        _typed_key(llm.MOE_EVERY_N_LAYERS, 1),
+        _typed_key(attention.LAYERNORM_RMS_EPS, hp.rms_norm_eps),
+        _typed_key(llm.SWIGLU_CLAMP_EXP, [layer.clamp for layer in layers]),
+        _typed_key(llm.SWIGLU_CLAMP_SHEXP, [layer.clamp_shared for layer in layers]),
     ]
     if with_mtp and hp.n_mtp:
-        keys.append(_key(llm.NEXTN_PREDICT_LAYERS, hp.n_mtp))
+        keys.append(_typed_key(llm.NEXTN_PREDICT_LAYERS, hp.n_mtp))
     return keys
 
 
-def vocab_keys(checkpoint: Checkpoint, chat_template: Path | None) -> Vocab:
-    """tokenizer.*: every id that ends a generation is written, so that no engine depends on guessing by name."""
-    hp, tok, warnings = checkpoint.hparams, Keys.Tokenizer, []
-    words = vocabulary(jsonread.read(checkpoint.path / "tokenizer.json", BadConfig, _TOKENIZER), hp.vocab_size)
-    settings = _optional_json(checkpoint.path / "tokenizer_config.json")
+def vocab_keys(folder: Path, hp: HParams, chat_template: Path | None) -> tuple[tuple[Key, ...], list[str]]:
+    """tokenizer.* and warnings: every id that ends a generation is written, so that no engine has to guess by name."""
+    tok, warnings = Keys.Tokenizer, []
+    words = read_vocabulary(jsonread.read(folder / "tokenizer.json", BadConfig, _TOKENIZER), hp.vocab_size)
+    settings = _optional_json(folder / "tokenizer_config.json")
     eos = _token_id(settings, "eos_token", words, hp.eos_token_ids[-1])
     padding = _token_id(settings, "pad_token", words, hp.eos_token_ids[0])
     for i in (hp.bos_token_id, eos, padding, *hp.eos_token_ids):
         if i >= hp.vocab_size:
             raise BadConfig(f"token id {i} does not fit config.json's vocab_size {hp.vocab_size}")
     keys = [
-        _key(tok.MODEL, MODEL),
-        _key(tok.PRE, PRE),
+        _typed_key(tok.MODEL, TOKENIZER_MODEL),
+        _typed_key(tok.PRE, PRE_TOKENIZER),
         Key.of(tok.LIST, words.tokens, V.ARRAY, V.STRING),
         Key.of(tok.TOKEN_TYPE, words.types, V.ARRAY, V.INT32),
         Key.of(tok.MERGES, words.merges, V.ARRAY, V.STRING),
-        _key(tok.BOS_ID, hp.bos_token_id),
-        _key(tok.EOS_ID, eos),
-        _key(tok.PAD_ID, padding),
-        _key(tok.ADD_BOS, True),
-        _key(tok.ADD_SEP, False),
-        _key(tok.ADD_EOS, False),
+        _typed_key(tok.BOS_ID, hp.bos_token_id),
+        _typed_key(tok.EOS_ID, eos),
+        _typed_key(tok.PAD_ID, padding),
+        _typed_key(tok.ADD_BOS, True),
+        _typed_key(tok.ADD_SEP, False),
+        _typed_key(tok.ADD_EOS, False),
     ]
     others = [i for i in hp.eos_token_ids if i != eos]
-    keys += [_key(name, i) for name, i in zip((tok.EOT_ID, tok.EOM_ID), others, strict=False)]
+    keys += [_typed_key(name, i) for name, i in zip((tok.EOT_ID, tok.EOM_ID), others, strict=False)]
     if len(others) > 2:
         warnings.append(
             f"config.json names {len(hp.eos_token_ids)} end tokens; GGUF has room for 3, {others[2:]} are lost"
@@ -132,18 +164,18 @@ def vocab_keys(checkpoint: Checkpoint, chat_template: Path | None) -> Vocab:
     template = (
         textfile.read(chat_template, BadConfig, most=_MOST_TEMPLATE)
         if chat_template
-        else _template(checkpoint.path, settings)
+        else _find_template(folder, settings)
     )
     if template is None:
         warnings.append("the checkpoint has no chat template; add one with --chat-template FILE")
     else:
-        keys.append(_key(CHAT_TEMPLATE, template))
-    return Vocab(tuple(keys), tuple(warnings))
+        keys.append(_typed_key(CHAT_TEMPLATE, template))
+    return tuple(keys), warnings
 
 
-def sampling_keys(checkpoint: Checkpoint) -> dict[str, Key]:
-    """general.sampling.* that the checkpoint's generation_config.json sets otherwise than the model card."""
-    settings = _optional_json(checkpoint.path / "generation_config.json")
+def sampling_keys(folder: Path) -> dict[str, Key]:
+    """general.sampling.* that a checkpoint's generation_config.json sets otherwise than the model card."""
+    settings = _optional_json(folder / "generation_config.json")
     found = {}
     for name, (key, most) in _GENERATION_CONFIG.items():
         value, type = settings.get(name), SAMPLING[key][1]
@@ -164,29 +196,29 @@ def provenance_keys(
 ) -> list[Key]:
     """Which tool made the file, how and of what; then the two keys that llama-quantize writes last."""
     keys = [
-        _key(Keys.General.QUANTIZED_BY, f"stepgguf {__version__}"),
-        _key("stepgguf.version", __version__),
-        _key("stepgguf.type", type_name),
-        _key("stepgguf.source", source),
+        _typed_key(Keys.General.QUANTIZED_BY, f"stepgguf {__version__}"),
+        _typed_key("stepgguf.version", __version__),
+        _typed_key("stepgguf.type", type_name),
+        _typed_key("stepgguf.source", source),
     ]
     if mtp_type is not None:
-        keys.append(_key("stepgguf.mtp_type", mtp_type))
+        keys.append(_typed_key("stepgguf.mtp_type", mtp_type))
     if recipe is not None:
-        keys.append(_key("stepgguf.recipe", recipe))
-    keys.append(reserve(RESERVE_BYTES))
-    keys.append(_key(Keys.General.QUANTIZATION_VERSION, gguf.GGML_QUANT_VERSION))
-    keys.append(_key(Keys.General.FILE_TYPE, int(ftype)))
+        keys.append(_typed_key("stepgguf.recipe", recipe))
+    keys.append(reserve_key(RESERVE_BYTES))
+    keys.append(_typed_key(Keys.General.QUANTIZATION_VERSION, gguf.GGML_QUANT_VERSION))
+    keys.append(_typed_key(Keys.General.FILE_TYPE, int(ftype)))
     if imatrix is not None and imatrix.path is not None:  # as llama-quantize names them
-        keys.append(_key("quantize.imatrix.file", imatrix.path.name))
-        keys.append(_key("quantize.imatrix.dataset", ", ".join(imatrix.datasets)))
-        keys.append(_key("quantize.imatrix.entries_count", len(imatrix.entries)))
-        keys.append(_key("quantize.imatrix.chunks_count", imatrix.chunk_count))
+        keys.append(_typed_key("quantize.imatrix.file", imatrix.path.name))
+        keys.append(_typed_key("quantize.imatrix.dataset", ", ".join(imatrix.datasets)))
+        keys.append(_typed_key("quantize.imatrix.entries_count", len(imatrix.entries)))
+        keys.append(_typed_key("quantize.imatrix.chunks_count", imatrix.chunk_count))
     return keys
 
 
-def reserve(n: int) -> Key:
+def reserve_key(n: int) -> Key:
     """n spaces that rewrite.py may turn into something else."""
-    return _key(RESERVE, " " * n)
+    return _typed_key(RESERVE, " " * n)
 
 
 def split_keys(index: int, count: int, n_tensors: int) -> list[Key]:
@@ -197,37 +229,21 @@ def split_keys(index: int, count: int, n_tensors: int) -> list[Key]:
     ]
 
 
-def size_label(shapes: Sequence[tuple[str, tuple[int, ...]]], n_expert: int) -> str:
-    """gguf-py's label ("288x7.4B") from (role, shape) of the file's tensors: experts count once."""
-    expert = sum(math.prod(shape) // n_expert for role, shape in shapes if role.endswith("_exps"))
+def size_label(shapes: Sequence[tuple[TensorName, tuple[int, ...]]], n_expert: int) -> str:
+    """gguf-py's label ("288x7.4B") from the names and shapes of the file's tensors: experts count once."""
+    expert = sum(math.prod(shape) // n_expert for name, shape in shapes if name.is_expert)
     total = sum(math.prod(shape) for _, shape in shapes)
-    shared = sum(math.prod(shape) for role, shape in shapes if not role.endswith("_exps"))
+    shared = sum(math.prod(shape) for name, shape in shapes if not name.is_expert)
     return gguf.size_label(total, shared, expert, n_expert if expert else 0)
 
 
-def rope_freqs(hp: HParams) -> bytes | None:
-    """rope_freqs.weight: what llama3 scaling divides each frequency of full-attention layers by, float32 [e / 2].
-
-    Only the first n_rot / 2 count; the rest are 1. None without scaling. Formula: reference/model.py.
-    """
-    if hp.rope_scaling is None:
-        return None
-    s, n_rot = hp.rope_scaling, hp.head_dim // 2
-    exponents = np.arange(0, n_rot, 2, dtype=np.float32) / np.float32(n_rot)
-    turns = s.original_max_position / (2 * math.pi) / np.power(np.float32(hp.rope_theta_full), exponents).astype(float)
-    smooth = np.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0.0, 1.0)
-    factors = np.ones(hp.head_dim // 2, np.float32)
-    factors[: n_rot // 2] = 1.0 / ((1.0 - smooth) / s.factor + smooth)
-    return factors.tobytes()
-
-
-def _key(name: str, value: Any) -> Key:
+def _typed_key(name: str, value: Any) -> Key:
     """A key with the GGUF type that StepFun's files use for such a value."""
     name = name.format(arch=ARCHITECTURE)
-    kinds = {bool: V.BOOL, int: V.UINT32, float: V.FLOAT32, str: V.STRING}
+    scalar_types = {bool: V.BOOL, int: V.UINT32, float: V.FLOAT32, str: V.STRING}
     if isinstance(value, list):
-        return Key.of(name, value, V.ARRAY, V.INT32 if type(value[0]) is int else kinds[type(value[0])])
-    return Key.of(name, value, kinds[type(value)])
+        return Key.of(name, value, V.ARRAY, V.INT32 if type(value[0]) is int else scalar_types[type(value[0])])
+    return Key.of(name, value, scalar_types[type(value)])
 
 
 def _optional_json(path: Path) -> Value:
@@ -240,15 +256,15 @@ def _token_id(settings: Value, key: str, words: Vocabulary, default: int) -> int
     token = settings.get(key)
     if token is None:
         return default
-    found = words.id((token["content"] if isinstance(token.raw, dict) else token).text())
+    found = words.token_id((token["content"] if isinstance(token.raw, dict) else token).text())
     return default if found is None else found
 
 
-def _template(path: Path, settings: Value) -> str | None:
+def _find_template(path: Path, settings: Value) -> str | None:
     """chat_template.jinja, chat_template.json of older processors, or the one inside tokenizer_config.json."""
     file = path / "chat_template.jinja"
     if file.exists():
-        return _read(file)
+        return _read_template(file)
     inside = _optional_json(path / "chat_template.json").get("chat_template") or settings.get("chat_template")
     if inside is None:
         return None
@@ -258,5 +274,5 @@ def _template(path: Path, settings: Value) -> str | None:
     return named.get("default")
 
 
-def _read(path: Path) -> str:
+def _read_template(path: Path) -> str:
     return textfile.read(path, BadConfig, most=_MOST_TEMPLATE)

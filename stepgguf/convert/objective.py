@@ -2,7 +2,7 @@
 
     x = embedding;   x += attention;   x += ffn;   x += attention;   ...        logits = output(norm(x))
 
-    cost[t, k] = weight[t] * error[t, k]        error: measure.Measured, the part of the tensor's output that is lost
+    cost[t, k] = weight[t] * error[t, k]        error: measured, the part of the tensor's output that is lost
     weight[t]  = energy of what the block of t adds / energy of x after it      1 for token_embd and output
 
 All that reads x norms it first, so an error counts by its size beside x: a block that adds a hundredth of x can lose a
@@ -32,15 +32,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from stepgguf.convert.importance import Importance
-from stepgguf.convert.measure import Measured
+from stepgguf.convert.measure import TensorErrors
 from stepgguf.convert.plan import PlannedTensor
-from stepgguf.model.tensors import layer_of
-from stepgguf.quants.allocate import Item, Option
+from stepgguf.model.names import TensorName
+from stepgguf.quants.allocate import TensorOptions, TypeOption
 
-_AT_ONCE = ("ffn_down_exps", "ffn_down_shexp")  # two writers of one block
+_SAME_BLOCK = ("ffn_down_exps", "ffn_down_shexp")  # two writers of one block
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,23 +52,26 @@ class Routing:
     scale: float
 
 
-def items(
-    tensors: Sequence[PlannedTensor], measured: Mapping[str, Measured], routing: Routing, importance: Importance | None
-) -> list[Item]:
-    """For allocate.solve: `tensors`, all of the trunk's that are quantized, in their order with every type measured."""
-    writers = sorted((t for t in tensors if _writer(t) == t.name and t.role != "output"), key=_order)
-    weights = _weights({t.name: 0.5 if t.role in _AT_ONCE else 1.0 for t in writers})
+def allocation_items(
+    tensors: Sequence[PlannedTensor],
+    measured: Mapping[str, TensorErrors],
+    routing: Routing,
+    importance: Importance | None,
+) -> list[TensorOptions]:
+    """What allocate_bytes chooses from: `tensors`, all that are quantized of the trunk, with every type measured."""
+    writers = sorted((t for t in tensors if _writing_tensor(t) == t.name and t.role != "output"), key=_writing_order)
+    weights = _stream_shares({t.name: 0.5 if t.role in _SAME_BLOCK else 1.0 for t in writers})
     # The embedding is looked up and not multiplied: its energy is known without an imatrix.
     if importance is not None and all(importance.has(t.name, t.shape) for t in writers if t.role != "token_embd"):
         evenly = routing.scale**2 / routing.n_used
         energies = {t.name: measured[t.name].energy * (evenly if t.role == "ffn_down_exps" else 1.0) for t in writers}
-        weights = {name: math.sqrt(weights[name] * weight) for name, weight in _weights(energies).items()}
+        weights = {name: math.sqrt(weights[name] * weight) for name, weight in _stream_shares(energies).items()}
     return [
-        Item(
+        TensorOptions(
             tensor.name,
             tuple(
-                Option(kind, replace(tensor, ggml_type=kind).n_bytes, weights.get(_writer(tensor), 1.0) * error)
-                for kind, error in measured[tensor.name].errors.items()
+                TypeOption(ggml_type, tensor.bytes_as(ggml_type), weights.get(_writing_tensor(tensor), 1.0) * error)
+                for ggml_type, error in measured[tensor.name].errors.items()
             ),
             read_share(tensor, routing),
         )
@@ -80,10 +83,10 @@ def read_share(tensor: PlannedTensor, routing: Routing) -> float:
     """How often each byte is read for a token: of the embedding one row, of routed experts those that are used."""
     if tensor.role == "token_embd":
         return 1 / tensor.shape[0]
-    return routing.n_used / routing.n_expert if tensor.role.endswith("_exps") else 1.0
+    return routing.n_used / routing.n_expert if tensor.name.is_expert else 1.0
 
 
-def _writer(tensor: PlannedTensor) -> str:
+def _writing_tensor(tensor: PlannedTensor) -> str:
     """The tensor that writes what this one takes part in: attn_output for attn_q, ffn_down_exps for ffn_up_exps."""
     prefix, _, role = tensor.name.removesuffix(".weight").rpartition(".")
     if not prefix:
@@ -92,23 +95,23 @@ def _writer(tensor: PlannedTensor) -> str:
     return f"{prefix}.{writer}.weight"
 
 
-def _order(tensor: PlannedTensor) -> tuple[int, bool]:
+def _writing_order(tensor: PlannedTensor) -> tuple[int, bool]:
     """The embedding, then layer by layer attention before the rest."""
-    layer = layer_of(tensor.name)
+    layer = tensor.name.layer
     return -1 if layer is None else layer, tensor.role != "attn_output"
 
 
-def _weights(added: Mapping[str, float]) -> dict[str, float]:
+def _stream_shares(added: Mapping[TensorName, float]) -> dict[str, float]:
     """Each writer's part of the stream that it leaves. Routed and shared experts of a layer write at once."""
     weights: dict[str, float] = {}
     stream = 0.0
-    for _, group in itertools.groupby(added, key=_block):
+    for _, group in itertools.groupby(added, key=_block_of):
         names = list(group)
         stream += sum(added[name] for name in names)
         weights |= {name: added[name] / stream if stream else 1.0 for name in names}
     return weights
 
 
-def _block(name: str) -> tuple[int | None, bool]:
+def _block_of(name: TensorName) -> tuple[int | None, bool]:
     """Layer, and whether it is the attention's."""
-    return layer_of(name), "attn_output" in name
+    return name.layer, name.role == "attn_output"

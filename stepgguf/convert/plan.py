@@ -1,4 +1,7 @@
-"""The plan: every output tensor with its type, size, offset and the reason. No tensor data is read here.
+"""The plan: every output tensor with its type, size, offset, the reason, and what is done to make it.
+
+Everything is decided here and no tensor data is read: a tensor is Constant, a Copy, or is to Encode by a kernel that
+was chosen for it, so that the pipeline only executes.
 
 Sizes follow from types and shapes, so header, offsets, splits, progress and resume are known before the first byte.
 A file's data is cut into units: runs of rows inside one expert, at most UNIT_VALUES values. The cut depends on shapes
@@ -16,28 +19,28 @@ from pathlib import Path
 from gguf import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType
 
 from stepgguf.convert.importance import Importance
+from stepgguf.convert.sources.source import SourceTensor, rows_per_expert
 from stepgguf.files import gguf_header
 from stepgguf.files.gguf_header import Key, TensorInfo
-from stepgguf.model.tensors import role_of
-from stepgguf.quants import recipe
+from stepgguf.model.names import TensorName
 from stepgguf.quants.coverage import Coverage
-from stepgguf.quants.ggml import row_size
-from stepgguf.quants.mixtures import Choice
+from stepgguf.quants.kernels import Decoder, Kernel, KernelName, choose_kernel, decoder_for, scratch_bytes
+from stepgguf.quants.mixtures import TypeChoice
 from stepgguf.quants.recipe import Recipe
+from stepgguf.quants.types import FLOATS, row_size
 
-F32 = GGMLQuantizationType.F32
 UNIT_VALUES = 8 * 2**20
 MTP_MODES = ("include", "separate", "drop")
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the user chose. type: a recipe, or its name as recipe.load takes it. mtp_type None: as the recipe says.
+    """What the user chose. mtp_type None: as the recipe says.
 
     allocated: types of tensors by name, chosen within a budget (budget.py); only the recipe's rules come before them.
     """
 
-    type: str | Recipe
+    recipe: Recipe
     mtp: str = "include"
     mtp_type: str | None = None
     split_max_size: int | None = None
@@ -45,29 +48,72 @@ class Options:
     name: str | None = None
     allow_requantize: bool = False
     importance: Importance | None = None
-    kernel: str = "lanes"
-    allocated: Mapping[str, Choice] = field(default_factory=dict)
+    kernel: KernelName = "lanes"
+    allocated: Mapping[str, TypeChoice] = field(default_factory=dict)
 
-    @property
-    def recipe(self) -> Recipe:
-        return recipe.load(self.type) if isinstance(self.type, str) else self.type
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """The tensor's bytes are these: they follow from the configuration, and nothing is read."""
+
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """The tensor's bytes are the stored ones. `decoder` looks whether they are finite numbers."""
+
+    stored: SourceTensor
+    decoder: Decoder
+
+
+@dataclass(frozen=True, slots=True)
+class Encode:
+    """The stored numbers are encoded. plus_one: norms, stored less one. weighted: the imatrix has this tensor."""
+
+    stored: SourceTensor
+    kernel: Kernel
+    plus_one: bool
+    weighted: bool
+
+
+Action = Constant | Copy | Encode
+
+
+def choose_action(
+    name: TensorName,
+    stored: SourceTensor,
+    ggml_type: GGMLQuantizationType,
+    importance: Importance | None,
+    *,
+    plus_one: bool = False,
+    wish: KernelName = "lanes",
+) -> Copy | Encode:
+    """How a stored tensor becomes `name` of this type. QuantError if nothing here can encode it."""
+    if stored.ggml_type == ggml_type and not plus_one:
+        return Copy(stored, decoder_for(ggml_type))
+    weighted = importance is not None and importance.has(name, stored.shape)
+    return Encode(stored, choose_kernel(ggml_type, wish, weighted=weighted), plus_one, weighted)
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """One output tensor. Its values come from `source` in the TensorSource, or are `constant` bytes."""
+    """One output tensor: its type, why it has that, and what is done to make its units."""
 
-    name: str
+    name: TensorName
     shape: tuple[int, ...]
     ggml_type: GGMLQuantizationType
     reason: str
-    source: str | None
-    plus_one: bool = False
-    constant: bytes | None = None
+    action: Action
 
     @property
     def role(self) -> str:
-        return role_of(self.name)
+        return self.name.role
+
+    @property
+    def source(self) -> str | None:
+        """The name of the stored tensor; None of a constant."""
+        return None if isinstance(self.action, Constant) else self.action.stored.name
 
     @property
     def n_values(self) -> int:
@@ -79,7 +125,21 @@ class PlannedTensor:
 
     @property
     def n_bytes(self) -> int:
-        return self.n_values // self.shape[-1] * self.row_bytes
+        return self.bytes_as(self.ggml_type)
+
+    def bytes_as(self, ggml_type: GGMLQuantizationType) -> int:
+        """What it would take as another type."""
+        return self.n_values // self.shape[-1] * row_size(ggml_type, self.shape[-1])
+
+    def as_type(
+        self, ggml_type: GGMLQuantizationType, importance: Importance | None, wish: KernelName = "lanes"
+    ) -> PlannedTensor:
+        """The same numbers as another type. QuantError if nothing here can encode it."""
+        if isinstance(self.action, Constant):
+            return replace(self, ggml_type=ggml_type)
+        plus_one = isinstance(self.action, Encode) and self.action.plus_one
+        action = choose_action(self.name, self.action.stored, ggml_type, importance, plus_one=plus_one, wish=wish)
+        return replace(self, ggml_type=ggml_type, action=action)
 
     @property
     def rows_per_expert(self) -> int:
@@ -91,11 +151,26 @@ class PlannedTensor:
 
     @property
     def is_quantized(self) -> bool:
-        return self.ggml_type not in (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
+        """Whether it is made of blocks, and so loses something; floats only round."""
+        return self.ggml_type not in FLOATS
 
     @property
     def rows_per_unit(self) -> int:
         return min(self.rows_per_expert, max(1, UNIT_VALUES // self.shape[-1]))
+
+    @property
+    def unit_memory(self) -> int:
+        """The most bytes that making a unit of it holds.
+
+        A copy is the unit as it is stored. What is encoded is held as numbers of at most 4 bytes and as blocks; and if
+        its stored bytes are no numbers that a kernel takes, they are held too while such numbers are made of them.
+        """
+        columns, n_rows = self.shape[-1], self.rows_per_unit
+        row = self.row_bytes
+        if isinstance(self.action, Encode):
+            stored = self.action.stored
+            row += 4 * columns + (0 if stored.is_view else stored.row_bytes)
+        return n_rows * row + scratch_bytes(n_rows * columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +223,7 @@ class Plan:
     warnings: tuple[str, ...] = ()
     importance: Importance | None = None
     coverage: Coverage | None = None
-    kernel: str = "lanes"
+    kernel: KernelName = "lanes"
 
     @property
     def type_name(self) -> str:
@@ -186,11 +261,6 @@ def unit_rows(tensor: PlannedTensor) -> Iterator[tuple[int, int]]:
     return row_ranges(tensor.shape, tensor.rows_per_unit)
 
 
-def rows_per_expert(shape: tuple[int, ...]) -> int:
-    """Rows of one expert; of a tensor without experts, all its rows."""
-    return shape[-2] if len(shape) > 1 else 1
-
-
 def row_ranges(shape: tuple[int, ...], rows_per_unit: int) -> Iterator[tuple[int, int]]:
     """[start, stop) of runs of at most rows_per_unit rows; none crosses an expert's end."""
     per_expert = rows_per_expert(shape)
@@ -201,5 +271,5 @@ def row_ranges(shape: tuple[int, ...], rows_per_unit: int) -> Iterator[tuple[int
 
 def replan(target: Iterable[TensorInfo], plan: Plan) -> list[PlannedTensor]:
     """The plan's tensors with the types that an existing file has: what `verify --against` makes again."""
-    planned = {tensor.name: tensor for tensor in plan.tensors}
-    return [replace(planned[t.name], ggml_type=t.ggml_type) for t in target if t.name in planned]
+    planned: dict[str, PlannedTensor] = {tensor.name: tensor for tensor in plan.tensors}
+    return [planned[t.name].as_type(t.ggml_type, plan.importance, plan.kernel) for t in target if t.name in planned]

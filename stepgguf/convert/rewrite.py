@@ -23,7 +23,7 @@ from typing import Any
 from gguf import GGUFValueType
 
 from stepgguf.convert.manifest import manifest_path, read_manifest, write_manifest
-from stepgguf.convert.metadata import CHAT_TEMPLATE, RESERVE, RESERVE_BYTES, reserve
+from stepgguf.convert.metadata import CHAT_TEMPLATE, RESERVE, RESERVE_BYTES, reserve_key
 from stepgguf.convert.sources.splits import split_files
 from stepgguf.errors import BadMetadata, OutputError
 from stepgguf.files import disk, gguf_header
@@ -34,7 +34,7 @@ ORIGINAL = "stepgguf.chat_template.original"
 _COPY = 64 * 2**20
 
 
-def chat_template(path: Path) -> str:
+def read_chat_template(path: Path) -> str:
     """The chat template of a GGUF."""
     text = gguf_header.read(split_files(path)[0]).get(CHAT_TEMPLATE)
     if not isinstance(text, str):
@@ -69,22 +69,22 @@ def restore_chat_template(path: Path) -> None:
 
 
 def _rewrite(path: Path, change: Callable[[dict[str, Key]], None]) -> None:
-    """The header with other keys, at the same length if there is room."""
+    """Give a file changed keys: in place if they fit into the old header's length, else in a copy."""
     backup = path.with_name(path.name + ".header")
-    with disk_errors(path), _held(path):
-        if backup.exists():
-            _overwrite(path, backup.read_bytes())
-        old, manifest = gguf_header.read(path), _manifest(path)
+    with disk_errors(path), _hold(path):
+        if backup.exists():  # a crash came between: the header may be half old and half new
+            _overwrite_header(path, backup.read_bytes())
+        old, manifest = gguf_header.read(path), _read_own_manifest(path)
         keys = {name: key for name, key in old.keys.items() if name != RESERVE}
         change(keys)
-        new = _fitted(keys, old)
+        new = _encode_at_length(keys, old)
         if new is None:
-            new = gguf_header.encode([*keys.values(), reserve(RESERVE_BYTES)], old.tensors, old.alignment)
-            _copy(path, old.data_start, new)
+            new = gguf_header.encode([*keys.values(), reserve_key(RESERVE_BYTES)], old.tensors, old.alignment)
+            _copy_with_header(path, old.data_start, new)
         else:
             with path.open("rb") as file:
                 disk.replace(backup, file.read(old.data_start))
-            _overwrite(path, new)
+            _overwrite_header(path, new)
         backup.unlink(missing_ok=True)
         if manifest is not None:
             changes = {"header_sha256": hashlib.sha256(new).hexdigest(), "bytes": path.stat().st_size}
@@ -92,7 +92,8 @@ def _rewrite(path: Path, change: Callable[[dict[str, Key]], None]) -> None:
 
 
 @contextmanager
-def _held(path: Path) -> Iterator[None]:
+def _hold(path: Path) -> Iterator[None]:
+    """Hold a file while it is changed. Raises OutputError if another process holds it."""
     try:
         fd = disk.hold(path)
     except BlockingIOError:
@@ -103,16 +104,17 @@ def _held(path: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def _fitted(keys: dict[str, Key], old: Header) -> bytes | None:
-    """The header at exactly the old length, or None if it does not fit."""
-    with_none = len(gguf_header.encode([*keys.values(), reserve(0)], old.tensors, 1))
+def _encode_at_length(keys: dict[str, Key], old: Header) -> bytes | None:
+    """The header with these keys and a reserve that gives it the old length; None if they do not fit."""
+    with_none = len(gguf_header.encode([*keys.values(), reserve_key(0)], old.tensors, 1))
     room = old.data_start - with_none
     if room < 0:
         return None
-    return gguf_header.encode([*keys.values(), reserve(room)], old.tensors, old.alignment)
+    return gguf_header.encode([*keys.values(), reserve_key(room)], old.tensors, old.alignment)
 
 
-def _overwrite(path: Path, header: bytes) -> None:
+def _overwrite_header(path: Path, header: bytes) -> None:
+    """Put a header of the same length in the place of the old one, durably."""
     fd = os.open(path, os.O_RDWR)
     try:
         disk.write_at(fd, header, 0)
@@ -121,7 +123,7 @@ def _overwrite(path: Path, header: bytes) -> None:
         os.close(fd)
 
 
-def _copy(path: Path, data_start: int, header: bytes) -> None:
+def _copy_with_header(path: Path, data_start: int, header: bytes) -> None:
     """A new file with another header and the same data, renamed over the old one."""
     with path.open("rb") as source, disk.replacing(path) as target:
         target.write(header)
@@ -129,6 +131,6 @@ def _copy(path: Path, data_start: int, header: bytes) -> None:
         shutil.copyfileobj(source, target, _COPY)
 
 
-def _manifest(path: Path) -> dict[str, Any] | None:
-    """Read before anything is changed: a damaged one is an error, and then the file is as it was."""
+def _read_own_manifest(path: Path) -> dict[str, Any] | None:
+    """The file's manifest if it has one. A damaged one is an error before anything is changed."""
     return read_manifest(path, "Remove it, or fetch it again.") if manifest_path(path).exists() else None

@@ -1,8 +1,6 @@
 """How large a model is as each type: from names and shapes alone, without a plan, an encoder or a destination.
 
-checkpoint --+
-             +-> Inventory --sizes(type or recipe)--> Sizes: bytes of each trunk tensor by role, of the MTP blocks
-GGUF --------+
+source --take_inventory--> Inventory --sizes_as(type or recipe)--> Sizes: bytes of each trunk tensor, of the MTP blocks
 """
 
 from __future__ import annotations
@@ -11,133 +9,112 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gguf import GGMLQuantizationType, Keys
+from gguf import GGMLQuantizationType
 
-from stepgguf.convert import metadata
 from stepgguf.convert.objective import Routing
-from stepgguf.convert.planner import gguf_facts, is_quantizable, model_facts, number
-from stepgguf.convert.sources.checkpoint import Checkpoint
-from stepgguf.convert.sources.gguf_file import ARCHITECTURE, GGUFSource
-from stepgguf.errors import BadMetadata, UnknownType
+from stepgguf.convert.planner import rule_facts
+from stepgguf.convert.sources.source import TensorSource
+from stepgguf.errors import UnknownType
 from stepgguf.files.byte_sizes import readable_size
-from stepgguf.files.jsonread import shown
-from stepgguf.model.tensors import ROPE_FREQS, file_order, layer_of, role_of
-from stepgguf.quants import mixtures, recipe
-from stepgguf.quants.ggml import row_size
-from stepgguf.quants.mixtures import Candidate, Facts
+from stepgguf.model.names import TensorName
+from stepgguf.model.tensors import TensorSpec
+from stepgguf.quants import mixtures
+from stepgguf.quants.mixtures import Facts
+from stepgguf.quants.recipe_files import load_recipe
+from stepgguf.quants.types import F32, row_size
 
-F32 = GGMLQuantizationType.F32
+Types = Mapping[str, GGMLQuantizationType]  # by names of tensors
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Bytes: of every trunk tensor with its role, and of all MTP blocks together. n_values and types are of both."""
+    """Bytes: of every trunk tensor, and of all MTP blocks together. n_values and types are of both."""
 
-    trunk: tuple[tuple[str, int], ...]
+    trunk: tuple[tuple[TensorName, int], ...]
     mtp: int
     n_values: int
-    types: Mapping[str, GGMLQuantizationType]
+    types: Types
     needs_imatrix: bool = False
 
     @property
     def total(self) -> int:
+        """Bytes of all tensors; a file has a header besides."""
         return self.mtp + sum(n_bytes for _, n_bytes in self.trunk)
 
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """The tensors of a model in llama-quantize's order, those of MTP blocks too. `own`: the type that each one has in
-    a GGUF; of a checkpoint None."""
+    """The tensors of a model, those of MTP blocks and constants too, and what rules and costs ask about it.
+
+    own: the type that each tensor has in a GGUF; None of a checkpoint.
+    """
 
     facts: Facts
     routing: Routing
-    tensors: tuple[Candidate, ...]
-    quantizable: frozenset[str]
-    own: dict[str, GGMLQuantizationType] | None
+    tensors: tuple[TensorSpec, ...]
+    own: Types | None
 
-    def sizes(self, name: str, *, mtp: bool = True) -> Sizes:
-        """As a stock mixture or a recipe, with the MTP blocks or without. Types that need an importance matrix are
-        given one. RecipeError for a name that is neither, and for a recipe that does not fit the model."""
-        chosen = recipe.load(name)
-        candidates = [t for t in self.tensors if t.name in self.quantizable and (mtp or not self.is_mtp(t))]
-        choices = chosen.choose(candidates, self.facts)
+    def sizes_as(self, name: str, *, mtp: bool = True) -> Sizes:
+        """As a stock mixture or a recipe, with the MTP blocks or without.
+
+        Types that need an importance matrix are given one. RecipeError for a name that is neither, and for a recipe
+        that does not fit the model.
+        """
+        chosen = load_recipe(name)
+        candidates = [t for t in self.tensors if t.is_quantizable and (mtp or not t.is_mtp)]
+        choices = chosen.choose_types(candidates, self.facts)
         pairs = zip(candidates, choices, strict=True)
         needs_imatrix = any(mixtures.requires_imatrix(chosen.base or "", c, choice.ggml_type) for c, choice in pairs)
-        if needs_imatrix:
-            choices = chosen.choose(candidates, self.facts, has_imatrix=True)
-        types = {c.name: choice.ggml_type for c, choice in zip(candidates, choices, strict=True)}
-        return self.with_types(types, mtp=mtp, needs_imatrix=needs_imatrix)
+        if needs_imatrix:  # with one, the same mixture may choose other types
+            choices = chosen.choose_types(candidates, self.facts, has_imatrix=True)
+        types: dict[str, GGMLQuantizationType] = {
+            c.name: choice.ggml_type for c, choice in zip(candidates, choices, strict=True)
+        }
+        return self.sizes_with(types, mtp=mtp, needs_imatrix=needs_imatrix)
 
     def own_sizes(self, *, mtp: bool = True) -> Sizes | None:
         """As they are in the GGUF; None for a checkpoint, whose tensors have no ggml types."""
-        return None if self.own is None else self.with_types(self.own, mtp=mtp)
+        return None if self.own is None else self.sizes_with(self.own, mtp=mtp)
 
     @property
-    def matrices(self) -> list[Candidate]:
+    def matrices(self) -> list[TensorSpec]:
         """The trunk's tensors that can be quantized."""
-        return [t for t in self.tensors if t.name in self.quantizable and not self.is_mtp(t)]
+        return [tensor for tensor in self.tensors if tensor.is_quantizable and not tensor.is_mtp]
 
     @property
     def n_mtp(self) -> int:
-        return len({t.layer for t in self.tensors if self.is_mtp(t)})
+        """MTP blocks that are there."""
+        return len({tensor.layer for tensor in self.tensors if tensor.is_mtp})
 
-    def with_types(
-        self, types: Mapping[str, GGMLQuantizationType], *, mtp: bool = True, needs_imatrix: bool = False
-    ) -> Sizes:
+    def sizes_with(self, types: Types, *, mtp: bool = True, needs_imatrix: bool = False) -> Sizes:
         """With such types; the others are F32."""
-        all_types = {tensor.name: types.get(tensor.name, F32) for tensor in self.tensors}
-        trunk, heads, n_values = [], 0, 0
-        for tensor in self.tensors:
-            n_bytes = math.prod(tensor.shape[:-1]) * row_size(all_types[tensor.name], tensor.shape[-1])
-            if not self.is_mtp(tensor):
-                trunk.append((tensor.role, n_bytes))
-            elif mtp:
-                heads += n_bytes
-            else:
-                continue
-            n_values += math.prod(tensor.shape)
-        return Sizes(tuple(trunk), heads, n_values, all_types, needs_imatrix)
-
-    def is_mtp(self, tensor: Candidate) -> bool:
-        return self.facts.is_mtp(tensor.layer)
+        all_types: dict[str, GGMLQuantizationType] = {t.name: types.get(t.name, F32) for t in self.tensors}
+        n_bytes = {t.name: math.prod(t.shape[:-1]) * row_size(all_types[t.name], t.shape[-1]) for t in self.tensors}
+        return Sizes(
+            trunk=tuple((t.name, n_bytes[t.name]) for t in self.tensors if not t.is_mtp),
+            mtp=sum(n_bytes[t.name] for t in self.tensors if t.is_mtp) if mtp else 0,
+            n_values=sum(math.prod(t.shape) for t in self.tensors if mtp or not t.is_mtp),
+            types=all_types,
+            needs_imatrix=needs_imatrix,
+        )
 
 
-def inventory(source: Checkpoint | GGUFSource) -> Inventory:
-    """Of whatever the source is. BadMetadata for a GGUF that does not say what the rules ask."""
-    return _of_checkpoint(source) if isinstance(source, Checkpoint) else _of_gguf(source)
+def take_inventory(source: TensorSource) -> Inventory:
+    """What a checkpoint or a GGUF holds. BadMetadata for a GGUF that does not say what the rules ask."""
+    hp = source.hparams
+    constants = [TensorSpec("", name, (len(data) // 4,), is_mtp=False) for name, data in source.constants.items()]
+    return Inventory(
+        facts=rule_facts(hp),
+        routing=Routing(hp.n_expert, hp.n_expert_used, hp.router_scale),
+        tensors=(*source.specs, *constants),
+        own=source.own_types,
+    )
 
 
 def with_near_sizes(error: UnknownType, model: Inventory) -> UnknownType:
     """The same error with a hint that says how large this model is as the types that come near."""
     if not error.near:
         return error
-    sizes = sorted(((model.sizes(name), name) for name in error.near), key=lambda pair: pair[0].total)
+    sizes = sorted(((model.sizes_as(name), name) for name in error.near), key=lambda pair: pair[0].total)
     found = [f"{name} {readable_size(s.total)}{' (with an imatrix)' * s.needs_imatrix}" for s, name in sizes]
     return UnknownType(error.message, hint=f"Types that come near: {', '.join(found)}.", near=error.near)
-
-
-def _of_checkpoint(checkpoint: Checkpoint) -> Inventory:
-    tensors = [Candidate(s.name, s.role, s.shape, s.layer) for s in checkpoint.specs]
-    freqs = metadata.rope_freqs(checkpoint.hparams)
-    if freqs is not None:
-        tensors.append(Candidate(ROPE_FREQS, "rope_freqs", (len(freqs) // 4,), None))
-    quantizable = frozenset(s.name for s in checkpoint.specs if not s.float32)
-    hp = checkpoint.hparams
-    routing = Routing(hp.n_expert, hp.n_expert_used, hp.router_scale)
-    return Inventory(model_facts(checkpoint), routing, tuple(tensors), quantizable, own=None)
-
-
-def _of_gguf(source: GGUFSource) -> Inventory:
-    facts = gguf_facts(source)
-    name = Keys.LLM.EXPERT_WEIGHTS_SCALE.format(arch=ARCHITECTURE)
-    scale = source.headers[0].get(name, 1.0)
-    if not isinstance(scale, float) or not math.isfinite(scale):
-        raise BadMetadata(f"{source.path}: key {name} is {shown(scale)}, expected a number", hint="Convert it again.")
-    names = sorted(source.tensors, key=file_order)
-    return Inventory(
-        facts=facts,
-        routing=Routing(facts.n_expert, number(source, Keys.LLM.EXPERT_USED_COUNT, 0), scale),
-        tensors=tuple(Candidate(n, role_of(n), source.tensors[n].shape, layer_of(n)) for n in names),
-        quantizable=frozenset(n for n in names if is_quantizable(n, source.tensors[n].shape)),
-        own={t.name: t.ggml_type for header in source.headers for t in header.tensors},
-    )

@@ -18,23 +18,24 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from stepgguf.convert.manifest import entries, read_manifest
+from stepgguf.convert.manifest import read_entries, read_manifest
 from stepgguf.convert.pipeline import UnitMaker
-from stepgguf.convert.plan import Plan, PlannedTensor, Unit, replan, row_ranges, rows_per_expert, unit_rows
-from stepgguf.convert.sources.source import TensorSource
+from stepgguf.convert.plan import Plan, PlannedTensor, Unit, replan, row_ranges, unit_rows
+from stepgguf.convert.sources.source import TensorSource, rows_per_expert
 from stepgguf.convert.sources.splits import read_headers
 from stepgguf.errors import TruncatedFile
 from stepgguf.files import disk
 from stepgguf.files.gguf_header import Header, TensorInfo
-from stepgguf.quants.ggml import row_size
+from stepgguf.quants.types import row_size
 
 Bytes = NDArray[np.uint8]
-Check = Callable[[Bytes], str | None]  # what is wrong with these bytes, if anything
-Step = Callable[[int], None]  # called with the bytes of each unit looked at
+FindProblem = Callable[[Bytes], str | None]  # what is wrong with these bytes, if anything
+Job = tuple[TensorInfo, int, int, FindProblem]  # rows [start, stop) of a tensor, and how to look at their bytes
+Step = Callable[[int], None]  # called with the size of each unit looked at
 
 
 @dataclass(slots=True)
-class Report:
+class Verification:
     """What was looked at, and what was wrong in words."""
 
     step: Step
@@ -43,22 +44,22 @@ class Report:
     n_bytes: int = 0
     problems: list[str] = field(default_factory=list)
 
-    def look(self, header: Header, jobs: Iterable[tuple[TensorInfo, int, int, Check]]) -> None:
-        """Read rows [start, stop) of each job's tensor and check them, on all cores."""
+    def check_rows(self, header: Header, jobs: Iterable[Job]) -> None:
+        """Read each job's rows from a file and note what is wrong with them, on all cores."""
         fd = os.open(header.path, os.O_RDONLY)
 
-        def one(job: tuple[TensorInfo, int, int, Check]) -> tuple[int, str | None]:
-            info, start, stop, check = job
+        def check(job: Job) -> tuple[int, str | None]:
+            info, start, stop, find_problem = job
             size = row_size(info.ggml_type, info.shape[-1])
             offset = header.data_start + info.offset + start * size
             data = np.empty((stop - start) * size, np.uint8)
             disk.read_at(fd, data.data, offset, info.name, TruncatedFile)
-            problem = check(data)
+            problem = find_problem(data)
             return data.nbytes, f"{_where(info, start, stop)} {problem}" if problem else None
 
         try:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                for size, problem in pool.map(one, jobs):
+                for size, problem in pool.map(check, jobs):
                     self.units, self.n_bytes = self.units + 1, self.n_bytes + size
                     self.problems += [problem] if problem else []
                     self.step(size)
@@ -67,12 +68,12 @@ class Report:
         self.tensors += len(header.tensors)
 
 
-def verify_manifest(path: Path, step: Step) -> Report:
+def verify_manifest(path: Path, step: Step) -> Verification:
     """Compare every byte of a file (all its splits) with the digests in its manifest."""
-    report = Report(step)
+    report = Verification(step)
     for header in read_headers(path):
         file = header.path
-        digest, tensors = entries(file, read_manifest(file, "Verify against the checkpoint: --against DIRECTORY."))
+        digest, tensors = read_entries(file, read_manifest(file, "Verify against the checkpoint: --against DIRECTORY."))
         if _header_digest(header) != digest:
             report.problems.append(f"{file.name}: the header (metadata or tensor list) is not the one that was written")
         infos = {tensor.name: tensor for tensor in header.tensors}
@@ -85,16 +86,16 @@ def verify_manifest(path: Path, step: Step) -> Report:
             rows = list(row_ranges(info.shape, entry.rows_per_unit))
             if len(rows) != len(entry.digests):
                 report.problems.append(f"{file.name}: {name} has {len(entry.digests)} digests, expected {len(rows)}")
-            jobs += [(info, *r, partial(_same_digest, d)) for r, d in zip(rows, entry.digests, strict=False)]
-        report.look(header, jobs)
+            jobs += [(info, *r, partial(_compare_digest, d)) for r, d in zip(rows, entry.digests, strict=False)]
+        report.check_rows(header, jobs)
     return report
 
 
-def verify_source(path: Path, plan: Plan, source: TensorSource, share: float, step: Step) -> Report:
+def verify_source(path: Path, plan: Plan, source: TensorSource, share: float, step: Step) -> Verification:
     """Make a share of each tensor's units again (at least one) and compare. `plan` gives names and sources."""
-    report, rng, maker = Report(step), random.Random(0), UnitMaker(source, plan.importance, plan.kernel)
+    report, rng, maker = Verification(step), random.Random(0), UnitMaker(source, plan.importance)
     for header in read_headers(path):
-        planned = {tensor.name: tensor for tensor in replan(header.tensors, plan)}
+        planned: dict[str, PlannedTensor] = {tensor.name: tensor for tensor in replan(header.tensors, plan)}
         jobs = []
         for info in header.tensors:
             tensor = planned.get(info.name)
@@ -103,16 +104,16 @@ def verify_source(path: Path, plan: Plan, source: TensorSource, share: float, st
                 continue
             ranges = list(unit_rows(tensor))
             chosen = sorted(rng.sample(ranges, max(1, round(share * len(ranges)))))
-            jobs += [(info, *rows, partial(_same_as_made, maker, tensor, *rows)) for rows in chosen]
-        report.look(header, jobs)
+            jobs += [(info, *rows, partial(_compare_with_source, maker, tensor, *rows)) for rows in chosen]
+        report.check_rows(header, jobs)
     return report
 
 
-def _same_digest(digest: str, data: Bytes) -> str | None:
+def _compare_digest(digest: str, data: Bytes) -> str | None:
     return None if hashlib.sha256(data.data).hexdigest() == digest else "differs from the manifest"
 
 
-def _same_as_made(maker: UnitMaker, tensor: PlannedTensor, start: int, stop: int, data: Bytes) -> str | None:
+def _compare_with_source(maker: UnitMaker, tensor: PlannedTensor, start: int, stop: int, data: Bytes) -> str | None:
     made = maker.make(tensor, Unit(0, 0, start, stop))[0].reshape(-1)
     wrong = float((made != data).mean())
     return f"is not what the source gives ({wrong:.1%} of its bytes differ)" if wrong else None

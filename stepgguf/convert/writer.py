@@ -32,13 +32,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepgguf.convert import manifest
-from stepgguf.convert.journal import Journal, Made
+from stepgguf.convert.journal import FinishedUnit, Journal
 from stepgguf.convert.plan import Plan, PlannedFile
 from stepgguf.errors import OutputError
 from stepgguf.files import disk, jsonread
 from stepgguf.files.byte_sizes import readable_size
 from stepgguf.files.disk import disk_errors
-from stepgguf.quants.codec import Loss
+from stepgguf.quants.kernels import Loss
 
 _VERSION = 3
 
@@ -51,10 +51,10 @@ class Writer:
     ) -> None:
         self.plan = plan
         self.units = list(plan.units())
-        self.finished: dict[int, Made] = {}
+        self.finished: dict[int, FinishedUnit] = {}
         self._folder = plan.files[0].path.parent
         self._overwrite = overwrite
-        self._label = _label(plan, identity)
+        self._label = _describe_run(plan, identity)
         self._journal: Journal | None = None
         self._parts: list[int] = []  # descriptors, one for each file
         self._renamed: set[int] = set()  # numbers of files that an interrupted run had finished
@@ -79,43 +79,49 @@ class Writer:
                 f"{self._folder} is not a directory", hint=f"Create it first: mkdir -p {quote(str(self._folder))}"
             )
         with suppress(FileNotFoundError):
-            os.lstat(f"{manifest.manifest_path(self.plan.files[0].path)}.new")  # the longest name: can it be had?
+            # The longest name that will be needed: a name too long is an error before anything is made.
+            os.lstat(f"{manifest.manifest_path(self.plan.files[0].path)}.new")
         try:
-            self._journal = Journal(_beside(self.plan.files[0].path, ".journal"))
+            self._journal = Journal(_with_suffix(self.plan.files[0].path, ".journal"))
             for file in self.plan.files:
-                self._parts.append(disk.hold(_part(file), make=True))
+                self._parts.append(disk.hold(_part_path(file), make=True))
         except BlockingIOError:
             raise OutputError(
                 f"{self.plan.files[0].path} is in use: another stepgguf is writing it", hint="Wait for it to end."
             ) from None
 
     def _resume(self) -> bool:
-        """Read the journal of an interrupted run. A different run's journal is refused."""
+        """Whether the journal is of an interrupted run of this plan; then its finished units count.
+
+        Raises OutputError if it is of a run that would have made something else.
+        """
         assert self._journal is not None
-        found = self._journal.read(len(self.units))
+        found = self._journal.read_finished(len(self.units))
         if found is None:
             return False
         label, finished = found
         changed = [key for key in self._label if label.get(key) != self._label[key]]
         if changed:
+            difference = _first_difference(changed, label, self._label)
             raise OutputError(
-                f"{self._journal.path} is of an interrupted run with another {_named(changed, label, self._label)}",
+                f"{self._journal.path} is of an interrupted run with another {difference}",
                 hint="Repeat that command to finish it, or start anew with --restart.",
             )
-        missing = {i for i, file in enumerate(self.plan.files) if not _is_of(file, self._parts[i])}
+        missing = {i for i, file in enumerate(self.plan.files) if not _is_planned_file(file, self._parts[i])}
         if missing and not (len(finished) == len(self.units) and all(map(self._has_final_name, missing))):
-            return False  # somebody removed the data
+            return False  # somebody removed data that the journal counts as finished
         self.finished, self._renamed = finished, missing
         return True
 
     def _has_final_name(self, index: int) -> bool:
+        """Whether a file is finished: a run that was cut off between two renames leaves such files."""
         file = self.plan.files[index]
         try:
             fd = os.open(file.path, os.O_RDONLY | os.O_NONBLOCK)
         except OSError:
             return False
         try:
-            return _is_of(file, fd)
+            return _is_planned_file(file, fd)
         finally:
             os.close(fd)
 
@@ -127,9 +133,10 @@ class Writer:
                 what = "a directory" if file.path.is_dir() else "there and not a file"
                 raise OutputError(f"{file.path} is {what}", hint="Choose another name.")
             if not self._overwrite:
-                raise taken(file.path)
+                raise name_taken(file.path)
 
     def _check_space(self) -> None:
+        # What an earlier run left is cleared next, so its blocks are free.
         held = sum(os.fstat(fd).st_blocks * 512 for fd in self._parts)
         need, free = self.plan.file_bytes, shutil.disk_usage(self._folder).free + held
         if need > free:
@@ -155,36 +162,37 @@ class Writer:
 
     # writing ----------------------------------------------------------------------------------------------------
 
-    def write(self, number: int, data: NDArray[np.uint8], loss: Loss | None = None) -> Made:
-        """Put a unit's bytes in their place. Called from many threads."""
+    def write_unit(self, number: int, data: NDArray[np.uint8], loss: Loss | None = None) -> FinishedUnit:
+        """Put a unit's bytes [n, row_bytes] in their place in its file. Called from many threads."""
         unit = self.units[number]
         file = self.plan.files[unit.file]
         offset = len(file.header) + file.offsets[unit.tensor] + unit.start * file.tensors[unit.tensor].row_bytes
         disk.write_at(self._parts[unit.file], data.data, offset)
-        return Made(hashlib.sha256(data.data).digest(), loss)
+        return FinishedUnit(hashlib.sha256(data.data).digest(), loss)
 
-    def commit(self, finished: Mapping[int, Made]) -> None:
+    def commit(self, finished: Mapping[int, FinishedUnit]) -> None:
         """Make finished units durable, then enter them in the journal."""
         assert self._journal is not None
         for index in {self.units[number].file for number in finished}:
             fd = self._parts[index]
+            # The size was set when the file was opened, so syncing data is enough. macOS has no fdatasync.
             os.fdatasync(fd) if hasattr(os, "fdatasync") else os.fsync(fd)
         self.finished.update(finished)
-        self._journal.enter(finished)
+        self._journal.add_finished(finished)
 
     def finish(self) -> None:
         """Data, manifests, final names, and the journal's end: each on the disk before the next begins."""
         assert self._journal is not None
         assert len(self.finished) == len(self.units)
         with disk_errors(self.plan.files[0].path):
-            self._refuse_existing()
+            self._refuse_existing()  # again: hours may have passed
             for fd in self._parts:
                 os.fsync(fd)
             for index, file in enumerate(self.plan.files):
-                manifest.write_manifest(file.path, manifest.content(self.plan, index, self.finished))
+                manifest.write_manifest(file.path, manifest.describe_file(self.plan, index, self.finished))
             for index, file in enumerate(self.plan.files):
                 if index not in self._renamed:
-                    _part(file).replace(file.path)
+                    _part_path(file).replace(file.path)
             disk.sync_folder(self._folder)
             self._journal.remove()
         self.close()
@@ -194,7 +202,7 @@ class Writer:
         journal, parts = self._journal, self._parts
         self._journal, self._parts = None, []
         for file, fd in zip(self.plan.files, parts, strict=False):
-            _let_go(fd, _part(file))
+            _let_go(fd, _part_path(file))
         if journal is not None:
             _let_go(journal.fd, journal.path)
 
@@ -205,24 +213,25 @@ class Writer:
         self.close()
 
 
-def taken(path: Path) -> OutputError:
+def name_taken(path: Path) -> OutputError:
+    """The error for a name at which there is a file already, to be raised."""
     return OutputError(f"{path} exists", hint="Choose another name or replace it with --overwrite.")
 
 
 def is_taken(path: Path) -> bool:
     """Whether there is a file, and no interrupted run that was about to finish it."""
-    return os.path.lexists(path) and not _beside(path, ".journal").exists()
+    return os.path.lexists(path) and not _with_suffix(path, ".journal").exists()
 
 
-def _beside(path: Path, suffix: str) -> Path:
+def _with_suffix(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
 
-def _part(file: PlannedFile) -> Path:
-    return _beside(file.path, ".part")
+def _part_path(file: PlannedFile) -> Path:
+    return _with_suffix(file.path, ".part")
 
 
-def _is_of(file: PlannedFile, fd: int) -> bool:
+def _is_planned_file(file: PlannedFile, fd: int) -> bool:
     """Whether this is the planned file, of full size and with its header."""
     if os.fstat(fd).st_size != file.size:
         return False
@@ -232,12 +241,13 @@ def _is_of(file: PlannedFile, fd: int) -> bool:
 
 
 def _let_go(fd: int, path: Path) -> None:
+    """Close a held file. An empty one holds nothing to resume, and is removed while it is still ours."""
     if os.fstat(fd).st_size == 0 and disk.is_at(fd, path):
         path.unlink()
     os.close(fd)
 
 
-def _label(plan: Plan, identity: Mapping[str, str]) -> dict[str, Any]:
+def _describe_run(plan: Plan, identity: Mapping[str, str]) -> dict[str, Any]:
     """What must be the same for a run to be resumed. The header's digest covers types, shapes and metadata."""
     return {
         "journal": _VERSION,
@@ -251,8 +261,8 @@ def _label(plan: Plan, identity: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _named(changed: Iterable[str], found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """The first difference in words."""
+def _first_difference(changed: Iterable[str], found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """The first difference between two runs, in words."""
     key = next(iter(changed))
     if key == "source":
         before, now = found.get(key), wanted[key]

@@ -36,6 +36,7 @@ from stepgguf.chat.template import CLOSING_WORDS, ChatTemplate, closing_text
 from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.demo import tasks, tokenizer
 from stepgguf.model.hparams import HParams
+from stepgguf.model.names import TensorName
 from stepgguf.reference.load import load
 from stepgguf.reference.model import DecoderLayer, MoE, Step35
 
@@ -212,7 +213,7 @@ def optimize(parameters: list[nn.Parameter], lr: float) -> torch.optim.AdamW:
 
 def train(model: Step35, encoder: Encoder, steps: int, lr: float, seed: int, mtp: bool) -> None:
     """Train the trunk, or with `mtp` the MTP blocks over a frozen trunk."""
-    trunk = {id(p) for name, p in model.named_parameters() if not _is_mtp(model.hp, name)}
+    trunk = {id(p) for name, p in model.named_parameters() if not TensorName(name).is_mtp(model.hp.n_layer)}
     parameters = [p for p in model.parameters() if (id(p) not in trunk) == mtp and p.dtype.is_floating_point]
     for p in model.parameters():
         p.requires_grad_(False)
@@ -272,11 +273,6 @@ def mtp_logits(model: Step35, tokens: Tensor, hidden: Tensor, document: Tensor) 
     return drafts
 
 
-def _is_mtp(hp: HParams, name: str) -> bool:
-    parts = name.split(".")
-    return parts[:2] == ["model", "layers"] and int(parts[2]) >= hp.n_layer
-
-
 @torch.no_grad()
 def evaluate(model: Step35, encoder: Encoder, n: int) -> dict[str, float]:
     """Share of held-out questions whose whole turn is the argmax at every token, and how often MTP heads agree.
@@ -314,7 +310,7 @@ def save(model: Step35, settings: dict[str, Any], tokenizer_json: str, out: Path
     """Write the checkpoint as the published block-FP8 repositories are: three shards, no index."""
     shards: list[dict[str, Tensor]] = [{}, {}, {}]
     for name, tensor in model.state_dict().items():
-        mtp, experts = _is_mtp(model.hp, name), ".moe." in name and name.endswith("_proj.weight")
+        mtp, experts = TensorName(name).is_mtp(model.hp.n_layer), ".moe." in name and name.endswith("_proj.weight")
         shard = shards[2 if mtp or "layers" not in name else 1 if experts else 0]
         if experts:
             shard[name], shard[f"{name}_scale_inv"] = quantize_fp8(tensor)

@@ -18,36 +18,36 @@ _NAME = "stepgguf"
 
 
 def cache() -> Path:
-    """The two below."""
+    """The folder of what can be made again, and may be deleted."""
     return platformdirs.user_cache_path(_NAME, appauthor=False)
 
 
-def errors() -> Path:
-    """What each type would lose in each tensor, a file for each source and imatrix that was measured."""
+def measurements() -> Path:
+    """The folder of what each type would lose in each tensor: a file for each source and imatrix that was measured."""
     return cache() / "errors"
 
 
 def kernels() -> Path:
-    """Encoders and decoders as compiled for this machine's processor."""
+    """The folder of encoders and decoders, compiled for this machine's processor."""
     return cache() / "kernels"
 
 
 def data() -> Path:
-    """Sessions and the history of what was typed."""
+    """The folder of what cannot be made again: sessions, and the history of what was typed."""
     return platformdirs.user_data_path(_NAME, appauthor=False)
 
 
-def adopt(old: Path) -> None:
-    """Take what an older version kept in another folder over as data(), where there is nothing yet."""
+def adopt_data(old: Path) -> None:
+    """Move what an older version kept in another folder to data(), if there is nothing yet."""
     new = data()
     if old.is_dir() and not new.exists():
-        with contextlib.suppress(OSError):  # it stays where it is
+        with contextlib.suppress(OSError):  # then it stays where it is, and is not found
             new.parent.mkdir(parents=True, exist_ok=True)
             old.rename(new)
 
 
 def sessions() -> Path:
-    """One file for each conversation of `stepgguf chat`."""
+    """The folder with a file for each conversation of `stepgguf chat`."""
     return data() / "sessions"
 
 

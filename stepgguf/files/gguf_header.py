@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
 
@@ -29,18 +31,19 @@ from stepgguf.files import disk
 from stepgguf.files.jsonread import shown
 
 V = GGUFValueType
+E = TypeVar("E", bound=IntEnum)
 _SCALARS = {
     V.UINT8: "B", V.INT8: "b", V.UINT16: "H", V.INT16: "h", V.UINT32: "I", V.INT32: "i", V.FLOAT32: "f",
     V.BOOL: "?", V.UINT64: "Q", V.INT64: "q", V.FLOAT64: "d",
 }  # fmt: skip
-_MAX_DIMS = 4
-_MAX_NESTING = 4  # of arrays; llama.cpp reads none in another
+_MAX_DIMS = 4  # GGML_MAX_DIMS of ggml.h
+_MAX_NESTING = 4  # arrays inside arrays; llama.cpp reads none at all
 _MAX_HEADER = 256 * 2**20  # the published ones have 10 MB
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One metadata entry; `raw` is the value's bytes after its type tag."""
+    """One metadata entry. `raw` has the value's bytes as they are in the file, after its type tag."""
 
     name: str
     type: GGUFValueType
@@ -48,20 +51,21 @@ class Key:
 
     @classmethod
     def of(cls, name: str, value: Any, type: GGUFValueType, items: GGUFValueType | None = None) -> Key:
-        """Encode a value. `items` is the element type of an array."""
+        """The entry with a value, encoded. Of an array `type` is ARRAY and `items` the type of its elements."""
         if items is None:
-            return cls(name, type, _scalar(type, value))
-        body = b"".join(_scalar(items, item) for item in value)
+            return cls(name, type, _encode_scalar(type, value))
+        body = b"".join(_encode_scalar(items, item) for item in value)
         return cls(name, V.ARRAY, struct.pack("<IQ", items, len(value)) + body)
 
     @property
     def value(self) -> Any:
-        return _Cursor(self.raw, self.name).value(self.type)
+        """The decoded value: a str, int, float, bool, or a list of these."""
+        return _HeaderCursor(self.raw, self.name).read_value(self.type)
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A tensor of the file; shape in numpy order, offset relative to data_start."""
+    """A tensor of the file; its shape in numpy order, its offset relative to data_start."""
 
     name: str
     shape: tuple[int, ...]
@@ -80,6 +84,8 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Header:
+    """A file's header. data_start: where tensor data begins, a multiple of `alignment`."""
+
     path: Path
     keys: dict[str, Key]
     tensors: tuple[TensorInfo, ...]
@@ -87,20 +93,20 @@ class Header:
     alignment: int
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The decoded value of a key."""
+        """The decoded value of a key, `default` without the key."""
         return self.keys[name].value if name in self.keys else default
 
 
 def encode(keys: Iterable[Key], tensors: Sequence[TensorInfo], alignment: int = GGUF_DEFAULT_ALIGNMENT) -> bytes:
-    """The header's bytes, padding included: their length is data_start."""
+    """The bytes of a header, with the padding behind it: their length is data_start."""
     keys = list(keys)
     parts = [struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(keys))]
     for key in keys:
-        parts += [_scalar(V.STRING, key.name), struct.pack("<I", key.type), key.raw]
+        parts += [_encode_scalar(V.STRING, key.name), struct.pack("<I", key.type), key.raw]
     for tensor in tensors:
         dims = tensor.shape[::-1]
         parts += [
-            _scalar(V.STRING, tensor.name),
+            _encode_scalar(V.STRING, tensor.name),
             struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, tensor.ggml_type, tensor.offset),
         ]
     body = b"".join(parts)
@@ -108,16 +114,19 @@ def encode(keys: Iterable[Key], tensors: Sequence[TensorInfo], alignment: int = 
 
 
 def read(path: Path, *, check_size: bool = True) -> Header:
-    """Parse and check the header of a GGUF file. Raises BadMagic, TruncatedFile, BadMetadata."""
+    """Parse and check the header of a GGUF file. check_size: the file must hold all data that the header promises.
+
+    Raises BadMagic, TruncatedFile, BadMetadata, and GGUFError if the file cannot be read.
+    """
     try:
         with disk.open_regular(path) as file:
-            size = file.seek(0, 2)
+            size = file.seek(0, os.SEEK_END)
             if size < 24:
-                raise BadMagic(f"{path}: {size} bytes is too short for a GGUF header", hint=_not_gguf(b""))
+                raise BadMagic(f"{path}: {size} bytes is too short for a GGUF header", hint=_hint_for(b""))
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                header = _parse(path, data)
+                header = _parse_header(path, data)
     except disk.NotAFile as error:
-        raise GGUFError(f"{path}: not a file", hint=_not_gguf(b"")) from error
+        raise GGUFError(f"{path}: not a file", hint=_hint_for(b"")) from error
     except OSError as error:
         raise GGUFError(f"{path}: {error.strerror or error}", hint="Check the path.") from error
     # Without tensors the header need not be padded, and gguf-py's are not.
@@ -130,10 +139,10 @@ def read(path: Path, *, check_size: bool = True) -> Header:
     return header
 
 
-def _parse(path: Path, data: mmap.mmap) -> Header:
+def _parse_header(path: Path, data: mmap.mmap) -> Header:
     if data[:4] != b"GGUF":
-        raise BadMagic(f"{path}: starts with {bytes(data[:4])!r}, not b'GGUF'", hint=_not_gguf(data[:64]))
-    cursor = _Cursor(data, str(path), 4)
+        raise BadMagic(f"{path}: starts with {bytes(data[:4])!r}, not b'GGUF'", hint=_hint_for(data[:64]))
+    cursor = _HeaderCursor(data, str(path), 4)
     version, n_tensors, n_keys = cursor.unpack("<IQQ")
     if version not in (2, 3):
         raise BadMagic(
@@ -141,14 +150,14 @@ def _parse(path: Path, data: mmap.mmap) -> Header:
         )
     keys: dict[str, Key] = {}
     for _ in range(n_keys):
-        name = cursor.string()
+        name = cursor.read_string()
         if name in keys:
             raise BadMetadata(f"{path}: key {shown(name)} is there twice", hint=_AGAIN)
-        type = cursor.enum(V)
+        type = cursor.read_enum(V)
         start = cursor.at
-        cursor.skip(type)
+        cursor.skip_value(type)  # checked, but decoded only if it is asked for
         keys[name] = Key(name, type, bytes(data[start : cursor.at]))
-    tensors = tuple(_tensor(path, cursor) for _ in range(n_tensors))
+    tensors = tuple(_read_tensor(path, cursor) for _ in range(n_tensors))
     alignment = keys["general.alignment"].value if "general.alignment" in keys else GGUF_DEFAULT_ALIGNMENT
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
         raise BadMetadata(f"{path}: general.alignment is {shown(alignment)}, expected a power of two", hint=_AGAIN)
@@ -156,27 +165,27 @@ def _parse(path: Path, data: mmap.mmap) -> Header:
     return Header(path, keys, tensors, cursor.at + -cursor.at % alignment, alignment)
 
 
-def _tensor(path: Path, cursor: _Cursor) -> TensorInfo:
-    name = cursor.string()
+def _read_tensor(path: Path, cursor: _HeaderCursor) -> TensorInfo:
+    name = cursor.read_string()
     (n_dims,) = cursor.unpack("<I")
     if not 1 <= n_dims <= _MAX_DIMS:
         raise BadMetadata(
             f"{path}: tensor {shown(name)} has {n_dims} dimensions, expected 1 to {_MAX_DIMS}", hint=_AGAIN
         )
     dims = cursor.unpack(f"<{n_dims}Q")
-    kind = cursor.enum(GGMLQuantizationType)
+    ggml_type = cursor.read_enum(GGMLQuantizationType)
     (offset,) = cursor.unpack("<Q")
-    block = GGML_QUANT_SIZES[kind][0]
+    block = GGML_QUANT_SIZES[ggml_type][0]
     if 0 in dims or dims[0] % block:
         raise BadMetadata(
-            f"{path}: tensor {shown(name)} is {list(dims[::-1])}, {kind.name} needs rows of a multiple of {block}",
+            f"{path}: tensor {shown(name)} is {list(dims[::-1])}, {ggml_type.name} needs rows of a multiple of {block}",
             hint=_AGAIN,
         )
-    return TensorInfo(name, dims[::-1], kind, offset)
+    return TensorInfo(name, dims[::-1], ggml_type, offset)
 
 
 def _check_places(path: Path, tensors: Sequence[TensorInfo], alignment: int) -> None:
-    """No two tensors have one name or share a byte, and each begins at a multiple of the alignment."""
+    """Raise BadMetadata if tensors share a name or a byte, or one begins at no multiple of the alignment."""
     names: set[str] = set()
     for tensor in tensors:
         if tensor.name in names:
@@ -198,26 +207,31 @@ def _check_places(path: Path, tensors: Sequence[TensorInfo], alignment: int) -> 
 _AGAIN = "Make or download the file again."
 
 
-def _not_gguf(start: bytes) -> str:
+def _hint_for(start: bytes) -> str:
+    """What to do about a file that begins like this and is no GGUF."""
     if start.startswith(b"version https://git-lfs"):
         return "This is a git-lfs pointer; fetch the real file with: git lfs pull"
     return "Give a file that `stepgguf convert` wrote, or another GGUF file."
 
 
-def _scalar(type: GGUFValueType, value: Any) -> bytes:
+def _encode_scalar(type: GGUFValueType, value: Any) -> bytes:
     if type == V.STRING:
         text = value if isinstance(value, bytes) else str(value).encode()
         return struct.pack("<Q", len(text)) + text
     return struct.pack("<" + _SCALARS[type], value)
 
 
-class _Cursor:
-    """A position in a buffer; running off its end, or beyond what a header may have, is TruncatedFile."""
+class _HeaderCursor:
+    """A position in a header's bytes, which reading moves on.
+
+    Running off their end, or beyond what a header may have, raises TruncatedFile. `owner` is named in errors.
+    """
 
     def __init__(self, data: mmap.mmap | bytes, owner: str, at: int = 0) -> None:
         self.data, self.owner, self.at, self.end = data, owner, at, min(len(data), _MAX_HEADER)
 
     def advance(self, n: int) -> int:
+        """Move n bytes on; gives the position before."""
         start = self.at
         if n > self.end - start:
             raise TruncatedFile(
@@ -227,21 +241,23 @@ class _Cursor:
         return start
 
     def unpack(self, layout: str) -> tuple[Any, ...]:
+        """Read values by a layout of the struct module."""
         return struct.unpack_from(layout, self.data, self.advance(struct.calcsize(layout)))
 
-    def enum(self, kind: Any) -> Any:
+    def read_enum(self, enum: type[E]) -> E:
         (number,) = self.unpack("<I")
         try:
-            return kind(number)
+            return enum(number)
         except ValueError:
-            raise BadMetadata(f"{self.owner}: {number} is not a {kind.__name__}", hint=_AGAIN) from None
+            raise BadMetadata(f"{self.owner}: {number} is not a {enum.__name__}", hint=_AGAIN) from None
 
-    def string(self) -> str:
+    def read_string(self) -> str:
         (length,) = self.unpack("<Q")
         start = self.advance(length)
         return bytes(self.data[start : self.at]).decode("utf-8", errors="replace")
 
-    def skip(self, type: GGUFValueType, depth: int = 0) -> None:
+    def skip_value(self, type: GGUFValueType, depth: int = 0) -> None:
+        """Move to the end of a value, and check what it consists of."""
         if depth > _MAX_NESTING:
             raise BadMetadata(f"{self.owner}: arrays lie more than {_MAX_NESTING} deep in each other", hint=_AGAIN)
         if type == V.STRING:
@@ -250,21 +266,21 @@ class _Cursor:
         elif type != V.ARRAY:
             self.advance(struct.calcsize(_SCALARS[type]))
         else:
-            items = self.enum(V)
+            items = self.read_enum(V)
             (n,) = self.unpack("<Q")
-            if items in _SCALARS:
+            if items in _SCALARS:  # at once: a vocabulary has 128,896 scores
                 self.advance(n * struct.calcsize(_SCALARS[items]))
             else:
                 for _ in range(n):
-                    self.skip(items, depth + 1)
+                    self.skip_value(items, depth + 1)
 
-    def value(self, type: GGUFValueType) -> Any:
+    def read_value(self, type: GGUFValueType) -> Any:
         if type == V.STRING:
-            return self.string()
+            return self.read_string()
         if type != V.ARRAY:
             return self.unpack("<" + _SCALARS[type])[0]
-        items = self.enum(V)
+        items = self.read_enum(V)
         (n,) = self.unpack("<Q")
         if items in _SCALARS:
             return list(self.unpack(f"<{n}{_SCALARS[items]}"))
-        return [self.value(items) for _ in range(n)]
+        return [self.read_value(items) for _ in range(n)]

@@ -19,7 +19,7 @@ _CHECKOUT = Path(__file__).parents[2]
 
 
 def pip(arguments: str) -> str:
-    """The command that has pip do something for this interpreter."""
+    """The command line that has pip, or uv where there is no pip, do something for this interpreter."""
     here = shutil.which("python")
     python = "python" if here is not None and Path(here).resolve() == Path(sys.executable).resolve() else sys.executable
     if importlib.util.find_spec("pip") is None:
@@ -28,9 +28,9 @@ def pip(arguments: str) -> str:
 
 
 def with_extra(extra: str, distribution: metadata.Distribution | None = None) -> str:
-    """The command that adds an extra to the package as it is installed here."""
+    """The command line that adds an extra to the package as it is installed here."""
     found = distribution or _distribution()
-    return pip(f"install {_with_extra(extra, found)}")
+    return pip(f"install {_requirement_with(extra, found)}")
 
 
 def _distribution() -> metadata.Distribution | None:
@@ -40,7 +40,7 @@ def _distribution() -> metadata.Distribution | None:
         return None
 
 
-def _with_extra(extra: str, found: metadata.Distribution | None) -> str:
+def _requirement_with(extra: str, found: metadata.Distribution | None) -> str:
     origin = json.loads((found and found.read_text("direct_url.json")) or "{}")
     url = str(origin.get("url", ""))
     path = Path(unquote(urlparse(url).path))

@@ -3,97 +3,55 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stepgguf.errors import BadMetadata
 from stepgguf.fit.memory import Footprint, LayerFootprint
 
 if TYPE_CHECKING:
-    from stepgguf.convert.sources.gguf_file import GGUFSource
-    from stepgguf.model.hparams import HParams
+    from stepgguf.convert.sources.source import TensorSource
 
 
-def checkpoint_footprint(hp: HParams) -> Footprint:
-    """Of a checkpoint, with MTP blocks. The weights' size is not known before there is a type: 0."""
+def footprint(source: TensorSource) -> Footprint:
+    """The model as the source stores it. BadMetadata for a GGUF without the trunk, or one that lacks a key for this."""
+    hp = source.hparams
+    shapes: dict[str, tuple[int, ...]] = {spec.name: spec.shape for spec in source.specs}
+    if "blk.0.attn_norm.weight" not in shapes or "token_embd.weight" not in shapes:
+        what = "only MTP blocks" if any(".nextn." in name for name in shapes) else "no tensors of one"
+        raise BadMetadata(f"{source.path}: holds no trunk, {what}", hint="Give the file with the trunk.")
     return Footprint(
-        weights=0,
-        layers=tuple(LayerFootprint(layer.n_head_kv, layer.is_sliding, layer.is_mtp) for layer in hp.layers),
-        key_length=hp.head_dim,
-        value_length=hp.head_dim,
+        weights=_stored_bytes(source),
+        layers=_layers(source),
+        key_length=hp.key_length,
+        value_length=hp.value_length,
         sliding_window=hp.sliding_window,
         n_embd=hp.hidden_size,
         n_ff=hp.intermediate_size,
-        n_vocab=hp.vocab_size,
+        n_vocab=shapes["token_embd.weight"][0],
         n_expert_used=hp.n_expert_used,
         expert_size=hp.expert_size,
         n_ctx_train=hp.max_position,
     )
 
 
-def footprint(source: GGUFSource) -> Footprint:
-    """What the memory arithmetic needs of a GGUF's keys and tensors."""
-    if "blk.0.attn_norm.weight" not in source.tensors or "token_embd.weight" not in source.tensors:
-        what = "only MTP blocks" if any(".nextn." in name for name in source.tensors) else "no tensors of one"
-        raise BadMetadata(f"{source.path}: holds no trunk, {what}", hint="Give the file with the trunk.")
-    return Footprint(
-        weights=_weights(source),
-        layers=_layers(source),
-        key_length=_number(source, "attention.key_length"),
-        value_length=_number(source, "attention.value_length"),
-        sliding_window=_number(source, "attention.sliding_window"),
-        n_embd=_number(source, "embedding_length"),
-        n_ff=_number(source, "feed_forward_length"),
-        n_vocab=source.tensors["token_embd.weight"].shape[0],
-        n_expert_used=_number(source, "expert_used_count"),
-        expert_size=_number(source, "expert_feed_forward_length"),
-        n_ctx_train=_number(source, "context_length"),
-    )
-
-
-def with_heads(model: Footprint, heads: GGUFSource) -> Footprint:
+def with_mtp_file(model: Footprint, mtp_file: TensorSource) -> Footprint:
     """The model with the MTP blocks of another file, which repeats the embedding and the output."""
-    layers = tuple(layer for layer in _layers(heads) if layer.is_mtp)
+    layers = tuple(layer for layer in _layers(mtp_file) if layer.is_mtp)
     if not layers:
-        raise BadMetadata(f"{heads.path}: holds no MTP blocks", hint="Give what `convert --mtp separate` wrote.")
-    return replace(model, weights=model.weights + _weights(heads), layers=(*model.layers, *layers))
+        raise BadMetadata(f"{mtp_file.path}: holds no MTP blocks", hint="Give what `convert --mtp separate` wrote.")
+    return replace(model, weights=model.weights + _stored_bytes(mtp_file), layers=(*model.layers, *layers))
 
 
-def _weights(source: GGUFSource) -> int:
-    return sum(tensor.n_bytes for header in source.headers for tensor in header.tensors)
+def _stored_bytes(source: TensorSource) -> int:
+    return sum(tensor.n_bytes for tensor in source.tensors.values())
 
 
-def _layers(source: GGUFSource) -> tuple[LayerFootprint, ...]:
-    """The layers whose tensors are there, in order."""
-    n = _number(source, "block_count")
-    here = [i for i in range(min(n, len(source.tensors))) if f"blk.{i}.attn_norm.weight" in source.tensors]
-    sliding = _per_layer(source, "attention.sliding_window_pattern", n)
-    kv = _per_layer(source, "attention.head_count_kv", n)
+def _layers(source: TensorSource) -> tuple[LayerFootprint, ...]:
+    """The layers whose tensors are there, in order: a GGUF of the trunk or of MTP blocks has keys for all of them."""
+    names = {spec.name for spec in source.specs}
+    kv_heads, sliding_layers = source.hparams.kv_heads, source.hparams.sliding_layers
     return tuple(
-        LayerFootprint(kv[i], bool(sliding[i]), f"blk.{i}.nextn.eh_proj.weight" in source.tensors) for i in here
+        LayerFootprint(n_head_kv, is_sliding, f"blk.{i}.nextn.eh_proj.weight" in names)
+        for i, (n_head_kv, is_sliding) in enumerate(zip(kv_heads, sliding_layers, strict=False))
+        if f"blk.{i}.attn_norm.weight" in names
     )
-
-
-def _number(source: GGUFSource, name: str) -> int:
-    value = _value(source, name)
-    if not isinstance(value, int) or value < 0:
-        raise _bad(source, name, "is no count")
-    return value
-
-
-def _per_layer(source: GGUFSource, name: str, n: int) -> list[int]:
-    """One value a layer; a file may have one for all."""
-    value = _value(source, name)
-    values = value if isinstance(value, list) else [value] * n
-    if len(values) < n or not all(isinstance(v, int) and v >= 0 for v in values):
-        raise _bad(source, name, f"is no list of {n} counts")
-    return values
-
-
-def _value(source: GGUFSource, name: str) -> Any:
-    if f"step35.{name}" not in source.keys:
-        raise _bad(source, name, "is missing")
-    return source.keys[f"step35.{name}"].value
-
-
-def _bad(source: GGUFSource, name: str, what: str) -> BadMetadata:
-    return BadMetadata(f"{source.path}: the key step35.{name} {what}", hint="Convert the model again.")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stepgguf.fit.footprint import footprint, with_heads
+from stepgguf.fit.footprint import footprint, with_mtp_file
 from stepgguf.fit.machine import network_filesystem
 from stepgguf.fit.memory import Footprint
 from stepgguf.runtime.engine import DEFAULT_CTX
@@ -40,7 +40,7 @@ class ModelFile:
     @property
     def sizes_by_type(self) -> Iterator[tuple[str, int]]:
         """(type, bytes) that the file would have as other stock types, large to small."""
-        return ((name, self.inventory.sizes(name).total) for name in _SMALLER_TYPES)
+        return ((name, self.inventory.sizes_as(name).total) for name in _SMALLER_TYPES)
 
     @property
     def default_ctx(self) -> int:
@@ -62,13 +62,13 @@ def read_model_file(path: Path, mtp_file: Path | None = None, *, command: str = 
     from stepgguf.convert.sources.gguf_file import GGUFSource
 
     with GGUFSource(path) as source:
-        size, inventory = footprint(source), sizes.inventory(source)
+        size, inventory = footprint(source), sizes.take_inventory(source)
         template = source.keys[CHAT_TEMPLATE].value if CHAT_TEMPLATE in source.keys else None
         first = source.headers[0].path
     mtp_file = mtp_file or (None if size.has_mtp else find_mtp_file(path))
     if mtp_file is not None:
-        with GGUFSource(mtp_file) as heads:
-            size = with_heads(size, heads)
+        with GGUFSource(mtp_file) as mtp_source:
+            size = with_mtp_file(size, mtp_source)
     return ModelFile(
         path=first,
         footprint=size,

@@ -13,14 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from stepgguf.convert.budget import Limits, Trunk, smallest_size
-from stepgguf.convert.sizes import Inventory, Sizes, inventory, with_near_sizes
-from stepgguf.convert.sources.checkpoint import Checkpoint
-from stepgguf.convert.sources.gguf_file import GGUFSource
+from stepgguf.convert.sizes import Inventory, Sizes, take_inventory, with_near_sizes
+from stepgguf.convert.sources.source import TensorSource
 from stepgguf.errors import RecipeError, UnknownType
 from stepgguf.files.byte_sizes import GIB, MIB
 from stepgguf.fit import catalogue, speed
 from stepgguf.fit.catalogue import ListedMachine
-from stepgguf.fit.footprint import checkpoint_footprint, footprint
+from stepgguf.fit.footprint import footprint
 from stepgguf.fit.machine import Machine, probe_machine
 from stepgguf.fit.memory import (
     ContextParams,
@@ -31,7 +30,7 @@ from stepgguf.fit.memory import (
     memory_budget,
     memory_need,
 )
-from stepgguf.quants import recipe
+from stepgguf.quants.recipe_files import shipped_names
 
 STOCK_TYPES = (
     "IQ2_XXS", "IQ2_M", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K_M", "IQ4_XS", "MXFP4_MOE", "Q4_K_S", "Q4_K_M", "Q5_K_M",
@@ -140,7 +139,7 @@ def target_machine(name: str) -> TargetMachine:
 
 
 def plan_for_machine(
-    source: Checkpoint | GGUFSource,
+    source: TensorSource,
     target: TargetMachine,
     context: ContextParams,
     names: Sequence[str] | None,
@@ -151,9 +150,8 @@ def plan_for_machine(
     price: measures the trunk, for every row's loss and for rows of what convert --fit would choose. It is called when
     nothing else can be wrong: RecipeError is raised before.
     """
-    model = inventory(source)
-    size = checkpoint_footprint(source.hparams) if isinstance(source, Checkpoint) else footprint(source)
-    size = replace(size, weights=0)
+    model = take_inventory(source)
+    size = replace(footprint(source), weights=0)
     needed = memory_need(size, context)
     room = target.capacity(context) - needed.total
     try:
@@ -184,12 +182,12 @@ def _named_sizes(inventory: Inventory, mtp: bool, names: Sequence[str] | None) -
     if own is not None:
         yield OWN_TYPES, own
     if names is not None:
-        yield from ((name, inventory.sizes(name, mtp=mtp)) for name in names)
+        yield from ((name, inventory.sizes_as(name, mtp=mtp)) for name in names)
         return
-    yield from ((name, inventory.sizes(name, mtp=mtp)) for name in STOCK_TYPES)
-    for name in recipe.shipped_names():
+    yield from ((name, inventory.sizes_as(name, mtp=mtp)) for name in STOCK_TYPES)
+    for name in shipped_names():
         try:
-            yield name, inventory.sizes(name, mtp=mtp)
+            yield name, inventory.sizes_as(name, mtp=mtp)
         except RecipeError:  # it names layers that only the real model has
             continue
 
@@ -204,7 +202,7 @@ def _budget_sizes(model: Inventory, mtp: bool, trunk: Trunk, room: int) -> Itera
         limits = Limits(n_bytes)
         types = trunk.choose(trunk.room(limits))
         mtp_types = {t.name: t.ggml_type for t in trunk.sketch.tensors if t.name not in types}
-        yield limits.name.replace("-", " "), model.with_types(types | mtp_types, mtp=mtp)
+        yield limits.name.replace("-", " "), model.sizes_with(types | mtp_types, mtp=mtp)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from stepgguf.fit.memory import ContextParams, Footprint, memory_need, saved_state_bytes
+from stepgguf.model.names import TensorName
 
 # Drafts of a step and the share of them that was accepted, lowest and highest, with all three heads (llama.cpp #24340).
 DRAFTED, ACCEPTED = 2, (0.65, 0.91)
@@ -28,16 +29,16 @@ def expert_share(n_used: int, n_expert: int, n_tokens: int = 1) -> float:
     return 1.0 - (1.0 - n_used / n_expert) ** n_tokens
 
 
-def read_bytes(role: str, n_bytes: int, share: float) -> float:
+def read_bytes(name: TensorName, n_bytes: int, share: float) -> float:
     """What a step reads of a trunk tensor, in bytes; share: expert_share()."""
-    if role == "token_embd":  # one row for each token, some kB
+    if name.role == "token_embd":  # one row for each token, some kB
         return 0.0
-    return n_bytes * share if role.endswith("_exps") else float(n_bytes)
+    return n_bytes * share if name.is_expert else float(n_bytes)
 
 
-def step_bytes(tensors: Iterable[tuple[str, int]], share: float) -> float:
-    """What a step reads of a whole trunk, given as (role, bytes) of each tensor."""
-    return sum(read_bytes(role, n_bytes, share) for role, n_bytes in tensors)
+def step_bytes(tensors: Iterable[tuple[TensorName, int]], share: float) -> float:
+    """What a step reads of a whole trunk, given as (name, bytes) of each tensor."""
+    return sum(read_bytes(name, n_bytes, share) for name, n_bytes in tensors)
 
 
 def kv_read_bytes(model: Footprint, depth: int) -> int:

@@ -55,9 +55,11 @@ def read_layers(text: Value, n_layer: int, n_mtp: int) -> tuple[Layer, ...]:
     """All layers of the section that describes the text model, MTP blocks last. BadConfig, UnsupportedModel."""
     n_all, head_dim, moe = n_layer + n_mtp, text["head_dim"].integer(), _moe_layers(text, n_layer)
     types = _attention_types(text, n_layer, n_all)
-    thetas, heads = _thetas(text, types, n_layer), _heads(text, n_all, types)
+    thetas, heads = _rope_thetas(text, types, n_layer), _head_counts(text, n_all, types)
     _check_rotary(text, types, n_layer)
-    clamps, clamps_shared = (_clamps(text, key, n_layer, n_all) for key in ("swiglu_limits", "swiglu_limits_shared"))
+    clamps, clamps_shared = (
+        _swiglu_limits(text, key, n_layer, n_all) for key in ("swiglu_limits", "swiglu_limits_shared")
+    )
     return tuple(
         Layer(
             index=i,
@@ -103,7 +105,7 @@ def _attention_types(text: Value, n_layer: int, n_all: int) -> list[str]:
     return types + ["sliding_attention"] * (n_all - len(types))
 
 
-def _thetas(text: Value, types: list[str], n_layer: int) -> list[float]:
+def _rope_thetas(text: Value, types: list[str], n_layer: int) -> list[float]:
     """The RoPE base of each layer. Layers of one attention type have the same: GGUF has one for each type."""
     by_type = _by_type(text)
     if by_type is not None:
@@ -120,7 +122,7 @@ def _check_rotary(text: Value, types: list[str], n_layer: int) -> None:
     """llama.cpp (step35.cpp) halves the rotary dimensions on full layers by itself and knows no other ratio."""
     by_type = _by_type(text)
     if by_type is not None:
-        factors = [number(by_type[kind], "partial_rotary_factor", 0.0, 1.0, default=1.0) for kind in types]
+        factors = [read_number(by_type[kind], "partial_rotary_factor", 0.0, 1.0, default=1.0) for kind in types]
     else:
         factors = [item.number() for item in _per_layer(text, "partial_rotary_factors", n_layer, len(types))]
     for i, (factor, kind) in enumerate(zip(factors, types, strict=False)):
@@ -131,7 +133,7 @@ def _check_rotary(text: Value, types: list[str], n_layer: int) -> None:
             )
 
 
-def _clamps(text: Value, key: str, n_layer: int, n_all: int) -> list[float]:
+def _swiglu_limits(text: Value, key: str, n_layer: int, n_all: int) -> list[float]:
     """A SwiGLU limit for each layer; null is none."""
     if text.get(key) is None:
         return [0.0] * n_all
@@ -142,7 +144,7 @@ def _clamps(text: Value, key: str, n_layer: int, n_all: int) -> list[float]:
 def _moe_layers(text: Value, n_layer: int) -> set[int]:
     kinds = text.get("mlp_layer_types")
     if kinds is None:
-        return set(integers(text["moe_layers_enum"], MAX_LAYERS))
+        return set(read_integers(text["moe_layers_enum"], MAX_LAYERS))
     items = kinds.array()
     if len(items) < n_layer:
         raise BadConfig(f"{kinds.document}: {kinds.place} has {len(items)} entries, expected {n_layer}")
@@ -152,24 +154,24 @@ def _moe_layers(text: Value, n_layer: int) -> set[int]:
     return {i for i, item in enumerate(items) if item.raw == "sparse"}
 
 
-def _heads(text: Value, n_all: int, types: list[str]) -> list[tuple[int, int]]:
+def _head_counts(text: Value, n_all: int, types: list[str]) -> list[tuple[int, int]]:
     """(heads, KV heads) of each layer; sliding-attention layers have their own number."""
     heads = text["num_attention_heads"].integer(1, MAX_SIZE)
-    groups = aliased(text, "num_attention_groups").integer(1, MAX_SIZE)
+    groups = read_aliased(text, "num_attention_groups").integer(1, MAX_SIZE)
     other = text.get("attention_other_setting")
     if other is not None:
         sliding = (
-            integer(other, "num_attention_heads", 1, MAX_SIZE, default=heads),
-            integer(other, "num_attention_groups", 1, MAX_SIZE, default=groups),
+            read_integer(other, "num_attention_heads", 1, MAX_SIZE, default=heads),
+            read_integer(other, "num_attention_groups", 1, MAX_SIZE, default=groups),
         )
     else:
-        sliding = (integer(text, "num_sliding_attention_heads", 1, MAX_SIZE, default=heads), groups)
+        sliding = (read_integer(text, "num_sliding_attention_heads", 1, MAX_SIZE, default=heads), groups)
     found = [sliding if kind == "sliding_attention" else (heads, groups) for kind in types]
     for i, (n_head, n_head_kv) in enumerate(found):
         own = overrides.get(str(i)) if (overrides := text.get("per_layer_config")) is not None else None
         if own is not None:
-            n_head = integer(own, "num_attention_heads", 1, MAX_SIZE, default=n_head)
-            n_head_kv = integer(own, "num_key_value_heads", 1, MAX_SIZE, default=n_head_kv)
+            n_head = read_integer(own, "num_attention_heads", 1, MAX_SIZE, default=n_head)
+            n_head_kv = read_integer(own, "num_key_value_heads", 1, MAX_SIZE, default=n_head_kv)
         if n_head % n_head_kv:
             raise BadConfig(f"{text.document}: layer {i} has {n_head} attention heads for {n_head_kv} KV heads")
         found[i] = n_head, n_head_kv
@@ -218,22 +220,22 @@ def _rope_type(section: Value) -> str:
     return "default" if found is None else found.text()
 
 
-def aliased(text: Value, key: str) -> Value:
+def read_aliased(text: Value, key: str) -> Value:
     """The key by its published name, or by transformers'."""
     return text.get(key) or text.get(ALIASES[key]) or text[key]
 
 
-def integer(section: Value, key: str, least: int, most: int, *, default: int) -> int:
+def read_integer(section: Value, key: str, least: int, most: int, *, default: int) -> int:
     value = section.get(key)
     return default if value is None else value.integer(least, most)
 
 
-def number(section: Value, key: str, least: float, most: float, *, default: float) -> float:
+def read_number(section: Value, key: str, least: float, most: float, *, default: float) -> float:
     value = section.get(key)
     return default if value is None else value.number(least, most)
 
 
-def integers(value: Value, most: int) -> tuple[int, ...]:
+def read_integers(value: Value, most: int) -> tuple[int, ...]:
     """An int, a list of ints or the string "3,4,5", as a tuple."""
     if isinstance(value.raw, str):
         items = value.raw.split(",")

@@ -19,7 +19,7 @@ SPELLINGS = tuple(
         (r"^(?=(?:layers|embed_tokens|norm)\.)", "model."),  # a text model saved without its head
         (r"\.mlp\.gate\.weight$", ".moe.gate.weight"),  # transformers' names in memory
         (r"\.mlp\.gate\.e_score_correction_bias$", ".moe.router_bias"),
-        (r"\.mlp\.experts\.(gate_up_proj|down_proj)(_scale_inv)?$", r".moe.\1.weight\2"),
+        (r"\.mlp\.experts\.(gate_up_proj|down_proj)(_\w+)?$", r".moe.\1.weight\2"),
         (r"\.mlp\.experts\.(?=\d)", ".moe.experts."),
         (r"\.mlp\.shared_experts\.", ".share_expert."),
     )
@@ -36,7 +36,7 @@ VISION_PREFIXES = (
 NO_WEIGHT = (".rotary_emb.inv_freq", ".input_scale", ".activation_scale", ".k_scale", ".v_scale", ".kv_scale")
 
 
-def published(name: str) -> str:
+def published_name(name: str) -> str:
     """The name that the published checkpoints have for a stored tensor."""
     for pattern, replacement in SPELLINGS:
         name = pattern.sub(replacement, name)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from stepgguf.errors import BadConfig
 from stepgguf.files.jsonread import Value, shown
 
-MODEL = "gpt2"
-PRE = "deepseek-v3"
+TOKENIZER_MODEL = "gpt2"
+PRE_TOKENIZER = "deepseek-v3"
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's token types
 
 
@@ -25,11 +25,11 @@ class Vocabulary:
     types: tuple[int, ...]
     merges: tuple[str, ...]
 
-    def id(self, token: str) -> int | None:
+    def token_id(self, token: str) -> int | None:
         return self.tokens.index(token) if token in self.tokens else None
 
 
-def vocabulary(tokenizer: Value, vocab_size: int) -> Vocabulary:
+def read_vocabulary(tokenizer: Value, vocab_size: int) -> Vocabulary:
     """Read a parsed tokenizer.json. Ids without a token, up to vocab_size, become unused [PADn] tokens.
 
     BadConfig for another kind of tokenizer, and where one id has two tokens or one token two ids: llama.cpp ends the
@@ -47,7 +47,7 @@ def vocabulary(tokenizer: Value, vocab_size: int) -> Vocabulary:
             raise BadConfig(f"{tokenizer.document}: model.vocab: {shown(token)} and {shown(by_id[i][0])} have id {i}")
         by_id[i] = token, NORMAL
     added = tokenizer.get("added_tokens")
-    by_id |= dict(_added(token) for token in (added.array() if added is not None else []))
+    by_id |= dict(_added_token(token) for token in (added.array() if added is not None else []))
     if by_id and max(by_id) >= vocab_size:
         raise BadConfig(
             f"{tokenizer.document}: token id {max(by_id)} does not fit config.json's vocab_size {vocab_size}"
@@ -55,8 +55,8 @@ def vocabulary(tokenizer: Value, vocab_size: int) -> Vocabulary:
     entries = [by_id.get(i, (f"[PAD{i}]", UNUSED)) for i in range(vocab_size)]
     tokens = tuple(token for token, _ in entries)
     if len(set(tokens)) < vocab_size:
-        twice = next(token for token, n in Counter(tokens).items() if n > 1)
-        raise BadConfig(f"{tokenizer.document}: {shown(twice)} is the token of two ids")
+        repeated = next(token for token, n in Counter(tokens).items() if n > 1)
+        raise BadConfig(f"{tokenizer.document}: {shown(repeated)} is the token of two ids")
     return Vocabulary(tokens, tuple(kind for _, kind in entries), _merges(model["merges"]))
 
 
@@ -71,7 +71,7 @@ def _merges(merges: Value) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _added(token: Value) -> tuple[int, tuple[str, int]]:
+def _added_token(token: Value) -> tuple[int, tuple[str, int]]:
     """An added token's id, text and type.
 
     Control tokens are matched only where the caller says so; some are not marked special but look it.

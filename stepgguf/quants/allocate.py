@@ -34,7 +34,7 @@ _BISECTIONS = 30
 
 
 @dataclass(frozen=True, slots=True)
-class Option:
+class TypeOption:
     """One type that a tensor can have. `cost` is whatever is minimised, the same unit for all tensors."""
 
     ggml_type: GGMLQuantizationType
@@ -43,17 +43,17 @@ class Option:
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class TensorOptions:
     """One tensor. `read_share`: how often each of its bytes is read for one token. One option alone is a fixed type."""
 
     name: str
-    options: tuple[Option, ...]
+    options: tuple[TypeOption, ...]
     read_share: float
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
-    """What an allocation takes and costs. `read_bytes` are those of one token."""
+class SpentBytes:
+    """What an allocation takes, and what it costs in all. `read_bytes` are those of one token."""
 
     n_bytes: int
     read_bytes: float
@@ -64,15 +64,17 @@ class Point:
 class Allocation:
     """One option for each item, in the items' order."""
 
-    options: tuple[Option, ...]
-    point: Point
+    options: tuple[TypeOption, ...]
+    point: SpentBytes
 
 
-def solve(items: Sequence[Item], *, max_bytes: float = math.inf, max_read_bytes: float = math.inf) -> Allocation:
+def allocate_bytes(
+    items: Sequence[TensorOptions], *, max_bytes: float = math.inf, max_read_bytes: float = math.inf
+) -> Allocation:
     """The cheapest options within both budgets. DoesNotFit if the smallest options are too large."""
     _check_fits(items, max_bytes, max_read_bytes)
     low, high = 0.0, 1.0
-    memory, read = (_walk(items, max_bytes, max_read_bytes, mu) for mu in (low, high))
+    memory, read = (_walk_to_end(items, max_bytes, max_read_bytes, mu) for mu in (low, high))
     if memory.refused_by != "read":
         return memory.allocation
     if read.refused_by != "memory":
@@ -80,13 +82,13 @@ def solve(items: Sequence[Item], *, max_bytes: float = math.inf, max_read_bytes:
     best = min(memory, read, key=lambda walk: walk.cost)
     for _ in range(_BISECTIONS):
         mu = (low + high) / 2
-        walk = _walk(items, max_bytes, max_read_bytes, mu)
+        walk = _walk_to_end(items, max_bytes, max_read_bytes, mu)
         best = min(best, walk, key=lambda walk: walk.cost)
         low, high = (low, mu) if walk.refused_by == "memory" else (mu, high)
     return best.allocation
 
 
-def frontier(items: Sequence[Item]) -> list[Point]:
+def trace_frontier(items: Sequence[TensorOptions]) -> list[SpentBytes]:
     """Every point on the way from the smallest types to the best, each the least cost for its bytes in memory."""
     all_largest = sum(max(option.n_bytes for option in item.options) for item in items)
     walk = _Walk(items, all_largest, math.inf, 0.0)
@@ -96,7 +98,7 @@ def frontier(items: Sequence[Item]) -> list[Point]:
     return points
 
 
-def _check_fits(items: Sequence[Item], max_bytes: float, max_read_bytes: float) -> None:
+def _check_fits(items: Sequence[TensorOptions], max_bytes: float, max_read_bytes: float) -> None:
     smallest = _Walk(items, max_bytes, max_read_bytes, 0.0).point
     for what, least, most in (
         ("the tensors take", smallest.n_bytes, max_bytes),
@@ -110,7 +112,7 @@ def _check_fits(items: Sequence[Item], max_bytes: float, max_read_bytes: float) 
             )
 
 
-def _walk(items: Sequence[Item], max_bytes: float, max_read_bytes: float, mu: float) -> _Walk:
+def _walk_to_end(items: Sequence[TensorOptions], max_bytes: float, max_read_bytes: float, mu: float) -> _Walk:
     walk = _Walk(items, max_bytes, max_read_bytes, mu)
     while walk.step():
         pass
@@ -120,7 +122,7 @@ def _walk(items: Sequence[Item], max_bytes: float, max_read_bytes: float, mu: fl
 class _Walk:
     """From the smallest options, the steepest step that fits, again and again."""
 
-    def __init__(self, items: Sequence[Item], max_bytes: float, max_read_bytes: float, mu: float) -> None:
+    def __init__(self, items: Sequence[TensorOptions], max_bytes: float, max_read_bytes: float, mu: float) -> None:
         self.items, self.max_bytes, self.max_read_bytes = items, max_bytes, max_read_bytes
         # An unlimited budget has no price. Where neither has one, any order will do: every step fits.
         memory, read = (1 - mu) / max(1, max_bytes), mu / max(1, max_read_bytes)
@@ -131,7 +133,7 @@ class _Walk:
         self.n_bytes = sum(option.n_bytes for option in self.chosen)
         self.read_bytes = sum(o.n_bytes * item.read_share for o, item in zip(self.chosen, items, strict=True))
         self.refused_by: str | None = None  # the budget that the first step which did not fit would have broken
-        self._steps: list[tuple[float, float, int, Option]] = []  # a heap: -rate, -saving, item, where it leads
+        self._steps: list[tuple[float, float, int, TypeOption]] = []  # a heap: -rate, -saving, item, where it leads
         for index in range(len(items)):
             self._offer(index)
 
@@ -140,8 +142,8 @@ class _Walk:
         return math.fsum(option.cost for option in self.chosen)
 
     @property
-    def point(self) -> Point:
-        return Point(self.n_bytes, self.read_bytes, self.cost)
+    def point(self) -> SpentBytes:
+        return SpentBytes(self.n_bytes, self.read_bytes, self.cost)
 
     @property
     def allocation(self) -> Allocation:
@@ -163,7 +165,7 @@ class _Walk:
                 return True
         return False
 
-    def _broken(self, index: int, option: Option) -> str | None:
+    def _broken(self, index: int, option: TypeOption) -> str | None:
         """The budget that does not hold this step. Room only shrinks, so what does not fit now never will."""
         added = option.n_bytes - self.chosen[index].n_bytes
         if self.n_bytes + added > self.max_bytes:

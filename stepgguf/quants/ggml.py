@@ -1,7 +1,7 @@
 """The only ctypes on ggml: its own encoders and decoders, from the library that llama-cpp-python ships.
 
 ctypes releases the GIL around each call, and the calls are thread-safe, so a thread pool runs them in parallel. The
-library is found on disk without importing llama_cpp. Where it is not installed, `load` returns None and codec.py
+library is found on disk without importing llama_cpp. Where it is not installed, `load` returns None and kernels.py
 falls back on gguf-py's numpy encoders for the types that those know.
 """
 
@@ -14,21 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from stepgguf.errors import QuantError
+from stepgguf.quants.types import BF16, F16, quant_type
 
-F32, F16, BF16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16
-
-# ggml aborts the whole process when it is asked for one of these without an importance matrix (ggml.c,
-# ggml_quantize_requires_imatrix). codec.quantize refuses them before they get here.
-ABORT_WITHOUT_IMATRIX = frozenset(
-    {GGMLQuantizationType.IQ2_XXS, GGMLQuantizationType.IQ2_XS, GGMLQuantizationType.IQ1_S}
-)
-
-# And where values are so large that no point of a grid is the closest. No FP16 scale reaches a hundredth of this.
-GRIDS = frozenset(kind for kind in GGMLQuantizationType if kind.name.startswith(("IQ1_", "IQ2_", "IQ3_")))
+# From this size of values on, ggml finds no point of a grid the closest and aborts (types.QuantType.grid). No FP16
+# scale reaches a hundredth of it.
 ABORT_FROM = 2.0**32
 
 _NAMES = ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll")
@@ -56,43 +49,46 @@ class Ggml:
         library.ggml_quantize_init.restype = None
         self._init = library.ggml_quantize_init
         self._to_float = {
-            kind: function
-            for kind, symbol in _decoders().items()
+            ggml_type: function
+            for ggml_type, symbol in _decoders().items()
             if (function := _void_function(library, symbol)) is not None
         }
 
     def quantize(
         self,
-        kind: GGMLQuantizationType,
+        ggml_type: GGMLQuantizationType,
         rows: NDArray[np.float32],
         out: NDArray[np.uint8],
         importance: NDArray[np.float32] | None = None,
     ) -> None:
         """Encode float32 rows [n, columns] into out [n, row bytes], as llama-quantize does. importance: [columns]."""
         n, columns = rows.shape
-        assert importance is not None or kind not in ABORT_WITHOUT_IMATRIX
+        # Without, ggml would end the process: kernels.choose_kernel refuses such a type before it gets here.
+        assert importance is not None or not quant_type(ggml_type).aborts
         assert importance is None or (importance.dtype == np.float32 and importance.shape == (columns,))
         assert rows.flags.c_contiguous
         assert out.flags.c_contiguous
         weights = None if importance is None else np.ascontiguousarray(importance)
         pointer = None if weights is None else weights.ctypes.data
-        written = self._quantize(int(kind), rows.ctypes.data, out.ctypes.data, 0, n, columns, pointer)
-        if written != out.nbytes or not self._validate(int(kind), out.ctypes.data, out.nbytes):
-            raise QuantError(f"ggml could not encode {n} rows of {columns} values as {kind.name}")
+        written = self._quantize(int(ggml_type), rows.ctypes.data, out.ctypes.data, 0, n, columns, pointer)
+        if written != out.nbytes or not self._validate(int(ggml_type), out.ctypes.data, out.nbytes):
+            raise QuantError(f"ggml could not encode {n} rows of {columns} values as {ggml_type.name}")
 
-    def prepare(self, kind: GGMLQuantizationType) -> None:
+    def prepare(self, ggml_type: GGMLQuantizationType) -> None:
         """Build the type's lookup tables now, on one thread."""
-        self._init(int(kind))
+        self._init(int(ggml_type))
 
-    def dequantize(self, kind: GGMLQuantizationType, data: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
+    def dequantize(self, ggml_type: GGMLQuantizationType, data: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
         """Decode data into as many float32 values as out holds."""
         assert data.flags.c_contiguous
         assert out.flags.c_contiguous
-        self._to_float[kind](data.ctypes.data, out.ctypes.data, out.size)
+        self._to_float[ggml_type](data.ctypes.data, out.ctypes.data, out.size)
 
 
 def _decoders() -> dict[GGMLQuantizationType, str]:
-    names = {kind: f"dequantize_row_{kind.name.lower().replace('_k', '_K')}" for kind in GGMLQuantizationType}
+    names = {
+        ggml_type: f"dequantize_row_{ggml_type.name.lower().replace('_k', '_K')}" for ggml_type in GGMLQuantizationType
+    }
     return names | {F16: "ggml_fp16_to_fp32_row", BF16: "ggml_bf16_to_fp32_row"}
 
 
@@ -114,11 +110,3 @@ def load() -> Ggml | None:
             if path.exists():
                 return Ggml(path)
     return None
-
-
-def row_size(kind: GGMLQuantizationType, columns: int) -> int:
-    """Bytes of one row. `columns` must be a multiple of the type's block size."""
-    block, size = GGML_QUANT_SIZES[kind]
-    if columns % block:
-        raise QuantError(f"rows of {columns} values do not divide into {kind.name} blocks of {block}")
-    return columns // block * size

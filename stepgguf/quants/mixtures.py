@@ -16,13 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
+from gguf import GGMLQuantizationType, LlamaFileType
+
+from stepgguf.quants.types import fitting_type, quant_type
 
 T = GGMLQuantizationType
 
-# The type that a mixture starts from (llama_ftype_get_default_type).
-BASE: dict[str, GGMLQuantizationType] = {
+# A mixture's name -> the type that it starts from (llama_ftype_get_default_type).
+BASE_TYPES: dict[str, GGMLQuantizationType] = {
     "F32": T.F32, "F16": T.F16, "BF16": T.BF16, "Q4_0": T.Q4_0, "Q4_1": T.Q4_1, "Q5_0": T.Q5_0, "Q5_1": T.Q5_1,
     "Q8_0": T.Q8_0, "Q2_K": T.Q2_K, "Q2_K_S": T.Q2_K, "Q3_K_S": T.Q3_K, "Q3_K_M": T.Q3_K, "Q3_K_L": T.Q3_K,
     "Q4_K_S": T.Q4_K, "Q4_K_M": T.Q4_K, "Q5_K_S": T.Q5_K, "Q5_K_M": T.Q5_K, "Q6_K": T.Q6_K, "IQ1_S": T.IQ1_S,
@@ -31,25 +34,24 @@ BASE: dict[str, GGMLQuantizationType] = {
     "IQ4_XS": T.IQ4_XS, "TQ1_0": T.TQ1_0, "TQ2_0": T.TQ2_0, "MXFP4_MOE": T.MXFP4,
 }  # fmt: skip
 
-# Row lengths that a type's blocks do not divide fall back on another type (tensor_type_fallback).
-_FALLBACK = {
-    **dict.fromkeys((T.IQ1_S, T.IQ1_M, T.IQ2_XXS, T.IQ2_XS, T.IQ2_S, T.IQ3_XXS, T.IQ3_S, T.IQ4_XS), T.IQ4_NL),
-    **dict.fromkeys((T.Q2_K, T.Q3_K, T.TQ1_0, T.TQ2_0), T.Q4_0),
-    T.Q4_K: T.Q5_0, T.Q5_K: T.Q5_1, T.Q6_K: T.Q8_0,
-}  # fmt: skip
-
-_NEEDS_IMATRIX = frozenset({T.IQ3_XXS, T.IQ2_XXS, T.IQ2_XS, T.IQ2_S, T.IQ1_M, T.IQ1_S})
 _LOW = ("IQ2_XXS", "IQ2_XS", "IQ1_S", "IQ2_S", "IQ2_M", "IQ1_M")
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A trunk tensor that may be quantized. shape in numpy order; layer None outside the layers."""
+class Candidate(Protocol):
+    """What the rules ask about a tensor (model.tensors.TensorSpec has it). shape in numpy order."""
 
-    name: str
-    role: str
-    shape: tuple[int, ...]
-    layer: int | None
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def role(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def layer(self) -> int | None:
+        """None outside the layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,9 @@ class Facts:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class TypeChoice:
+    """A tensor's type, and why it has it, for people."""
+
     ggml_type: GGMLQuantizationType
     reason: str
 
@@ -82,30 +86,24 @@ def file_type_name(number: int) -> str | None:
     return names[number].removeprefix("MOSTLY_").removeprefix("ALL_") if number in names else None
 
 
-def nearest_file_type(kind: GGMLQuantizationType) -> LlamaFileType:
-    """general.file_type of a file that is mostly `kind`: of the smallest mixture on that base."""
-    return file_type(next(name for name, base in BASE.items() if base == kind))
+def nearest_file_type(ggml_type: GGMLQuantizationType) -> LlamaFileType:
+    """general.file_type of a file that is mostly `ggml_type`: of the smallest mixture on that base."""
+    return file_type(next(name for name, base in BASE_TYPES.items() if base == ggml_type))
 
 
-def choose(name: str, tensors: Sequence[Candidate], facts: Facts, *, has_imatrix: bool = False) -> list[Choice]:
+def choose_types(
+    name: str, tensors: Sequence[Candidate], facts: Facts, *, has_imatrix: bool = False
+) -> list[TypeChoice]:
     """The type of each tensor and why, in the order given."""
     mixture = _Mixture(name, facts, has_imatrix, n_attn_v=sum(t.role == "attn_v" for t in tensors))
     return [mixture.choose(tensor) for tensor in tensors]
 
 
-def requires_imatrix(name: str, tensor: Candidate, kind: GGMLQuantizationType) -> bool:
+def requires_imatrix(name: str, tensor: Candidate, ggml_type: GGMLQuantizationType) -> bool:
     """Whether llama-quantize refuses this type without an importance matrix."""
     if tensor.role in ("token_embd", "output"):
         return False
-    return kind in _NEEDS_IMATRIX or (kind == T.Q2_K and name == "Q2_K_S")
-
-
-def fallback(kind: GGMLQuantizationType, columns: int) -> GGMLQuantizationType:
-    """`kind`, or the type that takes its place on rows that its blocks do not divide."""
-    if columns % GGML_QUANT_SIZES[kind][0] == 0:
-        return kind
-    other = _FALLBACK.get(kind, kind)
-    return other if columns % GGML_QUANT_SIZES[other][0] == 0 else T.F16
+    return quant_type(ggml_type).imatrix or (ggml_type == T.Q2_K and name == "Q2_K_S")
 
 
 def _more_bits(layer: int, n_layer: int) -> bool:
@@ -118,17 +116,17 @@ class _Mixture:
 
     def __init__(self, name: str, facts: Facts, has_imatrix: bool, n_attn_v: int) -> None:
         self.name, self.facts, self.has_imatrix, self.n_attn_v = name, facts, has_imatrix, n_attn_v
-        self.base = BASE[name]
+        self.base = BASE_TYPES[name]
         self.seen_attn_v = self.seen_ffn_down = 0
 
-    def choose(self, tensor: Candidate) -> Choice:
+    def choose(self, tensor: Candidate) -> TypeChoice:
         if self.base in (T.F32, T.F16, T.BF16):
-            return Choice(self.base, f"{self.name} throughout")
-        kind, reason = self._rule(tensor)
-        fitting = fallback(kind, tensor.shape[-1])
-        if fitting != kind:
-            reason = f"rows of {tensor.shape[-1]} do not divide into {kind.name} blocks"
-        return Choice(fitting, reason)
+            return TypeChoice(self.base, f"{self.name} throughout")
+        ggml_type, reason = self._rule(tensor)
+        fitting = fitting_type(ggml_type, tensor.shape[-1])
+        if fitting != ggml_type:
+            reason = f"rows of {tensor.shape[-1]} do not divide into {ggml_type.name} blocks"
+        return TypeChoice(fitting, reason)
 
     def _rule(self, tensor: Candidate) -> tuple[GGMLQuantizationType, str]:
         base = self.base, f"{self.name} base"
@@ -144,7 +142,7 @@ class _Mixture:
         return (self._low(tensor, category) if self.name in _LOW else _CATEGORIES[category](self, tensor)) or base
 
     def _output(self, tensor: Candidate) -> tuple[GGMLQuantizationType, str]:
-        if self.name == "MXFP4_MOE" or tensor.shape[-1] % GGML_QUANT_SIZES[self.base][0]:
+        if self.name == "MXFP4_MOE" or not quant_type(self.base).divides(tensor.shape[-1]):
             return T.Q8_0, "output"
         if self.name in ("IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S", "IQ2_S", "IQ2_M", "IQ1_M"):
             return T.Q5_K, "output"

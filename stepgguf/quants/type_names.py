@@ -14,17 +14,17 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 from stepgguf.errors import UnknownType
-from stepgguf.quants.mixtures import BASE
+from stepgguf.quants.mixtures import BASE_TYPES
+from stepgguf.quants.types import TABLE
 
 _SIZE = re.compile(r"(\d{1,6}(?:\.\d{1,3})?) ?([KMGT])(I?)B?")
 _BPW = re.compile(r"(\d{1,2}\.\d{1,4}|\d{1,2})[ -]?BPW|(\d{1,2}\.\d{1,4})")
 _BITS = re.compile(r"(?:UD[-_ ]?)?(?P<family>[A-Z]*?)[-_ ]?(?P<bits>\d{1,2})(?!\d)")
-_WORDS = {"HALF": ("F16", "BF16"), "FLOAT": ("F32",), "SINGLE": ("F32",), "FULL": ("F32", "BF16")}
 
 
 def unknown(text: str, others: Iterable[str] = ()) -> UnknownType:
     """The error for a type that there is not. others: names that are known besides the types, such as recipes."""
-    known = (*BASE, *others)
+    known = (*BASE_TYPES, *others)
     shown = repr(text if len(text) <= 80 else f"{text[:80]}...")
     what = f"unknown type or recipe {shown}" if others else f"unknown type {shown}"
     wanted = text.upper().strip()
@@ -36,9 +36,9 @@ def unknown(text: str, others: Iterable[str] = ()) -> UnknownType:
         hint = f"For so many bits per weight: --target-bpw {bpw[1] or bpw[2]}."
         return UnknownType(f"{what}; it is a rate", hint=hint)
     near = _near(wanted)
-    same = [name for name in BASE if _letters(name) == _letters(wanted)]
+    same = [name for name in BASE_TYPES if _letters(name) == _letters(wanted)]
     guess = f"; did you mean {same[0]}?" if same else did_you_mean(text, known, 0.81 if near else 0.6)
-    hint = f"Give a stock type ({', '.join(BASE)}){_or_recipe(others)}."
+    hint = f"Give a stock type ({', '.join(BASE_TYPES)}){_or_recipe(others)}."
     if near and not guess:
         hint = f"Types that come near: {', '.join(near)}."
     return UnknownType(f"{what}{guess}", hint=hint, near=near)
@@ -46,7 +46,7 @@ def unknown(text: str, others: Iterable[str] = ()) -> UnknownType:
 
 def check_name(name: str) -> str:
     """A stock type's canonical name. UnknownType if it is none."""
-    if name.upper() not in BASE:
+    if name.upper() not in BASE_TYPES:
         raise unknown(name)
     return name.upper()
 
@@ -62,9 +62,9 @@ def _near(wanted: str) -> tuple[str, ...]:
     """Types of as many bits as the name says, of its family if there is such a one, fewest bits first."""
     found = _BITS.match(wanted)
     if found is None:
-        return _WORDS.get(wanted, ())
+        return tuple(row.name for row in TABLE if wanted in row.aliases)
     bits = int(found["bits"])
-    same = [name for name in BASE if (number := re.search(r"\d+", name)) and int(number[0]) == bits]
+    same = [name for name in BASE_TYPES if (number := re.search(r"\d+", name)) and int(number[0]) == bits]
     return tuple(name for name in same if name.startswith(f"{found['family']}{bits}")) or tuple(same)
 
 

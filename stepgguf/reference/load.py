@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from stepgguf.convert.plan import rows_per_expert
 from stepgguf.convert.sources.checkpoint import Checkpoint
-from stepgguf.quants.codec import widen
+from stepgguf.convert.sources.source import rows_per_expert
+from stepgguf.quants.values import widen
 from stepgguf.reference.model import Step35
 
 

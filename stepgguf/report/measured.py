@@ -15,7 +15,6 @@ importance of a channel, 1 without an imatrix, x a weight and q what became of i
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,22 +23,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepgguf.convert.manifest import manifest_path, read_manifest
-from stepgguf.convert.sources.gguf_file import ARCHITECTURE
 from stepgguf.convert.sources.splits import read_headers
-from stepgguf.errors import BadMetadata, UnsupportedModel, VerifyError
+from stepgguf.errors import UnsupportedModel, VerifyError
 from stepgguf.files.gguf_header import Header, TensorInfo
+from stepgguf.model.hparams import ARCHITECTURE, HParams
+from stepgguf.model.names import TensorName
 from stepgguf.quants.mixtures import file_type_name
 
 Floats = NDArray[np.float64]
 ROUTED, SHARED, ATTENTION, DENSE = "routed experts", "shared experts", "attention", "dense FFN"
 EMBEDDINGS, OUTPUT, MTP, OTHER = "embeddings", "output", "MTP", "other"
 GROUPS = (ROUTED, SHARED, ATTENTION, DENSE, EMBEDDINGS, OUTPUT, MTP, OTHER)
-_IN_LAYER = re.compile(r"blk\.(\d+)\.(.+)\.\w+")
 
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """float64 [n_expert or 1] each; NaN where there is no figure."""
+    """What was measured of a tensor, float64 [n_expert or 1] each; NaN where there is no figure."""
 
     error: Floats
     rmse: Floats
@@ -48,8 +47,12 @@ class Ledger:
 
 
 @dataclass(frozen=True, slots=True)
-class Tensor:
-    """One tensor of the file. layer None outside the layers; ledger None if it was not quantized or not measured."""
+class MeasuredTensor:
+    """One tensor of the file.
+
+    layer: None outside the layers. role: its name without layer and ending, as the page shows it.
+    group: one of GROUPS. ledger: None if the tensor was not quantized or not measured.
+    """
 
     info: TensorInfo
     layer: int | None
@@ -58,13 +61,17 @@ class Tensor:
     ledger: Ledger | None
 
     @property
+    def type_name(self) -> str:
+        return self.info.ggml_type.name
+
+    @property
     def bits(self) -> float:
-        """Per weight."""
+        """Bits per weight."""
         return 8 * self.info.n_bytes / self.info.n_values
 
 
 @dataclass(frozen=True, slots=True)
-class Imatrix:
+class ImatrixOrigin:
     """Where the importance came from, as far as the manifest says."""
 
     file: str | None
@@ -73,9 +80,10 @@ class Imatrix:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """A file, of a split one all files. n_layer counts the trunk: from there on layers are MTP blocks.
+class MeasuredFile:
+    """A finished GGUF; a split one with all its files.
 
+    n_layer: layers of the trunk; those behind them are MTP blocks. n_used: routed experts that a token uses.
     without_manifest: those of the files that have none.
     """
 
@@ -84,23 +92,26 @@ class Measured:
     n_layer: int
     n_expert: int
     n_used: int
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[MeasuredTensor, ...]
     without_manifest: tuple[Path, ...]
     made_by: str | None
     type: str | None
     source: str | None
     recipe: str | None
-    imatrix: Imatrix | None
+    imatrix: ImatrixOrigin | None
 
 
 _OTHERWISE = "Fetch the manifest again, or remove it: types and sizes are shown without."
 
 
-def read(path: Path) -> Measured:
-    """Raises GGUFError if `path` is no GGUF file, UnsupportedModel if it is of another architecture, VerifyError if a
-    manifest is damaged or is of another file."""
+def read_file(path: Path) -> MeasuredFile:
+    """Read the headers and manifests of a GGUF; of a split one `path` may be any file.
+
+    Raises GGUFError if it is no GGUF file, UnsupportedModel if it is of another architecture, VerifyError if a manifest
+    is damaged or is of another file.
+    """
     headers = read_headers(path)
-    manifests = [_manifest(header.path) for header in headers]
+    manifests = [_read_own_manifest(header.path) for header in headers]
     first, how = headers[0], manifests[0] or {}
     architecture = first.get("general.architecture")
     if architecture != ARCHITECTURE:
@@ -108,32 +119,32 @@ def read(path: Path) -> Measured:
             f"{path}: general.architecture is {architecture!r}, expected {ARCHITECTURE!r}",
             hint="stepgguf reports on Step-3.5 and Step-3.7 files only.",
         )
-    n_layer = _count(first, "block_count") - _count(first, "nextn_predict_layers")
-    return Measured(
+    hp = HParams.from_gguf(first)
+    return MeasuredFile(
         paths=tuple(header.path for header in headers),
         name=str(first.get("general.name", first.path.stem)),
-        n_layer=n_layer,
-        n_expert=_count(first, "expert_count"),
-        n_used=_count(first, "expert_used_count"),
+        n_layer=hp.n_layer,
+        n_expert=hp.n_expert,
+        n_used=hp.n_expert_used,
         tensors=tuple(
-            _tensor(info, manifest and manifest["tensors"], n_layer, manifest_path(header.path))
+            _measured_tensor(info, manifest and manifest["tensors"], hp.n_layer, manifest_path(header.path))
             for header, manifest in zip(headers, manifests, strict=True)
             for info in header.tensors
         ),
         without_manifest=tuple(h.path for h, manifest in zip(headers, manifests, strict=True) if manifest is None),
-        made_by=_text(how, "made_by"),
-        type=_text(how, "type") or _type(first),
-        source=_string(first.get("stepgguf.source")),
-        recipe=_text(how, "recipe"),
-        imatrix=_imatrix(how.get("imatrix")) or _imatrix_of(first),
+        made_by=_text_member(how, "made_by"),
+        type=_text_member(how, "type") or _mixture_name(first),
+        source=_text_or_none(first.get("stepgguf.source")),
+        recipe=_text_member(how, "recipe"),
+        imatrix=_manifest_imatrix(how.get("imatrix")) or _header_imatrix(first),
     )
 
 
-def _manifest(file: Path) -> dict[str, Any] | None:
+def _read_own_manifest(file: Path) -> dict[str, Any] | None:
     return read_manifest(file, _OTHERWISE) if manifest_path(file).exists() else None
 
 
-def _tensor(info: TensorInfo, entries: dict[str, Any] | None, n_layer: int, path: Path) -> Tensor:
+def _measured_tensor(info: TensorInfo, entries: dict[str, Any] | None, n_layer: int, path: Path) -> MeasuredTensor:
     entry = None if entries is None else entries.get(info.name)
     if not isinstance(entry, dict):
         entry = {}
@@ -143,27 +154,31 @@ def _tensor(info: TensorInfo, entries: dict[str, Any] | None, n_layer: int, path
             f"{path}: {info.name} is {found}, the file has {expected}",
             hint="The manifest is of another file; fetch the one that was made with this file.",
         )
-    match = _IN_LAYER.fullmatch(info.name)
-    layer, role = (int(match[1]), match[2]) if match else (None, info.name.rpartition(".")[0])
-    n = info.shape[0] if len(info.shape) == 3 else 1
-    ledger = None if entry.get("ledger") is None else _ledger(entry["ledger"], n, f"{path}: the ledger of {info.name}")
-    return Tensor(info, layer, role, _group(info, layer, role, n_layer), ledger)
+    name, ledger = TensorName(info.name), None
+    if entry.get("ledger") is not None:
+        n_experts = info.shape[0] if len(info.shape) == 3 else 1
+        ledger = _read_ledger(entry["ledger"], n_experts, f"{path}: the ledger of {info.name}")
+    return MeasuredTensor(info, name.layer, name.stem, _group_of(name, len(info.shape), n_layer), ledger)
 
 
-def _group(info: TensorInfo, layer: int | None, role: str, n_layer: int) -> str:
-    if layer is not None and layer >= n_layer:
+def _group_of(name: TensorName, n_dims: int, n_layer: int) -> str:
+    role = name.role
+    if name.is_mtp(n_layer):
         return MTP
     if role in ("token_embd", "output"):
         return EMBEDDINGS if role == "token_embd" else OUTPUT
-    if role.endswith(("_exps", "_shexp")):
-        return ROUTED if role.endswith("_exps") else SHARED
-    if len(info.shape) < 2 or role == "ffn_gate_inp":
+    if name.is_expert or role.endswith("_shexp"):
+        return ROUTED if name.is_expert else SHARED
+    if n_dims < 2 or role == "ffn_gate_inp":
         return OTHER
     return ATTENTION if role.startswith("attn_") else DENSE if role.startswith("ffn_") else OTHER
 
 
-def _ledger(raw: Any, n: int, where: str) -> Ledger:
-    """`n` figures of each kind, or VerifyError. A null is a figure that could not be had, as 0 / 0."""
+def _read_ledger(raw: Any, n: int, where: str) -> Ledger:
+    """The ledger of a tensor with n experts. Raises VerifyError if it has not n figures of each kind.
+
+    A null is a figure that could not be had, as 0 / 0.
+    """
 
     def figures(key: str) -> Floats:
         try:
@@ -181,39 +196,29 @@ def _ledger(raw: Any, n: int, where: str) -> Ledger:
     return Ledger(figures("error"), figures("rmse"), mass, count)
 
 
-def _imatrix(fields: Any) -> Imatrix | None:
+def _manifest_imatrix(fields: Any) -> ImatrixOrigin | None:
     if not isinstance(fields, dict):
         return None
     datasets = fields.get("datasets")
     names = tuple(map(str, datasets)) if isinstance(datasets, list) else ()
-    return Imatrix(_text(fields, "file"), _text(fields, "prior"), names)
+    return ImatrixOrigin(_text_member(fields, "file"), _text_member(fields, "prior"), names)
 
 
-def _imatrix_of(header: Header) -> Imatrix | None:
-    """As llama-quantize notes it."""
-    file, dataset = (_string(header.get(f"quantize.imatrix.{key}")) for key in ("file", "dataset"))
-    return None if file is None else Imatrix(file, None, (dataset,) if dataset else ())
+def _header_imatrix(header: Header) -> ImatrixOrigin | None:
+    """Where the importance came from, as llama-quantize notes it in the header."""
+    file, dataset = (_text_or_none(header.get(f"quantize.imatrix.{key}")) for key in ("file", "dataset"))
+    return None if file is None else ImatrixOrigin(file, None, (dataset,) if dataset else ())
 
 
-def _type(header: Header) -> str | None:
-    """The mixture's name. Our own key comes last: llama-quantize copies it from its source."""
+def _mixture_name(header: Header) -> str | None:
+    """The mixture's name. Our own key comes last, since llama-quantize copies it from its source."""
     number = header.get("general.file_type")
-    return (file_type_name(number) if isinstance(number, int) else None) or _string(header.get("stepgguf.type"))
+    return (file_type_name(number) if isinstance(number, int) else None) or _text_or_none(header.get("stepgguf.type"))
 
 
-def _count(header: Header, key: str) -> int:
-    """A number of step35.*, 0 if it is not there."""
-    value = header.get(f"{ARCHITECTURE}.{key}", 0)
-    if not isinstance(value, int) or value < 0:
-        raise BadMetadata(
-            f"{header.path}: {ARCHITECTURE}.{key} is {value!r}, expected a count", hint="Make the file again."
-        )
-    return value
+def _text_member(fields: dict[str, Any], key: str) -> str | None:
+    return _text_or_none(fields.get(key))
 
 
-def _text(fields: dict[str, Any], key: str) -> str | None:
-    return _string(fields.get(key))
-
-
-def _string(value: Any) -> str | None:
+def _text_or_none(value: Any) -> str | None:
     return value if isinstance(value, str) else None

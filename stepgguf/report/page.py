@@ -18,30 +18,30 @@ import re
 from importlib.resources import files
 
 from stepgguf.report import figures
-from stepgguf.report.measured import Measured
+from stepgguf.report.measured import MeasuredFile
 
 SCRIPTS = ("draw.js", "file.js", "errors.js", "page.js")
 
 
-def render(measured: Measured) -> str:
-    """The report as HTML."""
-    style, script = _file("page.css"), "".join(map(_file, SCRIPTS))
+def render_page(measured: MeasuredFile) -> str:
+    """The report on a file as one HTML document."""
+    style, script = _package_file("page.css"), "".join(map(_package_file, SCRIPTS))
     data = {**figures.summary(measured), **figures.maps(measured)}
     parts = {
         "title": html.escape(f"{measured.name} · {measured.paths[0].name}"),
-        "policy": f"default-src 'none'; img-src data:; style-src {_digest(style)}; script-src {_digest(script)}; "
-        "base-uri 'none'; form-action 'none'",
+        "policy": "default-src 'none'; img-src data:; "
+        f"style-src {_csp_digest(style)}; script-src {_csp_digest(script)}; base-uri 'none'; form-action 'none'",
         "style": style,
         "data": json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
         "script": script,
     }
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _file("page.html"))
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _package_file("page.html"))
 
 
-def _file(name: str) -> str:
+def _package_file(name: str) -> str:
     return files("stepgguf.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _digest(text: str) -> str:
+def _csp_digest(text: str) -> str:
     """A CSP source that stands for exactly this text."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

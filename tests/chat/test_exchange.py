@@ -13,7 +13,7 @@ import pytest
 from stepgguf.chat.exchange import ChatModel, PreparedRequest, Reply
 from stepgguf.chat.request import ChatRequest, Tool, ToolChoice
 from stepgguf.chat.template import CLOSING_WORDS
-from stepgguf.convert.rewrite import chat_template, replace_chat_template
+from stepgguf.convert.rewrite import read_chat_template, replace_chat_template
 from stepgguf.runtime.engine import Finished, FinishReason, Sampling, Step, Stream, Timings, Tokens
 from stepgguf.runtime.llama import LlamaEngine
 
@@ -93,7 +93,7 @@ def test_a_template_may_leave_the_thinking_to_the_model_or_close_it(
 ) -> None:
     path = Path(shutil.copy(demo_gguf, tmp_path))
     opening = "open('assistant') ~ '{}'"
-    template = chat_template(path).replace(opening.format("<think>\\n"), opening.format(ending))
+    template = read_chat_template(path).replace(opening.format("<think>\\n"), opening.format(ending))
     replace_chat_template(path, template)
     with LlamaEngine(path, n_ctx=1024, threads=1) as engine:
         chat = ChatModel(engine)

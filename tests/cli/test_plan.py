@@ -98,7 +98,7 @@ def test_measured_rows_have_a_loss_and_rows_of_fit_lose_least(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(folders, "errors", lambda: tmp_path)
-    monkeypatch.setattr(measure, "KINDS", [T.Q2_K, T.Q4_K, T.Q8_0])
+    monkeypatch.setattr(measure, "MEASURED_TYPES", [T.Q2_K, T.Q4_K, T.Q8_0])
     options = ["-m", "spark", "--ctx", 1024, "--measure", "--threads", 1]
     report = json.loads(run(capfd, small, *options, "--types", "Q8_0,Q6_K", "--json"))
     found = {row["type"]: row for row in report["rows"]}

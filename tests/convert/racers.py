@@ -32,7 +32,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "space": (writer.Writer, "_check_space"),
     "clear": (writer.Writer, "_clear"),
     "open": (writer.Writer, "_open"),
-    "write": (writer.Writer, "write"),
+    "write": (writer.Writer, "write_unit"),
     "commit": (writer.Writer, "commit"),
     "finish": (writer.Writer, "finish"),
     "manifest": (manifest, "write_manifest"),

@@ -15,13 +15,14 @@ from stepgguf.convert import budget as module
 from stepgguf.convert import measure, sizes
 from stepgguf.convert.budget import UNIFORM, Limits, plan_within, resolve
 from stepgguf.convert.plan import Options, Plan, PlannedTensor
-from stepgguf.convert.planner import plan_checkpoint
+from stepgguf.convert.planner import plan_source
 from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.convert.sources.gguf_file import GGUFSource
 from stepgguf.errors import DoesNotFit, RecipeError
 from stepgguf.files import folders
 from stepgguf.fit import speed
-from stepgguf.quants import recipe
+from stepgguf.quants.recipe_files import load_recipe
+from stepgguf.quants.recipe_grammar import parse_recipe
 from tests.convert.test_objective import write_importance
 
 T = GGMLQuantizationType
@@ -31,7 +32,7 @@ DEST = Path("x.gguf")
 
 @pytest.fixture(autouse=True)
 def _few_types(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "KINDS", (T.IQ2_XS, T.Q2_K, T.Q4_K, T.Q8_0))
+    monkeypatch.setattr(measure, "MEASURED_TYPES", (T.IQ2_XS, T.Q2_K, T.Q4_K, T.Q8_0))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -46,7 +47,7 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def within(budget: Limits, source: Path, options: Options | None = None, type_name: str | None = None) -> Plan:
     chosen, limits = resolve(type_name, budget, "Q4_K_S")
     assert limits is not None
-    options = replace(options or Options(""), type=chosen)
+    options = replace(options or Options(load_recipe("F32")), recipe=chosen)
     with Checkpoint(source) if source.is_dir() else GGUFSource(source) as opened:
         plan = module.settled(limits, opened, DEST, options)
         return plan or plan_within(limits, opened, DEST, options, module.price(opened, DEST, options, threads=1))
@@ -59,7 +60,7 @@ def types(plan: Plan) -> Mapping[str, GGMLQuantizationType]:
 def whole(source: Path, kind: str, mtp: str = "include") -> Plan:
     """All of the trunk as one type."""
     with Checkpoint(source) as checkpoint:
-        return plan_checkpoint(checkpoint, Path("x.gguf"), Options(recipe.parse(f'default = "{kind}"', kind), mtp))
+        return plan_source(checkpoint, Path("x.gguf"), Options(parse_recipe(f'default = "{kind}"', kind), mtp))
 
 
 def is_chosen(tensor: PlannedTensor) -> bool:
@@ -71,17 +72,15 @@ def is_chosen(tensor: PlannedTensor) -> bool:
 def test_all_files_fit_and_leave_no_room_for_another_step(share: float, mtp: str, small: Path) -> None:
     smallest, largest = (whole(small, kind, mtp).file_bytes for kind in ("Q2_K", "Q8_0"))
     size = int(smallest + share * (largest - smallest))
-    plan = within(Limits(size), small, Options("", mtp))
-    steps = [
-        replace(t, ggml_type=T.Q8_0).n_bytes - t.n_bytes for t in plan.tensors if is_chosen(t) and t.ggml_type != T.Q8_0
-    ]
+    plan = within(Limits(size), small, Options(load_recipe("F32"), mtp))
+    steps = [t.bytes_as(T.Q8_0) - t.n_bytes for t in plan.tensors if is_chosen(t) and t.ggml_type != T.Q8_0]
     assert size - max(steps) < plan.file_bytes <= size
     assert {t.reason for t in plan.tensors if "nextn" in t.name and t.is_quantized} <= {"MTP Q8_0", "MTP file"}
 
 
 def test_headers_of_splits_are_paid_from_the_budget_too(small: Path) -> None:
     one = within(Limits(7 * MIB), small)
-    plan = within(Limits(one.file_bytes), small, Options("", split_max_size=MIB))
+    plan = within(Limits(one.file_bytes), small, Options(load_recipe("F32"), split_max_size=MIB))
     assert len(plan.files) > 2
     assert plan.file_bytes <= one.file_bytes
 
@@ -111,8 +110,8 @@ def test_in_the_bytes_of_one_type_for_all_it_loses_less(small: Path) -> None:
 
 def test_what_a_token_reads_is_what_plan_says_of_the_file(small: Path) -> None:
     with Checkpoint(small) as checkpoint:
-        model, hp = sizes.inventory(checkpoint), checkpoint.hparams
-    names = {t.name for t in model.tensors if not model.is_mtp(t)}
+        model, hp = sizes.take_inventory(checkpoint), checkpoint.hparams
+    names = {t.name for t in model.tensors if not t.is_mtp}
     share = speed.expert_share(hp.n_expert_used, hp.n_expert, 1)
 
     def reads(plan: Plan) -> float:
@@ -155,8 +154,8 @@ def test_a_stock_mixture_and_a_budget_exclude_each_other() -> None:
 
 
 def test_no_budget_is_the_recipe_as_it_is() -> None:
-    assert resolve(None, None, "Q4_K_S") == (recipe.load("Q4_K_S"), None)
-    assert resolve("128gb", None, "Q4_K_S") == (recipe.load("128gb"), None)
+    assert resolve(None, None, "Q4_K_S") == (load_recipe("Q4_K_S"), None)
+    assert resolve("128gb", None, "Q4_K_S") == (load_recipe("128gb"), None)
 
 
 def test_another_time_nothing_is_read_and_the_plan_is_the_same(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +170,7 @@ def test_without_an_imatrix_it_is_said_and_types_that_need_one_are_not_taken(sma
     assert UNIFORM in without.warnings
     assert T.IQ2_XS not in types(without).values()
     trunk = [t for t in whole(small, "Q8_0", "drop").tensors if t.is_quantized]
-    options = Options("", importance=write_importance(trunk, tmp_path / "imatrix.gguf", without="none"))
+    options = Options(load_recipe("F32"), importance=write_importance(trunk, tmp_path / "imatrix.gguf", without="none"))
     with_it = within(Limits(bpw=4.7), small, options)
     assert UNIFORM not in with_it.warnings
     assert T.IQ2_XS in types(with_it).values()
@@ -199,12 +198,12 @@ def test_the_smallest_size_that_is_named_can_be_had_and_a_byte_less_cannot(
     mtp: str, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(DoesNotFit) as error:
-        within(Limits(1), small, Options("", mtp))
+        within(Limits(1), small, Options(load_recipe("F32"), mtp))
     least = int(str(error.value).split("have ")[1].split(" ")[0].replace(",", ""))
-    assert within(Limits(least), small, Options("", mtp)).file_bytes <= least
+    assert within(Limits(least), small, Options(load_recipe("F32"), mtp)).file_bytes <= least
     monkeypatch.setattr(Checkpoint, "values", None)  # refused before anything is read
     with pytest.raises(DoesNotFit):
-        within(Limits(least - 100), small, Options("", mtp))  # a shorter name may make a smaller header
+        within(Limits(least - 100), small, Options(load_recipe("F32"), mtp))  # a shorter name may make a smaller header
 
 
 def test_a_budget_that_holds_everything_is_not_measured(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stepgguf.cli.main import main
-from stepgguf.convert.card import Card, read_card
-from stepgguf.convert.sources.hub import Origin
+from stepgguf.convert.card import ModelCard, read_card
+from stepgguf.convert.sources.hub import ModelOrigin
 from stepgguf.files import gguf_header
 
 CARDS = {
@@ -62,7 +62,7 @@ def folder(path: Path, card: str | None, **config: Any) -> Path:
     return path
 
 
-def values(card: Card) -> dict[str, Any]:
+def values(card: ModelCard) -> dict[str, Any]:
     return {"general.name": card.name, **{key.name: key.value for key in card.keys}}
 
 
@@ -79,7 +79,7 @@ def theirs(path: Path, dest: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("name", CARDS)
 def test_keys_and_values_are_gguf_pys_where_both_say_something(tmp_path: Path, name: str) -> None:
     path = folder(tmp_path / "Some-Model", CARDS[name])
-    ours, expected = values(read_card(path, {}, Origin("Some-Model"))), theirs(path, tmp_path / "x.gguf")
+    ours, expected = values(read_card(path, {}, ModelOrigin("Some-Model"))), theirs(path, tmp_path / "x.gguf")
     del expected["general.architecture"]
     # Guessed from the folder's name by splitting it at hyphens; the name itself, which they rewrite as a title.
     for key in ("general.basename", "general.finetune", "general.size_label", "general.version"):
@@ -102,7 +102,7 @@ def test_keys_and_values_are_gguf_pys_where_both_say_something(tmp_path: Path, n
     ],
 )
 def test_name_or_path_is_the_model_itself_or_its_base(tmp_path: Path, loaded: Any, expected: dict[str, Any]) -> None:
-    card = read_card(folder(tmp_path, None), {"_name_or_path": loaded}, Origin("step-3.5-flash"))
+    card = read_card(folder(tmp_path, None), {"_name_or_path": loaded}, ModelOrigin("step-3.5-flash"))
     assert values(card).get("general.organization") == expected["general.organization"]
     assert values(card).get("general.base_model.0.name") == expected["base"]
 
@@ -111,7 +111,7 @@ def test_scalars_are_texts_as_they_are_written(tmp_path: Path) -> None:
     path = folder(
         tmp_path, "version: 1.10\nlanguage: [no, en, on]\nlicense: null\ntags: [2024-01-01, 1e3, {a: b}, ~, '']\n"
     )
-    assert values(read_card(path, {}, Origin("x"))) == {
+    assert values(read_card(path, {}, ModelOrigin("x"))) == {
         "general.name": "x",
         "general.version": "1.10",
         "general.languages": ["no", "en", "on"],
@@ -125,7 +125,7 @@ def test_scalars_are_texts_as_they_are_written(tmp_path: Path) -> None:
      "a: &a [x]\nb: *c\n", "'\n", "license: \x00\n", "tags:\n- &a [1]\n- *a\nlicense: {a: 1}\n"],
 )  # fmt: skip
 def test_a_card_that_is_wrong_is_a_warning_or_nothing(tmp_path: Path, card: str) -> None:
-    found = read_card(folder(tmp_path, card), {}, Origin("x"))
+    found = read_card(folder(tmp_path, card), {}, ModelOrigin("x"))
     assert set(values(found)) <= {"general.name", "general.tags"}
     assert all("README.md: its front matter cannot be read" in warning for warning in found.warnings)
 
@@ -136,7 +136,7 @@ def test_no_card_stops_a_conversion(tmp_path: Path, card: str | bytes) -> None:
     path = folder(tmp_path, None)
     data = card.encode("utf-8", "surrogatepass") if isinstance(card, str) else card
     (path / "README.md").write_bytes(b"---\n" + data + b"\n---\n")
-    assert read_card(path, {}, Origin("x")).name
+    assert read_card(path, {}, ModelOrigin("x")).name
 
 
 def test_the_card_is_in_the_file_and_name_wins(small: Path, tmp_path: Path) -> None:

@@ -11,8 +11,7 @@ import pytest
 
 from stepgguf.cli.main import main
 from stepgguf.files import gguf_header
-from stepgguf.quants.codec import FACTORS
-from stepgguf.quants.ggml import row_size
+from stepgguf.quants.types import quant_type, row_size
 
 TENSOR, EXPERT, ROW = "blk.3.ffn_down_exps.weight", 4, 17
 TYPES = ["F32", "F16", "BF16", "Q8_0", "Q4_K_S", "IQ4_XS", "TQ2_0"]
@@ -35,7 +34,7 @@ def damage(path: Path, value: float) -> str:
     if kind in ("F32", "BF16"):
         data = struct.pack("<f", value)[4 - {"F32": 4, "BF16": 2}[kind] :]
     else:
-        at += {"F16": (0,), "TQ2_0": (64,), **FACTORS}[kind][0]
+        at += (quant_type(info.ggml_type).factors or {"F16": (0,), "TQ2_0": (64,)}[kind])[0]
         data = np.float16(value).tobytes()
     with path.open("r+b") as file:
         file.seek(at)

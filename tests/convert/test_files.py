@@ -14,14 +14,16 @@ import pytest
 
 from stepgguf import __version__
 from stepgguf.cli.main import main
-from stepgguf.convert.metadata import RESERVE, rope_freqs
+from stepgguf.convert.metadata import RESERVE
 from stepgguf.convert.plan import Options
-from stepgguf.convert.planner import plan_checkpoint
+from stepgguf.convert.planner import plan_source
 from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.demo import CHECKPOINT
 from stepgguf.errors import BadConfig
 from stepgguf.files import gguf_header
 from stepgguf.model.hparams import HParams
+from stepgguf.model.rope import rope_freqs
+from stepgguf.quants.recipe_files import load_recipe
 from stepgguf.reference.model import rope_scaling_factors
 from tests.conftest import real_config
 
@@ -115,7 +117,7 @@ def test_strange_settings_are_named_with_file_and_place(
     (copy / "chat_template.jinja").unlink()
     (copy / name).write_text(json.dumps(content))
     with Checkpoint(copy) as checkpoint, pytest.raises(BadConfig, match=rf"copy/{name}: {text}"):
-        plan_checkpoint(checkpoint, tmp_path / "x.gguf", Options("Q8_0"))
+        plan_source(checkpoint, tmp_path / "x.gguf", Options(load_recipe("Q8_0")))
 
 
 @pytest.mark.parametrize("name", ["chat_template.jinja", "chat_template.json", "tokenizer_config.json", "named"])

@@ -16,12 +16,13 @@ import pytest
 from stepgguf.cli.inspect import gguf_contents
 from stepgguf.convert.plan import Options
 from stepgguf.convert.planner import plan_source
-from stepgguf.convert.sizes import inventory
-from stepgguf.convert.sources.checkpoint import INDEX
+from stepgguf.convert.sizes import take_inventory
 from stepgguf.convert.sources.opening import open_source
+from stepgguf.convert.sources.shard_index import INDEX
 from stepgguf.errors import StepggufError
 from stepgguf.files import gguf_header
 from stepgguf.files.gguf_header import TensorInfo
+from stepgguf.quants.recipe_files import load_recipe
 from tests.generate import Shape, write_checkpoint
 
 ROUNDS = 150
@@ -93,8 +94,10 @@ def plan(path: Path) -> bool:
     """Plan a conversion of a source; whether it could be planned. Any other error than ours fails the test."""
     try:
         with open_source(path) as source:
-            plan_source(source, path.parent / "out.gguf", Options("Q4_K_M", mtp="drop", allow_requantize=True))
-            inventory(source)
+            plan_source(
+                source, path.parent / "out.gguf", Options(load_recipe("Q4_K_M"), mtp="drop", allow_requantize=True)
+            )
+            take_inventory(source)
     except StepggufError:
         return False
     return True
@@ -135,7 +138,7 @@ def test_shard_headers_with_strange_values(tiny: Path, tmp_path: Path) -> None:
 def test_gguf_headers_with_damaged_bytes(tiny: Path, tmp_path: Path) -> None:
     path, rng = tmp_path / "x.gguf", random.Random(2)
     with open_source(tiny) as source:
-        file = plan_source(source, path, Options("Q8_0")).files[0]
+        file = plan_source(source, path, Options(load_recipe("Q8_0"))).files[0]
     # Little of the vocabulary and of the room for a template, so that most damage meets keys and tensors.
     keys = [key for key in file.keys if not key.name.startswith(("tokenizer.", "stepgguf.reserve"))]
     infos = zip(file.tensors, file.offsets, strict=True)

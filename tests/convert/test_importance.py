@@ -15,8 +15,10 @@ from stepgguf.cli.main import main
 from stepgguf.convert.importance import Importance
 from stepgguf.convert.manifest import manifest_path
 from stepgguf.convert.sources.gguf_file import GGUFSource
-from stepgguf.quants import codec, ggml
 from stepgguf.quants.imatrix import Imatrix, ImatrixEntry, read_imatrix, write_imatrix
+from stepgguf.quants.kernels import KERNEL_NAMES, choose_kernel
+from stepgguf.quants.types import row_size
+from stepgguf.quants.values import widen
 from tests.convert.test_bytes import same_tensors
 from tests.generate import Shape, write_checkpoint
 from tests.oracle import llama_quantize
@@ -93,9 +95,9 @@ def test_the_pooled_prior_changes_the_bytes_of_unseen_and_thin_experts(
         for expert, weights in enumerate(rows):
             span = expert * shape[1], (expert + 1) * shape[1]
             values = np.empty((shape[1], shape[2]), np.float32)
-            codec.widen(source.values(name, *span), values)
-            out = np.empty((shape[1], ggml.row_size(kind, shape[2])), np.uint8)
-            codec.quantize(kind, values, out, weights, kernel="ggml")
+            widen(source.values(name, *span), values)
+            out = np.empty((shape[1], row_size(kind, shape[2])), np.uint8)
+            choose_kernel(kind, "ggml", weighted=True).encode(values, out, weights)
             np.testing.assert_array_equal(made.raw(name, *span), out, err_msg=f"expert {expert}")
 
 
@@ -120,7 +122,7 @@ def check_ledger(ledger: Any, source: GGUFSource, made: GGUFSource, name: str, i
     weights = importance.rows(name, shape)
     values, decoded = np.empty((n, shape[-2], shape[-1]), np.float32), np.empty((n, shape[-2], shape[-1]), np.float32)
     for part, opened in ((values, source), (decoded, made)):
-        codec.widen(opened.values(name, 0, n * shape[-2]), part.reshape(-1, shape[-1]))
+        widen(opened.values(name, 0, n * shape[-2]), part.reshape(-1, shape[-1]))
     lost = (values.astype(np.float64) - decoded) ** 2
     w = np.ones((n, shape[-1])) if weights is None else weights.astype(np.float64)
     error = (lost * w[:, None]).sum((1, 2)) / (values.astype(np.float64) ** 2 * w[:, None]).sum((1, 2))
@@ -179,7 +181,7 @@ def test_gaps_of_the_matrix_are_said_before_anything_is_written(
 
 
 def test_both_kernels_make_the_same_file(trunk: Path, calibrated: Path, tmp_path: Path) -> None:
-    for kernel in codec.KERNELS:
+    for kernel in KERNEL_NAMES:
         command = [
             "quantize",
             str(trunk),

@@ -15,14 +15,16 @@ from safetensors.torch import load_file, save_file
 
 from stepgguf.convert import measure as module
 from stepgguf.convert.importance import Importance
-from stepgguf.convert.measure import KINDS, Measured, candidates, measure
+from stepgguf.convert.measure import MEASURED_TYPES, TensorErrors, measure_errors, possible_types
 from stepgguf.convert.plan import Options, PlannedTensor
-from stepgguf.convert.planner import plan_checkpoint
+from stepgguf.convert.planner import plan_source
 from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.errors import CorruptTensor
-from stepgguf.quants import codec, ggml
-from stepgguf.quants.codec import Values
+from stepgguf.quants import ggml
 from stepgguf.quants.imatrix import Imatrix, ImatrixEntry, write_imatrix
+from stepgguf.quants.recipe_files import load_recipe
+from stepgguf.quants.types import row_size
+from stepgguf.quants.values import Values, widen
 from tests.generate import Shape, write_checkpoint
 
 T = GGMLQuantizationType
@@ -51,14 +53,14 @@ class Given:
     importance: Importance
     cache: Path
 
-    def measure(self, *roles: str) -> dict[str, Measured]:
+    def measure(self, *roles: str) -> dict[str, TensorErrors]:
         tensors = [self.tensors[role] for role in roles or ROLES]
-        return measure(self.checkpoint, tensors, self.cache, importance=self.importance, threads=1)
+        return measure_errors(self.checkpoint, tensors, self.cache, importance=self.importance, threads=1)
 
 
 @pytest.fixture(autouse=True)
 def _few_types(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "KINDS", FEW)
+    monkeypatch.setattr(module, "MEASURED_TYPES", FEW)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,7 @@ def two_experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def given(two_experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Given]:
     monkeypatch.setattr(module, "RUNS", 64)
     with Counting(two_experts) as checkpoint:
-        plan = plan_checkpoint(checkpoint, tmp_path / "x.gguf", Options("Q8_0"))
+        plan = plan_source(checkpoint, tmp_path / "x.gguf", Options(load_recipe("Q8_0")))
         tensors = {t.role: t for t in plan.tensors if t.name.startswith("blk.1.") and t.role in ROLES}
         yield Given(checkpoint, tensors, write_importance(tmp_path, tensors, seed=0), tmp_path / "errors.jsonl")
 
@@ -95,7 +97,7 @@ def floats(checkpoint: Checkpoint, tensor: PlannedTensor) -> NDArray[np.float32]
     n = tensor.n_experts * tensor.rows_per_expert
     stored = checkpoint.values(tensor.source, 0, n)
     values = np.empty(stored.shape, np.float32)
-    codec.widen(stored, values)
+    widen(stored, values)
     return values.reshape(tensor.n_experts, -1, tensor.shape[-1])
 
 
@@ -107,7 +109,7 @@ def by_hand(
     assert library is not None
     energy = lost = 0.0
     for expert, x in enumerate(values):
-        out = np.empty((len(x), ggml.row_size(kind, x.shape[1])), np.uint8)
+        out = np.empty((len(x), row_size(kind, x.shape[1])), np.uint8)
         library.quantize(kind, x, out, None if rows is None else np.ascontiguousarray(rows[expert]))
         wide, decoded = (v.reshape(x.shape).astype(np.float64) for v in (x, gguf.quants.dequantize(out, kind)))
         w = np.ones(x.shape[1]) if rows is None else rows[expert].astype(np.float64)
@@ -137,14 +139,19 @@ def test_without_importance_a_tensor_has_the_types_that_need_none(given: Given) 
 
 
 def test_llama_quantize_would_not_refuse_any_of_a_tensors_types(given: Given, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "KINDS", KINDS)
+    monkeypatch.setattr(module, "MEASURED_TYPES", MEASURED_TYPES)
     tensor = given.tensors["attn_v"]
-    assert candidates(tensor.name, tensor.shape, None) == set(KINDS) - {T.IQ2_XXS, T.IQ2_XS, T.IQ2_S, T.IQ3_XXS}
+    assert possible_types(tensor.name, tensor.shape, None) == set(MEASURED_TYPES) - {
+        T.IQ2_XXS,
+        T.IQ2_XS,
+        T.IQ2_S,
+        T.IQ3_XXS,
+    }
     attn_k = given.tensors["attn_k"]
-    assert candidates(attn_k.name, attn_k.shape, given.importance) == set(KINDS)
+    assert possible_types(attn_k.name, attn_k.shape, given.importance) == set(MEASURED_TYPES)
     # 96 columns are no multiple of 256: what llama.cpp falls back on (tests/quants/test_mixtures.py).
     narrow = replace(tensor, shape=(128, 96))
-    assert candidates(narrow.name, narrow.shape, None) == {T.Q4_0, T.Q5_0, T.Q5_1, T.Q8_0, T.IQ4_NL}
+    assert possible_types(narrow.name, narrow.shape, None) == {T.Q4_0, T.Q5_0, T.Q5_1, T.Q8_0, T.IQ4_NL}
 
 
 def test_a_second_run_reads_nothing(given: Given) -> None:
@@ -157,7 +164,7 @@ def test_a_second_run_reads_nothing(given: Given) -> None:
 def test_another_imatrix_is_measured_anew(given: Given, tmp_path: Path) -> None:
     before = given.measure("attn_k")
     tensor, other = given.tensors["attn_k"], write_importance(tmp_path, given.tensors, seed=1)
-    after = measure(given.checkpoint, [tensor], given.cache, importance=other, threads=1)
+    after = measure_errors(given.checkpoint, [tensor], given.cache, importance=other, threads=1)
     assert after[tensor.name].energy != before[tensor.name].energy
 
 
@@ -167,7 +174,7 @@ def test_what_an_interrupted_run_has_measured_is_kept(given: Given) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        measure(
+        measure_errors(
             given.checkpoint, [given.tensors[role] for role in ROLES], given.cache, importance=given.importance,
             threads=1, progress=interrupt,
         )  # fmt: skip
@@ -215,7 +222,7 @@ def test_a_file_of_something_else_is_begun_anew(content: bytes, given: Given) ->
 def test_progress_names_each_tensor_once_kept_or_not(given: Given) -> None:
     given.measure("attn_v")
     seen: list[str] = []
-    measure(
+    measure_errors(
         given.checkpoint, [given.tensors[role] for role in ROLES], given.cache, importance=given.importance,
         threads=1, progress=lambda tensor, kept: seen.append(tensor.role),
     )  # fmt: skip
@@ -232,11 +239,14 @@ def test_the_sample_is_as_large_as_it_is_said_to_be(given: Given) -> None:
 
     given.checkpoint.values = counting  # type: ignore[method-assign]
     given.measure()
-    for tensor in given.tensors.values():
+    # To know what to compile, a row for each kernel, with importance and without, of the first tensor that needs it.
+    for role, n_compiled in (("attn_k", 3), ("attn_v", 2), ("ffn_down_exps", 0)):
+        tensor = given.tensors[role]
         assert tensor.source is not None
-        n_types = len(candidates(tensor.name, tensor.shape, given.importance))
-        # Each run once for each type, and before that a row for each, to know what to compile.
-        assert read[tensor.source] == n_types * (module.sampled(tensor.shape) // tensor.shape[-1] + 1)
+        n_types = len(possible_types(tensor.name, tensor.shape, given.importance))
+        # Each run once for each type.
+        n_rows = module.count_sampled_values(tensor.shape) // tensor.shape[-1]
+        assert read[tensor.source] == n_types * n_rows + n_compiled
 
 
 def test_a_value_that_is_not_finite_names_its_place(given: Given, two_experts: Path, tmp_path: Path) -> None:
@@ -251,19 +261,19 @@ def test_a_value_that_is_not_finite_names_its_place(given: Given, two_experts: P
         else:
             (damaged / file.name).symlink_to(file)
     with Checkpoint(damaged) as checkpoint, pytest.raises(CorruptTensor, match="row 7, column 3 is nan"):
-        measure(checkpoint, [given.tensors["attn_k"]], tmp_path / "e.jsonl", threads=1)
+        measure_errors(checkpoint, [given.tensors["attn_k"]], tmp_path / "e.jsonl", threads=1)
 
 
 def test_a_sample_of_a_288_expert_tensor_is_near_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_checkpoint(tmp_path / "288", Shape(n_layer=2, n_dense=1, n_expert=288, n_used=8, expert=256), seed=6)
-    monkeypatch.setattr(module, "KINDS", (T.Q4_0, T.Q8_0))
+    monkeypatch.setattr(module, "MEASURED_TYPES", (T.Q4_0, T.Q8_0))
     with Counting(path) as checkpoint:
-        plan = plan_checkpoint(checkpoint, tmp_path / "x.gguf", Options("Q8_0"))
+        plan = plan_source(checkpoint, tmp_path / "x.gguf", Options(load_recipe("Q8_0")))
         [tensor] = [t for t in plan.tensors if t.role == "ffn_up_exps"]
-        [sampled] = measure(checkpoint, [tensor], tmp_path / "sampled.jsonl", threads=1).values()
+        [sampled] = measure_errors(checkpoint, [tensor], tmp_path / "sampled.jsonl", threads=1).values()
         assert len(checkpoint.read) < 288 * 2 + 10
         monkeypatch.setattr(module, "RUN", 256)
-        [whole] = measure(checkpoint, [tensor], tmp_path / "whole.jsonl", threads=1).values()
+        [whole] = measure_errors(checkpoint, [tensor], tmp_path / "whole.jsonl", threads=1).values()
     # Rows of this tensor differ in energy by a factor of 9; the mean of 2,304 of them has a standard error of 1.1 %.
     assert sampled.energy == pytest.approx(whole.energy, rel=0.045)
     assert sampled.errors[T.Q4_0] == pytest.approx(whole.errors[T.Q4_0], rel=0.045)

@@ -11,13 +11,14 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from stepgguf.convert.importance import Importance
-from stepgguf.convert.measure import Measured
-from stepgguf.convert.objective import Routing, items
+from stepgguf.convert.measure import TensorErrors
+from stepgguf.convert.objective import Routing, allocation_items
 from stepgguf.convert.plan import Options, PlannedTensor
-from stepgguf.convert.planner import plan_checkpoint
+from stepgguf.convert.planner import plan_source
 from stepgguf.convert.sources.checkpoint import Checkpoint
-from stepgguf.quants.allocate import Item
+from stepgguf.quants.allocate import TensorOptions
 from stepgguf.quants.imatrix import Imatrix, ImatrixEntry, write_imatrix
+from stepgguf.quants.recipe_files import load_recipe
 from tests.generate import Shape, write_checkpoint
 
 T = GGMLQuantizationType
@@ -38,7 +39,7 @@ def tensors(tmp_path_factory: pytest.TempPathFactory) -> list[PlannedTensor]:
     """Two layers, the first dense, of a model with six experts."""
     folder = tmp_path_factory.mktemp("objective")
     with Checkpoint(write_checkpoint(folder / "two", Shape(n_layer=2, n_dense=1))) as checkpoint:
-        plan = plan_checkpoint(checkpoint, folder / "x.gguf", Options("Q8_0"))
+        plan = plan_source(checkpoint, folder / "x.gguf", Options(load_recipe("Q8_0")))
     return [tensor for tensor in plan.tensors if tensor.is_quantized]
 
 
@@ -58,11 +59,11 @@ def write_importance(tensors: list[PlannedTensor], path: Path, without: str) -> 
     return Importance.read(path)
 
 
-def made_up(tensors: list[PlannedTensor]) -> Mapping[str, Measured]:
-    return {t.name: Measured(ENERGIES.get(t.name, 77.0), {T.Q4_K: ERROR, T.Q8_0: 0.0}) for t in tensors}
+def made_up(tensors: list[PlannedTensor]) -> Mapping[str, TensorErrors]:
+    return {t.name: TensorErrors(ENERGIES.get(t.name, 77.0), {T.Q4_K: ERROR, T.Q8_0: 0.0}) for t in tensors}
 
 
-def weights(found: list[Item]) -> dict[str, float]:
+def weights(found: list[TensorOptions]) -> dict[str, float]:
     return {item.name.removesuffix(".weight"): item.options[0].cost / ERROR for item in found}
 
 
@@ -77,14 +78,14 @@ MEASURED = {
 
 
 def test_without_an_imatrix_every_block_adds_as_much_as_any_other(tensors: list[PlannedTensor]) -> None:
-    found = weights(items(tensors, made_up(tensors), ROUTING, None))
+    found = weights(allocation_items(tensors, made_up(tensors), ROUTING, None))
     assert {name: found[name] for name in PRIOR} == pytest.approx(PRIOR)
 
 
 def test_with_an_imatrix_the_weight_is_the_mean_with_what_was_measured(
     tensors: list[PlannedTensor], importance: Importance
 ) -> None:
-    found = weights(items(tensors, made_up(tensors), ROUTING, importance))
+    found = weights(allocation_items(tensors, made_up(tensors), ROUTING, importance))
     expected = {name: math.sqrt(PRIOR[name] * MEASURED[name]) for name in PRIOR}
     assert {name: found[name] for name in expected} == pytest.approx(expected)
 
@@ -93,7 +94,7 @@ def test_with_an_imatrix_the_weight_is_the_mean_with_what_was_measured(
 def test_what_is_multiplied_into_an_output_weighs_as_the_output(
     given: bool, tensors: list[PlannedTensor], importance: Importance
 ) -> None:
-    found = weights(items(tensors, made_up(tensors), ROUTING, importance if given else None))
+    found = weights(allocation_items(tensors, made_up(tensors), ROUTING, importance if given else None))
     for layer in (0, 1):
         for role in ("attn_q", "attn_k", "attn_v", "attn_gate"):
             assert found[f"blk.{layer}.{role}"] == found[f"blk.{layer}.attn_output"]
@@ -104,12 +105,12 @@ def test_what_is_multiplied_into_an_output_weighs_as_the_output(
 
 def test_an_imatrix_that_lacks_a_writer_gives_no_energies(tensors: list[PlannedTensor], tmp_path: Path) -> None:
     partial = write_importance(tensors, tmp_path / "partial.gguf", without="attn_output")
-    found = weights(items(tensors, made_up(tensors), ROUTING, partial))
+    found = weights(allocation_items(tensors, made_up(tensors), ROUTING, partial))
     assert {name: found[name] for name in PRIOR} == pytest.approx(PRIOR)
 
 
 def test_options_have_the_files_bytes_and_shares_say_what_a_token_reads(tensors: list[PlannedTensor]) -> None:
-    found = {item.name: item for item in items(tensors, made_up(tensors), ROUTING, None)}
+    found = {item.name: item for item in allocation_items(tensors, made_up(tensors), ROUTING, None)}
     assert [item.name for item in found.values()] == [tensor.name for tensor in tensors]
     # 6 experts x 256 rows x 256 columns: a block of 256 is 144 bytes as Q4_K, 8 x 34 as Q8_0.
     experts = found["blk.1.ffn_up_exps.weight"]

@@ -6,19 +6,19 @@ import gc
 import sys
 import tracemalloc
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from gguf import GGMLQuantizationType
 
 from stepgguf.cli.main import main
-from stepgguf.convert.pipeline import UnitMaker, is_copied, n_workers, unit_memory
-from stepgguf.convert.plan import Options, PlannedTensor, Unit, unit_rows
+from stepgguf.convert.pipeline import UnitMaker, count_workers
+from stepgguf.convert.plan import Copy, Options, PlannedTensor, Unit, unit_rows
 from stepgguf.convert.planner import plan_source
 from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.convert.sources.gguf_file import GGUFSource
 from stepgguf.convert.sources.source import TensorSource
+from stepgguf.quants.recipe_files import load_recipe
 from tests.generate import Shape, write_checkpoint
 
 SHAPE = Shape(n_layer=2, n_dense=1, n_expert=3, dense=4096, expert=4096)  # matrices of a million values
@@ -45,11 +45,11 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Tens
 
 def units(source: TensorSource, made: str) -> Iterator[tuple[PlannedTensor, Unit]]:
     """A unit of a matrix of each shape, made as this type."""
-    plan = plan_source(source, Path("x.gguf"), Options("F32", allow_requantize=True))  # type: ignore[arg-type]
+    plan = plan_source(source, Path("x.gguf"), Options(load_recipe("F32"), allow_requantize=True))  # type: ignore[arg-type]
     shapes = {tensor.shape: tensor for tensor in plan.tensors if tensor.source is not None}
     for tensor in shapes.values():
         if tensor.name.startswith("blk.") and tensor.n_values >= 2**20:
-            tensor = replace(tensor, ggml_type=GGMLQuantizationType[made])
+            tensor = tensor.as_type(GGMLQuantizationType[made], None)
             yield tensor, Unit(0, 0, *next(unit_rows(tensor)))
 
 
@@ -65,7 +65,7 @@ def test_a_unit_takes_no_more_memory_than_is_promised(stored: str, made: str, so
         out, _ = maker.make(tensor, unit)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        promised = unit_memory(source, tensor)
+        promised = tensor.unit_memory
         assert out.nbytes <= peak <= promised + OBJECTS, tensor
         assert promised < 3 * (out.nbytes + 4 * out.shape[0] * tensor.shape[-1]), "a promise that says something"
 
@@ -96,17 +96,17 @@ def test_a_copy_is_a_copy_and_needs_less(sources: dict[str, TensorSource]) -> No
         source = sources[stored]
         for tensor, unit in units(source, made):
             assert tensor.source is not None
-            assert is_copied(source, tensor)
+            assert isinstance(tensor.action, Copy)
             copied = UnitMaker(source).make(tensor, unit)[0]
             assert copied.tobytes() == source.raw(tensor.source, unit.start, unit.stop).tobytes()
-            other = replace(tensor, ggml_type=GGMLQuantizationType["F16"])
-            assert unit_memory(source, tensor) < unit_memory(source, other)
+            other = tensor.as_type(GGMLQuantizationType["F16"], None)
+            assert tensor.unit_memory < other.unit_memory
 
 
 def test_workers_are_as_many_as_memory_holds(sources: dict[str, TensorSource]) -> None:
     source = sources["bf16"]
     tensors = [tensor for tensor, _ in units(source, "Q8_0")]
-    largest = max(unit_memory(source, tensor) for tensor in tensors)
-    assert n_workers(source, tensors, 8, 5 * largest) == 5
-    assert n_workers(source, tensors, 8, 1) == 1
-    assert n_workers(source, tensors, 3, 100 * largest) == 3
+    largest = max(tensor.unit_memory for tensor in tensors)
+    assert count_workers(tensors, 8, 5 * largest) == 5
+    assert count_workers(tensors, 8, 1) == 1
+    assert count_workers(tensors, 3, 100 * largest) == 3

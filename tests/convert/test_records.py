@@ -13,15 +13,16 @@ from typing import Any
 import pytest
 
 from stepgguf.cli.main import main
-from stepgguf.convert.journal import Journal, Made
+from stepgguf.convert.journal import FinishedUnit, Journal
 from stepgguf.convert.manifest import manifest_path
 from stepgguf.convert.plan import Options
-from stepgguf.convert.planner import plan_checkpoint
+from stepgguf.convert.planner import plan_source
 from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.convert.writer import Writer
 from stepgguf.errors import OutputError
 from stepgguf.files import disk
-from stepgguf.quants.codec import Loss
+from stepgguf.quants.kernels import Loss
+from stepgguf.quants.recipe_files import load_recipe
 from tests.generate import Shape, write_checkpoint
 
 DEEP = "[" * 500 + "]" * 500
@@ -112,7 +113,7 @@ def test_a_manifest_that_would_check_less_is_noticed(
 
 def test_a_journal_of_another_shape_is_a_clean_start_or_an_error(tiny: Path, whole: Path, tmp_path: Path) -> None:
     with Checkpoint(tiny) as checkpoint:
-        plan = plan_checkpoint(checkpoint, tmp_path / "x.gguf", Options("BF16"))
+        plan = plan_source(checkpoint, tmp_path / "x.gguf", Options(load_recipe("BF16")))
         identity = checkpoint.identity()
     with Writer(plan, identity):
         pass
@@ -137,21 +138,21 @@ def test_a_journal_of_another_shape_is_a_clean_start_or_an_error(tiny: Path, who
 
 def test_what_was_entered_is_read_again_up_to_the_first_damage(tmp_path: Path) -> None:
     path = tmp_path / "journal"
-    made = {i: Made(bytes([i]) * 32, Loss(i, 2 * i, 3 * i) if i % 2 else None) for i in range(10)}
+    made = {i: FinishedUnit(bytes([i]) * 32, Loss(i, 2 * i, 3 * i) if i % 2 else None) for i in range(10)}
     journal = Journal(path)
     journal.begin({"a": 1})
-    journal.enter(made)
+    journal.add_finished(made)
     journal.close()
     content = path.read_bytes()
     start = len(content) - 640
     for at in range(start, len(content), 37):
         path.write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
         journal = Journal(path)
-        label, found = journal.read(10) or ({}, {})
+        label, found = journal.read_finished(10) or ({}, {})
         whole = (at - start) // 64
         assert (label, found) == ({"a": 1}, {i: made[i] for i in range(whole)})
         journal.resume()
-        journal.enter({i: made[i] for i in range(whole, 10)})
+        journal.add_finished({i: made[i] for i in range(whole, 10)})
         journal.close()
         assert path.read_bytes() == content
 
@@ -170,8 +171,9 @@ def test_finishing_goes_from_the_data_to_the_name(tiny: Path, tmp_path: Path, mo
     monkeypatch.setattr(Path, "replace", lambda a, b: (events.append(f"{a.name} -> {b.name}"), replace(a, b))[1])
     monkeypatch.setattr(Path, "unlink", lambda path, **o: (events.append(f"remove {path.name}"), unlink(path, **o))[1])
     with Checkpoint(tiny) as checkpoint:
-        writer = Writer(plan_checkpoint(checkpoint, tmp_path / "x.gguf", Options("BF16")), checkpoint.identity())
-        pipeline.run(checkpoint, writer)
+        plan = plan_source(checkpoint, tmp_path / "x.gguf", Options(load_recipe("BF16")))
+        writer = Writer(plan, checkpoint.identity())
+        pipeline.make_files(checkpoint, writer)
     folder = f"sync {tmp_path.name}"
     assert events[events.index("sync x.gguf.part") :] == [
         "sync x.gguf.part",

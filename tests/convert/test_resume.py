@@ -17,12 +17,14 @@ import pytest
 
 from stepgguf.cli.main import main
 from stepgguf.convert import pipeline
-from stepgguf.convert.pipeline import Done
+from stepgguf.convert.journal import RECORD_BYTES
+from stepgguf.convert.pipeline import UnitProgress
 from stepgguf.convert.plan import Options, Plan
-from stepgguf.convert.planner import plan_checkpoint
+from stepgguf.convert.planner import plan_source
 from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.convert.writer import Writer
 from stepgguf.errors import CorruptTensor, OutputError, QuantError
+from stepgguf.quants.recipe_files import load_recipe
 from tests.conftest import INTERRUPTIBLE
 from tests.generate import Shape, write_checkpoint
 
@@ -32,7 +34,7 @@ COMMAND = FAST_COMMITS + "import sys; from stepgguf.cli.main import main; sys.ex
 
 
 def plan_for(checkpoint: Checkpoint, dest: Path, **options: object) -> Plan:
-    return plan_checkpoint(checkpoint, dest, Options("Q4_K_M", name="x", **options))  # type: ignore[arg-type]
+    return plan_source(checkpoint, dest, Options(load_recipe("Q4_K_M"), name="x", **options))  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def whole(small: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def interrupt_after(n: int) -> pipeline.Progress:
     seen = 0
 
-    def progress(done: Done) -> None:
+    def progress(done: UnitProgress) -> None:
         nonlocal seen
         seen += 1
         if seen > n:
@@ -57,7 +59,7 @@ def interrupt_after(n: int) -> pipeline.Progress:
 def interrupted(checkpoint: Checkpoint, dest: Path, n: int, **options: object) -> None:
     writer = Writer(plan_for(checkpoint, dest, **options), checkpoint.identity())
     with pytest.raises(KeyboardInterrupt):
-        pipeline.run(checkpoint, writer, progress=interrupt_after(n))
+        pipeline.make_files(checkpoint, writer, progress=interrupt_after(n))
     writer.close()
 
 
@@ -69,8 +71,8 @@ def test_ctrl_c_loses_nothing_that_was_done(small: Path, tmp_path: Path, whole: 
         assert not dest.exists()
         writer = Writer(plan_for(checkpoint, dest), checkpoint.identity())
         assert len(writer.finished) > n
-        seen: list[Done] = []
-        pipeline.run(checkpoint, writer, progress=seen.append)
+        seen: list[UnitProgress] = []
+        pipeline.make_files(checkpoint, writer, progress=seen.append)
     assert sum(done.resumed for done in seen) > n
     assert dest.read_bytes() == whole
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.gguf", "out.gguf.manifest.json"]
@@ -87,14 +89,15 @@ def test_a_torn_journal_and_half_written_units_are_redone(small: Path, tmp_path:
         first = content.index(b"\n") + 1
         content = content[: rng.randrange(first - 2, len(content) + 1)]
         records = content[first:]  # the truth: whatever else a damaged journal says is a lie
-        written = {int.from_bytes(records[i : i + 4], "little") for i in range(0, len(records) // 64 * 64, 64)}
+        n_bytes = len(records) // RECORD_BYTES * RECORD_BYTES
+        written = {int.from_bytes(records[i : i + 4], "little") for i in range(0, n_bytes, RECORD_BYTES)}
         if rng.random() < 0.5 and len(content) > first:  # and a flipped bit in what is left
             at = rng.randrange(first, len(content))
             content = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
         journal.write_bytes(content)
         plan = plan_for(checkpoint, dest)
         scribble(part, plan, written, rng)
-        pipeline.run(checkpoint, Writer(plan, checkpoint.identity()))
+        pipeline.make_files(checkpoint, Writer(plan, checkpoint.identity()))
     assert dest.read_bytes() == whole
     assert main(["verify", str(dest), "-q"]) == 0  # the digests of earlier runs are right too
 
@@ -113,7 +116,7 @@ def scribble(part: Path, plan: Plan, keep: set[int], rng: random.Random) -> None
 def journaled(folder: Path) -> int:
     """Finished units according to the journal in a folder; 0 without one."""
     for journal in folder.glob("*.journal"):
-        return len(journal.read_bytes().partition(b"\n")[2]) // 40
+        return len(journal.read_bytes().partition(b"\n")[2]) // RECORD_BYTES
     return 0
 
 
@@ -139,7 +142,9 @@ def test_kill_minus_9_at_random_moments(tmp_path: Path, split: list[str]) -> Non
     rng = random.Random(7)
     command.append(str(killed / "out.gguf"))
     for _ in range(8):  # of about 1,770 units
-        assert kill_after(command, killed, rng.randrange(250), rng.uniform(0, 0.05)) == -signal.SIGKILL
+        before, units = journaled(killed), rng.randrange(1, 200)
+        assert kill_after(command, killed, units, rng.uniform(0, 0.05)) == -signal.SIGKILL
+        assert journaled(killed) >= before + units  # what was done before the last kill still counts
     assert main(command) == 0
     files = sorted(p.name for p in plain.iterdir())
     assert sorted(p.name for p in killed.iterdir()) == files
@@ -227,7 +232,7 @@ def test_two_processes_do_not_write_one_file(small: Path, tmp_path: Path) -> Non
             for restart in (False, True):
                 with pytest.raises(OutputError, match="another stepgguf is writing it"):
                     Writer(plan, checkpoint.identity(), restart=restart)
-            pipeline.run(checkpoint, writer)
+            pipeline.make_files(checkpoint, writer)
 
 
 def test_an_existing_file_is_not_replaced_unasked(
@@ -267,7 +272,7 @@ def test_too_little_space_is_found_before_the_start(small: Path, tiny_disk: Path
 def test_a_disk_that_fills_up_on_the_way_can_be_resumed(small: Path, tiny_disk: Path, whole: bytes) -> None:
     dest, filler = tiny_disk / "out.gguf", tiny_disk / "filler"
 
-    def fill(done: Done) -> None:
+    def fill(done: UnitProgress) -> None:
         if not filler.exists():
             with filler.open("wb") as file:
                 try:
@@ -279,12 +284,12 @@ def test_a_disk_that_fills_up_on_the_way_can_be_resumed(small: Path, tiny_disk: 
     with Checkpoint(small) as checkpoint:
         writer = Writer(plan_for(checkpoint, dest), checkpoint.identity())
         with pytest.raises(OutputError, match="the disk is full") as caught:
-            pipeline.run(checkpoint, writer, progress=fill)
+            pipeline.make_files(checkpoint, writer, progress=fill)
         assert "repeat the command; it resumes" in (caught.value.hint or "")
         writer.close()
         assert not dest.exists()
         filler.unlink()
-        pipeline.run(checkpoint, Writer(plan_for(checkpoint, dest), checkpoint.identity()))
+        pipeline.make_files(checkpoint, Writer(plan_for(checkpoint, dest), checkpoint.identity()))
     assert dest.read_bytes() == whole
 
 
@@ -302,9 +307,9 @@ def test_values_that_are_not_finite_are_named(small: Path, tmp_path: Path, case:
     copy = Path(shutil.copytree(small, tmp_path / "copy"))
     source = change(copy, name, index, value)
     with Checkpoint(copy) as checkpoint:
-        writer = Writer(plan_checkpoint(checkpoint, tmp_path / "o.gguf", Options(kind)), checkpoint.identity())
+        writer = Writer(plan_source(checkpoint, tmp_path / "o.gguf", Options(load_recipe(kind))), checkpoint.identity())
         with pytest.raises(CorruptTensor, match=f"{source}: {text}"):
-            pipeline.run(checkpoint, writer)
+            pipeline.make_files(checkpoint, writer)
         writer.close()
     assert not (tmp_path / "o.gguf").exists()
 
@@ -314,10 +319,10 @@ def test_a_value_that_the_type_cannot_hold_names_its_expert(small: Path, tmp_pat
     copy = Path(shutil.copytree(small, tmp_path / "copy"))
     change(copy, "blk.3.ffn_up_exps.weight", (4, 200, 17), 1e30)
     with Checkpoint(copy) as checkpoint:
-        options = Options("Q4_K_M", kernel=kernel)
-        writer = Writer(plan_checkpoint(checkpoint, tmp_path / "o.gguf", options), checkpoint.identity())
+        options = Options(load_recipe("Q4_K_M"), kernel=kernel)
+        writer = Writer(plan_source(checkpoint, tmp_path / "o.gguf", options), checkpoint.identity())
         with pytest.raises(QuantError, match=r"blk\.3\.ffn_up_exps\.weight, expert 4: ") as caught:
-            pipeline.run(checkpoint, writer)
+            pipeline.make_files(checkpoint, writer)
         assert "recipe" in (caught.value.hint or "")
         writer.close()
 

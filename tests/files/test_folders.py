@@ -27,13 +27,13 @@ def test_what_an_older_version_kept_elsewhere_is_taken_over_once(
 ) -> None:
     old, new = tmp_path / "old", tmp_path / "library" / "stepgguf"
     monkeypatch.setattr(folders, "data", lambda: new)
-    folders.adopt(old)
+    folders.adopt_data(old)
     assert not new.exists()
     (old / "sessions").mkdir(parents=True)
     (old / "sessions" / "a.jsonl").write_text("{}")
-    folders.adopt(old)
+    folders.adopt_data(old)
     assert (new / "sessions" / "a.jsonl").read_text() == "{}"
     assert not old.exists()
     old.mkdir()
-    folders.adopt(old)
+    folders.adopt_data(old)
     assert old.exists(), "what is there is never replaced"

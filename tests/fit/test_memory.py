@@ -12,7 +12,7 @@ import pytest
 
 from stepgguf.cli.main import main
 from stepgguf.convert.plan import Options
-from stepgguf.convert.planner import plan_checkpoint
+from stepgguf.convert.planner import plan_source
 from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.convert.sources.gguf_file import GGUFSource
 from stepgguf.files.byte_sizes import GIB
@@ -28,6 +28,7 @@ from stepgguf.fit.memory import (
     memory_need,
     saved_state_bytes,
 )
+from stepgguf.quants.recipe_files import load_recipe
 from stepgguf.runtime.llama_build import Gpu
 from tests.cli.test_cli import sparse_checkpoint
 from tests.oracle import silence
@@ -71,7 +72,7 @@ def reported(path: Path, context: ContextParams, *, mtp: bool = False, allocate:
 def write_real(folder: Path, mtp: str = "include") -> Path:
     """A Q4_K_S of the real model whose 106 GiB of weights are a hole in the file."""
     with Checkpoint(sparse_checkpoint(folder / "Step-3.5-Flash")) as source:
-        file = plan_checkpoint(source, folder / "real.gguf", Options("Q4_K_S", mtp=mtp)).files[0]
+        file = plan_source(source, folder / "real.gguf", Options(load_recipe("Q4_K_S"), mtp=mtp)).files[0]
     with file.path.open("wb") as out:
         out.write(file.header)
         out.truncate(file.size)

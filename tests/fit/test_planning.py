@@ -9,7 +9,7 @@ import pytest
 
 from stepgguf.cli.plan_text import notes
 from stepgguf.convert.plan import Options
-from stepgguf.convert.planner import plan_checkpoint
+from stepgguf.convert.planner import plan_source
 from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.convert.sources.gguf_file import GGUFSource
 from stepgguf.convert.sources.opening import open_source
@@ -17,6 +17,7 @@ from stepgguf.files.byte_sizes import GIB
 from stepgguf.fit.footprint import footprint
 from stepgguf.fit.memory import ContextParams, memory_budget, memory_need
 from stepgguf.fit.planning import OWN_TYPES, MachinePlan, PlanRow, TargetMachine, plan_for_machine, target_machine
+from stepgguf.quants.recipe_files import load_recipe
 from tests.cli.test_cli import sparse_checkpoint
 from tests.fit.machines import CARD, MAC
 from tests.fit.test_memory import write_real
@@ -51,7 +52,7 @@ def rows(path: Path, machine: str, *names: str, ctx: int = CTX, mtp: bool = True
 @pytest.mark.parametrize("mtp", ["include", "drop"])
 def test_weights_are_what_convert_would_write(name: str, mtp: str, real: Path) -> None:
     with Checkpoint(real) as checkpoint:
-        file_plan = plan_checkpoint(checkpoint, Path("x.gguf"), Options(name, mtp))
+        file_plan = plan_source(checkpoint, Path("x.gguf"), Options(load_recipe(name), mtp))
     row = rows(real, "spark", name, mtp=mtp == "include")[name]
     assert (row.weights, row.bpw) == (file_plan.n_bytes, file_plan.bpw)
 

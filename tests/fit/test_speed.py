@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from stepgguf.convert.sizes import Inventory, Sizes, inventory
+from stepgguf.convert.sizes import Inventory, Sizes, take_inventory
 from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.fit import catalogue
-from stepgguf.fit.footprint import checkpoint_footprint
+from stepgguf.fit.footprint import footprint
 from stepgguf.fit.speed import expert_share, kv_read_bytes, mtp_gain, read_bytes, step_bytes
-from stepgguf.model.hparams import HParams
+from stepgguf.model.names import TensorName
 from tests.cli.test_cli import sparse_checkpoint
-from tests.conftest import real_config
-
-MODEL = checkpoint_footprint(HParams.from_config(real_config()))
 
 
 @dataclass(frozen=True)
@@ -52,20 +50,25 @@ YIELD = (1.88, 2.54, 3.07)
 
 
 @pytest.fixture(scope="module")
-def flash(tmp_path_factory: pytest.TempPathFactory) -> Inventory:
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoint]:
     with Checkpoint(sparse_checkpoint(tmp_path_factory.mktemp("speed") / "Step-3.5-Flash")) as checkpoint:
-        return inventory(checkpoint)
+        yield checkpoint
+
+
+@pytest.fixture(scope="module")
+def flash(real: Checkpoint) -> Inventory:
+    return take_inventory(real)
 
 
 def sizes(flash: Inventory, recipe: str, folder: Path) -> Sizes:
     if "/" not in recipe:
-        return flash.sizes(recipe)
+        return flash.sizes_as(recipe)
     default, gate, up, down = recipe.split("/")
     path = folder / "recipe.toml"
     path.write_text(
         f'default = "{default}"\nffn_gate_exps = "{gate}"\nffn_up_exps = "{up}"\nffn_down_exps = "{down}"\n'
     )
-    return flash.sizes(str(path))
+    return flash.sizes_as(str(path))
 
 
 def step(found: Sizes, n_tokens: int = 1) -> float:
@@ -95,9 +98,9 @@ def test_bytes_and_speeds_are_those_of_an_independent_table(row: Published, flas
     ],
 )
 def test_the_bytes_of_a_published_speed_are_those_of_its_file(
-    machine: str, number: int, recipe: str, depth: int, flash: Inventory, tmp_path: Path
+    machine: str, number: int, recipe: str, depth: int, real: Checkpoint, flash: Inventory, tmp_path: Path
 ) -> None:
-    read = step(sizes(flash, recipe, tmp_path)) + kv_read_bytes(MODEL, depth)
+    read = step(sizes(flash, recipe, tmp_path)) + kv_read_bytes(footprint(real), depth)
     assert catalogue.load_catalogue()[machine].measured[number].read == round(read / 1e9, 3) * 1e9
 
 
@@ -122,13 +125,15 @@ def test_the_share_of_experts_is_what_independent_tokens_choose(n_tokens: int) -
 
 
 def test_a_byte_costs_what_it_is_read() -> None:
-    assert read_bytes("ffn_down_exps", 36, 8 / 288) == 1.0
-    assert read_bytes("ffn_down_shexp", 36, 8 / 288) == read_bytes("output", 36, 8 / 288) == 36
-    assert read_bytes("token_embd", 36, 8 / 288) == 0
+    assert read_bytes(TensorName("blk.3.ffn_down_exps.weight"), 36, 8 / 288) == 1.0
+    assert read_bytes(TensorName("blk.3.ffn_down_shexp.weight"), 36, 8 / 288) == 36
+    assert read_bytes(TensorName("output.weight"), 36, 8 / 288) == 36
+    assert read_bytes(TensorName("token_embd.weight"), 36, 8 / 288) == 0
 
 
-def test_a_token_reads_all_cells_of_full_layers_and_the_window_of_the_others() -> None:
+def test_a_token_reads_all_cells_of_full_layers_and_the_window_of_the_others(real: Checkpoint) -> None:
+    model = footprint(real)
     row = 8 * 2 * 128 * 2  # bytes of a cell: 8 heads, K and V, F16
-    assert kv_read_bytes(MODEL, 0) == 0
-    assert kv_read_bytes(MODEL, 256) == 45 * 256 * row
-    assert kv_read_bytes(MODEL, 131072) == (12 * 131072 + 33 * 512) * row
+    assert kv_read_bytes(model, 0) == 0
+    assert kv_read_bytes(model, 256) == 45 * 256 * row
+    assert kv_read_bytes(model, 131072) == (12 * 131072 + 33 * 512) * row

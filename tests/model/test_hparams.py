@@ -24,7 +24,7 @@ def test_the_published_configs_are_read(version: str) -> None:
         (False, 64, 64, 5e6),
         (True, 96, 128, 1e4),
     }
-    assert all(y.is_mtp and y.is_sliding and not y.is_moe for y in hp.mtp)
+    assert all(y.is_mtp and y.is_sliding and not y.is_moe for y in hp.layers[hp.n_layer :])
     assert [y.index for y in hp.layers if y.is_moe] == list(range(3, 45))
     assert {y.index: y.clamp for y in hp.layers if y.clamp} == {43: 7.0, 44: 7.0}
     assert {y.index: y.clamp_shared for y in hp.layers if y.clamp_shared} == (
@@ -74,7 +74,7 @@ def test_what_transformers_makes_of_the_published_configs_says_the_same(version:
 def test_mtp_layers_are_what_mtp_layer_types_says() -> None:
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
     hp = HParams.from_config(saved(mtp_layer_types=kinds))
-    assert [(y.is_sliding, y.n_head, y.rope_theta) for y in hp.mtp] == [
+    assert [(y.is_sliding, y.n_head, y.rope_theta) for y in hp.layers[hp.n_layer :]] == [
         (True, 96, 1e4), (False, 64, 5e6), (True, 96, 1e4),
     ]  # fmt: skip
 

@@ -8,12 +8,12 @@ import pytest
 
 from stepgguf.errors import BadConfig
 from stepgguf.files.jsonread import Value
-from stepgguf.model.tokenizer import CONTROL, NORMAL, UNUSED, USER_DEFINED, Vocabulary, vocabulary
+from stepgguf.model.tokenizer import CONTROL, NORMAL, UNUSED, USER_DEFINED, Vocabulary, read_vocabulary
 
 
 def read(size: int = 6, model: dict[str, Any] | None = None, added: Any = None) -> Vocabulary:
     whole = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]} | (model or {})
-    return vocabulary(Value({"model": whole, "added_tokens": added}, "tokenizer.json", BadConfig), size)
+    return read_vocabulary(Value({"model": whole, "added_tokens": added}, "tokenizer.json", BadConfig), size)
 
 
 def test_tokens_types_and_merges() -> None:
@@ -22,8 +22,8 @@ def test_tokens_types_and_merges() -> None:
     assert found.tokens == ("a", "b", "ab", "<|x|>", "<y>", "z", "[PAD6]", "[PAD7]")
     assert found.types == (NORMAL, NORMAL, NORMAL, CONTROL, CONTROL, USER_DEFINED, UNUSED, UNUSED)
     assert found.merges == ("a b", "a b")
-    assert found.id("ab") == 2
-    assert found.id("c") is None
+    assert found.token_id("ab") == 2
+    assert found.token_id("c") is None
 
 
 @pytest.mark.parametrize(

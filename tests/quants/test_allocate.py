@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepgguf.errors import DoesNotFit
-from stepgguf.quants.allocate import Allocation, Item, Option, Point, frontier, solve
+from stepgguf.quants.allocate import Allocation, SpentBytes, TensorOptions, TypeOption, allocate_bytes, trace_frontier
 
 KINDS = list(GGMLQuantizationType)
 # Costs are whole numbers and shares powers of two, so that all sums here are exact.
@@ -25,35 +25,37 @@ ITEMS = st.lists(st.tuples(OPTIONS, SHARES), min_size=1, max_size=5).map(
 examples = settings(max_examples=200, deadline=None)
 
 
-def item(name: str, options: Sequence[tuple[int, float]], share: float = 1.0) -> Item:
-    return Item(name, tuple(Option(kind, *option) for kind, option in zip(KINDS, options, strict=False)), share)
+def item(name: str, options: Sequence[tuple[int, float]], share: float = 1.0) -> TensorOptions:
+    return TensorOptions(
+        name, tuple(TypeOption(kind, *option) for kind, option in zip(KINDS, options, strict=False)), share
+    )
 
 
-def point(items: Sequence[Item], options: Sequence[Option]) -> Point:
-    return Point(
+def point(items: Sequence[TensorOptions], options: Sequence[TypeOption]) -> SpentBytes:
+    return SpentBytes(
         sum(o.n_bytes for o in options),
         sum(o.n_bytes * i.read_share for o, i in zip(options, items, strict=True)),
         sum(o.cost for o in options),
     )
 
 
-def every(items: Sequence[Item]) -> Iterator[Point]:
+def every(items: Sequence[TensorOptions]) -> Iterator[SpentBytes]:
     return (point(items, options) for options in itertools.product(*(i.options for i in items)))
 
 
-def smallest(items: Sequence[Item]) -> tuple[float, float]:
+def smallest(items: Sequence[TensorOptions]) -> tuple[float, float]:
     """Bytes and bytes read of the smallest allocation."""
     return tuple(
         sum(min(o.n_bytes for o in i.options) * (i.read_share if read else 1) for i in items) for read in (False, True)
     )  # type: ignore[return-value]
 
 
-def steps(items: Sequence[Item]) -> list[float]:
+def steps(items: Sequence[TensorOptions]) -> list[float]:
     """What each step along each item's lower convex hull saves."""
-    return [b - a for i in items for a, b in itertools.pairwise(sorted(p.cost for p in frontier([i])))]
+    return [b - a for i in items for a, b in itertools.pairwise(sorted(p.cost for p in trace_frontier([i])))]
 
 
-def dual_bound(items: Sequence[Item], max_bytes: float) -> float:
+def dual_bound(items: Sequence[TensorOptions], max_bytes: float) -> float:
     """What no choice of fractions of options can go below: the Lagrangian dual at its best price."""
     prices = {0.0} | {
         (a.cost - b.cost) / (b.n_bytes - a.n_bytes)
@@ -64,7 +66,7 @@ def dual_bound(items: Sequence[Item], max_bytes: float) -> float:
     return max(sum(min(o.cost + p * o.n_bytes for o in i.options) for i in items) - p * max_bytes for p in prices)
 
 
-def check(items: Sequence[Item], found: Allocation, max_bytes: float, max_read: float = math.inf) -> None:
+def check(items: Sequence[TensorOptions], found: Allocation, max_bytes: float, max_read: float = math.inf) -> None:
     """Options are the items' own, totals are theirs, budgets are kept, and no one item can be improved within them."""
     assert all(option in i.options for option, i in zip(found.options, items, strict=True))
     assert found.point == point(items, found.options)
@@ -79,9 +81,9 @@ def check(items: Sequence[Item], found: Allocation, max_bytes: float, max_read: 
 
 @examples
 @given(ITEMS, st.integers(0, 150))
-def test_the_gap_to_the_optimum_is_less_than_one_step_of_one_tensor(items: list[Item], room: int) -> None:
+def test_the_gap_to_the_optimum_is_less_than_one_step_of_one_tensor(items: list[TensorOptions], room: int) -> None:
     budget = smallest(items)[0] + room
-    found = solve(items, max_bytes=budget)
+    found = allocate_bytes(items, max_bytes=budget)
     check(items, found, budget)
     optimum = min(p.cost for p in every(items) if p.n_bytes <= budget)
     bound = dual_bound(items, budget)
@@ -93,29 +95,34 @@ def test_the_gap_to_the_optimum_is_less_than_one_step_of_one_tensor(items: list[
 
 @examples
 @given(ITEMS, st.integers(0, 150), st.integers(0, 60))
-def test_a_larger_budget_never_costs_more(items: list[Item], room: int, more: int) -> None:
+def test_a_larger_budget_never_costs_more(items: list[TensorOptions], room: int, more: int) -> None:
     budget = smallest(items)[0] + room
-    assert solve(items, max_bytes=budget + more).point.cost <= solve(items, max_bytes=budget).point.cost
+    assert (
+        allocate_bytes(items, max_bytes=budget + more).point.cost <= allocate_bytes(items, max_bytes=budget).point.cost
+    )
 
 
 @examples
 @given(ITEMS, st.integers(0, 80), st.integers(0, 60))
-def test_a_larger_read_budget_never_costs_more(items: list[Item], room: int, more: int) -> None:
+def test_a_larger_read_budget_never_costs_more(items: list[TensorOptions], room: int, more: int) -> None:
     budget = smallest(items)[1] + room
-    assert solve(items, max_read_bytes=budget + more).point.cost <= solve(items, max_read_bytes=budget).point.cost
+    assert (
+        allocate_bytes(items, max_read_bytes=budget + more).point.cost
+        <= allocate_bytes(items, max_read_bytes=budget).point.cost
+    )
 
 
 @examples
 @given(ITEMS, st.integers(0, 150), st.integers(0, 80))
-def test_with_both_budgets_the_gap_is_at_most_two_steps(items: list[Item], room: int, read_room: int) -> None:
+def test_with_both_budgets_the_gap_is_at_most_two_steps(items: list[TensorOptions], room: int, read_room: int) -> None:
     max_bytes, max_read = smallest(items)[0] + room, smallest(items)[1] + read_room
-    found = solve(items, max_bytes=max_bytes, max_read_bytes=max_read)
+    found = allocate_bytes(items, max_bytes=max_bytes, max_read_bytes=max_read)
     check(items, found, max_bytes, max_read)
     optimum = min(p.cost for p in every(items) if p.n_bytes <= max_bytes and p.read_bytes <= max_read)
     assert optimum <= found.point.cost <= optimum + sum(sorted(steps(items))[-2:])
 
 
-def model_like() -> list[Item]:
+def model_like() -> list[TensorOptions]:
     """40 layers: a dense tensor, read always, and a routed one of 20 times its bytes, read with probability 1/36.
 
     Errors fall with bits as 4^-bits, and early layers weigh more.
@@ -138,9 +145,9 @@ def test_where_both_budgets_bind_the_gap_to_the_dual_bound_is_two_steps(memory: 
         v[:, 0].sum() + share * (v[:, -1] - v[:, 0]).sum() for v, share in ((sizes, memory), (reads, read))
     )
     # Either budget alone would be spent otherwise: both matter here.
-    assert solve(items, max_bytes=max_bytes).point.read_bytes > max_read
-    assert solve(items, max_read_bytes=max_read).point.n_bytes > max_bytes
-    found = solve(items, max_bytes=max_bytes, max_read_bytes=max_read)
+    assert allocate_bytes(items, max_bytes=max_bytes).point.read_bytes > max_read
+    assert allocate_bytes(items, max_read_bytes=max_read).point.n_bytes > max_bytes
+    found = allocate_bytes(items, max_bytes=max_bytes, max_read_bytes=max_read)
     # Any two prices give a lower bound; the grid need not hold the best ones.
     bound = max(
         float((costs + p * sizes + q * reads).min(axis=1).sum() - p * max_bytes - q * max_read)
@@ -157,32 +164,32 @@ def test_the_two_prices_trade_dense_bytes_for_routed_ones() -> None:
     # The dense tensor's second step saves more for its bytes; but its bytes are read for each token.
     dense = item("attn_q", [(10, 100.0), (20, 40.0), (30, 10.0)])
     routed = item("ffn_up_exps", [(10, 100.0), (20, 60.0), (30, 40.0)], share=1 / 36)
-    assert [o.n_bytes for o in solve([dense, routed], max_bytes=40).options] == [20, 20]
-    assert [o.n_bytes for o in solve([dense, routed], max_bytes=50).options] == [30, 20]
-    assert [o.n_bytes for o in solve([dense, routed], max_bytes=50, max_read_bytes=21).options] == [20, 30]
-    assert [o.n_bytes for o in solve([dense, routed], max_bytes=60, max_read_bytes=21).options] == [20, 30]
-    assert [o.n_bytes for o in solve([dense, routed], max_read_bytes=11).options] == [10, 30]
+    assert [o.n_bytes for o in allocate_bytes([dense, routed], max_bytes=40).options] == [20, 20]
+    assert [o.n_bytes for o in allocate_bytes([dense, routed], max_bytes=50).options] == [30, 20]
+    assert [o.n_bytes for o in allocate_bytes([dense, routed], max_bytes=50, max_read_bytes=21).options] == [20, 30]
+    assert [o.n_bytes for o in allocate_bytes([dense, routed], max_bytes=60, max_read_bytes=21).options] == [20, 30]
+    assert [o.n_bytes for o in allocate_bytes([dense, routed], max_read_bytes=11).options] == [10, 30]
 
 
 def test_without_a_budget_every_tensor_gets_its_best() -> None:
     items = [item("a", [(10, 5.0), (20, 1.0), (30, 3.0)]), item("b", [(10, 5.0)])]
-    assert [o.n_bytes for o in solve(items).options] == [20, 10]
+    assert [o.n_bytes for o in allocate_bytes(items).options] == [20, 10]
 
 
 def test_options_above_the_hull_fill_what_room_is_left() -> None:
     # The hull goes from 10 to 30 bytes; with 20 the option above it is the best there is.
     a = item("a", [(10, 100.0), (20, 80.0), (30, 10.0)])
-    assert [o.n_bytes for o in solve([a], max_bytes=29).options] == [20]
+    assert [o.n_bytes for o in allocate_bytes([a], max_bytes=29).options] == [20]
 
 
 @examples
 @given(ITEMS)
-def test_the_frontier_is_what_solve_finds_at_each_of_its_sizes(items: list[Item]) -> None:
-    points = frontier(items)
+def test_the_frontier_is_what_solve_finds_at_each_of_its_sizes(items: list[TensorOptions]) -> None:
+    points = trace_frontier(items)
     assert points[0].n_bytes == smallest(items)[0]
     assert points[-1].cost == min(p.cost for p in every(items))
     for p in points:
-        assert solve(items, max_bytes=p.n_bytes).point == p
+        assert allocate_bytes(items, max_bytes=p.n_bytes).point == p
     rates = [(a.cost - b.cost) / (b.n_bytes - a.n_bytes) for a, b in itertools.pairwise(points)]
     assert all(rate > 0 for rate in rates)
     assert all(b <= a * (1 + 1e-12) for a, b in itertools.pairwise(rates))
@@ -191,7 +198,7 @@ def test_the_frontier_is_what_solve_finds_at_each_of_its_sizes(items: list[Item]
 @pytest.mark.parametrize("budget", range(107, 140))
 def test_of_two_steps_at_one_rate_the_larger_is_first_whatever_the_budget(budget: int) -> None:
     items = [item("a", [(62, 72), (74, 0)]), item("b", [(45, 60), (55, 0)])]
-    found = solve(items, max_bytes=budget).point
+    found = allocate_bytes(items, max_bytes=budget).point
     assert found.cost == (132 if budget < 117 else 72 if budget < 119 else 60 if budget < 129 else 0)
 
 
@@ -210,6 +217,6 @@ def test_of_two_steps_at_one_rate_the_larger_is_first_whatever_the_budget(budget
 )
 def test_a_budget_below_the_smallest_types_is_refused_with_both_numbers(budget: dict[str, int], message: str) -> None:
     items = [item("dense", [(10, 5.0), (20, 1.0)]), item("routed", [(20, 5.0), (40, 1.0)], share=0.25)]
-    assert solve(items, max_bytes=30, max_read_bytes=15).point == Point(30, 15.0, 10.0)
+    assert allocate_bytes(items, max_bytes=30, max_read_bytes=15).point == SpentBytes(30, 15.0, 10.0)
     with pytest.raises(DoesNotFit, match=message):
-        solve(items, **budget)
+        allocate_bytes(items, **budget)

@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 
 from stepgguf.cli.main import main
 from stepgguf.errors import ImatrixError, OutputError
-from stepgguf.quants import codec, ggml
+from stepgguf.quants import ggml
 from stepgguf.quants.imatrix import Imatrix, ImatrixEntry, WantedTensor, channel_importance, read_imatrix, write_imatrix
+from stepgguf.quants.kernels import choose_kernel, decoder_for
+from stepgguf.quants.types import BF16, row_size
 from tests.generate import Shape, write_checkpoint
 from tests.oracle import llama_quantize
 
@@ -453,13 +455,13 @@ def test_flat_gives_llama_quantizes_bytes(name: str, trunk: Path, calibrated: Im
         if kind.name == "F32":
             continue  # the router
         experts = source[key].data.reshape(len(e.counts), -1, 2 * columns)  # BF16
-        encoded = result[key].data.reshape(len(e.counts), -1, ggml.row_size(kind, columns))
-        codec.check_encoder(kind, has_imatrix=True, kernel="ggml")
+        encoded = result[key].data.reshape(len(e.counts), -1, row_size(kind, columns))
+        kernel = choose_kernel(kind, "ggml", weighted=True)
         for i, weights in enumerate(channel_importance(e, "flat")):
             some = np.ascontiguousarray(experts[i, :64])  # rows do not depend on each other
             rows, out = np.empty((len(some), columns), np.float32), np.empty_like(encoded[i, :64])
-            codec.dequantize(ggml.BF16, some, rows)
-            codec.quantize(kind, rows, out, weights, kernel="ggml")
+            decoder_for(BF16).decode(some, rows)
+            kernel.encode(rows, out, weights)
             np.testing.assert_array_equal(out, encoded[i, :64], err_msg=f"{key} {i}")
         seen.add(kind.name)
     assert name.removesuffix("_M") in seen

@@ -10,24 +10,26 @@ from pathlib import Path
 
 import pytest
 
-from stepgguf.convert.metadata import model_keys, rope_freqs
-from stepgguf.convert.plan import Options, PlannedFile, PlannedTensor
-from stepgguf.convert.planner import select_checkpoint
+from stepgguf.convert.metadata import model_keys
+from stepgguf.convert.plan import Constant, Options, PlannedFile, PlannedTensor
+from stepgguf.convert.planner import choose_file_types
 from stepgguf.errors import RecipeError
 from stepgguf.files import gguf_header
 from stepgguf.model.hparams import HParams
+from stepgguf.model.rope import ROPE_FREQS, rope_freqs
 from stepgguf.model.tensors import tensor_specs
 from stepgguf.quants import mixtures
 from stepgguf.quants import type_names as typenames
-from stepgguf.quants.ggml import row_size
-from stepgguf.quants.mixtures import BASE, Candidate, Facts
+from stepgguf.quants.mixtures import BASE_TYPES, Facts
+from stepgguf.quants.recipe_files import load_recipe
+from stepgguf.quants.types import F32, fitting_type, row_size
 from tests.conftest import real_config
 from tests.oracle import chosen_types, llama_quantize
 
 HP = HParams.from_config(real_config())
 FACTS = Facts(n_layer=45, n_expert=288, gqa=8)
 TRUNK = [spec for spec in tensor_specs(HP) if not spec.is_mtp]
-CANDIDATES = [Candidate(s.name, s.role, s.shape, s.layer) for s in TRUNK if not s.float32]
+CANDIDATES = [s for s in TRUNK if s.is_quantizable]
 
 # Tensor data of the real trunk in GB, without and with an importance matrix where that changes the mixture.
 GIGABYTES = {
@@ -40,12 +42,12 @@ WITH_IMATRIX = {"IQ4_XS": 104.99, "IQ3_XXS": 75.75}
 
 
 def gigabytes(name: str, *, has_imatrix: bool = False) -> float:
-    choices = mixtures.choose(name, CANDIDATES, FACTS, has_imatrix=has_imatrix)
+    choices = mixtures.choose_types(name, CANDIDATES, FACTS, has_imatrix=has_imatrix)
     n = sum(
         math.prod(c.shape[:-1]) * row_size(choice.ggml_type, c.shape[-1])
         for c, choice in zip(CANDIDATES, choices, strict=True)
     )
-    return (n + sum(4 * math.prod(s.shape) for s in TRUNK if s.float32) + 256) / 1e9
+    return (n + sum(4 * math.prod(s.shape) for s in TRUNK if not s.is_quantizable) + 256) / 1e9
 
 
 @pytest.mark.parametrize("name", GIGABYTES)
@@ -61,7 +63,11 @@ def test_sizes_with_an_importance_matrix(name: str) -> None:
 @pytest.fixture(scope="module")
 def real_header(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The real model's BF16 GGUF as a sparse file: its header, and nothing but holes after it."""
-    tensors, _ = select_checkpoint(tensor_specs(HP), FACTS, rope_freqs(HP), Options("BF16", mtp="drop"))
+    options = Options(load_recipe("BF16"), mtp="drop")
+    chosen, _ = choose_file_types(tensor_specs(HP), None, FACTS, options)
+    nothing, freqs = Constant(b""), rope_freqs(HP) or b""
+    tensors = [PlannedTensor(s.name, s.shape, choice.ggml_type, choice.reason, nothing) for s, choice in chosen]
+    tensors.insert(0, PlannedTensor(ROPE_FREQS, (len(freqs) // 4,), F32, "", nothing))
     return sparse(tmp_path_factory.mktemp("real") / "bf16.gguf", tensors)
 
 
@@ -73,15 +79,15 @@ def sparse(path: Path, tensors: list[PlannedTensor]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", [n for n in BASE if n != "F32"])
+@pytest.mark.parametrize("name", [n for n in BASE_TYPES if n != "F32"])
 def test_every_type_of_the_real_model_is_llama_quantizes(name: str, real_header: Path, tmp_path: Path) -> None:
     log = llama_quantize(real_header, tmp_path / "unused.gguf", name, dry_run=True)
     theirs = chosen_types(log)
-    choices = mixtures.choose(name, CANDIDATES, FACTS)
+    choices = mixtures.choose_types(name, CANDIDATES, FACTS)
     ours = {c.name: choice.ggml_type.name for c, choice in zip(CANDIDATES, choices, strict=True)}
     assert len(theirs) == 754
     assert {name: theirs[name] for name in ours} == ours
-    assert {theirs[spec.name] for spec in TRUNK if spec.float32} == {"F32"}
+    assert {theirs[spec.name] for spec in TRUNK if not spec.is_quantizable} == {"F32"}
     assert ("will require an imatrix" in log) == any(
         mixtures.requires_imatrix(name, c, choice.ggml_type) for c, choice in zip(CANDIDATES, choices, strict=True)
     )
@@ -89,11 +95,11 @@ def test_every_type_of_the_real_model_is_llama_quantizes(name: str, real_header:
 
 def test_the_trunks_types_do_not_depend_on_mtp() -> None:
     specs = tensor_specs(HP)
-    with_mtp, _ = select_checkpoint(specs, FACTS, None, Options("Q4_K_M", mtp="include"))
-    without, _ = select_checkpoint(specs, FACTS, None, Options("Q4_K_M", mtp="drop"))
-    types = {tensor.name: tensor.ggml_type for tensor in with_mtp}
-    assert all(types[tensor.name] == tensor.ggml_type for tensor in without)
-    mtp = {t.ggml_type.name for t in with_mtp if t not in without}
+    with_mtp, _ = choose_file_types(specs, None, FACTS, Options(load_recipe("Q4_K_M"), mtp="include"))
+    without, _ = choose_file_types(specs, None, FACTS, Options(load_recipe("Q4_K_M"), mtp="drop"))
+    types = {spec.name: choice.ggml_type for spec, choice in with_mtp}
+    assert all(types[spec.name] == choice.ggml_type for spec, choice in without)
+    mtp = {choice.ggml_type.name for spec, choice in with_mtp if (spec, choice) not in without}
     assert mtp == {"Q8_0", "F32"}
 
 
@@ -104,9 +110,9 @@ def test_an_unknown_type_is_refused_with_the_list() -> None:
 
 
 def test_rows_that_blocks_do_not_divide_fall_back() -> None:
-    assert mixtures.fallback(BASE["Q4_K_M"], 96).name == "Q5_0"
-    assert mixtures.fallback(BASE["IQ4_XS"], 96).name == "IQ4_NL"
-    assert mixtures.fallback(BASE["Q6_K"], 100).name == "F16"
+    assert fitting_type(BASE_TYPES["Q4_K_M"], 96).name == "Q5_0"
+    assert fitting_type(BASE_TYPES["IQ4_XS"], 96).name == "IQ4_NL"
+    assert fitting_type(BASE_TYPES["Q6_K"], 100).name == "F16"
 
 
 def test_the_sparse_file_is_read_like_a_real_one(real_header: Path) -> None:

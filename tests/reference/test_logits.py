@@ -54,7 +54,7 @@ def transformers_logits(path: Path, model: Step35, tokens: torch.Tensor) -> torc
 
 
 def _mtp_prefixes(model: Step35) -> tuple[str, ...]:
-    return tuple(f"model.layers.{layer.index}." for layer in model.hp.mtp)
+    return tuple(f"model.layers.{layer.index}." for layer in model.hp.layers[model.hp.n_layer :])
 
 
 def llama_logits(path: Path, tokens: list[int]) -> torch.Tensor:

@@ -17,7 +17,7 @@ from stepgguf.files import gguf_header
 from stepgguf.files.gguf_header import Key, TensorInfo, V
 from stepgguf.model.hparams import HParams
 from stepgguf.model.tensors import TensorSpec, tensor_specs
-from stepgguf.quants.mixtures import Candidate, Facts, choose
+from stepgguf.quants.mixtures import Facts, choose_types
 
 T = GGMLQuantizationType
 # About what ggml's types lose of normally distributed weights; only looks depend on it.
@@ -78,12 +78,12 @@ def write(path: Path, config: dict[str, Any], type_name: str, *, imatrix: bool =
 
 def _types(hp: HParams, type_name: str, imatrix: bool) -> dict[str, T]:
     specs = tensor_specs(hp)
-    trunk = [s for s in specs if not s.float32 and not s.is_mtp]
-    facts = Facts(hp.n_layer, hp.n_expert, hp.layers[0].n_head // hp.layers[0].n_head_kv)
-    candidates = [Candidate(s.name, s.role, s.shape, s.layer) for s in trunk]
-    choices = choose(type_name, candidates, facts, has_imatrix=imatrix)
+    trunk = [s for s in specs if s.is_quantizable and not s.is_mtp]
+    facts = Facts(hp.n_layer, hp.n_expert, hp.gqa)
+    candidates = trunk
+    choices = choose_types(type_name, candidates, facts, has_imatrix=imatrix)
     chosen = {s.name: c.ggml_type for s, c in zip(trunk, choices, strict=True)}
-    return {s.name: T.F32 if s.float32 else chosen.get(s.name, T.Q8_0) for s in specs}
+    return {s.name: chosen.get(s.name, T.Q8_0) if s.is_quantizable else T.F32 for s in specs}
 
 
 def _tokens(rng: np.random.Generator, n: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from gguf import GGUFReader, GGUFWriter
 from stepgguf.cli.main import main
 from stepgguf.convert.manifest import manifest_path
 from stepgguf.errors import UnsupportedModel, VerifyError
-from stepgguf.report import figures, measured
+from stepgguf.report import experts, figures, measured
 from tests.conftest import real_config
 from tests.generate import Shape, config
 from tests.oracle import llama_quantize
@@ -35,7 +35,7 @@ def ledger(made: Made, name: str, kind: str) -> np.ndarray:
 
 def test_sizes_of_the_real_model_are_the_published_ones(tmp_path: Path) -> None:
     """118.58 GB for the trunk in Q4_K_M is llama.cpp's figure; 3 MTP heads are 2.58 GB in Q8_0."""
-    real = measured.read(write(tmp_path / "x.gguf", real_config(), "Q4_K_M", imatrix=False).path)
+    real = measured.read_file(write(tmp_path / "x.gguf", real_config(), "Q4_K_M", imatrix=False).path)
     found = figures.summary(real)
     by_group = {group["group"]: group for group in found["groups"]}
     assert f"{(found['bytes'] - by_group['MTP']['bytes']) / 1e9:.2f} GB" == "118.58 GB"
@@ -49,7 +49,7 @@ def test_sizes_of_the_real_model_are_the_published_ones(tmp_path: Path) -> None:
 
 
 def test_means_are_weighted_by_use(made: Made) -> None:
-    lines = {line["name"]: line for line in figures.summary(measured.read(made.path))["errors"]}
+    lines = {line["name"]: line for line in figures.summary(measured.read_file(made.path))["errors"]}
     for projection in ("gate", "up", "down"):
         found = lines[f"experts: {projection}"]
         expected = {}
@@ -69,7 +69,7 @@ def test_means_are_weighted_by_use(made: Made) -> None:
 def test_errors_by_layer_are_also_over_the_level_of_their_type(made: Made) -> None:
     """The level is the median over all that has the type: 12 figures of a tensor of experts, 1 of a dense one."""
     entries = made.manifest["tensors"]
-    found = figures.summary(measured.read(made.path))
+    found = figures.summary(measured.read_file(made.path))
     levels = {
         type: np.median(np.concatenate([e["ledger"]["error"] for e in entries.values() if e["type"] == type]))
         for type in ("Q4_K", "Q6_K", "Q8_0")
@@ -104,10 +104,10 @@ def test_only_experts_that_stand_out_from_their_tensor_are_named(made: Made) -> 
         manifest["tensors"]["blk.4.ffn_gate_exps.weight"]["ledger"]["error"][3] = 0.4
 
     made.rewrite(even)
-    found = figures.summary(measured.read(made.path))
+    found = figures.summary(measured.read_file(made.path))
     assert (found["worst"], found["n_worst"]) == ([], 0)
     made.rewrite(stand_out)
-    found = figures.summary(measured.read(made.path))
+    found = figures.summary(measured.read_file(made.path))
     assert [(w["layer"], w["expert"], w["projection"], w["error"]) for w in found["worst"]] == [
         (4, 3, "gate", 0.4),
         (2, 7, "up", 0.06),
@@ -124,7 +124,7 @@ def test_what_varies_by_chance_alone_does_not_stand_out() -> None:
     """36,288 log-normal figures in 126 tensors, as of the real model, of which one file in a hundred has one."""
     logs = np.random.default_rng(0).normal(size=(126, 288))
     for sigma in (0.01, 0.2):
-        bounds = [figures._bound(np.exp(sigma * row)) for row in logs]
+        bounds = [experts.outstanding_bound(np.exp(sigma * row)) for row in logs]
         assert not any((np.exp(sigma * row) > least).any() for row, (_, least) in zip(logs, bounds, strict=True))
 
 
@@ -134,7 +134,7 @@ def test_unseen_experts_are_listed_by_layer(made: Made) -> None:
             manifest["tensors"]["blk.3.ffn_gate_exps.weight"]["ledger"]["count"][expert] = 0
 
     made.rewrite(forget)
-    coverage = figures.summary(measured.read(made.path))["coverage"]
+    coverage = figures.summary(measured.read_file(made.path))["coverage"]
     assert coverage["unseen"] == {3: "4-6,9"}
     assert (coverage["n_unseen"], coverage["experts"]) == (4, 36)
     counts = np.concatenate([ledger(made, f"blk.{i}.ffn_gate_exps.weight", "count") for i in (2, 3, 4)])
@@ -148,7 +148,7 @@ def test_without_counts_the_mass_takes_their_place_and_weighs_nothing(made: Made
             entry.get("ledger", {}).pop("count", None)
 
     made.rewrite(drop_counts)
-    subject = measured.read(made.path)
+    subject = measured.read_file(made.path)
     gate = next(line for line in figures.summary(subject)["errors"] if line["name"] == "experts: gate")
     assert gate["by_layer"][4] == pytest.approx(ledger(made, "blk.4.ffn_gate_exps.weight", "error").mean(), rel=1e-12)
     found = figures.maps(subject)["experts"]
@@ -159,7 +159,7 @@ def test_without_counts_the_mass_takes_their_place_and_weighs_nothing(made: Made
 
 
 def test_without_an_imatrix_no_use_is_claimed(tmp_path: Path) -> None:
-    subject = measured.read(write(tmp_path / "x.gguf", config(SHAPE), "Q4_K_M", imatrix=False).path)
+    subject = measured.read_file(write(tmp_path / "x.gguf", config(SHAPE), "Q4_K_M", imatrix=False).path)
     found = figures.summary(subject)
     assert figures.maps(subject)["experts"]["use"] is None
     assert found["coverage"] is None
@@ -174,7 +174,7 @@ def test_a_figure_that_could_not_be_had_is_left_out(made: Made) -> None:
         manifest["tensors"]["blk.3.ffn_up_exps.weight"]["ledger"]["error"][0] = None
 
     made.rewrite(lose)
-    subject = measured.read(made.path)
+    subject = measured.read_file(made.path)
     up = next(line for line in figures.summary(subject)["errors"] if line["name"] == "experts: up")
     assert up["by_layer"][2] is None
     error = ledger(made, "blk.3.ffn_up_exps.weight", "error")[1:]
@@ -190,7 +190,7 @@ def test_a_file_of_an_older_version_has_sizes_and_types_and_says_what_is_missing
     assert main(["convert", str(small), str(path), "-t", "Q8_0", "-q"]) == 0
     text = manifest_path(path).read_text()
     manifest_path(path).write_text(text.replace('"ledger"', '"other"'))
-    subject = measured.read(path)
+    subject = measured.read_file(path)
     found = figures.summary(subject)
     assert found["bytes"] == sum(t.info.n_bytes for t in subject.tensors)
     assert found["errors"] == found["worst"] == []
@@ -204,13 +204,13 @@ def test_the_manifests_of_all_splits_are_gathered(small: Path, tmp_path: Path) -
     assert main(["convert", str(small), str(tmp_path / "x.gguf"), *arguments, "--split-max-size", "4M"]) == 0
     files = sorted(tmp_path.glob("x-*.gguf"))
     assert len(files) > 1
-    whole = figures.summary(measured.read(tmp_path / "whole.gguf"))
-    split = figures.summary(measured.read(files[-1]))
+    whole = figures.summary(measured.read_file(tmp_path / "whole.gguf"))
+    split = figures.summary(measured.read_file(files[-1]))
     assert [line["name"] for line in whole["errors"]][:3] == ["experts: gate", "experts: up", "experts: down"]
     assert split["files"] == [file.name for file in files]
     assert {**split, "files": []} == {**whole, "files": []}
     manifest_path(files[1]).unlink()
-    part = figures.summary(measured.read(files[0]))
+    part = figures.summary(measured.read_file(files[0]))
     assert part["bytes"] == whole["bytes"]
     assert files[1].name in part["missing"][0]
 
@@ -220,7 +220,7 @@ def test_a_file_of_another_tool_needs_no_manifest(small: Path, tmp_path: Path) -
     assert main(["convert", str(small), str(tmp_path / "x.gguf"), "-t", "BF16", "-q"]) == 0
     path = tmp_path / "q.gguf"
     llama_quantize(tmp_path / "x.gguf", path, "Q8_0")
-    subject = measured.read(path)
+    subject = measured.read_file(path)
     found = figures.summary(subject)
     assert (found["type"], found["made_by"], found["imatrix"]) == ("Q8_0", None, None)
     assert found["bytes"] == sum(t.n_bytes for t in GGUFReader(path).tensors)
@@ -237,7 +237,7 @@ def test_a_file_of_another_architecture_is_refused(tmp_path: Path) -> None:
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(UnsupportedModel, match=r"general\.architecture is 'llama', expected 'step35'"):
-        measured.read(tmp_path / "x.gguf")
+        measured.read_file(tmp_path / "x.gguf")
 
 
 DAMAGE = {
@@ -253,7 +253,7 @@ DAMAGE = {
 def test_a_damaged_ledger_is_named(made: Made, text: str) -> None:
     made.rewrite(lambda manifest: DAMAGE[text](manifest["tensors"]["blk.3.ffn_up_exps.weight"]["ledger"]))
     with pytest.raises(VerifyError) as raised:
-        measured.read(made.path)
+        measured.read_file(made.path)
     assert raised.value.message.endswith(f"the ledger of blk.3.ffn_up_exps.weight {text}")
 
 
@@ -269,7 +269,7 @@ def test_a_damaged_ledger_is_named(made: Made, text: str) -> None:
 def test_what_is_no_manifest_is_refused(made: Made, content: str, text: str) -> None:
     manifest_path(made.path).write_bytes(content.encode("latin-1"))
     with pytest.raises(VerifyError, match=text):
-        measured.read(made.path)
+        measured.read_file(made.path)
 
 
 def test_a_manifest_of_another_file_is_refused(made: Made) -> None:
@@ -278,10 +278,10 @@ def test_a_manifest_of_another_file_is_refused(made: Made) -> None:
 
     made.rewrite(retype)
     with pytest.raises(VerifyError, match=r"blk.3.attn_q.weight is \['Q8_0', .*, the file has \['Q4_K', "):
-        measured.read(made.path)
+        measured.read_file(made.path)
     made.rewrite(lambda manifest: manifest["tensors"].pop("output.weight"))
     with pytest.raises(VerifyError, match=r"output.weight is \[None, None\]"):
-        measured.read(made.path)
+        measured.read_file(made.path)
 
 
 def test_what_the_manifest_says_of_its_making_is_only_text(made: Made) -> None:
@@ -289,11 +289,11 @@ def test_what_the_manifest_says_of_its_making_is_only_text(made: Made) -> None:
         manifest.update(type=7, recipe=["x"], imatrix={"file": 3, "datasets": [1, None], "extra": math.inf})
 
     made.rewrite(odd)
-    subject = measured.read(made.path)
+    subject = measured.read_file(made.path)
     assert subject.type == "Q4_K_M"  # the header's
     assert subject.recipe is None
-    assert subject.imatrix == measured.Imatrix(None, None, ("1", "None"))
+    assert subject.imatrix == measured.ImatrixOrigin(None, None, ("1", "None"))
     before = copy.deepcopy(made.manifest)
     made.rewrite(lambda manifest: manifest.update(imatrix="step.gguf"))
-    assert measured.read(made.path).imatrix is None
+    assert measured.read_file(made.path).imatrix is None
     assert made.manifest == before

@@ -16,7 +16,7 @@ import pytest
 
 from stepgguf.convert.manifest import manifest_path
 from stepgguf.report import figures, measured
-from stepgguf.report.page import render
+from stepgguf.report.page import render_page
 from tests.conftest import real_config
 from tests.generate import Shape, config
 from tests.report.synthetic import Made, write
@@ -62,7 +62,7 @@ def made(tmp_path: Path) -> Made:
 def show(page: Page, made: Made, change: Callable[[dict[str, Any]], None] = lambda _: None) -> None:
     made.rewrite(change)
     file = made.path.with_suffix(".html")
-    file.write_text(render(measured.read(made.path)), encoding="utf-8")
+    file.write_text(render_page(measured.read_file(made.path)), encoding="utf-8")
     page.ask_driver("POST", "url", url=file.as_uri())
 
 
@@ -106,7 +106,7 @@ def pick(page: Page, name: str, value: str) -> None:
 
 def test_the_headline_and_the_sizes_are_those_of_the_file(made: Made, page: Page) -> None:
     show(page, made)
-    tensors = measured.read(made.path).tensors
+    tensors = measured.read_file(made.path).tensors
     n_bytes, n_values = sum(t.info.n_bytes for t in tensors), sum(t.info.n_values for t in tensors)
     routed = sum(t.info.n_bytes for t in tensors if t.role.endswith("_exps"))
     means = [
@@ -136,7 +136,7 @@ def test_experts_that_stand_out_are_named_and_only_they(made: Made, page: Page) 
     show(page, made)
     assert rows(page, "coverage-table") == [["3", "7-8"]]
     found = rows(page, "worst-table")
-    expected = figures.outstanding(figures.routed(measured.read(made.path)))  # type: ignore[arg-type]
+    expected = figures.summary(measured.read_file(made.path))["worst"]
     assert [row[:3] for row in found] == [[str(w["layer"]), str(w["expert"]), w["projection"]] for w in expected]
     assert found[0][:5] == ["4", "11", "down", "Q6_K", "50.0 %"]
     assert page.text("#worst-lead").startswith(f"{len(found)} figures of 360 are at least 1.5 times the median")
@@ -156,7 +156,7 @@ def test_the_heat_map_is_read_by_pointer_and_keys(made: Made, page: Page) -> Non
     errors = np.array([ledger(made, layer, "down", "error") for layer in (2, 3, 4)])
     counts = np.array([ledger(made, layer, "gate", "count") for layer in (2, 3, 4)])
 
-    levels = figures.levels(measured.read(made.path))
+    levels = figures.type_levels(measured.read_file(made.path))
 
     def words(layer: int, expert: int) -> str:
         count, rmse = counts[layer - 2], ledger(made, layer, "down", "rmse")[expert]
@@ -187,7 +187,7 @@ def test_the_heat_map_is_read_by_pointer_and_keys(made: Made, page: Page) -> Non
 def test_colours_run_over_what_is_shown_and_the_legend_says_so(made: Made, page: Page) -> None:
     show(page, made)
     ends = "return [...document.querySelectorAll('#experts-legend .ticks span')].map(e => e.textContent)"
-    levels = figures.levels(measured.read(made.path))
+    levels = figures.type_levels(measured.read_file(made.path))
     of_layers = [levels[made.manifest["tensors"][f"blk.{i}.ffn_down_exps.weight"]["type"]] for i in (2, 3, 4)]
     over = np.array([ledger(made, i, "down", "error") / of_layers[i - 2] for i in (2, 3, 4)])
     assert [page.run(ends)[i] for i in (0, -1)] == [f"{digits(over.min())} ×", f"{digits(over.max())} ×"]
@@ -241,7 +241,7 @@ def test_types_and_errors_by_layer_are_read_like_the_heat_map(made: Made, page: 
     assert readout(page, "types", END).startswith("Layer 5 (MTP) · attn_q · Q8_0, 8.50 bits · ")
     assert readout(page, "types", PAGE_DOWN).startswith("Layer 5 (MTP) · nextn.")
     means = [np.average(ledger(made, 2, p, "error"), weights=ledger(made, 2, "gate", "count")) for p in ("gate", "up")]
-    over = {line["name"]: line["relative"].get(2) for line in figures.summary(measured.read(made.path))["errors"]}
+    over = {line["name"]: line["relative"].get(2) for line in figures.summary(measured.read_file(made.path))["errors"]}
     layer = readout(page, "layers", RIGHT * 3)
     assert layer.startswith(f"Layer 2 · experts: gate {digits(over['experts: gate'])} × · experts: up ")
     page.click("#layers-controls label:has([value=error])")
@@ -346,7 +346,7 @@ def test_what_was_not_measured_is_said_and_not_drawn(made: Made, page: Page) -> 
 def test_without_a_manifest_there_are_types_and_sizes(made: Made, page: Page) -> None:
     manifest_path(made.path).unlink()
     file = made.path.with_suffix(".html")
-    file.write_text(render(measured.read(made.path)), encoding="utf-8")
+    file.write_text(render_page(measured.read_file(made.path)), encoding="utf-8")
     page.ask_driver("POST", "url", url=file.as_uri())
     assert page.text("#missing").startswith("Errors are not shown: there is no manifest beside the file.")
     assert page.run(SECTIONS) == ["sizes", "types", "made"]

@@ -2,7 +2,7 @@
 
     check_files    by the names of its files: adapters, other formats, training states, nothing
     check_weights  by the names and dtypes of its tensors: adapters that are not merged, quantizations of other tools
-    missing        by what is lacking: an unfinished download, shards, the head
+    missing_tensors_error   by what is lacking: an unfinished download, shards, the head
 
 One row for each kind; the first that matches is said. What is right passes: a row must not match any checkpoint that
 could be converted.
@@ -16,9 +16,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from shlex import quote
 
-from stepgguf.convert.sources.hub import origin, unfinished
-from stepgguf.convert.sources.layout import SCALE
-from stepgguf.convert.sources.shards import DTYPE_BYTES, Entry
+from stepgguf.convert.sources.encodings import DTYPES, ENCODINGS, scale_names
+from stepgguf.convert.sources.hub import model_origin, unfinished_downloads
+from stepgguf.convert.sources.shards import StoredTensor
 from stepgguf.errors import CheckpointError, MissingShard, TensorNotFound, UnsupportedCheckpoint
 from stepgguf.files import jsonread
 from stepgguf.files.jsonread import Value
@@ -71,7 +71,7 @@ _METHODS = {"gptq": "a GPTQ", "awq": "an AWQ", "auto-round": "an AutoRound", "au
 
 def check_files(folder: Path) -> list[Path]:
     """The shards of a checkpoint's folder. UnsupportedCheckpoint if its files are those of something else."""
-    files = _files(folder)
+    files = _list_folder(folder)
     names = [path.name for path in files if not path.name.startswith(".")]
     shards = [path for path in files if path.suffix == ".safetensors" and not path.name.startswith(".")]
     weights = [path for path in shards if not path.name.startswith("adapter_model.")]
@@ -79,21 +79,21 @@ def check_files(folder: Path) -> list[Path]:
     if not weights and (adapter or "adapter_config.json" in names):
         raise UnsupportedCheckpoint(
             f"{folder} is a LoRA adapter ({adapter or 'adapter_config.json'}) and no whole model",
-            hint=_MERGE.format(base=_base(folder)),
+            hint=_MERGE.format(base=_adapter_base(folder)),
         )
     if not weights:
         raise _without_weights(folder, names)
     if adapter is not None:
-        hint = _MERGE.format(base=_base(folder)) + " Or move adapter_* away to convert the base alone."
+        hint = _MERGE.format(base=_adapter_base(folder)) + " Or move adapter_* away to convert the base alone."
         raise UnsupportedCheckpoint(f"{folder} holds a LoRA adapter ({adapter}) beside its base", hint=hint)
     return shards
 
 
 def _without_weights(folder: Path, names: list[str]) -> CheckpointError:
     """What a folder without safetensors is."""
-    if (half := unfinished(folder)) or "model.safetensors.index.json" in names:
+    if (half := unfinished_downloads(folder)) or "model.safetensors.index.json" in names:
         which = f"{half[0].name} is half there" if half else "only the index is there"
-        return MissingShard(f"{folder}: its download has not finished ({which})", hint=_resume(folder))
+        return MissingShard(f"{folder}: its download has not finished ({which})", hint=_resume_hint(folder))
     for pattern, what, hint in _INSTEAD_OF_WEIGHTS:
         found = sorted(
             name for name in names if fnmatch(name, pattern) and not name.startswith(("training_args", "rng"))
@@ -107,54 +107,63 @@ def _without_weights(folder: Path, names: list[str]) -> CheckpointError:
             hint=f"Give the one that is meant, such as {folder / inner[0]}",
         )
     if not names:
-        return UnsupportedCheckpoint(f"{folder} is empty", hint=_resume(folder))
-    kind = "a tokenizer without a model" if "tokenizer.json" in names and "config.json" not in names else "no weights"
+        return UnsupportedCheckpoint(f"{folder} is empty", hint=_resume_hint(folder))
+    has_config = "config.json" in names
+    content = "a tokenizer without a model" if "tokenizer.json" in names and not has_config else "no weights"
     return UnsupportedCheckpoint(
-        f"{folder} holds {kind}: there is no *.safetensors in it ({', '.join(sorted(names)[:4])})",
+        f"{folder} holds {content}: there is no *.safetensors in it ({', '.join(sorted(names)[:4])})",
         hint="Give the directory that holds config.json and the *.safetensors.",
     )
 
 
-def check_weights(folder: Path, entries: Collection[Entry], formats: Collection[str], config: Value) -> None:
-    """UnsupportedCheckpoint if the tensors are those of an unmerged adapter or of another tool's quantization."""
-    for entry in entries:
-        if ".lora_" in entry.name or ".base_layer." in entry.name or ".modules_to_save." in entry.name:
+def check_weights(folder: Path, stored: Mapping[str, StoredTensor], formats: Collection[str], config: Value) -> None:
+    """UnsupportedCheckpoint if the tensors are those of an unmerged adapter or of another tool's quantization.
+
+    stored: by published names. formats: what the shards' metadata name.
+    """
+    for tensor in stored.values():
+        if ".lora_" in tensor.name or ".base_layer." in tensor.name or ".modules_to_save." in tensor.name:
             raise UnsupportedCheckpoint(
-                f"{folder} holds a LoRA adapter that is not merged ({entry.name})", hint=_MERGE.format(base="")
+                f"{folder} holds a LoRA adapter that is not merged ({tensor.name})", hint=_MERGE.format(base="")
             )
     settings = config.get("quantization_config") or config.get("compression_config")
-    method, kind = (_word(settings, key) for key in ("quant_method", "format"))
+    method, packing = (_setting(settings, key) for key in ("quant_method", "format"))
     if "mlx" in formats:
         # Its norms are stored whole and not less one, also where it is not quantized.
         raise UnsupportedCheckpoint(f"{folder} is an MLX checkpoint", hint=_ORIGINAL)
-    marked = [entry for entry in entries if _MARKS.search(entry.name)]
+    known = scale_names(stored)
+    marked = [tensor for name, tensor in stored.items() if name not in known and _MARKS.search(tensor.name)]
     for pattern, what in QUANTIZED:
-        found = next((entry for entry in marked if re.search(pattern, entry.name)), None)
+        found = next((tensor for tensor in marked if re.search(pattern, tensor.name)), None)
         if found is not None:
-            named = what.format(format=kind or "packed", method=_METHODS.get(method or "", "a GPTQ or AWQ"))
+            named = what.format(format=packing or "packed", method=_METHODS.get(method or "", "a GPTQ or AWQ"))
             raise UnsupportedCheckpoint(f"{folder} is {named}: {found.name} is {found.dtype}", hint=_ORIGINAL)
-    strange = next((e for e in entries if e.dtype not in DTYPE_BYTES), None) if method not in (None, "fp8") else None
-    if strange is not None:
+    strange = next((tensor for tensor in stored.values() if tensor.dtype not in DTYPES), None)
+    if strange is not None and method not in (None, "fp8"):
         raise UnsupportedCheckpoint(
             f"{folder} is quantized by {method}: {strange.name} is {strange.dtype}", hint=_ORIGINAL
         )
 
 
-def missing(
+def missing_tensors_error(
     folder: Path, names: Sequence[str], n_wanted: int, shards: Sequence[Path], index: Mapping[str, str]
 ) -> CheckpointError:
     """The error for tensors that are in no shard, with the reason where it can be seen."""
     found = {path.name for path in shards}
-    absent = sorted(set(index.values()) - found) or _gaps(found)
+    absent = sorted(set(index.values()) - found) or _numbering_gaps(found)
     count = f"{len(names)} of {n_wanted} tensors are missing, the first is {names[0]}"
-    if half := unfinished(folder):
-        return MissingShard(f"{folder}: its download has not finished ({half[0].name}); {count}", hint=_resume(folder))
+    if half := unfinished_downloads(folder):
+        return MissingShard(
+            f"{folder}: its download has not finished ({half[0].name}); {count}", hint=_resume_hint(folder)
+        )
     if absent:
         listed = f"{folder / absent[0]} is missing" + (f" and {len(absent) - 1} more shards" if len(absent) > 1 else "")
         return MissingShard(f"{listed}; {count}", hint="Download the missing shards into the same directory.")
-    if names[0].endswith(SCALE):
-        weight = names[0].removesuffix(SCALE)
-        return TensorNotFound(f"{folder}: {weight} is F8_E4M3, but {names[0]} is in no shard", hint=_ORIGINAL)
+    for encoding in ENCODINGS:
+        for scale in encoding.scales:
+            if names[0].endswith(scale.suffix):
+                weight = f"{names[0].removesuffix(scale.suffix)} is {encoding.dtype}"
+                return TensorNotFound(f"{folder}: {weight}, but {names[0]} is in no shard", hint=_ORIGINAL)
     if names == ["lm_head.weight"]:
         return TensorNotFound(
             f"{folder}: lm_head.weight is in no shard: the model was saved without its head",
@@ -167,14 +176,14 @@ def missing(
     )
 
 
-def _files(folder: Path) -> list[Path]:
+def _list_folder(folder: Path) -> list[Path]:
     try:
         return sorted(folder.iterdir())
     except OSError as error:
         raise CheckpointError(f"{folder}: {error.strerror}", hint="Check its permissions.") from error
 
 
-def _gaps(names: Collection[str]) -> list[str]:
+def _numbering_gaps(names: Collection[str]) -> list[str]:
     """Shards that the others' numbers say are missing: of "model-00002-of-00003" the first and the third."""
     missing = set()
     for name in names:
@@ -183,7 +192,7 @@ def _gaps(names: Collection[str]) -> list[str]:
     return sorted(missing - set(names))
 
 
-def _base(folder: Path) -> str:
+def _adapter_base(folder: Path) -> str:
     """ " (org/name)", as the adapter's configuration names its base."""
     try:
         named = jsonread.read(folder / "adapter_config.json", CheckpointError).get("base_model_name_or_path")
@@ -192,16 +201,16 @@ def _base(folder: Path) -> str:
         return ""
 
 
-def _word(settings: Value | None, key: str) -> str | None:
+def _setting(settings: Value | None, key: str) -> str | None:
     """A text of the quantization's settings."""
     found = settings.object().get(key) if settings is not None else None
     return found if isinstance(found, str) else None
 
 
-def _resume(folder: Path) -> str:
+def _resume_hint(folder: Path) -> str:
     command = (
         f"hf download {model}"
-        if (model := origin(folder).id)
+        if (model := model_origin(folder).hub_id)
         else f"hf download ORG/NAME --local-dir {quote(str(folder))}"
     )
     return f"Repeat the download: {command} (it goes on where it stopped)."

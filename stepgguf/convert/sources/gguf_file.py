@@ -4,28 +4,47 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from stepgguf.convert.sources.source import SourceTensor
+from stepgguf.convert.sources.source import Shape, SourceTensor
 from stepgguf.convert.sources.splits import model_stem, read_headers
 from stepgguf.errors import TruncatedFile, UnsupportedModel
 from stepgguf.files import disk, gguf_header
 from stepgguf.files.gguf_header import Header, Key, TensorInfo
 from stepgguf.files.jsonread import shown
-from stepgguf.quants import codec
-from stepgguf.quants.codec import Values
-from stepgguf.quants.ggml import BF16, F32, row_size
+from stepgguf.model.hparams import ARCHITECTURE, HParams
+from stepgguf.model.names import TensorName
+from stepgguf.model.tensors import TensorSpec
+from stepgguf.quants.kernels import decoder_for
+from stepgguf.quants.types import BF16, F32, row_size
+from stepgguf.quants.values import Values
 
-ARCHITECTURE = "step35"
+
+@dataclass(frozen=True, slots=True)
+class GGUFMetadata:
+    """The keys of the source, which are those of every file made of it."""
+
+    keys: tuple[Key, ...]
+    warnings: tuple[str, ...] = ()
+
+    def file_keys(self, shapes: Sequence[tuple[TensorName, Shape]], *, with_mtp: bool) -> list[Key]:
+        return list(self.keys)
 
 
 class GGUFSource:
     """An opened GGUF. For a split one, give any of its files. `keys` are those of the first file, less split.*."""
 
     def __init__(self, path: Path) -> None:
+        self.constants: dict[TensorName, bytes] = {}
+        self.warnings: list[str] = []
+        self.notes: list[str] = []
         self.headers = read_headers(path)
         self.path = self.headers[0].path  # whichever part was given, the output is the same
         self.keys: dict[str, Key] = {
@@ -37,16 +56,42 @@ class GGUFSource:
                 f"{path}: general.architecture is {shown(architecture)}, expected {ARCHITECTURE!r}",
                 hint="stepgguf quantizes and runs Step-3.5 and Step-3.7 only; llama.cpp's own tools run others.",
             )
+        self.hparams = HParams.from_gguf(self.headers[0])
         self._where: dict[str, tuple[Header, TensorInfo]] = {t.name: (h, t) for h in self.headers for t in h.tensors}
         self._files = {h.path: os.open(h.path, os.O_RDONLY) for h in self.headers}
-        self.tensors = {
-            name: SourceTensor(name, t.shape, t.ggml_type.name, t.ggml_type) for name, (_, t) in self._where.items()
-        }
+        self.tensors = {name: _source_tensor(info) for name, (_, info) in self._where.items()}
 
     @property
     def name(self) -> str:
         """The file's name without its ending and the number of its part, for files that are made of it."""
         return model_stem(self.path)
+
+    @property
+    def title(self) -> str:
+        return self.path.name
+
+    @property
+    def files(self) -> list[Path]:
+        return [header.path for header in self.headers]
+
+    @cached_property
+    def specs(self) -> list[TensorSpec]:
+        n_layer = self.hparams.n_layer
+        names = sorted(map(TensorName, self.tensors), key=lambda name: name.file_order)
+        return [TensorSpec(name, name, self.tensors[name].shape, name.is_mtp(n_layer)) for name in names]
+
+    @property
+    def own_types(self) -> dict[str, GGMLQuantizationType]:
+        return {name: info.ggml_type for name, (_, info) in self._where.items()}
+
+    def require_mtp(self) -> None:
+        """Nothing: a GGUF's MTP blocks are as good as its other layers."""
+
+    def metadata(self, name: str | None, chat_template: Path | None) -> GGUFMetadata:
+        """Its keys as they are. A GGUF that is quantized keeps its name and its template."""
+        assert name is None
+        assert chat_template is None
+        return GGUFMetadata(tuple(self.keys.values()))
 
     def close(self) -> None:
         for fd in self._files.values():
@@ -69,11 +114,11 @@ class GGUFSource:
         return result
 
     def prefetch(self, name: str, start: int, stop: int) -> None:
-        fd, offset, size = self._locate(name, start, stop)
+        fd, offset, size = self._place_of(name, start, stop)
         disk.prefetch_at(fd, size, offset)
 
     def raw(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
-        fd, offset, size = self._locate(name, start, stop)
+        fd, offset, size = self._place_of(name, start, stop)
         data = np.empty(size, np.uint8)
         disk.read_at(fd, data.data, offset, name, TruncatedFile)
         return data.reshape(stop - start, -1)
@@ -83,10 +128,17 @@ class GGUFSource:
         if tensor.ggml_type in (F32, BF16):
             return data.view(np.float32) if tensor.ggml_type == F32 else data.view(np.uint16)
         values = np.empty((stop - start, tensor.shape[-1]), np.float32)
-        codec.dequantize(tensor.ggml_type, data, values)
+        decoder_for(tensor.ggml_type).decode(data, values)
         return values
 
-    def _locate(self, name: str, start: int, stop: int) -> tuple[int, int, int]:
+    def _place_of(self, name: str, start: int, stop: int) -> tuple[int, int, int]:
         header, tensor = self._where[name]
         size = row_size(tensor.ggml_type, tensor.shape[-1])
         return self._files[header.path], header.data_start + tensor.offset + start * size, (stop - start) * size
+
+
+def _source_tensor(info: TensorInfo) -> SourceTensor:
+    kind = info.ggml_type
+    return SourceTensor(
+        info.name, info.shape, kind.name, kind, row_size(kind, info.shape[-1]), is_view=kind in (F32, BF16)
+    )

@@ -24,26 +24,26 @@ _PARTS = ("config.json", ".safetensors", ".safetensors.index.json")  # ends of t
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
+class ModelOrigin:
     """What a checkpoint's path says about it: the name of the model, and whose it is on the Hub."""
 
     name: str
     organization: str | None = None
 
     @property
-    def id(self) -> str | None:
+    def hub_id(self) -> str | None:
         return f"{self.organization}/{self.name}" if self.organization else None
 
     @property
     def repo_url(self) -> str | None:
-        return f"{HUB}/{self.id}" if self.organization else None
+        return f"{HUB}/{self.hub_id}" if self.organization else None
 
 
-def origin(folder: Path) -> Origin:
+def model_origin(folder: Path) -> ModelOrigin:
     """The model's name, and not a commit's hash where the folder is a snapshot."""
     resolved = folder.resolve()
     cached = _CACHE_FOLDER.fullmatch(resolved.parent.parent.name) if resolved.parent.name == "snapshots" else None
-    return Origin(cached[2], cached[1]) if cached else Origin(resolved.name)
+    return ModelOrigin(cached[2], cached[1]) if cached else ModelOrigin(resolved.name)
 
 
 def checkpoint_folder(path: Path) -> Path:
@@ -52,7 +52,7 @@ def checkpoint_folder(path: Path) -> Path:
     CheckpointError if there is nothing, UnsupportedCheckpoint for a file that is no part of a checkpoint.
     """
     try:
-        return _meant(path)
+        return _find_folder(path)
     except OSError as error:  # a name that is too long, a directory that may not be entered
         raise CheckpointError(f"{path}: {error.strerror}", hint=_GIVE) from error
 
@@ -62,7 +62,7 @@ def is_part(path: Path) -> bool:
     return path.name.endswith(_PARTS)
 
 
-def _meant(path: Path) -> Path:
+def _find_folder(path: Path) -> Path:
     if path.is_file():
         if is_part(path):
             return path.parent
@@ -73,15 +73,15 @@ def _meant(path: Path) -> Path:
             raise UnsupportedCheckpoint(f"{path} is a GGUF file and no checkpoint", hint=hint)
         raise UnsupportedCheckpoint(f"{path} is a file and not a checkpoint's directory", hint=_GIVE)
     if path.is_dir():
-        return snapshot(path)
+        return snapshot_folder(path)
     if path.exists():
         raise CheckpointError(f"{path}: neither a file nor a directory", hint=_GIVE)
     found = hub_id(path)
     if found is None:
         raise CheckpointError(f"{path}: no such file or directory", hint=_GIVE)
-    cached = _cache() / f"models--{found.replace('/', '--')}"
+    cached = _hub_cache() / f"models--{found.replace('/', '--')}"
     if cached.is_dir():
-        return snapshot(cached)
+        return snapshot_folder(cached)
     raise CheckpointError(
         f"{path}: there is no such directory; it looks like a model on the Hugging Face Hub",
         hint=f"Download it first: hf download {found} --local-dir {found.split('/')[1]}",
@@ -95,7 +95,7 @@ def hub_id(path: Path) -> str | None:
     return "/".join(parts) if is_id else None
 
 
-def unfinished(folder: Path) -> list[Path]:
+def unfinished_downloads(folder: Path) -> list[Path]:
     """What downloads into a folder have left half done: the Hub's, aria2's and browsers'. Not a GGUF in the making."""
     blobs = folder.resolve().parent.parent / "blobs" if folder.resolve().parent.name == "snapshots" else None
     places = [folder, folder / ".cache" / "huggingface" / "download", *([blobs] if blobs else [])]
@@ -106,7 +106,7 @@ def unfinished(folder: Path) -> list[Path]:
 _GIVE = "Give the directory that holds config.json and the *.safetensors."
 
 
-def snapshot(folder: Path) -> Path:
+def snapshot_folder(folder: Path) -> Path:
     """The snapshot of a cache folder; any other folder itself."""
     if folder.name == "snapshots" and _CACHE_FOLDER.fullmatch(folder.resolve().parent.name):
         folder = folder.parent
@@ -126,7 +126,7 @@ def snapshot(folder: Path) -> Path:
     return max(snapshots, key=lambda path: path.stat().st_mtime)
 
 
-def _cache() -> Path:
+def _hub_cache() -> Path:
     """The Hub's cache, where huggingface_hub looks for it."""
     for name, inside in (("HF_HUB_CACHE", ""), ("HUGGINGFACE_HUB_CACHE", ""), ("HF_HOME", "hub")):
         if os.environ.get(name):

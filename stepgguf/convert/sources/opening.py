@@ -7,9 +7,10 @@ from pathlib import Path
 from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.convert.sources.gguf_file import GGUFSource
 from stepgguf.convert.sources.hub import is_part
+from stepgguf.convert.sources.source import TensorSource
 
 
-def open_source(path: Path) -> Checkpoint | GGUFSource:
+def open_source(path: Path) -> TensorSource:
     """A GGUF, by any of its files; or a checkpoint, by its directory, its files, its cache folder or its Hub id."""
     is_gguf = path.suffix.lower() == ".gguf" or (path.is_file() and not is_part(path))
     return GGUFSource(path) if is_gguf else Checkpoint(path)

@@ -19,7 +19,11 @@ from stepgguf.files import disk, jsonread
 from stepgguf.files.jsonread import Value
 
 _MAX_HEADER = 100_000_000  # safetensors' own limit
-DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1}  # what is read; other dtypes may be in a file
+# Bytes of a number. Sub-byte dtypes of newer writers are left out: nothing reads them, and their sizes go unchecked.
+DTYPE_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
+}  # fmt: skip
 _AGAIN = "Download the shard again."
 
 # What has a shard's name and is something else, by its first bytes.
@@ -33,8 +37,8 @@ _FOREIGN = (
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """A stored tensor. `offset` is in the file."""
+class StoredTensor:
+    """A tensor as the header has it; `offset` counts from the file's beginning."""
 
     name: str
     shard: Path
@@ -45,15 +49,15 @@ class Entry:
 
     @property
     def row_bytes(self) -> int:
-        return (self.shape[-1] if self.shape else 1) * DTYPE_BYTES[self.dtype]
+        return self.n_bytes // math.prod(self.shape[:-1])
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A shard's entries, the format that its metadata names ("pt", "mlx"), and a digest of size, time and header."""
+    """A shard's tensors, the format that its metadata names ("pt", "mlx"), and a digest of size, time and header."""
 
     path: Path
-    entries: tuple[Entry, ...]
+    tensors: tuple[StoredTensor, ...]
     format: str | None
     digest: str
 
@@ -75,12 +79,14 @@ def read_shard(path: Path) -> Shard:
         problem = "a link to a file that is not there" if broken else error.strerror
         raise MissingShard(f"{path}: {problem}", hint=_AGAIN) from error
     header = jsonread.parse(text, f"{path}, header", CorruptShard, _AGAIN)
-    entries = tuple(_entry(path, name, value, 8 + length) for name, value in header.members() if name != "__metadata__")
-    _check_offsets(path, entries, 8 + length, status.st_size)
+    tensors = tuple(
+        _stored_tensor(path, name, value, 8 + length) for name, value in header.members() if name != "__metadata__"
+    )
+    _check_offsets(path, tensors, 8 + length, status.st_size)
     metadata = header.get("__metadata__")
-    kind = metadata.object().get("format") if metadata is not None else None
+    format_name = metadata.object().get("format") if metadata is not None else None
     digest = hashlib.sha256(text + f"{status.st_size} {status.st_mtime_ns}".encode()).hexdigest()
-    return Shard(path, entries, kind if isinstance(kind, str) else None, digest)
+    return Shard(path, tensors, format_name if isinstance(format_name, str) else None, digest)
 
 
 def _header_length(path: Path, start: bytes, size: int) -> int:
@@ -95,7 +101,7 @@ def _header_length(path: Path, start: bytes, size: int) -> int:
     return length
 
 
-def _entry(path: Path, name: str, value: Value, data_start: int) -> Entry:
+def _stored_tensor(path: Path, name: str, value: Value, data_start: int) -> StoredTensor:
     dtype, shape = value["dtype"].text(), tuple(extent.integer() for extent in value["shape"].array())
     offsets = [offset.integer() for offset in value["data_offsets"].array()]
     if len(offsets) != 2:
@@ -106,18 +112,18 @@ def _entry(path: Path, name: str, value: Value, data_start: int) -> Entry:
         raise CorruptShard(
             f"{path}: {name}, {dtype} {list(shape)}, lies at {begin} to {end}, which is not its size", hint=_AGAIN
         )
-    return Entry(name, path, dtype, shape, data_start + begin, end - begin)
+    return StoredTensor(name, path, dtype, shape, data_start + begin, end - begin)
 
 
-def _check_offsets(path: Path, entries: tuple[Entry, ...], data_start: int, size: int) -> None:
-    """The entries must fill the file without holes, as safetensors demands."""
+def _check_offsets(path: Path, tensors: tuple[StoredTensor, ...], data_start: int, size: int) -> None:
+    """The tensors must fill the file without holes, as safetensors demands."""
     end = data_start
-    for entry in sorted(entries, key=lambda entry: (entry.offset, entry.n_bytes)):
-        if entry.offset != end:
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.n_bytes)):
+        if tensor.offset != end:
             raise CorruptShard(
-                f"{path}: {entry.name} lies at {entry.offset - data_start}, expected {end - data_start}", hint=_AGAIN
+                f"{path}: {tensor.name} lies at {tensor.offset - data_start}, expected {end - data_start}", hint=_AGAIN
             )
-        end += entry.n_bytes
+        end += tensor.n_bytes
     if size < end:
         raise TruncatedShard(f"{path}: {size:,} bytes, but its header promises {end:,}", hint=_AGAIN)
     if size > end:

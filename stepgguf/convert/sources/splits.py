@@ -8,7 +8,7 @@ from shlex import quote
 
 from gguf import Keys
 
-from stepgguf.convert.sources.hub import hub_id, snapshot
+from stepgguf.convert.sources.hub import hub_id, snapshot_folder
 from stepgguf.errors import BadMetadata, GGUFError, MissingShard
 from stepgguf.files import gguf_header
 from stepgguf.files.gguf_header import Header
@@ -23,7 +23,7 @@ def split_files(path: Path) -> list[Path]:
     GGUFError for what cannot be one, MissingShard if a part is not there. What is in the files is not looked at.
     """
     if path.is_dir():
-        folder = snapshot(path)
+        folder = snapshot_folder(path)
         inside = sorted([*folder.glob("*.gguf"), *folder.glob("*/*.gguf")])
         hint = "Give a file that `stepgguf convert` wrote, or another GGUF file."
         if inside:

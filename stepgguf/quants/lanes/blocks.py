@@ -1,42 +1,91 @@
-"""What the blocks of several families share: FP16 factors in their bytes, ggml's weights of their values."""
+"""What the blocks of several families share: fields in their bytes, ggml's weights of their values.
+
+y is a block's bytes, of all lanes; `i` counts bytes in it. x is a block's values; `first` is a vector of them.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import numpy as np
+from numpy.typing import NDArray
 
 from stepgguf.quants.lanes.compile import inlined
-from stepgguf.quants.lanes.rounding import from_half
-from stepgguf.quants.lanes.vector import absolute, floats, ints, load, load_bytes, sqrt, store, store_bytes, where
+from stepgguf.quants.lanes.operands import ByteTile, F32Lanes, F32Tile, I32Lanes, Importance
+from stepgguf.quants.lanes.rounding import from_half, to_half
+from stepgguf.quants.lanes.vector import (
+    absolute,
+    floats,
+    ints,
+    load,
+    load_bytes,
+    sqrt,
+    store,
+    store_bytes,
+    where,
+)
+
+# fields ---------------------------------------------------------------------------------------------------------
 
 
 @inlined
-def store_half(y: Any, i: int, half: Any) -> None:
+def bit_field(word: I32Lanes, first: int, n: int) -> I32Lanes:
+    """The n bits of a word from bit `first` on, as a number."""
+    return (word >> ints(first)) & ints((1 << n) - 1)
+
+
+@inlined
+def nibbles(low: I32Lanes, high: I32Lanes) -> I32Lanes:
+    """A byte: the lower 4 bits of `low`, above them those of `high`. `store_bytes` drops what `high` has beyond."""
+    return (low & ints(15)) | (high << ints(4))
+
+
+@inlined
+def store_short(y: ByteTile, i: int, word: I32Lanes) -> None:
     """The low 16 bits of an i32 to bytes i and i + 1, little-endian."""
-    store_bytes(y, i, half)
-    store_bytes(y, i + 1, half >> ints(8))
+    store_bytes(y, i, word)
+    store_bytes(y, i + 1, word >> ints(8))
 
 
 @inlined
-def load_short(y: Any, i: int) -> Any:
-    """The 16 bits in bytes i and i + 1, as i32."""
+def load_short(y: ByteTile, i: int) -> I32Lanes:
+    """The 16 bits in bytes i and i + 1."""
     return load_bytes(y, i) | (load_bytes(y, i + 1) << ints(8))
 
 
 @inlined
-def load_word(y: Any, i: int) -> Any:
+def store_word(y: ByteTile, i: int, word: I32Lanes) -> None:
+    """32 bits to bytes i to i + 3, little-endian."""
+    for k in range(4):
+        store_bytes(y, i + k, word >> ints(8 * k))
+
+
+@inlined
+def load_word(y: ByteTile, i: int) -> I32Lanes:
     """The 32 bits in bytes i to i + 3."""
     return load_short(y, i) | (load_short(y, i + 2) << ints(16))
 
 
 @inlined
-def load_half(y: Any, i: int) -> Any:
-    """The FP16 in bytes i and i + 1, as f32."""
-    return from_half(load_short(y, i))
+def store_half(y: ByteTile, i: int, v: F32Lanes) -> None:
+    """A number, rounded to FP16, to bytes i and i + 1."""
+    store_short(y, i, to_half(v))
 
 
 @inlined
-def extreme(x: Any, first: int, n: int) -> Any:
-    """The first with the largest size of the n values from vector `first` of x on; 0 where none is larger than 0."""
+def load_half(y: ByteTile, i: int) -> F32Lanes:
+    """The number that bytes i and i + 1 hold in FP16."""
+    return from_half(load_short(y, i))
+
+
+# values ---------------------------------------------------------------------------------------------------------
+
+
+@inlined
+def signed_extreme(x: F32Tile, first: int, n: int) -> F32Lanes:
+    """The value of the largest size, with its sign, of n values; the first of several, 0 where none is larger than 0.
+
+    Every scale of a type with levels on both sides of 0 begins here: this value gets the lowest level, which is one
+    step further out than the highest.
+    """
     result = floats(0.0)
     for i in range(first, first + n):
         v = load(x, i)
@@ -45,14 +94,35 @@ def extreme(x: Any, first: int, n: int) -> Any:
 
 
 @inlined
-def inverse_or_zero(v: Any) -> Any:
+def lowest_and_highest(x: F32Tile, first: int, n: int) -> tuple[F32Lanes, F32Lanes]:
+    """The lowest and the highest of n values."""
+    low, high = load(x, first), load(x, first)
+    for i in range(first + 1, first + n):
+        v = load(x, i)
+        low = where(v < low, v, low)
+        high = where(v > high, v, high)
+    return low, high
+
+
+@inlined
+def highest_of(v: F32Tile, n: int) -> F32Lanes:
+    """The highest of the n values in v (ggml's MAX: of a NaN and a number, what comes later)."""
+    result = load(v, 0)
+    for i in range(1, n):
+        value = load(v, i)
+        result = where(result > value, result, value)
+    return result
+
+
+@inlined
+def inverse_or_zero(v: F32Lanes) -> F32Lanes:
     """1 / v, or 0 for 0."""
     return where(v == floats(0.0), floats(0.0), floats(1.0) / v)
 
 
 @inlined
-def sum_of_squares(x: Any, first: int, n: int) -> Any:
-    """Of the n values from vector `first` of x on, added in order."""
+def sum_of_squares(x: F32Tile, first: int, n: int) -> F32Lanes:
+    """The squares of n values, added in order."""
     total = floats(0.0)
     for i in range(first, first + n):
         v = load(x, i)
@@ -61,8 +131,19 @@ def sum_of_squares(x: Any, first: int, n: int) -> Any:
 
 
 @inlined
-def weigh(x: Any, importance: Any, w: Any, first: int, n: int, sigma2: Any) -> Any:
-    """w [n] = importance * sqrt(sigma2 + x^2) for the n values from vector `first` on; returns their sum."""
+def mean_square_of_block(x: F32Tile, factor: float) -> F32Lanes:
+    """ggml's sigma2: the squares of 256 values added in order, times the factor, divided by 256."""
+    return floats(factor) * sum_of_squares(x, 0, 256) / floats(256.0)
+
+
+@inlined
+def store_weights(
+    x: F32Tile, importance: NDArray[np.float32], w: F32Tile, first: int, n: int, sigma2: F32Lanes
+) -> F32Lanes:
+    """w [n] = importance * sqrt(sigma2 + x^2) for n values; gives the weights' sum.
+
+    sigma2 is ggml's mean square of the block or the row: the larger a value, the more its error counts.
+    """
     total = floats(0.0)
     for i in range(n):
         v = load(x, first + i)
@@ -73,11 +154,13 @@ def weigh(x: Any, importance: Any, w: Any, first: int, n: int, sigma2: Any) -> A
 
 
 @inlined
-def weigh_or_square(x: Any, importance: Any, w: Any, first: int, n: int, sigma2: Any) -> None:
-    """As weigh; without importance, w [n] = x^2."""
+def store_weights_or_squares(
+    x: F32Tile, importance: Importance, w: F32Tile, first: int, n: int, sigma2: F32Lanes
+) -> None:
+    """As store_weights; without importance, w [n] = x^2."""
     if importance is None:
         for i in range(n):
             v = load(x, first + i)
             store(w, i, v * v)
     else:
-        weigh(x, importance, w, first, n, sigma2)
+        store_weights(x, importance, w, first, n, sigma2)

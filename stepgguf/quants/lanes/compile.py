@@ -18,79 +18,83 @@ import pickle
 import platform
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
 import numba
 from numba.core.caching import NullCache
+from numba.core.codegen import CPUCodegen
 from numba.core.compiler import CompileResult
-from numba.core.extending import intrinsic
 from numba.core.serialize import dumps
+from numba.core.types import Type
 
 from stepgguf.files import folders
 
-_DIGEST = hashlib.sha256().digest_size
+P = ParamSpec("P")
+R = TypeVar("R")
+Signature = tuple[Type, ...]  # numba's types of a call's arguments
+
+_DIGEST_BYTES = hashlib.sha256().digest_size
 
 
-def kernel(function: Callable[..., Any], name: str | None = None) -> Any:
+def kernel(function: Callable[P, R], name: str | None = None) -> Callable[P, R]:
     """Decorator: compile `function` at its first call with each combination of argument types.
 
     name: what tells it from others in the cache; functions made by the same factory need one.
     """
     dispatcher: Any = numba.njit(nogil=True, error_model="numpy")(function)
-    dispatcher._cache = _Cache(name or f"{function.__module__}.{function.__qualname__}")
-    return dispatcher
+    dispatcher._cache = KernelCache(name or f"{function.__module__}.{function.__qualname__}")
+    return cast("Callable[P, R]", dispatcher)
 
 
-def inlined(function: Callable[..., Any]) -> Any:
+def inlined(function: Callable[P, R]) -> Callable[P, R]:
     """Decorator: a part of kernels, inlined by LLVM wherever it is called."""
-    return numba.njit(nogil=True, error_model="numpy", forceinline=True)(function)
+    return cast("Callable[P, R]", numba.njit(nogil=True, error_model="numpy", forceinline=True)(function))
 
 
-def primitive(build: Callable[..., Any]) -> Any:
-    """Decorator: an operation of kernels that is given as LLVM instructions (numba's @intrinsic)."""
-    return intrinsic(build)
-
-
-def is_cached(dispatcher: Any, arguments: tuple[Any, ...]) -> bool:
-    """Whether the kernel for arguments like these is in this process or on the disk already."""
+def is_cached(dispatcher: Any, arguments: tuple[object, ...]) -> bool:
+    """Whether the kernel (what `kernel` gave) for arguments like these is in this process or on the disk already."""
     signature = tuple(numba.typeof(argument) for argument in arguments)
     if signature in dispatcher.overloads:
         return True
-    file: Path = dispatcher._cache.file(signature, dispatcher.targetctx.codegen())
-    return file.exists()
+    cache: KernelCache = dispatcher._cache
+    return cache.path_of(signature, dispatcher.targetctx.codegen()).exists()
 
 
-class _Cache(NullCache):
-    """What a dispatcher asks before it compiles, and tells afterwards."""
+class KernelCache(NullCache):
+    """What a dispatcher asks before it compiles, and tells afterwards: numba calls load_ and save_overload."""
 
     def __init__(self, name: str) -> None:
         self._name = name
 
-    def file(self, signature: Any, codegen: Any) -> Path:
+    def path_of(self, signature: Signature, codegen: CPUCodegen) -> Path:
+        """The file of the kernel for these argument types; it may not be there."""
         key = (
             self._name,
             str(signature),
-            codegen.magic_tuple(),
+            codegen.magic_tuple(),  # the processor and its features
             numba.__version__,
             platform.python_version(),
-            _sources(),
+            _sources_digest(),
         )
         return folders.kernels() / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.nbc"
 
-    def load_overload(self, sig: Any, target_context: Any) -> Any:
+    def load_overload(self, sig: Signature, target_context: Any) -> Any:
+        """The compiled kernel from the disk, or None where it is missing or damaged."""
         target_context.refresh()
         try:
-            content = self.file(sig, target_context.codegen()).read_bytes()
+            content = self.path_of(sig, target_context.codegen()).read_bytes()
         except OSError:
             return None
-        digest, data = content[:_DIGEST], content[_DIGEST:]
+        digest, data = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+        # Unpickling damaged bytes could run anything; a kernel cut short could be machine code that is half there.
         if hashlib.sha256(data).digest() != digest:
             return None
         return CompileResult._rebuild(target_context, *pickle.loads(data))
 
-    def save_overload(self, sig: Any, data: Any) -> None:
-        path = self.file(sig, data.codegen)
-        part = path.with_suffix(f".{os.getpid()}")
+    def save_overload(self, sig: Signature, data: Any) -> None:
+        """Keep a kernel that was just compiled, if the disk can."""
+        path = self.path_of(sig, data.codegen)
+        part = path.with_suffix(f".{os.getpid()}")  # another process may be writing the same kernel
         content = dumps(data._reduce())
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +106,8 @@ class _Cache(NullCache):
 
 
 @functools.cache
-def _sources() -> str:
+def _sources_digest() -> str:
+    """One digest of all files of this folder: kernels inline each other, so a change anywhere may be in any of them."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())

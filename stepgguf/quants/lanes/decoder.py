@@ -5,72 +5,73 @@ blocks of LANES rows -read_bytes-> y [block bytes][LANES] -decode-> z [block][LA
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
+from numpy.typing import NDArray
 
 from stepgguf.quants.lanes.compile import inlined, kernel
-from stepgguf.quants.lanes.encoder import read_block
-from stepgguf.quants.lanes.tile import lane_starts, read_bytes, write_tile
-from stepgguf.quants.lanes.vector import LANES, floats, load, store
+from stepgguf.quants.lanes.encoder import open_rows, read_block
+from stepgguf.quants.lanes.operands import DecodeBlock, DecodeRows, F32Tile, Importance, MeasureRows, Scales, Stored
+from stepgguf.quants.lanes.tile import fill_row_starts, read_bytes, write_tile
+from stepgguf.quants.lanes.vector import LANES, byte_tile, f32_tile, floats, load, store
 
 
-def decoder(name: str, block: int, block_bytes: int, decode: Callable[..., None]) -> Any:
+def make_decoder(name: str, block: int, block_bytes: int, decode: DecodeBlock) -> DecodeRows:
     """A kernel (blocks, out): blocks [rows, row bytes] uint8, out [rows, columns] float32.
 
-    decode(y, z): y [block_bytes * LANES] uint8, z [block * LANES] float32.
+    decode(y, z): y [block_bytes] uint8, z [block] float32, of LANES rows.
     """
 
-    def run(blocks: Any, out: Any) -> None:
+    def decode_rows(blocks: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
         n_rows, columns = out.shape
         row_bytes = blocks.shape[1]
         flat, flat_out = blocks.reshape(-1), out.reshape(-1)
-        y, z = np.empty(block_bytes * LANES, np.uint8), np.empty(block * LANES, np.float32)
+        y, z = byte_tile(block_bytes), f32_tile(block)
         starts = np.empty(LANES, np.int64)
         for row in range(0, n_rows, LANES):
             for b in range(columns // block):
-                lane_starts(n_rows, row, row_bytes, b * block_bytes, starts)
+                fill_row_starts(n_rows, row, row_bytes, b * block_bytes, starts)
                 read_bytes(flat, starts, y, block_bytes)
                 decode(y, z)
-                lane_starts(n_rows, row, columns, b * block, starts)
+                fill_row_starts(n_rows, row, columns, b * block, starts)
                 write_tile(z, flat_out, starts, block)
 
-    return kernel(run, f"decode {name}")
+    return kernel(decode_rows, f"decode {name}")
 
 
-def measurer(name: str, block: int, block_bytes: int, decode: Callable[..., None]) -> Any:
+def make_measurer(name: str, block: int, block_bytes: int, decode: DecodeBlock) -> MeasureRows:
     """A kernel (values, scales, importance, blocks, sums): what the blocks lost of the values.
 
     Adds to sums [3] float64: importance * (value - decoded)^2, importance * value^2, (value - decoded)^2. Arguments
     as an encoder's (encoder.py); without importance it is 1.
     """
 
-    def run(values: Any, scales: Any, importance: Any, blocks: Any, sums: Any) -> None:
-        n_rows, columns = values.shape
-        row_bytes = blocks.shape[1]
-        flat, flat_blocks = values.reshape(-1), blocks.reshape(-1)
-        x, z = np.empty(block * LANES, np.float32), np.empty(block * LANES, np.float32)
-        y = np.empty(block_bytes * LANES, np.uint8)
-        starts, factors = np.empty(LANES, np.int64), np.empty(LANES, np.float32)
-        row_sums = np.empty(3 * LANES, np.float32)
-        for row in range(0, n_rows, LANES):
+    def measure_rows(
+        values: Stored, scales: Scales, importance: Importance, blocks: NDArray[np.uint8], sums: NDArray[np.float64]
+    ) -> None:
+        rows = open_rows(values)
+        row_bytes, flat_blocks = blocks.shape[1], blocks.reshape(-1)
+        x, y, z, row_sums = f32_tile(block), byte_tile(block_bytes), f32_tile(block), f32_tile(3)
+        for row in range(0, rows.n_rows, LANES):
             row_sums[:] = 0.0
-            for b in range(columns // block):
-                read_block(flat, scales, n_rows, columns, row, b * block, block, starts, factors, x)
-                lane_starts(n_rows, row, row_bytes, b * block_bytes, starts)
-                read_bytes(flat_blocks, starts, y, block_bytes)
+            for b in range(rows.columns // block):
+                read_block(rows, scales, row, b * block, block, x)
+                fill_row_starts(rows.n_rows, row, row_bytes, b * block_bytes, rows.starts)
+                read_bytes(flat_blocks, rows.starts, y, block_bytes)
                 decode(y, z)
-                _add(x, z, None if importance is None else importance[b * block : (b + 1) * block], block, row_sums)
-            for r in range(min(LANES, n_rows - row)):
+                _add_losses(
+                    x, z, None if importance is None else importance[b * block : (b + 1) * block], block, row_sums
+                )
+            # float32 along a row, float64 over rows; lanes beyond the last row repeat it and do not count.
+            for r in range(min(LANES, rows.n_rows - row)):
                 for i in range(3):
                     sums[i] += row_sums[i * LANES + r]
 
-    return kernel(run, f"measure {name}")
+    return kernel(measure_rows, f"measure {name}")
 
 
 @inlined
-def _add(x: Any, z: Any, importance: Any, n: int, sums: Any) -> None:
+def _add_losses(x: F32Tile, z: F32Tile, importance: Importance, n: int, sums: F32Tile) -> None:
+    """Add what n decoded values z lost of the values x to sums [3], in the order that make_measurer says."""
     weighted, energy, squared = load(sums, 0), load(sums, 1), load(sums, 2)
     for i in range(n):
         v = load(x, i)

@@ -9,26 +9,30 @@ then rounds anew for the scale as chosen (quantize_row_iq4_nl_impl in ggml-quant
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from gguf.quants import IQ4_NL
 
 from stepgguf.quants.lanes.blocks import (
-    extreme,
+    bit_field,
     inverse_or_zero,
     load_half,
     load_short,
+    nibbles,
+    signed_extreme,
     store_half,
+    store_short,
+    store_weights_or_squares,
+    store_word,
     sum_of_squares,
-    weigh_or_square,
 )
 from stepgguf.quants.lanes.compile import inlined
-from stepgguf.quants.lanes.lanetype import lane_type
-from stepgguf.quants.lanes.rounding import clamp, nearest_int, to_half
+from stepgguf.quants.lanes.lane_kernels import define_type
+from stepgguf.quants.lanes.operands import ByteTile, F32Lanes, F32Tile, I32Lanes, Importance
+from stepgguf.quants.lanes.rounding import clamp, nearest_int
+from stepgguf.quants.lanes.search import GROUP_MAX_EPS, improve_scale
 from stepgguf.quants.lanes.vector import (
-    LANES,
     absolute,
+    f32_tile,
     floats,
     gather,
     ints,
@@ -40,7 +44,6 @@ from stepgguf.quants.lanes.vector import (
     where,
 )
 
-_EPS = 1e-15  # GROUP_MAX_EPS
 _GUESSES = 7  # to each side: the largest value becomes level VALUES[0] +- this
 _VALUES = np.array(IQ4_NL.kvalues, np.float32)
 # best_index_int8 compares the distances to both neighbours: exact differences there, so that is the middle.
@@ -48,8 +51,8 @@ _MIDDLES = (_VALUES[:-1] + _VALUES[1:]) / np.float32(2)
 
 
 @inlined
-def _level(v: Any) -> Any:
-    """The level whose value is nearest to v, in an i32; of two as near, the higher. NaN gets the last."""
+def _nearest_level(v: F32Lanes) -> I32Lanes:
+    """The level whose value is nearest to v; of two as near, the higher. NaN gets the last."""
     level = ints(15)
     for i in range(14, -1, -1):
         level = where(v < floats(_MIDDLES[i]), ints(i), level)
@@ -57,8 +60,8 @@ def _level(v: Any) -> Any:
 
 
 @inlined
-def _value(v: Any) -> Any:
-    """The value of _level(v)."""
+def _nearest_value(v: F32Lanes) -> F32Lanes:
+    """The value of _nearest_level(v)."""
     value = floats(_VALUES[15])
     for i in range(14, -1, -1):
         value = where(v < floats(_MIDDLES[i]), floats(_VALUES[i]), value)
@@ -66,12 +69,12 @@ def _value(v: Any) -> Any:
 
 
 @inlined
-def _fit(x: Any, w: Any, first: int, inverse: Any) -> Any:
+def _sum_products(x: F32Tile, w: F32Tile, first: int, inverse: F32Lanes) -> tuple[F32Lanes, F32Lanes]:
     """Sums of weight * value * x and weight * value^2 for the 32 values from vector `first` of x on."""
     sum_vx, sum_v2 = floats(0.0), floats(0.0)
     for i in range(32):
         v = load(x, first + i)
-        value = _value(inverse * v)
+        value = _nearest_value(inverse * v)
         weighted = load(w, i) * value
         sum_vx = sum_vx + weighted * v
         sum_v2 = sum_v2 + weighted * value
@@ -79,89 +82,96 @@ def _fit(x: Any, w: Any, first: int, inverse: Any) -> Any:
 
 
 @inlined
-def _search(x: Any, w: Any, first: int) -> Any:
+def _search_scale(x: F32Tile, w: F32Tile, first: int) -> F32Lanes:
     """The scale of the 32 values from vector `first` of x on. w [32]: weights."""
     zero = floats(0.0)
-    top = extreme(x, first, 32)
-    sum_vx, sum_v2 = _fit(x, w, first, floats(1.0) / (top / floats(-_VALUES[0])))
+    extreme = signed_extreme(x, first, 32)
+    # ggml's first guess is an inverse of a quotient, the others are quotients: they round differently.
+    sum_vx, sum_v2 = _sum_products(x, w, first, floats(1.0) / (extreme / floats(-_VALUES[0])))
     scale = where(sum_v2 > zero, sum_vx / sum_v2, zero)
     best = scale * sum_vx
     for guess in range(-_GUESSES, _GUESSES + 1):
-        sum_vx, sum_v2 = _fit(x, w, first, floats(guess + _VALUES[0]) / top)
-        is_better = (sum_v2 > zero) & (sum_vx * sum_vx > best * sum_v2)
-        scale = where(is_better, sum_vx / sum_v2, scale)
-        best = where(is_better, scale * sum_vx, best)
-    return where(absolute(top) < floats(_EPS), zero, scale)
+        sum_vx, sum_v2 = _sum_products(x, w, first, floats(guess + _VALUES[0]) / extreme)
+        _, scale, best = improve_scale(sum_vx, sum_v2, scale, best)
+    return where(absolute(extreme) < floats(GROUP_MAX_EPS), zero, scale)
 
 
 @inlined
-def _store_levels(x: Any, y: Any, first: int, place: int, inverse: Any) -> None:
+def _store_levels(x: F32Tile, y: ByteTile, first: int, place: int, inverse: F32Lanes) -> None:
     """16 bytes from y[place] on: levels i and i + 16 of the 32 values from vector `first` of x on."""
     for i in range(16):
-        low, high = _level(inverse * load(x, first + i)), _level(inverse * load(x, first + 16 + i))
-        store_bytes(y, place + i, low | (high << ints(4)))
+        low, high = _nearest_level(inverse * load(x, first + i)), _nearest_level(inverse * load(x, first + 16 + i))
+        store_bytes(y, place + i, nibbles(low, high))
 
 
 @inlined
-def _load_levels(y: Any, place: int, scale: Any, z: Any, first: int) -> None:
+def _load_levels(y: ByteTile, place: int, scale: F32Lanes, z: F32Tile, first: int) -> None:
     """What _store_levels put into y, times the scale, to z from vector `first` on."""
     for i in range(16):
         levels = load_bytes(y, place + i)
-        store(z, first + i, scale * gather(_VALUES, levels & ints(15)))
+        store(z, first + i, scale * gather(_VALUES, bit_field(levels, 0, 4)))
         store(z, first + 16 + i, scale * gather(_VALUES, levels >> ints(4)))
 
 
+# IQ4_NL ---------------------------------------------------------------------------------------------------------
+
+
 @inlined
-def _encode_iq4_nl(x: Any, importance: Any, y: Any) -> None:
-    w = np.empty(32 * LANES, np.float32)
+def _encode_iq4_nl(x: F32Tile, importance: Importance, y: ByteTile) -> None:
+    w = f32_tile(32)
     sigma2 = sum_of_squares(x, 0, 32) * floats(2.0 / 32)
-    weigh_or_square(x, importance, w, 0, 32, sigma2)
-    scale = _search(x, w, 0)
-    store_half(y, 0, to_half(scale))
+    store_weights_or_squares(x, importance, w, 0, 32, sigma2)
+    scale = _search_scale(x, w, 0)
+    store_half(y, 0, scale)
     _store_levels(x, y, 0, 2, inverse_or_zero(scale))
 
 
 @inlined
-def _encode_iq4_xs(x: Any, importance: Any, y: Any) -> None:
-    w, scales = np.empty(32 * LANES, np.float32), np.empty(8 * LANES, np.float32)
+def _decode_iq4_nl(y: ByteTile, z: F32Tile) -> None:
+    _load_levels(y, 2, load_half(y, 0), z, 0)
+
+
+# IQ4_XS ---------------------------------------------------------------------------------------------------------
+#
+# block_iq4_xs   0  d f16
+#                2  scales_h u16   upper 2 bits of 8 scales, the first lowest
+#                4  scales_l 4     lower 4 bits, two to a byte
+#                8  qs 128         16 bytes for each 32 values, as IQ4_NL
+
+
+@inlined
+def _encode_iq4_xs(x: F32Tile, importance: Importance, y: ByteTile) -> None:
+    w, scales = f32_tile(32), f32_tile(8)
     sigma2 = sum_of_squares(x, 0, 256) * floats(2.0 / 256)
-    largest = floats(0.0)
     for j in range(8):
-        weigh_or_square(x, importance, w, 32 * j, 32, sigma2)
-        scale = _search(x, w, 32 * j)
-        store(scales, j, scale)
-        largest = where(absolute(scale) > absolute(largest), scale, largest)
-    d = largest / floats(-32.0)  # -0 in a block of zeros, as in ggml
-    store_half(y, 0, to_half(d))
+        store_weights_or_squares(x, importance, w, 32 * j, 32, sigma2)
+        store(scales, j, _search_scale(x, w, 32 * j))
+    d = signed_extreme(scales, 0, 8) / floats(-32.0)  # -0 in a block of zeros, as in ggml
+    store_half(y, 0, d)
     inverse = inverse_or_zero(d)
     upper, lower = ints(0), ints(0)
     for j in range(8):
         level = clamp(nearest_int(inverse * load(scales, j)), ints(-32), ints(31))
+        # The values are rounded for d in float32, not as FP16 will have it.
         _store_levels(x, y, 32 * j, 8 + 16 * j, inverse_or_zero(d * to_float(level)))
         level = level + ints(32)
-        upper = upper | ((level >> ints(4)) << ints(2 * j))
-        lower = lower | ((level & ints(15)) << ints(4 * j))
-    store_half(y, 2, upper)
-    for i in range(4):
-        store_bytes(y, 4 + i, lower >> ints(8 * i))
+        upper = upper | (bit_field(level, 4, 2) << ints(2 * j))
+        lower = lower | (bit_field(level, 0, 4) << ints(4 * j))
+    store_short(y, 2, upper)
+    store_word(y, 4, lower)
 
 
 @inlined
-def _decode_iq4_nl(y: Any, z: Any) -> None:
-    _load_levels(y, 2, load_half(y, 0), z, 0)
-
-
-@inlined
-def _decode_iq4_xs(y: Any, z: Any) -> None:
+def _decode_iq4_xs(y: ByteTile, z: F32Tile) -> None:
     d, upper = load_half(y, 0), load_short(y, 2)
     for j in range(8):
-        low = (load_bytes(y, 4 + j // 2) >> ints(4 * (j % 2))) & ints(15)
-        high = (upper >> ints(2 * j)) & ints(3)
+        low = bit_field(load_bytes(y, 4 + j // 2), 4 * (j % 2), 4)
+        high = bit_field(upper, 2 * j, 2)
         scale = d * to_float((low | (high << ints(4))) - ints(32))
         _load_levels(y, 8 + 16 * j, scale, z, 32 * j)
 
 
 TYPES = {
-    "IQ4_NL": lane_type("IQ4_NL", 32, 18, _encode_iq4_nl, _decode_iq4_nl),
-    "IQ4_XS": lane_type("IQ4_XS", 256, 136, _encode_iq4_xs, _decode_iq4_xs),
+    "IQ4_NL": define_type("IQ4_NL", _encode_iq4_nl, _decode_iq4_nl),
+    "IQ4_XS": define_type("IQ4_XS", _encode_iq4_xs, _decode_iq4_xs),
 }

@@ -6,37 +6,38 @@ wrong sign (quantize_row_iq2_xxs_impl in ggml-quants.c).
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stepgguf.quants.lanes.blocks import sum_of_squares
+from stepgguf.quants.lanes.blocks import bit_field, highest_of
 from stepgguf.quants.lanes.compile import inlined
-from stepgguf.quants.lanes.lattice import Grid, constant
+from stepgguf.quants.lanes.grid import Grid, embedded_array
+from stepgguf.quants.lanes.operands import F32Lanes, F32Tile, I32Lanes, I32Tile, Mask
 from stepgguf.quants.lanes.rounding import clamp, nearest_int
-from stepgguf.quants.lanes.vector import bits, floats, gather, ints, load, store, to_float, where
+from stepgguf.quants.lanes.vector import bits_of, float_of_bits, floats, gather, ints, load, store, to_float, where
+
+_SIGN_BIT = -(2**31)
 
 
-def numerators(middle: float, step: float, n: int) -> NDArray[np.float32]:
-    """middle + step * i for i from -n to n, in float32 as C adds them."""
-    grid: NDArray[np.float32] = np.float32(middle) + np.float32(step) * np.arange(-n, n + 1, dtype=np.float32)
-    return grid
+def numerators_around(middle: float, step: float, n: int) -> NDArray[np.float32]:
+    """middle + step * i for i from -n to n, in float32 as C adds them: trial inverse scales times the largest value."""
+    numerators: NDArray[np.float32] = np.float32(middle) + np.float32(step) * np.arange(-n, n + 1, dtype=np.float32)
+    return numerators
 
 
-@inlined
-def mean_square(x: Any, factor: float) -> Any:
-    """ggml's sigma2: factor times the sum of the block's squares, divided by 256."""
-    return floats(factor) * sum_of_squares(x, 0, 256) / floats(256.0)
-
-
-@inlined
-def _negated(v: Any) -> Any:
-    return bits(bits(v) ^ ints(-(2**31)))
+# signs ----------------------------------------------------------------------------------------------------------
 
 
 @inlined
-def _parity(signs: Any) -> Any:
+def _negated(v: F32Lanes) -> F32Lanes:
+    """-v, of zeros too: 0 - v would lose the sign of -0."""
+    return float_of_bits(bits_of(v) ^ ints(_SIGN_BIT))
+
+
+@inlined
+def _parity(signs: I32Lanes) -> I32Lanes:
     """1 if an odd number of the 8 bits is set, else 0."""
     for shift in (4, 2, 1):
         signs = signs ^ (signs >> ints(shift))
@@ -44,26 +45,20 @@ def _parity(signs: Any) -> Any:
 
 
 @inlined
-def split_signs(x: Any, w: Any, v: Any, first: int, k: int, is_even: bool) -> Any:
-    """Signs of group k of the values from vector `first` of x on; their sizes go to v.
+def split_signs(x: F32Tile, w: F32Tile, v: F32Tile, first: int, k: int, is_even: bool) -> I32Lanes:
+    """The signs of group k of the values from vector `first` of x on, 1 for a minus; their sizes go to v.
 
-    is_even: the number of signs is made even by a wrong one, where it costs least; then 7 of them are returned.
+    is_even: the number of signs is made even by a wrong one, where it costs least; then 7 of them are returned. That
+    value's "size" becomes negative, so the search goes on with what the block can hold.
     """
-    zero, signs = floats(0.0), ints(0)
+    signs = ints(0)
     for i in range(8):
         value = load(x, first + 8 * k + i)
-        is_negative = value < zero
+        is_negative = value < floats(0.0)
         store(v, 8 * k + i, where(is_negative, _negated(value), value))
         signs = signs | where(is_negative, ints(1 << i), ints(0))
     if is_even:
-        value = load(x, first + 8 * k)
-        least, cheapest = load(w, 8 * k) * value * value, ints(0)
-        for i in range(1, 8):
-            value = load(x, first + 8 * k + i)
-            cost = load(w, 8 * k + i) * value * value
-            is_less = cost < least
-            least = where(is_less, cost, least)
-            cheapest = where(is_less, ints(i), cheapest)
+        cheapest = _cheapest_sign(x, w, first, k)
         is_odd = _parity(signs) != ints(0)
         for i in range(8):
             value = load(v, 8 * k + i)
@@ -73,31 +68,50 @@ def split_signs(x: Any, w: Any, v: Any, first: int, k: int, is_even: bool) -> An
 
 
 @inlined
-def largest(v: Any, n: int) -> Any:
-    """Of the n values in v."""
-    result = load(v, 0)
-    for i in range(1, n):
-        value = load(v, i)
-        result = where(result > value, result, value)
-    return result
+def _cheapest_sign(x: F32Tile, w: F32Tile, first: int, k: int) -> I32Lanes:
+    """Which of the 8 values of group k has the least weight * value^2; the first of several."""
+    value = load(x, first + 8 * k)
+    least, cheapest = load(w, 8 * k) * value * value, ints(0)
+    for i in range(1, 8):
+        value = load(x, first + 8 * k + i)
+        cost = load(w, 8 * k + i) * value * value
+        is_less = cost < least
+        least = where(is_less, cost, least)
+        cheapest = where(is_less, ints(i), cheapest)
+    return cheapest
 
 
 @inlined
-def finish(scale: Any, is_zero: Any, signs: Any, numbers: Any, first: int, n: int, mask: int) -> Any:
-    """Groups of zeros get no signs and point 0, a negative scale turns the signs. Returns the scale >= 0."""
+def complete_signs(seven: I32Lanes) -> I32Lanes:
+    """8 signs: the lowest 7 bits, and the eighth, which makes their number even (ggml's ksigns_iq2xs)."""
+    signs = bit_field(seven, 0, 7)
+    return signs | (_parity(signs) << ints(7))
+
+
+# scales ---------------------------------------------------------------------------------------------------------
+
+
+@inlined
+def make_scale_positive(
+    scale: F32Lanes, is_zero: Mask, signs: I32Tile, codes: I32Tile, first: int, n: int, sign_bits: int
+) -> F32Lanes:
+    """The scale >= 0 of the n groups from `first` on: a negative one turns their signs, all of sign_bits.
+
+    is_zero: where the groups are zeros; there the scale is 0, and they get no signs and the point with code 0.
+    """
     is_negative = scale < floats(0.0)
     for k in range(first, first + n):
         group = load(signs, k)
-        group = where(is_negative, group ^ ints(mask), group)
+        group = where(is_negative, group ^ ints(sign_bits), group)
         store(signs, k, where(is_zero, ints(0), group))
-        store(numbers, k, where(is_zero, ints(0), load(numbers, k)))
+        store(codes, k, where(is_zero, ints(0), load(codes, k)))
     return where(is_zero, floats(0.0), where(is_negative, _negated(scale), scale))
 
 
 @inlined
-def scale_levels(scales: Any, levels: Any, n: int) -> Any:
-    """4 bits for each of n scales, to levels; returns d, 0 where all scales are."""
-    top = largest(scales, n)
+def quantize_scales(scales: F32Tile, levels: I32Tile, n: int) -> F32Lanes:
+    """d, 0 where all n scales are; their levels of 4 bits, which stand for d * (2 * level + 1), go to `levels`."""
+    top = highest_of(scales, n)
     d = top / floats(31.0)
     inverse = floats(1.0) / d
     for j in range(n):
@@ -107,28 +121,29 @@ def scale_levels(scales: Any, levels: Any, n: int) -> Any:
     return d
 
 
-@inlined
-def eight_signs(seven: Any) -> Any:
-    """The lowest 7 bits with the eighth, which makes their number even."""
-    signs = seven & ints(127)
-    return signs | (_parity(signs) << ints(7))
+# points ---------------------------------------------------------------------------------------------------------
+
+# place_point(z, first, scale, code, signs), as make_place_point says.
+PlacePoint = Callable[[F32Tile, int, F32Lanes, I32Lanes, I32Lanes], None]
 
 
-def placing(grid: Grid) -> Any:
-    """place(z, first, scale, number, signs): a point's values times the scale, to z from vector `first` on.
+def make_place_point(grid: Grid) -> PlacePoint:
+    """A part of kernels that decodes a group: place_point(z, first, scale, code, signs).
 
-    signs: a bit for each value, the first in the lowest; 1 is a minus.
+    The values of the point with that code, times the scale, go to z from vector `first` on. signs: a bit for each
+    value, the first in the lowest; 1 is a minus.
     """
-    n_words = grid.size // 4
-    words = constant(lambda: grid.values().reshape(-1).view(np.int32))
+    n_words = grid.size // 4  # four values, a byte each, are gathered at once
+    words = embedded_array(lambda: grid.values().reshape(-1).view(np.int32))
 
     @inlined
-    def place(z: Any, first: int, scale: Any, number: Any, signs: Any) -> None:
+    def place_point(z: F32Tile, first: int, scale: F32Lanes, code: I32Lanes, signs: I32Lanes) -> None:
         table = words()
         for k in range(n_words):
-            word = gather(table, number * ints(n_words) + ints(k))
+            word = gather(table, code * ints(n_words) + ints(k))
             for i in range(4):
-                size = scale * to_float((word >> ints(8 * i)) & ints(255))
-                store(z, first + 4 * k + i, bits(bits(size) ^ ((signs >> ints(4 * k + i)) << ints(31))))
+                size = scale * to_float(bit_field(word, 8 * i, 8))
+                # Bit 4 k + i moves to bit 31; what was above it is pushed out.
+                store(z, first + 4 * k + i, float_of_bits(bits_of(size) ^ ((signs >> ints(4 * k + i)) << ints(31))))
 
-    return place
+    return place_point

@@ -13,19 +13,28 @@ MXFP4 never look at importance.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from stepgguf.quants.lanes.blocks import extreme, inverse_or_zero, load_half, store_half, weigh
+from stepgguf.quants.lanes.blocks import (
+    bit_field,
+    inverse_or_zero,
+    load_half,
+    lowest_and_highest,
+    nibbles,
+    signed_extreme,
+    store_half,
+    store_weights,
+)
 from stepgguf.quants.lanes.compile import inlined
-from stepgguf.quants.lanes.lanetype import lane_type
-from stepgguf.quants.lanes.rounding import to_half
-from stepgguf.quants.lanes.search import around_zero, from_lowest, search_scale, search_scale_and_minimum
+from stepgguf.quants.lanes.lane_kernels import define_type, define_type_of_row
+from stepgguf.quants.lanes.operands import ByteTile, F32Lanes, F32Tile, I32Lanes, Importance
+from stepgguf.quants.lanes.search import MinimumSearch, ScaleSearch, make_minimum_search, make_scale_search
 from stepgguf.quants.lanes.vector import (
-    LANES,
     absolute,
-    bits,
+    bits_of,
+    byte_tile,
+    f32_tile,
+    float_of_bits,
     floats,
     ints,
     load,
@@ -39,134 +48,136 @@ from stepgguf.quants.lanes.vector import (
 
 
 @inlined
-def _store_levels(levels: Any, y: Any, place: int) -> None:
+def _store_levels(levels: ByteTile, y: ByteTile, place: int) -> None:
     """The lower 4 bits of 32 levels, in 16 bytes from y[place] on."""
     for i in range(16):
-        low, high = load_bytes(levels, i), load_bytes(levels, 16 + i)
-        store_bytes(y, place + i, (low & ints(15)) | ((high & ints(15)) << ints(4)))
+        store_bytes(y, place + i, nibbles(load_bytes(levels, i), load_bytes(levels, 16 + i)))
 
 
 @inlined
-def _store_upper_bits(levels: Any, y: Any, place: int) -> None:
-    """Bit 4 of 32 levels, in 4 bytes from y[place] on."""
+def _store_upper_bits(levels: ByteTile, y: ByteTile, place: int) -> None:
+    """Bit 4 of 32 levels, in 4 bytes from y[place] on: ggml's uint32_t qh, little-endian."""
     for j in range(4):
         upper = ints(0)
         for i in range(8):
-            upper = upper | (((load_bytes(levels, 8 * j + i) >> ints(4)) & ints(1)) << ints(i))
+            upper = upper | (bit_field(load_bytes(levels, 8 * j + i), 4, 1) << ints(i))
         store_bytes(y, place + j, upper)
 
 
 @inlined
-def _level(y: Any, place: int, i: int) -> Any:
+def _load_level(y: ByteTile, place: int, i: int) -> I32Lanes:
     """The lower 4 bits of level i, of those in 16 bytes from y[place] on."""
-    return (load_bytes(y, place + i % 16) >> ints(4 * (i // 16))) & ints(15)
+    return bit_field(load_bytes(y, place + i % 16), 4 * (i // 16), 4)
 
 
 @inlined
-def _upper_bit(y: Any, place: int, i: int) -> Any:
+def _load_upper_bit(y: ByteTile, place: int, i: int) -> I32Lanes:
     """The upper bit of level i, where it counts 16."""
-    return ((load_bytes(y, place + i // 8) >> ints(i % 8)) & ints(1)) << ints(4)
+    return bit_field(load_bytes(y, place + i // 8), i % 8, 1) << ints(4)
+
+
+@inlined
+def _store_truncated(v: F32Lanes, highest: int, levels: ByteTile, i: int) -> None:
+    """Level i: MIN(highest, (uint8_t) v), as C truncates."""
+    level = to_int(v) & ints(0xFF)
+    store_bytes(levels, i, where(level > ints(highest), ints(highest), level))
 
 
 # Q4_0 and Q5_0 --------------------------------------------------------------------------------------------------
 
 
 @inlined
-def _scale(x: Any, importance: Any, levels: Any, mean_square: Any, grid: Any, half: int) -> Any:
-    """d as FP16, and the levels."""
+def _quantize_around_zero(
+    x: F32Tile, importance: Importance, levels: ByteTile, mean_square: F32Lanes, half: int, search: ScaleSearch
+) -> F32Lanes:
+    """d; the levels, from 0 to 2 * half - 1, go to `levels`."""
     if importance is not None:
-        w = np.empty(32 * LANES, np.float32)
-        weigh(x, importance, w, 0, 32, mean_square)
-        return to_half(search_scale(x, w, levels, 0, 32, half, grid))
-    d = extreme(x, 0, 32) / floats(-half)
+        w = f32_tile(32)
+        store_weights(x, importance, w, 0, 32, mean_square)
+        return search(x, w, levels, 0, 32)
+    # The extreme value gets level 0, which is the furthest from `half`: d has the other sign.
+    d = signed_extreme(x, 0, 32) / floats(-half)
     inverse = inverse_or_zero(d)
-    top = ints(2 * half - 1)
     for i in range(32):
-        level = to_int(load(x, i) * inverse + floats(half + 0.5)) & ints(0xFF)
-        store_bytes(levels, i, where(level > top, top, level))
-    return to_half(d)
+        _store_truncated(load(x, i) * inverse + floats(half + 0.5), 2 * half - 1, levels, i)
+    return d
 
 
-_GRID_8, _GRID_16 = around_zero(8), around_zero(16)
+_search_8, _search_16 = make_scale_search(8), make_scale_search(16)
 
 
 @inlined
-def _encode_q4_0(x: Any, importance: Any, y: Any, mean_square: Any) -> None:
-    levels = np.empty(32 * LANES, np.uint8)
-    store_half(y, 0, _scale(x, importance, levels, mean_square, _GRID_8, 8))
+def _encode_q4_0(x: F32Tile, importance: Importance, y: ByteTile, mean_square: F32Lanes) -> None:
+    levels = byte_tile(32)
+    store_half(y, 0, _quantize_around_zero(x, importance, levels, mean_square, 8, _search_8))
     _store_levels(levels, y, 2)
 
 
 @inlined
-def _decode_q4_0(y: Any, z: Any) -> None:
+def _decode_q4_0(y: ByteTile, z: F32Tile) -> None:
     d = load_half(y, 0)
     for i in range(32):
-        store(z, i, to_float(_level(y, 2, i) - ints(8)) * d)
+        store(z, i, to_float(_load_level(y, 2, i) - ints(8)) * d)
 
 
 @inlined
-def _encode_q5_0(x: Any, importance: Any, y: Any, mean_square: Any) -> None:
-    levels = np.empty(32 * LANES, np.uint8)
-    store_half(y, 0, _scale(x, importance, levels, mean_square, _GRID_16, 16))
+def _encode_q5_0(x: F32Tile, importance: Importance, y: ByteTile, mean_square: F32Lanes) -> None:
+    levels = byte_tile(32)
+    store_half(y, 0, _quantize_around_zero(x, importance, levels, mean_square, 16, _search_16))
     _store_upper_bits(levels, y, 2)
     _store_levels(levels, y, 6)
 
 
 @inlined
-def _decode_q5_0(y: Any, z: Any) -> None:
+def _decode_q5_0(y: ByteTile, z: F32Tile) -> None:
     d = load_half(y, 0)
     for i in range(32):
-        store(z, i, to_float((_level(y, 6, i) | _upper_bit(y, 2, i)) - ints(16)) * d)
+        store(z, i, to_float((_load_level(y, 6, i) | _load_upper_bit(y, 2, i)) - ints(16)) * d)
 
 
 # Q4_1 and Q5_1 --------------------------------------------------------------------------------------------------
 
 
 @inlined
-def _scale_and_minimum(x: Any, importance: Any, levels: Any, mean_square: Any, grid: Any, highest: int) -> Any:
-    """d and m as FP16, and the levels."""
+def _quantize_from_lowest(
+    x: F32Tile, importance: Importance, levels: ByteTile, mean_square: F32Lanes, highest: int, search: MinimumSearch
+) -> tuple[F32Lanes, F32Lanes]:
+    """(d, m); the levels, from 0 to `highest`, go to `levels`."""
     if importance is not None:
-        w, aux = np.empty(32 * LANES, np.float32), np.empty(32 * LANES, np.float32)
-        weigh(x, importance, w, 0, 32, mean_square)
-        d, low = search_scale_and_minimum(x, w, levels, aux, 0, 32, highest, grid, False)
-        return to_half(d), to_half(low)
-    low, high = load(x, 0), load(x, 0)
-    for i in range(1, 32):
-        v = load(x, i)
-        low = where(v < low, v, low)
-        high = where(v > high, v, high)
+        w = f32_tile(32)
+        store_weights(x, importance, w, 0, 32, mean_square)
+        return search(x, w, levels, 0, 32)
+    low, high = lowest_and_highest(x, 0, 32)
     d = (high - low) / floats(highest)
     inverse = inverse_or_zero(d)
-    top = ints(highest)
     for i in range(32):
-        level = to_int((load(x, i) - low) * inverse + floats(0.5)) & ints(0xFF)
-        store_bytes(levels, i, where(level > top, top, level))
-    return to_half(d), to_half(low)
+        _store_truncated((load(x, i) - low) * inverse + floats(0.5), highest, levels, i)
+    return d, low
 
 
-_GRID_15, _GRID_31 = from_lowest(-0.9, 0.05, 37, 15), from_lowest(-0.9, 0.05, 37, 31)
+_search_15, _search_31 = make_minimum_search(15, -0.9, 0.05, 37), make_minimum_search(31, -0.9, 0.05, 37)
 
 
 @inlined
-def _encode_q4_1(x: Any, importance: Any, y: Any, mean_square: Any) -> None:
-    levels = np.empty(32 * LANES, np.uint8)
-    d, low = _scale_and_minimum(x, importance, levels, mean_square, _GRID_15, 15)
+def _encode_q4_1(x: F32Tile, importance: Importance, y: ByteTile, mean_square: F32Lanes) -> None:
+    levels = byte_tile(32)
+    d, low = _quantize_from_lowest(x, importance, levels, mean_square, 15, _search_15)
     store_half(y, 0, d)
     store_half(y, 2, low)
     _store_levels(levels, y, 4)
 
 
 @inlined
-def _decode_q4_1(y: Any, z: Any) -> None:
+def _decode_q4_1(y: ByteTile, z: F32Tile) -> None:
     d, low = load_half(y, 0), load_half(y, 2)
     for i in range(32):
-        store(z, i, to_float(_level(y, 4, i)) * d + low)
+        store(z, i, to_float(_load_level(y, 4, i)) * d + low)
 
 
 @inlined
-def _encode_q5_1(x: Any, importance: Any, y: Any, mean_square: Any) -> None:
-    levels = np.empty(32 * LANES, np.uint8)
-    d, low = _scale_and_minimum(x, importance, levels, mean_square, _GRID_31, 31)
+def _encode_q5_1(x: F32Tile, importance: Importance, y: ByteTile, mean_square: F32Lanes) -> None:
+    levels = byte_tile(32)
+    d, low = _quantize_from_lowest(x, importance, levels, mean_square, 31, _search_31)
     store_half(y, 0, d)
     store_half(y, 2, low)
     _store_upper_bits(levels, y, 4)
@@ -174,47 +185,41 @@ def _encode_q5_1(x: Any, importance: Any, y: Any, mean_square: Any) -> None:
 
 
 @inlined
-def _decode_q5_1(y: Any, z: Any) -> None:
+def _decode_q5_1(y: ByteTile, z: F32Tile) -> None:
     d, low = load_half(y, 0), load_half(y, 2)
     for i in range(32):
-        store(z, i, to_float(_level(y, 8, i) | _upper_bit(y, 4, i)) * d + low)
+        store(z, i, to_float(_load_level(y, 8, i) | _load_upper_bit(y, 4, i)) * d + low)
 
 
 # Q8_0 -----------------------------------------------------------------------------------------------------------
 
 _BELOW_HALF = np.nextafter(np.float32(0.5), np.float32(0))  # so that what is just below a half does not round up
+_SIGN_BIT = -(2**31)
 
 
 @inlined
-def _largest(x: Any) -> Any:
-    """The largest |value| of 32."""
-    size = floats(0.0)
-    for i in range(32):
-        v = absolute(load(x, i))
-        size = where(v > size, v, size)
-    return size
-
-
-@inlined
-def _encode_q8_0(x: Any, importance: Any, y: Any) -> None:
-    d = _largest(x) / floats(127.0)
+def _encode_q8_0(x: F32Tile, importance: Importance, y: ByteTile) -> None:
+    d = absolute(signed_extreme(x, 0, 32)) / floats(127.0)
     inverse = inverse_or_zero(d)
-    store_half(y, 0, to_half(d))
+    store_half(y, 0, d)
     for i in range(32):
         v = load(x, i) * inverse
-        # roundf: halves away from zero
-        half = bits((bits(v) & ints(-(2**31))) | bits(floats(_BELOW_HALF)))
+        # roundf: halves away from zero. Half of v's sign is added and to_int cuts off what is behind the point.
+        half = float_of_bits((bits_of(v) & ints(_SIGN_BIT)) | bits_of(floats(_BELOW_HALF)))
         store_bytes(y, 2 + i, to_int(v + half))
 
 
 @inlined
-def _decode_q8_0(y: Any, z: Any) -> None:
+def _decode_q8_0(y: ByteTile, z: F32Tile) -> None:
     d = load_half(y, 0)
     for i in range(32):
-        store(z, i, to_float((load_bytes(y, 2 + i) ^ ints(0x80)) - ints(0x80)) * d)
+        level = (load_bytes(y, 2 + i) ^ ints(0x80)) - ints(0x80)  # int8: its sign bit counts -128
+        store(z, i, to_float(level) * d)
 
 
 # MXFP4 ----------------------------------------------------------------------------------------------------------
+#
+# Levels are FP4 E2M1 codes and e is a power of two (E8M0). ggml's kvalues_mxfp4 are doubled, hence the 128 of e - 128.
 
 _VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12], np.float32)  # of levels 0-7; 8-15 are their negatives
 _MIDDLES = (_VALUES[:-1] + _VALUES[1:]) / np.float32(2)
@@ -222,14 +227,14 @@ _LOG2_E = 1.442695
 
 
 @inlined
-def _exponent(size: Any) -> Any:
+def _exponent(size: F32Lanes) -> I32Lanes:
     """ggml's e: floor(log2f(size)) + 125, of which a byte stays; 0 for 0.
 
     log2f rounds to a float: for a size just below 2^k it is k itself where |k| is large.
     """
     zero = floats(0.0)
-    is_denormal = size < floats(2.0**-126)
-    word = bits(where(is_denormal, size * floats(2.0**24), size))
+    is_denormal = size < floats(2.0**-126)  # its exponent's bits say nothing before it is scaled up
+    word = bits_of(where(is_denormal, size * floats(2.0**24), size))
     k = (word >> ints(23)) - where(is_denormal, ints(126 + 24), ints(126))  # the least with size < 2^k
     missing = to_float(ints(0x00800000) - (word & ints(0x007FFFFF))) * floats(2.0**-24)  # size = 2^k (1 - missing)
     log = to_float(k) - missing * floats(_LOG2_E)  # right near k, where missing is small
@@ -238,22 +243,22 @@ def _exponent(size: Any) -> Any:
 
 
 @inlined
-def _power(e: Any) -> Any:
-    """2^(e - 128)."""
-    return bits(where(e < ints(2), ints(0x00200000) << e, (e - ints(1)) << ints(23)))
+def _power_of(e: I32Lanes) -> F32Lanes:
+    """2^(e - 128), as ggml_e8m0_to_fp32_half: the two smallest are denormal and have no exponent's bits."""
+    return float_of_bits(where(e < ints(2), ints(0x00200000) << e, (e - ints(1)) << ints(23)))
 
 
 @inlined
-def _encode_mxfp4(x: Any, importance: Any, y: Any) -> None:
-    e = _exponent(_largest(x))
-    d = _power(e)
+def _encode_mxfp4(x: F32Tile, importance: Importance, y: ByteTile) -> None:
+    e = _exponent(absolute(signed_extreme(x, 0, 32)))
+    d = _power_of(e)
     store_bytes(y, 0, e)
     for i in range(16):
-        store_bytes(y, 1 + i, _nearest_value(load(x, i), d) | (_nearest_value(load(x, 16 + i), d) << ints(4)))
+        store_bytes(y, 1 + i, nibbles(_nearest_level(load(x, i), d), _nearest_level(load(x, 16 + i), d)))
 
 
 @inlined
-def _nearest_value(v: Any, d: Any) -> Any:
+def _nearest_level(v: F32Lanes, d: F32Lanes) -> I32Lanes:
     """The level whose value times d is nearest to v; of two as near, the smaller, and 0 rather than minus 0."""
     size, level = absolute(v), ints(0)
     for i in range(7):
@@ -263,22 +268,22 @@ def _nearest_value(v: Any, d: Any) -> Any:
 
 
 @inlined
-def _decode_mxfp4(y: Any, z: Any) -> None:
-    d = _power(load_bytes(y, 0))
+def _decode_mxfp4(y: ByteTile, z: F32Tile) -> None:
+    d = _power_of(load_bytes(y, 0))
     for i in range(32):
-        level = _level(y, 1, i)
+        level = _load_level(y, 1, i)
         size = level & ints(7)
-        # 0, 1, 2, 3, 4, 6, 8, 12
+        # 0, 1, 2, 3, 4, 6, 8, 12: computed, as a gather takes longer than three selections
         value = where(size < ints(5), size, where(size < ints(7), size + size - ints(4), ints(12)))
         value = where(level > ints(7), ints(0) - value, value)
         store(z, i, to_float(value) * d)
 
 
 TYPES = {
-    "Q4_0": lane_type("Q4_0", 32, 18, _encode_q4_0, _decode_q4_0, of_row=True),
-    "Q4_1": lane_type("Q4_1", 32, 20, _encode_q4_1, _decode_q4_1, of_row=True),
-    "Q5_0": lane_type("Q5_0", 32, 22, _encode_q5_0, _decode_q5_0, of_row=True),
-    "Q5_1": lane_type("Q5_1", 32, 24, _encode_q5_1, _decode_q5_1, of_row=True),
-    "Q8_0": lane_type("Q8_0", 32, 34, _encode_q8_0, _decode_q8_0),
-    "MXFP4": lane_type("MXFP4", 32, 17, _encode_mxfp4, _decode_mxfp4),
+    "Q4_0": define_type_of_row("Q4_0", _encode_q4_0, _decode_q4_0),
+    "Q4_1": define_type_of_row("Q4_1", _encode_q4_1, _decode_q4_1),
+    "Q5_0": define_type_of_row("Q5_0", _encode_q5_0, _decode_q5_0),
+    "Q5_1": define_type_of_row("Q5_1", _encode_q5_1, _decode_q5_1),
+    "Q8_0": define_type("Q8_0", _encode_q8_0, _decode_q8_0),
+    "MXFP4": define_type("MXFP4", _encode_mxfp4, _decode_mxfp4),
 }

@@ -12,165 +12,185 @@ Squares of 16 x 16 are transposed in registers: four rounds of interleaving vect
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import types
+from numpy.typing import NDArray
 
-from stepgguf.quants.lanes.compile import inlined, primitive
+from stepgguf.quants.lanes.compile import inlined
+from stepgguf.quants.lanes.operands import ByteTile, F32Tile, Number, Stored
+from stepgguf.quants.lanes.primitive import (
+    BYTE,
+    FLOAT,
+    INT,
+    Call,
+    LlvmValue,
+    Lowering,
+    broadcast,
+    call_llvm,
+    primitive,
+    repeated,
+    vector_of,
+    vector_pointer,
+)
 from stepgguf.quants.lanes.vector import LANES
 
-SIDE = 16
-_FLOAT, _INT, _BYTE = ir.FloatType(), ir.IntType(32), ir.IntType(8)
-_NOT_FINITE = 0x7F800000
+SIDE = 16  # of a square: what one 512-bit register holds of float32
+_FLOATS, _INTS = vector_of(FLOAT, SIDE), vector_of(INT, SIDE)
+_INFINITY = 0x7F800000  # the bits of float32's; NaN has more
 
 
 @inlined
-def lane_starts(n_rows: int, row: int, row_size: int, column: int, starts: Any) -> None:
-    """starts[r]: index of `column` of row row + r in flat rows of row_size; beyond the last row, of the last row."""
+def fill_row_starts(n_rows: int, row: int, row_size: int, column: int, starts: NDArray[np.int64]) -> None:
+    """starts[r]: index of `column` of row row + r in flat rows of row_size.
+
+    Lanes beyond the last row read and write the last row: the same bytes once more, and no lane needs a test.
+    """
     for r in range(LANES):
         starts[r] = min(row + r, n_rows - 1) * row_size + column
 
 
 @inlined
-def read_tile(flat: Any, starts: Any, scales: Any, x: Any, n: int) -> Any:
-    """n columns (a multiple of 16) of LANES rows, into x [n * LANES]. scales: [LANES] or None. True if all finite."""
+def read_tile(flat: Stored, starts: NDArray[np.int64], scales: NDArray[np.float32] | None, x: F32Tile, n: int) -> bool:
+    """n columns (a multiple of 16) of LANES rows, widened, into x [n]; whether all of them are finite.
+
+    scales: [LANES], what each row's values are multiplied with, or None.
+    """
     largest = np.int32(0)
     for i in range(0, n, SIDE):
         largest = max(largest, _read_square(flat, starts, scales, x, i))
-    return largest < _NOT_FINITE
+    # Bits of positive floats are in the order of the numbers, so integers find the largest.
+    return bool(largest < _INFINITY)
 
 
 @inlined
-def read_bytes(flat: Any, starts: Any, y: Any, n: int) -> None:
-    """n bytes (at least 16) of each of LANES rows, from flat[starts[r]:] to y [n * LANES]."""
+def read_bytes(flat: NDArray[np.uint8], starts: NDArray[np.int64], y: ByteTile, n: int) -> None:
+    """n bytes (at least 16) of each of LANES rows, from flat[starts[r]:] to y [n]."""
     for i in range(0, n - SIDE, SIDE):
         _read_byte_square(flat, starts, y, i)
     _read_byte_square(flat, starts, y, n - SIDE)  # the last square may overlap the one before: same bytes
 
 
 @inlined
-def write_tile(y: Any, out: Any, starts: Any, n: int) -> None:
-    """n bytes or float32 (at least 16) for each of LANES rows, from y [n * LANES] to out[starts[r]:]."""
+def write_tile(y: NDArray[Number], out: NDArray[Number], starts: NDArray[np.int64], n: int) -> None:
+    """n bytes or float32 (at least 16) for each of LANES rows, from y [n] to out[starts[r]:]."""
     for i in range(0, n - SIDE, SIDE):
         _write_square(y, i, out, starts)
-    _write_square(y, n - SIDE, out, starts)
+    _write_square(y, n - SIDE, out, starts)  # may overlap too
 
 
 @primitive
-def _read_square(typing: Any, flat: Any, starts: Any, scales: Any, x: Any, first: Any) -> Any:
-    """16 columns from starts[r] + first on, of all rows, to x[first:]; returns the largest |value| as bits."""
+def _read_square(
+    flat: Stored, starts: NDArray[np.int64], scales: NDArray[np.float32] | None, x: F32Tile, first: int
+) -> Lowering[np.int32]:
+    """16 columns from starts[r] + first on, of all rows, to x[first:]; gives the largest |value| as bits."""
 
-    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        data, rows, factors, lanes = (
-            None if kind == types.none else context.make_array(kind)(context, builder, arg).data
-            for kind, arg in zip(sig.args[:4], args[:4], strict=True)
-        )
-        column = context.cast(builder, args[4], sig.args[4], types.intp)
-        whole = ir.VectorType(_INT, SIDE)
-        largest = ir.Constant(whole, [0] * SIDE)
+    def emit(call: Call) -> LlvmValue:
+        builder, data, rows, lanes = call.builder, call.pointer(0), call.pointer(1), call.pointer(3)
+        factors = None if call.argument_types[2] == types.none else call.pointer(2)
+        column = call.index(4)
+        largest = repeated(_INTS, 0)
         for group in range(0, LANES, SIDE):
             square = []
             for r in range(group, group + SIDE):
                 index = builder.add(_item(builder, rows, r), column)
-                value = _widened(builder, builder.gep(data, [index]), sig.args[0].dtype)
+                value = _widened(builder, builder.gep(data, [index]), call.element(0).bitwidth)
                 if factors is not None:
-                    value = builder.fmul(value, _spread(builder, _item(builder, factors, r)))
-                magnitude = builder.and_(builder.bitcast(value, whole), ir.Constant(whole, [0x7FFFFFFF] * SIDE))
+                    value = builder.fmul(value, broadcast(builder, _item(builder, factors, r), SIDE))
+                magnitude = builder.and_(builder.bitcast(value, _INTS), repeated(_INTS, 0x7FFFFFFF))
                 largest = builder.select(builder.icmp_signed(">", magnitude, largest), magnitude, largest)
                 square.append(value)
-            for c, value in enumerate(transposed(builder, square)):
+            for c, value in enumerate(transpose_square(builder, square)):
                 _store(builder, value, lanes, _place(builder, column, c, group), 4)
-        reduce = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(_INT, [whole]), f"llvm.vector.reduce.smax.v{SIDE}i32"
-        )
-        return builder.call(reduce, [largest])
+        return call_llvm(builder, f"llvm.vector.reduce.smax.v{SIDE}i32", INT, largest)
 
-    return types.int32(flat, starts, scales, x, first), build
+    return Lowering(types.int32, emit)
 
 
 @primitive
-def _read_byte_square(typing: Any, flat: Any, starts: Any, y: Any, first: Any) -> Any:
+def _read_byte_square(flat: NDArray[np.uint8], starts: NDArray[np.int64], y: ByteTile, first: int) -> Lowering[None]:
     """16 bytes from starts[r] + first on, of all rows, to y[first:]."""
 
-    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        data, rows, lanes = (context.make_array(sig.args[i])(context, builder, args[i]).data for i in range(3))
-        begin = context.cast(builder, args[3], sig.args[3], types.intp)
+    def emit(call: Call) -> LlvmValue:
+        builder, data, rows, lanes = call.builder, call.pointer(0), call.pointer(1), call.pointer(2)
+        begin = call.index(3)
         for group in range(0, LANES, SIDE):
-            pointers = [builder.gep(data, [builder.add(_item(builder, rows, group + r), begin)]) for r in range(SIDE)]
-            kind = ir.VectorType(_BYTE, SIDE).as_pointer()
-            square = [builder.load(builder.bitcast(pointer, kind), align=1) for pointer in pointers]
-            for i, value in enumerate(transposed(builder, square)):
+            places = [builder.add(_item(builder, rows, group + r), begin) for r in range(SIDE)]
+            square = [_load(builder, data, place, vector_of(BYTE, SIDE), 1) for place in places]
+            for i, value in enumerate(transpose_square(builder, square)):
                 _store(builder, value, lanes, _place(builder, begin, i, group), 1)
-        return context.get_dummy_value()
+        return call.nothing()
 
-    return types.void(flat, starts, y, first), build
+    return Lowering(types.void, emit)
 
 
 @primitive
-def _write_square(typing: Any, y: Any, first: Any, out: Any, starts: Any) -> Any:
+def _write_square(y: NDArray[Number], first: int, out: NDArray[Number], starts: NDArray[np.int64]) -> Lowering[None]:
     """Items [first, first + 16) of all rows, to out[starts[r] + first:]."""
 
-    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        lanes, data, rows = (context.make_array(sig.args[i])(context, builder, args[i]).data for i in (0, 2, 3))
-        begin = context.cast(builder, args[1], sig.args[1], types.intp)
-        kind = ir.VectorType(_BYTE if y.dtype == types.uint8 else _FLOAT, SIDE).as_pointer()
-        align = y.dtype.bitwidth // 8
+    def emit(call: Call) -> LlvmValue:
+        builder, lanes, data, rows = call.builder, call.pointer(0), call.pointer(2), call.pointer(3)
+        begin, is_bytes = call.index(1), call.element(0) == types.uint8
+        vector, align = (vector_of(BYTE, SIDE), 1) if is_bytes else (_FLOATS, 4)
         for group in range(0, LANES, SIDE):
-            pointers = [builder.gep(lanes, [_place(builder, begin, i, group)]) for i in range(SIDE)]
-            square = [builder.load(builder.bitcast(pointer, kind), align=align) for pointer in pointers]
-            for r, value in enumerate(transposed(builder, square), group):
+            places = [_place(builder, begin, i, group) for i in range(SIDE)]
+            square = [_load(builder, lanes, place, vector, align) for place in places]
+            for r, value in enumerate(transpose_square(builder, square), group):
                 _store(builder, value, data, builder.add(_item(builder, rows, r), begin), align)
-        return context.get_dummy_value()
+        return call.nothing()
 
-    return types.void(y, first, out, starts), build
+    return Lowering(types.void, emit)
 
 
-def transposed(builder: Any, square: list[Any]) -> list[Any]:
-    """16 vectors of 16 for 16 vectors of 16."""
-    low = [j for i in range(SIDE // 2) for j in (i, SIDE + i)]
-    masks = [ir.Constant(ir.VectorType(_INT, SIDE), [j + half for j in low]) for half in (0, SIDE // 2)]
+def transpose_square(builder: ir.IRBuilder, square: list[LlvmValue]) -> list[LlvmValue]:
+    """The columns of a square of 16 vectors of 16 elements, as vectors.
+
+    Interleaving vectors i and i + 8 moves each element's 8-bit address (vector, place) by one bit to the left, in a
+    ring; after four rounds vector and place have changed sides.
+    """
+    low = [j for i in range(SIDE // 2) for j in (i, SIDE + i)]  # a0 b0 a1 b1 ... of two vectors a and b
+    masks = [ir.Constant(vector_of(INT, SIDE), [j + half for j in low]) for half in (0, SIDE // 2)]
     for _ in range(4):
         pairs = [(square[i], square[i + SIDE // 2]) for i in range(SIDE // 2)]
         square = [builder.shuffle_vector(a, b, mask) for a, b in pairs for mask in masks]
     return square
 
 
-def _widened(builder: Any, pointer: Any, dtype: Any) -> Any:
-    """16 stored values as float32."""
-    width = dtype.bitwidth
-    whole, result = ir.VectorType(_INT, SIDE), ir.VectorType(_FLOAT, SIDE)
-    stored = result if width == 32 else ir.VectorType(ir.IntType(width), SIDE)
+def _widened(builder: ir.IRBuilder, pointer: LlvmValue, width: int) -> LlvmValue:
+    """16 stored values of `width` bits as float32."""
+    stored = _FLOATS if width == 32 else vector_of(ir.IntType(width), SIDE)
     value = builder.load(builder.bitcast(pointer, stored.as_pointer()), align=width // 8)
     if width == 32:
         return value
-    value = builder.zext(value, whole)
+    value = builder.zext(value, _INTS)
     if width == 16:
-        return builder.bitcast(builder.shl(value, ir.Constant(whole, [16] * SIDE)), result)
-    sign = builder.shl(builder.and_(value, ir.Constant(whole, [0x80] * SIDE)), ir.Constant(whole, [24] * SIDE))
-    rest = builder.shl(builder.and_(value, ir.Constant(whole, [0x7F] * SIDE)), ir.Constant(whole, [20] * SIDE))
-    is_nan = builder.icmp_unsigned("==", rest, ir.Constant(whole, [0x7F << 20] * SIDE))
-    rest = builder.select(is_nan, ir.Constant(whole, [0x7FC00000] * SIDE), rest)
-    number = builder.bitcast(builder.or_(sign, rest), result)
-    return builder.fmul(number, ir.Constant(result, [2.0**120] * SIDE))
+        return builder.bitcast(builder.shl(value, repeated(_INTS, 16)), _FLOATS)
+    # E4M3 is s eeee mmm: the sign goes to bit 31, eeee mmm to 26..20, below float32's upper 4 bits of exponent. The
+    # biases are 7 and 127, so the number is 2^120 too small; multiplying is exact and right for denormals too.
+    sign = builder.shl(builder.and_(value, repeated(_INTS, 0x80)), repeated(_INTS, 24))
+    rest = builder.shl(builder.and_(value, repeated(_INTS, 0x7F)), repeated(_INTS, 20))
+    is_nan = builder.icmp_unsigned("==", rest, repeated(_INTS, 0x7F << 20))  # E4M3's only one: all bits set
+    rest = builder.select(is_nan, repeated(_INTS, 0x7FC00000), rest)
+    number = builder.bitcast(builder.or_(sign, rest), _FLOATS)
+    return builder.fmul(number, repeated(_FLOATS, 2.0**120))
 
 
-def _item(builder: Any, data: Any, i: int) -> Any:
+def _item(builder: ir.IRBuilder, data: LlvmValue, i: int) -> LlvmValue:
+    """data[i]."""
     return builder.load(builder.gep(data, [ir.Constant(ir.IntType(64), i)]))
 
 
-def _place(builder: Any, begin: Any, i: int, group: int) -> Any:
-    """Index of lane `group` of vector begin + i."""
+def _place(builder: ir.IRBuilder, begin: LlvmValue, i: int, group: int) -> LlvmValue:
+    """The index of lane `group` of vector begin + i in a tile."""
     vector = builder.add(begin, ir.Constant(begin.type, i))
     return builder.add(builder.mul(vector, ir.Constant(begin.type, LANES)), ir.Constant(begin.type, group))
 
 
-def _spread(builder: Any, scalar: Any) -> Any:
-    kind = ir.VectorType(_FLOAT, SIDE)
-    one = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, _INT(0))
-    return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(_INT, SIDE), [0] * SIDE))
+def _load(builder: ir.IRBuilder, data: LlvmValue, place: LlvmValue, vector: ir.VectorType, align: int) -> LlvmValue:
+    """The vector whose first element is data[place]."""
+    return builder.load(vector_pointer(builder, data, place, vector), align=align)
 
 
-def _store(builder: Any, value: Any, data: Any, place: Any, align: int) -> None:
-    builder.store(value, builder.bitcast(builder.gep(data, [place]), value.type.as_pointer()), align=align)
+def _store(builder: ir.IRBuilder, value: LlvmValue, data: LlvmValue, place: LlvmValue, align: int) -> None:
+    """Put a vector to data[place:]."""
+    builder.store(value, vector_pointer(builder, data, place, value.type), align=align)

@@ -11,11 +11,11 @@ from pathlib import Path
 import llama_cpp
 
 from stepgguf.errors import BadMagic, ModelLoadFailed, UnsupportedModel
+from stepgguf.model.hparams import ARCHITECTURE
 from stepgguf.runtime.engine import Sampling
 from stepgguf.runtime.llama_build import probe_build
 from stepgguf.runtime.passages import passages
 
-ARCHITECTURE = "step35"
 _LOG_ERROR = 4  # ggml_log_level
 
 

@@ -15,7 +15,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from stepgguf.convert.sources.checkpoint import INDEX, Checkpoint
+from stepgguf.convert.sources.checkpoint import Checkpoint
+from stepgguf.convert.sources.shard_index import INDEX
 from stepgguf.errors import (
     BadConfig,
     CheckpointError,
@@ -28,7 +29,7 @@ from stepgguf.errors import (
     UnexpectedTensor,
     UnsupportedCheckpoint,
 )
-from stepgguf.quants.codec import widen
+from stepgguf.quants.values import widen
 
 FIRST = "model-00001.safetensors"
 

@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stepgguf.cli.main import main
-from stepgguf.convert.sources.checkpoint import INDEX, Checkpoint
+from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.convert.sources.diagnosis import QUANTIZED
+from stepgguf.convert.sources.shard_index import INDEX
 from stepgguf.convert.sources.shards import read_shard
 from stepgguf.errors import CheckpointError, MissingShard, StepggufError, UnsupportedCheckpoint
 from stepgguf.model.hparams import HParams

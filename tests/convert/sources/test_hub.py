@@ -9,7 +9,7 @@ import pytest
 
 from stepgguf.cli.main import main
 from stepgguf.convert.sources.checkpoint import Checkpoint
-from stepgguf.convert.sources.hub import Origin, checkpoint_folder, hub_id, origin
+from stepgguf.convert.sources.hub import ModelOrigin, checkpoint_folder, hub_id, model_origin
 from stepgguf.errors import CheckpointError, MissingShard
 from stepgguf.files import gguf_header
 
@@ -110,4 +110,4 @@ def test_what_can_be_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_other_folders_have_their_own_names(tmp_path: Path) -> None:
     for name in ("Step-3.5-Flash", "snapshots", "models--a--b"):
         (tmp_path / name).mkdir()
-        assert origin(tmp_path / name) == Origin(name)
+        assert model_origin(tmp_path / name) == ModelOrigin(name)

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stepgguf.cli.main import main
-from stepgguf.convert.sources.checkpoint import INDEX, Checkpoint
+from stepgguf.convert.sources.checkpoint import Checkpoint
+from stepgguf.convert.sources.shard_index import INDEX
 from stepgguf.errors import MissingShard, ShapeMismatch, TensorNotFound, UnexpectedTensor
 from stepgguf.files import gguf_header
 from tests.convert.test_bytes import same_tensors

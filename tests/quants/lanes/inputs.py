@@ -12,7 +12,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from stepgguf.errors import QuantError
-from stepgguf.quants import ggml
+from stepgguf.quants.types import row_size
 from tests.oracle import library
 
 Make = Callable[[np.random.Generator, int], Any]
@@ -23,7 +23,7 @@ def _with_one(values: Any, one: float) -> Any:
     return values
 
 
-KINDS: dict[str, Make] = {
+ROWS: dict[str, Make] = {
     "normal": lambda rng, n: rng.normal(size=n) * 0.02,
     "heavy-tailed": lambda rng, n: rng.standard_t(1.5, n) * 0.02,
     "zero": lambda rng, n: np.zeros(n),
@@ -56,7 +56,9 @@ IMPORTANCES: dict[str, Make] = {
 SHAPES = ((1, 3), (7, 1), (33, 2), (64, 16))  # rows, blocks
 
 
-def check(name: str, encode: Any, importance: str | None, storage: str = "f32", without: Collection[str] = ()) -> None:
+def check_encoder(
+    name: str, encode: Any, importance: str | None, storage: str = "f32", without: Collection[str] = ()
+) -> None:
     """`encode` makes ggml's bytes for all kinds of rows except `without` (which are those that ggml aborts on).
 
     importance: a name in IMPORTANCES, or None. storage: f32, bf16 or fp8 (whose rows are random bytes).
@@ -75,8 +77,8 @@ def check_decoder(name: str, decode: Any, halves: Collection[int]) -> None:
 
     halves: where a block has FP16 numbers; those become finite, as in every valid file.
     """
-    kind = GGMLQuantizationType[name]
-    block, size = GGML_QUANT_SIZES[kind]
+    ggml_type = GGMLQuantizationType[name]
+    block, size = GGML_QUANT_SIZES[ggml_type]
     for n_rows, n_blocks in SHAPES:
         blocks = np.random.default_rng(n_rows).integers(0, 256, (n_rows, n_blocks, size)).astype(np.uint8)
         for i in halves:
@@ -85,12 +87,12 @@ def check_decoder(name: str, decode: Any, halves: Collection[int]) -> None:
         blocks = blocks.reshape(n_rows, -1)
         ours, theirs = np.empty((2, n_rows, n_blocks * block), np.float32)
         decode(blocks, ours)
-        library().dequantize(kind, blocks, theirs)
+        library().dequantize(ggml_type, blocks, theirs)
         np.testing.assert_array_equal(ours.view(np.uint32), theirs.view(np.uint32), f"{name}, {ours.shape}")
 
 
 def _rows(rng: np.random.Generator, n_rows: int, columns: int, without: Collection[str]) -> Any:
-    makes = [make for kind, make in KINDS.items() if kind not in without]
+    makes = [make for described, make in ROWS.items() if described not in without]
     return np.stack([makes[r % len(makes)](rng, columns) for r in range(n_rows)]).astype(np.float32)
 
 
@@ -118,15 +120,15 @@ def _fp8_values() -> Any:
 
 def check_rows(name: str, encode: Any, stored: Any, scales: Any, values: Any, weights: Any) -> None:
     """`encode` makes ggml's bytes of rows `stored` with `scales`, that mean the float32 `values`; most are valid."""
-    kind = GGMLQuantizationType[name]
-    size = ggml.row_size(kind, values.shape[1])
+    ggml_type = GGMLQuantizationType[name]
+    size = row_size(ggml_type, values.shape[1])
     ours = np.empty((len(values), size), np.uint8)
     assert encode(stored, scales, weights, ours)
     n_accepted = 0
     for r, (row, our) in enumerate(zip(values, ours, strict=True)):
         theirs = np.empty(size, np.uint8)
         try:
-            library().quantize(kind, row[None], theirs, weights)
+            library().quantize(ggml_type, row[None], theirs, weights)
         except QuantError:
             continue  # a scale that is not finite
         n_accepted += 1
@@ -136,8 +138,8 @@ def check_rows(name: str, encode: Any, stored: Any, scales: Any, values: Any, we
 
 def check_valid(name: str, encode: Any, rows: Any, weights: Any) -> None:
     """`encode` makes ggml's bytes of float32 rows all of which are valid."""
-    kind = GGMLQuantizationType[name]
-    ours, theirs = np.empty((2, len(rows), ggml.row_size(kind, rows.shape[1])), np.uint8)
+    ggml_type = GGMLQuantizationType[name]
+    ours, theirs = np.empty((2, len(rows), row_size(ggml_type, rows.shape[1])), np.uint8)
     assert encode(rows, None, weights, ours)
-    library().quantize(kind, rows, theirs, weights)
+    library().quantize(ggml_type, rows, theirs, weights)
     np.testing.assert_array_equal(ours, theirs)

@@ -8,13 +8,12 @@ import llvmlite.binding
 import numpy as np
 import pytest
 
-from stepgguf.quants.lanes import closest
-from stepgguf.quants.lanes.closest import CHUNK, ROW, closest_of, turn
+from stepgguf.quants.lanes.closest import CHUNK, ROW, Permutation, make_closest, transpose_terms
 from stepgguf.quants.lanes.compile import inlined
 from stepgguf.quants.lanes.vector import LANES
 
 FEATURES = llvmlite.binding.get_host_cpu_features()
-WAYS = {
+WAYS: dict[str, Permutation | None] = {
     "avx512f": ("llvm.x86.avx512.permvar.sf.512", 16),
     "avx2": ("llvm.x86.avx2.permps", 8),
     "any": None,
@@ -23,16 +22,15 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("size", "bits"), [(8, 2), (4, 3)])
-def test_the_first_of_the_smallest_sums_wins(size: int, bits: int, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_of_the_smallest_sums_wins(size: int, bits: int, way: str) -> None:
     if way != "any" and not FEATURES.get(way):
         pytest.skip(f"this processor has no {way}")
-    monkeypatch.setattr(closest, "_PERMUTATION", WAYS[way])
-    search = closest_of(size, bits)
+    search = make_closest(size, bits, WAYS[way])
 
     @inlined
-    def searched(terms: Any, lists: Any, results: Any) -> None:
+    def search_all(terms: Any, lists: Any, results: Any) -> None:
         turned = np.empty(ROW * LANES, np.float32)
-        turn(terms, turned)
+        transpose_terms(terms, turned)
         for lane in range(LANES):
             for chunk in range(results.shape[1]):
                 results[lane, chunk] = search(turned, lane, lists, chunk)
@@ -43,7 +41,7 @@ def test_the_first_of_the_smallest_sums_wins(size: int, bits: int, way: str, mon
     terms = rng.random((ROW, LANES)).astype(np.float32) ** 8
     terms[:, 0] = rng.integers(0, 3, ROW)
     results = np.empty((LANES, len(lists)), np.int64)
-    searched(terms.reshape(-1), lists.reshape(-1), results)
+    search_all(terms.reshape(-1), lists.reshape(-1), results)
 
     sums = np.zeros((LANES, *lists.shape), np.float32)
     for i in range(size):

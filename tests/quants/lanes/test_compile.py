@@ -11,7 +11,7 @@ from stepgguf.files import folders
 from stepgguf.quants.lanes import compile
 
 
-def fresh() -> Any:
+def new_kernel() -> Any:
     """A kernel as a new process would have it."""
 
     def add(a: float, b: float) -> float:
@@ -27,17 +27,17 @@ def test_a_damaged_file_is_compiled_again(
     damage: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(folders, "kernels", lambda: tmp_path / "kernels")
-    first = fresh()
+    first = new_kernel()
     assert not compile.is_cached(first, (1.0, 2.0))
     assert first(1.0, 2.0) == 3.0
-    second = fresh()
+    second = new_kernel()
     assert compile.is_cached(second, (1.0, 2.0))
     assert second(1.0, 2.0) == 3.0
     [path] = (tmp_path / "kernels").iterdir()
     whole = path.read_bytes()
     flipped = whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:]
     path.write_bytes(flipped if damage is None else damage)
-    assert fresh()(1.0, 2.0) == 3.0
+    assert new_kernel()(1.0, 2.0) == 3.0
     assert len(path.read_bytes()) == len(whole)
 
 
@@ -46,4 +46,4 @@ def test_a_folder_that_cannot_be_written_costs_nothing_but_time(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setattr(folders, "kernels", lambda: tmp_path / "file" / "kernels")
-    assert fresh()(1.0, 2.0) == 3.0
+    assert new_kernel()(1.0, 2.0) == 3.0

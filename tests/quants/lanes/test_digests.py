@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from stepgguf.quants import codec, ggml, lanes
+from stepgguf.quants import lanes
+from stepgguf.quants.kernels import KERNEL_NAMES, KernelName, choose_kernel, decoder_for
+from stepgguf.quants.types import BY_NAME, row_size
 
-CASES = [
-    (n, w) for n in lanes.NAMES for w in (True, False) if w or GGMLQuantizationType[n] not in ggml.ABORT_WITHOUT_IMATRIX
-]
-# SHA-256, the first 16 digits, of the blocks of `rows`: with importance and without.
+CASES = [(n, w) for n in lanes.NAMES for w in (True, False) if w or not BY_NAME[n].aborts]
+# SHA-256, the first 16 digits, of the blocks of `portable_rows`: with importance and without.
 DIGESTS: dict[str, tuple[str, str | None]] = {
     "Q2_K": ("766bcd2d2dfad243", "1bd70983744dc949"),
     "Q4_K": ("65ef0183dd9631b8", "8a02957239a99edd"),
@@ -41,7 +41,7 @@ DIGESTS: dict[str, tuple[str, str | None]] = {
 }
 
 
-def rows() -> tuple[Any, Any]:
+def portable_rows() -> tuple[Any, Any]:
     """(values [96, 512], importance [512]) from integers alone: a generator that is frozen, and no mathematical
     library, whose last bit may be another on another machine."""
     random = np.random.RandomState(0)
@@ -52,26 +52,27 @@ def rows() -> tuple[Any, Any]:
     return values, (random.randint(0, 2000, 512) / 64).astype(np.float32)
 
 
-def encoded(name: str, weighted: bool, kernel: str = "lanes") -> Any:
-    values, importance = rows()
-    out = np.empty((len(values), ggml.row_size(GGMLQuantizationType[name], values.shape[1])), np.uint8)
-    codec.quantize(GGMLQuantizationType[name], values, out, importance if weighted else None, kernel=kernel)
+def encode_rows(name: str, weighted: bool, wish: KernelName = "lanes") -> Any:
+    values, importance = portable_rows()
+    out = np.empty((len(values), row_size(GGMLQuantizationType[name], values.shape[1])), np.uint8)
+    kernel = choose_kernel(GGMLQuantizationType[name], wish, weighted=weighted)
+    assert kernel.encode(values, out, importance if weighted else None)
     return out
 
 
 @pytest.mark.parametrize(("name", "weighted"), CASES)
 def test_the_bytes_are_those_of_every_other_machine(name: str, weighted: bool) -> None:
-    assert hashlib.sha256(encoded(name, weighted)).hexdigest()[:16] == DIGESTS[name][0 if weighted else 1]
+    assert hashlib.sha256(encode_rows(name, weighted)).hexdigest()[:16] == DIGESTS[name][0 if weighted else 1]
 
 
 @pytest.mark.parametrize(("name", "weighted"), CASES)
 def test_the_error_is_no_higher_than_ggmls(name: str, weighted: bool) -> None:
-    values, importance = rows()
+    values, importance = portable_rows()
     ours, theirs = (
-        codec.loss(
-            GGMLQuantizationType[name], values, encoded(name, weighted, kernel), importance if weighted else None
+        decoder_for(GGMLQuantizationType[name]).measure(
+            values, encode_rows(name, weighted, wish), importance if weighted else None
         )
-        for kernel in codec.KERNELS
+        for wish in KERNEL_NAMES
     )
     # Where a sum is rounded once less, one of two candidates that are equal within float32's 2^-24 may win.
     assert ours.weighted <= theirs.weighted * (1 + 2.0**-20)

@@ -10,7 +10,7 @@ from stepgguf.quants.lanes.plain import TYPES
 from tests.quants.lanes.inputs import check_rows
 
 
-def _check(name: str, rows: NDArray[np.float32]) -> None:
+def check_unweighted(name: str, rows: NDArray[np.float32]) -> None:
     check_rows(name, TYPES[name].encode, rows, None, rows, None)
 
 
@@ -22,7 +22,7 @@ def test_mxfp4_of_sizes_around_each_power_of_two_has_the_exponent_of_ggml() -> N
     rows = np.zeros((len(powers), len(steps), 32), np.float32)
     rows[:, :, 5] = words.view(np.float32)
     rows[:, :, 9] = -rows[:, :, 5] / 3
-    _check("MXFP4", rows.reshape(len(powers), -1))
+    check_unweighted("MXFP4", rows.reshape(len(powers), -1))
 
 
 def test_mxfp4_of_a_number_in_the_middle_between_two_values_takes_the_level_that_ggml_takes() -> None:
@@ -32,7 +32,7 @@ def test_mxfp4_of_a_number_in_the_middle_between_two_values_takes_the_level_that
     rows[:, 0, : len(around)], rows[:, 0, 30] = around, 6
     rows[:, 1, : len(around)], rows[:, 1, 30] = around * 2.0**-126, 6 * 2.0**-126
     rows[1] = -rows[1]
-    _check("MXFP4", rows.reshape(2, -1))
+    check_unweighted("MXFP4", rows.reshape(2, -1))
 
 
 def test_q8_0_rounds_halves_away_from_zero() -> None:
@@ -41,7 +41,7 @@ def test_q8_0_rounds_halves_away_from_zero() -> None:
     rows[:, 0] = 127
     for row, sign in zip(rows, (-np.inf, 0, np.inf), strict=True):
         row[1:31] = halves if sign == 0 else np.nextafter(halves, np.float32(sign))
-    _check("Q8_0", rows)
+    check_unweighted("Q8_0", rows)
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -49,4 +49,4 @@ def test_rows_whose_inverse_scale_overflows_become_the_bytes_of_ggml(name: str) 
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(40, 64)).astype(np.float32) * (2.0 ** -np.arange(110, 150)).astype(np.float32)[:, None]
     rows[:, 7] = 0
-    _check(name, rows)
+    check_unweighted(name, rows)

@@ -39,11 +39,14 @@ _CONVERTING = {
 OPTIONS = {"convert": _CONVERTING, "quantize": _CONVERTING}
 
 
-def answer(arguments: Sequence[str]) -> tuple[str, str] | None:
-    """Message and hint for what is another tool's: an option, or a place for an argument; None if there is nothing."""
+def explain_spelling(arguments: Sequence[str]) -> tuple[str, str] | None:
+    """Message and hint for a command line as llama.cpp's tools take it: an option, or the place of an argument.
+
+    None if there is nothing of theirs in it.
+    """
     if not arguments or arguments[0] not in OPTIONS:
         return None
-    if arguments[0] == "convert" and (found := _misplaced(arguments)) is not None:
+    if arguments[0] == "convert" and (found := _explain_place(arguments)) is not None:
         return found
     for argument in arguments[1:]:
         option = argument.partition("=")[0]
@@ -54,8 +57,8 @@ def answer(arguments: Sequence[str]) -> tuple[str, str] | None:
     return None
 
 
-def _misplaced(arguments: Sequence[str]) -> tuple[str, str] | None:
-    """convert FILE.gguf, and convert SRC DEST TYPE, as quantize has it."""
+def _explain_place(arguments: Sequence[str]) -> tuple[str, str] | None:
+    """The same for `convert FILE.gguf`, and for `convert SRC DEST TYPE`, as quantize has it."""
     leading = list(takewhile(lambda argument: not argument.startswith("-"), arguments[1:]))
     if len(leading) == 1 and leading[0].lower().endswith(".gguf"):
         command = shlex.join(["stepgguf", "quantize", leading[0], "DEST.gguf", "--type", "Q4_K_S"])

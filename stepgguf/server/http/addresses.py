@@ -1,4 +1,4 @@
-"""Where a server that is bound to an address can be reached."""
+"""The address that a server is bound to, and where it can be reached."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import ipaddress
 import socket
 import threading
 from collections.abc import Collection, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+
+from stepgguf.errors import EngineError
 
 PATIENCE_SECONDS = 1.0
 # Documentation's own networks (RFC 5737, RFC 3849): nothing is sent there, but the kernel chooses the address that a
@@ -14,18 +16,38 @@ PATIENCE_SECONDS = 1.0
 OUTSIDE = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
 
 
-def reachable(host: str, port: int) -> list[str]:
-    """URLs. host: the address that is bound. If it stands for all of the machine's: loopback, then what others can use,
-    then names."""
+def bind_socket(host: str, port: int) -> socket.socket:
+    """Take the port, before a large file is loaded; connections are refused until the server listens.
+
+    EngineError if it is taken, or the host is no address of this machine.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with ExitStack() as undo:
+            listener = undo.enter_context(socket.socket(family, kind, protocol))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            undo.pop_all()
+    except OSError as error:
+        raise EngineError(f"cannot listen on {host}:{port}: {error.strerror}", hint="Choose another --port.") from error
+    return listener
+
+
+def reachable_urls(host: str, port: int) -> list[str]:
+    """The URLs at which a server bound to the address `host` can be reached.
+
+    If it stands for all addresses of the machine: loopback first, then those that others can use, then names.
+    """
     address = ipaddress.ip_address(host.partition("%")[0])
     if not address.is_unspecified:
         return [_url(host, port)]
     families = (socket.AF_INET,) if address.version == 4 else (socket.AF_INET6, socket.AF_INET)
-    own = [one for family in families for one in _outgoing(family)]
-    return [_url(one, port) for one in ("127.0.0.1", *own, *_names(own))]
+    own = [address for family in families for address in _outgoing_addresses(family)]
+    return [_url(name, port) for name in ("127.0.0.1", *own, *_known_names(own))]
 
 
-def _outgoing(family: socket.AddressFamily) -> Iterator[str]:
+def _outgoing_addresses(family: socket.AddressFamily) -> Iterator[str]:
+    """The machine's own address towards the outside, if there is a way there."""
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect((OUTSIDE[family], 9))
@@ -34,7 +56,7 @@ def _outgoing(family: socket.AddressFamily) -> Iterator[str]:
         return
 
 
-def _names(own: Collection[str]) -> list[str]:
+def _known_names(own: Collection[str]) -> list[str]:
     """Names that stand for one of these addresses, as far as that is known within PATIENCE_SECONDS."""
     found: list[str] = []
     host = socket.gethostname()
