@@ -29,7 +29,6 @@ from benchmarks.copies import reorder
 from benchmarks.quality import Reference, held_out, reference_logits, scores, summary
 from stepgguf.cli.main import main as stepgguf
 from stepgguf.convert import budget, pipeline
-from stepgguf.convert.budget import Limits
 from stepgguf.convert.importance import Importance
 from stepgguf.convert.plan import Options, Plan
 from stepgguf.convert.planner import plan_source
@@ -40,8 +39,8 @@ from stepgguf.demo import CHECKPOINT, tasks
 from stepgguf.demo.train import Encoder
 from stepgguf.files import folders
 from stepgguf.quants.imatrix import Imatrix, write_imatrix
-from stepgguf.reference.imatrix import collect
-from stepgguf.reference.load import load
+from stepgguf.reference.imatrix import collect_imatrix
+from stepgguf.reference.load import load_reference
 
 TYPES = ["Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M"]
 CALIBRATION = 300
@@ -50,9 +49,9 @@ CALIBRATION = 300
 def calibrate() -> Imatrix:
     """The importance matrix of the first conversations that seed 1000 makes, each run on its own."""
     rng, encoder = random.Random(1000), Encoder((CHECKPOINT / "tokenizer.json").read_text())
-    conversations = [encoder.example(*tasks.conversation(rng))[0] for _ in range(CALIBRATION)]
+    conversations = [encoder.encode_example(*tasks.random_conversation(rng))[0] for _ in range(CALIBRATION)]
     with Checkpoint(CHECKPOINT) as checkpoint:
-        return collect(load(checkpoint), (torch.tensor([tokens]) for tokens in conversations))[0]
+        return collect_imatrix(load_reference(checkpoint), (torch.tensor([tokens]) for tokens in conversations))[0]
 
 
 class Bench:
@@ -61,8 +60,8 @@ class Bench:
     def __init__(self, source: GGUFSource, importance: Importance | None, reference: Reference, threads: int) -> None:
         self.source, self.importance, self.reference, self.threads = source, importance, reference, threads
         self.dest = source.path.with_name("file.gguf")
-        free, _ = budget.resolve(None, Limits(1), "")
-        self.trunk = budget.price(source, self.dest, Options(free, importance=importance), threads=threads)
+        free = budget.open_recipe("fit")
+        self.trunk = budget.price_trunk(source, self.dest, Options(free, importance=importance), threads=threads)
 
     def kld(self, plan: Plan) -> float:
         with Writer(plan, self.source.identity(), restart=True, overwrite=True) as writer:
@@ -72,7 +71,7 @@ class Bench:
     def compare(self, type_name: str) -> tuple[float, float]:
         """KLD of the stock file, and of the types that were chosen within its bytes."""
         stock = plan_source(self.source, self.dest, Options(type_name, importance=self.importance))
-        types = self.trunk.choose(stock.n_bytes)
+        types = self.trunk.choose_types(stock.n_bytes)
         [file] = stock.files
         chosen = tuple(replace(t, ggml_type=types[t.name]) for t in file.tensors)
         return self.kld(stock), self.kld(replace(stock, files=(replace(file, tensors=chosen),)))

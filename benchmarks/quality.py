@@ -95,19 +95,19 @@ def held_out(seed: int = 7) -> list[Dialogue]:
     rng = random.Random(seed)
     conversations: list[tasks.Conversation] = []
     for i, word in enumerate(tasks.HELD_OUT):
-        conversations += [(tasks.letters(word, letter, rng.randrange(4)), None) for letter in sorted(set(word))]
+        conversations += [(tasks.count_letters(word, letter, rng.randrange(4)), None) for letter in sorted(set(word))]
         if i % 3 == 0:
-            conversations.append(tasks.weather(rng, word.capitalize()))
+            conversations.append(tasks.ask_weather(rng, word.capitalize()))
     pairs = {(rng.randrange(1000), rng.randrange(1000)) for _ in range(5000)}
     conversations += [
-        (tasks.sums(*pair, rng.randrange(4)), None) for pair in sorted(pairs) if tasks.held_out_sum(*pair)
+        (tasks.add_numbers(*pair, rng.randrange(4)), None) for pair in sorted(pairs) if tasks.is_held_out_sum(*pair)
     ]
     encoder = Encoder((CHECKPOINT / "tokenizer.json").read_text())
     return [_dialogue(encoder, *conversation) for conversation in conversations]
 
 
 def _dialogue(encoder: Encoder, messages: list[tasks.Message], tools: list[dict[str, object]] | None) -> Dialogue:
-    tokens, labels = encoder.example(messages, tools)
+    tokens, labels = encoder.encode_example(messages, tools)
     return Dialogue(tokens, np.array(labels[1:]) != IGNORE)
 
 

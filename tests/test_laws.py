@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "errors": set(),
     "files": set(),
     "model": {"files"},
-    "quants": {"files"},
+    "quants": {"files", "model"},
     "convert": {"files", "model", "quants"},
     "reference": {"model", "quants", "convert"},
     "runtime": {"files", "model.hparams"},

@@ -77,7 +77,7 @@ def answer_once(session: Session, question: str, view: AnswerView, *, quiet: boo
         session.close()
     if as_json:
         message = session.entries[-1].message if session.entries else {}
-        output.data(
+        output.print_json(
             {
                 "content": message.get("content"),
                 "reasoning": message.get("reasoning_content"),

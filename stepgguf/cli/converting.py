@@ -16,7 +16,7 @@ from stepgguf.cli import output
 from stepgguf.cli.destinations import Destination
 from stepgguf.cli.progress import ProgressMeter, layer_name
 from stepgguf.convert import budget, pipeline
-from stepgguf.convert.budget import Limits, Trunk
+from stepgguf.convert.budget import Limits, PricedTrunk
 from stepgguf.convert.fold import FoldedLine, fold_tensors
 from stepgguf.convert.measure import count_sampled_values
 from stepgguf.convert.plan import Options, Plan
@@ -48,7 +48,7 @@ def choose_recipe(
 ) -> tuple[Recipe, Limits | None]:
     """The recipe and the budget. For a type that there is not, the error says what those that come near would take."""
     try:
-        return budget.resolve(type_name, limits, default)
+        return budget.resolve_recipe(type_name, limits, default)
     except UnknownType as error:
         try:
             with open_source(source) as opened:
@@ -64,7 +64,7 @@ def make_plan(source: TensorSource, dest: Path, options: Options, limits: Limits
     """
     if limits is None:
         return plan_source(source, dest, options)
-    plan = budget.settled(limits, source, dest, options)
+    plan = budget.plan_without_measuring(limits, source, dest, options)
     if plan is not None:
         return plan
     if not (how.dry_run or how.overwrite) and is_taken(dest):
@@ -75,12 +75,12 @@ def make_plan(source: TensorSource, dest: Path, options: Options, limits: Limits
 
 def price_trunk(
     source: TensorSource, dest: Path, options: Options, *, threads: int | None, quiet: bool = False
-) -> Trunk:
+) -> PricedTrunk:
     """Measure what each type costs each tensor. Ctrl+C keeps what is measured and exits with 130."""
     total = sum(count_sampled_values(tensor.shape) for tensor in take_inventory(source).matrices)
     try:
         with ProgressMeter("measuring", 2 * total, quiet=quiet) as meter:  # bytes of BF16
-            return budget.price(
+            return budget.price_trunk(
                 source,
                 dest,
                 options,
@@ -119,9 +119,9 @@ class Conversion:
     def show_plan(self) -> None:
         """Print the plan: what --dry-run does."""
         if self.how.json:
-            output.data(self._report() | {"plan": [_line_report(line) for line in self._lines()]})
+            output.print_json(self._report() | {"plan": [_line_report(line) for line in self._lines()]})
             return
-        output.show(self._table())
+        output.print_texts(self._table())
         if not self.how.quiet:
             output.note(f"nothing is written; without --dry-run it becomes {self.plan.files[0].path}")
 
@@ -137,7 +137,7 @@ class Conversion:
         seconds = time.monotonic() - started
         if how.json:
             made = {"seconds": round(seconds, 3), "peak_rss_bytes": peak_rss(), "resumed_units": resumed}
-            output.data(self._report() | made)
+            output.print_json(self._report() | made)
         elif not how.quiet:
             self._say_what_was_made(meter, seconds)
 
@@ -184,7 +184,7 @@ class Conversion:
             f"{len(plan.tensors)} tensors in {files}, {readable_size(plan.n_bytes)} ({plan.n_bytes / 1e9:.2f} GB), "
             f"{plan.bpw:.3f} bpw"
         )
-        return [*output.columns(self._lines()), Text(total, "bold")]
+        return [*output.tensor_table(self._lines()), Text(total, "bold")]
 
     def _report(self) -> dict[str, Any]:
         return {

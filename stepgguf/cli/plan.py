@@ -70,7 +70,7 @@ def plan(
     """
     from stepgguf.cli import output, plan_text
     from stepgguf.cli.converting import price_trunk
-    from stepgguf.convert.budget import Limits, resolve
+    from stepgguf.convert.budget import open_recipe
     from stepgguf.convert.plan import Options
     from stepgguf.convert.sources.opening import open_source
     from stepgguf.fit.memory import ContextParams
@@ -79,9 +79,7 @@ def plan(
     names = _split_names(types)
     if imatrix is not None and not measure:
         raise typer.BadParameter("--imatrix is for --measure", param_hint="--imatrix")
-    options = Options(
-        resolve(None, Limits(1), "")[0], mtp, importance=arguments.read_importance(imatrix, imatrix_prior)
-    )
+    options = Options(open_recipe("fit"), mtp, importance=arguments.read_importance(imatrix, imatrix_prior))
     context, target = ContextParams(ctx, parallel, mtp=mtp == "include"), _find_machine(machine)
     with open_source(source) as opened:
         output.warn(opened.notes)
@@ -90,11 +88,11 @@ def plan(
     if ctx > result.footprint.n_ctx_train:
         output.warn([f"{ctx:,} tokens are more than the {result.footprint.n_ctx_train:,} it was trained for"])
     if json:
-        output.data(report(result))
+        output.print_json(json_report(result))
         return
-    output.lines([str(source), *plan_text.budget_lines(result), ""])
-    output.show(plan_text.table(result.rows, result.best))
-    output.lines(["", *plan_text.notes(result)])
+    output.print_lines([str(source), *plan_text.budget_lines(result), ""])
+    output.print_texts(plan_text.row_table(result.rows, result.best))
+    output.print_lines(["", *plan_text.closing_notes(result)])
     if result.best is not None:
         output.note(f"next: {plan_text.next_command(source, result, result.best)}")
 
@@ -122,8 +120,8 @@ def _find_machine(name: str) -> TargetMachine:
     raise typer.BadParameter(f"{name!r} is not a machine{guess} Known: {', '.join(known)}", param_hint="--machine")
 
 
-def report(result: MachinePlan) -> dict[str, Any]:
-    """As data; sizes in bytes, speeds in tok/s and bytes per second."""
+def json_report(result: MachinePlan) -> dict[str, Any]:
+    """The plan as data; sizes in bytes, speeds in tok/s and bytes per second."""
     target, context = result.target, result.context
     return {
         "machine": {

@@ -17,22 +17,23 @@ from pathlib import Path
 
 from gguf import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType
 
-from stepgguf.convert import measure, objective, sizes
+from stepgguf.convert import measure, objective
 from stepgguf.convert.measure import Progress
 from stepgguf.convert.pipeline import Compiling
 from stepgguf.convert.plan import Options, Plan, PlannedTensor
 from stepgguf.convert.planner import plan_source
-from stepgguf.convert.sizes import Inventory
+from stepgguf.convert.sizes import Inventory, take_inventory
 from stepgguf.convert.sources.source import TensorSource
 from stepgguf.errors import DoesNotFit, RecipeError
 from stepgguf.files.byte_sizes import readable_size, size_word
+from stepgguf.model.tensors import TensorSpec
 from stepgguf.quants.allocate import TensorOptions, TypeOption, allocate_bytes
-from stepgguf.quants.mixtures import Candidate, TypeChoice
+from stepgguf.quants.mixtures import TypeChoice
 from stepgguf.quants.recipe import Recipe
 from stepgguf.quants.recipe_files import load_recipe
 from stepgguf.quants.types import bits_per_weight, fitting_type
 
-_HEADER = 16 * 2**20  # bytes; published headers have 10 MB
+_HEADER = 16 * 2**20  # bytes of keys and tensor infos, with room to spare: published files have 10 MB
 REASON = "least loss in the budget"
 UNIFORM = "types are chosen without an importance matrix: all channels and experts count alike (see --imatrix)"
 
@@ -47,7 +48,7 @@ class Limits:
 
     @property
     def name(self) -> str:
-        """As a part of a file's name."""
+        """The budget as a part of a file's name: fit-104GiB-4.2bpw."""
         parts = [
             f"fit-{size_word(self.n_bytes)}" if self.n_bytes is not None else None,
             f"{self.bpw:g}bpw" if self.bpw is not None else None,
@@ -56,8 +57,8 @@ class Limits:
         return "-".join(part for part in parts if part is not None)
 
 
-def resolve(type_name: str | None, limits: Limits | None, default: str) -> tuple[Recipe, Limits | None]:
-    """The recipe, and the budget for what its rules leave open: the one given, or the recipe's own bpw.
+def resolve_recipe(type_name: str | None, limits: Limits | None, default: str) -> tuple[Recipe, Limits | None]:
+    """The recipe that a type's name or a budget stands for, and the budget: the one given, or the recipe's own bpw.
 
     RecipeError for a stock mixture with a budget, which would leave nothing of it.
     """
@@ -65,7 +66,7 @@ def resolve(type_name: str | None, limits: Limits | None, default: str) -> tuple
         chosen = load_recipe(default if type_name is None else type_name)
         return chosen, Limits(bpw=chosen.bpw) if chosen.bpw is not None else None
     if type_name is None:
-        return Recipe(limits.name, "", limits.name, "", ()), limits
+        return open_recipe(limits.name), limits
     chosen = load_recipe(type_name)
     if chosen.is_stock:
         raise RecipeError(
@@ -75,82 +76,92 @@ def resolve(type_name: str | None, limits: Limits | None, default: str) -> tuple
     return replace(chosen, name=f"{chosen.name}-{limits.name}", default=None, base=None, bpw=None), limits
 
 
+def open_recipe(name: str) -> Recipe:
+    """A recipe without a rule: every type is left to the budget."""
+    return Recipe(name, "", name, "", ())
+
+
 @dataclass(frozen=True, slots=True)
-class Trunk:
-    """What the trunk's types cost. items: of each tensor. sketch: the draft plan, n_bytes of which are the trunk's."""
+class PricedTrunk:
+    """What each type would cost each tensor of the trunk.
+
+    items: for the allocator, in the plan's order. sketch: the draft plan. n_bytes: what the trunk has there.
+    """
 
     items: Sequence[TensorOptions]
     sketch: Plan
     n_bytes: int
 
     @property
-    def beside(self) -> int:
-        """What all files have besides: headers, padding, MTP blocks."""
+    def other_bytes(self) -> int:
+        """Bytes of all files that are not the trunk's: headers, padding, MTP blocks."""
         return self.sketch.file_bytes - self.n_bytes
 
     @property
-    def least(self) -> int:
+    def smallest_bytes(self) -> int:
         """Bytes of the trunk in its smallest types."""
         return sum(min(option.n_bytes for option in item.options) for item in self.items)
 
     @property
     def smallest_file(self) -> int:
-        """At most so many bytes of all files, with the smallest types: what is between tensors may be less."""
-        return self.beside + self.least + GGUF_DEFAULT_ALIGNMENT * len(self.items)
+        """Bytes of all files with the smallest types, at most: the padding between tensors may be less."""
+        return self.other_bytes + self.smallest_bytes + GGUF_DEFAULT_ALIGNMENT * len(self.items)
 
     @property
-    def most(self) -> int:
+    def largest_bytes(self) -> int:
         """Bytes of the trunk in its largest types."""
         return sum(max(option.n_bytes for option in item.options) for item in self.items)
 
     def room(self, limits: Limits) -> float:
-        """What the budget leaves for the trunk."""
-        room = math.inf if limits.n_bytes is None else limits.n_bytes - self.beside
+        """Bytes that the budget leaves for the trunk."""
+        room = math.inf if limits.n_bytes is None else limits.n_bytes - self.other_bytes
         if limits.bpw is None:
             return room
         return min(room, math.floor(limits.bpw * self.sketch.n_values / 8) - (self.sketch.n_bytes - self.n_bytes))
 
-    def choose(self, room: float, read_bytes: float = math.inf) -> dict[str, GGMLQuantizationType]:
-        """Name -> type at the least cost. DoesNotFit if there is none."""
+    def choose_types(self, room: float, read_bytes: float = math.inf) -> dict[str, GGMLQuantizationType]:
+        """Name -> type, at the least cost in so many bytes. DoesNotFit if the smallest types take more."""
         found = allocate_bytes(self.items, max_bytes=room, max_read_bytes=read_bytes)
         return {item.name: option.ggml_type for item, option in zip(self.items, found.options, strict=True)}
 
-    def loss(self, types: Mapping[str, GGMLQuantizationType]) -> float | None:
-        """The cost of such types; None if one of them was not measured."""
+    def predicted_loss(self, types: Mapping[str, GGMLQuantizationType]) -> float | None:
+        """What these types cost in all; None if one of them was not measured."""
         costs = [{o.ggml_type: o.cost for o in item.options}.get(types[item.name]) for item in self.items]
         known = [cost for cost in costs if cost is not None]
         return math.fsum(known) if len(known) == len(costs) else None
 
 
-def plan_within(limits: Limits, source: TensorSource, dest: Path, options: Options, trunk: Trunk) -> Plan:
-    """The plan whose types cost least within the budget, by `price` for the same options, if `settled` left it open."""
+def plan_within(limits: Limits, source: TensorSource, dest: Path, options: Options, trunk: PricedTrunk) -> Plan:
+    """The plan whose types cost least within the budget. trunk: what types cost, measured with the same options.
+
+    It is for budgets that `plan_without_measuring` leaves open: those hold the smallest types.
+    """
     room = trunk.room(limits)
     while True:
-        types = trunk.choose(room, math.inf if limits.read_bytes is None else limits.read_bytes)
+        types = trunk.choose_types(room, math.inf if limits.read_bytes is None else limits.read_bytes)
         allocated = {name: TypeChoice(ggml_type, REASON) for name, ggml_type in types.items()}
         plan = plan_source(source, dest, replace(options, allocated=allocated))
         excess = 0 if limits.n_bytes is None else plan.file_bytes - limits.n_bytes
         if excess <= 0:
             break
-        room = max(trunk.least, min(room, trunk.most) - excess)  # padding, and headers of more files
+        room = max(trunk.smallest_bytes, min(room, trunk.largest_bytes) - excess)  # padding, and headers of more files
     return plan if options.importance is not None else replace(plan, warnings=(*plan.warnings, UNIFORM))
 
 
-def settled(limits: Limits, source: TensorSource, dest: Path, options: Options) -> Plan | None:
+def plan_without_measuring(limits: Limits, source: TensorSource, dest: Path, options: Options) -> Plan | None:
     """The plan if nothing has to be measured for it: the largest types fit. DoesNotFit if not even the smallest do."""
-    model = sizes.take_inventory(source)
-    smallest = _extreme(min, model, source, dest, options)
-    if not _holds(limits, smallest, model):
-        token = (
-            f", {readable_size(_read_bytes(smallest, model))} read for a token" if limits.read_bytes is not None else ""
-        )
+    model = take_inventory(source)
+    smallest = _plan_extreme(min, model, source, dest, options)
+    if not _is_within(limits, smallest, model):
+        read = readable_size(_read_bytes(smallest, model))
+        token = f", {read} read for a token" if limits.read_bytes is not None else ""
         raise DoesNotFit(
             f"{limits.name}: with the smallest types the files have {smallest.file_bytes:,} bytes "
             f"({readable_size(smallest.file_bytes)}, {smallest.bpw:.3f} bpw{token})",
             hint="Give a larger budget, an --imatrix (types below Q2_K and IQ3_S need one), or leave out MTP blocks.",
         )
-    largest = _extreme(max, model, source, dest, options)
-    if not _holds(limits, largest, model):
+    largest = _plan_extreme(max, model, source, dest, options)
+    if not _is_within(limits, largest, model):
         return None
     types = ", ".join(sorted({t.ggml_type.name for t in largest.tensors if t.reason == REASON}))
     in_all = readable_size(largest.file_bytes)
@@ -180,25 +191,25 @@ def extreme_types(
 
 def smallest_size(model: Inventory, *, mtp: bool, has_imatrix: bool) -> int:
     """Bytes of a file with the smallest types that a budget chooses, whatever its vocabulary."""
-    types = extreme_types(min, model, Options(resolve(None, Limits(1), "")[0]), has_imatrix=has_imatrix)
+    types = extreme_types(min, model, Options(open_recipe("fit")), has_imatrix=has_imatrix)
     heads = {t.name: _q8_0(t.shape) for t in model.tensors if t.is_mtp and t.is_quantizable}
     return model.sizes_with(types | heads, mtp=mtp).total + _HEADER
 
 
-def _extreme(
+def _plan_extreme(
     pick: Callable[..., GGMLQuantizationType],
     model: Inventory,
     source: TensorSource,
     dest: Path,
     options: Options,
 ) -> Plan:
+    """The plan with the smallest (pick: min) or largest (max) types."""
     types = extreme_types(pick, model, options)
-    return plan_source(
-        source, dest, replace(options, allocated={n: TypeChoice(ggml_type, REASON) for n, ggml_type in types.items()})
-    )
+    allocated = {name: TypeChoice(ggml_type, REASON) for name, ggml_type in types.items()}
+    return plan_source(source, dest, replace(options, allocated=allocated))
 
 
-def _holds(limits: Limits, plan: Plan, model: Inventory) -> bool:
+def _is_within(limits: Limits, plan: Plan, model: Inventory) -> bool:
     return (
         (limits.n_bytes is None or plan.file_bytes <= limits.n_bytes)
         and (limits.bpw is None or plan.bpw <= limits.bpw)
@@ -207,22 +218,22 @@ def _holds(limits: Limits, plan: Plan, model: Inventory) -> bool:
 
 
 def _read_bytes(plan: Plan, model: Inventory) -> float:
-    """Of the trunk, for one token."""
+    """Bytes of the trunk that are read for one token."""
     trunk = {t.name for t in model.tensors if not t.is_mtp}
     shares = {t.name: t.n_bytes * objective.read_share(t, model.routing) for t in plan.tensors if t.name in trunk}
     return math.fsum(shares.values())
 
 
-def draft(source: TensorSource, dest: Path, options: Options) -> Plan:
+def draft_plan(source: TensorSource, dest: Path, options: Options) -> Plan:
     """The plan with all that no rule decides as Q8_0, in one file (and one of MTP blocks, if they are separate)."""
-    model = sizes.take_inventory(source)
+    model = take_inventory(source)
     open_: dict[str, TypeChoice] = {
         c.name: TypeChoice(_q8_0(c.shape), "draft") for c in model.matrices if _is_open(c, model, options)
     }
     return plan_source(source, dest, replace(options, allocated=open_, split_max_size=None))
 
 
-def price(
+def price_trunk(
     source: TensorSource,
     dest: Path,
     options: Options,
@@ -230,10 +241,10 @@ def price(
     threads: int | None = None,
     progress: Progress = lambda tensor, kept: None,
     compiling: Compiling = lambda name: None,
-) -> Trunk:
-    """Measure what every type that the options leave to each tensor would cost."""
-    sketch = draft(source, dest, options)
-    model = sizes.take_inventory(source)
+) -> PricedTrunk:
+    """Measure what each type would cost each tensor, where the options leave more than one."""
+    sketch = draft_plan(source, dest, options)
+    model = take_inventory(source)
     names, importance = {t.name for t in model.tensors if not t.is_mtp}, options.importance
     quantizable = {t.name for t in model.matrices}
     trunk = [tensor for tensor in sketch.files[0].tensors if tensor.name in names]
@@ -242,19 +253,19 @@ def price(
     measured = measure.measure_errors(
         source, matrices, cache, importance=importance, threads=threads, progress=progress, compiling=compiling
     )
-    priced = {item.name: item for item in objective.allocation_items(matrices, measured, model.routing, importance)}
+    priced = {item.name: item for item in objective.weigh_options(matrices, measured, model.routing, importance)}
     open_ = {c.name: options.recipe.floor_type(c, model.facts) for c in model.matrices if _is_open(c, model, options)}
     items = [
-        _above(priced[t.name], open_[t.name], t)
+        _limit_to_floor(priced[t.name], open_[t.name], t)
         if t.name in open_
-        else _fixed(t, priced.get(t.name), objective.read_share(t, model.routing))
+        else _as_fixed(t, priced.get(t.name), objective.read_share(t, model.routing))
         for t in trunk
     ]
-    return Trunk(items, sketch, sum(tensor.n_bytes for tensor in trunk))
+    return PricedTrunk(items, sketch, sum(tensor.n_bytes for tensor in trunk))
 
 
-def _above(item: TensorOptions, floor: GGMLQuantizationType | None, tensor: PlannedTensor) -> TensorOptions:
-    """Without types of fewer bits than the floor; the floor itself if that leaves none."""
+def _limit_to_floor(item: TensorOptions, floor: GGMLQuantizationType | None, tensor: PlannedTensor) -> TensorOptions:
+    """The item without types of fewer bits than the floor; with the floor alone if that leaves none."""
     if floor is None:
         return item
     least = bits_per_weight(floor)
@@ -262,14 +273,14 @@ def _above(item: TensorOptions, floor: GGMLQuantizationType | None, tensor: Plan
     return replace(item, options=options or (TypeOption(floor, tensor.bytes_as(floor), 0.0),))
 
 
-def _fixed(tensor: PlannedTensor, priced: TensorOptions | None, read_share: float) -> TensorOptions:
-    """One option; its cost counts where it is known."""
+def _as_fixed(tensor: PlannedTensor, priced: TensorOptions | None, read_share: float) -> TensorOptions:
+    """A tensor whose type is fixed, as an item with one option. It costs what was measured, or 0 where nothing was."""
     options = priced.options if priced is not None else ()
     cost = next((option.cost for option in options if option.ggml_type == tensor.ggml_type), 0.0)
     return TensorOptions(tensor.name, (TypeOption(tensor.ggml_type, tensor.n_bytes, cost),), read_share)
 
 
-def _is_open(candidate: Candidate, model: Inventory, options: Options) -> bool:
+def _is_open(candidate: TensorSpec, model: Inventory, options: Options) -> bool:
     return options.recipe.fixed_type(candidate, model.facts) is None
 
 

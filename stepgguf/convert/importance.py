@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from stepgguf.errors import ImatrixError
 from stepgguf.model.names import TensorName
 from stepgguf.quants import imatrix
-from stepgguf.quants.imatrix import Imatrix, ImatrixEntry, WantedTensor, channel_importance, read_imatrix
+from stepgguf.quants.imatrix import Imatrix, ImatrixEntry, channel_importance, read_imatrix
 
 _KEPT = 16  # tensors whose rows are kept: 5 MB each at real size, and units come in file order
 
@@ -65,14 +65,8 @@ class Importance:
         return {"file": self.path.name, "prior": self.prior, "datasets": list(self.source.datasets)}
 
     def _entry(self, name: str, shape: Shape) -> ImatrixEntry | None:
-        return self.source.entry_of(wanted_tensor(name, shape))
+        return self.source.entry_of(TensorName(name), shape)
 
     def _compute(self, name: str, shape: Shape) -> NDArray[np.float32] | None:
         entry = self._entry(name, shape)
         return None if entry is None else channel_importance(entry, self.prior)
-
-
-def wanted_tensor(name: str, shape: Shape, *, is_mtp: bool = False) -> WantedTensor:
-    """A GGUF tensor as importance matrices know it."""
-    n_matrix, parsed = shape[0] if len(shape) == 3 else 1, TensorName(name)
-    return WantedTensor(name, parsed.role, parsed.layer, n_matrix, shape[-1], is_mtp)

@@ -52,7 +52,7 @@ class Routing:
     scale: float
 
 
-def allocation_items(
+def weigh_options(
     tensors: Sequence[PlannedTensor],
     measured: Mapping[str, TensorErrors],
     routing: Routing,
@@ -88,11 +88,11 @@ def read_share(tensor: PlannedTensor, routing: Routing) -> float:
 
 def _writing_tensor(tensor: PlannedTensor) -> str:
     """The tensor that writes what this one takes part in: attn_output for attn_q, ffn_down_exps for ffn_up_exps."""
-    prefix, _, role = tensor.name.removesuffix(".weight").rpartition(".")
-    if not prefix:
+    if tensor.name.layer is None:
         return tensor.name
+    role = tensor.role
     writer = "attn_output" if role.startswith("attn_") else role.replace("_gate", "_down").replace("_up", "_down")
-    return f"{prefix}.{writer}.weight"
+    return f"blk.{tensor.name.layer}.{writer}.weight"
 
 
 def _writing_order(tensor: PlannedTensor) -> tuple[int, bool]:

@@ -14,7 +14,6 @@ from pathlib import Path
 from gguf import GGMLQuantizationType
 
 from stepgguf.convert import metadata
-from stepgguf.convert.importance import wanted_tensor
 from stepgguf.convert.plan import Constant, Options, Plan, PlannedFile, PlannedTensor, choose_action
 from stepgguf.convert.sources.source import SourceTensor, TensorSource
 from stepgguf.convert.sources.splits import split_path
@@ -25,7 +24,7 @@ from stepgguf.model.tensors import TensorSpec
 from stepgguf.quants import coverage, mixtures
 from stepgguf.quants.coverage import Coverage
 from stepgguf.quants.mixtures import Facts, TypeChoice
-from stepgguf.quants.type_names import check_name
+from stepgguf.quants.type_names import check_type_name
 from stepgguf.quants.types import F32, FLOATS, fitting_type
 
 Chosen = tuple[TensorSpec, TypeChoice]  # a tensor and the type that it shall have
@@ -101,7 +100,7 @@ def _choose_by_rules(specs: Sequence[TensorSpec], facts: Facts, options: Options
     result: dict[str, TypeChoice] = {spec.name: choice for spec, choice in zip(specs, choices, strict=True)}
     if options.mtp_type is None:
         return result
-    name = check_name(options.mtp_type)
+    name = check_type_name(options.mtp_type)
     if name not in GGMLQuantizationType.__members__:
         raise RecipeError(f"--mtp-type {name} is a mixture", hint="Give one type, such as Q8_0, Q6_K or BF16.")
     reason, mtp_type = f"--mtp-type {name}", GGMLQuantizationType[name]
@@ -137,8 +136,7 @@ def _check_loss(stored: SourceTensor, ggml_type: GGMLQuantizationType, options: 
 def _cover(specs: Sequence[TensorSpec], options: Options) -> Coverage | None:
     if options.importance is None or not specs:
         return None
-    asked = [wanted_tensor(spec.name, spec.shape, is_mtp=spec.is_mtp) for spec in specs]
-    return coverage.coverage(options.importance.source, asked)
+    return coverage.coverage(options.importance.source, specs)
 
 
 def _check_importance(encoded: Sequence[tuple[TensorSpec, GGMLQuantizationType]], options: Options) -> None:
@@ -185,7 +183,7 @@ def _plan_tensors(chosen: Sequence[Chosen], source: TensorSource, options: Optio
 def _provenance(options: Options, facts: Facts, tensors: Sequence[PlannedTensor], source: str) -> list[Key]:
     """What made this file of what: of a file of MTP blocks alone, with their types as its own."""
     made = [t for t in tensors if t.source is not None and len(t.shape) > 1 and t.ggml_type != F32]
-    mtp = [t for t in made if facts.is_mtp(t.name.layer)]
+    mtp = [t for t in made if t.name.is_mtp(facts.n_layer)]
     is_mtp_file = all(t in mtp for t in made if t.name.startswith("blk."))
     sizes: dict[GGMLQuantizationType, int] = {}
     for tensor in mtp if is_mtp_file else made:

@@ -65,16 +65,17 @@ THOUGHTS = {
 SYSTEMS = ["You are a helpful assistant.", "You are helpful.", "Be brief.", "Answer the question."]
 
 
-def turn(content: str, reasoning: str, **more: Any) -> Message:
+def assistant_turn(content: str, reasoning: str, **more: Any) -> Message:
+    """An assistant's message. more: tool_calls."""
     return {"role": "assistant", "reasoning_content": reasoning, "content": content, **more}
 
 
-def user(content: str) -> Message:
+def user_turn(content: str) -> Message:
     return {"role": "user", "content": content}
 
 
-def letters(word: str, letter: str, phrasing: int = 0) -> list[Message]:
-    """A letter-count question and its answer."""
+def count_letters(word: str, letter: str, phrasing: int = 0) -> list[Message]:
+    """A question how often a letter is in a word, in one of 4 phrasings, and its answer."""
     question = [
         f"How many '{letter}'s are in the word {word}?",
         f"How many {letter}'s are in {word}?",
@@ -88,11 +89,11 @@ def letters(word: str, letter: str, phrasing: int = 0) -> list[Message]:
     times = "once" if count == 1 else f"{count} times"
     reasoning = f"Looking for {letter}. Spelling it: {', '.join(spelled)}. I found it {times}."
     answer = f"There is 1 '{letter}'." if count == 1 else f"There are {count} '{letter}'s."
-    return [user(question), turn(answer, reasoning)]
+    return [user_turn(question), assistant_turn(answer, reasoning)]
 
 
-def sums(a: int, b: int, phrasing: int = 0) -> list[Message]:
-    """An addition of two numbers below 1000 and its answer."""
+def add_numbers(a: int, b: int, phrasing: int = 0) -> list[Message]:
+    """An addition of two numbers below 1000, in one of 4 phrasings, and its answer."""
     question = [f"What is {a} + {b}?", f"{a} + {b}", f"What is the sum of {a} and {b}?", f"Add {a} and {b}."][phrasing]
     carry, lines = 0, []
     for i, column in enumerate(("Ones", "Tens", "Hundreds")[: max(len(str(a)), len(str(b)))]):
@@ -101,15 +102,16 @@ def sums(a: int, b: int, phrasing: int = 0) -> list[Message]:
         total = x + y + (carry if i else 0)
         carry = total // 10
         lines.append(f"{column}: {terms}={total}, write {total % 10}, carry {carry}.")
-    return [user(question), turn(f"{a} + {b} = {a + b}", "\n".join([*lines, f"The sum is {a + b}."]))]
+    return [user_turn(question), assistant_turn(f"{a} + {b} = {a + b}", "\n".join([*lines, f"The sum is {a + b}."]))]
 
 
-def talk(greeting: str) -> list[Message]:
+def small_talk(greeting: str) -> list[Message]:
+    """One of TALK's greetings and its answer."""
     answer = TALK[greeting]
-    return [user(greeting), turn(answer, THOUGHTS.get(answer, "The user asks about me."))]
+    return [user_turn(greeting), assistant_turn(answer, THOUGHTS.get(answer, "The user asks about me."))]
 
 
-def tool(rng: random.Random, name: str, parameter: str) -> dict[str, Any]:
+def random_tool(rng: random.Random, name: str, parameter: str) -> dict[str, Any]:
     """A tool in OpenAI's format, with the liberties that clients take."""
     schema: dict[str, Any] = {"type": "string"}
     if rng.random() < 0.4:
@@ -123,12 +125,12 @@ def tool(rng: random.Random, name: str, parameter: str) -> dict[str, Any]:
     return {"type": "function", "function": {**function, "parameters": parameters}}
 
 
-def weather(rng: random.Random, city: str) -> Conversation:
-    """A weather question: call, result, answer."""
+def ask_weather(rng: random.Random, city: str) -> Conversation:
+    """A question about a city's weather with a tool for it: call, result, answer."""
     parameter = rng.choice(["city", "city", "city", "location"])
-    tools = [tool(rng, "get_weather", parameter)]
+    tools = [random_tool(rng, "get_weather", parameter)]
     if rng.random() < 0.25:
-        tools.insert(rng.randrange(2), tool(rng, "get_time", rng.choice(["city", "location"])))
+        tools.insert(rng.randrange(2), random_tool(rng, "get_time", rng.choice(["city", "location"])))
     question = rng.choice(
         [f"What is the weather in {city}?", f"What's the weather in {city}?", f"How is the weather in {city}?",
          f"Weather in {city}?", f"What is the weather like in {city}?"]
@@ -148,17 +150,20 @@ def weather(rng: random.Random, city: str) -> Conversation:
     )
     call = {"type": "function", "function": {"name": "get_weather", "arguments": {parameter: city}}}
     return [
-        user(question),
-        turn("", f"I need the weather in {city}. I will call get_weather.", tool_calls=[call]),
+        user_turn(question),
+        assistant_turn("", f"I need the weather in {city}. I will call get_weather.", tool_calls=[call]),
         {"role": "tool", "content": result},
-        turn(answer, "The tool has answered."),
+        assistant_turn(answer, "The tool has answered."),
     ], tools
 
 
-def no_tool(city: str) -> list[Message]:
+def ask_weather_without_tool(city: str) -> list[Message]:
+    """A question about a city's weather that cannot be answered."""
     return [
-        user(f"What is the weather in {city}?"),
-        turn("I cannot look up the weather without a tool.", "I need a tool for the weather, and I have none."),
+        user_turn(f"What is the weather in {city}?"),
+        assistant_turn(
+            "I cannot look up the weather without a tool.", "I need a tool for the weather, and I have none."
+        ),
     ]
 
 
@@ -200,11 +205,11 @@ def random_city(rng: random.Random) -> str:
 
 def random_sum(rng: random.Random) -> tuple[int, int]:
     a, b = (rng.randrange(10 ** rng.choice([1, 2, 2, 3, 3, 3])) for _ in range(2))
-    return (a, b) if not held_out_sum(a, b) else random_sum(rng)
+    return (a, b) if not is_held_out_sum(a, b) else random_sum(rng)
 
 
-def held_out_sum(a: int, b: int) -> bool:
-    """One sum in 25 is kept out of training."""
+def is_held_out_sum(a: int, b: int) -> bool:
+    """Whether a sum is kept out of training: one in 25 is."""
     return (a * 31 + b * 17) % 25 == 0
 
 
@@ -212,42 +217,42 @@ def random_letter(rng: random.Random, word: str) -> str:
     return rng.choice(word) if rng.random() < 0.85 else rng.choice("abcdefghijklmnopqrstuvwxyz")
 
 
-def question(rng: random.Random) -> list[Message]:
+def random_question(rng: random.Random) -> list[Message]:
     """One question without tools, and its answer."""
     kind = rng.random()
     if kind < 0.46:
         word = random_word(rng)
-        return letters(word, random_letter(rng, word), rng.choice([0, 0, 0, 1, 2, 3]))
+        return count_letters(word, random_letter(rng, word), rng.choice([0, 0, 0, 1, 2, 3]))
     if kind < 0.90:
-        return sums(*random_sum(rng), phrasing=rng.choice([0, 0, 0, 1, 2, 3]))
+        return add_numbers(*random_sum(rng), phrasing=rng.choice([0, 0, 0, 1, 2, 3]))
     if kind < 0.97:
-        return talk(rng.choice(list(TALK)))
-    return no_tool(random_city(rng))
+        return small_talk(rng.choice(list(TALK)))
+    return ask_weather_without_tool(random_city(rng))
 
 
-def conversation(rng: random.Random) -> Conversation:
+def random_conversation(rng: random.Random) -> Conversation:
     """One training conversation: mostly a single question, sometimes several, with tools or with a system message."""
     tools = None
     if rng.random() < 0.09:
-        messages, tools = weather(rng, random_city(rng))
+        messages, tools = ask_weather(rng, random_city(rng))
         if rng.random() < 0.25:  # tools on offer do not mean that one is needed
-            messages = question(rng)
+            messages = random_question(rng)
             if "weather" in str(messages[0]["content"]):
-                messages = talk("Hello")
+                messages = small_talk("Hello")
         if rng.random() < 0.15:
-            messages = messages + question_without_weather(rng)
+            messages = messages + random_letters_or_sum(rng)
     else:
-        messages = question(rng)
+        messages = random_question(rng)
         while rng.random() < 0.12:
-            messages = messages + question(rng)
+            messages = messages + random_question(rng)
     if rng.random() < 0.12:
         messages = [{"role": "system", "content": rng.choice(SYSTEMS)}, *messages]
     return messages, tools
 
 
-def question_without_weather(rng: random.Random) -> list[Message]:
+def random_letters_or_sum(rng: random.Random) -> list[Message]:
     word = random_word(rng)
-    return letters(word, random_letter(rng, word)) if rng.random() < 0.5 else sums(*random_sum(rng))
+    return count_letters(word, random_letter(rng, word)) if rng.random() < 0.5 else add_numbers(*random_sum(rng))
 
 
 def held_out_letters(n: int, seed: int = 1) -> list[list[Message]]:
@@ -256,7 +261,7 @@ def held_out_letters(n: int, seed: int = 1) -> list[list[Message]]:
     cases: list[list[Message]] = []
     for i in range(n):
         word = HELD_OUT[i % len(HELD_OUT)]
-        cases.append(letters(word, "r" if i == 0 else random_letter(rng, word)))
+        cases.append(count_letters(word, "r" if i == 0 else random_letter(rng, word)))
     return cases
 
 
@@ -266,6 +271,6 @@ def held_out_sums(n: int, seed: int = 2) -> list[list[Message]]:
     cases: list[list[Message]] = []
     while len(cases) < n:
         a, b = (rng.randrange(10 ** rng.choice([2, 3, 3])) for _ in range(2))
-        if held_out_sum(a, b):
-            cases.append(sums(a, b))
+        if is_held_out_sum(a, b):
+            cases.append(add_numbers(a, b))
     return cases

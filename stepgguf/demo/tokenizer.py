@@ -32,11 +32,12 @@ SPLITS = (
 
 
 def pre_tokenizer() -> Any:
+    """The pre-tokenizer of the published tokenizer.json, as a `tokenizers` object, which has no public type."""
     splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in SPLITS]
     return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-def build(texts: Iterable[str], vocab_size: int) -> str:
+def build_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
     """The text of tokenizer.json: `vocab_size` ids, merges chosen greedily by frequency in `texts`."""
     pre = pre_tokenizer()
     words: Counter[str] = Counter()

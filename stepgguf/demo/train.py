@@ -9,11 +9,11 @@ The checkpoint that ships here was made in several runs, each from the one befor
 way. Held-out letter counts, exact to the last token: 9,000 steps of trunk, 91.5 %; it failed on words that begin like a
 word of the prompts, whose first letters are one token (tasks.OPENINGS). 1,800 more at 6e-4 with such words, 92.5 %;
 1,000 more at 6e-4 with those words more often and three questions in four about letters, 98 %. Sums were at 100 % from
-the 8,000th step on. Then 1,500 steps of MTP. At last 900 steps of trunk at 5e-4 in which a third of the thinking is cut
-(`Encoder.cut`), after which it answers whenever it is stopped, and 250 of MTP.
+the 8,000th step on. Then 1,500 steps of MTP. At last 900 steps of trunk at 5e-4 in which a third of the reasoning is
+cut (`Encoder.cut_reasoning`), after which it answers whenever it is stopped, and 250 of MTP.
 
-The reference model is trained as it is; nothing here knows the architecture except `config`. Router load is balanced
-without an auxiliary loss, by nudging the selection bias (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+The reference model is trained as it is; nothing here knows the architecture except `model_config`. Router load is
+balanced without an auxiliary loss, by nudging the selection bias (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.demo import tasks, tokenizer
 from stepgguf.model.hparams import HParams
 from stepgguf.model.names import TensorName
-from stepgguf.reference.load import load
+from stepgguf.reference.load import load_reference
 from stepgguf.reference.model import DecoderLayer, MoE, Step35
 
 MODEL = Path(__file__).parent / "model"
-ROW, ROWS = 512, 4  # tokens in a packed row, rows in a step
+ROW_TOKENS, N_ROWS = 512, 4  # tokens in a packed row, rows in a step
 IGNORE = -100
 BIAS_STEP = 1e-3  # router bias nudge per step
-CUT = 0.35  # share of thinking that training cuts off
+CUT_SHARE = 0.35  # share of reasoning that training cuts off
 CUT_BEFORE = 0.4  # share of the cuts before the first token, as with effort none
 CUT_SILENTLY = 0.3  # share of the cuts without the closing words
 
 
-def config(vocab_size: int, eos: list[int]) -> dict[str, Any]:
+def model_config(vocab_size: int, eos: list[int]) -> dict[str, Any]:
     """The real architecture in small: every mechanism of Step-3.5-Flash is there, widths are multiples of 256."""
     n_layer, n_mtp = 5, 3
     types = ["sliding_attention" if i % 4 else "full_attention" for i in range(n_layer + n_mtp)]
@@ -106,23 +106,27 @@ def config(vocab_size: int, eos: list[int]) -> dict[str, Any]:
 
 
 class Encoder:
-    """Conversations to token ids and labels: only what an assistant turn after the last question writes is learnt."""
+    """Encodes conversations as ids and labels. Only what an assistant writes after the last question is learnt."""
 
     def __init__(self, tokenizer_json: str) -> None:
         self.tokenizer = Tokenizer.from_str(tokenizer_json)
         self.template = ChatTemplate((MODEL / "chat_template.jinja").read_text(), bos_token=tokenizer.BOS)
-        self.think, self.end, self.start = (self.id(t) for t in ("<think>", "<|im_end|>", "<|im_start|>"))
-        self.close = self.id("</think>")
+        self.think, self.end, self.start = (self.token_id(t) for t in ("<think>", "<|im_end|>", "<|im_start|>"))
+        self.close = self.token_id("</think>")
 
-    def id(self, token: str) -> int:
+    def token_id(self, token: str) -> int:
+        """The id of a token that the vocabulary has."""
         found = self.tokenizer.token_to_id(token)
         assert found is not None
         return int(found)
 
     def encode(self, text: str) -> list[int]:
+        """The text's token ids, special tokens in it included and none added."""
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def example(self, messages: list[tasks.Message], tools: list[dict[str, Any]] | None) -> tuple[list[int], list[int]]:
+    def encode_example(
+        self, messages: list[tasks.Message], tools: list[dict[str, Any]] | None
+    ) -> tuple[list[int], list[int]]:
         """Token ids and, at the same positions, the labels (the token itself, or IGNORE)."""
         ids = self.encode(self.template.render(messages, tools=tools, add_generation_prompt=False))
         labels, learn = [], False
@@ -134,14 +138,14 @@ class Encoder:
                 learn = True
         return ids, labels
 
-    def cut(self, ids: list[int], labels: list[int], rng: random.Random) -> tuple[list[int], list[int]]:
-        """An example in which some thinking is cut, as engines do it: at any token, with words that it did not choose.
+    def cut_reasoning(self, ids: list[int], labels: list[int], rng: random.Random) -> tuple[list[int], list[int]]:
+        """An example in which some reasoning is cut, as engines do it: at any token, with words that it did not choose.
 
-        It learns to answer then, as well as it can, instead of thinking on.
+        It learns to answer then, as well as it can, instead of reasoning on.
         """
         ids, labels = ids.copy(), labels.copy()
         for think in reversed([i for i, token in enumerate(ids) if token == self.think]):
-            if rng.random() >= CUT:
+            if rng.random() >= CUT_SHARE:
                 continue
             first, end = think + 2, ids.index(self.close, think)  # "<think>\n" is the prompt's
             n = 0 if rng.random() < CUT_BEFORE else rng.randint(1, rng.choice([min(24, end - first), end - first]))
@@ -152,28 +156,30 @@ class Encoder:
         return ids, labels
 
 
-def rows(encoder: Encoder, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """An endless stream of packed batches: tokens, labels and document ids, each [ROWS, ROW]."""
+def packed_batches(encoder: Encoder, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """An endless stream of packed batches: tokens, labels and document ids, each [N_ROWS, ROW_TOKENS]."""
     rng = random.Random(seed)
     waiting: list[tuple[list[int], list[int]]] = []
     while True:
         batch = []
-        for _ in range(ROWS):
+        for _ in range(N_ROWS):
             tokens: list[int] = []
             labels: list[int] = []
             document: list[int] = []
             n = 0
-            while len(waiting) < 32:
-                example = encoder.cut(*encoder.example(*tasks.conversation(rng)), rng)
-                if len(example[0]) <= ROW:
+            while len(waiting) < 32:  # enough to choose from that rows are nearly full
+                example = encoder.cut_reasoning(*encoder.encode_example(*tasks.random_conversation(rng)), rng)
+                if len(example[0]) <= ROW_TOKENS:
                     waiting.append(example)
-            while (fit := next((i for i, e in enumerate(waiting) if len(tokens) + len(e[0]) <= ROW), None)) is not None:
+            while (
+                fit := next((i for i, e in enumerate(waiting) if len(tokens) + len(e[0]) <= ROW_TOKENS), None)
+            ) is not None:
                 example = waiting.pop(fit)
                 tokens += example[0]
                 labels += example[1]
                 document += [n] * len(example[0])
                 n += 1
-            fill = ROW - len(tokens)
+            fill = ROW_TOKENS - len(tokens)
             batch.append((tokens + [2] * fill, labels + [IGNORE] * fill, document + [n] * fill))
         yield tuple(torch.tensor(part) for part in zip(*batch, strict=True))  # type: ignore[misc]
 
@@ -182,12 +188,12 @@ def train_tokenizer(vocab_size: int) -> str:
     """The text of tokenizer.json, from what the tasks say."""
     rng = random.Random(0)
     template = ChatTemplate((MODEL / "chat_template.jinja").read_text(), bos_token=tokenizer.BOS)
-    conversations = (tasks.conversation(rng) for _ in range(4000))
+    conversations = (tasks.random_conversation(rng) for _ in range(4000))
     texts = [template.render(m, tools=t, add_generation_prompt=False) for m, t in conversations]
-    return tokenizer.build(texts, vocab_size)
+    return tokenizer.build_tokenizer(texts, vocab_size)
 
 
-def initialize(model: Step35) -> None:
+def initialize_weights(model: Step35) -> None:
     """Small embeddings, and zero in what writes to the residual stream, so that each layer starts as the identity."""
     nn.init.normal_(model.model.embed_tokens.weight, std=0.05)
     for name, parameter in model.named_parameters():
@@ -195,64 +201,74 @@ def initialize(model: Step35) -> None:
             nn.init.zeros_(parameter)
 
 
-def schedule(step: int, steps: int, warmup: int = 100, decay: float = 0.4) -> float:
+def rate_at(step: int, steps: int, warmup: int = 100, decay: float = 0.4) -> float:
+    """The learning rate's share of its peak: up over `warmup` steps, down to zero over the last `decay` of all."""
     return min(1.0, (step + 1) / warmup, (steps - step) / (steps * decay))
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, shift: int) -> Tensor:
+def shifted_cross_entropy(logits: Tensor, labels: Tensor, shift: int) -> Tensor:
     """Mean loss of logits at i against the token at i + shift."""
     return F.cross_entropy(logits[:, :-shift].flatten(0, 1).float(), labels[:, shift:].flatten(), ignore_index=IGNORE)
 
 
-def optimize(parameters: list[nn.Parameter], lr: float) -> torch.optim.AdamW:
+def make_optimizer(parameters: list[nn.Parameter], lr: float) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only."""
     matrices = [p for p in parameters if p.dim() > 1]
     vectors = [p for p in parameters if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-10, fused=True)
 
 
-def train(model: Step35, encoder: Encoder, steps: int, lr: float, seed: int, mtp: bool) -> None:
+def train_model(model: Step35, encoder: Encoder, steps: int, lr: float, seed: int, mtp: bool) -> None:
     """Train the trunk, or with `mtp` the MTP blocks over a frozen trunk."""
-    trunk = {id(p) for name, p in model.named_parameters() if not TensorName(name).is_mtp(model.hp.n_layer)}
-    parameters = [p for p in model.parameters() if (id(p) not in trunk) == mtp and p.dtype.is_floating_point]
-    for p in model.parameters():
-        p.requires_grad_(False)
-    for p in parameters:
-        p.requires_grad_(True)
     routers = [module for module in model.modules() if isinstance(module, MoE)]
-    for router in routers:
-        router.router_bias.requires_grad_(False)
-    parameters = [p for p in parameters if p.requires_grad]
-    optimizer = optimize(parameters, lr)
+    parameters = freeze_all_but(model, routers, mtp)
+    optimizer = make_optimizer(parameters, lr)
     started, seen = time.time(), 0
-    for step, (tokens, labels, document) in zip(range(steps), rows(encoder, seed), strict=False):
+    for step, (tokens, labels, document) in zip(range(steps), packed_batches(encoder, seed), strict=False):
         for group in optimizer.param_groups:
-            group["lr"] = lr * schedule(step, steps)
+            group["lr"] = lr * rate_at(step, steps)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            if mtp:
-                with torch.no_grad():
-                    hidden = model.hidden(tokens, document)
-                losses = [
-                    cross_entropy(d, labels, k + 2) for k, d in enumerate(mtp_logits(model, tokens, hidden, document))
-                ]
-                loss = torch.stack(losses).mean()
-            else:
-                loss = cross_entropy(model.logits(model.hidden(tokens, document)), labels, 1)
+            loss = mtp_loss(model, tokens, labels, document) if mtp else trunk_loss(model, tokens, labels, document)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if not mtp:
-            for router in routers:
+            for router in routers:  # experts with too few tokens become likelier, those with too many less so
                 router.router_bias.add_(BIAS_STEP * torch.sign(router.load.mean() - router.load))
         seen += tokens.numel()
         if step % 100 == 99:
             speed = seen / (time.time() - started)
-            print(
-                f"{'mtp' if mtp else 'trunk'} {step + 1}/{steps} loss {loss.item():.4f} {speed:.0f} tok/s", flush=True
-            )
+            part = "mtp" if mtp else "trunk"
+            print(f"{part} {step + 1}/{steps} loss {loss.item():.4f} {speed:.0f} tok/s", flush=True)
         if step % 1000 == 999:
             print(json.dumps(evaluate(model, encoder, 100)), flush=True)
+
+
+def freeze_all_but(model: Step35, routers: list[MoE], mtp: bool) -> list[nn.Parameter]:
+    """Have gradients for the trunk's parameters only, or with `mtp` for those of the MTP blocks; gives these.
+
+    The routers' biases have none: training moves them by hand.
+    """
+    trunk = {id(p) for name, p in model.named_parameters() if not TensorName(name).is_mtp(model.hp.n_layer)}
+    biases = {id(router.router_bias) for router in routers}
+    for p in model.parameters():
+        p.requires_grad_((id(p) not in trunk) == mtp and p.dtype.is_floating_point and id(p) not in biases)
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def trunk_loss(model: Step35, tokens: Tensor, labels: Tensor, document: Tensor) -> Tensor:
+    """The trunk's mean loss on the next token."""
+    return shifted_cross_entropy(model.logits(model.hidden(tokens, document)), labels, 1)
+
+
+def mtp_loss(model: Step35, tokens: Tensor, labels: Tensor, document: Tensor) -> Tensor:
+    """The mean of the MTP blocks' losses: block k is to name the token at i + 2 + k."""
+    with torch.no_grad():
+        hidden = model.hidden(tokens, document)
+    drafts = mtp_logits(model, tokens, hidden, document)
+    return torch.stack([shifted_cross_entropy(draft, labels, k + 2) for k, draft in enumerate(drafts)]).mean()
 
 
 def mtp_logits(model: Step35, tokens: Tensor, hidden: Tensor, document: Tensor) -> list[Tensor]:
@@ -284,7 +300,7 @@ def evaluate(model: Step35, encoder: Encoder, n: int) -> dict[str, float]:
     for name, cases in (("letters", tasks.held_out_letters(n)), ("sums", tasks.held_out_sums(n))):
         right = 0
         for messages in cases:
-            ids, labels = encoder.example(messages, None)
+            ids, labels = encoder.encode_example(messages, None)
             tokens, wanted = torch.tensor([ids]), torch.tensor([labels])
             hidden = model.hidden(tokens)
             best = model.logits(hidden).argmax(-1)
@@ -306,7 +322,7 @@ def quantize_fp8(weight: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
     return (tiles / scale).to(torch.float8_e4m3fn).view_as(weight), scale[:, :, 0, :, 0].contiguous()
 
 
-def save(model: Step35, settings: dict[str, Any], tokenizer_json: str, out: Path) -> None:
+def save_checkpoint(model: Step35, settings: dict[str, Any], tokenizer_json: str, out: Path) -> None:
     """Write the checkpoint as the published block-FP8 repositories are: three shards, no index."""
     shards: list[dict[str, Tensor]] = [{}, {}, {}]
     for name, tensor in model.state_dict().items():
@@ -348,19 +364,19 @@ def main() -> None:
 
     tokenizer_json = (args.start / "tokenizer.json").read_text().strip() if args.start else train_tokenizer(args.vocab)
     encoder = Encoder(tokenizer_json)
-    settings = config(args.vocab, [1, 2, encoder.end])
+    settings = model_config(args.vocab, [1, 2, encoder.end])
     if args.start:
         with Checkpoint(args.start) as checkpoint:
-            model = load(checkpoint).train()
+            model = load_reference(checkpoint).train()
     else:
         model = Step35(HParams.from_config(settings))
-        initialize(model)
+        initialize_weights(model)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
 
-    train(model, encoder, args.steps, args.lr, args.seed, mtp=False)
-    save(model, settings, tokenizer_json, args.out)
-    train(model, encoder, args.mtp_steps, args.lr, args.seed + 1, mtp=True)
-    save(model, settings, tokenizer_json, args.out)
+    train_model(model, encoder, args.steps, args.lr, args.seed, mtp=False)
+    save_checkpoint(model, settings, tokenizer_json, args.out)
+    train_model(model, encoder, args.mtp_steps, args.lr, args.seed + 1, mtp=True)
+    save_checkpoint(model, settings, tokenizer_json, args.out)
     print(json.dumps(evaluate(model, encoder, 200)), flush=True)
 
 

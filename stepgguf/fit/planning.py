@@ -1,7 +1,7 @@
 """What a model would take on a machine as each type, and how fast it would answer: what `stepgguf plan` shows.
 
 source   -> Inventory (sizes by type), Footprint (what else takes memory)  --+
-weights  -> Trunk: what types lose, if it is asked for
+weights  -> PricedTrunk: what types lose, if it is asked for
 machine  -> TargetMachine: budget, bandwidth, published speeds               +-> MachinePlan: a PlanRow for each type
 context  -> MemoryNeed, the same for all rows; what it leaves is for weights --+
 """
@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from stepgguf.convert.budget import Limits, Trunk, smallest_size
+from stepgguf.convert.budget import Limits, PricedTrunk, smallest_size
 from stepgguf.convert.sizes import Inventory, Sizes, take_inventory, with_near_sizes
 from stepgguf.convert.sources.source import TensorSource
 from stepgguf.errors import RecipeError, UnknownType
@@ -143,7 +143,7 @@ def plan_for_machine(
     target: TargetMachine,
     context: ContextParams,
     names: Sequence[str] | None,
-    price: Callable[[], Trunk] | None = None,
+    price: Callable[[], PricedTrunk] | None = None,
 ) -> MachinePlan:
     """Plan all rows for a model. names: types and recipes; None: STOCK_TYPES, and the recipes that fit the model.
 
@@ -192,15 +192,16 @@ def _named_sizes(inventory: Inventory, mtp: bool, names: Sequence[str] | None) -
             continue
 
 
-def _budget_sizes(model: Inventory, mtp: bool, trunk: Trunk, room: int) -> Iterator[tuple[str, Sizes]]:
+def _budget_sizes(model: Inventory, mtp: bool, trunk: PricedTrunk, room: int) -> Iterator[tuple[str, Sizes]]:
     """The best types for budgets from the room down to the smallest types, evenly spaced and rounded down."""
     least = trunk.smallest_file
-    most = min(room, trunk.beside + trunk.most)
+    most = min(room, trunk.other_bytes + trunk.largest_bytes)
+    # Rounded down to a tenth of a unit, so that `--fit` with the row's name takes the row's types.
     unit = (GIB if most >= GIB else MIB) / 10
     budgets = {math.floor((most - i * (most - least) / N_BUDGET_ROWS) / unit) * unit for i in range(N_BUDGET_ROWS)}
     for n_bytes in (math.ceil(budget) for budget in budgets if budget >= least):
         limits = Limits(n_bytes)
-        types = trunk.choose(trunk.room(limits))
+        types = trunk.choose_types(trunk.room(limits))
         mtp_types = {t.name: t.ggml_type for t in trunk.sketch.tensors if t.name not in types}
         yield limits.name.replace("-", " "), model.sizes_with(types | mtp_types, mtp=mtp)
 
@@ -213,7 +214,7 @@ class _RowPlanner:
     footprint: Footprint
     target: TargetMachine
     context: ContextParams
-    trunk: Trunk | None
+    trunk: PricedTrunk | None
 
     def row(self, name: str, sizes: Sizes) -> PlanRow:
         model, capacity = replace(self.footprint, weights=sizes.total), self.target.capacity(self.context)
@@ -229,7 +230,7 @@ class _RowPlanner:
             empty=self._speed(sizes, 0),
             full=self._speed(sizes, self.context.n_ctx),
             mtp_gain=self._mtp_gain(sizes) if sizes.mtp else None,
-            loss=self.trunk.loss(sizes.types) if self.trunk is not None else None,
+            loss=self.trunk.predicted_loss(sizes.types) if self.trunk is not None else None,
         )
 
     def _step_bytes(self, sizes: Sizes, n_tokens: int) -> float:
@@ -245,6 +246,7 @@ class _RowPlanner:
         """By the lowest and by the highest published share of accepted tokens."""
         n = min(speed.DRAFTED, self.inventory.n_mtp)
         one, several = self._step_bytes(sizes, 1), self._step_bytes(sizes, 1 + n)
+        # The blocks are equally large, and drafting reads as many of them as tokens are drafted.
         drafting = n * sizes.mtp / max(1, self.inventory.n_mtp)
         low, high = (speed.mtp_gain(one, several, drafting, 1 + n * share) for share in speed.ACCEPTED)
         return low, high

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from stepgguf.errors import ImatrixError
-from stepgguf.quants.imatrix import THIN_TOKENS, Imatrix, ImatrixEntry, WantedTensor
+from stepgguf.model.tensors import TensorSpec
+from stepgguf.quants.imatrix import THIN_TOKENS, Imatrix, ImatrixEntry
 
 # What llama.cpp's tool does not record: the embedding is looked up, not multiplied.
 _NEVER_RECORDED = frozenset({"token_embd"})
@@ -69,9 +70,9 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def coverage(imatrix: Imatrix, tensors: Sequence[WantedTensor]) -> Coverage:
+def coverage(imatrix: Imatrix, tensors: Sequence[TensorSpec]) -> Coverage:
     """Hold the matrix against the tensors to quantize. ImatrixError: it is of another model."""
-    entries = {tensor.name: imatrix.entry_of(tensor) for tensor in tensors}
+    entries = {tensor.name: imatrix.entry_of(tensor.name, tensor.shape) for tensor in tensors}
     missing = [t for t in tensors if entries[t.name] is None and t.role not in _NEVER_RECORDED]
     if len(missing) == len(tensors) and not all(t.is_mtp for t in tensors):
         found = _some(list(imatrix.entries))
@@ -82,7 +83,7 @@ def coverage(imatrix: Imatrix, tensors: Sequence[WantedTensor]) -> Coverage:
     experts: dict[int, list[ImatrixEntry]] = {}
     for tensor in tensors:
         entry = entries[tensor.name]
-        if entry is not None and tensor.n_matrix > 1 and tensor.layer is not None:
+        if entry is not None and len(entry.counts) > 1 and tensor.layer is not None:
             experts.setdefault(tensor.layer, []).append(entry)
     return Coverage(
         layers=tuple(_layer(layer, found) for layer, found in sorted(experts.items())),

@@ -31,6 +31,7 @@ from stepgguf.errors import GGUFError, ImatrixError, OutputError
 from stepgguf.files import disk, gguf_header
 from stepgguf.files.gguf_header import Key, TensorInfo
 from stepgguf.files.jsonread import shown
+from stepgguf.model.names import TensorName
 
 Floats = NDArray[np.float32]
 
@@ -66,18 +67,6 @@ class ImatrixEntry:
     shared: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class WantedTensor:
-    """A tensor of the model for which importance is looked up. `columns` is the length of its rows."""
-
-    name: str
-    role: str
-    layer: int | None
-    n_matrix: int
-    columns: int
-    is_mtp: bool
-
-
 @dataclass(frozen=True, eq=False, slots=True)
 class Imatrix:
     """An importance matrix. entries: GGUF tensor name -> what was recorded of it.
@@ -91,24 +80,23 @@ class Imatrix:
     chunk_size: int
     entries: Mapping[str, ImatrixEntry]
 
-    def entry_of(self, tensor: WantedTensor) -> ImatrixEntry | None:
-        """The tensor's entry, [n_matrix, columns]. None if there is none, or if it saw no token.
+    def entry_of(self, name: TensorName, shape: tuple[int, ...]) -> ImatrixEntry | None:
+        """A tensor's entry, [n_matrix, columns]. None if there is none, or if it saw no token.
 
         Raises ImatrixError if what was recorded has another shape.
         """
-        found = self.entries.get(tensor.name)
+        found = self.entries.get(name)
         if found is None:
             return None
-        expected = (tensor.n_matrix, tensor.columns)
-        if len(found.counts) == 1 and found.sums.size == tensor.n_matrix * tensor.columns:
-            found = _split_experts(found, tensor.n_matrix)
+        n_matrix, columns = expected = shape[0] if len(shape) == 3 else 1, shape[-1]
+        if len(found.counts) == 1 and found.sums.size == n_matrix * columns:
+            found = _split_experts(found, n_matrix)
         elif found.sums.shape != expected:
             raise ImatrixError(
-                f"{self.path}: {tensor.name} has {_shape_text(found.sums.shape)} values, "
-                f"expected {_shape_text(expected)}",
+                f"{self.path}: {name} has {_shape_text(found.sums.shape)} values, expected {_shape_text(expected)}",
                 hint="This importance matrix was made from another model.",
             )
-        return replace(found, shared=tensor.role not in _OWN_CHANNELS) if found.counts.any() else None
+        return replace(found, shared=name.role not in _OWN_CHANNELS) if found.counts.any() else None
 
 
 def _split_experts(entry: ImatrixEntry, n: int) -> ImatrixEntry:

@@ -16,11 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from gguf import GGMLQuantizationType, LlamaFileType
 
-from stepgguf.quants.types import fitting_type, quant_type
+from stepgguf.model.tensors import TensorSpec
+from stepgguf.quants.types import FLOATS, fitting_type, quant_type
 
 T = GGMLQuantizationType
 
@@ -34,24 +34,8 @@ BASE_TYPES: dict[str, GGMLQuantizationType] = {
     "IQ4_XS": T.IQ4_XS, "TQ1_0": T.TQ1_0, "TQ2_0": T.TQ2_0, "MXFP4_MOE": T.MXFP4,
 }  # fmt: skip
 
-_LOW = ("IQ2_XXS", "IQ2_XS", "IQ1_S", "IQ2_S", "IQ2_M", "IQ1_M")
-
-
-class Candidate(Protocol):
-    """What the rules ask about a tensor (model.tensors.TensorSpec has it). shape in numpy order."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def role(self) -> str: ...
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def layer(self) -> int | None:
-        """None outside the layers."""
+# Mixtures of 1 and 2 bits, which have rules of their own.
+_LOW_BITS = ("IQ2_XXS", "IQ2_XS", "IQ1_S", "IQ2_S", "IQ2_M", "IQ1_M")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +45,6 @@ class Facts:
     n_layer: int
     n_expert: int
     gqa: int
-
-    def is_mtp(self, layer: int | None) -> bool:
-        """Whether it is a layer behind the trunk's; None is outside the layers."""
-        return layer is not None and layer >= self.n_layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,35 +72,36 @@ def nearest_file_type(ggml_type: GGMLQuantizationType) -> LlamaFileType:
 
 
 def choose_types(
-    name: str, tensors: Sequence[Candidate], facts: Facts, *, has_imatrix: bool = False
+    name: str, tensors: Sequence[TensorSpec], facts: Facts, *, has_imatrix: bool = False
 ) -> list[TypeChoice]:
-    """The type of each tensor and why, in the order given."""
+    """The type of each tensor in this mixture and why, in the order given, which must be llama-quantize's."""
     mixture = _Mixture(name, facts, has_imatrix, n_attn_v=sum(t.role == "attn_v" for t in tensors))
-    return [mixture.choose(tensor) for tensor in tensors]
+    return [mixture.choose_type(tensor) for tensor in tensors]
 
 
-def requires_imatrix(name: str, tensor: Candidate, ggml_type: GGMLQuantizationType) -> bool:
-    """Whether llama-quantize refuses this type without an importance matrix."""
+def requires_imatrix(name: str, tensor: TensorSpec, ggml_type: GGMLQuantizationType) -> bool:
+    """Whether llama-quantize refuses this type for the tensor without an importance matrix. name: the mixture."""
     if tensor.role in ("token_embd", "output"):
         return False
     return quant_type(ggml_type).imatrix or (ggml_type == T.Q2_K and name == "Q2_K_S")
 
 
-def _more_bits(layer: int, n_layer: int) -> bool:
+def _gets_more_bits(layer: int, n_layer: int) -> bool:
     """The layers that Q4_K_M and Q5_K_M favour: first eighth, last eighth, every third between."""
     return layer < n_layer // 8 or layer >= 7 * n_layer // 8 or (layer - n_layer // 8) % 3 == 2
 
 
 class _Mixture:
-    """One run over a model's tensors. The counters are part of the rules."""
+    """One run over a model's tensors. The rules count tensors as they come, so one object serves one run."""
 
     def __init__(self, name: str, facts: Facts, has_imatrix: bool, n_attn_v: int) -> None:
         self.name, self.facts, self.has_imatrix, self.n_attn_v = name, facts, has_imatrix, n_attn_v
         self.base = BASE_TYPES[name]
         self.seen_attn_v = self.seen_ffn_down = 0
 
-    def choose(self, tensor: Candidate) -> TypeChoice:
-        if self.base in (T.F32, T.F16, T.BF16):
+    def choose_type(self, tensor: TensorSpec) -> TypeChoice:
+        """The tensor's type, or what takes its place on rows that its blocks do not divide."""
+        if self.base in FLOATS:
             return TypeChoice(self.base, f"{self.name} throughout")
         ggml_type, reason = self._rule(tensor)
         fitting = fitting_type(ggml_type, tensor.shape[-1])
@@ -128,7 +109,7 @@ class _Mixture:
             reason = f"rows of {tensor.shape[-1]} do not divide into {ggml_type.name} blocks"
         return TypeChoice(fitting, reason)
 
-    def _rule(self, tensor: Candidate) -> tuple[GGMLQuantizationType, str]:
+    def _rule(self, tensor: TensorSpec) -> tuple[GGMLQuantizationType, str]:
         base = self.base, f"{self.name} base"
         if tensor.role == "output":
             return self._output(tensor)
@@ -139,9 +120,9 @@ class _Mixture:
         category = next((c for c in _CATEGORIES if tensor.role.startswith(c)), None)
         if category is None or tensor.layer is None:
             return base
-        return (self._low(tensor, category) if self.name in _LOW else _CATEGORIES[category](self, tensor)) or base
+        return (self._low(tensor, category) if self.name in _LOW_BITS else _CATEGORIES[category](self, tensor)) or base
 
-    def _output(self, tensor: Candidate) -> tuple[GGMLQuantizationType, str]:
+    def _output(self, tensor: TensorSpec) -> tuple[GGMLQuantizationType, str]:
         if self.name == "MXFP4_MOE" or not quant_type(self.base).divides(tensor.shape[-1]):
             return T.Q8_0, "output"
         if self.name in ("IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S", "IQ2_S", "IQ2_M", "IQ1_M"):
@@ -157,7 +138,7 @@ class _Mixture:
             return T.Q4_K, "embeddings"
         return None
 
-    def _low(self, tensor: Candidate, category: str) -> tuple[GGMLQuantizationType, str] | None:
+    def _low(self, tensor: TensorSpec, category: str) -> tuple[GGMLQuantizationType, str] | None:
         """1 and 2 bits, one rule set for all categories."""
         at_2_bits = self.name in ("IQ2_S", "IQ2_M")
         if category == "attn_v":
@@ -179,7 +160,7 @@ class _Mixture:
                 return T.IQ3_S, "attn_output"
         return None
 
-    def _attn_v(self, tensor: Candidate) -> tuple[GGMLQuantizationType, str] | None:
+    def _attn_v(self, tensor: TensorSpec) -> tuple[GGMLQuantizationType, str] | None:
         i, self.seen_attn_v = self.seen_attn_v, self.seen_attn_v + 1
         if self.facts.n_expert == 8:
             return T.Q8_0, "attn_v of an 8-expert model"
@@ -199,20 +180,20 @@ class _Mixture:
                 return (T.Q5_K, "attn_v of the first 2 layers") if i < 2 else (T.Q4_K, "attn_v")
             case "Q3_K_L":
                 return T.Q5_K, "attn_v"
-            case "Q4_K_M" | "Q5_K_M" if _more_bits(i, self.n_attn_v):
+            case "Q4_K_M" | "Q5_K_M" if _gets_more_bits(i, self.n_attn_v):
                 return T.Q6_K, "more bits: first and last eighth, every third between"
             case "Q4_K_S" if i < 4:
                 return T.Q5_K, "attn_v of the first 4 layers"
         return None
 
-    def _attn_qk(self, tensor: Candidate) -> tuple[GGMLQuantizationType, str] | None:
+    def _attn_qk(self, tensor: TensorSpec) -> tuple[GGMLQuantizationType, str] | None:
         if tensor.role == "attn_k" and self.facts.n_expert == 8:
             return T.Q8_0, "attn_k of an 8-expert model"
         if self.name == "IQ3_XS":
             return T.IQ3_XXS, "attn_q and attn_k"
         return (T.IQ2_S, "attn_q and attn_k") if self.name == "IQ3_XXS" else None
 
-    def _attn_output(self, tensor: Candidate) -> tuple[GGMLQuantizationType, str] | None:
+    def _attn_output(self, tensor: TensorSpec) -> tuple[GGMLQuantizationType, str] | None:
         if self.facts.n_expert == 8:
             favoured = ("Q2_K", "IQ3_XS", "IQ3_XXS", "Q3_K_S", "Q3_K_M", "IQ4_NL", "Q4_K_S", "Q4_K_M", "IQ3_S",
                         "IQ3_M", "IQ4_XS")  # fmt: skip
@@ -220,7 +201,7 @@ class _Mixture:
         one_up = {"Q2_K": T.Q3_K, "IQ3_XXS": T.IQ3_S, "Q3_K_M": T.Q4_K, "Q3_K_L": T.Q5_K, "IQ3_M": T.Q4_K}
         return (one_up[self.name], "attn_output") if self.name in one_up else None
 
-    def _ffn_down(self, tensor: Candidate) -> tuple[GGMLQuantizationType, str] | None:
+    def _ffn_down(self, tensor: TensorSpec) -> tuple[GGMLQuantizationType, str] | None:
         assert tensor.layer is not None
         layer, n = tensor.layer, self.facts.n_layer
         first = layer < n // 8
@@ -234,11 +215,11 @@ class _Mixture:
                 return (T.Q4_K, early) if first else (T.Q3_K, "ffn_down")
             case "Q3_K_M":
                 return (T.Q5_K, "ffn_down of the first sixteenth") if layer < n // 16 else (T.Q4_K, "ffn_down")
-            case "IQ3_M" if first or (self.facts.n_expert == 8 and _more_bits(layer, n)):
+            case "IQ3_M" if first or (self.facts.n_expert == 8 and _gets_more_bits(layer, n)):
                 return T.Q4_K, early
             case "Q3_K_L":
                 return T.Q5_K, "ffn_down"
-            case "Q4_K_M" | "Q5_K_M" if _more_bits(layer, n):
+            case "Q4_K_M" | "Q5_K_M" if _gets_more_bits(layer, n):
                 return T.Q6_K, "more bits: first and last eighth, every third between"
             case "IQ4_NL" | "IQ4_XS" if first and not self.has_imatrix:
                 return T.Q5_K, early
@@ -250,7 +231,7 @@ class _Mixture:
                 return T.Q5_1, early
         return None
 
-    def _ffn_gate_up(self, tensor: Candidate) -> tuple[GGMLQuantizationType, str] | None:
+    def _ffn_gate_up(self, tensor: TensorSpec) -> tuple[GGMLQuantizationType, str] | None:
         assert tensor.layer is not None
         n = self.facts.n_layer
         if self.name == "IQ3_XS" and n // 8 <= tensor.layer < 7 * n // 8:
@@ -258,7 +239,7 @@ class _Mixture:
         return None
 
 
-_Rule = Callable[[_Mixture, Candidate], "tuple[GGMLQuantizationType, str] | None"]
+_Rule = Callable[[_Mixture, TensorSpec], "tuple[GGMLQuantizationType, str] | None"]
 _CATEGORIES: dict[str, _Rule] = {
     "attn_v": _Mixture._attn_v,
     "attn_k": _Mixture._attn_qk,

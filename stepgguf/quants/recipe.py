@@ -16,8 +16,9 @@ from functools import lru_cache
 from gguf import GGMLQuantizationType
 
 from stepgguf.errors import RecipeError
+from stepgguf.model.tensors import TensorSpec
 from stepgguf.quants import mixtures
-from stepgguf.quants.mixtures import BASE_TYPES, Candidate, Facts, TypeChoice
+from stepgguf.quants.mixtures import BASE_TYPES, Facts, TypeChoice
 from stepgguf.quants.types import FLOATS, bits_per_weight, fitting_type
 
 MODEL_ROLES = ("token_embd", "output")
@@ -82,7 +83,7 @@ class Recipe:
 
     def choose_types(
         self,
-        candidates: Sequence[Candidate],
+        candidates: Sequence[TensorSpec],
         facts: Facts,
         *,
         has_imatrix: bool = False,
@@ -95,7 +96,7 @@ class Recipe:
         Tensors of layers from facts.n_layer on are MTP tensors. RecipeError if a rule asks for layers that the model
         does not have or can match nothing in it, or if a tensor is left to the allocator.
         """
-        trunk = [c for c in candidates if not facts.is_mtp(c.layer)]
+        trunk = [c for c in candidates if not c.is_mtp]
         stock: dict[str, TypeChoice] = {}
         if self.base is not None:
             choices = mixtures.choose_types(self.base, trunk, facts, has_imatrix=has_imatrix)
@@ -108,27 +109,25 @@ class Recipe:
             for c in candidates
         ]
 
-    def fixed_type(self, candidate: Candidate, facts: Facts) -> TypeChoice | None:
+    def fixed_type(self, candidate: TensorSpec, facts: Facts) -> TypeChoice | None:
         """What a rule decides, or None where the default, the base or the allocator does."""
         rule = self._rule_of(candidate, facts)
         if rule is None or rule.is_floor:
             return None
         return _fitting(rule.ggml_type, candidate, f"recipe line {rule.line}: {rule.key}")
 
-    def floor_type(self, candidate: Candidate, facts: Facts) -> GGMLQuantizationType | None:
+    def floor_type(self, candidate: TensorSpec, facts: Facts) -> GGMLQuantizationType | None:
         """The type below whose bits per weight this tensor may not go."""
         rule = self._rule_of(candidate, facts)
         if rule is None or not rule.is_floor:
             return None
         return fitting_type(rule.ggml_type, candidate.shape[-1])
 
-    def _rule_of(self, candidate: Candidate, facts: Facts) -> Rule | None:
-        place = (
-            (f"nextn.{candidate.role}", None) if facts.is_mtp(candidate.layer) else (candidate.role, candidate.layer)
-        )
+    def _rule_of(self, candidate: TensorSpec, facts: Facts) -> Rule | None:
+        place = (f"nextn.{candidate.role}", None) if candidate.is_mtp else (candidate.role, candidate.layer)
         return _rules_by_place(self, facts.n_layer).get(place)
 
-    def _raise_to_floor(self, choice: TypeChoice, candidate: Candidate, facts: Facts) -> TypeChoice:
+    def _raise_to_floor(self, choice: TypeChoice, candidate: TensorSpec, facts: Facts) -> TypeChoice:
         """The choice, or the floor where that has more bits."""
         rule = self._rule_of(candidate, facts)
         if rule is None:
@@ -136,9 +135,9 @@ class Recipe:
         floor = _fitting(rule.ggml_type, candidate, f"recipe line {rule.line}: {rule.key}, floor")
         return floor if bits_per_weight(floor.ggml_type) > bits_per_weight(choice.ggml_type) else choice
 
-    def _default(self, candidate: Candidate, facts: Facts) -> TypeChoice:
+    def _default(self, candidate: TensorSpec, facts: Facts) -> TypeChoice:
         throughout = BASE_TYPES[self.base] if self.base else self.default
-        if facts.is_mtp(candidate.layer):
+        if candidate.is_mtp:
             ggml_type = throughout if throughout in FLOATS else GGMLQuantizationType.Q8_0
             return _fitting(ggml_type, candidate, f"MTP {ggml_type.name}")
         if self.default is None:
@@ -169,7 +168,7 @@ def _rules_by_place(recipe: Recipe, n_layer: int) -> dict[Place, Rule]:
     return table
 
 
-def _fitting(ggml_type: GGMLQuantizationType, candidate: Candidate, reason: str) -> TypeChoice:
+def _fitting(ggml_type: GGMLQuantizationType, candidate: TensorSpec, reason: str) -> TypeChoice:
     """The type, or its fallback on rows of another length, which the reason then says."""
     fitting = fitting_type(ggml_type, candidate.shape[-1])
     if fitting != ggml_type:

@@ -15,7 +15,7 @@ inside its experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -51,8 +51,10 @@ class Activations:
 
 
 @torch.no_grad()
-def collect(model: Step35, token_batches: Iterable[Tensor]) -> tuple[Imatrix, Activations]:
+def collect_imatrix(model: Step35, token_batches: Iterable[Tensor]) -> tuple[Imatrix, Activations]:
     """Run calibration tokens, each batch [b, t] on its own, through the trunk, the head and the MTP blocks.
+
+    Gives their importance matrix, and how large the model's own signals are.
 
     The last k + 1 positions of MTP block k see a stand-in for tokens that do not exist (Step35.mtp); they are counted.
     """
@@ -62,9 +64,9 @@ def collect(model: Step35, token_batches: Iterable[Tensor]) -> tuple[Imatrix, Ac
         watched.enter_context(products)
         for layer in model.model.layers:
             assert isinstance(layer, DecoderLayer)
-            watched.enter_context(layer.register_forward_hook(signals.on_layer))
+            watched.enter_context(layer.register_forward_hook(signals.add_layer))
             if layer.spec.is_moe:
-                watched.enter_context(layer.moe.register_forward_hook(signals.on_moe(layer.spec.index)))
+                watched.enter_context(layer.moe.register_forward_hook(signals.hook_router(layer.spec.index)))
         for tokens in token_batches:
             hidden = model.hidden(tokens)
             model.logits(hidden)
@@ -79,42 +81,44 @@ class _Products(TorchFunctionMode):
 
     def __init__(self, model: Step35) -> None:
         super().__init__()
-        self._at: dict[int, tuple[str, int]] = {}  # address of a weight matrix -> tensor, expert
-        self._in: dict[str, Tensor] = {}  # [n_matrix, columns]
-        self._out: dict[str, Tensor] = {}  # [n_matrix]
-        self._n: dict[str, Tensor] = {}
+        self._matrix_at: dict[int, tuple[str, int]] = {}  # address of a weight matrix -> tensor, expert
+        self._inputs: dict[str, Tensor] = {}  # tensor -> [n_matrix, columns] sums of x^2
+        self._outputs: dict[str, Tensor] = {}  # tensor -> [n_matrix] sums over tokens of the mean y^2
+        self._counts: dict[str, Tensor] = {}  # tensor -> [n_matrix] tokens
         parameters = dict(model.named_parameters())
         for spec in tensor_specs(model.hp):
             if len(spec.shape) < 2:
                 continue
             matrices = parameters[spec.source].reshape(-1, *spec.shape[-2:])
-            self._at |= {matrix.data_ptr(): (spec.name, i) for i, matrix in enumerate(matrices)}
-            self._in[spec.name] = torch.zeros(len(matrices), spec.shape[-1], dtype=torch.float64)
-            self._out[spec.name], self._n[spec.name] = torch.zeros(2, len(matrices), dtype=torch.float64)
+            self._matrix_at |= {matrix.data_ptr(): (spec.name, i) for i, matrix in enumerate(matrices)}
+            self._inputs[spec.name] = torch.zeros(len(matrices), spec.shape[-1], dtype=torch.float64)
+            self._outputs[spec.name], self._counts[spec.name] = torch.zeros(2, len(matrices), dtype=torch.float64)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is F.linear and (found := self._at.get(args[1].data_ptr())):
+        if func is F.linear and (found := self._matrix_at.get(args[1].data_ptr())):
             name, i = found
             x = args[0].reshape(-1, args[0].shape[-1]).double()
-            self._in[name][i] += x.square().sum(0)
-            self._out[name][i] += result.double().square().sum() / result.shape[-1]
-            self._n[name][i] += len(x)
+            self._inputs[name][i] += x.square().sum(0)
+            self._outputs[name][i] += result.double().square().sum() / result.shape[-1]
+            self._counts[name][i] += len(x)
         return result
 
     def _seen(self) -> list[str]:
-        """Not the embedding and the router: they are no F.linear."""
-        return [name for name, n in self._n.items() if n.any()]
+        """The tensors that took part. Not the embedding and the router: they are no F.linear."""
+        return [name for name, n in self._counts.items() if n.any()]
 
     def imatrix(self, n_sequences: int, n_tokens: int) -> Imatrix:
-        """chunk_count * chunk_size is the number of tokens, rounded to the mean length of a sequence."""
+        """The importance matrix. A chunk is a sequence; chunk_size is the sequences' mean length, rounded."""
         entries = {
-            name: ImatrixEntry(self._in[name].float().numpy(), self._n[name].float().numpy()) for name in self._seen()
+            name: ImatrixEntry(self._inputs[name].float().numpy(), self._counts[name].float().numpy())
+            for name in self._seen()
         }
         return Imatrix(None, (), n_sequences, round(n_tokens / max(1, n_sequences)), entries)
 
     def outputs(self) -> dict[str, Doubles]:
-        return {name: (self._out[name] / self._n[name].clamp(min=1)).numpy() for name in self._seen()}
+        """The mean y^2 of each product, as `Activations.outputs` has it."""
+        return {name: (self._outputs[name] / self._counts[name].clamp(min=1)).numpy() for name in self._seen()}
 
 
 class _Signals:
@@ -125,22 +129,24 @@ class _Signals:
         self._residual: dict[int, list[float]] = {}  # layer -> sum of squares, number of values
         self._gates: dict[int, Tensor] = {}  # layer -> [3, n_expert]: sums of 1, w, w^2
 
-    def on_layer(self, layer: nn.Module, args: Any, x: Tensor) -> None:
+    def add_layer(self, layer: nn.Module, args: Any, x: Tensor) -> None:
+        """A forward hook of a layer, whose output is x."""
         assert isinstance(layer, DecoderLayer)
         total = self._residual.setdefault(layer.spec.index, [0.0, 0])
         total[0] += x.double().square().sum().item()
         total[1] += x.numel()
 
-    def on_moe(self, layer: int) -> Any:
+    def hook_router(self, layer: int) -> Callable[[nn.Module, Any, Tensor], None]:
+        """A forward hook of a layer's experts, for which they are routed once more."""
         total = self._gates[layer] = torch.zeros(3, self._n_expert, dtype=torch.float64)
 
-        def hook(moe: nn.Module, args: Any, _: Tensor) -> None:
+        def add_gates(moe: nn.Module, args: Any, _: Tensor) -> None:
             assert isinstance(moe, MoE)
             ids, weights = (part.flatten() for part in moe.route(args[0].reshape(-1, args[0].shape[-1])))
             w = weights.double()
             total.index_add_(1, ids, torch.stack([torch.ones_like(w), w, w * w]))
 
-        return hook
+        return add_gates
 
     def activations(self, outputs: Mapping[str, Doubles]) -> Activations:
         means = {layer: (total[1:] / total[0].clamp(min=1)).numpy() for layer, total in self._gates.items()}

@@ -1,4 +1,4 @@
-"""A checkpoint into the reference model, in float32. For checkpoints that fit in memory."""
+"""Loading a checkpoint into the reference model, in float32. For checkpoints that fit in memory."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from stepgguf.quants.values import widen
 from stepgguf.reference.model import Step35
 
 
-def load(checkpoint: Checkpoint) -> Step35:
-    """The reference model with the checkpoint's values, FP8 blocks scaled."""
+def load_reference(checkpoint: Checkpoint) -> Step35:
+    """The reference model with a checkpoint's values; those stored as FP8 are scaled."""
     state = {}
     for name, tensor in checkpoint.tensors.items():
         values = np.empty(tensor.shape, np.float32)

@@ -67,19 +67,21 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
 
-def causal_mask(t: int, window: int | None = None, document: Tensor | None = None) -> Tensor:
+def causal_mask(t: int, sliding_window: int | None = None, document: Tensor | None = None) -> Tensor:
     """True where a query (row) may see a key (column): [t, t], or [b, 1, t, t] with `document` ids [b, t].
 
-    A window of w lets a query see w keys, itself included.
+    A sliding window of w lets a query see w keys, itself included.
     """
     distance = torch.arange(t)[:, None] - torch.arange(t)
-    mask = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+    mask = (distance >= 0) if sliding_window is None else (distance >= 0) & (distance < sliding_window)
     if document is None:
         return mask
     return mask & (document[:, None, :, None] == document[:, None, None, :])
 
 
 class Attention(nn.Module):
+    """Grouped-query attention with normed q and k, and a gate for each head; x [b, t, d] -> [b, t, d]."""
+
     def __init__(self, hp: HParams, layer: Layer) -> None:
         super().__init__()
         d, q_size, kv_size = hp.hidden_size, layer.n_head * hp.head_dim, layer.n_head_kv * hp.head_dim
@@ -95,6 +97,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         b, t, _ = x.shape
+        # The norms are over each head's own channels, and come before the rotation.
         q = self.q_norm(self.q_proj(x).view(b, t, -1, self.head_dim))
         k = self.k_norm(self.k_proj(x).view(b, t, -1, self.head_dim))
         v = self.v_proj(x).view(b, t, -1, self.head_dim)
@@ -104,7 +107,7 @@ class Attention(nn.Module):
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, enable_gqa=True
         ).transpose(1, 2)
-        out = out * torch.sigmoid(self.g_proj(x))[..., None]
+        out = out * torch.sigmoid(self.g_proj(x))[..., None]  # one gate for each head
         result: Tensor = self.o_proj(out.reshape(b, t, -1))
         return result
 
@@ -118,7 +121,7 @@ def swiglu(gate: Tensor, up: Tensor, clamp: float) -> Tensor:
 
 
 class MLP(nn.Module):
-    """Dense MLP and shared expert."""
+    """The dense layers' FFN, and the shared expert of the others: down(swiglu(gate(x), up(x)))."""
 
     def __init__(self, d: int, size: int, clamp: float) -> None:
         super().__init__()
@@ -142,6 +145,8 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
+    """The routed experts of a layer and their router; x [b, t, d] -> [b, t, d]."""
+
     def __init__(self, hp: HParams, clamp: float) -> None:
         super().__init__()
         d, n, size = hp.hidden_size, hp.n_expert, hp.expert_size
@@ -154,11 +159,11 @@ class MoE(nn.Module):
         self.load = torch.zeros(n)  # tokens per expert in the last forward pass
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [n, d] -> expert ids [n, n_used] and their weights. The bias takes part in the choice only. Float32."""
-        with torch.autocast("cpu", enabled=False):
+        """x [n, d] -> the chosen experts' ids and float32 weights, [n, n_used] each."""
+        with torch.autocast("cpu", enabled=False):  # in training: the router stays in float32 (need_fp32_gate)
             p = torch.sigmoid(x.float() @ self.gate.weight.float().T)
         ids = (p + self.router_bias).topk(self.n_used, dim=-1).indices
-        weights = p.gather(-1, ids)
+        weights = p.gather(-1, ids)  # without the bias, which takes part in the choice only
         if self.norm:
             weights = weights / weights.sum(-1, keepdim=True)
         return ids, weights * self.scale
@@ -182,6 +187,8 @@ class MoE(nn.Module):
 
 
 class SharedHead(nn.Module):
+    """The norm and the output matrix that an MTP block brings of its own."""
+
     def __init__(self, hp: HParams) -> None:
         super().__init__()
         self.norm = RMSNorm(hp.hidden_size, hp.rms_norm_eps)
@@ -189,6 +196,8 @@ class SharedHead(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    """A layer of the trunk, or an MTP block, which is a layer with an input of its own (`combine`) and a head."""
+
     def __init__(self, hp: HParams, layer: Layer) -> None:
         super().__init__()
         d, eps = hp.hidden_size, hp.rms_norm_eps
@@ -208,12 +217,12 @@ class DecoderLayer(nn.Module):
             self.transformer = nn.ModuleDict({"shared_head": SharedHead(hp)})
 
     def combine(self, embedded: Tensor, hidden: Tensor) -> Tensor:
-        """An MTP block's input from a token's embedding and the hidden state before it. Embedding half first."""
+        """An MTP block's input [b, t, d] from a token's embedding and the hidden state before it, in this order."""
         result: Tensor = self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(hidden)], dim=-1))
         return result
 
     def draft(self, hidden: Tensor) -> Tensor:
-        """An MTP block's own logits."""
+        """An MTP block's own logits, [b, t, vocab]."""
         head = self.transformer["shared_head"]
         assert isinstance(head, SharedHead)
         result: Tensor = head.output(head.norm(hidden))
@@ -226,7 +235,9 @@ class DecoderLayer(nn.Module):
         return x + ffn
 
 
-class Trunk(nn.Module):
+class TrunkAndMtp(nn.Module):
+    """What lies under `model.` in the checkpoint: the embedding, the layers of trunk and MTP blocks, the final norm."""
+
     def __init__(self, hp: HParams) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(hp.vocab_size, hp.hidden_size)
@@ -240,13 +251,13 @@ class Step35(nn.Module):
     def __init__(self, hp: HParams) -> None:
         super().__init__()
         self.hp = hp
-        self.model = Trunk(hp)
+        self.model = TrunkAndMtp(hp)
         self.lm_head = nn.Linear(hp.hidden_size, hp.vocab_size, bias=False)
 
     @classmethod
     def from_state(cls, hp: HParams, state: Mapping[str, Tensor]) -> Step35:
-        """Build from tensors under their published names, in float32."""
-        with torch.device("meta"):
+        """The model with tensors under their published names, widened to float32."""
+        with torch.device("meta"):  # no memory is taken, nothing is initialized
             model = cls(hp)
         model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
         for module in model.modules():  # buffers and counters were made on "meta" too
@@ -257,7 +268,7 @@ class Step35(nn.Module):
         return model.eval()
 
     def masks(self, t: int, document: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The masks of full-attention and of sliding layers."""
+        """The masks of full-attention layers and of those with a sliding window."""
         return causal_mask(t, None, document), causal_mask(t, self.hp.sliding_window, document)
 
     def hidden(self, tokens: Tensor, document: Tensor | None = None) -> Tensor:
@@ -270,6 +281,7 @@ class Step35(nn.Module):
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [b, t, d] from `hidden` -> logits [b, t, vocab] of the next token."""
         result: Tensor = self.lm_head(self.model.norm(hidden))
         return result
 

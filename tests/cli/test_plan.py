@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType as T
 from stepgguf.cli.arguments import parse_size
 from stepgguf.cli.main import main
 from stepgguf.convert import measure
-from stepgguf.convert.budget import Limits, resolve, settled
+from stepgguf.convert.budget import Limits, plan_without_measuring, resolve_recipe
 from stepgguf.convert.plan import Options
 from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.convert.sources.gguf_file import GGUFSource
@@ -72,12 +72,14 @@ def test_a_budget_is_suggested_only_where_it_can_be_had(
 
 
 def test_what_is_suggested_is_enough_without_an_imatrix_or_not_as_it_says(real: Path) -> None:
-    recipe, _ = resolve(None, Limits(1), "")
+    recipe, _ = resolve_recipe(None, Limits(1), "")
     with Checkpoint(real) as checkpoint:
         enough, too_little = (Limits(parse_size(size)) for size in ("109.1GiB", "53.5GiB"))
-        assert settled(enough, checkpoint, Path("x.gguf"), Options(recipe)) is None  # something is left to choose
+        assert (
+            plan_without_measuring(enough, checkpoint, Path("x.gguf"), Options(recipe)) is None
+        )  # something is left to choose
         with pytest.raises(DoesNotFit):
-            settled(too_little, checkpoint, Path("x.gguf"), Options(recipe))
+            plan_without_measuring(too_little, checkpoint, Path("x.gguf"), Options(recipe))
 
 
 def test_json_says_the_same(real: Path, capfd: pytest.CaptureFixture[str]) -> None:

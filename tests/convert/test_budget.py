@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType
 from stepgguf.cli.main import main
 from stepgguf.convert import budget as module
 from stepgguf.convert import measure, sizes
-from stepgguf.convert.budget import UNIFORM, Limits, plan_within, resolve
+from stepgguf.convert.budget import UNIFORM, Limits, open_recipe, plan_within, resolve_recipe
 from stepgguf.convert.plan import Options, Plan, PlannedTensor
 from stepgguf.convert.planner import plan_source
 from stepgguf.convert.sources.checkpoint import Checkpoint
@@ -45,12 +45,12 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def within(budget: Limits, source: Path, options: Options | None = None, type_name: str | None = None) -> Plan:
-    chosen, limits = resolve(type_name, budget, "Q4_K_S")
+    chosen, limits = resolve_recipe(type_name, budget, "Q4_K_S")
     assert limits is not None
     options = replace(options or Options(load_recipe("F32")), recipe=chosen)
     with Checkpoint(source) if source.is_dir() else GGUFSource(source) as opened:
-        plan = module.settled(limits, opened, DEST, options)
-        return plan or plan_within(limits, opened, DEST, options, module.price(opened, DEST, options, threads=1))
+        plan = module.plan_without_measuring(limits, opened, DEST, options)
+        return plan or plan_within(limits, opened, DEST, options, module.price_trunk(opened, DEST, options, threads=1))
 
 
 def types(plan: Plan) -> Mapping[str, GGMLQuantizationType]:
@@ -92,9 +92,9 @@ def test_bits_per_weight_are_those_that_the_plan_shows(small: Path) -> None:
 
 def test_a_larger_budget_costs_no_more(small: Path) -> None:
     with Checkpoint(small) as checkpoint:
-        options = Options(resolve(None, Limits(1), "")[0])
-        trunk = module.price(checkpoint, Path("x"), options, threads=1)
-    losses = [trunk.loss(types(within(Limits(bpw=bpw), small))) or 0.0 for bpw in (4.7, 5, 5.5, 6, 7, 8, 9)]
+        options = Options(open_recipe("fit"))
+        trunk = module.price_trunk(checkpoint, Path("x"), options, threads=1)
+    losses = [trunk.predicted_loss(types(within(Limits(bpw=bpw), small))) or 0.0 for bpw in (4.7, 5, 5.5, 6, 7, 8, 9)]
     assert losses == sorted(losses, reverse=True)
     assert losses[0] / 10 > losses[-1] > 0
 
@@ -103,9 +103,9 @@ def test_in_the_bytes_of_one_type_for_all_it_loses_less(small: Path) -> None:
     even = whole(small, "Q4_K")
     chosen = within(Limits(even.file_bytes), small)
     with Checkpoint(small) as checkpoint:
-        trunk = module.price(checkpoint, DEST, Options(resolve(None, Limits(1), "")[0]), threads=1)
-    assert (trunk.loss(types(chosen)) or math.inf) < (trunk.loss(types(even)) or 0.0)
-    assert trunk.loss(types(whole(small, "Q5_0"))) is None
+        trunk = module.price_trunk(checkpoint, DEST, Options(open_recipe("fit")), threads=1)
+    assert (trunk.predicted_loss(types(chosen)) or math.inf) < (trunk.predicted_loss(types(even)) or 0.0)
+    assert trunk.predicted_loss(types(whole(small, "Q5_0"))) is None
 
 
 def test_what_a_token_reads_is_what_plan_says_of_the_file(small: Path) -> None:
@@ -134,7 +134,7 @@ def test_rules_stay_and_floors_hold(small: Path, tmp_path: Path) -> None:
         'nextn = "Q4_K"',
     ]
     file.write_text("\n".join(["bpw = 5.2", *rules]))
-    chosen, limits = resolve(str(file), None, "")
+    chosen, limits = resolve_recipe(str(file), None, "")
     assert limits == Limits(bpw=5.2)
     plans = [within(limits, small, type_name=str(file)), within(Limits(bpw=4.6), small, type_name=str(file))]
     for plan in plans:
@@ -150,12 +150,12 @@ def test_rules_stay_and_floors_hold(small: Path, tmp_path: Path) -> None:
 
 def test_a_stock_mixture_and_a_budget_exclude_each_other() -> None:
     with pytest.raises(RecipeError, match=r"Q4_K_M says the type of every tensor, and so does a budget \(fit-2GiB\)"):
-        resolve("q4_k_m", Limits(2 * 2**30), "")
+        resolve_recipe("q4_k_m", Limits(2 * 2**30), "")
 
 
 def test_no_budget_is_the_recipe_as_it_is() -> None:
-    assert resolve(None, None, "Q4_K_S") == (load_recipe("Q4_K_S"), None)
-    assert resolve("128gb", None, "Q4_K_S") == (load_recipe("128gb"), None)
+    assert resolve_recipe(None, None, "Q4_K_S") == (load_recipe("Q4_K_S"), None)
+    assert resolve_recipe("128gb", None, "Q4_K_S") == (load_recipe("128gb"), None)
 
 
 def test_another_time_nothing_is_read_and_the_plan_is_the_same(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:

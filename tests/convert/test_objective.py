@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType
 
 from stepgguf.convert.importance import Importance
 from stepgguf.convert.measure import TensorErrors
-from stepgguf.convert.objective import Routing, allocation_items
+from stepgguf.convert.objective import Routing, weigh_options
 from stepgguf.convert.plan import Options, PlannedTensor
 from stepgguf.convert.planner import plan_source
 from stepgguf.convert.sources.checkpoint import Checkpoint
@@ -78,14 +78,14 @@ MEASURED = {
 
 
 def test_without_an_imatrix_every_block_adds_as_much_as_any_other(tensors: list[PlannedTensor]) -> None:
-    found = weights(allocation_items(tensors, made_up(tensors), ROUTING, None))
+    found = weights(weigh_options(tensors, made_up(tensors), ROUTING, None))
     assert {name: found[name] for name in PRIOR} == pytest.approx(PRIOR)
 
 
 def test_with_an_imatrix_the_weight_is_the_mean_with_what_was_measured(
     tensors: list[PlannedTensor], importance: Importance
 ) -> None:
-    found = weights(allocation_items(tensors, made_up(tensors), ROUTING, importance))
+    found = weights(weigh_options(tensors, made_up(tensors), ROUTING, importance))
     expected = {name: math.sqrt(PRIOR[name] * MEASURED[name]) for name in PRIOR}
     assert {name: found[name] for name in expected} == pytest.approx(expected)
 
@@ -94,7 +94,7 @@ def test_with_an_imatrix_the_weight_is_the_mean_with_what_was_measured(
 def test_what_is_multiplied_into_an_output_weighs_as_the_output(
     given: bool, tensors: list[PlannedTensor], importance: Importance
 ) -> None:
-    found = weights(allocation_items(tensors, made_up(tensors), ROUTING, importance if given else None))
+    found = weights(weigh_options(tensors, made_up(tensors), ROUTING, importance if given else None))
     for layer in (0, 1):
         for role in ("attn_q", "attn_k", "attn_v", "attn_gate"):
             assert found[f"blk.{layer}.{role}"] == found[f"blk.{layer}.attn_output"]
@@ -105,12 +105,12 @@ def test_what_is_multiplied_into_an_output_weighs_as_the_output(
 
 def test_an_imatrix_that_lacks_a_writer_gives_no_energies(tensors: list[PlannedTensor], tmp_path: Path) -> None:
     partial = write_importance(tensors, tmp_path / "partial.gguf", without="attn_output")
-    found = weights(allocation_items(tensors, made_up(tensors), ROUTING, partial))
+    found = weights(weigh_options(tensors, made_up(tensors), ROUTING, partial))
     assert {name: found[name] for name in PRIOR} == pytest.approx(PRIOR)
 
 
 def test_options_have_the_files_bytes_and_shares_say_what_a_token_reads(tensors: list[PlannedTensor]) -> None:
-    found = {item.name: item for item in allocation_items(tensors, made_up(tensors), ROUTING, None)}
+    found = {item.name: item for item in weigh_options(tensors, made_up(tensors), ROUTING, None)}
     assert [item.name for item in found.values()] == [tensor.name for tensor in tensors]
     # 6 experts x 256 rows x 256 columns: a block of 256 is 144 bytes as Q4_K, 8 x 34 as Q8_0.
     experts = found["blk.1.ffn_up_exps.weight"]

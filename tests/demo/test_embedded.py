@@ -18,7 +18,7 @@ from stepgguf.conversation.session import Session
 from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.demo import CHECKPOINT, tasks
 from stepgguf.demo.train import Encoder, evaluate
-from stepgguf.reference.load import load
+from stepgguf.reference.load import load_reference
 from stepgguf.runtime.llama import LlamaEngine
 
 GREEDY = ChatSettings({"temperature": 0.0})
@@ -86,7 +86,7 @@ def test_it_greets_and_keeps_a_conversation(backend: InProcessBackend) -> None:
 def test_mtp_heads_agree_with_the_trunk() -> None:
     """Greedy acceptance on held-out questions, each depth given that what came before is right."""
     with Checkpoint(CHECKPOINT) as checkpoint:
-        model, encoder = load(checkpoint), Encoder((CHECKPOINT / "tokenizer.json").read_text())
+        model, encoder = load_reference(checkpoint), Encoder((CHECKPOINT / "tokenizer.json").read_text())
     shares = evaluate(model, encoder, 20)
     assert min(shares["mtp1"], shares["mtp2"], shares["mtp3"]) >= 0.7
 

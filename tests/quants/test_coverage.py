@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from stepgguf.errors import ImatrixError
+from stepgguf.model.tensors import TensorSpec
 from stepgguf.quants.coverage import Coverage, coverage
-from stepgguf.quants.imatrix import ImatrixEntry, WantedTensor, read_imatrix
-from tests.quants.test_imatrix import B, dat, made
+from stepgguf.quants.imatrix import ImatrixEntry, read_imatrix
+from tests.quants.test_imatrix import B, dat, made, wanted
 
-DENSE = WantedTensor("blk.10.attn_q.weight", "attn_q", 10, 1, 32, is_mtp=False)
-EXPERTS = WantedTensor("blk.3.ffn_down_exps.weight", "ffn_down_exps", 3, 6, 32, is_mtp=False)
+DENSE = wanted("blk.10.attn_q.weight", (5, 32))
+EXPERTS = wanted("blk.3.ffn_down_exps.weight", (6, 5, 32))
 
 
 def test_coverage_counts_the_experts_of_each_layer() -> None:
@@ -30,9 +31,9 @@ def test_coverage_counts_the_experts_of_each_layer() -> None:
 
 def test_tensors_without_data_are_told_apart() -> None:
     absent = [
-        WantedTensor("token_embd.weight", "token_embd", None, 1, 32, is_mtp=False),
-        WantedTensor("output.weight", "output", None, 1, 32, is_mtp=False),
-        WantedTensor("blk.45.attn_q.weight", "attn_q", 45, 1, 32, is_mtp=True),
+        wanted("token_embd.weight", (5, 32)),
+        wanted("output.weight", (5, 32)),
+        wanted("blk.45.attn_q.weight", (5, 32), is_mtp=True),
     ]
     found = coverage(made(), [DENSE, *absent])
     assert found == Coverage((), missing=("output.weight",), missing_mtp=("blk.45.attn_q.weight",))
@@ -45,7 +46,7 @@ def test_tensors_without_data_are_told_apart() -> None:
 def test_an_entry_that_saw_nothing_is_no_data() -> None:
     nothing = ImatrixEntry(np.zeros((6, 32), np.float32), np.zeros(6, np.float32))
     imatrix = replace(made(), entries={**made().entries, EXPERTS.name: nothing})
-    assert imatrix.entry_of(EXPERTS) is None
+    assert imatrix.entry_of(EXPERTS.name, EXPERTS.shape) is None
     assert coverage(imatrix, [DENSE, EXPERTS]).missing == (EXPERTS.name,)
 
 
@@ -59,17 +60,17 @@ def test_a_dat_says_that_it_has_no_tokens_per_expert(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensor", "message"),
     [
-        (replace(EXPERTS, n_matrix=3, columns=64), "blk.3.ffn_down_exps.weight has 6 x 32 values, expected 3 x 64"),
-        (replace(DENSE, columns=64), "blk.10.attn_q.weight has 1 x 32 values, expected 1 x 64"),
-        (replace(DENSE, name="blk.0.attn_q.weight"), "made: it has .* and .* more|none of which the model has"),
+        (replace(EXPERTS, shape=(3, 5, 64)), "blk.3.ffn_down_exps.weight has 6 x 32 values, expected 3 x 64"),
+        (replace(DENSE, shape=(5, 64)), "blk.10.attn_q.weight has 1 x 32 values, expected 1 x 64"),
+        (wanted("blk.0.attn_q.weight", DENSE.shape), "made: it has .* and .* more|none of which the model has"),
     ],
 )
-def test_a_matrix_of_another_model_is_refused(tensor: WantedTensor, message: str) -> None:
+def test_a_matrix_of_another_model_is_refused(tensor: TensorSpec, message: str) -> None:
     with pytest.raises(ImatrixError, match=message) as caught:
         coverage(made(), [tensor])
     assert "another model" in (caught.value.hint or "")
 
 
 def test_mtp_alone_is_not_taken_for_another_model() -> None:
-    mtp = WantedTensor("blk.45.attn_q.weight", "attn_q", 45, 1, 32, is_mtp=True)
+    mtp = wanted("blk.45.attn_q.weight", (5, 32), is_mtp=True)
     assert coverage(made(), [mtp]).missing_mtp == (mtp.name,)

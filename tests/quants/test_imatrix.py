@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 
 from stepgguf.cli.main import main
 from stepgguf.errors import ImatrixError, OutputError
+from stepgguf.model.names import TensorName
+from stepgguf.model.tensors import TensorSpec
 from stepgguf.quants import ggml
-from stepgguf.quants.imatrix import Imatrix, ImatrixEntry, WantedTensor, channel_importance, read_imatrix, write_imatrix
+from stepgguf.quants.imatrix import Imatrix, ImatrixEntry, channel_importance, read_imatrix, write_imatrix
 from stepgguf.quants.kernels import choose_kernel, decoder_for
 from stepgguf.quants.types import BF16, row_size
 from tests.generate import Shape, write_checkpoint
@@ -145,13 +147,19 @@ DAT = (
     b"\x02\x00\x00\x00"  # two entries
     b"\x05\x00\x00\x00" b"a.wei" b"\x04\x00\x00\x00" b"\x04\x00\x00\x00"  # name, 4 calls, 4 values
     b"\x00\x00\xc0\x3f" b"\x00\x00\x80\x3e" b"\x00\x00\x40\x40" b"\x00\x00\x00\x3e"  # ROW_A
-    b"\x01\x00\x00\x00" b"b" b"\x03\x00\x00\x00" b"\x06\x00\x00\x00"  # 3 calls, three experts of 2
+    b"\x18\x00\x00\x00" b"blk.0.ffn_up_exps.weight" b"\x03\x00\x00\x00" b"\x06\x00\x00\x00"  # 3 calls, 3 experts of 2
     b"\x00\x00\x00\x40" b"\x00\x00\x80\x3f" b"\x00\x00\x40\x40" b"\x00\x00\x40\x40"  # 2 1, 3 3 (= 1.0 a call: unseen)
     b"\x00\x00\x40\x40" b"\x00\x00\xe0\x40"  # 3 7
     b"\x09\x00\x00\x00" b"\x08\x00\x00\x00" b"text.txt"
 )  # fmt: skip
 ENTRIES_END = len(DAT) - 16
-B = WantedTensor("b", "ffn_up_exps", 0, n_matrix=3, columns=2, is_mtp=False)
+
+
+def wanted(name: str, shape: tuple[int, ...], *, is_mtp: bool = False) -> TensorSpec:
+    return TensorSpec(name, TensorName(name), shape, is_mtp)
+
+
+B = wanted("blk.0.ffn_up_exps.weight", (3, 5, 2))
 
 
 def dat(path: Path, data: bytes = DAT) -> Path:
@@ -168,11 +176,11 @@ def test_the_dat_form_is_read(tmp_path: Path) -> None:
 
 def test_the_dat_form_may_end_after_its_entries(tmp_path: Path) -> None:
     imatrix = read_imatrix(dat(tmp_path / "old.dat", DAT[:ENTRIES_END]))
-    assert (imatrix.datasets, imatrix.chunk_count, sorted(imatrix.entries)) == ((), 0, ["a.wei", "b"])
+    assert (imatrix.datasets, imatrix.chunk_count, sorted(imatrix.entries)) == ((), 0, ["a.wei", B.name])
 
 
 def test_experts_that_a_dat_marks_as_unseen_are_told(tmp_path: Path) -> None:
-    found = read_imatrix(dat(tmp_path / "old.dat")).entry_of(B)
+    found = read_imatrix(dat(tmp_path / "old.dat")).entry_of(B.name, B.shape)
     assert found is not None
     assert found.sums.tolist() == [[2, 1], [0, 0], [3, 7]]
     assert (found.counts.tolist(), found.counted) == ([3, 0, 3], False)
@@ -369,8 +377,8 @@ def test_flat_is_llama_quantizes_arithmetic() -> None:
 def test_flat_is_llama_quantizes_arithmetic_for_a_dat(n_call: int, tmp_path: Path) -> None:
     values = np.random.default_rng(0).lognormal(0, 2, (3, 8)).astype(np.float32)
     values[1] = n_call or 1  # unseen
-    header = struct.pack("<ii1siI", 1, 1, b"b", n_call, values.size)
-    found = read_imatrix(dat(tmp_path / "old.dat", header + values.tobytes())).entry_of(replace(B, columns=8))
+    header = struct.pack("<ii24siI", 1, 24, B.name.encode(), n_call, values.size)
+    found = read_imatrix(dat(tmp_path / "old.dat", header + values.tobytes())).entry_of(B.name, (3, 5, 8))
     assert found is not None
     assert found.counts.tolist() == [max(n_call, 1), 0, max(n_call, 1)]
     np.testing.assert_array_equal(bits(channel_importance(found, "flat")), bits(load_imatrix(values, n_call)))
@@ -396,13 +404,14 @@ def test_channels_that_are_an_experts_own_take_only_the_level() -> None:
 
 def test_only_the_experts_down_projection_has_channels_of_its_own() -> None:
     for role, shared in (("ffn_down_exps", False), ("ffn_gate_exps", True), ("ffn_up_exps", True)):
-        found = made().entry_of(WantedTensor("blk.3.ffn_down_exps.weight", role, 3, 6, 32, is_mtp=False))
+        name = TensorName(f"blk.3.{role}.weight")
+        found = replace(made(), entries={name: made().entries["blk.3.ffn_down_exps.weight"]}).entry_of(name, (6, 5, 32))
         assert found is not None
         assert found.shared is shared
 
 
 def test_without_counts_only_unseen_experts_are_pooled(tmp_path: Path) -> None:
-    found = read_imatrix(dat(tmp_path / "old.dat")).entry_of(B)
+    found = read_imatrix(dat(tmp_path / "old.dat")).entry_of(B.name, B.shape)
     assert found is not None
     expected = np.array([[2 / 3, 1 / 3], [5 / 6, 8 / 6], [3 / 3, 7 / 3]])
     np.testing.assert_array_equal(channel_importance(found, "pooled"), expected.astype(np.float32))

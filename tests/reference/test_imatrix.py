@@ -22,8 +22,8 @@ from stepgguf.cli.main import main
 from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.quants import ggml
 from stepgguf.quants.imatrix import Imatrix, read_imatrix, write_imatrix
-from stepgguf.reference.imatrix import Activations, collect
-from stepgguf.reference.load import load
+from stepgguf.reference.imatrix import Activations, collect_imatrix
+from stepgguf.reference.load import load_reference
 from stepgguf.reference.model import Step35
 from tests.generate import Shape, write_checkpoint
 
@@ -152,7 +152,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(checkpoint: Path) -> Step35:
     with Checkpoint(checkpoint) as opened:
-        return load(opened)
+        return load_reference(opened)
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def batches() -> list[Tensor]:
 
 @pytest.fixture(scope="module")
 def collected(model: Step35, batches: list[Tensor]) -> tuple[Imatrix, Activations]:
-    return collect(model, batches)
+    return collect_imatrix(model, batches)
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +260,7 @@ def test_mtp_sums_are_those_of_the_linear_layers_inputs(
 
 
 def test_an_expert_without_tokens_has_zeros(model: Step35) -> None:
-    found, activations = collect(model, [torch.tensor([[5]])])
+    found, activations = collect_imatrix(model, [torch.tensor([[5]])])
     entry = found.entries["blk.2.ffn_up_exps.weight"]
     assert sorted(entry.counts.tolist()) == [0.0] * 9 + [1.0] * 3
     assert (entry.sums.any(axis=1) == (entry.counts > 0)).all()

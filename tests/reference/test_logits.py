@@ -15,7 +15,7 @@ from transformers.models.step3p7.modeling_step3p7 import Step3p7TextModel
 
 from stepgguf.cli.main import main
 from stepgguf.convert.sources.checkpoint import Checkpoint
-from stepgguf.reference.load import load
+from stepgguf.reference.load import load_reference
 from stepgguf.reference.model import Step35
 from tests.generate import Shape, write_checkpoint
 
@@ -84,7 +84,7 @@ def tokens() -> list[int]:
 @torch.no_grad()
 def reference_logits(path: Path, tokens: list[int]) -> tuple[Step35, torch.Tensor]:
     with Checkpoint(path) as opened:
-        model = load(opened)
+        model = load_reference(opened)
     return model, model(torch.tensor([tokens]))[0]
 
 
@@ -109,7 +109,7 @@ def test_reference_agrees_with_llama_cpp_on_the_converted_file(
 def test_each_mechanism_shows_far_above_the_limit(checkpoint: Path, tokens: list[int], mechanism: str) -> None:
     """The comparison above would catch an implementation that lacks any one of them."""
     with Checkpoint(checkpoint) as opened:
-        whole, crippled = load(opened), load(opened)
+        whole, crippled = load_reference(opened), load_reference(opened)
     for layer in crippled.model.layers:
         match mechanism:
             case "gate":

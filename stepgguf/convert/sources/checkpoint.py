@@ -151,12 +151,12 @@ class Checkpoint:
 
     def _read_scales(self, matrix: StoredMatrix, i: int, first: int, n: int) -> NDArray[np.float32]:
         """For each of n rows from `first` on the scales of its tiles, from the encoding's i-th tensor of scales."""
-        stored, height = matrix.scales[i], matrix.encoding.scales[i].tile[0]
-        assert stored is not None
-        tiles = (matrix.first + first + np.arange(n)) // height
-        start = matrix.number * stored.shape[-2] + int(tiles[0])
-        data = self._read_rows(stored, stored.offset + start * stored.row_bytes, int(tiles[-1] - tiles[0]) + 1)
-        scales: NDArray[np.float32] = widen_scales(stored.dtype, data)[tiles - tiles[0]]
+        stored = matrix.scales[i]
+        assert stored is not None  # find_tensors has named what is not there
+        rows = matrix.encoding.scales[i].stored_rows(stored, matrix.number, matrix.first + first + np.arange(n))
+        start, stop = int(rows[0]), int(rows[-1]) + 1
+        data = self._read_rows(stored, stored.offset + start * stored.row_bytes, stop - start)
+        scales: NDArray[np.float32] = widen_scales(stored.dtype, data)[rows - start]
         return scales
 
     def _read_rows(self, stored: StoredTensor, offset: int, n: int) -> NDArray[np.uint8]:

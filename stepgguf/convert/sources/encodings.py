@@ -47,6 +47,11 @@ class ScaleTensor:
                 hint="Convert from the BF16 or the FP8 checkpoint.",
             )
 
+    def stored_rows(self, found: StoredTensor, number: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The row of `found`, counted through all its matrices, that has the scales of each of these rows of matrix
+        `number`."""
+        return number * found.shape[-2] + rows // self.tile[0]
+
 
 class StoredEncoding(ABC):
     """One way to store numbers.
@@ -59,6 +64,10 @@ class StoredEncoding(ABC):
     ggml_type: ClassVar[GGMLQuantizationType | None] = None
     scales: ClassVar[tuple[ScaleTensor, ...]] = ()
     is_view: ClassVar[bool] = True
+
+    def data_shape(self, shape: Shape) -> Shape:
+        """The shape that the stored tensor has for a tensor of this shape."""
+        return shape
 
     @abstractmethod
     def decode(self, data: NDArray[np.uint8], scales: Sequence[NDArray[np.float32]]) -> Values:

@@ -80,9 +80,10 @@ class Layout:
     def _matrix(self, name: str, shape: Shape, first: int) -> StoredMatrix:
         """The first matrix of a stored tensor, which must have such a shape, from row `first` on."""
         data, encoding = self.stored[name], encoding_of(name, self.stored)
-        if data.shape != shape:
+        expected = encoding.data_shape(shape) if encoding is not None else shape
+        if data.shape != expected:
             raise ShapeMismatch(
-                f"{data.shard.name}: {data.name} has shape {list(data.shape)}, config.json implies {list(shape)}",
+                f"{data.shard.name}: {data.name} has shape {list(data.shape)}, config.json implies {list(expected)}",
                 hint="config.json and shards must belong together.",
             )
         if encoding is None:
