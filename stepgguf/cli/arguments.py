@@ -57,19 +57,27 @@ Fit = Annotated[
     ),
 ]  # fmt: skip
 TargetBpw = Annotated[
-    float | None, typer.Option(min=0.1, max=32, metavar="N", help="The same for bits per weight, e.g. 4.2.")
+    float | None,
+    typer.Option(
+        min=0.1,
+        max=32,
+        metavar="N",
+        help="Choose the types for so many bits per weight, e.g. 4.2, in the same way as --fit.",
+    ),
 ]
 MinTps = Annotated[
     float | None,
     typer.Option(
         min=0.01, metavar="N",
-        help="And so that a token reads no more than --bandwidth allows at N tok/s (one request, empty context).",
+        help="Choose types that are small enough for N tok/s at --bandwidth (one request, empty context).",
     ),
 ]  # fmt: skip
 Bandwidth = Annotated[
     int | None,
     typer.Option(
-        parser=parse_bandwidth, metavar="SIZE/s", help="What memory delivers in practice, e.g. 180GB/s (see plan)."
+        parser=parse_bandwidth,
+        metavar="SIZE/s",
+        help="Memory bandwidth that is reached in practice, e.g. 180GB/s (see plan).",
     ),
 ]
 MtpType = Annotated[

@@ -47,7 +47,9 @@ def bench(
     tokens: Annotated[int, typer.Option("--tokens", "-n", min=8, metavar="N", help="Tokens to generate in each.")] = 64,
     repetitions: Annotated[
         int,
-        typer.Option("--repetitions", "-r", min=1, metavar="N", help="Measure each so often: mean ± deviation."),
+        typer.Option(
+            "--repetitions", "-r", min=1, metavar="N", help="How many times each is measured: mean ± deviation."
+        ),
     ] = 3,
     gpu_layers: loading.GpuLayers = -1,
     threads: arguments.Threads = None,

@@ -53,7 +53,9 @@ MtpFile = Annotated[
         help="The file with the MTP blocks, where `--mtp separate` put them. Default: mtp-FILE.gguf beside the model.",
     ),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Load it though it does not fit the memory or the context.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Load the model even if it does not fit the memory or the context.")
+]
 CacheRam = Annotated[
     int,
     typer.Option(

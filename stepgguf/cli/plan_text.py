@@ -95,7 +95,7 @@ def closing_notes(result: MachinePlan) -> Iterator[str]:
         yield "* needs an importance matrix."
     if any(row.mtp_gain for row in result.rows):
         share = " to ".join(f"{share:.0%}" for share in ACCEPTED)
-        yield f"MTP is for {DRAFTED} drafted tokens of which {share} are accepted (llama.cpp #24340)."
+        yield f"MTP: {DRAFTED} drafted tokens, of which {share} are accepted (llama.cpp #24340)."
     yield from _speed_notes(result.target.listed)
 
 

@@ -47,7 +47,9 @@ def serve(
         typer.Option("--strict", help="Refuse unknown fields and model ids, instead of ignoring and serving them."),
     ] = False,
     parallel: Annotated[int, typer.Option(min=1, max=64, help="Requests that are decoded at the same time.")] = 4,
-    queue: Annotated[int, typer.Option(min=0, help="Requests that may wait besides; more are refused with 429.")] = 64,
+    queue: Annotated[
+        int, typer.Option(min=0, help="Requests that may wait for their turn; more are refused with 429.")
+    ] = 64,
     ctx: loading.Ctx = None,
     gpu_layers: loading.GpuLayers = -1,
     threads: arguments.Threads = None,
