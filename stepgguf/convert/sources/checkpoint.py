@@ -59,7 +59,7 @@ class Checkpoint:
         self.tensors = {spec.source: self._source_tensor(spec) for spec in self.specs}
         freqs = rope_freqs(self.hparams)
         self.constants = {} if freqs is None else {ROPE_FREQS: freqs}
-        self.own_types = None
+        self.own_types = None  # nothing is of a GGUF's type yet
         self._files = {shard: os.open(shard, os.O_RDONLY) for shard in paths}
 
     @property
@@ -75,6 +75,7 @@ class Checkpoint:
 
     @property
     def files(self) -> list[Path]:
+        """The shards."""
         return list(self._files)
 
     def metadata(self, name: str | None, chat_template: Path | None) -> CheckpointMetadata:
