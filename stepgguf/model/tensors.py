@@ -82,10 +82,12 @@ class TensorSpec:
 
     @property
     def role(self) -> str:
+        """The name's role, by which rules are written."""
         return self.name.role
 
     @property
     def layer(self) -> int | None:
+        """The layer; None outside the layers."""
         return self.name.layer
 
     @property

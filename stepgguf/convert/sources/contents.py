@@ -49,6 +49,7 @@ class CheckpointContents:
         self._check_others(layout, described)
 
     def _find_matrices(self, layout: Layout, specs: Sequence[TensorSpec]) -> dict[str, tuple[StoredMatrix, ...]]:
+        """Where the tensors lie, by their names in the table; an error that says why some are missing."""
         found, lacking = find_tensors(layout, specs)
         if lacking:
             raise diagnosis.missing_tensors_error(self._folder, lacking, len(specs), self._shards, self._index)
@@ -96,6 +97,7 @@ class CheckpointContents:
 
 
 def _by_published_name(shards: Iterable[Shard]) -> dict[str, StoredTensor]:
+    """All stored tensors. UnexpectedTensor for one that is there twice, be it in two spellings."""
     found: dict[str, StoredTensor] = {}
     for shard in shards:
         for tensor in shard.tensors:
@@ -112,6 +114,7 @@ def _by_published_name(shards: Iterable[Shard]) -> dict[str, StoredTensor]:
 
 
 def _refuse_unknown(layout: Layout, names: Iterable[str], hp: HParams) -> None:
+    """UnexpectedTensor for the first of these that no tensor of the table took: nothing is left out silently."""
     for name in names:
         if name not in layout.used:
             tensor = layout.stored[name]

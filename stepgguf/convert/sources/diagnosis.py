@@ -4,8 +4,8 @@
     check_weights  by the names and dtypes of its tensors: adapters that are not merged, quantizations of other tools
     missing_tensors_error   by what is lacking: an unfinished download, shards, the head
 
-One row for each kind; the first that matches is said. What is right passes: a row must not match any checkpoint that
-could be converted.
+One row for each sort of folder; the first that matches is said. What is right passes: a row must not match any
+checkpoint that could be converted.
 """
 
 from __future__ import annotations
@@ -208,6 +208,7 @@ def _setting(settings: Value | None, key: str) -> str | None:
 
 
 def _resume_hint(folder: Path) -> str:
+    """The command that goes on with a download, with the model's id where the folder's place says it."""
     command = (
         f"hf download {model}"
         if (model := model_origin(folder).hub_id)

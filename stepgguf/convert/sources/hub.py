@@ -32,15 +32,17 @@ class ModelOrigin:
 
     @property
     def hub_id(self) -> str | None:
+        """ORG/NAME; None where the path does not say whose it is."""
         return f"{self.organization}/{self.name}" if self.organization else None
 
     @property
     def repo_url(self) -> str | None:
+        """The model's page on the Hub."""
         return f"{HUB}/{self.hub_id}" if self.organization else None
 
 
 def model_origin(folder: Path) -> ModelOrigin:
-    """The model's name, and not a commit's hash where the folder is a snapshot."""
+    """Where a checkpoint's folder says it comes from: of a snapshot its cache folder's name says it, else its own."""
     resolved = folder.resolve()
     cached = _CACHE_FOLDER.fullmatch(resolved.parent.parent.name) if resolved.parent.name == "snapshots" else None
     return ModelOrigin(cached[2], cached[1]) if cached else ModelOrigin(resolved.name)
@@ -63,6 +65,7 @@ def is_part(path: Path) -> bool:
 
 
 def _find_folder(path: Path) -> Path:
+    """checkpoint_folder, but for what the operating system refuses."""
     if path.is_file():
         if is_part(path):
             return path.parent

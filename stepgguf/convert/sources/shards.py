@@ -49,6 +49,7 @@ class StoredTensor:
 
     @property
     def row_bytes(self) -> int:
+        """Bytes of a row of the innermost dimension."""
         return self.n_bytes // math.prod(self.shape[:-1])
 
 
@@ -90,6 +91,7 @@ def read_shard(path: Path) -> Shard:
 
 
 def _header_length(path: Path, start: bytes, size: int) -> int:
+    """The header's bytes, which a file of this size can hold; what is no shard at all is named."""
     for magic, what, hint in _FOREIGN:
         if start.startswith(magic):
             raise CorruptShard(f"{path}: {what}", hint=hint)
@@ -107,7 +109,7 @@ def _stored_tensor(path: Path, name: str, value: Value, data_start: int) -> Stor
     if len(offsets) != 2:
         raise value["data_offsets"].wrong("begin and end")
     begin, end = offsets
-    size = DTYPE_BYTES.get(dtype)
+    size = DTYPE_BYTES.get(dtype)  # None: a dtype that is not known, and so not read
     if end < begin or (size is not None and end - begin != math.prod(shape) * size):
         raise CorruptShard(
             f"{path}: {name}, {dtype} {list(shape)}, lies at {begin} to {end}, which is not its size", hint=_AGAIN

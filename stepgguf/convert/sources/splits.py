@@ -76,10 +76,10 @@ def read_headers(path: Path) -> list[Header]:
                 f"{shown(number)} (from 0) and split.count {shown(count)}",
                 hint="Give the parts the names that they were made with: NAME-00001-of-00003.gguf.",
             )
-        twice = names.intersection(tensor.name for tensor in header.tensors)
-        if twice:
+        repeated = names.intersection(tensor.name for tensor in header.tensors)
+        if repeated:
             raise BadMetadata(
-                f"{header.path}: tensor {min(twice)} is in an earlier part too",
+                f"{header.path}: tensor {min(repeated)} is in an earlier part too",
                 hint="The parts are of different models.",
             )
         names.update(tensor.name for tensor in header.tensors)
