@@ -22,7 +22,7 @@ from stepgguf.chat.output import Markers
 from stepgguf.chat.parameter_types import parameter_names
 from stepgguf.chat.request import Tool
 from stepgguf.errors import BadGrammar
-from stepgguf.grammar.gbnf import GrammarRules, all_but, char_class, characters, literal
+from stepgguf.grammar.gbnf import GrammarRules, all_but, char_class, character_ranges, literal
 from stepgguf.grammar.merged_schema import MergedSchema, Node
 from stepgguf.grammar.schema import MAX_DEPTH, too_large
 from stepgguf.grammar.schema_rules import SchemaRules
@@ -42,7 +42,7 @@ def define_calls(rules: GrammarRules, tools: Sequence[tuple[int, Tool]], markers
         _check_name(tool.name, f"tools[{i}].function.name")
         rules.param = f"tools[{i}].function.parameters"
         schema = SchemaRules(tool.parameters, rules, strict=False)
-        functions.append(f'{literal(tool.name)} ">\\n" {schema.checked(_CallRules(schema).arguments_symbol)}')
+        functions.append(f'{literal(tool.name)} ">\\n" {schema.checked_symbol(_CallRules(schema).arguments_symbol)}')
     rules.define_rule("call", f'"\\n<function=" ({" | ".join(functions)}) "</function>\\n" <[{markers.end_of_call}]>')
     rules.define_rule("calls", f'call ("\\n"? <[{markers.call}]> call)* "\\n"?' if parallel else 'call "\\n"?')
 
@@ -82,7 +82,7 @@ def _define_text(rules: GrammarRules, parameters: Sequence[str]) -> None:
                 known += char
             if read and read not in ends:
                 options.append(f"{literal(char)} {names[read]}")
-        others = char_class(all_but(characters(known)))
+        others = char_class(all_but(character_ranges(known)))
         rules.define_rule(name, " | ".join([*options, f"{others} {names['']}"]))
     rules.define_rule("text", names["\n"])
 
@@ -106,7 +106,7 @@ class _CallRules:
             raise too_large(self._rules.param, f"nests more than {MAX_DEPTH} schemas")
         merged = self._merger.merge(node, chosen)
         if merged.unions and not merged.never:
-            for branch, left in self._schema.branches(merged, node, chosen):
+            for branch, left in self._schema.union_branches(merged, node, chosen):
                 yield from self._without_unions(branch, left, depth + 1)
         elif not merged.never:
             yield merged

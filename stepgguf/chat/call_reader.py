@@ -23,7 +23,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from stepgguf.chat.parameter_types import parameter_names, parameter_types, required_names
 from stepgguf.chat.request import Tool
@@ -83,7 +82,7 @@ class CallReader:
         return self._value is not None
 
     @property
-    def ended(self) -> bool:
+    def has_ended(self) -> bool:
         """Whether </function> has come."""
         return self._read == self._read_end
 
@@ -96,8 +95,8 @@ class CallReader:
 
     def try_end(self) -> bool:
         """Whether the call can be taken for whole if its text ends here. It ends a value whose end was forgotten."""
-        if self.name is None or self.ended:
-            return self.ended
+        if self.name is None or self.has_ended:
+            return self.has_ended
         if not required_names(self._parameters) <= self._keys.keys():
             return False
         if self._value is None:
@@ -112,15 +111,15 @@ class CallReader:
     def finish(self) -> str:
         """Take the text for over, which is not within a value; what is missing then becomes the `problem`."""
         assert self._value is None
-        if self.ended:
+        if self.has_ended:
             self._emit("}")
         elif self._read == self._read_function:
-            self._fail("has no <function=NAME>")
+            self._set_problem("has no <function=NAME>")
         elif self._read == self._read_body:
-            self._fail("has no </function>")
+            self._set_problem("has no </function>")
         return self._take_output()
 
-    def cut(self) -> str:
+    def cut_off(self) -> str:
         """Take the text for over and the call for unfinished: the JSON stays an unclosed prefix."""
         self._emit("")
         return self._take_output()
@@ -134,7 +133,7 @@ class CallReader:
         fragment, self._out = "".join(self._out), []
         return fragment
 
-    def _fail(self, problem: str) -> bool:
+    def _set_problem(self, problem: str) -> bool:
         self.problem = problem
         if self.name is not None:
             self._emit("}")
@@ -148,7 +147,7 @@ class CallReader:
         if match is None:
             return self._wait_for(("<function=",), "does not start with <function=NAME>")
         if match[1] not in self._tools:
-            return self._fail(f"names the function {match[1]!r}, which was not offered")
+            return self._set_problem(f"names the function {match[1]!r}, which was not offered")
         self.name = match[1]
         self._late = "{"
         self.rest = self.rest[match.end() :]
@@ -187,7 +186,7 @@ class CallReader:
         return False
 
     def _read_end(self) -> bool:
-        return bool(self.rest.strip()) and self._fail("goes on after </function>")
+        return bool(self.rest.strip()) and self._set_problem("goes on after </function>")
 
     def _read_nothing(self) -> bool:
         return False
@@ -197,10 +196,10 @@ class CallReader:
         text = self.rest.lstrip()
         if "\n" not in text and any(tag.startswith(text[: len(tag)]) for tag in tags):
             return False
-        return self._fail(problem)
+        return self._set_problem(problem)
 
     @property
-    def _parameters(self) -> Mapping[str, Any]:
+    def _parameters(self) -> Mapping[str, object]:
         assert self.name is not None
         return self._tools[self.name].parameters
 
@@ -238,6 +237,7 @@ class _ParameterValue:
         self._started = False
 
     def feed(self, text: str) -> str:
+        """Return the JSON of more of the text: nothing, unless it can only be a string."""
         if text and not self._started:
             self._started = True
             text = text.removeprefix("\n")
@@ -249,6 +249,7 @@ class _ParameterValue:
         return ""
 
     def finish(self) -> str:
+        """Return the rest of the JSON; `misfit` says what is wrong with it."""
         if self._streams:
             return '"' if self._started else '""'
         if self._types is None:

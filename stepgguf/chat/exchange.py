@@ -168,22 +168,27 @@ class Reply:
 
     @property
     def stopped(self) -> str | None:
+        """The stop text that ended the answer, None if none did."""
         return self._machine.stopped
 
     @property
     def cut_call(self) -> int | None:
+        """The index of the tool call that was not finished, None if there is none."""
         return self._machine.cut_call
 
     @property
     def warnings(self) -> list[str]:
+        """What the model did wrong so far, in sentences."""
         return self._machine.warnings
 
     @property
     def n_reasoning(self) -> int:
+        """Tokens of reasoning that the model made so far."""
         return self._machine.n_reasoning
 
     @property
     def timings(self) -> Timings:
+        """The engine's counts; only once it has finished."""
         assert self.finished is not None
         return self.finished.timings
 

@@ -103,7 +103,7 @@ class OutputMachine:
             self.n_reasoning += not step.forced
             return self._feed_reasoning(step)
         self.n_text += not step.forced
-        if self._call is not None and not (calls and self._call.ended):
+        if self._call is not None and not (calls and self._call.has_ended):
             return self._feed_call(self._call, step)
         if calls:
             return self._start_tagged_call(step)
@@ -274,7 +274,7 @@ class OutputMachine:
         if call.name is None:
             return []
         self.cut_call = self.n_calls - 1
-        return deltas + self._report_call(call, call.cut())
+        return deltas + self._report_call(call, call.cut_off())
 
     def _report_call(self, call: CallReader, fragment: str) -> list[Delta]:
         """Give out what a call brought: its name, a fragment, and text once it is broken."""

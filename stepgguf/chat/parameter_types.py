@@ -7,7 +7,6 @@ Python's stack, or refers to itself allows everything.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 from stepgguf.grammar.merged_schema import ALL_TYPES, type_of, widen_types
 from stepgguf.grammar.schema import resolve_reference
@@ -74,7 +73,7 @@ def _schemas_of_parameter(parameters: object, key: str) -> Iterator[object]:
             yield part["additionalProperties"]
 
 
-def _parts_of(root: object, combiners: Iterable[str]) -> Iterator[Mapping[str, Any]]:
+def _parts_of(root: object, combiners: Iterable[str]) -> Iterator[Mapping[str, object]]:
     """A schema, and all that it is made of by these keywords, each once."""
     todo, seen = [root], set[int]()
     while todo:
@@ -85,7 +84,7 @@ def _parts_of(root: object, combiners: Iterable[str]) -> Iterator[Mapping[str, A
             todo += _combined_schemas(schema, root, combiners)
 
 
-def _combined_schemas(schema: Mapping[str, Any], root: object, combiners: Iterable[str]) -> Iterator[object]:
+def _combined_schemas(schema: Mapping[str, object], root: object, combiners: Iterable[str]) -> Iterator[object]:
     """The schemas under these keywords; a $ref is one that holds as well, as in allOf."""
     for name in combiners:
         parts = schema.get(name)

@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jinja2
 from jinja2.ext import Extension
@@ -82,7 +82,7 @@ class _GenerationTag(Extension):
         return Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
 
 
-def _render(template: jinja2.Template, variables: Mapping[str, Any]) -> str:
+def _render(template: jinja2.Template, variables: Mapping[str, object]) -> str:
     pieces, n = [], 0
     for piece in template.generate(**variables):
         pieces.append(piece)
@@ -93,7 +93,7 @@ def _render(template: jinja2.Template, variables: Mapping[str, Any]) -> str:
 
 
 def _to_json(
-    value: Any,
+    value: object,
     ensure_ascii: bool = False,
     indent: int | None = None,
     separators: tuple[str, str] | None = None,

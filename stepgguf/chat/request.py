@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
+from stepgguf.chat.messages import ChatMessage
 from stepgguf.runtime.engine import Sampling
 
 
@@ -15,7 +16,7 @@ class Tool:
 
     name: str
     description: str | None = None
-    parameters: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class JsonObject:
 class JsonSchema:
     """The answer is JSON that this schema allows."""
 
-    schema: Mapping[str, Any] | bool
+    schema: Mapping[str, object] | bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,7 @@ class ChatRequest:
     they are not looked for in the reasoning.
     """
 
-    messages: Sequence[Mapping[str, Any]]
+    messages: Sequence[ChatMessage]
     sampling: Sampling
     tools: tuple[Tool, ...] = ()
     tool_choice: ToolChoice = ToolChoice()

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from stepgguf.chat.messages import ChatMessage
 from stepgguf.errors import BadMetadata, TemplateRefused
@@ -58,7 +58,7 @@ class ChatTemplate:
         self,
         messages: Sequence[ChatMessage],
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, object]] | None = None,
         add_generation_prompt: bool = True,
     ) -> str:
         """Return the prompt text. TemplateRefused: the template raises, or takes more time or memory than it may."""
@@ -106,7 +106,7 @@ class ChatTemplate:
         if "error" in answer:
             raise BadMetadata(f"the chat template does not compile: {answer['error']}", hint=_REPLACE)
 
-    def _ask_process(self, question: Mapping[str, Any]) -> dict[str, str]:
+    def _ask_process(self, question: Mapping[str, object]) -> dict[str, str]:
         """Write a line, read a line: {"text": ...} or {"error": ...}; see renderer.py."""
         try:
             written = json.dumps(question).encode() + b"\n"

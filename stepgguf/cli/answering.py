@@ -12,7 +12,7 @@ import typer
 
 from stepgguf.cli import output
 from stepgguf.cli.terminal.commands.target import Answering
-from stepgguf.cli.terminal.keys import TOGGLE, AnswerKeys, terminating
+from stepgguf.cli.terminal.keys import TOGGLE, AnswerKeys, ending_on_signals
 from stepgguf.cli.terminal.live import LiveRows
 from stepgguf.cli.terminal.markdown import MarkdownRenderer
 from stepgguf.cli.terminal.pipe import PipeView
@@ -49,7 +49,7 @@ def stream_answer(session: Session, answering: Answering, view: AnswerView) -> A
     """
     stopped = False
     with AnswerKeys() as keys, closing(answering(TICK)) as updates:
-        view.start(keys=keys.attached, raw=bool(session.settings.json))
+        view.start(keys=keys.has_keyboard, raw=bool(session.settings.json))
         try:
             for update in updates:
                 view.take(update, session.usage)
@@ -71,13 +71,13 @@ def stream_answer(session: Session, answering: Answering, view: AnswerView) -> A
 def answer_once(session: Session, question: str, view: AnswerView, *, quiet: bool, as_json: bool = False) -> None:
     """Answer one question. Ctrl+C keeps what came and exits with 130. as_json: one object on stdout at the end."""
     try:
-        with terminating():
+        with ending_on_signals():
             keys = stream_answer(session, lambda tick: session.ask(question, tick), view)
     finally:
         session.close()
     if as_json:
         message = session.entries[-1].message if session.entries else {}
-        output.data(
+        output.print_json(
             {
                 "content": message.get("content"),
                 "reasoning": message.get("reasoning_content"),

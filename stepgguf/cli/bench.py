@@ -99,7 +99,7 @@ def bench(
                 show(_draft_line(n, row, drafting[0]))
         name, used = llama.info.name, llama.info.engine
     if json:
-        output.data(
+        output.print_json(
             {"model": name, "engine": used, "speed": [asdict(r) for r in speed], "mtp": [asdict(r) for r in drafting]}
         )
 

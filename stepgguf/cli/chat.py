@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,7 +15,8 @@ import typer
 from stepgguf.cli import arguments, loading
 
 if TYPE_CHECKING:
-    from stepgguf.conversation.session import ChatBackend
+    from stepgguf.cli.terminal.screen import Screen
+    from stepgguf.conversation.session import ChatBackend, Session
 
 
 def chat(
@@ -88,32 +90,24 @@ def chat(
     if (path is None) == (url is None):
         raise typer.BadParameter("give a GGUF file or --url", param_hint="FILE.gguf")
     interactive = sys.stdin is not None and sys.stdin.isatty()
-    piped = None if interactive else _piped()
-    given_prompt = prompt and prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    question = "\n\n".join(part for part in (given_prompt, piped) if part)
+    question = _question(prompt, None if interactive else _read_piped())
     if not question and (prompt is not None or json or not interactive):
         raise typer.BadParameter("there is nothing to answer", param_hint="--prompt")
 
-    from dataclasses import replace
-
     from stepgguf.cli.answering import answer_once, open_view
-    from stepgguf.cli.dialogue import Dialogue, resume_session
     from stepgguf.cli.terminal.screen import Screen
-    from stepgguf.conversation.records import ChatSettings
-    from stepgguf.conversation.session import Session
-    from stepgguf.conversation.transcript import Transcript, list_sessions
+    from stepgguf.conversation.transcript import list_sessions
     from stepgguf.files import folders
 
     view = open_view(reasoning_display=thinking, plain=plain, silent=json)
     if sys.platform == "darwin":  # where older versions kept them on every system
         folders.adopt_data(Path.home() / ".local" / "share" / "stepgguf")
     folder = folders.sessions()
-    last = list_sessions(folder)[:1] if continue_ else []
-    if continue_ and not last:
+    last = next(iter(list_sessions(folder)), None) if continue_ else None
+    if continue_ and last is None:
         raise typer.BadParameter(f"there is no session in {folder}", param_hint="--continue")
-    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
-    sampling = {key: value for key, value in given.items() if value is not None}
-    changes: dict[str, Any] = {"system": system, "max_tokens": max_tokens, "reasoning_budget": reasoning_budget}
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
+    settings = {"system": system, "max_tokens": max_tokens, "reasoning_budget": reasoning_budget}
     options = loading.EngineOptions(
         ctx=ctx,
         queue=0,
@@ -127,29 +121,25 @@ def chat(
         mtp_file=mtp_file,
         force=force,
     )
-    with _backend(path, url, api_key, options, quiet=quiet) as backend:
-        session = Session(backend, ChatSettings())
-        if last:
-            session = resume_session(session, last[0])
-        elif not no_save and not question:
-            session.transcript = Transcript(folder, backend.origin)
-        settings = replace(session.settings, **{k: v for k, v in changes.items() if v is not None})
-        session.change_settings(replace(settings, sampling={**settings.sampling, **sampling}))
+    with _open_backend(path, url, api_key, options, quiet=quiet) as backend:
+        new = folder if not no_save and not question else None  # one answer alone is not worth a session
+        session = _open_session(backend, last, new)
+        _change_settings(session, settings, sampling)
         if question:
             answer_once(session, question, view, quiet=quiet, as_json=json)
         elif isinstance(view, Screen):
-            if not quiet:
-                limit = f", context {backend.n_ctx:,}" if backend.n_ctx is not None else ""
-                view.note(f"{backend.origin.model}{limit}. /help lists the commands, Ctrl+D leaves.")
-            dialogue = Dialogue(session, view, folder, history=None if no_save else folders.history())
-            if last:
-                dialogue.show_last_messages()
-            dialogue.run()
+            _converse(session, view, folder, save=not no_save, resumed=last is not None, quiet=quiet)
         else:
             raise typer.BadParameter("a conversation needs a terminal; ask with --prompt", param_hint="--prompt")
 
 
-def _piped() -> str | None:
+def _question(prompt: str | None, piped: str | None) -> str:
+    """What is asked on the command line and through a pipe, one below the other."""
+    given = prompt and prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return "\n\n".join(part for part in (given, piped) if part)
+
+
+def _read_piped() -> str | None:
     """What stdin has, if it is open; bytes that are no text become U+FFFD."""
     if sys.stdin is None:
         return None
@@ -158,8 +148,47 @@ def _piped() -> str | None:
     return sys.stdin.read().strip()
 
 
+def _open_session(backend: ChatBackend, last: Path | None, new: Path | None) -> Session:
+    """The session saved at `last`; without one a new session, which is saved in the folder `new` if that is given."""
+    from stepgguf.cli.dialogue import resume_session
+    from stepgguf.conversation.records import ChatSettings
+    from stepgguf.conversation.session import Session
+    from stepgguf.conversation.transcript import Transcript
+
+    session = Session(backend, ChatSettings())
+    if last is not None:
+        return resume_session(session, last)
+    if new is not None:
+        session.transcript = Transcript(new, backend.origin)
+    return session
+
+
+def _change_settings(
+    session: Session, settings: Mapping[str, str | int | None], sampling: Mapping[str, float | None]
+) -> None:
+    """Set what was given on the command line; what is None stays as the session has it."""
+    given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
+    given["sampling"] = {**session.settings.sampling, **{k: v for k, v in sampling.items() if v is not None}}
+    session.change_settings(replace(session.settings, **given))
+
+
+def _converse(session: Session, screen: Screen, folder: Path, *, save: bool, resumed: bool, quiet: bool) -> None:
+    """Questions and answers until somebody leaves. folder: of the saved sessions."""
+    from stepgguf.cli.dialogue import Dialogue
+    from stepgguf.files import folders
+
+    backend = session.backend
+    if not quiet:
+        limit = f", context {backend.n_ctx:,}" if backend.n_ctx is not None else ""
+        screen.note(f"{backend.origin.model}{limit}. /help lists the commands, Ctrl+D leaves.")
+    dialogue = Dialogue(session, screen, folder, history=folders.history() if save else None)
+    if resumed:
+        dialogue.show_last_messages()
+    dialogue.run()
+
+
 @contextmanager
-def _backend(
+def _open_backend(
     path: Path | None, url: str | None, api_key: str | None, options: loading.EngineOptions, *, quiet: bool
 ) -> Iterator[ChatBackend]:
     if url is not None:

@@ -76,7 +76,7 @@ def convert(
         kernel=kernel,
     )
     with Checkpoint(source) as checkpoint:
-        file = dest.file(f"{name or checkpoint.name}-{recipe.name}")
+        file = dest.file_path(f"{name or checkpoint.name}-{recipe.name}")
         plan = make_plan(checkpoint, file, options, limits, how)
         carried = [key.value for key in plan.files[0].keys if key.name == CHAT_TEMPLATE]
         if carried and chat_template is None:

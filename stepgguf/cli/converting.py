@@ -119,9 +119,9 @@ class Conversion:
     def show_plan(self) -> None:
         """Print the plan: what --dry-run does."""
         if self.how.json:
-            output.data(self._report() | {"plan": [_line_report(line) for line in self._lines()]})
+            output.print_json(self._report() | {"plan": [_line_report(line) for line in self._lines()]})
             return
-        output.show(self._table())
+        output.print_texts(self._table())
         if not self.how.quiet:
             output.note(f"nothing is written; without --dry-run it becomes {self.plan.files[0].path}")
 
@@ -137,7 +137,7 @@ class Conversion:
         seconds = time.monotonic() - started
         if how.json:
             made = {"seconds": round(seconds, 3), "peak_rss_bytes": peak_rss(), "resumed_units": resumed}
-            output.data(self._report() | made)
+            output.print_json(self._report() | made)
         elif not how.quiet:
             self._say_what_was_made(meter, seconds)
 
@@ -184,7 +184,7 @@ class Conversion:
             f"{len(plan.tensors)} tensors in {files}, {readable_size(plan.n_bytes)} ({plan.n_bytes / 1e9:.2f} GB), "
             f"{plan.bpw:.3f} bpw"
         )
-        return [*output.columns(self._lines()), Text(total, "bold")]
+        return [*output.tensor_table(self._lines()), Text(total, "bold")]
 
     def _report(self) -> dict[str, Any]:
         return {

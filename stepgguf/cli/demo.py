@@ -42,10 +42,10 @@ def demo(
     from stepgguf.convert.sources.checkpoint import Checkpoint
     from stepgguf.demo import CHECKPOINT
     from stepgguf.quants.recipe_files import load_recipe
-    from stepgguf.quants.type_names import check_name
+    from stepgguf.quants.type_names import check_type_name
 
     with tempfile.TemporaryDirectory(prefix="stepgguf-demo-") as folder:
-        options = Options(load_recipe(check_name(type)), name="stepgguf demo")
+        options = Options(load_recipe(check_type_name(type)), name="stepgguf demo")
         path = keep or Path(folder) / f"demo-{options.recipe.name}.gguf"
         with Checkpoint(CHECKPOINT) as checkpoint:
             how = RunOptions(restart=True, overwrite=True)

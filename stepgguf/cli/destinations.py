@@ -19,7 +19,7 @@ _PART = re.compile(r"(.+)-\d{5}-of-\d{5}")
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """What was given as DEST. `is_folder`: it is one, or says by a slash at its end that it shall be one."""
+    """What was given as DEST. ending: what the name of the file must end in."""
 
     text: str
     ending: str = ".gguf"
@@ -30,16 +30,17 @@ class Destination:
 
     @property
     def is_folder(self) -> bool:
+        """Whether it is a folder, or says by a slash at its end that it shall be one."""
         return self.text.endswith((os.sep, f"{os.sep}.")) or (self.text != "" and self.path.is_dir())
 
-    def file(self, name: str) -> Path:
-        """The file: in a folder, `name` with the ending (a slash would leave it). OutputError for a name without it."""
+    def file_path(self, name: str) -> Path:
+        """The file to write: in a folder, `name` with the ending. OutputError for a name without the ending."""
         if self.is_folder:
-            return self.path / f"{name.replace(os.sep, '-')}{self.ending}"
-        meant = self._meant()
+            return self.path / f"{name.replace(os.sep, '-')}{self.ending}"  # a slash would leave the folder
+        meant = self._path_meant()
         if meant != self.path:
             raise OutputError(
-                f"{self.text or 'an empty name'} is no name for the file: it does not end in {self.ending}"
+                f"{self.text or 'an empty name'} cannot be the name of the file: it does not end in {self.ending}"
                 if self.path.suffix != self.ending
                 else f"{self.text} is the name of a part of a split file",
                 hint=f"Write to {meant}, or into a folder: {self.path if self.text else 'models'}{os.sep}",
@@ -55,7 +56,8 @@ class Destination:
         except OSError as error:
             raise OutputError(f"{self.text}: {error.strerror}", hint="Choose another folder.") from error
 
-    def _meant(self) -> Path:
+    def _path_meant(self) -> Path:
+        """The path itself if it can be written, else the one that was probably meant."""
         path = self.path
         if path.suffix == self.ending:
             match = _PART.fullmatch(path.stem)

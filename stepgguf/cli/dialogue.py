@@ -10,7 +10,7 @@ from stepgguf.cli.answering import stream_answer
 from stepgguf.cli.terminal.commands.table import completions_after, run_command
 from stepgguf.cli.terminal.commands.target import Answering
 from stepgguf.cli.terminal.complete import Attachment, mentioned_files, read_file
-from stepgguf.cli.terminal.keys import AGAIN_SECONDS, terminating
+from stepgguf.cli.terminal.keys import AGAIN_SECONDS, ending_on_signals
 from stepgguf.cli.terminal.line_editor import LineEditor
 from stepgguf.cli.terminal.screen import Screen
 from stepgguf.conversation.session import Session
@@ -36,7 +36,7 @@ class Dialogue:
     def run(self) -> None:
         """Ask and answer until it is to end."""
         try:
-            with terminating(self._editor.end_program):
+            with ending_on_signals(self._editor.end_program):
                 while not self.leaving:
                     try:
                         self._take_line()

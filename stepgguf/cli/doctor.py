@@ -53,23 +53,22 @@ def doctor(
     from stepgguf.fit.model_file import read_model_file
     from stepgguf.runtime.llama_build import probe_build
 
-    failures: list[Finding] = []
+    failures: list[Finding] = []  # what could not be probed is a finding too, and the rest is still examined
     machine, build, model, context, prompt_end = probe_machine(), None, None, None, None
     try:
         build = probe_build()
     except StepggufError as error:
         failures.append(Finding("fail", "engine", error.message, error.hint))
-    if path is not None:
-        try:
-            model = read_model_file(path, mtp_file)
-        except StepggufError as error:
-            failures.append(Finding("fail", "file", error.message, error.hint))
-        else:
-            context = ContextParams(ctx or model.default_ctx, parallel, mtp=build is None or build.mtp)
-            prompt_end = find_prompt_end(model.template)
+    try:
+        model = read_model_file(path, mtp_file) if path is not None else None
+    except StepggufError as error:
+        failures.append(Finding("fail", "file", error.message, error.hint))
+    if model is not None:
+        context = ContextParams(ctx or model.default_ctx, parallel, mtp=build is None or build.mtp)
+        prompt_end = find_prompt_end(model.template)
     findings = [*examine(machine, build, model, context, prompt_end), examine_folders(), *failures]
     if json:
-        output.data(report(machine, build, model, context, findings))
+        output.print_json(json_report(machine, build, model, context, findings))
     else:
         sys.stdout.write("".join(map(finding_lines, findings)))
     if any(finding.level == "fail" for finding in findings):
@@ -94,7 +93,7 @@ def finding_lines(finding: Finding) -> str:
     return text + f"{'':17}{finding.fix}\n" if finding.fix else text
 
 
-def report(
+def json_report(
     machine: Machine,
     build: LlamaBuild | None,
     model: ModelFile | None,

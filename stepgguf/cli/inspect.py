@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from stepgguf.cli import arguments
+from stepgguf.files.byte_sizes import readable_size
+
+if TYPE_CHECKING:
+    from stepgguf.model.layers import Layer
 
 
 def inspect(
@@ -30,7 +33,7 @@ def inspect(
     from stepgguf.cli import output
     from stepgguf.convert.fold import fold_tensors
 
-    contents, metadata, tensors = _checkpoint(path) if _is_checkpoint(path) else _gguf(path)
+    contents, metadata, tensors = _read_checkpoint(path) if _is_checkpoint(path) else _read_gguf(path)
     lines = fold_tensors(tensors)
     n_bytes, n_values = sum(line.n_bytes for line in lines), sum(line.n_values for line in lines)
     summary = {
@@ -44,19 +47,19 @@ def inspect(
             {"layers": line.layers, "role": line.role, "count": line.count, "type": line.type, "bytes": line.n_bytes}
             for line in lines
         ]
-        output.data({"path": str(path), "contents": contents, "metadata": metadata, "folded": folded, **summary})
+        output.print_json({"path": str(path), "contents": contents, "metadata": metadata, "folded": folded, **summary})
         return
-    width = max((len(_short(key)) for key in metadata), default=0)
-    for key, value in metadata.items():
-        sys.stdout.write(f"{_short(key):<{width}}  {_short(value)}\n")
-    table = f"\n{output.table(lines)}" if lines else ""
-    sys.stdout.write(
-        f"{table}\n{contents}\n{len(tensors)} tensors, {n_values / 1e9:.3f} B values, {n_bytes / 2**30:.2f} GiB "
-        f"({n_bytes / 1e9:.2f} GB), {summary['bpw']:.3f} bpw\n"
+    width = max((len(_shorten(key)) for key in metadata), default=0)
+    output.print_lines(f"{_shorten(key):<{width}}  {_shorten(value)}" for key, value in metadata.items())
+    table = ["", *(row.plain for row in output.tensor_table(lines))] if lines else [""]
+    total = (
+        f"{len(tensors)} tensors, {n_values / 1e9:.3f} B values, {readable_size(n_bytes)} "
+        f"({n_bytes / 1e9:.2f} GB), {summary['bpw']:.3f} bpw"
     )
+    output.print_lines([*table, contents, total])
 
 
-Tensors = list[tuple[str, str, int, int, str]]
+Tensors = list[tuple[str, str, int, int, str]]  # name, type, bytes, values, and no reason: as fold_tensors takes them
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -65,7 +68,8 @@ def _is_checkpoint(path: Path) -> bool:
     return path.is_dir() or is_part(path) or (not path.exists() and path.suffix != ".gguf" and hub_id(path) is not None)
 
 
-def _gguf(path: Path) -> tuple[str, dict[str, Any], Tensors]:
+def _read_gguf(path: Path) -> tuple[str, dict[str, Any], Tensors]:
+    """What any GGUF holds, its keys and its tensors; of another architecture too."""
     from stepgguf.convert.sources.splits import read_headers
 
     headers = read_headers(path)
@@ -79,21 +83,22 @@ def gguf_contents(metadata: Mapping[str, Any], names: Sequence[str]) -> str:
     from stepgguf.model.hparams import ARCHITECTURE
     from stepgguf.model.names import TensorName
 
-    kind, architecture = metadata.get("general.type", "model"), metadata.get("general.architecture")
-    if kind != "model":
-        return f"a GGUF of type {_short(kind)}, no model that runs alone"
+    contents, architecture = metadata.get("general.type", "model"), metadata.get("general.architecture")
+    if contents != "model":  # an adapter, a vision tower, an importance matrix
+        return f"a GGUF of type {_shorten(contents)}, no model that runs alone"
     if architecture != ARCHITECTURE:
-        return f"a model of architecture {_short(architecture)}; stepgguf quantizes and runs {ARCHITECTURE} alone"
+        return f"a model of architecture {_shorten(architecture)}; stepgguf quantizes and runs {ARCHITECTURE} alone"
     if not names:
         return "metadata alone: no tensors"
     mtp = {TensorName(name).layer for name in names if ".nextn." in name}
     trunk = {layer for name in names if (layer := TensorName(name).layer) is not None} - mtp
     if mtp and not trunk:
-        return f"{_count(len(mtp), 'MTP block')} alone, to be used with the file that holds the model's layers"
-    return f"{_count(len(trunk), 'layer')} and {_count(len(mtp), 'MTP block')}"
+        return f"{_counted(len(mtp), 'MTP block')} alone, to be used with the file that holds the model's layers"
+    return f"{_counted(len(trunk), 'layer')} and {_counted(len(mtp), 'MTP block')}"
 
 
-def _checkpoint(path: Path) -> tuple[str, dict[str, Any], Tensors]:
+def _read_checkpoint(path: Path) -> tuple[str, dict[str, Any], Tensors]:
+    """What a checkpoint holds, its hparams and its tensors by the names that they get in a GGUF."""
     from stepgguf.cli import output
     from stepgguf.convert.sources.checkpoint import Checkpoint
 
@@ -103,26 +108,30 @@ def _checkpoint(path: Path) -> tuple[str, dict[str, Any], Tensors]:
         metadata: dict[str, Any] = {"name": checkpoint.name}
         metadata |= {field: getattr(hp, field) for field in hp.__slots__ if field != "layers"}
         metadata["rope_scaling"] = str(hp.rope_scaling)
-        metadata["layers"] = [
-            f"{'mtp ' if y.is_mtp else ''}{'moe' if y.is_moe else 'dense'} {'sliding' if y.is_sliding else 'full'}"
-            for y in hp.layers
-        ]
+        metadata["layers"] = [_layer_words(layer) for layer in hp.layers]
         tensors: Tensors = []
         for spec in checkpoint.specs:
             stored = checkpoint.tensors[spec.source]
             tensors.append((spec.name, stored.dtype, stored.n_bytes, math.prod(spec.shape), ""))
-    contents = f"a checkpoint of {_count(hp.n_layer, 'layer')} and {_count(hp.n_mtp, 'MTP block')}"
+    contents = f"a checkpoint of {_counted(hp.n_layer, 'layer')} and {_counted(hp.n_mtp, 'MTP block')}"
     return contents, metadata, tensors
 
 
-def _count(n: int, what: str) -> str:
+def _layer_words(layer: Layer) -> str:
+    """ "moe sliding", "mtp dense full"."""
+    network = "moe" if layer.is_moe else "dense"
+    return f"{'mtp ' if layer.is_mtp else ''}{network} {'sliding' if layer.is_sliding else 'full'}"
+
+
+def _counted(n: int, what: str) -> str:
+    """ "no layers", "1 layer", "45 layers"."""
     return f"{n or 'no'} {what}{'' if n == 1 else 's'}"
 
 
-def _short(value: Any) -> str:
-    """One line that a terminal can show: long lists and texts are cut, control characters are escaped."""
+def _shorten(value: Any) -> str:
+    """The value in one line that a terminal can show: long lists and texts are cut, control characters are escaped."""
     if isinstance(value, list) and len(value) > 12:
-        return f"{len(value)} items: {', '.join(map(_short, value[:6]))}, ..."
+        return f"{len(value)} items: {', '.join(map(_shorten, value[:6]))}, ..."
     text = str(value)
     cut = text if len(text) <= 110 else f"{text[:100]}... ({len(text)} characters)"
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)

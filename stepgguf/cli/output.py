@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.text import Text
@@ -21,44 +21,42 @@ _FLOATS = ("F32", "F16", "BF16")
 
 
 def error(message: str, hint: str | None) -> None:
+    """Show an error on stderr, and what to do about it on the next line."""
     stderr.print(f"[bold red]error:[/] {_escape(message)}", soft_wrap=True)
     if hint:
         stderr.print(f"[bold]hint:[/] {_escape(hint)}", soft_wrap=True)
 
 
 def warn(messages: Iterable[str]) -> None:
+    """Show each message as a warning on stderr."""
     for message in messages:
         stderr.print(f"[yellow]warning:[/] {_escape(message)}", soft_wrap=True)
 
 
 def note(message: str) -> None:
+    """Show what a person may want to know on stderr; whoever calls looks at --quiet."""
     stderr.print(_escape(message), soft_wrap=True)
 
 
-def data(value: Any) -> None:
-    """JSON to stdout, escaped where its encoding has not every character."""
+def print_json(value: object) -> None:
+    """Write a value to stdout as JSON, escaped where stdout's encoding has not every character."""
     ascii_only = "utf" not in (sys.stdout.encoding or "utf-8").lower()
     sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=ascii_only) + "\n")
 
 
-def lines(texts: Iterable[str]) -> None:
-    """Text to stdout."""
+def print_lines(texts: Iterable[str]) -> None:
+    """Write lines to stdout, as they are."""
     sys.stdout.write("".join(f"{text}\n" for text in texts))
 
 
-def show(texts: Iterable[Text]) -> None:
-    """Lines to stdout, with their colours if it is a terminal."""
+def print_texts(texts: Iterable[Text]) -> None:
+    """Write lines to stdout, with their colours if it is a terminal."""
     for text in texts:
         stdout.print(text, soft_wrap=True)
 
 
-def table(lines: Iterable[FoldedLine]) -> str:
-    """`columns` as plain text."""
-    return "\n".join(text.plain for text in columns(lines))
-
-
-def columns(lines: Iterable[FoldedLine]) -> list[Text]:
-    """Folded tensors, one a line: label, count, type, size, bits per weight, reason."""
+def tensor_table(lines: Iterable[FoldedLine]) -> list[Text]:
+    """Folded tensors as a table, a row each: label, count, type, size, bits per weight, reason."""
     rows = [
         (
             line.label,
@@ -83,4 +81,5 @@ def columns(lines: Iterable[FoldedLine]) -> list[Text]:
 
 
 def _escape(text: str) -> str:
+    """Keep rich from reading a bracket in a path or a message as markup."""
     return text.replace("[", r"\[")

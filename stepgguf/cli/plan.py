@@ -88,11 +88,11 @@ def plan(
     if ctx > result.footprint.n_ctx_train:
         output.warn([f"{ctx:,} tokens are more than the {result.footprint.n_ctx_train:,} it was trained for"])
     if json:
-        output.data(report(result))
+        output.print_json(json_report(result))
         return
-    output.lines([str(source), *plan_text.budget_lines(result), ""])
-    output.show(plan_text.table(result.rows, result.best))
-    output.lines(["", *plan_text.notes(result)])
+    output.print_lines([str(source), *plan_text.budget_lines(result), ""])
+    output.print_texts(plan_text.row_table(result.rows, result.best))
+    output.print_lines(["", *plan_text.closing_notes(result)])
     if result.best is not None:
         output.note(f"next: {plan_text.next_command(source, result, result.best)}")
 
@@ -120,8 +120,8 @@ def _find_machine(name: str) -> TargetMachine:
     raise typer.BadParameter(f"{name!r} is not a machine{guess} Known: {', '.join(known)}", param_hint="--machine")
 
 
-def report(result: MachinePlan) -> dict[str, Any]:
-    """As data; sizes in bytes, speeds in tok/s and bytes per second."""
+def json_report(result: MachinePlan) -> dict[str, Any]:
+    """The plan as data; sizes in bytes, speeds in tok/s and bytes per second."""
     target, context = result.target, result.context
     return {
         "machine": {

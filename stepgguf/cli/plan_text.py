@@ -51,7 +51,7 @@ def _suggest_budget(result: MachinePlan) -> str:
 
 
 def next_command(source: Path, result: MachinePlan, row: PlanRow) -> str:
-    """What makes the row's file, or uses the one that is there."""
+    """The command that makes the row's file, or uses the one that is there."""
     verb, path = "convert" if source.is_dir() else "quantize", shlex.quote(str(source))
     if row.type == OWN_TYPES:
         return f"stepgguf chat {path} --ctx {result.context.n_ctx}"
@@ -60,8 +60,8 @@ def next_command(source: Path, result: MachinePlan, row: PlanRow) -> str:
     return f"stepgguf {verb} {path} models/ {choice}{weighted}{mtp}"
 
 
-def table(rows: Sequence[PlanRow], best: PlanRow | None) -> Iterator[Text]:
-    """One line a row, after the heads of the columns: the best stands out, what does not fit is dim."""
+def row_table(rows: Sequence[PlanRow], best: PlanRow | None) -> Iterator[Text]:
+    """A line for each row, after the heads of the columns: the best stands out, what does not fit is dim."""
     is_measured = any(row.loss is not None for row in rows)
     last = "loss" if is_measured else "MTP"
     heads = ("type", "GiB", "bpw", "total", "fits", "longest", "GB/token", "tok/s", "full", last)
@@ -87,8 +87,8 @@ def table(rows: Sequence[PlanRow], best: PlanRow | None) -> Iterator[Text]:
         yield Text(f"{line[0]:<{widths[0]}}{others}", style)
 
 
-def notes(result: MachinePlan) -> Iterator[str]:
-    """What to take, and what the figures rest on."""
+def closing_notes(result: MachinePlan) -> Iterator[str]:
+    """What to take, and what the figures rest on, line by line."""
     what = "least predicted loss" if result.best and result.best.loss is not None else "largest"
     yield f"The {what} that fits is {result.best.type}." if result.best else "None of these fits."
     if any(row.needs_imatrix for row in result.rows):
@@ -100,7 +100,7 @@ def notes(result: MachinePlan) -> Iterator[str]:
 
 
 def _speed_notes(listed: ListedMachine | None) -> Iterator[str]:
-    """What the speeds are made of."""
+    """What the speeds are made of: bandwidth, and the published speeds with their sources."""
     if listed is None:
         yield "tok/s is unknown: how fast this machine reads memory is not in the list."
         return
@@ -128,7 +128,7 @@ def _capacity_text(target: TargetMachine) -> str:
 
 
 def _tps_text(speed: GenerationSpeed) -> str:
-    """21-32, <42 where only the ceiling is known."""
+    """ "21-32" tok/s, "<42" where only the ceiling is known, "-" where nothing is."""
     if speed.tps is not None:
         return _range_text(*speed.tps)
     return "-" if speed.ceiling_tps is None else f"<{speed.ceiling_tps:.0f}"

@@ -76,7 +76,7 @@ def quantize(
         kernel=kernel,
     )
     with open_source(source) as opened:
-        plan = make_plan(opened, dest.file(f"{opened.name}-{recipe.name}"), options, limits, how)
+        plan = make_plan(opened, dest.file_path(f"{opened.name}-{recipe.name}"), options, limits, how)
         carry_out(plan, opened, dest, how)
 
 

@@ -27,7 +27,7 @@ def recipes(
 
     known = shipped_descriptions()
     if name is None:
-        output.lines(f"{each:<8} {description}" for each, description in known.items())
+        output.print_lines(f"{each:<8} {description}" for each, description in known.items())
         output.note("Print one with: stepgguf recipes NAME")
     elif name.lower() in known:
         sys.stdout.write(shipped_text(name.lower()))

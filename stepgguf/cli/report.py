@@ -46,7 +46,7 @@ def report(
     from stepgguf.report.page import render_page
 
     subject = measured.read_file(path)
-    target = page.file(f"{path.name}.report") if page else path.with_name(f"{path.name}.report.html")
+    target = page.file_path(f"{path.name}.report") if page else path.with_name(f"{path.name}.report.html")
     if target.exists() and not overwrite:
         raise OutputError(f"{target} exists", hint="Choose another name with -o or replace it with --overwrite.")
     text = render_page(subject)
@@ -55,6 +55,6 @@ def report(
     with disk_errors(target):
         disk.replace(target, text.encode())
     if json:
-        output.data({"page": str(target), **figures.summary(subject)})
+        output.print_json({"page": str(target), **figures.summary(subject)})
     if not quiet:
         output.note(f"wrote {target} ({readable_size(len(text.encode()))})")

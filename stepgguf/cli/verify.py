@@ -65,7 +65,7 @@ def verify(
                 plan = plan_source(source, path, options)
                 report = verify_source(path, plan, source, 1.0 if all else sample, meter.add_bytes)
     if json:
-        output.data({"ok": not report.problems, "tensors": report.tensors, "units": report.units,
+        output.print_json({"ok": not report.problems, "tensors": report.tensors, "units": report.units,
                      "bytes": report.n_bytes, "problems": list(report.problems)})  # fmt: skip
     else:
         for problem in report.problems[:20]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
 
 from stepgguf.conversation.records import AnswerOrigin, ConversationEntry
 
 
-def export_json(origin: AnswerOrigin, settings: Mapping[str, Any], entries: Sequence[ConversationEntry]) -> str:
+def export_json(origin: AnswerOrigin, settings: Mapping[str, object], entries: Sequence[ConversationEntry]) -> str:
     """Return the whole session as one JSON document."""
     kept = {key: value for key, value in settings.items() if key != "type"}
     messages = [entry.to_record() for entry in entries]
@@ -20,7 +19,7 @@ def export_json(origin: AnswerOrigin, settings: Mapping[str, Any], entries: Sequ
     return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
 
 
-def export_markdown(origin: AnswerOrigin, settings: Mapping[str, Any], entries: Sequence[ConversationEntry]) -> str:
+def export_markdown(origin: AnswerOrigin, settings: Mapping[str, object], entries: Sequence[ConversationEntry]) -> str:
     """Return the session as Markdown to be read: a heading for each message, reasoning folded away."""
     parts = [f"*{origin.model}*"]
     if settings.get("system"):

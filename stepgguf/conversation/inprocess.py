@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from stepgguf.chat.exchange import ChatModel, PreparedRequest, Reply
+from stepgguf.chat.messages import ChatMessage
 from stepgguf.chat.request import AnswerFormat, ChatRequest, JsonObject, JsonSchema, Tool
 from stepgguf.conversation.records import AnswerOrigin, AnswerUsage, ChatSettings
 from stepgguf.conversation.session import Progress
@@ -27,7 +28,7 @@ class InProcessBackend:
     def count_tokens(self, text: str) -> int:
         return len(self._model.engine.tokenize_piece(text))
 
-    def start_answer(self, messages: Sequence[Mapping[str, Any]], settings: ChatSettings) -> InProcessGeneration:
+    def start_answer(self, messages: Sequence[ChatMessage], settings: ChatSettings) -> InProcessGeneration:
         engine = self._model.engine
         request = ChatRequest(
             messages,
@@ -47,7 +48,7 @@ def tool_from_json(tool: Mapping[str, Any]) -> Tool:
     return Tool(function["name"], function.get("description"), function.get("parameters") or {})
 
 
-def _answer_format(json: Mapping[str, Any] | bool) -> AnswerFormat | None:
+def _answer_format(json: Mapping[str, object] | bool) -> AnswerFormat | None:
     if isinstance(json, bool):
         return JsonObject() if json else None
     return JsonSchema(json)
@@ -73,8 +74,8 @@ class InProcessGeneration:
         if isinstance(event, (Queued, Prefill)):
             return [event]
         deltas: list[Progress] = [*self._reply.feed(event)]
-        self._count(event)
-        if self._reply.stopped is not None:
+        self._count_event(event)
+        if self._reply.stopped is not None:  # a stop text: what the engine makes from here on is not shown
             self._stream.cancel()
         if isinstance(event, Finished) and event.error is not None:
             raise event.error
@@ -91,9 +92,9 @@ class InProcessGeneration:
         self._stream.cancel()
         for event in self._stream:  # what nobody reads any more is still counted
             self._reply.feed(event)
-            self._count(event)
+            self._count_event(event)
 
-    def _count(self, event: Event) -> None:
+    def _count_event(self, event: Event) -> None:
         """Bring the usage up to date; the end brings the engine's own counts."""
         usage, now = self.usage, time.monotonic()
         if isinstance(event, Tokens):
@@ -108,5 +109,6 @@ class InProcessGeneration:
             usage.n_drafted, usage.n_accepted = sum(timings.drafted), sum(timings.accepted)
             usage.prompt_seconds, usage.generation_seconds = timings.prompt_seconds, timings.generation_seconds
             usage.budget_reached, usage.loop_broken = timings.budget_reached, timings.loop_broken
+            # a stop text is a cancel to the engine, and a natural end to the user
             cancelled = event.reason == "cancelled" and self._reply.stopped is None
             usage.finish_reason = "cancelled" if cancelled else self._reply.finish_reason

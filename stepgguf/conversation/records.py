@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from stepgguf.chat.messages import ChatMessage
 from stepgguf.files.jsonread import Value
 
 # At each end of a model file, so much goes into its digest: to read 100 GB before a chat starts would be too slow.
@@ -58,6 +59,7 @@ class AnswerOrigin:
 
     @classmethod
     def from_record(cls, value: Value) -> AnswerOrigin:
+        """Read what a session's first line says."""
         size, digest = value.get("size"), value.get("digest")
         return cls(
             value["model"].text(),
@@ -79,10 +81,11 @@ class ChatSettings:
     max_tokens: int | None = None
     reasoning_budget: int | None = None
     tools: tuple[Mapping[str, Any], ...] = ()
-    json: Mapping[str, Any] | bool = False
+    json: Mapping[str, object] | bool = False
 
     @classmethod
     def from_record(cls, value: Value) -> ChatSettings:
+        """Read a line of settings; fields of the sampling that this version does not know are left out."""
         sampling, system, tools = value.get("sampling"), value.get("system"), value.get("tools")
         max_tokens, budget, schema = (value.get(name) for name in ("max_tokens", "reasoning_budget", "json"))
         return cls(
@@ -121,14 +124,17 @@ class AnswerUsage:
 
     @classmethod
     def from_record(cls, value: Value) -> AnswerUsage:
+        """Read the usage of a message's line."""
         shapes: dict[type, Callable[[Value], Any]] = {
             bool: Value.flag, int: Value.integer, type(None): Value.integer, float: _seconds, str: Value.text
         }  # fmt: skip
+        # the default of a field says what it must be; n_ctx has None, which stands for an unknown number
         given = ((f.name, shapes[type(f.default)], value.get(f.name)) for f in fields(cls))
         return cls(**{name: shape(member) for name, shape, member in given if member is not None})
 
     @property
     def n_generated(self) -> int:
+        """Tokens that the model made, reasoning included."""
         return self.n_reasoning + self.n_text
 
     @property
@@ -138,30 +144,33 @@ class AnswerUsage:
 
     @property
     def context_is_full(self) -> bool:
+        """Whether the answer ended where the context does; False if that is not known."""
         return self.n_ctx is not None and self.n_context >= self.n_ctx
 
     @property
     def tokens_per_second(self) -> float:
+        """The speed of generation, 0 where it was not measured."""
         return self.n_generated / self.generation_seconds if self.generation_seconds else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class ConversationEntry:
-    """A message of the conversation. Of an answer also its AnswerUsage, as a mapping, and whether it was cut short."""
+    """A message of the conversation; of an answer also what it took, and whether it was cut short."""
 
-    message: dict[str, Any]
-    usage: Mapping[str, Any] | None = None
+    message: ChatMessage
+    usage: AnswerUsage | None = None
     interrupted: bool = False
 
-    def to_record(self) -> dict[str, Any]:
+    def to_record(self) -> dict[str, object]:
         """Return the entry as it is saved."""
-        record: dict[str, Any] = {"type": "message", "message": self.message}
+        record: dict[str, object] = {"type": "message", "message": self.message}
         if self.usage is not None:
-            record["usage"] = dict(self.usage)
+            record["usage"] = asdict(self.usage)
         return record | ({"interrupted": True} if self.interrupted else {})
 
     @classmethod
     def from_record(cls, value: Value) -> ConversationEntry:
+        """Read a message's line, as far as anything here relies on its shape."""
         message, usage, interrupted = value["message"], value.get("usage"), value.get("interrupted")
         if message["role"].text() not in _ROLES:
             raise message["role"].wrong(f"one of {', '.join(_ROLES)}")
@@ -174,8 +183,9 @@ class ConversationEntry:
                 call["id"].text()
                 call["function"]["name"].text()
                 call["function"]["arguments"].text()
+        # null is how some clients spell what is not there, and templates take it for a text
         kept = {name: member for name, member in message.object().items() if member is not None}
-        counts = asdict(AnswerUsage.from_record(usage)) if usage else None
+        counts = AnswerUsage.from_record(usage) if usage else None
         return cls(kept, counts, interrupted.flag() if interrupted else False)
 
 

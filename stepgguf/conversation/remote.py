@@ -16,8 +16,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
+from stepgguf.chat.messages import ChatMessage
 from stepgguf.chat.output import Delta
 from stepgguf.conversation.records import AnswerOrigin, AnswerUsage, ChatSettings
 from stepgguf.conversation.session import Progress
@@ -49,7 +49,7 @@ class RemoteBackend:
         self._headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
-        listed = self._ask("/v1/models").get("data")
+        listed = self._ask_document("/v1/models").get("data")
         models = listed.array() if listed is not None else []
         if not models:
             raise EngineError(f"{self._url}/v1/models lists no model", hint=_OTHER_SERVER)
@@ -61,12 +61,12 @@ class RemoteBackend:
 
     def count_tokens(self, text: str) -> int | None:
         try:
-            return self._ask("/tokenize", {"text": text})["count"].integer()
+            return self._ask_document("/tokenize", {"text": text})["count"].integer()
         except StepggufError:
             return None
 
-    def start_answer(self, messages: Sequence[Mapping[str, Any]], settings: ChatSettings) -> RemoteGeneration:
-        body: dict[str, Any] = {
+    def start_answer(self, messages: Sequence[ChatMessage], settings: ChatSettings) -> RemoteGeneration:
+        body: dict[str, object] = {
             "model": self._model,
             "messages": [*messages],
             "stream": True,
@@ -79,25 +79,25 @@ class RemoteBackend:
             body["thinking_budget_tokens"] = settings.reasoning_budget
         if settings.tools:
             body["tools"] = list(settings.tools)
-        if settings.json is True:
+        if settings.json is True:  # any object; a schema is a mapping
             body["response_format"] = {"type": "json_object"}
         elif settings.json:
             schema = {"name": "answer", "schema": settings.json}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
         exchange = Exchange(self._address, self._headers)
         usage = AnswerUsage(n_ctx=self.n_ctx)
-        return RemoteGeneration(exchange, lambda: self._send(exchange, "/v1/chat/completions", body), usage)
+        return RemoteGeneration(exchange, lambda: self._send_request(exchange, "/v1/chat/completions", body), usage)
 
-    def _ask(self, path: str, body: Mapping[str, Any] | None = None) -> Value:
+    def _ask_document(self, path: str, body: Mapping[str, object] | None = None) -> Value:
         with Exchange(self._address, self._headers) as exchange:
-            self._send(exchange, path, body)
+            self._send_request(exchange, path, body)
             try:
                 answer = exchange.read(_MOST_ANSWER)
             except ConnectionLost as error:
                 raise EngineError(f"{self._url}{path} broke off", hint="Is the port right?") from error
         return jsonread.parse(answer, f"{self._url}{path}", EngineError, hint=_OTHER_SERVER)
 
-    def _send(self, exchange: Exchange, path: str, body: Mapping[str, Any] | None) -> None:
+    def _send_request(self, exchange: Exchange, path: str, body: Mapping[str, object] | None) -> None:
         """POST a body, GET without one. The head of the answer has been read, and its status is 200."""
         try:
             exchange.connect(_CONNECT_SECONDS)
@@ -134,7 +134,7 @@ class RemoteGeneration:
         if isinstance(chunk, Value):
             return self._read_chunk(chunk)
         self._ended = True
-        if isinstance(chunk, StepggufError) and not self._cancelled:
+        if isinstance(chunk, StepggufError) and not self._cancelled:  # a socket that we shut is no error
             raise chunk
         if self._cancelled:
             self.usage.finish_reason = "cancelled"
@@ -144,12 +144,12 @@ class RemoteGeneration:
         return False
 
     def cancel(self) -> None:
-        self._cancelled = not self._ended or self._cancelled
+        self._cancelled = not self._ended or self._cancelled  # after the end there is nothing to cancel
         self._exchange.interrupt()
 
     def close(self) -> None:
         self.cancel()
-        self._thread.join(timeout=_CONNECT_SECONDS)
+        self._thread.join(timeout=_CONNECT_SECONDS)  # while it connects, nothing can be shut yet
         self._exchange.close()
         self._ended = True
 
@@ -157,20 +157,21 @@ class RemoteGeneration:
         if usage := chunk.get("usage"):
             self._take_usage(usage)
         deltas: list[Progress] = []
-        for choice in _items(chunk, "choices"):
+        for choice in _list_at(chunk, "choices"):
             if delta := choice.get("delta"):
-                if reasoning := _text(delta, "reasoning_content") or _text(delta, "reasoning"):
+                # servers have one of the two names, ours has both
+                if reasoning := _text_at(delta, "reasoning_content") or _text_at(delta, "reasoning"):
                     deltas.append(Delta("reasoning", reasoning))
-                if text := _text(delta, "content"):
+                if text := _text_at(delta, "content"):
                     deltas.append(Delta("text", text))
-                for call in _items(delta, "tool_calls"):
+                for call in _list_at(delta, "tool_calls"):
                     deltas += _call_deltas(call)
-            if reason := _text(choice, "finish_reason"):
+            if reason := _text_at(choice, "finish_reason"):
                 self.usage.finish_reason = reason
-        self._count(deltas)
+        self._count_deltas(deltas)
         return deltas
 
-    def _count(self, deltas: list[Progress]) -> None:
+    def _count_deltas(self, deltas: list[Progress]) -> None:
         """Bring the usage up to date; a delta counts as a token until the server says better."""
         if not deltas:
             return
@@ -185,14 +186,14 @@ class RemoteGeneration:
 
     def _take_usage(self, counts: Value) -> None:
         usage = self.usage
-        usage.n_prompt = _number(counts, "prompt_tokens") or 0
+        usage.n_prompt = _number_at(counts, "prompt_tokens") or 0
         if details := counts.get("prompt_tokens_details"):
-            usage.n_cached = _number(details, "cached_tokens") or 0
+            usage.n_cached = _number_at(details, "cached_tokens") or 0
         if details := counts.get("completion_tokens_details"):
-            cut, n_reasoning = _text(details, "reasoning_cut"), _number(details, "reasoning_tokens")
+            cut, n_reasoning = _text_at(details, "reasoning_cut"), _number_at(details, "reasoning_tokens")
             usage.budget_reached, usage.loop_broken = cut == "budget", cut == "loop"
             usage.n_reasoning = usage.n_reasoning if n_reasoning is None else n_reasoning
-        usage.n_text = max(0, (_number(counts, "completion_tokens") or 0) - usage.n_reasoning)
+        usage.n_text = max(0, (_number_at(counts, "completion_tokens") or 0) - usage.n_reasoning)
 
     def _read_events(self, send: Callable[[], None]) -> None:
         """In a thread of its own: every event into the queue, then an error or None."""
@@ -210,7 +211,7 @@ class RemoteGeneration:
                     end = _error_from_body(500, chunk.raw)
                     break
                 self._chunks.put(chunk)
-                if any(_text(choice, "finish_reason") for choice in _items(chunk, "choices")):
+                if any(_text_at(choice, "finish_reason") for choice in _list_at(chunk, "choices")):
                     end = None  # not every server says [DONE]
         except StepggufError as error:
             end = error
@@ -220,26 +221,26 @@ class RemoteGeneration:
 
 
 def _call_deltas(call: Value) -> Iterator[Delta]:
-    function, index = call.get("function"), _number(call, "index") or 0
+    function, index = call.get("function"), _number_at(call, "index") or 0
     if function is not None:
-        if name := _text(function, "name"):
+        if name := _text_at(function, "name"):
             yield Delta("call", name, index)
-        if arguments := _text(function, "arguments"):
+        if arguments := _text_at(function, "arguments"):
             yield Delta("arguments", arguments, index)
 
 
-def _items(value: Value, key: str) -> list[Value]:
+def _list_at(value: Value, key: str) -> list[Value]:
     """The members of a list, none if it is not there."""
     found = value.get(key)
     return found.array() if found is not None else []
 
 
-def _text(value: Value, key: str) -> str:
+def _text_at(value: Value, key: str) -> str:
     found = value.get(key)
     return found.text() if found is not None else ""
 
 
-def _number(value: Value, key: str) -> int | None:
+def _number_at(value: Value, key: str) -> int | None:
     found = value.get(key)
     return found.integer() if found is not None else None
 
@@ -252,7 +253,7 @@ def _refusal_error(status: int, body: bytes) -> StepggufError:
     return _error_from_body(status, value)
 
 
-def _error_from_body(status: int, body: Any) -> StepggufError:
+def _error_from_body(status: int, body: object) -> StepggufError:
     """What an error of OpenAI's form says, as one of ours."""
     error = body.get("error") if isinstance(body, dict) else None
     message = error.get("message") if isinstance(error, dict) else error if isinstance(error, str) else None

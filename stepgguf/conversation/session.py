@@ -9,10 +9,11 @@ goes to the transcript at once, and an answer that was cut short stays as far as
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Generator, Sequence
+from dataclasses import asdict, replace
 from typing import Any, Protocol
 
+from stepgguf.chat.messages import ChatMessage
 from stepgguf.chat.output import Delta
 from stepgguf.conversation.records import AnswerOrigin, AnswerUsage, ChatSettings, ConversationEntry
 from stepgguf.conversation.transcript import SavedSession, Transcript
@@ -31,7 +32,8 @@ class Generation(Protocol):
     """One answer under way. The methods are quick and may be called after its end."""
 
     @property
-    def usage(self) -> AnswerUsage: ...
+    def usage(self) -> AnswerUsage:
+        """Its counts up to now; the same object from start to end."""
 
     def next_updates(self, seconds: float | None) -> list[Progress] | None:
         """Return what came; nothing if it did not come within so many seconds (None: wait); None after the end.
@@ -52,18 +54,21 @@ class ChatBackend(Protocol):
     """What answers. n_ctx and default_sampling: None if the backend does not tell."""
 
     @property
-    def origin(self) -> AnswerOrigin: ...
+    def origin(self) -> AnswerOrigin:
+        """What sessions with it are marked with."""
 
     @property
-    def n_ctx(self) -> int | None: ...
+    def n_ctx(self) -> int | None:
+        """The longest context, in tokens."""
 
     @property
-    def default_sampling(self) -> Sampling | None: ...
+    def default_sampling(self) -> Sampling | None:
+        """What holds where the settings say nothing."""
 
     def count_tokens(self, text: str) -> int | None:
         """Return how many tokens a text has, None if it cannot be told."""
 
-    def start_answer(self, messages: Sequence[Mapping[str, Any]], settings: ChatSettings) -> Generation:
+    def start_answer(self, messages: Sequence[ChatMessage], settings: ChatSettings) -> Generation:
         """Begin an answer to these messages. Raises what can be refused before anything runs."""
 
 
@@ -81,7 +86,7 @@ class Session:
         self.entries: list[ConversationEntry] = []
         self.usage = AnswerUsage(n_ctx=backend.n_ctx)
         self._generation: Generation | None = None
-        self._record(self.settings_record())
+        self._save_record(self.settings_record())
 
     @classmethod
     def resume(cls, backend: ChatBackend, saved: SavedSession, transcript: Transcript | None) -> Session:
@@ -89,11 +94,11 @@ class Session:
         session = cls(backend, saved.settings)
         session.entries, session.transcript = list(saved.entries), transcript
         if usage := next((entry.usage for entry in reversed(saved.entries) if entry.usage), None):
-            session.usage = AnswerUsage(**{**usage, "n_ctx": backend.n_ctx})
+            session.usage = replace(usage, n_ctx=backend.n_ctx)
         return session
 
     @property
-    def messages(self) -> list[dict[str, Any]]:
+    def messages(self) -> list[ChatMessage]:
         """What the model gets: all that was said, with the system message in front."""
         system = [{"role": "system", "content": self.settings.system}] if self.settings.system else []
         return [*system, *({k: v for k, v in e.message.items() if k in _MODEL_FIELDS} for e in self.entries)]
@@ -101,7 +106,7 @@ class Session:
     @property
     def open_calls(self) -> list[dict[str, Any]]:
         """Tool calls of the last answer that have no result yet."""
-        for i in range(len(self.entries) - 1, -1, -1):
+        for i in range(len(self.entries) - 1, -1, -1):  # back over the results to the answer that they belong to
             message = self.entries[i].message
             if message["role"] == "assistant":
                 done = {entry.message.get("tool_call_id") for entry in self.entries[i + 1 :]}
@@ -111,24 +116,24 @@ class Session:
         return []
 
     def close(self) -> None:
-        """Let others write to its transcript."""
+        """Let others write to the transcript."""
         if self.transcript is not None:
             self.transcript.close()
 
     def change_settings(self, settings: ChatSettings) -> None:
         """Use other settings from here on."""
         self.settings = settings
-        self._record(self.settings_record())
+        self._save_record(self.settings_record())
 
     def ask(self, question: str, tick: float | None = None) -> Updates:
         """Add a user message and stream the answer. If none comes at all, the question is taken back."""
         n = len(self.entries)
         try:
-            self._add(ConversationEntry({"role": "user", "content": question}))
+            self._add_entry(ConversationEntry({"role": "user", "content": question}))
             yield from self.answer(tick)
         finally:
-            if len(self.entries) == n + 1:
-                self._cut(n)
+            if len(self.entries) == n + 1:  # no answer was added
+                self._cut_entries(n)
 
     def answer(self, tick: float | None = None) -> Updates:
         """Stream an answer to the messages as they are. Closing the iterator ends it as `stop_answer` does."""
@@ -141,31 +146,32 @@ class Session:
             while (updates := generation.next_updates(tick)) is not None:
                 for update in updates:
                     if isinstance(update, Delta):
-                        collected.add(update)
+                        collected.add_delta(update)
                 if time.monotonic() - saved > PART_SECONDS:
                     saved = time.monotonic()
                     part = collected.next_part()
                     if any(part.values()):
-                        self._record({"type": "part", **part})
+                        self._save_record({"type": "part", **part})
                 yield from updates
                 if not updates and tick is not None:
-                    yield None
+                    yield None  # the caller looks after its keyboard
             end = self.usage.finish_reason
         except StepggufError:
             end = "error"
             raise
         finally:
+            # also when the caller has closed the iterator: what came by then is an answer that was cut short
             self._generation = None
             generation.close()
             self.usage.reasoning_seconds = collected.reasoning_seconds
             self.usage.finish_reason = end
             if collected:
                 interrupted = end in ("cancelled", "error")
-                self._add(ConversationEntry(collected.message(), asdict(self.usage), interrupted))
+                self._add_entry(ConversationEntry(collected.to_message(), replace(self.usage), interrupted))
         yield self.usage
 
     def end_reasoning(self) -> bool:
-        """Have the model stop thinking and answer. False: nothing is being answered, or the backend cannot."""
+        """Have the model stop reasoning and answer. False: nothing is being answered, or the backend cannot."""
         return self._generation is not None and self._generation.end_reasoning()
 
     def stop_answer(self) -> None:
@@ -175,7 +181,7 @@ class Session:
 
     def give_result(self, call_id: str, text: str) -> None:
         """Add the result of a tool call. When all have theirs, `answer` goes on."""
-        self._add(ConversationEntry({"role": "tool", "tool_call_id": call_id, "content": text}))
+        self._add_entry(ConversationEntry({"role": "tool", "tool_call_id": call_id, "content": text}))
 
     def undo(self) -> str | None:
         """Take the last question and what came after it back. Returns the question, None if there was none."""
@@ -183,29 +189,29 @@ class Session:
         if n is None:
             return None
         question: str = self.entries[n].message["content"]
-        self._cut(n)
+        self._cut_entries(n)
         return question
 
     def regenerate(self, tick: float | None = None) -> Updates:
         """Answer the last question anew, and stream that."""
         n = self._last_question()
         if n is not None:
-            self._cut(n + 1)
+            self._cut_entries(n + 1)
             yield from self.answer(tick)
 
     def _last_question(self) -> int | None:
         questions = [i for i, entry in enumerate(self.entries) if entry.message["role"] == "user"]
         return questions[-1] if questions else None
 
-    def _cut(self, n: int) -> None:
+    def _cut_entries(self, n: int) -> None:
         del self.entries[n:]
-        self._record({"type": "cut", "n": n})
+        self._save_record({"type": "cut", "n": n})
 
-    def _add(self, entry: ConversationEntry) -> None:
+    def _add_entry(self, entry: ConversationEntry) -> None:
         self.entries.append(entry)
-        self._record(entry.to_record())
+        self._save_record(entry.to_record())
 
-    def _record(self, record: dict[str, Any]) -> None:
+    def _save_record(self, record: dict[str, object]) -> None:
         """Save a record. OutputError: it cannot be saved, and nothing is from there on; the conversation can go on."""
         if self.transcript is None:
             return
@@ -216,7 +222,7 @@ class Session:
             self.transcript = None
             raise
 
-    def settings_record(self) -> dict[str, Any]:
+    def settings_record(self) -> dict[str, object]:
         """Return the settings as they are saved."""
         return {"type": "settings", **asdict(self.settings)}
 
@@ -234,13 +240,15 @@ class _CollectedAnswer:
     def __bool__(self) -> bool:
         return bool(self._parts["reasoning"] or self._parts["text"] or self._calls)
 
-    def add(self, delta: Delta) -> None:
+    def add_delta(self, delta: Delta) -> None:
+        """Add what came. The time up to the last reasoning is the time of reasoning."""
         now = time.monotonic()
         self._started = self._started or now
         if delta.kind == "reasoning":
             self.reasoning_seconds = now - self._started
         if delta.kind == "call":
             function = {"name": delta.text, "arguments": ""}
+            # the id only has to be another for each call: the template does not show it
             self._calls.append({"id": f"call_{time.time_ns():x}", "type": "function", "function": function})
         elif delta.kind == "arguments":
             self._calls[-1]["function"]["arguments"] += delta.text
@@ -253,8 +261,9 @@ class _CollectedAnswer:
         self._n_saved = {kind: len(texts) for kind, texts in self._parts.items()}
         return part
 
-    def message(self) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": "".join(self._parts["text"])}
+    def to_message(self) -> ChatMessage:
+        """Return the answer as far as it has come."""
+        message: dict[str, object] = {"role": "assistant", "content": "".join(self._parts["text"])}
         if self._parts["reasoning"]:
             message["reasoning_content"] = "".join(self._parts["reasoning"])
         if self._calls:

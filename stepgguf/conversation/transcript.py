@@ -17,7 +17,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from stepgguf.conversation.records import AnswerOrigin, ChatSettings, ConversationEntry
 from stepgguf.errors import OutputError
@@ -60,22 +59,22 @@ class Transcript:
 
     def __init__(self, folder: Path, origin: AnswerOrigin, path: Path | None = None) -> None:
         self._folder, self.path = folder, path
-        self._lines = _hold(path) if path is not None else None
-        self._unsaved: dict[str, dict[str, Any]] = {}  # by type: what the file starts with once there is one
+        self._lines = _open_held(path) if path is not None else None
+        self._unsaved: dict[str, dict[str, object]] = {}  # by type: what the file starts with once there is one
         created = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         self.append({"type": "session", "version": VERSION, "created": created, "origin": asdict(origin)})
 
-    def append(self, record: Mapping[str, Any]) -> None:
+    def append(self, record: Mapping[str, object]) -> None:
         """Write a line and have it on the disk. Before the first message the last of each type is kept instead.
 
         OutputError says why it cannot be written.
         """
         if self._lines is None and record["type"] != "message":
-            self._unsaved[record["type"]] = dict(record)
+            self._unsaved[str(record["type"])] = dict(record)
             return
         try:
             if self._lines is None:
-                self.path, self._lines = self._create()
+                self.path, self._lines = self._create_file()
             unsaved, self._unsaved = self._unsaved, {}
             self._lines.append(*unsaved.values(), record)
         except OSError as error:
@@ -102,20 +101,20 @@ class Transcript:
         if self._lines is not None:
             self._lines.close()
 
-    def _create(self) -> tuple[Path, LineWriter]:
+    def _create_file(self) -> tuple[Path, LineWriter]:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         stem = time.strftime("%Y%m%d-%H%M%S")
         for i in range(1, 1000):
             path = self._folder / f"{stem}{f'-{i}' if i > 1 else ''}{_SUFFIX}"
-            try:
+            try:  # two chats may start within one second
                 os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
             except FileExistsError:
                 continue
-            return path, _hold(path)
+            return path, _open_held(path)
         raise OutputError(f"{self._folder}: no free name for a session")
 
 
-def _hold(path: Path) -> LineWriter:
+def _open_held(path: Path) -> LineWriter:
     """Open a session to go on with it. OutputError if another chat has it open, or it may not be written."""
     try:
         return LineWriter(os.fdopen(disk.hold(path), "ab"), sync=True)
@@ -158,6 +157,7 @@ class _SessionFold:
         self._part = {"reasoning": "", "text": ""}  # of an answer whose message has not come
 
     def add_head(self, value: Value) -> None:
+        """Add the first line, which says what the file is."""
         version = value["version"].integer()
         if version > VERSION:
             raise OutputError(
@@ -166,6 +166,7 @@ class _SessionFold:
         self.add_line(value)
 
     def add_line(self, value: Value) -> None:
+        """Add another line; of a type that is not known it says nothing."""
         kind, saved, part = value["type"].text(), self.saved, {"reasoning": "", "text": ""}
         if kind == "session":
             saved.origin = AnswerOrigin.from_record(value["origin"])
@@ -180,6 +181,7 @@ class _SessionFold:
         self._part = part
 
     def finish(self) -> SavedSession:
+        """Return the session. Parts whose message never came are an answer that was interrupted."""
         if any(self._part.values()):
             content, reasoning = self._part["text"], self._part["reasoning"]
             message = {"role": "assistant", "content": content, "reasoning_content": reasoning}

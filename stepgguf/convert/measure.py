@@ -222,6 +222,7 @@ class _ErrorsFile:
         self._lines.close()
 
     def add(self, name: str, measured: TensorErrors) -> None:
+        """Keep what was measured of a tensor, here and in the file."""
         self.measured[name] = measured
         errors = {ggml_type.name: error for ggml_type, error in measured.errors.items()}
         assert self._lines is not None

@@ -104,7 +104,7 @@ class PlannedTensor:
     shape: tuple[int, ...]
     ggml_type: GGMLQuantizationType
     reason: str
-    action: Action
+    action: Action  # follows from the type: as_type changes both
 
     @property
     def role(self) -> str:
@@ -147,6 +147,7 @@ class PlannedTensor:
 
     @property
     def n_experts(self) -> int:
+        """Routed experts; 1 of a dense tensor."""
         return self.shape[0] if len(self.shape) == 3 else 1
 
     @property
@@ -156,6 +157,7 @@ class PlannedTensor:
 
     @property
     def rows_per_unit(self) -> int:
+        """Rows of a unit; the last one of an expert may have fewer."""
         return min(self.rows_per_expert, max(1, UNIT_VALUES // self.shape[-1]))
 
     @property
@@ -193,6 +195,7 @@ class PlannedFile:
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
+        """Where each tensor begins, aligned as GGUF wants it."""
         offsets, end = [], 0
         for tensor in self.tensors:
             offsets.append(end)
@@ -201,11 +204,13 @@ class PlannedFile:
 
     @cached_property
     def header(self) -> bytes:
+        """The file up to its data section."""
         infos = [TensorInfo(t.name, t.shape, t.ggml_type, o) for t, o in zip(self.tensors, self.offsets, strict=True)]
         return gguf_header.encode(self.keys, infos)
 
     @property
     def data_size(self) -> int:
+        """Bytes of the data section, padding included."""
         return sum(t.n_bytes + -t.n_bytes % GGUF_DEFAULT_ALIGNMENT for t in self.tensors)
 
     @property
@@ -227,6 +232,7 @@ class Plan:
 
     @property
     def type_name(self) -> str:
+        """What the user asked for: a stock type, a recipe, or a budget in words."""
         return self.recipe.name
 
     @property
@@ -243,6 +249,7 @@ class Plan:
 
     @property
     def bpw(self) -> float:
+        """Bits per weight of all tensors, norms and the router among them."""
         return self.n_bytes * 8 / self.n_values
 
     @property
@@ -251,6 +258,7 @@ class Plan:
         return sum(file.size for file in self.files)
 
     def units(self) -> Iterator[Unit]:
+        """Yield every unit in the order of the files' bytes: its number in this order is its name in the journal."""
         for f, file in enumerate(self.files):
             for t, tensor in enumerate(file.tensors):
                 yield from (Unit(f, t, start, stop) for start, stop in unit_rows(tensor))

@@ -24,7 +24,7 @@ from stepgguf.model.tensors import TensorSpec
 from stepgguf.quants import coverage, mixtures
 from stepgguf.quants.coverage import Coverage
 from stepgguf.quants.mixtures import Facts, TypeChoice
-from stepgguf.quants.type_names import check_name
+from stepgguf.quants.type_names import check_type_name
 from stepgguf.quants.types import F32, FLOATS, fitting_type
 
 Chosen = tuple[TensorSpec, TypeChoice]  # a tensor and the type that it shall have
@@ -100,7 +100,7 @@ def _choose_by_rules(specs: Sequence[TensorSpec], facts: Facts, options: Options
     result: dict[str, TypeChoice] = {spec.name: choice for spec, choice in zip(specs, choices, strict=True)}
     if options.mtp_type is None:
         return result
-    name = check_name(options.mtp_type)
+    name = check_type_name(options.mtp_type)
     if name not in GGMLQuantizationType.__members__:
         raise RecipeError(f"--mtp-type {name} is a mixture", hint="Give one type, such as Q8_0, Q6_K or BF16.")
     reason, mtp_type = f"--mtp-type {name}", GGMLQuantizationType[name]

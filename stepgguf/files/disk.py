@@ -54,6 +54,7 @@ def hold(path: Path, *, make: bool = False) -> int:
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise NotAFile(errno.EINVAL, "Not a regular file", str(path))
+            # However this process ends, the system lets go of the lock.
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if is_at(fd, path):
                 return fd
@@ -80,7 +81,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def is_at(fd: int, path: Path) -> bool:
-    """Whether the open file is the one at this path."""
+    """Whether the open file is the one at this path, and not one that was removed or renamed."""
     try:
         return os.path.samestat(os.fstat(fd), path.stat())
     except OSError:

@@ -26,7 +26,7 @@ from stepgguf.errors import StepggufError
 from stepgguf.files import disk
 
 MAX_BYTES = 256 * 2**20  # the published tokenizer.json has 9 MB
-MAX_DEPTH = 100
+MAX_DEPTH = 100  # containers in each other; Python's own limit is the stack, at about a thousand
 _INT64 = 2**63 - 1
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -60,6 +60,7 @@ class Value:
         return None if member is None else self._member(key, member)
 
     def object(self) -> dict[str, Any]:
+        """The members of an object, as Python's json gives them."""
         if not isinstance(self.raw, dict):
             raise self.wrong("a JSON object")
         return self.raw
@@ -69,6 +70,7 @@ class Value:
         return ((key, self._member(key, member)) for key, member in self.object().items())
 
     def array(self) -> list[Value]:
+        """The items of a list, each with its place."""
         if not isinstance(self.raw, list | tuple):
             raise self.wrong("a list")
         return [
@@ -76,7 +78,7 @@ class Value:
         ]
 
     def integer(self, least: int = 0, most: int = _INT64) -> int:
-        """A whole number in [least, most]. true and 1.0 are none."""
+        """A whole number in [least, most]. true and 1.0 are refused."""
         if isinstance(self.raw, bool) or not isinstance(self.raw, int) or not least <= self.raw <= most:
             raise self.wrong(
                 f"an integer from {least} to {most}" if most < _INT64 else f"an integer of at least {least}"
@@ -130,13 +132,14 @@ def parse(data: bytes, document: str, error: type[StepggufError], hint: str | No
             raise ValueError(f"more than {MAX_BYTES:,} bytes")
         if data.startswith(b"version https://git-lfs"):
             raise error(f"{document}: is a git-lfs pointer", hint="Fetch the real file with: git lfs pull")
-        text = data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig")  # Windows editors begin a file with a byte order mark
         value = json.loads(text, object_pairs_hook=_object)
         if _is_deeper(value, MAX_DEPTH):
             raise RecursionError
-        if _SURROGATE.search(text):
+        if _SURROGATE.search(text):  # json lets half of a pair through, and no file can be written with it
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError as found:
+        # ASCII in UTF-16 has a zero in every second byte.
         utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:4]
         problem = f"byte {found.start} is not UTF-8" + (", it looks like UTF-16" if utf16 else "")
     except UnicodeEncodeError as found:
@@ -164,7 +167,7 @@ def shown(value: Any) -> str:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
+    result = dict(pairs)  # json keeps the last of a name that is there twice
     if len(result) != len(pairs):
         twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
         raise ValueError(f"key {shown(twice)} is there twice")

@@ -71,7 +71,7 @@ def check_memory(machine: Machine, build: LlamaBuild | None, model: ModelFile, c
     limit, free = readable_size(have.limit), readable_size(have.free)
     if not machine.ram:
         return Finding("ok", "memory", f"{message}; how much memory this system has is not known")
-    if needed.total > have.ceiling:
+    if needed.total > have.ceiling:  # whatever is set up and closed, it cannot fit
         message += f"; there is {readable_size(have.ceiling)} ({reserve})"
         return Finding("fail", "memory", message, _suggest_smaller(model, context, needed, have))
     if device > have.limit:  # where CPU and GPU share their memory the rest of it is out of the model's reach
@@ -125,6 +125,7 @@ def _suggest_closing_programs(
     """The model fits the memory, but not what is free of it now."""
     if machine.kind == "gpu":
         return f"Close other programs, or: {_with_fewer_gpu_layers(model, needed, have)}"
+    # The conversation cache is in the total and grows later: only what runs the model has to be free now.
     n_ctx = largest_context(model.footprint, context, have.free + needed.cache)
     if n_ctx is None or n_ctx < _SHORT_CTX:
         return "Close other programs."

@@ -86,7 +86,7 @@ def load_catalogue() -> dict[str, ListedMachine]:
 def find_listed(machine: Machine) -> ListedMachine | None:
     """The first of the catalogue with this machine's chip, whose memory is as fast; None for chips that it lacks."""
     alike = (m for m in load_catalogue().values() if m.machine.kind == machine.kind)
-    if machine.kind == "mac":
+    if machine.kind == "mac":  # the other kinds have one chip each
         return next((m for m in alike if m.machine.cpu == machine.cpu), None)
     return next(alike, None)
 
@@ -124,6 +124,7 @@ def _described_machine(entry: _MachineEntry) -> Machine:
         ram_available=ram,
         swap=0,
         gpus=(Gpu(entry["gpu"], None, None),) if "gpu" in entry else (),
+        # A Mac's wired limit, and what amdgpu may map, are settings: the table says which ones `setup` makes.
         wired_limit=int(entry["wired_limit"] * GIB) if "wired_limit" in entry else None,
         amd=AmdMemory(int(entry["vram"] * GIB), int(entry["gtt"] * GIB)) if "gtt" in entry else None,
     )

@@ -154,6 +154,7 @@ def amd_memory(root: Path) -> AmdMemory | None:
     if not cards:
         return None
     gtt, vram = cards[-1]
+    # amdgpu maps through ttm, whose limit in pages holds where it is lower.
     pages = _read_number(root / "sys/module/ttm/parameters/pages_limit")
     return AmdMemory(vram, gtt if pages is None else min(gtt, pages * _PAGE))
 

@@ -135,9 +135,11 @@ def memory_need(model: Footprint, context: ContextParams) -> MemoryNeed:
     """Add up what llama.cpp allocates for this model in this context, and what the engine keeps beside it."""
     mtp_layers = model.mtp_layers if context.mtp else ()
     sliding = context.sliding_cells(model.sliding_window)
+    # The widest thing that a layer holds at a time: its chosen experts, or a dense network; see _compute_buffer_bytes.
     experts = model.n_expert_used * (2 * model.n_embd + model.expert_size)
     width = max(experts, 3 * model.n_ff)
     n_outputs = context.n_parallel * (1 + len(mtp_layers))  # the next token's and each guess's
+    # An MTP block is dense and sliding, and guesses one token for each sequence.
     mtp_buffer = _compute_buffer_bytes(model, context, sliding, 3 * model.n_ff, context.n_parallel)
     return MemoryNeed(
         weights=model.weights,
@@ -155,6 +157,7 @@ def saved_state_bytes(model: Footprint) -> int:
 
 def largest_context(model: Footprint, context: ContextParams, n_bytes: int) -> int | None:
     """The longest context, in steps of 1024 tokens, with which the model needs at most n_bytes; None if none does."""
+    # The need grows with n_ctx, but not in proportion (padding, a window that is full), so it is tried and not solved.
     for n_ctx in range(model.n_ctx_train, 0, -1024):
         if memory_need(model, replace(context, n_ctx=n_ctx)).total <= n_bytes:
             return n_ctx

@@ -65,6 +65,7 @@ def read_model_file(path: Path, mtp_file: Path | None = None, *, command: str = 
         size, inventory = footprint(source), sizes.take_inventory(source)
         template = source.keys[CHAT_TEMPLATE].value if CHAT_TEMPLATE in source.keys else None
         first = source.headers[0].path
+    # A file that has its own MTP blocks needs no other, whatever lies beside it.
     mtp_file = mtp_file or (None if size.has_mtp else find_mtp_file(path))
     if mtp_file is not None:
         with GGUFSource(mtp_file) as mtp_source:
@@ -85,6 +86,7 @@ def find_mtp_file(path: Path) -> Path | None:
     from stepgguf.convert.planner import mtp_path
     from stepgguf.convert.sources.splits import model_stem
 
+    # Of a split model any file may be given: all of them share the stem that the MTP file's name is made of.
     whole = mtp_path(path.with_name(f"{model_stem(path)}.gguf"))
     splits = sorted(whole.parent.glob(f"{glob.escape(whole.stem)}-00001-of-*.gguf"))
     return next((file for file in (whole, *splits) if file.is_file()), None)

@@ -196,6 +196,7 @@ def _budget_sizes(model: Inventory, mtp: bool, trunk: PricedTrunk, room: int) ->
     """The best types for budgets from the room down to the smallest types, evenly spaced and rounded down."""
     least = trunk.smallest_file
     most = min(room, trunk.other_bytes + trunk.largest_bytes)
+    # Rounded down to a tenth of a unit, so that `--fit` with the row's name takes the row's types.
     unit = (GIB if most >= GIB else MIB) / 10
     budgets = {math.floor((most - i * (most - least) / N_BUDGET_ROWS) / unit) * unit for i in range(N_BUDGET_ROWS)}
     for n_bytes in (math.ceil(budget) for budget in budgets if budget >= least):
@@ -245,6 +246,7 @@ class _RowPlanner:
         """By the lowest and by the highest published share of accepted tokens."""
         n = min(speed.DRAFTED, self.inventory.n_mtp)
         one, several = self._step_bytes(sizes, 1), self._step_bytes(sizes, 1 + n)
+        # The blocks are equally large, and drafting reads as many of them as tokens are drafted.
         drafting = n * sizes.mtp / max(1, self.inventory.n_mtp)
         low, high = (speed.mtp_gain(one, several, drafting, 1 + n * share) for share in speed.ACCEPTED)
         return low, high

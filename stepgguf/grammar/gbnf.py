@@ -38,7 +38,7 @@ class GrammarRules:
 
     def define_rule(self, name: str, body: str) -> str:
         """Add a rule under a name of the caller's, and return the name."""
-        self._count(1, len(name) + len(body) + 6)
+        self._count_size(1, len(name) + len(body) + 6)
         self._bodies[name] = body
         return name
 
@@ -64,7 +64,7 @@ class GrammarRules:
         assert max(low, high or 0) <= MAX_REPEAT
         if high == 0:
             return '""'
-        self._count(low if high is None else high, 0)  # what llama.cpp unfolds it to
+        self._count_size(low if high is None else high, 0)  # what llama.cpp unfolds it to
         if (low, high) == (1, 1):
             return symbol
         counts = f"{{{low}}}" if low == high else f"{{{low},{'' if high is None else high}}}"
@@ -75,9 +75,9 @@ class GrammarRules:
 
         It is a tree by first characters, because llama.cpp tries all alternatives for each token.
         """
-        return self._tree(sorted(set(texts)), 0)
+        return self._text_tree(sorted(set(texts)), 0)
 
-    def _tree(self, texts: Sequence[str], depth: int) -> str:
+    def _text_tree(self, texts: Sequence[str], depth: int) -> str:
         if len(texts) == 1 or depth == _TRIE_DEPTH:
             return self.either_of(literal(text) for text in texts)
         branches: dict[str, list[str]] = {}
@@ -90,7 +90,7 @@ class GrammarRules:
                 continue
             # the texts are sorted, so what the first and the last share all of them share
             n = _n_common(group[0], group[-1])
-            options.append(f"{literal(group[0][:n])} {self._tree([text[n:] for text in group], depth + 1)}")
+            options.append(f"{literal(group[0][:n])} {self._text_tree([text[n:] for text in group], depth + 1)}")
         return self.either_of(options)
 
     def any_text_but(self, words: Collection[Sequence[str]], forbidden: str, escapes: str = "") -> str:
@@ -121,15 +121,15 @@ class GrammarRules:
         return names[0]
 
     def _symbol_but(self, symbols: Sequence[str], forbidden: str, escapes: str) -> str:
-        plain = char_class(all_but(characters([*forbidden, *(s for s in symbols if len(s) == 1)])))
+        plain = char_class(all_but(character_ranges([*forbidden, *(s for s in symbols if len(s) == 1)])))
         left = [e for e in escapes if "\\" + e not in symbols]
-        return self.either_of([plain, f'"\\\\" {char_class(characters(left))}']) if left else plain
+        return self.either_of([plain, f'"\\\\" {char_class(character_ranges(left))}']) if left else plain
 
     def gbnf_text(self) -> str:
         """Return the grammar: one rule a line, in the order in which they were defined."""
         return "".join(f"{name} ::= {body}\n" for name, body in self._bodies.items())
 
-    def _count(self, n_rules: int, n_text: int) -> None:
+    def _count_size(self, n_rules: int, n_text: int) -> None:
         self._n_rules += n_rules
         self._n_text += n_text
         if self._n_rules > MAX_RULES or self._n_text > MAX_TEXT:
@@ -148,7 +148,8 @@ def literal(text: str) -> str:
 
 def char_class(ranges: Iterable[CodeRange]) -> str:
     """Return a class of characters. Everything but ASCII letters and digits is escaped."""
-    return f"[{''.join(_code(a) if a == b else f'{_code(a)}-{_code(b)}' for a, b in ranges)}]"
+    ends = ((_class_character(first), _class_character(last)) for first, last in ranges)
+    return f"[{''.join(first if first == last else f'{first}-{last}' for first, last in ends)}]"
 
 
 def all_but(ranges: Iterable[CodeRange]) -> list[CodeRange]:
@@ -164,12 +165,12 @@ def all_but(ranges: Iterable[CodeRange]) -> list[CodeRange]:
     return [*result, (start, _LAST_CODE)] if start <= _LAST_CODE else result
 
 
-def characters(text: Iterable[str]) -> list[CodeRange]:
+def character_ranges(text: Iterable[str]) -> list[CodeRange]:
     """Return each character as a range of its own."""
     return [(ord(char), ord(char)) for char in text]
 
 
-def _code(code: int) -> str:
+def _class_character(code: int) -> str:
     return chr(code) if chr(code).isascii() and chr(code).isalnum() else _escape_code(code)
 
 

@@ -112,15 +112,15 @@ def _magnitudes(low: Bound, high: Bound | None) -> list[str]:
     """The decimals 0 <= low to high (None: without end) as alternatives."""
     first, above = _split_at_point(low)
     if high is None:
-        edges, middle = [(first, _fraction(above, None))], _natural_numbers(first + 1, None)
+        edges, middle = [(first, _fraction_between(above, None))], _natural_numbers(first + 1, None)
     else:
         last, below = _split_at_point(high)
         if first > last or (first == last and above.digits > below.digits):
             return []
         if first == last:
-            edges, middle = [(first, _fraction(above, below))], []
+            edges, middle = [(first, _fraction_between(above, below))], []
         else:
-            edges = [(first, _fraction(above, None)), (last, _fraction(None, below))]
+            edges = [(first, _fraction_between(above, None)), (last, _fraction_between(None, below))]
             middle = _natural_numbers(first + 1, last - 1)
     edge = [f'"{whole}" {fraction}' for whole, fraction in edges if fraction is not None and whole < 10**DIGITS]
     return edge + [f"{option} fraction" for option in middle]
@@ -131,7 +131,7 @@ def _split_at_point(bound: Bound) -> tuple[int, _TightBound]:
     return int(whole), _TightBound(fraction.rstrip("0"), bound.open)
 
 
-def _fraction(low: _TightBound | None, high: _TightBound | None) -> str | None:
+def _fraction_between(low: _TightBound | None, high: _TightBound | None) -> str | None:
     """What may follow the whole part of a number, point included; None: nothing, and it may not end there either.
 
     A bound that is None is not tight: it holds already.

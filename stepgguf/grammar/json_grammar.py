@@ -7,7 +7,7 @@ stop, and a grammar without a bound would let them.
 from __future__ import annotations
 
 from stepgguf.grammar import interval
-from stepgguf.grammar.gbnf import GrammarRules, all_but, char_class, characters
+from stepgguf.grammar.gbnf import GrammarRules, all_but, char_class, character_ranges
 
 NOT_PLAIN = '"\\' + "".join(map(chr, range(32)))  # characters that a JSON string holds as an escape only
 SHORT_ESCAPES = '"\\bfnrt'  # what may stand behind a backslash, but for \u and the needless \/
@@ -26,7 +26,7 @@ _JSON_RULES = {
     **interval.SHARED_RULES,
     "ws": r'| " " | "\n" [ \t]{0,40}',
     "hex": _HEX,
-    "char": char_class(all_but(characters(NOT_PLAIN))) + r' | "\\" (["\\/bfnrt] | "u" escaped)',
+    "char": char_class(all_but(character_ranges(NOT_PLAIN))) + r' | "\\" (["\\/bfnrt] | "u" escaped)',
     # no lone surrogate: a high one is followed by a low one
     "escaped": r'([0-9abcefABCEF] hex | [dD] [0-7]) hex hex | [dD] [89abAB] hex hex "\\u" [dD] [c-fC-F] hex hex',
     "string": r'"\"" char* "\""',

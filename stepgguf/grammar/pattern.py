@@ -70,6 +70,7 @@ class _PatternReader:
         return self._pattern[self.at - 1]
 
     def read_alternatives(self, *, top: bool = False) -> str:
+        """Read up to a parenthesis or the end. top: outside of all groups, where a pattern may be anchored."""
         sequences = [self._read_sequence(top)]
         while self._accept("|"):
             sequences.append(self._read_sequence(top))

@@ -98,7 +98,7 @@ class SchemaMerger:
             where = f"{at}/{key}"
             try:
                 if key == "$ref":
-                    also.append(self._target(value, where))
+                    also.append(self._reference_target(value, where))
                 elif key == "allOf":
                     also += schemas_of(value, where)
                 elif key in ("anyOf", "oneOf"):
@@ -118,7 +118,7 @@ class SchemaMerger:
             merged.arrays.append((schema, at))
         return also
 
-    def _target(self, ref: object, at: str) -> SchemaAt:
+    def _reference_target(self, ref: object, at: str) -> SchemaAt:
         found = resolve_reference(self.root, ref)
         if found is None:
             raise UnsupportedKeyword(at, f"{json.dumps(ref)[:80]} is not in this schema; only #/... can be followed")

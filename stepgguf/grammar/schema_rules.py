@@ -58,9 +58,9 @@ class SchemaRules:
 
     def root_symbol(self) -> str:
         """Return the symbol for the whole schema. BadGrammar: not supported, or nothing is allowed."""
-        return self.checked(lambda: self.symbol_of(((self.merger.root, "#"),)))
+        return self.checked_symbol(lambda: self.symbol_of(((self.merger.root, "#"),)))
 
-    def checked(self, make: Callable[[], str | None]) -> str:
+    def checked_symbol(self, make: Callable[[], str | None]) -> str:
         """Return the symbol that `make` makes; what is wrong with the schema becomes BadGrammar."""
         try:
             symbol = make()
@@ -91,7 +91,7 @@ class SchemaRules:
         if len(self._open) > MAX_DEPTH:
             raise too_large(self.rules.param, f"nests more than {MAX_DEPTH} schemas")
         name = self._open[key] = self.rules.reserve_name()
-        body = self._body(node, key, chosen)
+        body = self._node_symbol(node, key, chosen)
         del self._open[key]
         if key in self._recursive:  # its name is in use already, so the body must come under it
             if body is None:
@@ -100,7 +100,9 @@ class SchemaRules:
         self._done[key] = body
         return body
 
-    def branches(self, merged: MergedSchema, node: Node, chosen: frozenset[int]) -> list[tuple[Node, frozenset[int]]]:
+    def union_branches(
+        self, merged: MergedSchema, node: Node, chosen: frozenset[int]
+    ) -> list[tuple[Node, frozenset[int]]]:
         """Return the nodes that the first anyOf of a merged node stands for, each with what was chosen from then."""
         options, at = merged.unions[0]
         if merged.keywords <= {"anyOf", "oneOf"} and len(merged.unions) == 1:
@@ -108,14 +110,14 @@ class SchemaRules:
         left = chosen | {id(options)}
         return [((*node, (option, f"{at}/{i}")), left) for i, option in enumerate(options)]
 
-    def _body(self, node: Node, key: _NodeKey, chosen: frozenset[int]) -> str | None:
+    def _node_symbol(self, node: Node, key: _NodeKey, chosen: frozenset[int]) -> str | None:
         merged = self.merger.merge(node, chosen)
         if merged.never:
             return None
         if merged.unions:
-            symbols = [self.symbol_of(branch, key, left) for branch, left in self.branches(merged, node, chosen)]
+            symbols = [self.symbol_of(branch, key, left) for branch, left in self.union_branches(merged, node, chosen)]
             return self._either_of(symbols)
-        return self._enum(merged) if merged.enum is not None else self.typed_symbol(merged)
+        return self._enum_symbol(merged) if merged.enum is not None else self.typed_symbol(merged)
 
     def typed_symbol(self, merged: MergedSchema) -> str | None:
         """Return the symbol for a merged node without anyOf and enum: an alternative for each allowed type."""
@@ -123,7 +125,7 @@ class SchemaRules:
             return "value"
         types = merged.allowed_types()
         names = types - {"integer"} if "number" in types else types
-        return self._either_of([self._of_type(name, merged) for name in sorted(names)])
+        return self._either_of([self._type_symbol(name, merged) for name in sorted(names)])
 
     def _either_of(self, symbols: list[str | None]) -> str | None:
         allowed = [symbol for symbol in symbols if symbol is not None]
@@ -137,17 +139,17 @@ class SchemaRules:
         types = widen_types(merged.types or ALL_TYPES)
         return [member for member in merged.enum or () if type_of(member) in types]
 
-    def _enum(self, merged: MergedSchema) -> str | None:
+    def _enum_symbol(self, merged: MergedSchema) -> str | None:
         texts = [json.dumps(member, ensure_ascii=False) for member in self.enum_members(merged)]
         return self.rules.one_of_texts(texts) if texts else None
 
-    def _of_type(self, name: str, merged: MergedSchema) -> str | None:
+    def _type_symbol(self, name: str, merged: MergedSchema) -> str | None:
         if name == "object":
-            return self._object(merged)
+            return self._object_symbol(merged)
         if name == "array":
-            return self._array(merged)
+            return self._array_symbol(merged)
         if name == "string":
-            return self._string(merged)
+            return self._string_symbol(merged)
         if name in ("number", "integer") and (merged.low or merged.high):
             between = integers_between if name == "integer" else numbers_between
             options = between(merged.low, merged.high)
@@ -156,7 +158,7 @@ class SchemaRules:
 
     # objects -------------------------------------------------------------------------------------------------------
 
-    def _object(self, merged: MergedSchema) -> str | None:
+    def _object_symbol(self, merged: MergedSchema) -> str | None:
         members = []
         for name, node, required in merged.properties():
             self.merger.count_visits(len(merged.objects))
@@ -197,7 +199,7 @@ class SchemaRules:
 
     # arrays --------------------------------------------------------------------------------------------------------
 
-    def _array(self, merged: MergedSchema) -> str | None:
+    def _array_symbol(self, merged: MergedSchema) -> str | None:
         first, rest = merged.elements()
         low, high = merged.n_low.get("Items", 0), merged.n_high.get("Items")
         symbols: list[str] = []
@@ -230,7 +232,7 @@ class SchemaRules:
 
     # strings -------------------------------------------------------------------------------------------------------
 
-    def _string(self, merged: MergedSchema) -> str | None:
+    def _string_symbol(self, merged: MergedSchema) -> str | None:
         low, high = merged.n_low.get("Length", 0), merged.n_high.get("Length")
         pattern, at = merged.texts.get("pattern", ("", ""))
         form = FORMATS.get(merged.texts.get("format", ("", ""))[0])

@@ -14,6 +14,7 @@ Choosing loads neither numba nor a lane, so a plan is made without them; a kerne
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -116,7 +117,7 @@ class Decoder:
         return total
 
 
-class Kernel(Decoder):
+class Kernel(Decoder, ABC):
     """Also encodes. `choose_kernel` gives one of the classes below."""
 
     def encode(self, values: Values, out: Blocks, importance: Floats | None = None) -> bool:
@@ -130,8 +131,9 @@ class Kernel(Decoder):
             )
         return self._encode(values, out, importance)
 
+    @abstractmethod
     def _encode(self, values: Values, out: Blocks, importance: Floats | None) -> bool:
-        raise NotImplementedError
+        """Encode values that are not too large."""
 
     def compile(self, values: Values, *, weighted: bool, compiling: Callable[[str], None]) -> None:
         """Compile what values like these need, once per machine; `compiling` is called with the type's name before."""
@@ -177,7 +179,7 @@ class LaneKernel(Kernel):
 
 
 class WideningKernel(Kernel):
-    """gguf-py's numpy encoders, which want float32 rows."""
+    """An encoder of others, which wants float32 rows."""
 
     def _encode(self, values: Values, out: Blocks, importance: Floats | None) -> bool:
         for chunk, part in _chunks(values, out):
@@ -189,12 +191,20 @@ class WideningKernel(Kernel):
             self._encode_rows(rows, part, importance)
         return True
 
+    @abstractmethod
+    def _encode_rows(self, rows: Floats, out: Blocks, importance: Floats | None) -> None:
+        """Encode rows that are finite."""
+
+
+class NumpyKernel(WideningKernel):
+    """gguf-py's encoders, which know no importance."""
+
     def _encode_rows(self, rows: Floats, out: Blocks, importance: Floats | None) -> None:
         out[:] = gguf.quants.quantize(rows, self.ggml_type).view(np.uint8).reshape(out.shape)
 
 
 class GgmlKernel(WideningKernel):
-    """ggml's own encoders, which want float32 rows too."""
+    """ggml's own encoders."""
 
     def __init__(self, ggml_type: GGMLQuantizationType, library: Ggml) -> None:
         super().__init__(ggml_type)
@@ -207,7 +217,7 @@ class GgmlKernel(WideningKernel):
 
 # One object for each type, so that its lane is looked up once and plans that are equal compare equal.
 decoder_for = cache(Decoder)
-_lane_kernel, _widening_kernel, _ggml_kernel = cache(LaneKernel), cache(WideningKernel), cache(GgmlKernel)
+_lane_kernel, _numpy_kernel, _ggml_kernel = cache(LaneKernel), cache(NumpyKernel), cache(GgmlKernel)
 
 
 def choose_kernel(ggml_type: GGMLQuantizationType, wish: KernelName = "lanes", *, weighted: bool) -> Kernel:
@@ -224,7 +234,7 @@ def choose_kernel(ggml_type: GGMLQuantizationType, wish: KernelName = "lanes", *
     if library is not None and ggml_type != F32:  # F32 is a copy, which needs no library
         return _ggml_kernel(ggml_type, library)
     if row.numpy:
-        return _widening_kernel(ggml_type)
+        return _numpy_kernel(ggml_type)
     raise QuantError(
         f"{row.name} is encoded by ggml's library, which is not installed",
         hint=f"It ships with llama-cpp-python: {installed.with_extra('run')}",

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from gguf import GGMLQuantizationType, LlamaFileType
 
 from stepgguf.model.tensors import TensorSpec
-from stepgguf.quants.types import fitting_type, quant_type
+from stepgguf.quants.types import FLOATS, fitting_type, quant_type
 
 T = GGMLQuantizationType
 
@@ -34,7 +34,8 @@ BASE_TYPES: dict[str, GGMLQuantizationType] = {
     "IQ4_XS": T.IQ4_XS, "TQ1_0": T.TQ1_0, "TQ2_0": T.TQ2_0, "MXFP4_MOE": T.MXFP4,
 }  # fmt: skip
 
-_LOW = ("IQ2_XXS", "IQ2_XS", "IQ1_S", "IQ2_S", "IQ2_M", "IQ1_M")
+# Mixtures of 1 and 2 bits, which have rules of their own.
+_LOW_BITS = ("IQ2_XXS", "IQ2_XS", "IQ1_S", "IQ2_S", "IQ2_M", "IQ1_M")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,25 +74,27 @@ def nearest_file_type(ggml_type: GGMLQuantizationType) -> LlamaFileType:
 def choose_types(
     name: str, tensors: Sequence[TensorSpec], facts: Facts, *, has_imatrix: bool = False
 ) -> list[TypeChoice]:
-    """The type of each tensor and why, in the order given."""
+    """The type of each tensor in this mixture and why, in the order given, which must be llama-quantize's."""
     mixture = _Mixture(name, facts, has_imatrix, n_attn_v=sum(t.role == "attn_v" for t in tensors))
-    return [mixture.choose(tensor) for tensor in tensors]
+    return [mixture.choose_type(tensor) for tensor in tensors]
 
 
 def requires_imatrix(name: str, tensor: TensorSpec, ggml_type: GGMLQuantizationType) -> bool:
     """Whether llama-quantize refuses this type without an importance matrix."""
+def requires_imatrix(name: str, tensor: Candidate, ggml_type: GGMLQuantizationType) -> bool:
+    """Whether llama-quantize refuses this type for the tensor without an importance matrix. name: the mixture."""
     if tensor.role in ("token_embd", "output"):
         return False
     return quant_type(ggml_type).imatrix or (ggml_type == T.Q2_K and name == "Q2_K_S")
 
 
-def _more_bits(layer: int, n_layer: int) -> bool:
+def _gets_more_bits(layer: int, n_layer: int) -> bool:
     """The layers that Q4_K_M and Q5_K_M favour: first eighth, last eighth, every third between."""
     return layer < n_layer // 8 or layer >= 7 * n_layer // 8 or (layer - n_layer // 8) % 3 == 2
 
 
 class _Mixture:
-    """One run over a model's tensors. The counters are part of the rules."""
+    """One run over a model's tensors. The rules count tensors as they come, so one object serves one run."""
 
     def __init__(self, name: str, facts: Facts, has_imatrix: bool, n_attn_v: int) -> None:
         self.name, self.facts, self.has_imatrix, self.n_attn_v = name, facts, has_imatrix, n_attn_v
@@ -100,6 +103,9 @@ class _Mixture:
 
     def choose(self, tensor: TensorSpec) -> TypeChoice:
         if self.base in (T.F32, T.F16, T.BF16):
+    def choose_type(self, tensor: Candidate) -> TypeChoice:
+        """The tensor's type, or what takes its place on rows that its blocks do not divide."""
+        if self.base in FLOATS:
             return TypeChoice(self.base, f"{self.name} throughout")
         ggml_type, reason = self._rule(tensor)
         fitting = fitting_type(ggml_type, tensor.shape[-1])
@@ -118,7 +124,7 @@ class _Mixture:
         category = next((c for c in _CATEGORIES if tensor.role.startswith(c)), None)
         if category is None or tensor.layer is None:
             return base
-        return (self._low(tensor, category) if self.name in _LOW else _CATEGORIES[category](self, tensor)) or base
+        return (self._low(tensor, category) if self.name in _LOW_BITS else _CATEGORIES[category](self, tensor)) or base
 
     def _output(self, tensor: TensorSpec) -> tuple[GGMLQuantizationType, str]:
         if self.name == "MXFP4_MOE" or not quant_type(self.base).divides(tensor.shape[-1]):
@@ -178,7 +184,7 @@ class _Mixture:
                 return (T.Q5_K, "attn_v of the first 2 layers") if i < 2 else (T.Q4_K, "attn_v")
             case "Q3_K_L":
                 return T.Q5_K, "attn_v"
-            case "Q4_K_M" | "Q5_K_M" if _more_bits(i, self.n_attn_v):
+            case "Q4_K_M" | "Q5_K_M" if _gets_more_bits(i, self.n_attn_v):
                 return T.Q6_K, "more bits: first and last eighth, every third between"
             case "Q4_K_S" if i < 4:
                 return T.Q5_K, "attn_v of the first 4 layers"
@@ -213,11 +219,11 @@ class _Mixture:
                 return (T.Q4_K, early) if first else (T.Q3_K, "ffn_down")
             case "Q3_K_M":
                 return (T.Q5_K, "ffn_down of the first sixteenth") if layer < n // 16 else (T.Q4_K, "ffn_down")
-            case "IQ3_M" if first or (self.facts.n_expert == 8 and _more_bits(layer, n)):
+            case "IQ3_M" if first or (self.facts.n_expert == 8 and _gets_more_bits(layer, n)):
                 return T.Q4_K, early
             case "Q3_K_L":
                 return T.Q5_K, "ffn_down"
-            case "Q4_K_M" | "Q5_K_M" if _more_bits(layer, n):
+            case "Q4_K_M" | "Q5_K_M" if _gets_more_bits(layer, n):
                 return T.Q6_K, "more bits: first and last eighth, every third between"
             case "IQ4_NL" | "IQ4_XS" if first and not self.has_imatrix:
                 return T.Q5_K, early

@@ -9,7 +9,7 @@ from stepgguf.files import textfile
 from stepgguf.quants.mixtures import BASE_TYPES
 from stepgguf.quants.recipe import Recipe
 from stepgguf.quants.recipe_grammar import parse_recipe
-from stepgguf.quants.type_names import did_you_mean, unknown
+from stepgguf.quants.type_names import did_you_mean, unknown_type
 
 _FOLDER = Path(__file__).with_name("recipes")
 MAX_BYTES = 2**20
@@ -29,7 +29,7 @@ def load_recipe(name_or_path: str) -> Recipe:
             hint="Those that come with stepgguf: stepgguf recipes.",
         )
     if path.suffix != ".toml":
-        raise unknown(name_or_path, (*shipped_names(), *files))
+        raise unknown_type(name_or_path, (*shipped_names(), *files))
     return parse_recipe(textfile.read(path, RecipeError, most=MAX_BYTES), name_or_path)
 
 

@@ -101,21 +101,23 @@ def split_statements(text: str, origin: str) -> Iterator[tuple[int, str, Any]]:
 
 
 def _load_statement(statement: str) -> dict[str, Any]:
-    """tomllib's time and memory grow with the square of the number of a key's parts: dots are bounded."""
+    """What one statement says; {} for an empty line or a comment. ValueError for no TOML, and for too many dots."""
     if not statement.strip() or statement.startswith("#"):
         return {}
-    if statement.count(".") > _MAX_DOTS:
+    if statement.count(".") > _MAX_DOTS:  # tomllib takes time and memory as the square of a key's parts
         raise ValueError
     table: dict[str, Any] = tomllib.loads(statement)
     return table
 
 
 def _not_toml(statement: str, where: str) -> RecipeError:
+    """The error for a statement that tomllib refuses, with its first line."""
     first = statement.lstrip("\n").split("\n", 1)[0].strip()[:80]
     return RecipeError(f"{where}: not TOML: {first}", hint="A line is KEY = VALUE, and short; quote the value.")
 
 
 def _read_setting(key: str, value: Any, where: str) -> Any:
+    """A setting's value as Recipe has it. RecipeError for one of the wrong kind."""
     if key == "bpw":
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 32:
             raise RecipeError(f"{where}: bpw is {value!r}, expected a number of bits per weight above 0, at most 32")
@@ -135,11 +137,13 @@ def _read_setting(key: str, value: Any, where: str) -> Any:
 
 
 def _read_rule(line: int, key: str, value: Any, where: str) -> Rule:
+    """The rule of KEY = TYPE or KEY = { floor = TYPE }, where KEY is ROLES or ROLES @ LAYERS."""
     pattern, at, layers_text = key.partition("@")
     roles = _read_roles(pattern, where)
     layers = _read_layers(layers_text, where) if at else None
     if at:
         inside = tuple(role for role in roles if role in LAYER_ROLES)
+        # A star may stand for more than what has layers; a role that is spelled out may not.
         if not inside or ("*" not in pattern and inside != roles):
             outside = next(role for role in roles if role not in LAYER_ROLES)
             raise RecipeError(f"{where}: {outside} is not in the trunk's layers", hint="Leave @ and the layers out.")
@@ -159,7 +163,7 @@ def _read_roles(text: str, where: str) -> tuple[str, ...]:
     """Every role that one of the patterns names, in the order of ROLES."""
     found: set[str] = set()
     parts = re.split(r",(?![^{}]*\})", text) if text.count("{") <= _MAX_NAMES else []
-    patterns = [p for part in parts for p in islice(_expanded(part.strip()), _MAX_NAMES)]
+    patterns = [p for part in parts for p in islice(_expand_braces(part.strip()), _MAX_NAMES)]
     if len(patterns) >= _MAX_NAMES or text.count("{") > _MAX_NAMES:
         raise RecipeError(f"{where}: stands for {_MAX_NAMES} names and more", hint="Write * for any part of a name.")
     for pattern in patterns:
@@ -173,18 +177,19 @@ def _read_roles(text: str, where: str) -> tuple[str, ...]:
     return tuple(role for role in ROLES if role in found)
 
 
-def _expanded(pattern: str) -> Iterator[str]:
-    """a{b,c}d -> abd, acd."""
+def _expand_braces(pattern: str) -> Iterator[str]:
+    """Yield what a pattern with braces stands for: a{b,c}d -> abd, acd."""
     head, brace, rest = pattern.partition("{")
     inside, end, tail = rest.partition("}")
     if not brace or not end:
         yield pattern
         return
     for alternative in inside.split(","):
-        yield from _expanded(head + alternative.strip() + tail)
+        yield from _expand_braces(head + alternative.strip() + tail)
 
 
 def _read_layers(text: str, where: str) -> tuple[tuple[int, int | None], ...]:
+    """The layers as [start, stop) as Rule has them: "0-4, last 6" -> (0, 5), (-6, None)."""
     spans: list[tuple[int, int | None]] = []
     for part in text.split(","):
         found = _LAYERS.fullmatch(part.strip())
@@ -204,6 +209,7 @@ def _read_layers(text: str, where: str) -> tuple[tuple[int, int | None], ...]:
 
 
 def _read_type(name: str, where: str) -> GGMLQuantizationType:
+    """One type. RecipeError for a mixture, with the type it starts from, and for a name that is neither."""
     wanted = name.upper()
     if wanted in BY_NAME:
         return BY_NAME[wanted].ggml_type
@@ -218,6 +224,7 @@ def _read_type(name: str, where: str) -> GGMLQuantizationType:
 
 
 def _unknown_role(pattern: str, regex: str, where: str) -> RecipeError:
+    """The error for a pattern that names no role, or only roles that stay F32."""
     kept = [role for role in FLOAT32_ROLES if len(pattern) <= 2 * len(role) and re.fullmatch(regex, role)]
     if kept:
         return RecipeError(f"{where}: {', '.join(kept)} stays F32", hint="Norms and the router are never quantized.")

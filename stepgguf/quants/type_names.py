@@ -22,12 +22,13 @@ _BPW = re.compile(r"(\d{1,2}\.\d{1,4}|\d{1,2})[ -]?BPW|(\d{1,2}\.\d{1,4})")
 _BITS = re.compile(r"(?:UD[-_ ]?)?(?P<family>[A-Z]*?)[-_ ]?(?P<bits>\d{1,2})(?!\d)")
 
 
-def unknown(text: str, others: Iterable[str] = ()) -> UnknownType:
+def unknown_type(text: str, others: Iterable[str] = ()) -> UnknownType:
     """The error for a type that there is not. others: names that are known besides the types, such as recipes."""
     known = (*BASE_TYPES, *others)
     shown = repr(text if len(text) <= 80 else f"{text[:80]}...")
     what = f"unknown type or recipe {shown}" if others else f"unknown type {shown}"
     wanted = text.upper().strip()
+    # Sizes and rates first: "4G" and "4.25" begin like names of 4-bit types too.
     if size := _SIZE.fullmatch(wanted):
         amount = f"{size[1]}{size[2]}{size[3].lower()}B"
         hint = f"For files of that size: --fit {amount}. For a machine of that memory: stepgguf plan SRC."
@@ -35,8 +36,9 @@ def unknown(text: str, others: Iterable[str] = ()) -> UnknownType:
     if bpw := _BPW.fullmatch(wanted):
         hint = f"For so many bits per weight: --target-bpw {bpw[1] or bpw[2]}."
         return UnknownType(f"{what}; it is a rate", hint=hint)
-    near = _near(wanted)
+    near = _types_near(wanted)
     same = [name for name in BASE_TYPES if _letters(name) == _letters(wanted)]
+    # Where bits tell what is near, a guess by spelling must be a good one: "nvfp4" is not MXFP4 spelled wrongly.
     guess = f"; did you mean {same[0]}?" if same else did_you_mean(text, known, 0.81 if near else 0.6)
     hint = f"Give a stock type ({', '.join(BASE_TYPES)}){_or_recipe(others)}."
     if near and not guess:
@@ -44,10 +46,10 @@ def unknown(text: str, others: Iterable[str] = ()) -> UnknownType:
     return UnknownType(f"{what}{guess}", hint=hint, near=near)
 
 
-def check_name(name: str) -> str:
+def check_type_name(name: str) -> str:
     """A stock type's canonical name. UnknownType if it is none."""
     if name.upper() not in BASE_TYPES:
-        raise unknown(name)
+        raise unknown_type(name)
     return name.upper()
 
 
@@ -58,7 +60,7 @@ def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     return f"; did you mean {spelled[found[0]]}?" if found else ""
 
 
-def _near(wanted: str) -> tuple[str, ...]:
+def _types_near(wanted: str) -> tuple[str, ...]:
     """Types of as many bits as the name says, of its family if there is such a one, fewest bits first."""
     found = _BITS.match(wanted)
     if found is None:
@@ -69,6 +71,7 @@ def _near(wanted: str) -> tuple[str, ...]:
 
 
 def _letters(name: str) -> str:
+    """The name without what separates its parts: Q4KM."""
     return re.sub(r"[-_. ]", "", name)
 
 

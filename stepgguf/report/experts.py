@@ -40,6 +40,7 @@ class RoutedExperts:
         seen = self.mass if self.count is None else self.count
         if seen is None:
             return None
+        # A layer that saw no token has a mean of 0, and its experts have none of it.
         mean, share = weighted_mean(seen, np.ones_like(seen))[:, None], np.zeros_like(seen)
         np.divide(seen, mean, out=share, where=mean > 0)
         return share
@@ -87,6 +88,7 @@ def find_outstanding(experts: RoutedExperts) -> list[dict[str, Any]]:
     found = []  # ratio, layer, expert, projection; negated, so that equal ratios are in the order of the file
     for projection in PROJECTIONS:
         for i, error in enumerate(experts.figure(projection, "error")):
+            # An expert of zeros loses nothing, and 0 has no logarithm.
             median, least = outstanding_bound(error[error > 0])
             found += [(error[e] / median, -i, -e, projection) for e in np.flatnonzero(error > least)]
     found.sort(reverse=True)

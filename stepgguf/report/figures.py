@@ -110,7 +110,7 @@ def _bytes_per_token(tensor: MeasuredTensor, measured: MeasuredFile) -> int:
     if tensor.group == ROUTED:
         return round(n * measured.n_used / max(1, measured.n_expert))
     if tensor.group == EMBEDDINGS:
-        return n // tensor.info.shape[0]
+        return n // tensor.info.shape[0]  # one row
     return 0 if tensor.group == MTP else n
 
 

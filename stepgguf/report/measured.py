@@ -112,7 +112,7 @@ def read_file(path: Path) -> MeasuredFile:
     """
     headers = read_headers(path)
     manifests = [_read_own_manifest(header.path) for header in headers]
-    first, how = headers[0], manifests[0] or {}
+    first, how = headers[0], manifests[0] or {}  # every part's manifest says the same of how it was made
     architecture = first.get("general.architecture")
     if architecture != ARCHITECTURE:
         raise UnsupportedModel(

@@ -281,7 +281,7 @@ def test_arguments_are_no_json_before_the_call_is_whole() -> None:
     text = written(("a", "x\ny"), ("n", "12"), ("b", "z"))
     for n in range(len(text) + 1):
         reader = CallReader(tool(a={"type": "string"}, n={"type": "integer"}))
-        arguments = reader.feed(text[:n]) + reader.cut()
+        arguments = reader.feed(text[:n]) + reader.cut_off()
         assert arguments.startswith("{") == (reader.name is not None)
         with pytest.raises(json.JSONDecodeError):
             json.loads(arguments)

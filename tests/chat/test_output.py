@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from stepgguf.chat.exchange import PreparedRequest, Reply
 from stepgguf.chat.output import Delta, Markers, OutputMachine
 from stepgguf.chat.request import Tool
-from stepgguf.runtime.engine import Request, Step
+from stepgguf.runtime.engine import Finished, Request, Step, Timings, Tokens
 
 THINK, END, CALL, END_CALL = 996, 997, 998, 999
 MARKERS = Markers(END, CALL, END_CALL, THINK)
@@ -202,32 +202,32 @@ def test_only_the_start_of_an_answer_opens_thinking(cuts: list[int]) -> None:
     assert run("why⟨end⟩\n⟨think⟩ x", cuts).text == "<think> x"
 
 
-def settled(answer: Answer) -> tuple[str, str]:
+def settled(script: str, cuts: list[int], *, in_reasoning: bool = True) -> tuple[str, str]:
     """Reasoning and text of the whole answer."""
-    reply = Reply(PreparedRequest(Request((0,)), MARKERS, False, (), ()))
-    reply._machine = answer.machine
-    deltas = reply.settle(answer.deltas)
-    return tuple("".join(d.text for d in deltas if d.kind == kind) for kind in ("reasoning", "text"))  # type: ignore[return-value]
+    reply = Reply(PreparedRequest(Request((0,)), MARKERS, in_reasoning, TOOLS, ()))
+    deltas = reply.feed(Tokens(tuple(steps(script, cuts)))) + reply.feed(Finished("stop", Timings()))
+    texts = {kind: "".join(d.text for d in reply.settle(deltas) if d.kind == kind) for kind in ("reasoning", "text")}
+    return texts["reasoning"], texts["text"]
 
 
 @given(CUTS, st.booleans())
 def test_an_end_of_thinking_in_the_answer_is_never_text(cuts: list[int], in_reasoning: bool) -> None:
     start = "so⟨end⟩\n" if in_reasoning else ""
-    answer = run(f"{start}No, é wait\n⟨end⟩\n3 r's\n⟨end⟩⟨end⟩\nor 4", cuts, in_reasoning=in_reasoning)
+    script = f"{start}No, é wait\n⟨end⟩\n3 r's\n⟨end⟩⟨end⟩\nor 4"
+    answer = run(script, cuts, in_reasoning=in_reasoning)
     assert "think>" not in answer.text + answer.reasoning
-    assert settled(answer) == ("soNo, é wait3 r's" if in_reasoning else "No, é wait3 r's", "or 4")
+    reasoning = "soNo, é wait3 r's" if in_reasoning else "No, é wait3 r's"
+    assert settled(script, cuts, in_reasoning=in_reasoning) == (reasoning, "or 4")
     assert len(answer.machine.warnings) == 3
-    ids = [step.token_id for step in steps(f"{start}No, é wait\n⟨end⟩\n3 r's\n⟨end⟩⟨end⟩\nor 4", cuts)]
+    ids = [step.token_id for step in steps(script, cuts)]
     assert answer.machine.n_text == ids[::-1].index(END)
     assert answer.machine.n_reasoning == len(ids) - ids[::-1].index(END)
 
 
 @given(CUTS)
 def test_an_answer_that_ends_with_an_end_of_thinking_is_an_answer(cuts: list[int]) -> None:
-    answer = run("why⟨end⟩\n3 r's⟨end⟩", cuts)
-    assert settled(answer) == ("why", "3 r's")
-    answer = run(f"why⟨end⟩\nI call⟨call⟩{ADD}⟨/call⟩⟨end⟩\nDone", cuts)
-    assert settled(answer) == ("why", "I callDone")
+    assert settled("why⟨end⟩\n3 r's⟨end⟩", cuts) == ("why", "3 r's")
+    assert settled(f"why⟨end⟩\nI call⟨call⟩{ADD}⟨/call⟩⟨end⟩\nDone", cuts) == ("why", "I callDone")
 
 
 def test_bytes_that_are_no_text_are_replaced_and_not_lost() -> None:

@@ -29,14 +29,14 @@ SLIPS = {
 @pytest.mark.parametrize("given", SLIPS)
 def test_a_name_without_the_ending_is_refused_with_the_one_that_was_meant(given: str) -> None:
     with pytest.raises(OutputError) as caught:
-        Destination(given).file("model-Q4_K_S")
+        Destination(given).file_path("model-Q4_K_S")
     assert f"Write to {SLIPS[given]}, or into a folder" in (caught.value.hint or "")
 
 
 def test_folders_give_the_file_a_name(tmp_path: Path) -> None:
     for text in (str(tmp_path), f"{tmp_path}/", f"{tmp_path}/new/", f"{tmp_path}/new/deep/", f"{tmp_path}/new/."):
         assert Destination(text).is_folder
-        assert Destination(text).file("a.b-Q4").name == "a.b-Q4.gguf"
+        assert Destination(text).file_path("a.b-Q4").name == "a.b-Q4.gguf"
     assert not Destination(f"{tmp_path}/new").is_folder
 
 

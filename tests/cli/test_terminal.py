@@ -15,7 +15,7 @@ from stepgguf.cli.terminal import footer
 from stepgguf.cli.terminal.commands.table import COMMANDS, run_command
 from stepgguf.cli.terminal.complete import Attachment, completions, mentioned_files, read_file
 from stepgguf.cli.terminal.line_editor import is_open, strip_quotes
-from stepgguf.cli.terminal.live import LiveRows, fit, printable, wrap
+from stepgguf.cli.terminal.live import LiveRows, cut_to_width, strip_controls, wrap_line
 from stepgguf.cli.terminal.markdown import MarkdownBlocks, MarkdownRenderer
 from stepgguf.cli.terminal.pipe import PipeView
 from stepgguf.cli.terminal.screen import Screen
@@ -86,42 +86,50 @@ class FakeTerminal:
 def test_rows_are_rewritten_and_what_is_committed_stays_above_them() -> None:
     screen = FakeTerminal()
     live = LiveRows(screen, color=False)  # type: ignore[arg-type]
-    live.show(["one", "two", "three"])
-    live.show(["one", "2"])
+    live.show_rows(["one", "two", "three"])
+    live.show_rows(["one", "2"])
     assert screen.text == "one\n2"
-    live.show(["one", "2", "3"])
+    live.show_rows(["one", "2", "3"])
     assert screen.text == "one\n2\n3"
     live.commit("kept\nhere", ["row"])
     assert screen.text == "kept\nhere\nrow"
-    live.show([])
+    live.show_rows([])
     live.write("a line ")
     live.write("goes on\n")
-    live.show([f"row {i}" for i in range(99)])
+    live.show_rows([f"row {i}" for i in range(99)])
     assert screen.lines[:3] == ["kept", "here", "a line goes on"]
     assert screen.lines[3] == "row 76"  # 23 rows of 24 lines
     live.clear()
     assert screen.text == "kept\nhere\na line goes on"
 
 
+class NarrowWindow(io.StringIO):
+    """A terminal whose size the test says, through `os.get_terminal_size`."""
+
+    def fileno(self) -> int:
+        return 1
+
+
 def test_a_row_that_a_narrow_window_broke_is_cleared_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    file = io.StringIO()
+    file, columns = NarrowWindow(), 80
+    monkeypatch.setattr(os, "get_terminal_size", lambda fd: os.terminal_size((columns, 24)))
     live = LiveRows(file, color=True)
-    live.show([live.style("2", "x" * 79)])
-    monkeypatch.setattr(LiveRows, "_size", lambda self: os.terminal_size((30, 24)))
+    live.show_rows([live.style("2", "x" * 79)])
+    columns = 30
     file.truncate(0)
-    live.show(["y"])
+    live.show_rows(["y"])
     assert file.getvalue().count("\x1b[2K") == 3
 
 
 def test_unchanged_rows_are_not_written_again() -> None:
     file = io.StringIO()
     live = LiveRows(file, color=False)
-    live.show(["same", "old"])
+    live.show_rows(["same", "old"])
     file.truncate(0)
-    live.show(["same", "new"])
+    live.show_rows(["same", "new"])
     assert "same" not in file.getvalue()
     file.truncate(0)
-    live.show(["same", "new"])
+    live.show_rows(["same", "new"])
     assert file.getvalue() == ""
 
 
@@ -165,15 +173,15 @@ def test_no_color_means_no_escapes() -> None:
 
 
 def test_text_of_a_model_cannot_drive_the_terminal() -> None:
-    assert printable("a\x1b]0;x\x07b\tc\n\x9b2J") == "a�]0;x�b    c\n�2J"
+    assert strip_controls("a\x1b]0;x\x07b\tc\n\x9b2J") == "a�]0;x�b    c\n�2J"
 
 
 def test_rows_count_cells() -> None:
-    assert wrap("one two three", 8) == ["one two", "three"]
-    assert wrap("日本語日本語", 5) == ["日本", "語日", "本語"]
-    assert wrap("", 5) == [""]
-    assert fit("日本語", 5) == "日本…"
-    assert fit("short", 5) == "short"
+    assert wrap_line("one two three", 8) == ["one two", "three"]
+    assert wrap_line("日本語日本語", 5) == ["日本", "語日", "本語"]
+    assert wrap_line("", 5) == [""]
+    assert cut_to_width("日本語", 5) == "日本…"
+    assert cut_to_width("short", 5) == "short"
 
 
 @pytest.mark.parametrize(

@@ -101,8 +101,7 @@ def use(path: Path) -> None:
     assert all(isinstance(message["content"], str) for message in session.messages)
     footer.usage_parts(session.usage)
     for entry in session.entries:
-        if entry.usage:
-            AnswerUsage(**entry.usage)
+        assert entry.usage is None or entry.usage.n_context >= 0
     arguments = (session.backend.origin, session.settings_record(), session.entries)
     export_json(*arguments).encode()
     export_markdown(*arguments).encode()
@@ -148,7 +147,7 @@ def test_what_a_newer_version_adds_is_passed_over(tmp_path: Path) -> None:
     saved = read_session(path)
     assert (saved.n_damaged, len(saved.entries)) == (0, 2)
     assert saved.settings.sampling == {"temperature": 0.5}
-    assert saved.entries[1].usage == USAGE
+    assert saved.entries[1].usage == AnswerUsage(**USAGE)
 
 
 @pytest.mark.parametrize(

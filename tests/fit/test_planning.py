@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from stepgguf.cli.plan_text import notes
+from stepgguf.cli.plan_text import closing_notes
 from stepgguf.convert.plan import Options
 from stepgguf.convert.planner import plan_source
 from stepgguf.convert.sources.checkpoint import Checkpoint
@@ -143,7 +143,7 @@ def test_where_nothing_is_published_there_is_a_ceiling_and_no_prediction(real: P
     row = rows(real, "strix-128", "Q4_K_S")["Q4_K_S"]
     assert (row.empty.tps, row.full.tps) == (None, None)
     assert row.empty.ceiling_tps == pytest.approx(212e9 / row.empty.read)
-    text = "\n".join(notes(plan(real, target_machine("strix-128"), ContextParams(CTX), "Q4_K_S")))
+    text = "\n".join(closing_notes(plan(real, target_machine("strix-128"), ContextParams(CTX), "Q4_K_S")))
     assert "no measurement of this model is published" in text
     assert "estimate" not in text
 

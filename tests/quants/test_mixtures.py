@@ -105,7 +105,7 @@ def test_the_trunks_types_do_not_depend_on_mtp() -> None:
 
 def test_an_unknown_type_is_refused_with_the_list() -> None:
     with pytest.raises(RecipeError, match="unknown type 'Q4_K_X'") as caught:
-        typenames.check_name("Q4_K_X")
+        typenames.check_type_name("Q4_K_X")
     assert "Q4_K_M" in (caught.value.hint or "")
 
 

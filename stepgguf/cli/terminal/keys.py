@@ -1,7 +1,7 @@
 """The keyboard and Ctrl+C while an answer comes. Nothing blocks: whoever draws the answer looks here in between.
 
 Ctrl+C does not raise but is counted, so no answer is torn apart in the middle of a line. The terminal's state is put
-back at the end whatever happens; SIGTERM becomes SystemExit for that, see `terminating`.
+back at the end whatever happens; SIGTERM becomes SystemExit for that, see `ending_on_signals`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+SignalHandler = Callable[[int, FrameType | None], object] | int | None
 AGAIN_SECONDS = 1.0  # two Ctrl+C within this leave
 ENTER, TOGGLE = "\n", "\x14"  # Ctrl+T
 _ESCAPE = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|O.|.)?")  # arrows and the like: nothing to move in here
@@ -38,10 +39,10 @@ class AnswerKeys:
         self._hung_up = False
         self._fd = sys.stdin.fileno() if sys.stdin is not None and sys.stdin.isatty() else None
         self._saved: list[Any] | None = None
-        self._handlers: dict[int, Any] = {}
+        self._handlers: dict[int, SignalHandler] = {}
 
     @property
-    def attached(self) -> bool:
+    def has_keyboard(self) -> bool:
         """Whether there is a keyboard."""
         return self._fd is not None
 
@@ -49,8 +50,8 @@ class AnswerKeys:
         self._handlers[signal.SIGINT] = signal.signal(signal.SIGINT, self._on_interrupt)
         if self._fd is not None:
             self._saved = termios.tcgetattr(self._fd)
-            self._handlers[signal.SIGCONT] = signal.signal(signal.SIGCONT, lambda *_: self._quiet())
-            self._quiet()
+            self._handlers[signal.SIGCONT] = signal.signal(signal.SIGCONT, lambda *_: self._stop_echo())
+            self._stop_echo()
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -70,10 +71,10 @@ class AnswerKeys:
             self._hung_up = not data
             text = _ESCAPE.sub("", data.decode(errors="replace"))
             found += [key for key in text.replace("\r", "\n") if key in (ENTER, TOGGLE)]
-            self._type(text)
+            self._add_typed(text)
         return found
 
-    def _type(self, text: str) -> None:
+    def _add_typed(self, text: str) -> None:
         for char in text:
             if char in "\x7f\b":
                 self.typed = self.typed[:-1]
@@ -86,7 +87,7 @@ class AnswerKeys:
         self.interrupts += 1
         self._last = now
 
-    def _quiet(self) -> None:
+    def _stop_echo(self) -> None:
         """AnswerKeys come one by one and unseen; Ctrl+C and Ctrl+Z stay signals."""
         if self._fd is None:
             return
@@ -103,9 +104,9 @@ def exit_program(code: int) -> None:
 
 
 @contextmanager
-def terminating(end: Callable[[int], None] = exit_program) -> Iterator[None]:
+def ending_on_signals(end: Callable[[int], None] = exit_program) -> Iterator[None]:
     """Have SIGTERM and SIGHUP end the program in an orderly way: `end` is called with the exit code."""
-    before: dict[signal.Signals, Callable[..., Any] | int | None] = {}
+    before: dict[signal.Signals, SignalHandler] = {}
     for number in (signal.SIGTERM, signal.SIGHUP):
         before[number] = signal.signal(number, lambda got, _: end(128 + got))
     try:

@@ -32,18 +32,18 @@ class LiveRows:
     @property
     def width(self) -> int:
         """Cells that a row may have. The last column stays free: a cursor there behaves in many ways."""
-        return max(2, self._size().columns - 1)
+        return max(2, self._terminal_size().columns - 1)
 
     @property
     def height(self) -> int:
         """Lines of the screen."""
-        return max(2, self._size().lines)
+        return max(2, self._terminal_size().lines)
 
     def style(self, codes: str, text: str) -> str:
         """Return text in an SGR style, e.g. "2;3" for dim italics; as it is without color."""
         return f"\x1b[{codes}m{text}\x1b[0m" if text and self._color else text
 
-    def show(self, rows: Sequence[str]) -> None:
+    def show_rows(self, rows: Sequence[str]) -> None:
         """Put these in place of the rows that are shown; of more than the screen holds, the last."""
         new = list(rows[-(self.height - 1) :])
         same = 0
@@ -66,7 +66,7 @@ class LiveRows:
 
     def clear(self) -> None:
         """Take the rows away."""
-        self.show([])
+        self.show_rows([])
 
     def _back_to(self, i: int) -> str:
         """Escapes that clear the rows from i on and leave the cursor where row i starts. Line by line: to clear the
@@ -78,9 +78,9 @@ class LiveRows:
 
     def _n_lines(self, row: str) -> int:
         """Lines of the screen that a row takes, which may have become narrower since."""
-        return max(1, -(-cell_len(_ESCAPE.sub("", row)) // self._size().columns))
+        return max(1, -(-cell_len(_ESCAPE.sub("", row)) // self._terminal_size().columns))
 
-    def _size(self) -> os.terminal_size:
+    def _terminal_size(self) -> os.terminal_size:
         try:
             size = os.get_terminal_size(self._file.fileno())
         except OSError:
@@ -92,17 +92,17 @@ class LiveRows:
         self._file.flush()
 
 
-def printable(text: str) -> str:
+def strip_controls(text: str) -> str:
     """Return text of a model or a file without the characters that drive a terminal."""
     return _CONTROL.sub("�", text.replace("\t", "    "))
 
 
-def fit(text: str, width: int) -> str:
+def cut_to_width(text: str, width: int) -> str:
     """Return a row's text, cut with … if it is too wide."""
     return text if cell_len(text) <= width else chop_cells(text, max(1, width - 1))[0] + "…"
 
 
-def wrap(text: str, width: int) -> list[str]:
+def wrap_line(text: str, width: int) -> list[str]:
     """Return a line as rows of at most `width` cells, broken at spaces where there are any."""
     rows = []
     while cell_len(text) > width:

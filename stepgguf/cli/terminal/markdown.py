@@ -70,7 +70,7 @@ class MarkdownRenderer:
     def render(self, block: str, width: int) -> str:
         """Return a block in lines of at most `width` cells, code aside, without empty lines around it."""
         tokens = self._parser.parse(block)
-        rendered = self._styled(tokens, width)
+        rendered = self._render_tokens(tokens, width)
         if _is_incomplete(block, tokens, _STYLE.sub("", rendered)):
             with self._console.capture() as capture:
                 self._console.print(Text(block, overflow="fold"), width=width)
@@ -79,10 +79,10 @@ class MarkdownRenderer:
         seen = [i for i, line in enumerate(lines) if _STYLE.sub("", line)]  # rich puts empty lines around tables
         return "\n".join(lines[seen[0] : seen[-1] + 1]) + "\n" if seen else ""
 
-    def _styled(self, tokens: Sequence[Token], width: int) -> str:
+    def _render_tokens(self, tokens: Sequence[Token], width: int) -> str:
         with self._console.capture() as capture:
             if len(tokens) == 1 and tokens[0].type in _FENCES:
-                for text in _code(tokens[0]):
+                for text in _highlight_code(tokens[0]):
                     self._console.print(text, soft_wrap=True)  # not wrapped, so that it can be copied
             else:
                 self._console.print(_Markdown(tokens), width=width)
@@ -96,7 +96,7 @@ def _is_incomplete(source: str, tokens: Sequence[Token], shown: str) -> bool:
     return bool(wanted - numbers - Counter(shown))
 
 
-def _code(token: Token) -> list[Text]:
+def _highlight_code(token: Token) -> list[Text]:
     """Highlighted code between dim fences."""
     code, language = token.content, token.info.strip()
     fence = token.markup or "```"
@@ -126,7 +126,7 @@ class _FencedCode(CodeBlock):
         return cls(token)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield from _code(self._token)
+        yield from _highlight_code(self._token)
 
 
 class _WholeTable(TableElement):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
 
 from markdown_it import MarkdownIt
 from markdown_it.rules_block import StateBlock
@@ -28,18 +27,18 @@ def answer_parser() -> MarkdownIt:
     """Return a parser for what models write."""
     markdown = MarkdownIt("commonmark").enable(["table", "strikethrough"])
     markdown.disable(["reference", "entity", "image"])
-    for name, rule in (("escape", _escape), ("html_inline", html_inline), ("autolink", autolink)):
-        markdown.inline.ruler.at(name, _verbatim(rule))
-    markdown.inline.ruler.at("link", _link)
-    markdown.inline.ruler.before("emphasis", "star", _star)
-    markdown.block.ruler.before("fence", "formula", _formula, {"alt": ["paragraph", "blockquote", "list"]})
+    for name, rule in (("escape", _escape_rule), ("html_inline", html_inline), ("autolink", autolink)):
+        markdown.inline.ruler.at(name, _as_text(rule))
+    markdown.inline.ruler.at("link", _link_rule)
+    markdown.inline.ruler.before("emphasis", "star", _star_rule)
+    markdown.block.ruler.before("fence", "formula", _formula_rule, {"alt": ["paragraph", "blockquote", "list"]})
     return markdown
 
 
-def _verbatim(rule: InlineRule) -> Any:
+def _as_text(rule: InlineRule) -> InlineRule:
     """A rule that makes text of what the given one takes."""
 
-    def as_text(state: StateInline, silent: bool) -> bool:
+    def verbatim(state: StateInline, silent: bool) -> bool:
         start = state.pos
         if not rule(state, True):
             return False
@@ -47,10 +46,10 @@ def _verbatim(rule: InlineRule) -> Any:
             state.push("text", "", 0).content = state.src[start : state.pos]
         return True
 
-    return as_text
+    return verbatim
 
 
-def _escape(state: StateInline, silent: bool) -> bool:
+def _escape_rule(state: StateInline, silent: bool) -> bool:
     """A formula or what the backslash stands before."""
     if state.src.startswith(("\\", "$$"), state.pos) and (found := _FORMULA.match(state.src, state.pos, state.posMax)):
         state.pos = found.end()
@@ -58,7 +57,7 @@ def _escape(state: StateInline, silent: bool) -> bool:
     return escape(state, silent)
 
 
-def _star(state: StateInline, silent: bool) -> bool:
+def _star_rule(state: StateInline, silent: bool) -> bool:
     """Chinese and Japanese are written without spaces, so there it may be a mark."""
     before, here, after = (state.src[i : i + 1] for i in (max(0, state.pos - 1), state.pos, state.pos + 1))
     if here != "*" or not (before.isalnum() and after.isalnum()) or max(before, after) >= _WIDE:
@@ -69,7 +68,7 @@ def _star(state: StateInline, silent: bool) -> bool:
     return True
 
 
-def _link(state: StateInline, silent: bool) -> bool:
+def _link_rule(state: StateInline, silent: bool) -> bool:
     start, n = state.pos, len(state.tokens)
     if not link(state, silent):
         return False
@@ -80,7 +79,7 @@ def _link(state: StateInline, silent: bool) -> bool:
     return True
 
 
-def _formula(state: StateBlock, start: int, end: int, silent: bool) -> bool:
+def _formula_rule(state: StateBlock, start: int, end: int, silent: bool) -> bool:
     """A block of the lines from one that begins a formula to the one that ends it: no line of it is a list. What
     does not end yet may do so when more of the answer comes, unless an empty line comes first."""
     begin = state.bMarks[start] + state.tShift[start]

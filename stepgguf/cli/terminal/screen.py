@@ -14,7 +14,7 @@ from typing import TextIO
 
 from stepgguf.chat.output import Delta
 from stepgguf.cli.terminal import footer
-from stepgguf.cli.terminal.live import LiveRows, fit, printable, wrap
+from stepgguf.cli.terminal.live import LiveRows, cut_to_width, strip_controls, wrap_line
 from stepgguf.cli.terminal.markdown import MarkdownBlocks, MarkdownRenderer
 from stepgguf.cli.terminal.view import ReasoningDisplay
 from stepgguf.conversation.records import AnswerUsage
@@ -100,13 +100,13 @@ class Screen:
 
     def note(self, text: str) -> None:
         """Show text of our own, dim."""
-        rows = [row for line in printable(text).split("\n") for row in wrap(line, self.live.width)]
+        rows = [row for line in strip_controls(text).split("\n") for row in wrap_line(line, self.live.width)]
         self.live.commit("\n".join(self.live.style(_DIM, row) for row in rows))
 
     def remark(self, *texts: str) -> None:
         """Show what the user should know, in the color of warnings."""
         for text in texts:
-            self.live.commit(self.live.style(_WARNING, printable(text)))
+            self.live.commit(self.live.style(_WARNING, strip_controls(text)))
 
     def show_markdown(self, text: str) -> None:
         """Show a whole text at once."""
@@ -116,7 +116,7 @@ class Screen:
 
     def show_reasoning(self, text: str) -> None:
         """Show a whole reasoning at once, unfolded."""
-        self.live.commit("\n".join(self._gutter(printable(text).strip("\n"))))
+        self.live.commit("\n".join(self._gutter_rows(strip_controls(text).strip("\n"))))
 
     def copy_to_clipboard(self, text: str) -> None:
         """Copy by OSC 52, which also works over ssh, where the terminal allows it."""
@@ -131,13 +131,13 @@ class Screen:
             self._painted = 0.0
         if delta.kind == "reasoning":
             self._reasoning_since = self._reasoning_since or time.monotonic()
-            self._reasoning += printable(delta.text)
+            self._reasoning += strip_controls(delta.text)
         elif delta.kind == "text":
-            self._show_text(printable(delta.text) if self._pipe is None else delta.text)
+            self._show_text(strip_controls(delta.text) if self._pipe is None else delta.text)
         elif delta.kind == "call":
-            self._call = printable(delta.text) + " "
+            self._call = strip_controls(delta.text) + " "
         else:
-            self._call += printable(delta.text)
+            self._call += strip_controls(delta.text)
 
     def _end_kind(self, usage: AnswerUsage) -> None:
         """Finish what was coming: another kind comes, or nothing."""
@@ -152,10 +152,10 @@ class Screen:
         seconds = time.monotonic() - self._reasoning_since
         if self.reasoning_display == "full":
             rest, self._n_shown = self._reasoning[self._n_shown :], len(self._reasoning)
-            self.live.commit("\n".join(self._gutter(rest)))
+            self.live.commit("\n".join(self._gutter_rows(rest)))
         elif self.reasoning_display == "fold" and self._pipe is None:
             line = f"∴ thought for {seconds:.1f}s, {usage.n_reasoning:,} tokens{self.hint}"
-            self.live.commit(self.live.style(_DIM, fit(line, self.live.width)))
+            self.live.commit(self.live.style(_DIM, cut_to_width(line, self.live.width)))
         else:
             self.live.clear()
 
@@ -194,26 +194,26 @@ class Screen:
         self._painted = time.monotonic()
         if self._kind == "reasoning" and self.reasoning_display == "full":
             *lines, rest = self._reasoning[self._n_shown :].split("\n")
-            rows = self._gutter(rest)
+            rows = self._gutter_rows(rest)
             if lines:
                 self._n_shown = len(self._reasoning) - len(rest)
-                self.live.commit("\n".join(self._gutter("\n".join(lines))), rows)
+                self.live.commit("\n".join(self._gutter_rows("\n".join(lines))), rows)
             else:
-                self.live.show(rows)
+                self.live.show_rows(rows)
         elif self._kind == "reasoning":
-            self.live.show([self.live.style(_DIM, self._reasoning_row(usage))])
+            self.live.show_rows([self.live.style(_DIM, self._reasoning_row(usage))])
         elif self._kind == "text":
             if self._renderer is not None and self._pipe is None:
-                rows = [row for line in self._blocks.rest.split("\n") for row in wrap(line, self.live.width)]
-                self.live.show(["", *rows])
+                rows = [row for line in self._blocks.rest.split("\n") for row in wrap_line(line, self.live.width)]
+                self.live.show_rows(["", *rows])
         elif self._kind == "call":
-            self.live.show([self.live.style(_CALL, fit(f"→ {self._call}", self.live.width))])
+            self.live.show_rows([self.live.style(_CALL, cut_to_width(f"→ {self._call}", self.live.width))])
         elif time.monotonic() - self._started > _PATIENCE:
-            self.live.show([self.live.style(_DIM, fit(self._waiting_row(), self.live.width))])
+            self.live.show_rows([self.live.style(_DIM, cut_to_width(self._waiting_row(), self.live.width))])
 
-    def _gutter(self, text: str) -> list[str]:
+    def _gutter_rows(self, text: str) -> list[str]:
         width = self.live.width - len(_GUTTER)
-        rows = [row for line in text.split("\n") for row in wrap(line, width)]
+        rows = [row for line in text.split("\n") for row in wrap_line(line, width)]
         return [self.live.style(_DIM, _GUTTER) + self.live.style(_DIM_ITALIC, row) for row in rows]
 
     def _reasoning_row(self, usage: AnswerUsage) -> str:
@@ -230,10 +230,10 @@ class Screen:
         room = width - len(row) - 6
         if self.reasoning_display == "fold" and room >= _MIN_TAIL:
             words = " ".join(self._reasoning[-2 * room :].split())
-            while len(words) > room or fit(words, room) != words:
+            while len(words) > room or cut_to_width(words, room) != words:
                 words = words[1:]
             row += f' · "…{words}"'
-        return fit(row, width)
+        return cut_to_width(row, width)
 
     def _waiting_row(self) -> str:
         seconds = time.monotonic() - self._started

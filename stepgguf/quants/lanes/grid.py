@@ -110,11 +110,11 @@ def embedded_array(make: Callable[[], NDArray[Number]]) -> Callable[[], NDArray[
     @primitive
     def constant() -> Lowering[NDArray[Number]]:
         array: NDArray[Any] = make()
-        kind = types.Array(from_dtype(array.dtype), 1, "C", readonly=True)
+        array_type = types.Array(from_dtype(array.dtype), 1, "C", readonly=True)
 
         def emit(call: Call) -> LlvmValue:
-            return call.context.make_constant_array(call.builder, kind, array)
+            return call.context.make_constant_array(call.builder, array_type, array)
 
-        return Lowering(kind, emit)
+        return Lowering(array_type, emit)
 
     return constant

@@ -94,15 +94,15 @@ def _make_quantize(
     def quantize(
         x: F32Tile, importance: Importance, levels: ByteTile, scale_levels: I32Tile, minimum_levels: I32Tile
     ) -> tuple[I32Lanes, I32Lanes]:
-        w, scales, minimums, sums = f32_tile(size), f32_tile(n), f32_tile(n), f32_tile(n)
+        w, tried, scales, minimums, sums = f32_tile(size), f32_tile(size), f32_tile(n), f32_tile(n), f32_tile(n)
         sigma2 = mean_square_of_block(x, sigma_factor)
         for j in range(n):
             if importance is None:
                 store_plain_weights(x, w, size * j)
-                scale, minimum = search(x, w, levels, size * j, size)
+                scale, minimum = search(x, w, levels, tried, size * j, size)
             else:
                 store(sums, j, store_weights(x, importance, w, size * j, size, sigma2))
-                scale, minimum = weighted_search(x, w, levels, size * j, size)
+                scale, minimum = weighted_search(x, w, levels, tried, size * j, size)
             store(scales, j, scale)
             store(minimums, j, floats(0.0) - minimum)  # stored as what is subtracted: never below 0
         if importance is None:

@@ -144,9 +144,9 @@ def _quantize_from_lowest(
 ) -> tuple[F32Lanes, F32Lanes]:
     """(d, m); the levels, from 0 to `highest`, go to `levels`."""
     if importance is not None:
-        w = f32_tile(32)
+        w, tried = f32_tile(32), f32_tile(32)
         store_weights(x, importance, w, 0, 32, mean_square)
-        return search(x, w, levels, 0, 32)
+        return search(x, w, levels, tried, 0, 32)
     low, high = lowest_and_highest(x, 0, 32)
     d = (high - low) / floats(highest)
     inverse = inverse_or_zero(d)

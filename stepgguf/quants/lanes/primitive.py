@@ -110,5 +110,5 @@ def vector_pointer(builder: ir.IRBuilder, data: LlvmValue, place: LlvmValue, vec
 
 def call_llvm(builder: ir.IRBuilder, name: str, result: ir.Type, *arguments: LlvmValue) -> LlvmValue:
     """A call of LLVM's own function of that name, e.g. llvm.vector.reduce.smax.v16i32."""
-    kind = ir.FunctionType(result, [argument.type for argument in arguments])
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
+    function = ir.FunctionType(result, [argument.type for argument in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, function, name), arguments)

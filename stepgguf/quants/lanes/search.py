@@ -23,7 +23,6 @@ from stepgguf.quants.lanes.rounding import clamp, nearest_int
 from stepgguf.quants.lanes.vector import (
     absolute,
     any_lane,
-    f32_tile,
     floats,
     ints,
     load,
@@ -53,17 +52,17 @@ def improve_scale(
 
 # scale and minimum ----------------------------------------------------------------------------------------------
 
-# search(x, w, levels, first, n) -> (scale, minimum)
-MinimumSearch = Callable[[F32Tile, F32Tile, ByteTile, int, int], tuple[F32Lanes, F32Lanes]]
+# search(x, w, levels, tried, first, n) -> (scale, minimum), as make_minimum_search says.
+MinimumSearch = Callable[[F32Tile, F32Tile, ByteTile, F32Tile, int, int], tuple[F32Lanes, F32Lanes]]
 
 
 def make_minimum_search(
     highest: int, lowest: float, step: float, n_trials: int, by_size: bool = False
 ) -> MinimumSearch:
-    """make_qkx2_quants, make_qkx3_quants, as a part of kernels: search(x, w, levels, first, n).
+    """make_qkx2_quants, make_qkx3_quants, as a part of kernels: search(x, w, levels, tried, first, n).
 
     It gives (scale, minimum <= 0) of the n values from vector `first` of x on; their levels, from 0 to `highest`, go to
-    the same places of `levels`. w [n]: weights.
+    the same places of `levels`. w [n]: weights. tried [n]: scratch.
 
     lowest, step, n_trials  of the numerators: highest + lowest, then n_trials - 1 times a step more (rmin, rdelta and
                             nstep + 1)
@@ -106,8 +105,10 @@ def make_minimum_search(
         return error
 
     @inlined
-    def search(x: F32Tile, w: F32Tile, levels: ByteTile, first: int, n: int) -> tuple[F32Lanes, F32Lanes]:
-        zero, tried = floats(0.0), f32_tile(n)
+    def search(
+        x: F32Tile, w: F32Tile, levels: ByteTile, tried: F32Tile, first: int, n: int
+    ) -> tuple[F32Lanes, F32Lanes]:
+        zero = floats(0.0)
         low, high = lowest_and_highest(x, first, n)
         sum_w, sum_x = _weighted_sums(x, w, first, n)
         low = where(low > zero, zero, low)
@@ -163,7 +164,7 @@ def _weighted_sums(x: F32Tile, w: F32Tile, first: int, n: int) -> tuple[F32Lanes
 
 # scale around zero ----------------------------------------------------------------------------------------------
 
-# search(x, w, levels, first, n) -> scale
+# search(x, w, levels, first, n) -> scale, as make_scale_search says.
 ScaleSearch = Callable[[F32Tile, F32Tile, ByteTile, int, int], F32Lanes]
 
 

@@ -15,7 +15,7 @@ _ROLES = {"system": "system message", "user": "questions", "assistant": "answers
 
 def show_statistics(target: CommandTarget, argument: str) -> None:
     """/stats: the sums over all answers of this session."""
-    usages = [AnswerUsage(**entry.usage) for entry in target.session.entries if entry.usage]
+    usages = [entry.usage for entry in target.session.entries if entry.usage]
     total = AnswerUsage(n_ctx=target.session.backend.n_ctx)
     for usage in usages:
         for name in _SUMMED:

@@ -34,6 +34,7 @@ class ChatCommand:
 
     @property
     def name(self) -> str:
+        """What is typed, slash included."""
         return self.usage.partition(" ")[0]
 
 
