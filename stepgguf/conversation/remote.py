@@ -25,7 +25,7 @@ from stepgguf.errors import EngineBusy, EngineError, RequestError, StepggufError
 from stepgguf.files import jsonread
 from stepgguf.files.jsonread import Value
 from stepgguf.runtime.engine import Sampling
-from stepgguf.runtime.http_events import ConnectionLost, Exchange, ServerAddress
+from stepgguf.runtime.http_events import ConnectionLost, Exchange, ServerAddress, bearer_header
 
 _CONNECT_SECONDS = 10.0
 _MOST_ERROR = 2**16  # bytes of an error's body that are read
@@ -48,7 +48,7 @@ class RemoteBackend:
         self._url = self._address.url
         self._headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
         if api_key:
-            self._headers["Authorization"] = f"Bearer {api_key}"
+            self._headers |= bearer_header(api_key)
         listed = self._ask_document("/v1/models").get("data")
         models = listed.array() if listed is not None else []
         if not models:

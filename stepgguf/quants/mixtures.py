@@ -80,8 +80,6 @@ def choose_types(
 
 
 def requires_imatrix(name: str, tensor: TensorSpec, ggml_type: GGMLQuantizationType) -> bool:
-    """Whether llama-quantize refuses this type without an importance matrix."""
-def requires_imatrix(name: str, tensor: Candidate, ggml_type: GGMLQuantizationType) -> bool:
     """Whether llama-quantize refuses this type for the tensor without an importance matrix. name: the mixture."""
     if tensor.role in ("token_embd", "output"):
         return False
@@ -101,9 +99,7 @@ class _Mixture:
         self.base = BASE_TYPES[name]
         self.seen_attn_v = self.seen_ffn_down = 0
 
-    def choose(self, tensor: TensorSpec) -> TypeChoice:
-        if self.base in (T.F32, T.F16, T.BF16):
-    def choose_type(self, tensor: Candidate) -> TypeChoice:
+    def choose_type(self, tensor: TensorSpec) -> TypeChoice:
         """The tensor's type, or what takes its place on rows that its blocks do not divide."""
         if self.base in FLOATS:
             return TypeChoice(self.base, f"{self.name} throughout")

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import urlsplit
 
+from stepgguf.errors import EngineError
+
 # What http.client raises when a connection fails or is shut under its reader: AttributeError and ValueError come from
 # objects that the interrupting thread has just closed. A header with line breaks is a ValueError too.
 _FAILURES = (OSError, ValueError, AttributeError, http.client.HTTPException)
@@ -55,6 +57,16 @@ class ServerAddress:
     @property
     def url(self) -> str:
         return f"{self.scheme}://{self.netloc}{self.path}"
+
+
+def bearer_header(api_key: str) -> dict[str, str]:
+    """The header that carries a server's key. EngineError, which does not show the key, if no header can."""
+    if not all(" " <= character <= "~" for character in api_key):
+        raise EngineError(
+            "the API key holds a line break or another character that cannot be sent",
+            hint="Give it without what stands around it, as the end of its line.",
+        )
+    return {"Authorization": f"Bearer {api_key}"}
 
 
 class Exchange:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from stepgguf.errors import ContextLengthExceeded, EngineError, RequestError, StepggufError
-from stepgguf.runtime.http_events import ConnectionLost, Exchange, ServerAddress
+from stepgguf.runtime.http_events import ConnectionLost, Exchange, ServerAddress, bearer_header
 
 Json = dict[str, Any]  # whose shape is llama-server's to keep: whoever reads it may find a KeyError or a TypeError
 
@@ -39,7 +39,7 @@ class LlamaServerClient:
             ) from None
         self._headers = {"Content-Type": "application/json"}
         if api_key is not None:
-            self._headers["Authorization"] = f"Bearer {api_key}"
+            self._headers |= bearer_header(api_key)
 
     @property
     def url(self) -> str:
