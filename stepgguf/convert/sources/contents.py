@@ -42,6 +42,7 @@ class CheckpointContents:
         self.mtp_note: str | None = None
         self.mtp_fault: CheckpointError | None = None
         layout, specs = Layout(stored), tensor_specs(described)
+        # The trunk first: whoever lacks a shard shall hear of it, and not of MTP blocks that cannot be used.
         self.matrices = self._find_matrices(layout, [spec for spec in specs if not spec.is_mtp])
         has_mtp = self._add_mtp(layout, described, [spec for spec in specs if spec.is_mtp])
         self.hparams = described if has_mtp else described.without_mtp()
@@ -90,6 +91,7 @@ class CheckpointContents:
             for name in layout.stored
             if name not in layout.used and not TensorName(name).is_mtp(hp.n_layer) and not name.endswith(NO_WEIGHT)
         ]
+        # Under "text_config" the text model is part of one that sees; with a flat config.json such tensors are strange.
         vision = [name for name in others if self._has_vision and name.startswith(VISION_PREFIXES)]
         _refuse_unknown(layout, set(others).difference(vision), hp)
         if vision:

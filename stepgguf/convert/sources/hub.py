@@ -117,6 +117,7 @@ def snapshot_folder(folder: Path) -> Path:
         return folder
     main = folder / "refs" / "main"
     if main.is_file():
+        # What is in the file may be anything: only a hash whose folder is there is a path.
         commit = main.read_text(encoding="utf-8", errors="replace").strip()
         if re.fullmatch(r"[0-9a-f]{7,64}", commit) and (folder / "snapshots" / commit).is_dir():
             return folder / "snapshots" / commit
@@ -126,6 +127,7 @@ def snapshot_folder(folder: Path) -> Path:
             f"{folder} is a cache folder of the Hugging Face Hub without a snapshot: nothing was downloaded into it",
             hint=f"Download the model: hf download {'/'.join(folder.resolve().name.split('--')[1:])}",
         )
+    # Of several revisions without refs/main, as `hf download --revision` leaves them, the newest.
     return max(snapshots, key=lambda path: path.stat().st_mtime)
 
 

@@ -68,7 +68,7 @@ def read_shard(path: Path) -> Shard:
     try:
         with disk.open_regular(path) as file:
             status = os.fstat(file.fileno())
-            start = file.read(64)
+            start = file.read(64)  # enough to tell what is no shard, before its "length" is believed
             length = _header_length(path, start, status.st_size)
             text = start[8 : 8 + length] + file.read(max(0, length - 56))
     except disk.NotAFile as error:

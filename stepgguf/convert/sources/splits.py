@@ -35,7 +35,7 @@ def split_files(path: Path) -> list[Path]:
         hint = f"Download it first: hf download {model} --include '*.gguf' --local-dir {model.split('/')[1]}"
         raise GGUFError(f"{path}: there is no such file; it looks like a model on the Hugging Face Hub", hint=hint)
     match = _NAME.fullmatch(path.name)
-    if match is None:
+    if match is None:  # whole, or a part under another name: then its header says so, in read_headers
         return [path]
     number, count = int(match[2]), int(match[3])
     if not 1 <= number <= count:
