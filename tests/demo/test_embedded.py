@@ -55,11 +55,11 @@ def test_it_is_small_and_has_every_mechanism() -> None:
     assert dtypes == {"BF16", "F8_E4M3", "F32"}
     assert hp.n_mtp == 3
     assert hp.rope_scaling is not None
-    assert [layer.is_sliding for layer in hp.trunk] == [False, True, True, True, False]
-    assert {layer.n_head for layer in hp.trunk} == {4, 6}
-    assert [layer.is_moe for layer in hp.trunk] == [False, False, True, True, True]
-    assert hp.trunk[-1].clamp > 0
-    assert hp.trunk[-1].clamp_shared > 0
+    assert [layer.is_sliding for layer in hp.trunk_layers] == [False, True, True, True, False]
+    assert {layer.n_head for layer in hp.trunk_layers} == {4, 6}
+    assert [layer.is_moe for layer in hp.trunk_layers] == [False, False, True, True, True]
+    assert hp.trunk_layers[-1].clamp > 0
+    assert hp.trunk_layers[-1].clamp_shared > 0
 
 
 def test_it_counts_the_rs_in_strawberry(backend: InProcessBackend) -> None:
