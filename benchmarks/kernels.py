@@ -49,7 +49,7 @@ def rows(rng: np.random.Generator, n: int) -> Iterator[tuple[str, Floats]]:
 
 def identity(ggml_type: GGMLQuantizationType, weighted: bool, n_weights: int) -> int:
     """Weights that were compared; exits at the first difference."""
-    library = ggml.load()
+    library = ggml.load_library()
     assert library is not None
     kernel = choose_kernel(ggml_type, weighted=weighted)
     rng, done, n = np.random.default_rng(0), 0, 64
@@ -67,7 +67,7 @@ def identity(ggml_type: GGMLQuantizationType, weighted: bool, n_weights: int) ->
 
 def speeds(ggml_type: GGMLQuantizationType, weighted: bool, rounds: int) -> tuple[float, float, float]:
     """Million weights a second: ours, ggml's; and the median ratio. As many rows as ggml does in about 0.3 s."""
-    library = ggml.load()
+    library = ggml.load_library()
     assert library is not None
     kernel = choose_kernel(ggml_type, weighted=weighted)
     rng = np.random.default_rng(1)

@@ -23,7 +23,7 @@ def library() -> ggml.Ggml:
     """ggml, where its bytes are ours."""
     if platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("ggml's build for this processor rounds otherwise")
-    found = ggml.load()
+    found = ggml.load_library()
     assert found is not None
     return found
 

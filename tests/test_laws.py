@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,19 @@ def test_what_is_imported_is_declared() -> None:
     imported = {name.partition(".")[0] for path in modules() for name in imports(path)}
     foreign = imported - sys.stdlib_module_names - {"stepgguf", "pydantic_core"}  # pydantic's own other half
     assert {INSTALLED_AS.get(name, name.replace("_", "-")) for name in foreign} <= declared
+
+
+def test_no_imports_run_in_a_circle() -> None:
+    """At module level: inside a function an import may go where it likes, as far as the table above lets it."""
+    paths = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in modules()
+    }
+    graph: dict[str, set[str]] = {}
+    for name, path in paths.items():
+        lines = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom) and node.module]
+        named = {f"{node.module}.{alias.name}" for node in lines for alias in node.names}
+        graph[name] = {module if module in paths else module.rpartition(".")[0] for module in named} & paths.keys()
+    TopologicalSorter(graph).prepare()  # CycleError names the circle
 
 
 def test_help_loads_nothing_heavy() -> None:

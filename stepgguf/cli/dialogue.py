@@ -58,7 +58,7 @@ class Dialogue:
                 run_command(self, line)
             elif line:
                 self._send(line.removeprefix("/") if line.startswith("//") else line)
-        except StepggufError as error:
+        except StepggufError as error:  # ends the line, not the conversation
             output.error(error.message, error.hint)
 
     def _interrupt(self) -> None:
@@ -94,7 +94,7 @@ class Dialogue:
             self.screen.note("[interrupted]")
             self._interrupted, self.leaving = time.monotonic(), keys.leave
         self.screen.show_footer(usage, self.session.settings.max_tokens)
-        self.next_line = keys.typed
+        self.next_line = keys.typed  # what was typed while the answer came
         if usage.finish_reason == "tool_calls" and self._ask_for_results():
             self.show_answer(self.session.answer)
 

@@ -133,7 +133,7 @@ def serve(
 
 def _check_exposure(host: str, api_key: str | None, no_key: bool) -> None:
     """typer.BadParameter for an empty key, and for serving other machines without one unless that is meant."""
-    from stepgguf.server.middleware.guard import is_loopback
+    from stepgguf.server.middleware.access import is_loopback
 
     if not is_loopback(host) and api_key is None and not no_key:
         raise typer.BadParameter(

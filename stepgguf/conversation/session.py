@@ -28,7 +28,7 @@ Update = Progress | AnswerUsage
 Updates = Generator[Update | None, None, None]  # None: nothing came for as long as the caller wanted to wait
 
 
-class Generation(Protocol):
+class ChatGeneration(Protocol):
     """One answer under way. The methods are quick and may be called after its end."""
 
     @property
@@ -68,7 +68,7 @@ class ChatBackend(Protocol):
     def count_tokens(self, text: str) -> int | None:
         """Return how many tokens a text has, None if it cannot be told."""
 
-    def start_answer(self, messages: Sequence[ChatMessage], settings: ChatSettings) -> Generation:
+    def start_answer(self, messages: Sequence[ChatMessage], settings: ChatSettings) -> ChatGeneration:
         """Begin an answer to these messages. Raises what can be refused before anything runs."""
 
 
@@ -85,7 +85,7 @@ class Session:
         self.backend, self.settings, self.transcript = backend, settings or ChatSettings(), transcript
         self.entries: list[ConversationEntry] = []
         self.usage = AnswerUsage(n_ctx=backend.n_ctx)
-        self._generation: Generation | None = None
+        self._generation: ChatGeneration | None = None
         self._save_record(self.settings_record())
 
     @classmethod

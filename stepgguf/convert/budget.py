@@ -137,6 +137,7 @@ def plan_within(limits: Limits, source: TensorSource, dest: Path, options: Optio
     It is for budgets that `plan_without_measuring` leaves open: those hold the smallest types.
     """
     room = trunk.room(limits)
+    # Padding and the headers of splits depend on the types, so what is too large is tried again with less room.
     while True:
         types = trunk.choose_types(room, math.inf if limits.read_bytes is None else limits.read_bytes)
         allocated = {name: TypeChoice(ggml_type, REASON) for name, ggml_type in types.items()}
@@ -144,7 +145,7 @@ def plan_within(limits: Limits, source: TensorSource, dest: Path, options: Optio
         excess = 0 if limits.n_bytes is None else plan.file_bytes - limits.n_bytes
         if excess <= 0:
             break
-        room = max(trunk.smallest_bytes, min(room, trunk.largest_bytes) - excess)  # padding, and headers of more files
+        room = max(trunk.smallest_bytes, min(room, trunk.largest_bytes) - excess)
     return plan if options.importance is not None else replace(plan, warnings=(*plan.warnings, UNIFORM))
 
 

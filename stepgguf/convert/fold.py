@@ -10,7 +10,7 @@ from stepgguf.model.names import TensorName
 
 @dataclass(frozen=True, slots=True)
 class FoldedLine:
-    """`layers` is "3-44" or "3-4,7,10"; empty outside the layers."""
+    """Tensors of one role, type and reason. `layers` is "3-44" or "3-4,7,10"; empty outside the layers."""
 
     layers: str
     role: str
@@ -22,26 +22,29 @@ class FoldedLine:
 
     @property
     def label(self) -> str:
+        """What the line is about: "blk.3-44 ffn_up_exps", or the role alone outside the layers."""
         return f"blk.{self.layers} {self.role}" if self.layers else self.role
 
 
 def fold_tensors(tensors: Iterable[tuple[str, str, int, int, str]]) -> list[FoldedLine]:
     """Lines from (name, type, bytes, values, reason), in order of first appearance."""
     groups: dict[tuple[str, str, str, bool], list[tuple[TensorName, int, int]]] = {}
-    for name, kind, n_bytes, n_values, reason in tensors:
+    for name, type_name, n_bytes, n_values, reason in tensors:
         parsed = TensorName(name)
-        groups.setdefault((parsed.stem, kind, reason, parsed.layer is not None), []).append((parsed, n_bytes, n_values))
+        groups.setdefault((parsed.stem, type_name, reason, parsed.layer is not None), []).append(
+            (parsed, n_bytes, n_values)
+        )
     return [
         FoldedLine(
             layers=format_ranges([layer for name, _, _ in members if (layer := name.layer) is not None]),
             role=role,
             count=len(members),
-            type=kind,
+            type=type_name,
             n_bytes=sum(n for _, n, _ in members),
             n_values=sum(n for _, _, n in members),
             reason=reason,
         )
-        for (role, kind, reason, in_layer), members in groups.items()
+        for (role, type_name, reason, _), members in groups.items()
     ]
 
 

@@ -171,7 +171,7 @@ def _token_shares(tensor: PlannedTensor, importance: Importance | None) -> list[
 def _measure_rows(maker: UnitMaker, rows: _SampledRows, variants: Variants) -> Losses:
     """What is lost by encoding these rows as each type, just as the pipeline does."""
     unit = Unit(0, 0, rows.start, rows.stop)
-    return {ggml_type: maker.make(tensor, unit)[1] for ggml_type, tensor in variants.items()}
+    return {ggml_type: maker.make_unit(tensor, unit)[1] for ggml_type, tensor in variants.items()}
 
 
 def _weigh_losses(group: Iterable[tuple[_SampledRows, Losses]]) -> TensorErrors:

@@ -91,7 +91,7 @@ def read_metadata(
 
 
 def model_keys(hp: HParams, name: str, size_label: str, *, with_mtp: bool, described: Sequence[Key] = ()) -> list[Key]:
-    """general.* and step35.*. `with_mtp` extends the per-layer arrays over the MTP blocks; `described`: card.py."""
+    """general.* and step35.*. `with_mtp` extends the per-layer arrays over the MTP blocks; described: a card's."""
     layers = hp.layers if with_mtp else hp.trunk_layers
     llm, attention, rope = Keys.LLM, Keys.Attention, Keys.Rope
     leading_dense = next((layer.index for layer in hp.trunk_layers if layer.is_moe), hp.n_layer)
@@ -217,11 +217,12 @@ def provenance_keys(
 
 
 def reserve_key(n: int) -> Key:
-    """n spaces that rewrite.py may turn into something else."""
+    """A key of n spaces, which rewrite.py may turn into a longer template."""
     return _typed_key(RESERVE, " " * n)
 
 
 def split_keys(index: int, count: int, n_tensors: int) -> list[Key]:
+    """split.* of part `index` (from 0) of `count`; n_tensors: of all parts."""
     return [
         Key.of(Keys.Split.LLM_KV_SPLIT_NO, index, V.UINT16),
         Key.of(Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT, n_tensors, V.INT32),

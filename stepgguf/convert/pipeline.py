@@ -94,7 +94,7 @@ class UnitMaker:
             row = self._source.values(action.stored.name, 0, 1)  # numba compiles for what it is given
             action.kernel.compile(row, weighted=action.weighted, compiling=compiling)
 
-    def make(self, tensor: PlannedTensor, unit: Unit) -> tuple[NDArray[np.uint8], Loss | None]:
+    def make_unit(self, tensor: PlannedTensor, unit: Unit) -> tuple[NDArray[np.uint8], Loss | None]:
         """The encoded rows [start, stop), [n, row bytes], and what they lost; of copied ones nothing.
 
         CorruptTensor on a value that is not finite, QuantError on values that the type cannot hold.
@@ -116,6 +116,7 @@ class UnitMaker:
         importance = self._expert_importance(tensor, unit) if action.weighted else None
         out = np.empty((unit.stop - unit.start, tensor.row_bytes), np.uint8)
         try:
+            # Kernels only say that some value is not finite, which costs them nothing; which one it is, is looked for.
             if not action.kernel.encode(values, out, importance):
                 _check_finite(tensor, unit, widened_runs(values))
         except QuantError as error:
@@ -174,7 +175,7 @@ class _UnitPool:
         self._submit(todo)
         while self._running:
             for future in wait(self._running, return_when=FIRST_COMPLETED).done:
-                number = self._running.pop(future)
+                number = self._running.pop(future)  # before it may raise: close looks at what is left here
                 self._committer.add(number, future.result())
                 yield number
             self._submit(todo)
@@ -189,7 +190,7 @@ class _UnitPool:
             self._running[self._pool.submit(self._make_unit, number)] = number
 
     def _make_unit(self, number: int) -> FinishedUnit:
-        data, loss = self._maker.make(*_tensor_and_unit(self._writer, number))
+        data, loss = self._maker.make_unit(*_tensor_and_unit(self._writer, number))
         return self._writer.write_unit(number, data, loss)
 
     def __enter__(self) -> _UnitPool:
@@ -197,6 +198,7 @@ class _UnitPool:
 
     def __exit__(self, *exc: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+        # What was written while the error came is as good as the rest.
         for future, number in self._running.items():
             if future.done() and not future.cancelled() and future.exception() is None:
                 self._committer.add(number, future.result())

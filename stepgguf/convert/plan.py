@@ -29,7 +29,7 @@ from stepgguf.quants.mixtures import TypeChoice
 from stepgguf.quants.recipe import Recipe
 from stepgguf.quants.types import FLOATS, row_size
 
-UNIT_VALUES = 8 * 2**20
+UNIT_VALUES = 8 * 2**20  # 16 MB of BF16: long enough to read and encode at full speed, short enough to lose
 MTP_MODES = ("include", "separate", "drop")
 
 
@@ -277,7 +277,7 @@ def row_ranges(shape: tuple[int, ...], rows_per_unit: int) -> Iterator[tuple[int
             yield first + start, first + min(start + rows_per_unit, per_expert)
 
 
-def replan(target: Iterable[TensorInfo], plan: Plan) -> list[PlannedTensor]:
+def retype_tensors(target: Iterable[TensorInfo], plan: Plan) -> list[PlannedTensor]:
     """The plan's tensors with the types that an existing file has: what `verify --against` makes again."""
     planned: dict[str, PlannedTensor] = {tensor.name: tensor for tensor in plan.tensors}
     return [planned[t.name].as_type(t.ggml_type, plan.importance, plan.kernel) for t in target if t.name in planned]

@@ -44,6 +44,7 @@ def plan_source(source: TensorSource, dest: Path, options: Options) -> Plan:
     described = source.metadata(options.name, options.chat_template)
     has_mtp = options.mtp == "include" and source.hparams.n_mtp > 0
     files: list[PlannedFile] = []
+    # The header's keys say whether its layers include MTP blocks, so they differ between the two files.
     for path, chosen, with_mtp in ((dest, main, has_mtp), (mtp_path(dest), mtp, True)):
         if chosen:
             tensors = _plan_tensors(chosen, source, options)

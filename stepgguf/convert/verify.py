@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from stepgguf.convert.manifest import read_entries, read_manifest
 from stepgguf.convert.pipeline import UnitMaker
-from stepgguf.convert.plan import Plan, PlannedTensor, Unit, replan, row_ranges, unit_rows
+from stepgguf.convert.plan import Plan, PlannedTensor, Unit, retype_tensors, row_ranges, unit_rows
 from stepgguf.convert.sources.source import TensorSource, rows_per_expert
 from stepgguf.convert.sources.splits import read_headers
 from stepgguf.errors import TruncatedFile
@@ -95,7 +95,7 @@ def verify_source(path: Path, plan: Plan, source: TensorSource, share: float, st
     """Make a share of each tensor's units again (at least one) and compare. `plan` gives names and sources."""
     report, rng, maker = Verification(step), random.Random(0), UnitMaker(source, plan.importance)
     for header in read_headers(path):
-        planned: dict[str, PlannedTensor] = {tensor.name: tensor for tensor in replan(header.tensors, plan)}
+        planned: dict[str, PlannedTensor] = {tensor.name: tensor for tensor in retype_tensors(header.tensors, plan)}
         jobs = []
         for info in header.tensors:
             tensor = planned.get(info.name)
@@ -114,7 +114,7 @@ def _compare_digest(digest: str, data: Bytes) -> str | None:
 
 
 def _compare_with_source(maker: UnitMaker, tensor: PlannedTensor, start: int, stop: int, data: Bytes) -> str | None:
-    made = maker.make(tensor, Unit(0, 0, start, stop))[0].reshape(-1)
+    made = maker.make_unit(tensor, Unit(0, 0, start, stop))[0].reshape(-1)
     wrong = float((made != data).mean())
     return f"is not what the source gives ({wrong:.1%} of its bytes differ)" if wrong else None
 

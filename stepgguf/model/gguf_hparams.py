@@ -33,18 +33,22 @@ class GGUFHParams:
 
     @property
     def n_mtp(self) -> int:
+        """MTP blocks among the layers; none in files that do not know the key."""
         return self._read_count("nextn_predict_layers", default=0)
 
     @property
     def n_expert(self) -> int:
+        """Routed experts of a layer; 0 if the file says nothing, as of a dense model."""
         return self._read_count("expert_count", default=0)
 
     @property
     def n_expert_used(self) -> int:
+        """Routed experts that a token uses."""
         return self._read_count("expert_used_count", default=0)
 
     @property
     def router_scale(self) -> float:
+        """What a token's expert weights are multiplied by; 1 is llama.cpp's default too."""
         scale = self._read_value("expert_weights_scale", default=1.0)
         if not isinstance(scale, float) or not math.isfinite(scale):
             raise self._wrong_value("expert_weights_scale", scale, "a number")
@@ -67,30 +71,37 @@ class GGUFHParams:
 
     @property
     def key_length(self) -> int:
+        """Values of a KV head's key for one token."""
         return self._read_count("attention.key_length")
 
     @property
     def value_length(self) -> int:
+        """Values of a KV head's value for one token."""
         return self._read_count("attention.value_length")
 
     @property
     def sliding_window(self) -> int:
+        """Tokens that a sliding-attention layer sees."""
         return self._read_count("attention.sliding_window")
 
     @property
     def hidden_size(self) -> int:
+        """Values of the residual stream for one token."""
         return self._read_count("embedding_length")
 
     @property
     def intermediate_size(self) -> int:
+        """Hidden units of a dense MLP."""
         return self._read_count("feed_forward_length")
 
     @property
     def expert_size(self) -> int:
+        """Hidden units of a routed expert."""
         return self._read_count("expert_feed_forward_length")
 
     @property
     def max_position(self) -> int:
+        """Tokens of context that the model is made for."""
         return self._read_count("context_length")
 
     def _layer_0_count(self, key: str) -> int:

@@ -66,22 +66,22 @@ FIXED: dict[str, Any] = {
 class HParams:
     """A checkpoint's model, with or without MTP blocks. `layers` has the trunk's n_layer, then the n_mtp MTP blocks."""
 
-    architecture: str
+    architecture: str  # one of CHECKPOINT_ARCHITECTURES
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
+    intermediate_size: int  # hidden units of a dense MLP
     head_dim: int
-    n_layer: int
+    n_layer: int  # of the trunk
     n_mtp: int
     n_expert: int
-    n_expert_used: int
-    expert_size: int
+    n_expert_used: int  # by a token
+    expert_size: int  # hidden units of a routed expert
     shared_expert_size: int
-    router_scale: float
+    router_scale: float  # the sum of a token's expert weights, where router_norm is set
     router_norm: bool
-    sliding_window: int
+    sliding_window: int  # tokens that a sliding-attention layer sees
     rms_norm_eps: float
-    max_position: int
+    max_position: int  # tokens of context that the model is made for
     rope_scaling: RopeScaling | None
     bos_token_id: int
     eos_token_ids: tuple[int, ...]
@@ -89,17 +89,20 @@ class HParams:
 
     @property
     def trunk_layers(self) -> tuple[Layer, ...]:
+        """The layers that a token's next one is computed by; MTP blocks only guess further."""
         return self.layers[: self.n_layer]
 
     @property
     def rope_theta_full(self) -> float:
+        """The RoPE base of full-attention layers, which is one number: read_layers makes sure."""
         return next(layer.rope_theta for layer in self.layers if not layer.is_sliding)
 
     @property
     def rope_theta_sliding(self) -> float:
+        """The RoPE base of sliding-attention layers."""
         return next(layer.rope_theta for layer in self.layers if layer.is_sliding)
 
-    # What a GGUF has keys for, by the names that GGUFHParams has.
+    # What a GGUF has keys for, by the names that GGUFHParams has: who takes AnyHParams asks for these.
 
     @property
     def gqa(self) -> int:
@@ -118,10 +121,12 @@ class HParams:
 
     @property
     def key_length(self) -> int:
+        """Values of a KV head's key for one token."""
         return self.head_dim
 
     @property
     def value_length(self) -> int:
+        """Values of a KV head's value for one token."""
         return self.head_dim
 
     @staticmethod
@@ -180,6 +185,7 @@ AnyHParams = HParams | GGUFHParams  # of a source, whichever kind it is
 
 
 def _known_architecture(config: Value) -> str:
+    """The class of the model. UnsupportedModel if it is none that this program knows."""
     names = config.raw.get("architectures")
     for name in names if isinstance(names, list) else ():
         if name in CHECKPOINT_ARCHITECTURES:
@@ -193,6 +199,7 @@ def _known_architecture(config: Value) -> str:
 
 
 def _check_fixed(text: Value) -> None:
+    """UnsupportedModel for a switch that is set otherwise than in every published checkpoint."""
     for key, value in FIXED.items():
         found = text.get(key)
         if found is not None and found.raw != value:

@@ -90,6 +90,7 @@ def _per_layer(text: Value, key: str, n_layer: int, n_all: int) -> list[Value]:
 
 
 def _attention_types(text: Value, n_layer: int, n_all: int) -> list[str]:
+    """full_attention or sliding_attention for each layer."""
     items = _per_layer(text, "layer_types", n_layer, n_all)
     listed = text.get("mtp_layer_types")
     if len(items) < n_all and listed is not None:
@@ -109,12 +110,12 @@ def _rope_thetas(text: Value, types: list[str], n_layer: int) -> list[float]:
     """The RoPE base of each layer. Layers of one attention type have the same: GGUF has one for each type."""
     by_type = _by_type(text)
     if by_type is not None:
-        return [by_type[kind]["rope_theta"].number(1.0, MAX_FLOAT) for kind in types]
+        return [by_type[attention]["rope_theta"].number(1.0, MAX_FLOAT) for attention in types]
     found = [item.number(1.0, MAX_FLOAT) for item in _per_layer(text, "rope_theta", n_layer, len(types))]
-    found += [found[types.index(kind)] for kind in types[len(found) :]]
-    for i, kind in enumerate(types):
-        if found[i] != found[types.index(kind)]:
-            raise UnsupportedModel(f"{text.document}: rope_theta[{i}] differs from other {kind} layers")
+    found += [found[types.index(attention)] for attention in types[len(found) :]]  # MTP layers that no list covers
+    for i, attention in enumerate(types):
+        if found[i] != found[types.index(attention)]:
+            raise UnsupportedModel(f"{text.document}: rope_theta[{i}] differs from other {attention} layers")
     return found
 
 
@@ -122,11 +123,13 @@ def _check_rotary(text: Value, types: list[str], n_layer: int) -> None:
     """llama.cpp (step35.cpp) halves the rotary dimensions on full layers by itself and knows no other ratio."""
     by_type = _by_type(text)
     if by_type is not None:
-        factors = [read_number(by_type[kind], "partial_rotary_factor", 0.0, 1.0, default=1.0) for kind in types]
+        factors = [
+            read_number(by_type[attention], "partial_rotary_factor", 0.0, 1.0, default=1.0) for attention in types
+        ]
     else:
         factors = [item.number() for item in _per_layer(text, "partial_rotary_factors", n_layer, len(types))]
-    for i, (factor, kind) in enumerate(zip(factors, types, strict=False)):
-        if factor != (0.5 if kind == "full_attention" else 1.0):
+    for i, (factor, attention) in enumerate(zip(factors, types, strict=False)):
+        if factor != (0.5 if attention == "full_attention" else 1.0):
             raise UnsupportedModel(
                 f"{text.document}: the rotary factor of layer {i} is {factor}; llama.cpp knows only 0.5 on "
                 "full_attention and 1.0 on sliding_attention layers"
@@ -142,12 +145,13 @@ def _swiglu_limits(text: Value, key: str, n_layer: int, n_all: int) -> list[floa
 
 
 def _moe_layers(text: Value, n_layer: int) -> set[int]:
-    kinds = text.get("mlp_layer_types")
-    if kinds is None:
+    """The trunk's layers that have experts, by transformers' list of types or by the published enumeration."""
+    listed = text.get("mlp_layer_types")
+    if listed is None:
         return set(read_integers(text["moe_layers_enum"], MAX_LAYERS))
-    items = kinds.array()
+    items = listed.array()
     if len(items) < n_layer:
-        raise BadConfig(f"{kinds.document}: {kinds.place} has {len(items)} entries, expected {n_layer}")
+        raise BadConfig(f"{listed.document}: {listed.place} has {len(items)} entries, expected {n_layer}")
     for item in items:
         if item.raw not in ("sparse", "dense"):
             raise item.wrong("sparse or dense")
@@ -166,7 +170,7 @@ def _head_counts(text: Value, n_all: int, types: list[str]) -> list[tuple[int, i
         )
     else:
         sliding = (read_integer(text, "num_sliding_attention_heads", 1, MAX_SIZE, default=heads), groups)
-    found = [sliding if kind == "sliding_attention" else (heads, groups) for kind in types]
+    found = [sliding if attention == "sliding_attention" else (heads, groups) for attention in types]
     for i, (n_head, n_head_kv) in enumerate(found):
         own = overrides.get(str(i)) if (overrides := text.get("per_layer_config")) is not None else None
         if own is not None:
@@ -185,6 +189,7 @@ def _by_type(text: Value) -> Value | None:
 
 
 def read_rope_scaling(text: Value) -> RopeScaling | None:
+    """The scaling of full-attention layers' frequencies; None without. UnsupportedModel for any but llama3's."""
     by_type = _by_type(text)
     if by_type is not None:
         section, others = by_type["full_attention"], by_type.get("sliding_attention")
@@ -198,13 +203,13 @@ def read_rope_scaling(text: Value) -> RopeScaling | None:
         section = found
         listed = text.get("yarn_only_types")
         types = ["full_attention"] if listed is None else [item.text() for item in listed.array()]
-    kind = _rope_type(section)
-    if kind == "default" and types == ["full_attention"]:
+    rope_type = _rope_type(section)
+    if rope_type == "default" and types == ["full_attention"]:
         return None
-    if kind != "llama3" or types != ["full_attention"]:
+    if rope_type != "llama3" or types != ["full_attention"]:
         raise UnsupportedModel(
-            f"{section.document}: {section.place} is {kind!r} on {', '.join(types)}; only llama3 on full_attention "
-            "layers is known"
+            f"{section.document}: {section.place} is {rope_type!r} on {', '.join(types)}; only llama3 on "
+            "full_attention layers is known"
         )
     low = section["low_freq_factor"].number(0.0, 1e6)
     return RopeScaling(
@@ -221,16 +226,18 @@ def _rope_type(section: Value) -> str:
 
 
 def read_aliased(text: Value, key: str) -> Value:
-    """The key by its published name, or by transformers'."""
+    """The key by its published name, or by transformers'. BadConfig names the published one if there is neither."""
     return text.get(key) or text.get(ALIASES[key]) or text[key]
 
 
 def read_integer(section: Value, key: str, least: int, most: int, *, default: int) -> int:
+    """An integer that may be missing. BadConfig outside [least, most]."""
     value = section.get(key)
     return default if value is None else value.integer(least, most)
 
 
 def read_number(section: Value, key: str, least: float, most: float, *, default: float) -> float:
+    """A number that may be missing. BadConfig outside [least, most]."""
     value = section.get(key)
     return default if value is None else value.number(least, most)
 

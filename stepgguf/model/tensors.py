@@ -27,6 +27,11 @@ class TensorRule:
     shape: str
     plus_one: bool = False
 
+    @property
+    def is_quantizable(self) -> bool:
+        """As of the tensors that it stands for."""
+        return len(self.shape) > 1 and _is_quantizable(TensorName(self.name))
+
 
 def _norm_rule(where: str, source: str, name: str, shape: str) -> TensorRule:
     return TensorRule(where, source, name, shape, plus_one=True)
@@ -63,9 +68,6 @@ TENSORS = (
     TensorRule("mtp", "transformer.shared_head.output.weight", "nextn.shared_head_head.weight", "vd"),
 )
 
-# What llama-quantize leaves as it is although it has two dimensions.
-_NEVER_QUANTIZED = ("_norm.weight", ".ffn_gate_inp.weight")
-
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
@@ -82,17 +84,27 @@ class TensorSpec:
 
     @property
     def role(self) -> str:
+        """The name's role, by which rules are written."""
         return self.name.role
 
     @property
     def layer(self) -> int | None:
+        """The layer; None outside the layers."""
         return self.name.layer
 
     @property
     def is_quantizable(self) -> bool:
         """llama-quantize's rule: weights with two or more dimensions, but no norms and no router. The rest is F32."""
-        is_matrix = any(size > 1 for size in self.shape[:-1])
-        return is_matrix and self.name.endswith(".weight") and not self.name.endswith(_NEVER_QUANTIZED)
+        return any(size > 1 for size in self.shape[:-1]) and _is_quantizable(self.name)
+
+
+def quantizable_roles(*places: str) -> tuple[str, ...]:
+    """The roles of what can be quantized in these places (`TensorRule.where`), in the table's order."""
+    return tuple(TensorName(rule.name).role for rule in TENSORS if rule.where in places and rule.is_quantizable)
+
+
+def _is_quantizable(name: TensorName) -> bool:
+    return name.endswith(".weight") and not name.role.endswith("_norm") and name.role != "ffn_gate_inp"
 
 
 def tensor_specs(hp: HParams) -> list[TensorSpec]:

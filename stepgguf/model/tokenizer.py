@@ -26,6 +26,7 @@ class Vocabulary:
     merges: tuple[str, ...]
 
     def token_id(self, token: str) -> int | None:
+        """The id of a token's text; None if no token has it."""
         return self.tokens.index(token) if token in self.tokens else None
 
 
@@ -36,9 +37,9 @@ def read_vocabulary(tokenizer: Value, vocab_size: int) -> Vocabulary:
     process over those.
     """
     model = tokenizer["model"]
-    kind = model.get("type")
-    if kind is not None and kind.raw != "BPE":
-        raise kind.wrong("BPE: Step-3.x models have a byte-level BPE tokenizer")
+    model_type = model.get("type")
+    if model_type is not None and model_type.raw != "BPE":
+        raise model_type.wrong("BPE: Step-3.x models have a byte-level BPE tokenizer")
     by_id: dict[int, tuple[str, int]] = {}
     for token, i in model["vocab"].object().items():
         if type(i) is not int or i < 0:
@@ -57,7 +58,7 @@ def read_vocabulary(tokenizer: Value, vocab_size: int) -> Vocabulary:
     if len(set(tokens)) < vocab_size:
         repeated = next(token for token, n in Counter(tokens).items() if n > 1)
         raise BadConfig(f"{tokenizer.document}: {shown(repeated)} is the token of two ids")
-    return Vocabulary(tokens, tuple(kind for _, kind in entries), _merges(model["merges"]))
+    return Vocabulary(tokens, tuple(token_type for _, token_type in entries), _merges(model["merges"]))
 
 
 def _merges(merges: Value) -> tuple[str, ...]:

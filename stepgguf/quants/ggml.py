@@ -1,8 +1,8 @@
 """The only ctypes on ggml: its own encoders and decoders, from the library that llama-cpp-python ships.
 
 ctypes releases the GIL around each call, and the calls are thread-safe, so a thread pool runs them in parallel. The
-library is found on disk without importing llama_cpp. Where it is not installed, `load` returns None and kernels.py
-falls back on gguf-py's numpy encoders for the types that those know.
+library is found on disk without importing llama_cpp. Where it is not installed, `load_library` returns None and
+kernels.py falls back on gguf-py's numpy encoders for the types that those know.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _void_function(library: ctypes.CDLL, symbol: str) -> Any:
 
 
 @functools.cache
-def load() -> Ggml | None:
+def load_library() -> Ggml | None:
     """ggml from the installed llama-cpp-python, or None."""
     spec = importlib.util.find_spec("llama_cpp")
     for folder in (spec.submodule_search_locations or []) if spec else []:

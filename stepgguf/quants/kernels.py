@@ -230,7 +230,7 @@ def choose_kernel(ggml_type: GGMLQuantizationType, wish: KernelName = "lanes", *
         raise QuantError(f"{row.name} cannot be encoded without an importance matrix")
     if wish == "lanes" and row.lanes is not None:
         return _lane_kernel(ggml_type)
-    library = ggml.load()
+    library = ggml.load_library()
     if library is not None and ggml_type != F32:  # F32 is a copy, which needs no library
         return _ggml_kernel(ggml_type, library)
     if row.numpy:

@@ -16,25 +16,16 @@ from functools import lru_cache
 from gguf import GGMLQuantizationType
 
 from stepgguf.errors import RecipeError
-from stepgguf.model.tensors import TensorSpec
+from stepgguf.model.names import TensorName
+from stepgguf.model.tensors import TENSORS, TensorSpec, quantizable_roles
 from stepgguf.quants import mixtures
 from stepgguf.quants.mixtures import BASE_TYPES, Facts, TypeChoice
 from stepgguf.quants.types import FLOATS, bits_per_weight, fitting_type
 
-MODEL_ROLES = ("token_embd", "output")
-LAYER_ROLES = (
-    "attn_q", "attn_k", "attn_v", "attn_output", "attn_gate", "ffn_gate", "ffn_up", "ffn_down", "ffn_gate_exps",
-    "ffn_up_exps", "ffn_down_exps", "ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp",
-)  # fmt: skip
-MTP_ROLES = tuple(
-    f"nextn.{role}"
-    for role in ("attn_q", "attn_k", "attn_v", "attn_output", "attn_gate", "ffn_gate", "ffn_up", "ffn_down", "eh_proj",
-                 "shared_head_head")
-)  # fmt: skip
-FLOAT32_ROLES = (
-    "output_norm", "attn_norm", "attn_q_norm", "attn_k_norm", "ffn_norm", "ffn_gate_inp", "exp_probs_b", "nextn.enorm",
-    "nextn.hnorm", "nextn.shared_head_norm",
-)  # fmt: skip
+MODEL_ROLES = quantizable_roles("model")
+LAYER_ROLES = quantizable_roles("layer", "dense", "moe")
+MTP_ROLES = tuple(f"nextn.{role}" for role in quantizable_roles("layer", "dense", "mtp"))  # MTP blocks have no experts
+FLOAT32_ROLES = tuple(TensorName(rule.name).stem for rule in TENSORS if not rule.is_quantizable)
 ROLES = (*MODEL_ROLES, *LAYER_ROLES, *MTP_ROLES)
 
 # Where a rule applies: a role in a layer, or outside the trunk's layers (None).

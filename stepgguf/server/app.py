@@ -1,52 +1,56 @@
-"""The application: which routes there are, and what stands before them."""
+"""The application: which dialects and routes there are, and what stands before them.
+
+Plain ASGI layers: Starlette's BaseHTTPMiddleware would come between a stream and the news that its reader has gone.
+
+    TraceRequests          an id, a log line and a count for every request; whatever was begun for it ends with it
+     [CORSMiddleware]      Starlette's; answers preflights, so before the key is asked for
+      AnswerErrors         what anything inside raises becomes a body
+       HostCheck           the names this server goes by
+        [KeyCheck]         the API key
+         ContentTypeCheck  what a web page of somebody else could send
+          SizeLimit        how large a body may be, and how slow
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import FileResponse
-from starlette.staticfiles import StaticFiles
 
 from stepgguf import __version__
 from stepgguf.chat.exchange import ChatModel
 from stepgguf.server.body.unknown_fields import UnknownFields
 from stepgguf.server.config import ServerConfig
-from stepgguf.server.dialects.chat_completions import route as chat_completions
-from stepgguf.server.dialects.completions import route as completions
-from stepgguf.server.dialects.messages import route as messages
-from stepgguf.server.dialects.responses import route as responses
-from stepgguf.server.dialects.responses.store import Answers
+from stepgguf.server.dialects.chat_completions.route import CHAT_COMPLETIONS
+from stepgguf.server.dialects.completions.route import COMPLETIONS
+from stepgguf.server.dialects.dialect import ErrorForm
+from stepgguf.server.dialects.messages.route import MESSAGES
+from stepgguf.server.dialects.openai_errors import OPENAI_ERRORS
+from stepgguf.server.dialects.responses.route import RESPONSES
+from stepgguf.server.dialects.responses.store import AnswerStore
 from stepgguf.server.metrics import Metrics
-from stepgguf.server.middleware import guard
-from stepgguf.server.problem import AnthropicError, OpenAIError, Refusal
-from stepgguf.server.routes import missing as astray
-from stepgguf.server.routes import models
-from stepgguf.server.routes import tokenizer as tokens
+from stepgguf.server.middleware.access import HostCheck, KeyCheck
+from stepgguf.server.middleware.bodies import ContentTypeCheck, SizeLimit
+from stepgguf.server.middleware.errors import AnswerErrors
+from stepgguf.server.middleware.trace import TraceRequests
+from stepgguf.server.problem import Refusal
+from stepgguf.server.routes import health, missing, models, page, tokenizer
 from stepgguf.server.service import Service, now
 
-STATIC = Path(__file__).parent / "static"
-OPENAI_ROUTERS = tuple(module.router for module in (chat_completions, completions, responses, models, tokens))
-PATHS = tuple(route.path for router in (*OPENAI_ROUTERS, messages.router) for route in router.routes)
-# The pages load nothing from elsewhere and run nothing but the files in static/.
-PAGE_HEADERS = {
-    "content-security-policy": "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'",
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cache-control": "no-cache",  # kept, and asked for again by its ETag: a new version comes as a whole
-}
+DIALECTS = (CHAT_COMPLETIONS, COMPLETIONS, RESPONSES, MESSAGES)
+ROUTERS = (*(dialect.router for dialect in DIALECTS), models.router, tokenizer.router, health.router)
+PATHS = tuple(route.path for router in ROUTERS for route in router.routes if isinstance(route, APIRoute))
 
 
 def create_app(chat: ChatModel, config: ServerConfig) -> FastAPI:
     """One model behind all dialects. The caller closes the engine."""
     metrics = Metrics(chat.engine)
-    app = FastAPI(
+    app = _Application(
         title="stepgguf",
         version=__version__,
         summary=f"{chat.engine.info.name}, in the dialects of OpenAI and Anthropic",
@@ -55,40 +59,36 @@ def create_app(chat: ChatModel, config: ServerConfig) -> FastAPI:
         middleware=_middleware(config, metrics),
     )
     app.state.service = Service(chat, config, metrics, now(), UnknownFields(strict=config.strict))
-    app.state.answers = Answers(config)
-    for kind in (HTTPException, RequestValidationError):
-        app.add_exception_handler(kind, _leave_to_guard)
-    for router in OPENAI_ROUTERS:
-        app.include_router(router, responses=_errors(OpenAIError))
-    app.include_router(messages.router, responses=_errors(AnthropicError))
-    _add_page(app, "/", STATIC / "index.html")
-    _add_page(app, "/docs", STATIC / "docs.html")
-    app.mount(guard.STATIC, _Static(directory=STATIC))
+    app.state.answers = AnswerStore(config)
+    for error_class in (HTTPException, RequestValidationError):
+        app.add_exception_handler(error_class, _leave_to_middleware)
+    for router in ROUTERS:
+        app.include_router(router)
+    page.add_page(app)
     return app
 
 
-def _errors(model: object) -> dict[int | str, dict[str, Any]]:
-    """For the OpenAPI document: every answer that is not a success has this form."""
-    return {"default": {"model": model, "description": "What is wrong, and with which field."}}
+class _Application(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        """Without the 422 that FastAPI adds to every route with parameters: here it is a 400, which the routes name."""
+        document = super().openapi()
+        for operations in document["paths"].values():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            document["components"]["schemas"].pop(name, None)
+        return document
 
 
-class _Static(StaticFiles):
-    def file_response(self, *args: Any, **kwargs: Any) -> Response:
-        response = super().file_response(*args, **kwargs)
-        response.headers.update(PAGE_HEADERS)
-        return response
-
-
-def _add_page(app: FastAPI, path: str, file: Path) -> None:
-    async def page() -> FileResponse:
-        return FileResponse(file, headers=PAGE_HEADERS)
-
-    app.get(path, include_in_schema=False)(page)
+def _error_form(path: str) -> ErrorForm:
+    """That of the dialect below whose prefix the path is, also where it has no route; elsewhere OpenAI's."""
+    owners = (dialect for dialect in DIALECTS if path.startswith(dialect.router.prefix))
+    return next((dialect.error_form for dialect in owners), OPENAI_ERRORS)
 
 
 def _middleware(config: ServerConfig, metrics: Metrics) -> list[Middleware]:
-    """Outermost first; see guard.py."""
-    layers = [Middleware(guard.Trace, metrics=metrics)]
+    """Outermost first."""
+    layers = [Middleware(TraceRequests, metrics=metrics)]
     if config.cors_origins:
         layers.append(
             Middleware(
@@ -99,16 +99,16 @@ def _middleware(config: ServerConfig, metrics: Metrics) -> list[Middleware]:
                 expose_headers=["x-request-id"],
             )
         )
-    layers += [Middleware(guard.Errors), Middleware(guard.Host, config=config)]
+    layers += [Middleware(AnswerErrors, error_form=_error_form), Middleware(HostCheck, config=config)]
     if config.api_key is not None:
-        layers.append(Middleware(guard.Key, key=config.api_key))
-    return [*layers, Middleware(guard.Form), Middleware(guard.Size, config=config)]
+        layers.append(Middleware(KeyCheck, key=config.api_key))
+    return [*layers, Middleware(ContentTypeCheck), Middleware(SizeLimit, config=config)]
 
 
-async def _leave_to_guard(request: Request, error: Exception) -> Response:
-    """FastAPI's own handlers would answer in its own form."""
+async def _leave_to_middleware(request: Request, error: Exception) -> Response:
+    """FastAPI's own handlers would answer in its own form; AnswerErrors has the dialect's."""
     if isinstance(error, HTTPException) and error.status_code in (404, 405) and not isinstance(error, Refusal):
         asked = f"{request.method} {request.url.path}"
-        advice = astray.advice(request.url.path, str(request.base_url), PATHS)
+        advice = missing.address_advice(request.url.path, str(request.base_url), PATHS)
         raise Refusal(error.status_code, f"there is no {asked}; {advice}", headers=error.headers)
     raise error

@@ -3,10 +3,10 @@
     engine thread --sink--> call_soon_threadsafe --> backlog --> parts()
 
 `start` submits and raises what submit raises, so that a status can still be chosen. When its request is over, for
-whatever reason, guard.Trace cancels it: that frees the slots within one decode. (A generator's own `finally` is not
-enough: one that was never started has none, and one inside another is closed when the garbage collector comes by.) Only
-what responses_store.py owns goes on. A reader that lags gets what came meanwhile in one part; one that lags too far is
-given up, so that nobody can make the server hold his text.
+whatever reason, middleware/trace.py cancels it: that frees the slots within one decode. (A generator's own `finally` is
+not enough: one that was never started has none, and one inside another is closed when the garbage collector comes by.)
+Only what the store of the Responses dialect owns goes on. A reader that lags gets what came meanwhile in one part; one
+that lags too far is given up, so that nobody can make the server hold his text.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -28,36 +28,40 @@ from stepgguf.chat.exchange import PreparedRequest, Reply
 from stepgguf.chat.output import Delta
 from stepgguf.errors import RequestError
 from stepgguf.runtime.engine import Engine, Event, Finished, Ticket, Tokens
-from stepgguf.server.http.sse import left
+from stepgguf.server.http.disconnect import on_disconnect
 
 MOST_WAITING = 16384  # events; a token each, or some with MTP
 
 
-class Watch(Protocol):
+class GenerationWatch(Protocol):
     """Is told what happens, on the event loop, also after the reader has gone."""
 
-    def first_token(self, seconds: float) -> None: ...
-    def finished(self, finished: Finished) -> None: ...
+    def on_first_token(self, seconds: float) -> None:
+        """The first token of an answer has come, so long after its request was submitted."""
+
+    def on_finished(self, finished: Finished) -> None:
+        """An answer has ended, well or not."""
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """What came for one of the answers. finish_reason: with its last part, which may have no deltas."""
+class AnswerPart:
+    """What came for the answer with this index. Its last part has a finish_reason, and may have no deltas."""
 
     index: int
     deltas: list[Delta]
     finish_reason: str | None
 
 
-class Exchange:
-    """Several answers that are made at the same time; usually one. `replies` are theirs, in order."""
+class Generation:
+    """The answers that the engine makes for one HTTP request: usually one, several at the same time for `n` or a list
+    of prompts. `prepared` and `replies` are theirs, in order. `n_generated` counts their tokens so far."""
 
-    def __init__(self, prepared: Sequence[PreparedRequest], watch: Watch) -> None:
+    def __init__(self, prepared: Sequence[PreparedRequest], watch: GenerationWatch) -> None:
         self.prepared = tuple(prepared)
         self.replies = [Reply(p) for p in prepared]
         self.n_generated = 0
         self._watch = watch
-        self._loop = asyncio.get_running_loop()
+        self._loop = asyncio.get_running_loop()  # the engine's thread has none to ask
         self._started = time.monotonic()
         self._first = [True] * len(prepared)
         self._backlog: deque[tuple[int, Event]] = deque()
@@ -66,72 +70,66 @@ class Exchange:
         self._overrun = False
 
     @classmethod
-    async def start(cls, engine: Engine, prepared: Sequence[PreparedRequest], watch: Watch) -> Exchange:
+    async def start(cls, engine: Engine, prepared: Sequence[PreparedRequest], watch: GenerationWatch) -> Generation:
         """Submit all or none. Compiling a grammar takes time: it is done off the event loop."""
-        exchange = cls(prepared, watch)
-        await run_in_threadpool(exchange._submit, engine)
-        return exchange
+        generation = cls(prepared, watch)
+        await run_in_threadpool(generation._submit, engine)
+        return generation
 
     @property
     def n_prompt(self) -> int:
+        """Tokens of all prompts, each prompt once however many answers it has."""
         return sum(len(prompt) for prompt in {p.request.prompt for p in self.prepared})
 
     @property
     def warnings(self) -> list[str]:
+        """What the log should say of the model's output so far."""
         return [warning for reply in self.replies for warning in reply.warnings]
 
-    @property
-    def unfinished(self) -> list[int]:
-        """Answers that have not come to a good end."""
-        return [i for i, reply in enumerate(self.replies) if reply.finished is None or reply.finished.error]
-
-    @property
-    def reply(self) -> Reply:
-        """The only one."""
-        (reply,) = self.replies
-        return reply
-
-    async def parts(self) -> AsyncGenerator[Part, None]:
-        """Everything that comes, until all have finished. An answer that ends in an error raises that error."""
+    async def parts(self) -> AsyncGenerator[AnswerPart, None]:
+        """Everything that comes, until all answers have finished. One that ends in an error raises that error, after
+        what came before it. RequestError: the reader lags too far behind."""
         while any(reply.finished is None for reply in self.replies):
             await self._arrived.wait()
-            self._arrived.clear()
+            self._arrived.clear()  # before the backlog is taken: what comes from here on sets it again
             arrived, self._backlog = self._backlog, deque()
             for index in range(len(self.replies)):
-                part = self._read(index, [event for i, event in arrived if i == index])
+                part = self._read_events(index, [event for i, event in arrived if i == index])
                 if part.deltas or part.finish_reason:
                     yield part
                 self._raise_error(index)
             if self._overrun:
                 raise RequestError(f"the client lags by more than {MOST_WAITING} events", hint="Read faster.")
 
-    async def whole(self, request: Request) -> list[list[Delta]]:
-        """All deltas of every answer. If the client leaves, what came until then."""
+    async def whole_answers(self, request: Request) -> list[list[Delta]]:
+        """All deltas of every answer, in order. If the client leaves, what came until then."""
         collected: list[list[Delta]] = [[] for _ in self.replies]
-        async with calling(self.cancel, request):
+        async with on_disconnect(request.receive, self.cancel):
             async for part in self.parts():
                 collected[part.index] += part.deltas
-        return [join(reply.settle(deltas)) for reply, deltas in zip(self.replies, collected, strict=True)]
+        return [join_neighbours(reply.settle(deltas)) for reply, deltas in zip(self.replies, collected, strict=True)]
 
     def cancel(self) -> None:
+        """End all answers within one decode. May be called again, and after the end."""
         for ticket in self._tickets:
             ticket.cancel()
 
     def end_reasoning(self) -> None:
+        """Close the reasoning of all answers, so that the answers themselves begin."""
         for ticket in self._tickets:
             ticket.end_reasoning()
 
-    def _read(self, index: int, events: Sequence[Event]) -> Part:
+    def _read_events(self, index: int, events: Sequence[Event]) -> AnswerPart:
         reply = self.replies[index]
-        deltas = join([delta for event in events for delta in reply.feed(event)])
-        if reply.stopped is not None:
+        deltas = join_neighbours([delta for event in events for delta in reply.feed(event)])
+        if reply.stopped is not None:  # a stop text: the engine knows nothing of it and would go on
             self._tickets[index].cancel()
         if reply.finished is None or reply.finished.error is not None or not events:
-            return Part(index, deltas, None)
-        return Part(index, deltas, reply.finish_reason)
+            return AnswerPart(index, deltas, None)
+        return AnswerPart(index, deltas, reply.finish_reason)
 
     def _raise_error(self, index: int) -> None:
-        """After what came before it was handed out."""
+        """Called when what came before the error has been handed out."""
         finished = self.replies[index].finished
         if finished is not None and finished.error is not None:
             raise finished.error
@@ -141,10 +139,11 @@ class Exchange:
             for index, prepared in enumerate(self.prepared):
                 self._tickets.append(engine.submit(prepared.request, partial(self._sink, index)))
         except BaseException:
-            self.cancel()
+            self.cancel()  # those before the one that was refused run already
             raise
 
     def _sink(self, index: int, event: Event) -> None:
+        """Called on the engine's thread."""
         with suppress(RuntimeError):  # the loop is closed: the server has ended
             self._loop.call_soon_threadsafe(self._arrive, index, event)
 
@@ -153,21 +152,21 @@ class Exchange:
             self.n_generated += len(event.steps)
             if self._first[index]:
                 self._first[index] = False
-                self._watch.first_token(time.monotonic() - self._started)
+                self._watch.on_first_token(time.monotonic() - self._started)
         elif isinstance(event, Finished):
-            self._watch.finished(event)
+            self._watch.on_finished(event)
         else:
-            return
+            return  # Queued and Prefill: no dialect says how far the prompt is read
         if len(self._backlog) >= MOST_WAITING and not self._overrun:
             self._overrun = True
-            self.cancel()
-        if not self._overrun or isinstance(event, Finished):
+            self.cancel()  # nothing more is made for a reader who does not read
+        if not self._overrun or isinstance(event, Finished):  # the end is needed: it is what parts() waits for
             self._backlog.append((index, event))
         self._arrived.set()
 
 
-def join(deltas: Sequence[Delta]) -> list[Delta]:
-    """Neighbours that go on from each other become one. A call's name is always its own."""
+def join_neighbours(deltas: Sequence[Delta]) -> list[Delta]:
+    """Neighbours of one kind and index become one delta. The name of a call is always a delta of its own."""
     joined: list[Delta] = []
     for (kind, index), run in groupby(deltas, lambda delta: (delta.kind, delta.index)):
         same = list(run)
@@ -177,19 +176,3 @@ def join(deltas: Sequence[Delta]) -> list[Delta]:
             steps = tuple(step for delta in same for step in delta.steps)
             joined.append(Delta(kind, "".join(delta.text for delta in same), index, steps))
     return joined
-
-
-@asynccontextmanager
-async def calling(cancel: Callable[[], None], request: Request) -> AsyncGenerator[None, None]:
-    """Call `cancel` when the client leaves."""
-
-    async def watch() -> None:
-        await left(request.receive)
-        cancel()
-
-    watching = asyncio.create_task(watch())
-    try:
-        yield
-    finally:
-        watching.cancel()
-        await asyncio.gather(watching, return_exceptions=True)

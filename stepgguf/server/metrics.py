@@ -15,7 +15,7 @@ PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5,
 
 
 class Metrics:
-    """Is told about requests, and is a `stream.Watch`."""
+    """Is told about requests, and is a `GenerationWatch`."""
 
     def __init__(self, engine: Engine) -> None:
         self._registry = registry = CollectorRegistry()
@@ -39,18 +39,19 @@ class Metrics:
             registry=registry,
         )
 
-    def answered(self, method: str, route: str, status: int) -> None:
+    def count_request(self, method: str, route: str, status: int) -> None:
         self._requests.labels(method, route, str(status)).inc()
 
-    def first_token(self, seconds: float) -> None:
+    def on_first_token(self, seconds: float) -> None:
         self._first_token.observe(seconds)
 
-    def finished(self, finished: Finished) -> None:
+    def on_finished(self, finished: Finished) -> None:
         self._answers.labels(finished.reason).inc()
         if finished.timings.n_generated > 1:
             self._per_token.observe(finished.timings.generation_seconds / (finished.timings.n_generated - 1))
 
     def text(self) -> bytes:
+        """All counters, in Prometheus' text format."""
         return generate_latest(self._registry)
 
 

@@ -16,23 +16,33 @@ from stepgguf.chat.request import ChatRequest
 from stepgguf.runtime.engine import Engine
 from stepgguf.server.body.unknown_fields import UnknownFields
 from stepgguf.server.config import ServerConfig
-from stepgguf.server.generation import Exchange
+from stepgguf.server.generation import Generation
 from stepgguf.server.metrics import Metrics
 from stepgguf.server.problem import Refusal
 
 LONGEST_ID = 256
 
 
-class Asks(Protocol):
-    """A body that asks for an answer, in whatever dialect."""
+class ChatRequestBody(Protocol):
+    """The body of a request for an answer, in whatever dialect."""
 
     def chat_request(self, service: Service) -> ChatRequest:
-        """RequestError: the fields do not go together."""
+        """What it asks the model. RequestError: the fields do not go together."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerHead:
+    """What an answer and all its chunks say first. created: seconds since the epoch."""
+
+    trace_id: str
+    created: int
+    model: str
+    fingerprint: str
 
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """started: seconds since the epoch."""
+    """started: when the server was, in seconds since the epoch. unknown: what becomes of fields that are not known."""
 
     chat: ChatModel
     config: ServerConfig
@@ -46,15 +56,16 @@ class Service:
 
     @property
     def fingerprint(self) -> str:
+        """What OpenAI calls system_fingerprint: the versions of what made an answer."""
         return f"stepgguf-{__version__}-{self.engine.info.engine.replace(' ', '-')}"
 
-    def model(self, asked: str | None) -> str:
+    def model_id(self, asked: str | None) -> str:
         """The id to answer under: the one that was asked for. One model is served, so any id means it; a strict server
         answers 404 to one that is none of its own."""
         known = self.config.known_ids
         if not asked:
             return known[0]
-        strange = self.config.strict and _plain(asked) not in map(_plain, known)
+        strange = self.config.strict and _comparable_id(asked) not in map(_comparable_id, known)
         if strange or len(asked) > LONGEST_ID:  # it is in every chunk of a stream
             raise Refusal(
                 404,
@@ -64,43 +75,48 @@ class Service:
             )
         return asked
 
-    async def prepare(self, body: Asks) -> PreparedRequest:
+    def answer_head(self, request: Request, asked: str | None) -> AnswerHead:
+        """For an answer that begins now, under the id that was asked for. Refusal: see `model_id`."""
+        return AnswerHead(trace_id(request), now(), self.model_id(asked), self.fingerprint)
+
+    async def prepare(self, body: ChatRequestBody) -> PreparedRequest:
         """Rendering and tokenizing a long conversation and building a grammar take time: off the event loop."""
         return await run_in_threadpool(lambda: self.chat.prepare(body.chat_request(self)))
 
-    async def count(self, body: Asks) -> int:
-        """Tokens of the prompt."""
+    async def count_prompt(self, body: ChatRequestBody) -> int:
+        """How many tokens the prompt of such a request has."""
         prompt, _ = await run_in_threadpool(lambda: self.chat.render_prompt(body.chat_request(self)))
         return len(prompt)
 
-    async def start(self, prepared: Sequence[PreparedRequest], request: Request) -> Exchange:
-        """Submit. From here on tokens are made, unless this raises."""
-        exchange = await Exchange.start(self.engine, prepared, self.metrics)
-        request.state.exchange = exchange  # for the log
-        return exchange
+    async def start_generation(self, prepared: Sequence[PreparedRequest], request: Request) -> Generation:
+        """Submit what was prepared. From here on tokens are made, unless this raises."""
+        generation = await Generation.start(self.engine, prepared, self.metrics)
+        request.state.generation = generation  # TraceRequests cancels it when the request is over, and logs its counts
+        return generation
 
 
-def _plain(id: str) -> str:
-    """As ids are compared: capitals and the file's ending do not matter."""
+def _comparable_id(id: str) -> str:
+    """An id as it is compared: capitals and the file's ending do not matter."""
     return id.casefold().removesuffix(".gguf")
 
 
-def copies(prepared: PreparedRequest, n: int) -> list[PreparedRequest]:
+def copies_of(prepared: PreparedRequest, n: int) -> list[PreparedRequest]:
     """n answers to one prompt, which the engine reads once. With a seed each gets its own, the first the given one."""
     request, seed = prepared.request, prepared.request.sampling.seed
     if seed is None:
         return [prepared] * n
-    samplings = [replace(request.sampling, seed=seed + i) for i in range(n)]
+    samplings = [replace(request.sampling, seed=seed + i) for i in range(n)]  # one seed would give n equal answers
     return [replace(prepared, request=replace(request, sampling=sampling)) for sampling in samplings]
 
 
-def trace(request: Request) -> str:
+def trace_id(request: Request) -> str:
     """The id of this request: in its answer's header and body, and in the log."""
     value: str = request.state.trace
     return value
 
 
 def now() -> int:
+    """Seconds since the epoch, as all dialects count."""
     return int(time.time())
 
 

@@ -1,4 +1,4 @@
-"""From a request to an engine's, and back: thinking that somebody else closes, and answers that are cut."""
+"""From a request to an engine's, and back: reasoning that somebody else closes, and answers that are cut."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def steps(chat: ChatModel, prepared: PreparedRequest) -> tuple[Step, ...]:
     return tuple(s for e in Stream(chat.engine, prepared.request) if isinstance(e, Tokens) for s in e.steps)
 
 
-# thinking ------------------------------------------------------------------------------------------------------------
+# reasoning -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_thinking_that_is_cut_ends_with_the_closing_words(chat: ChatModel) -> None:
+def test_a_reasoning_that_is_cut_ends_with_the_closing_words(chat: ChatModel) -> None:
     tokens = chat.prepare(request(reasoning_budget=0)).request
     text = b"".join(map(chat.engine.piece, tokens.prompt)).decode()
     assert text.endswith(f"<|im_start|>assistant\n<think>\n{CLOSING_WORDS}\n</think>\n")
@@ -64,7 +64,7 @@ def test_a_thinking_that_is_cut_ends_with_the_closing_words(chat: ChatModel) -> 
 
 
 @pytest.mark.parametrize("budget", [0, 1, 4, 15])
-def test_what_opens_and_closes_thinking_is_no_text_after_a_cut(chat: ChatModel, budget: int) -> None:
+def test_what_opens_and_closes_reasoning_is_no_text_after_a_cut(chat: ChatModel, budget: int) -> None:
     markers = {chat.markers.start_of_reasoning, chat.markers.end_of_reasoning}
     for seed in range(6):
         prepared = chat.prepare(request(sampling=Sampling(seed=seed), reasoning_budget=budget, max_tokens=80))
@@ -88,7 +88,7 @@ def test_the_closing_words_and_an_answer_find_room_in_max_tokens(chat: ChatModel
 @pytest.mark.parametrize(
     ("ending", "place"), [("", "start"), ("<think>", "reasoning"), ("<think>\\n\\n</think>\\n\\n", "answer")]
 )
-def test_a_template_may_leave_the_thinking_to_the_model_or_close_it(
+def test_a_template_may_leave_the_reasoning_to_the_model_or_close_it(
     demo_gguf: Path, tmp_path: Path, ending: str, place: str
 ) -> None:
     path = Path(shutil.copy(demo_gguf, tmp_path))

@@ -157,7 +157,7 @@ def test_tokens_of_a_call_count_as_text_and_have_no_place_in_it() -> None:
 
 
 @given(CUTS)
-def test_a_call_in_the_thinking_ends_it(cuts: list[int]) -> None:
+def test_a_call_in_the_reasoning_ends_it(cuts: list[int]) -> None:
     answer = run(f"Let me\n⟨call⟩{ADD}⟨/call⟩", cuts)
     assert (answer.reasoning, answer.text) == ("Let me", "")
     assert json.loads(answer.calls[0][1]) == ADDED
@@ -181,13 +181,13 @@ def test_reasoning_that_never_ends_is_all_there() -> None:
     assert run("so\n\n", [1]).reasoning == "so\n\n"
 
 
-def test_without_thinking_everything_is_text() -> None:
+def test_without_reasoning_everything_is_text() -> None:
     answer = run("\n <think> x </think>\n", [1, 3], in_reasoning=False)
     assert (answer.text, answer.reasoning) == ("\n <think> x </think>\n", "")
 
 
 @given(CUTS)
-def test_thinking_that_the_model_opens_itself_is_split_off(cuts: list[int]) -> None:
+def test_reasoning_that_the_model_opens_itself_is_split_off(cuts: list[int]) -> None:
     for opening in ("⟨think⟩\n", "⟨think⟩", "\n \n⟨think⟩\n"):
         answer = run(f"{opening}why é\n⟨end⟩\nbecause ⟨think⟩", cuts, in_reasoning=False)
         assert (answer.reasoning, answer.text) == ("why é", "because <think>")
@@ -196,7 +196,7 @@ def test_thinking_that_the_model_opens_itself_is_split_off(cuts: list[int]) -> N
 
 
 @given(CUTS)
-def test_only_the_start_of_an_answer_opens_thinking(cuts: list[int]) -> None:
+def test_only_the_start_of_an_answer_opens_reasoning(cuts: list[int]) -> None:
     answer = run("So ⟨think⟩ it is\n", cuts, in_reasoning=False)
     assert (answer.reasoning, answer.text) == ("", "So <think> it is\n")
     assert run("why⟨end⟩\n⟨think⟩ x", cuts).text == "<think> x"
@@ -211,7 +211,7 @@ def settled(script: str, cuts: list[int], *, in_reasoning: bool = True) -> tuple
 
 
 @given(CUTS, st.booleans())
-def test_an_end_of_thinking_in_the_answer_is_never_text(cuts: list[int], in_reasoning: bool) -> None:
+def test_an_end_of_reasoning_in_the_answer_is_never_text(cuts: list[int], in_reasoning: bool) -> None:
     start = "so⟨end⟩\n" if in_reasoning else ""
     script = f"{start}No, é wait\n⟨end⟩\n3 r's\n⟨end⟩⟨end⟩\nor 4"
     answer = run(script, cuts, in_reasoning=in_reasoning)
@@ -225,7 +225,7 @@ def test_an_end_of_thinking_in_the_answer_is_never_text(cuts: list[int], in_reas
 
 
 @given(CUTS)
-def test_an_answer_that_ends_with_an_end_of_thinking_is_an_answer(cuts: list[int]) -> None:
+def test_an_answer_that_ends_with_an_end_of_reasoning_is_an_answer(cuts: list[int]) -> None:
     assert settled("why⟨end⟩\n3 r's⟨end⟩", cuts) == ("why", "3 r's")
     assert settled(f"why⟨end⟩\nI call⟨call⟩{ADD}⟨/call⟩⟨end⟩\nDone", cuts) == ("why", "I callDone")
 

@@ -105,7 +105,7 @@ def by_hand(
     values: NDArray[np.float32], kind: GGMLQuantizationType, rows: NDArray[np.float32] | None, shares: list[float]
 ) -> tuple[float, float]:
     """Energy and relative error over all rows: ggml's encoder, gguf-py's decoder, float64."""
-    library = ggml.load()
+    library = ggml.load_library()
     assert library is not None
     energy = lost = 0.0
     for expert, x in enumerate(values):

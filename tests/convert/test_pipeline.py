@@ -59,10 +59,10 @@ def test_a_unit_takes_no_more_memory_than_is_promised(stored: str, made: str, so
     source = sources[stored]
     maker = UnitMaker(source)
     for tensor, unit in units(source, made):
-        maker.make(tensor, unit)  # kernels are loaded, tables are made
+        maker.make_unit(tensor, unit)  # kernels are loaded, tables are made
         gc.collect()
         tracemalloc.start()
-        out, _ = maker.make(tensor, unit)
+        out, _ = maker.make_unit(tensor, unit)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         promised = tensor.unit_memory
@@ -84,10 +84,10 @@ def test_each_stored_byte_is_read_once(stored: str, made: str, sources: dict[str
     maker = UnitMaker(source)
     for tensor, unit in units(source, made):
         assert tensor.source is not None
-        maker.make(tensor, unit)
+        maker.make_unit(tensor, unit)
         n_stored = source.raw(tensor.source, unit.start, unit.stop).nbytes
         before, noise = read_bytes(), len(Path("/proc/self/io").read_bytes())
-        maker.make(tensor, unit)
+        maker.make_unit(tensor, unit)
         assert n_stored <= read_bytes() - before < n_stored + 4 * noise + 1024, tensor
 
 
@@ -97,7 +97,7 @@ def test_a_copy_is_a_copy_and_needs_less(sources: dict[str, TensorSource]) -> No
         for tensor, unit in units(source, made):
             assert tensor.source is not None
             assert isinstance(tensor.action, Copy)
-            copied = UnitMaker(source).make(tensor, unit)[0]
+            copied = UnitMaker(source).make_unit(tensor, unit)[0]
             assert copied.tobytes() == source.raw(tensor.source, unit.start, unit.stop).tobytes()
             other = tensor.as_type(GGMLQuantizationType["F16"], None)
             assert tensor.unit_memory < other.unit_memory

@@ -105,7 +105,7 @@ class GrammarWalk:
 
 
 def constrained(format: AnswerFormat | None = None, *tools: Tool, **others: Any) -> Grammar:
-    """As it holds after the thinking."""
+    """The grammar of an answer, as it holds after the reasoning."""
     options: dict[str, Any] = {"choice": ToolChoice(), "parallel": True, "in_reasoning": True, **others}
     grammar = constrain_answer(MARKERS, format=format, tools=tools, **options)
     assert grammar is not None

@@ -72,7 +72,7 @@ def test_no_dataset_is_read_back_as_none(tmp_path: Path) -> None:
 
 def write_with_ggml(imatrix: Imatrix, path: Path) -> None:
     """save_imatrix of llama.cpp's tools/imatrix/imatrix.cpp, call by call, with ggml's own library."""
-    library = ggml.load()
+    library = ggml.load_library()
     assert library is not None
     lib, p, s = ctypes.CDLL(str(library.path)), ctypes.c_void_p, ctypes.c_char_p
 

@@ -35,7 +35,7 @@ def encode(kind: T, values: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
 @pytest.mark.parametrize("name", BOTH)
 def test_ggml_and_gguf_py_encode_the_same_bytes(name: str) -> None:
     kind, values = T[name], rows()
-    assert ggml.load() is not None
+    assert ggml.load_library() is not None
     theirs = gguf.quants.quantize(values, kind).view(np.uint8).reshape(len(values), -1)
     np.testing.assert_array_equal(encode(kind, values), theirs)
 
@@ -44,7 +44,7 @@ def test_ggml_and_gguf_py_encode_the_same_bytes(name: str) -> None:
 def test_without_the_library_the_bytes_are_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kind, values = T[name], rows(1)
     with_library = encode(kind, values)
-    monkeypatch.setattr(ggml, "load", lambda: None)
+    monkeypatch.setattr(ggml, "load_library", lambda: None)
     np.testing.assert_array_equal(encode(kind, values), with_library)
 
 
@@ -56,7 +56,7 @@ def test_decoding_is_ggmls_bit_for_bit(name: str) -> None:
     assert choose_kernel(kind, weighted=True).encode(values, data, importance)
     ours, theirs = np.empty((2, *values.shape), np.float32)
     decoder_for(kind).decode(data, ours)
-    library = ggml.load()
+    library = ggml.load_library()
     assert library is not None
     if kind == T.F32:
         theirs[:] = values
@@ -107,7 +107,7 @@ def test_types_that_abort_the_process_are_refused() -> None:
 
 
 def test_types_that_only_the_library_encodes_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ggml, "load", lambda: None)
+    monkeypatch.setattr(ggml, "load_library", lambda: None)
     choose_kernel(T.Q4_K, weighted=False)
     with pytest.raises(QuantError, match="IQ1_M is encoded by ggml's library") as caught:
         choose_kernel(T.IQ1_M, weighted=False)

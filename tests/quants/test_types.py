@@ -25,7 +25,7 @@ def test_every_type_that_a_mixture_starts_from_has_a_row() -> None:
 
 @by_name
 def test_ggml_aborts_without_an_imatrix_where_the_table_says_so(row: QuantType) -> None:
-    library = ggml.load()
+    library = ggml.load_library()
     assert library is not None
     requires = ctypes.CDLL(str(library.path)).ggml_quantize_requires_imatrix
     requires.restype = ctypes.c_bool

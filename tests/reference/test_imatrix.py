@@ -65,7 +65,7 @@ class LlamaCollector:
     """Sums over the products of llama.cpp's graph, in float64."""
 
     def __init__(self) -> None:
-        library = ctypes.CDLL(str(ggml.load().path))
+        library = ctypes.CDLL(str(ggml.load_library().path))
         library.ggml_op_name.restype = ctypes.c_char_p
         self.op_name = library.ggml_op_name
         self.sums: dict[str, NDArray[np.float64]] = {}

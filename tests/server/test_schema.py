@@ -50,9 +50,11 @@ def test_it_lists_the_routes_and_how_they_refuse(document: dict[str, Any]) -> No
     for path, verbs in document["paths"].items():
         error = "AnthropicError" if path.startswith("/v1/messages") else "OpenAIError"
         for verb in verbs.values():
-            assert "422" not in verb["responses"]
-            content = verb["responses"]["default"]["content"]
-            assert content["application/json"]["schema"] == {"$ref": f"#/components/schemas/{error}"}
+            assert not {"422", "default"} & set(verb["responses"]), "each status is named, so that another is a failure"
+            refusals = {status: answer for status, answer in verb["responses"].items() if status != "200"}
+            assert {"401", "403", "500"} <= set(refusals)
+            for answer in refusals.values():
+                assert answer["content"]["application/json"]["schema"] == {"$ref": f"#/components/schemas/{error}"}
 
 
 def test_fields_stand_in_the_order_of_their_use(document: dict[str, Any]) -> None:
@@ -62,8 +64,8 @@ def test_fields_stand_in_the_order_of_their_use(document: dict[str, Any]) -> Non
     order = ["max_tokens", "tools", "temperature", "reasoning_effort", "response_format", "user", "store"]
     assert sorted(order, key=chat.index) == order
     assert list(schemas["CompletionBody"]["properties"])[:3] == ["model", "prompt", "stream"]
-    assert list(schemas["ResponseBody"]["properties"])[:2] == ["model", "input"]
-    assert list(schemas["Create"]["properties"])[:3] == ["messages", "model", "max_tokens"]
+    assert list(schemas["ResponsesBody"]["properties"])[:2] == ["model", "input"]
+    assert list(schemas["MessagesBody"]["properties"])[:3] == ["messages", "model", "max_tokens"]
 
 
 def test_every_field_that_has_no_effect_says_why(document: dict[str, Any]) -> None:

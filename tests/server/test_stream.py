@@ -17,7 +17,7 @@ from stepgguf.chat.exchange import ChatModel, PreparedRequest
 from stepgguf.errors import EngineDied, RequestError
 from stepgguf.runtime.engine import Request
 from stepgguf.server.config import ServerConfig
-from stepgguf.server.generation import Exchange
+from stepgguf.server.generation import Generation
 from stepgguf.server.metrics import Metrics
 from tests.scripted_engine import ScriptedEngine
 from tests.server.conftest import Serve, Server, running
@@ -159,10 +159,10 @@ def test_a_reader_that_lags_too_far_is_given_up(chat_model: ChatModel, monkeypat
 
     async def lag() -> None:
         nonlocal n_read
-        exchange = await Exchange.start(engine, [prepared], Metrics(engine))
+        generation = await Generation.start(engine, [prepared], Metrics(engine))
         while engine.stats().n_running + engine.stats().n_queued:
             await asyncio.sleep(0.01)
-        async for part in exchange.parts():
+        async for part in generation.parts():
             n_read += sum(len(delta.steps) for delta in part.deltas)
 
     with pytest.raises(RequestError, match="lags"):

@@ -41,6 +41,7 @@ def mentioned_files(question: str) -> list[str]:
     """Return the names of files that a question mentions as @path or @"a path". Other @words are words."""
     names = []
     for match in _MENTION.finditer(question):
+        # first as it is written, then without what may be the sentence's punctuation
         for name in (match[1] or match[2], (match[2] or "").rstrip(_TRAILING)):
             if name and os.path.isfile(os.path.expanduser(name)):  # pathlib's raise for "~nobody" and long names
                 names.append(name)
@@ -55,6 +56,7 @@ def completions(text: str, words: Callable[[str], Iterable[str]]) -> Iterator[tu
     """
     if mention := _PARTIAL.search(text):
         for path in _paths(mention[2]):
+            # no closing quote yet: it may be a folder
             quoted = f'"{path}' if mention[1] or " " in path else path
             yield quoted, len(mention[1] + mention[2])
         return

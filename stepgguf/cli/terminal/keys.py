@@ -50,6 +50,7 @@ class AnswerKeys:
         self._handlers[signal.SIGINT] = signal.signal(signal.SIGINT, self._on_interrupt)
         if self._fd is not None:
             self._saved = termios.tcgetattr(self._fd)
+            # a shell sets the terminal as it likes while this is stopped by Ctrl+Z
             self._handlers[signal.SIGCONT] = signal.signal(signal.SIGCONT, lambda *_: self._stop_echo())
             self._stop_echo()
         return self
@@ -68,7 +69,7 @@ class AnswerKeys:
                 data = os.read(self._fd, 1024)
             except OSError:
                 data = b""
-            self._hung_up = not data
+            self._hung_up = not data  # then it is always ready, and there is nothing to read
             text = _ESCAPE.sub("", data.decode(errors="replace"))
             found += [key for key in text.replace("\r", "\n") if key in (ENTER, TOGGLE)]
             self._add_typed(text)

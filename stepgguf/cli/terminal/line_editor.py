@@ -96,6 +96,7 @@ class LineEditor:
         app = self._running.app if self._running is not None else None
         if app is None or app.loop is None or not app.is_running:
             raise SystemExit(code)
+        # a signal may come at any point of the editor's loop, so the loop is asked to leave when it comes round
         app.loop.call_soon_threadsafe(lambda: app.exit(exception=SystemExit(code)))
 
     def _prompt_with(self, session: PromptSession[str], message: str, default: str = "") -> str:
@@ -122,7 +123,7 @@ def _key_bindings() -> KeyBindings:
         if buffer.complete_state is not None and buffer.complete_state.current_completion is not None:
             buffer.complete_state = None
         elif is_open(buffer.document.text_before_cursor):
-            if buffer.document.text_before_cursor.endswith("\\"):
+            if buffer.document.text_before_cursor.endswith("\\"):  # it stood for the line break
                 buffer.delete_before_cursor()
             buffer.insert_text("\n")
         else:

@@ -45,7 +45,7 @@ class LiveRows:
 
     def show_rows(self, rows: Sequence[str]) -> None:
         """Put these in place of the rows that are shown; of more than the screen holds, the last."""
-        new = list(rows[-(self.height - 1) :])
+        new = list(rows[-(self.height - 1) :])  # a row above the screen could not be cleared any more
         same = 0
         while same < min(len(new), len(self._rows)) and new[same] == self._rows[same]:
             same += 1
@@ -78,6 +78,7 @@ class LiveRows:
 
     def _n_lines(self, row: str) -> int:
         """Lines of the screen that a row takes, which may have become narrower since."""
+        # rounded up: every row was narrower than the screen when it was written
         return max(1, -(-cell_len(_ESCAPE.sub("", row)) // self._terminal_size().columns))
 
     def _terminal_size(self) -> os.terminal_size:
@@ -85,6 +86,7 @@ class LiveRows:
             size = os.get_terminal_size(self._file.fileno())
         except OSError:
             return os.terminal_size((80, 24))
+        # some pseudo-terminals say 0
         return size if size.columns and size.lines else os.terminal_size((80, 24))
 
     def _write(self, text: str) -> None:

@@ -153,7 +153,7 @@ class Screen:
         if self.reasoning_display == "full":
             rest, self._n_shown = self._reasoning[self._n_shown :], len(self._reasoning)
             self.live.commit("\n".join(self._gutter_rows(rest)))
-        elif self.reasoning_display == "fold" and self._pipe is None:
+        elif self.reasoning_display == "fold" and self._pipe is None:  # before a pipe there is no line that stays
             line = f"∴ thought for {seconds:.1f}s, {usage.n_reasoning:,} tokens{self.hint}"
             self.live.commit(self.live.style(_DIM, cut_to_width(line, self.live.width)))
         else:
@@ -161,7 +161,7 @@ class Screen:
 
     def _show_text(self, text: str) -> None:
         if self._pipe is not None:
-            self.live.clear()
+            self.live.clear()  # the terminal may be the pipe's other end
             self._pipe.write(text)
             self._pipe.flush()
         elif self._renderer is None:
@@ -176,7 +176,7 @@ class Screen:
     def _end_text(self) -> None:
         for block in self._blocks.finish():
             self._show_block(block)
-        if self._renderer is None and self._in_line:
+        if self._renderer is None and self._in_line:  # rendered blocks end their lines themselves
             if self._pipe is not None:
                 self._pipe.write("\n")
                 self._pipe.flush()
@@ -193,6 +193,7 @@ class Screen:
     def _paint(self, usage: AnswerUsage) -> None:
         self._painted = time.monotonic()
         if self._kind == "reasoning" and self.reasoning_display == "full":
+            # whole lines are written once and stay; the one under way is drawn again and again
             *lines, rest = self._reasoning[self._n_shown :].split("\n")
             rows = self._gutter_rows(rest)
             if lines:
@@ -208,7 +209,7 @@ class Screen:
                 self.live.show_rows(["", *rows])
         elif self._kind == "call":
             self.live.show_rows([self.live.style(_CALL, cut_to_width(f"→ {self._call}", self.live.width))])
-        elif time.monotonic() - self._started > _PATIENCE:
+        elif time.monotonic() - self._started > _PATIENCE:  # nothing of the answer has come
             self.live.show_rows([self.live.style(_DIM, cut_to_width(self._waiting_row(), self.live.width))])
 
     def _gutter_rows(self, text: str) -> list[str]:
@@ -230,7 +231,7 @@ class Screen:
         room = width - len(row) - 6
         if self.reasoning_display == "fold" and room >= _MIN_TAIL:
             words = " ".join(self._reasoning[-2 * room :].split())
-            while len(words) > room or cut_to_width(words, room) != words:
+            while len(words) > room or cut_to_width(words, room) != words:  # wide characters take two cells
                 words = words[1:]
             row += f' · "…{words}"'
         return cut_to_width(row, width)
@@ -244,7 +245,7 @@ class Screen:
         done, total, cached = self._prefill.n_done, self._prefill.n_prompt, self._prefill.n_cached
         filled = _BAR * done // max(1, total)
         row = f"reading {'━' * filled}{'╌' * (_BAR - filled)} {done:,}/{total:,} tokens"
-        if done > cached:
+        if done > cached:  # what was cached took no time and says nothing about the speed
             rate = (done - cached) / (time.monotonic() - self._prefill_since)
             row += f" · {rate:,.0f} t/s · {(total - done) / rate:.0f}s left"
         return row + (f" · {cached:,} cached" if cached else "")

@@ -50,6 +50,7 @@ class Checkpoint:
         paths = diagnosis.check_files(self.path)
         document = jsonread.read(self.path / "config.json", BadConfig, "The checkpoint directory must hold this file.")
         self.config = document.object()
+        # Before the shards: another architecture shall be called that, and not a checkpoint with strange tensors.
         described = HParams.from_config(self.config, document.document)
         shards = [read_shard(shard) for shard in paths]
         self._digests = {shard.path.name: shard.digest for shard in shards}
@@ -59,7 +60,7 @@ class Checkpoint:
         self.tensors = {spec.source: self._source_tensor(spec) for spec in self.specs}
         freqs = rope_freqs(self.hparams)
         self.constants = {} if freqs is None else {ROPE_FREQS: freqs}
-        self.own_types = None
+        self.own_types = None  # nothing is of a GGUF's type yet
         self._files = {shard: os.open(shard, os.O_RDONLY) for shard in paths}
 
     @property
@@ -75,6 +76,7 @@ class Checkpoint:
 
     @property
     def files(self) -> list[Path]:
+        """The shards."""
         return list(self._files)
 
     def metadata(self, name: str | None, chat_template: Path | None) -> CheckpointMetadata:
@@ -121,6 +123,7 @@ class Checkpoint:
     def prefetch(self, name: str, start: int, stop: int) -> None:
         for matrix, first, n in self._split_at_experts(name, start, stop):
             row_bytes = matrix.data.row_bytes
+            # Without the scales: of FP8 blocks they are few, and in memory once a neighbour has read them.
             disk.prefetch_at(self._files[matrix.data.shard], n * row_bytes, matrix.offset + first * row_bytes)
 
     def raw(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:

@@ -42,6 +42,7 @@ class CheckpointContents:
         self.mtp_note: str | None = None
         self.mtp_fault: CheckpointError | None = None
         layout, specs = Layout(stored), tensor_specs(described)
+        # The trunk first: whoever lacks a shard shall hear of it, and not of MTP blocks that cannot be used.
         self.matrices = self._find_matrices(layout, [spec for spec in specs if not spec.is_mtp])
         has_mtp = self._add_mtp(layout, described, [spec for spec in specs if spec.is_mtp])
         self.hparams = described if has_mtp else described.without_mtp()
@@ -49,6 +50,7 @@ class CheckpointContents:
         self._check_others(layout, described)
 
     def _find_matrices(self, layout: Layout, specs: Sequence[TensorSpec]) -> dict[str, tuple[StoredMatrix, ...]]:
+        """Where the tensors lie, by their names in the table; an error that says why some are missing."""
         found, lacking = find_tensors(layout, specs)
         if lacking:
             raise diagnosis.missing_tensors_error(self._folder, lacking, len(specs), self._shards, self._index)
@@ -89,6 +91,7 @@ class CheckpointContents:
             for name in layout.stored
             if name not in layout.used and not TensorName(name).is_mtp(hp.n_layer) and not name.endswith(NO_WEIGHT)
         ]
+        # Under "text_config" the text model is part of one that sees; with a flat config.json such tensors are strange.
         vision = [name for name in others if self._has_vision and name.startswith(VISION_PREFIXES)]
         _refuse_unknown(layout, set(others).difference(vision), hp)
         if vision:
@@ -96,6 +99,7 @@ class CheckpointContents:
 
 
 def _by_published_name(shards: Iterable[Shard]) -> dict[str, StoredTensor]:
+    """All stored tensors. UnexpectedTensor for one that is there twice, be it in two spellings."""
     found: dict[str, StoredTensor] = {}
     for shard in shards:
         for tensor in shard.tensors:
@@ -112,6 +116,7 @@ def _by_published_name(shards: Iterable[Shard]) -> dict[str, StoredTensor]:
 
 
 def _refuse_unknown(layout: Layout, names: Iterable[str], hp: HParams) -> None:
+    """UnexpectedTensor for the first of these that no tensor of the table took: nothing is left out silently."""
     for name in names:
         if name not in layout.used:
             tensor = layout.stored[name]

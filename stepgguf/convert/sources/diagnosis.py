@@ -4,8 +4,8 @@
     check_weights  by the names and dtypes of its tensors: adapters that are not merged, quantizations of other tools
     missing_tensors_error   by what is lacking: an unfinished download, shards, the head
 
-One row for each kind; the first that matches is said. What is right passes: a row must not match any checkpoint that
-could be converted.
+One row for each sort of folder; the first that matches is said. What is right passes: a row must not match any
+checkpoint that could be converted.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ def check_files(folder: Path) -> list[Path]:
     shards = [path for path in files if path.suffix == ".safetensors" and not path.name.startswith(".")]
     weights = [path for path in shards if not path.name.startswith("adapter_model.")]
     adapter = next((name for name in names if name.startswith("adapter_model.")), None)
+    # An adapter's folder may hold its base's config.json too, so its own files are asked before anything else.
     if not weights and (adapter or "adapter_config.json" in names):
         raise UnsupportedCheckpoint(
             f"{folder} is a LoRA adapter ({adapter or 'adapter_config.json'}) and no whole model",
@@ -138,6 +139,7 @@ def check_weights(folder: Path, stored: Mapping[str, StoredTensor], formats: Col
         if found is not None:
             named = what.format(format=packing or "packed", method=_METHODS.get(method or "", "a GPTQ or AWQ"))
             raise UnsupportedCheckpoint(f"{folder} is {named}: {found.name} is {found.dtype}", hint=_ORIGINAL)
+    # A method without a row of its own is known by dtypes that no encoding has.
     strange = next((tensor for tensor in stored.values() if tensor.dtype not in DTYPES), None)
     if strange is not None and method not in (None, "fp8"):
         raise UnsupportedCheckpoint(
@@ -164,7 +166,7 @@ def missing_tensors_error(
             if names[0].endswith(scale.suffix):
                 weight = f"{names[0].removesuffix(scale.suffix)} is {encoding.dtype}"
                 return TensorNotFound(f"{folder}: {weight}, but {names[0]} is in no shard", hint=_ORIGINAL)
-    if names == ["lm_head.weight"]:
+    if names == ["lm_head.weight"]:  # what transformers' text-only class saves
         return TensorNotFound(
             f"{folder}: lm_head.weight is in no shard: the model was saved without its head",
             hint="Save the whole model (Step3p7ForConditionalGeneration and not its text model), or add that tensor.",
@@ -208,6 +210,7 @@ def _setting(settings: Value | None, key: str) -> str | None:
 
 
 def _resume_hint(folder: Path) -> str:
+    """The command that goes on with a download, with the model's id where the folder's place says it."""
     command = (
         f"hf download {model}"
         if (model := model_origin(folder).hub_id)

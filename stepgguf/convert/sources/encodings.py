@@ -62,7 +62,7 @@ class StoredEncoding(ABC):
 
     dtype: ClassVar[str]
     ggml_type: ClassVar[GGMLQuantizationType | None] = None
-    scales: ClassVar[tuple[ScaleTensor, ...]] = ()
+    scales: ClassVar[tuple[ScaleTensor, ...]] = ()  # what must be stored beside the data
     is_view: ClassVar[bool] = True
 
     def data_shape(self, shape: Shape) -> Shape:
@@ -75,6 +75,8 @@ class StoredEncoding(ABC):
 
 
 class BF16(StoredEncoding):
+    """What StepFun publishes. Kernels widen the words themselves."""
+
     dtype, ggml_type = "BF16", T.BF16
 
     def decode(self, data: NDArray[np.uint8], scales: Sequence[NDArray[np.float32]]) -> Values:
@@ -82,6 +84,8 @@ class BF16(StoredEncoding):
 
 
 class F16(StoredEncoding):
+    """What some merges are saved as. No kernel takes it, so it is widened here; every F16 is an F32."""
+
     dtype, ggml_type, is_view = "F16", T.F16, False
 
     def decode(self, data: NDArray[np.uint8], scales: Sequence[NDArray[np.float32]]) -> Values:
@@ -89,6 +93,8 @@ class F16(StoredEncoding):
 
 
 class F32(StoredEncoding):
+    """The router's bias in every checkpoint; all tensors in some."""
+
     dtype, ggml_type = "F32", T.F32
 
     def decode(self, data: NDArray[np.uint8], scales: Sequence[NDArray[np.float32]]) -> Values:
@@ -96,6 +102,8 @@ class F32(StoredEncoding):
 
 
 class FP8Blocks(StoredEncoding):
+    """StepFun's FP8, DeepSeek-V3's form: value = code * scale of its tile. Kernels widen the codes themselves."""
+
     dtype = "F8_E4M3"
     scales = (ScaleTensor("_scale_inv", ("F32", "BF16"), (FP8_TILE, FP8_TILE)),)
 

@@ -1,4 +1,4 @@
-"""A GGUF file, whole or split, as a TensorSource."""
+"""A GGUF file, whole or split, as a TensorSource. Whatever program made it: what is asked of its keys, is read then."""
 
 from __future__ import annotations
 
@@ -35,16 +35,18 @@ class GGUFMetadata:
     warnings: tuple[str, ...] = ()
 
     def file_keys(self, shapes: Sequence[tuple[TensorName, Shape]], *, with_mtp: bool) -> list[Key]:
+        """The same keys whatever the tensors: quantizing leaves none out."""
         return list(self.keys)
 
 
 class GGUFSource:
-    """An opened GGUF. For a split one, give any of its files. `keys` are those of the first file, less split.*."""
+    """An opened GGUF. `keys` are those of the first file, less split.*.
+
+    For a split one, give any of its files. Raises GGUFError for files that are damaged or no parts of one model, and
+    UnsupportedModel for a model of another architecture.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.constants: dict[TensorName, bytes] = {}
-        self.warnings: list[str] = []
-        self.notes: list[str] = []
         self.headers = read_headers(path)
         self.path = self.headers[0].path  # whichever part was given, the output is the same
         self.keys: dict[str, Key] = {
@@ -60,6 +62,9 @@ class GGUFSource:
         self._where: dict[str, tuple[Header, TensorInfo]] = {t.name: (h, t) for h in self.headers for t in h.tensors}
         self._files = {h.path: os.open(h.path, os.O_RDONLY) for h in self.headers}
         self.tensors = {name: _source_tensor(info) for name, (_, info) in self._where.items()}
+        self.constants: dict[TensorName, bytes] = {}  # a GGUF has all its tensors
+        self.warnings: list[str] = []
+        self.notes: list[str] = []
 
     @property
     def name(self) -> str:
@@ -68,6 +73,7 @@ class GGUFSource:
 
     @property
     def title(self) -> str:
+        """The file's name as it is."""
         return self.path.name
 
     @property
@@ -76,6 +82,7 @@ class GGUFSource:
 
     @cached_property
     def specs(self) -> list[TensorSpec]:
+        """Its tensors. Not made on opening: to look into a file, its keys need not say how many layers it has."""
         n_layer = self.hparams.n_layer
         names = sorted(map(TensorName, self.tensors), key=lambda name: name.file_order)
         return [TensorSpec(name, name, self.tensors[name].shape, name.is_mtp(n_layer)) for name in names]
@@ -124,21 +131,26 @@ class GGUFSource:
         return data.reshape(stop - start, -1)
 
     def values(self, name: str, start: int, stop: int) -> Values:
-        tensor, data = self._where[name][1], self.raw(name, start, stop)
-        if tensor.ggml_type in (F32, BF16):
-            return data.view(np.float32) if tensor.ggml_type == F32 else data.view(np.uint16)
-        values = np.empty((stop - start, tensor.shape[-1]), np.float32)
-        decoder_for(tensor.ggml_type).decode(data, values)
+        info, data = self._where[name][1], self.raw(name, start, stop)
+        if info.ggml_type in (F32, BF16):  # as kernels take them
+            return data.view(np.float32) if info.ggml_type == F32 else data.view(np.uint16)
+        values = np.empty((stop - start, info.shape[-1]), np.float32)
+        decoder_for(info.ggml_type).decode(data, values)
         return values
 
     def _place_of(self, name: str, start: int, stop: int) -> tuple[int, int, int]:
-        header, tensor = self._where[name]
-        size = row_size(tensor.ggml_type, tensor.shape[-1])
-        return self._files[header.path], header.data_start + tensor.offset + start * size, (stop - start) * size
+        """Where rows [start, stop) lie: the open file, the offset in it, their bytes."""
+        (header, info), row_bytes = self._where[name], self.tensors[name].row_bytes
+        offset = header.data_start + info.offset + start * row_bytes
+        return self._files[header.path], offset, (stop - start) * row_bytes
 
 
 def _source_tensor(info: TensorInfo) -> SourceTensor:
-    kind = info.ggml_type
     return SourceTensor(
-        info.name, info.shape, kind.name, kind, row_size(kind, info.shape[-1]), is_view=kind in (F32, BF16)
+        name=info.name,
+        shape=info.shape,
+        dtype=info.ggml_type.name,
+        ggml_type=info.ggml_type,
+        row_bytes=row_size(info.ggml_type, info.shape[-1]),
+        is_view=info.ggml_type in (F32, BF16),
     )

@@ -32,15 +32,17 @@ class ModelOrigin:
 
     @property
     def hub_id(self) -> str | None:
+        """ORG/NAME; None where the path does not say whose it is."""
         return f"{self.organization}/{self.name}" if self.organization else None
 
     @property
     def repo_url(self) -> str | None:
+        """The model's page on the Hub."""
         return f"{HUB}/{self.hub_id}" if self.organization else None
 
 
 def model_origin(folder: Path) -> ModelOrigin:
-    """The model's name, and not a commit's hash where the folder is a snapshot."""
+    """Where a checkpoint's folder says it comes from: of a snapshot its cache folder's name says it, else its own."""
     resolved = folder.resolve()
     cached = _CACHE_FOLDER.fullmatch(resolved.parent.parent.name) if resolved.parent.name == "snapshots" else None
     return ModelOrigin(cached[2], cached[1]) if cached else ModelOrigin(resolved.name)
@@ -63,6 +65,7 @@ def is_part(path: Path) -> bool:
 
 
 def _find_folder(path: Path) -> Path:
+    """checkpoint_folder, but for what the operating system refuses."""
     if path.is_file():
         if is_part(path):
             return path.parent
@@ -114,6 +117,7 @@ def snapshot_folder(folder: Path) -> Path:
         return folder
     main = folder / "refs" / "main"
     if main.is_file():
+        # What is in the file may be anything: only a hash whose folder is there is a path.
         commit = main.read_text(encoding="utf-8", errors="replace").strip()
         if re.fullmatch(r"[0-9a-f]{7,64}", commit) and (folder / "snapshots" / commit).is_dir():
             return folder / "snapshots" / commit
@@ -123,6 +127,7 @@ def snapshot_folder(folder: Path) -> Path:
             f"{folder} is a cache folder of the Hugging Face Hub without a snapshot: nothing was downloaded into it",
             hint=f"Download the model: hf download {'/'.join(folder.resolve().name.split('--')[1:])}",
         )
+    # Of several revisions without refs/main, as `hf download --revision` leaves them, the newest.
     return max(snapshots, key=lambda path: path.stat().st_mtime)
 
 

@@ -52,11 +52,11 @@ class Layout:
         Raises ShapeMismatch for a shape or a dtype that cannot be.
         """
         if spec.source in self.stored:
-            return self._stacked(spec, spec.source, 0, 1)
+            return self._stacked(spec, spec.source, 0, 1)  # as published, and all that has no experts
         stem, _, matrix = spec.source.removesuffix(".weight").rpartition(".")
         fused = f"{stem}.gate_up_proj.weight"
         if fused in self.stored and matrix in ("gate_proj", "up_proj"):
-            return self._stacked(spec, fused, int(matrix == "up_proj"), 2)
+            return self._stacked(spec, fused, int(matrix == "up_proj"), 2)  # gate's rows lie above up's
         n_experts = spec.shape[0] if len(spec.shape) == 3 else 0
         names = [f"{stem}.experts.{e}.{matrix}.weight" for e in range(n_experts)]
         absent = [name for name in names if name not in self.stored]

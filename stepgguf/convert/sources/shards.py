@@ -49,6 +49,7 @@ class StoredTensor:
 
     @property
     def row_bytes(self) -> int:
+        """Bytes of a row of the innermost dimension."""
         return self.n_bytes // math.prod(self.shape[:-1])
 
 
@@ -67,7 +68,7 @@ def read_shard(path: Path) -> Shard:
     try:
         with disk.open_regular(path) as file:
             status = os.fstat(file.fileno())
-            start = file.read(64)
+            start = file.read(64)  # enough to tell what is no shard, before its "length" is believed
             length = _header_length(path, start, status.st_size)
             text = start[8 : 8 + length] + file.read(max(0, length - 56))
     except disk.NotAFile as error:
@@ -90,6 +91,7 @@ def read_shard(path: Path) -> Shard:
 
 
 def _header_length(path: Path, start: bytes, size: int) -> int:
+    """The header's bytes, which a file of this size can hold; what is no shard at all is named."""
     for magic, what, hint in _FOREIGN:
         if start.startswith(magic):
             raise CorruptShard(f"{path}: {what}", hint=hint)
@@ -107,7 +109,7 @@ def _stored_tensor(path: Path, name: str, value: Value, data_start: int) -> Stor
     if len(offsets) != 2:
         raise value["data_offsets"].wrong("begin and end")
     begin, end = offsets
-    size = DTYPE_BYTES.get(dtype)
+    size = DTYPE_BYTES.get(dtype)  # None: a dtype that is not known, and so not read
     if end < begin or (size is not None and end - begin != math.prod(shape) * size):
         raise CorruptShard(
             f"{path}: {name}, {dtype} {list(shape)}, lies at {begin} to {end}, which is not its size", hint=_AGAIN

@@ -38,6 +38,7 @@ class SourceTensor:
 
     @property
     def n_bytes(self) -> int:
+        """Bytes of all rows, without the scales that may lie beside them."""
         return math.prod(self.shape[:-1]) * self.row_bytes
 
 
@@ -45,7 +46,8 @@ class SourceMetadata(Protocol):
     """What a source says of its model, as GGUF keys. Read once, for all files that are made of it."""
 
     @property
-    def warnings(self) -> Sequence[str]: ...
+    def warnings(self) -> Sequence[str]:
+        """What could not be kept, for the user."""
 
     def file_keys(self, shapes: Sequence[tuple[TensorName, Shape]], *, with_mtp: bool) -> list[Key]:
         """The keys of a file with these tensors. with_mtp: whether MTP blocks are among its layers."""
@@ -59,7 +61,8 @@ class TensorSource(Protocol):
     """
 
     @property
-    def path(self) -> Path: ...
+    def path(self) -> Path:
+        """The checkpoint's folder, or the GGUF's first file."""
 
     @property
     def name(self) -> str:
@@ -74,7 +77,8 @@ class TensorSource(Protocol):
         """The files that hold the tensors."""
 
     @property
-    def hparams(self) -> AnyHParams: ...
+    def hparams(self) -> AnyHParams:
+        """What the model is, with the MTP blocks that can be used."""
 
     @property
     def specs(self) -> Sequence[TensorSpec]:

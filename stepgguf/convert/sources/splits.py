@@ -35,7 +35,7 @@ def split_files(path: Path) -> list[Path]:
         hint = f"Download it first: hf download {model} --include '*.gguf' --local-dir {model.split('/')[1]}"
         raise GGUFError(f"{path}: there is no such file; it looks like a model on the Hugging Face Hub", hint=hint)
     match = _NAME.fullmatch(path.name)
-    if match is None:
+    if match is None:  # whole, or a part under another name: then its header says so, in read_headers
         return [path]
     number, count = int(match[2]), int(match[3])
     if not 1 <= number <= count:
@@ -76,10 +76,10 @@ def read_headers(path: Path) -> list[Header]:
                 f"{shown(number)} (from 0) and split.count {shown(count)}",
                 hint="Give the parts the names that they were made with: NAME-00001-of-00003.gguf.",
             )
-        twice = names.intersection(tensor.name for tensor in header.tensors)
-        if twice:
+        repeated = names.intersection(tensor.name for tensor in header.tensors)
+        if repeated:
             raise BadMetadata(
-                f"{header.path}: tensor {min(twice)} is in an earlier part too",
+                f"{header.path}: tensor {min(repeated)} is in an earlier part too",
                 hint="The parts are of different models.",
             )
         names.update(tensor.name for tensor in header.tensors)

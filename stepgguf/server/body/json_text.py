@@ -25,24 +25,25 @@ _ESCAPE = re.compile(
 )
 
 
-def parse(body: bytes, depth: int) -> Any:
+def parse_json(body: bytes, depth: int) -> Any:
     """The value. Refusal: it is not JSON, nested deeper than `depth`, or has more in it than any prompt. A lone
     surrogate, which clients make when they cut a text in the middle of a character, becomes U+FFFD."""
+    # Counted and not parsed: whatever the parser makes of them takes longer than looking for two bytes.
     n_signs = max(body.count(b","), body.count(b"[") + body.count(b"{"))
     if n_signs > MOST_SIGNS:
-        raise _refused(
+        raise _invalid_json(
             f"the body has {n_signs:,} commas or brackets, more than {MOST_SIGNS:,}: no context holds as much"
         )
     if b"\\ud" in body or b"\\uD" in body:
         body = _ESCAPE.sub(lambda escape: escape[1] or rb"\ufffd", body)
     try:
         kind = json.JSONDecoder if n_signs <= FEW_SIGNS else _PatientDecoder
-        value = kind(parse_constant=_refuse).decode(body.decode(json.detect_encoding(body)))
-        _check(value, depth)
+        value = kind(parse_constant=_refuse_constant).decode(body.decode(json.detect_encoding(body)))
+        _check_nesting(value, depth)
     except RecursionError:
         raise _too_deep() from None
     except ValueError as error:
-        raise _refused(f"the body is not JSON: {error}") from None
+        raise _invalid_json(f"the body is not JSON: {error}") from None
     return value
 
 
@@ -54,7 +55,7 @@ class _PatientDecoder(json.JSONDecoder):
         self.scan_once = py_make_scanner(self)
 
 
-def _check(value: object, depth: int) -> None:
+def _check_nesting(value: object, depth: int) -> None:
     """Level by level: a check that recursed would need the depth that it looks for."""
     level, n_objects = [value], 0
     for _ in range(depth):
@@ -66,20 +67,20 @@ def _check(value: object, depth: int) -> None:
             elif isinstance(item, list):
                 inner += item
         if n_objects > MOST_OBJECTS:
-            raise _refused(f"the body has more than {MOST_OBJECTS:,} objects")
+            raise _invalid_json(f"the body has more than {MOST_OBJECTS:,} objects")
         level = inner
         if not level:
             return
     raise _too_deep()
 
 
-def _refuse(constant: str) -> None:
+def _refuse_constant(constant: str) -> None:
     raise ValueError(f"{constant} is no number of JSON")
 
 
 def _too_deep() -> Refusal:
-    return _refused("the body is nested too deeply")
+    return _invalid_json("the body is nested too deeply")
 
 
-def _refused(message: str) -> Refusal:
+def _invalid_json(message: str) -> Refusal:
     return Refusal(400, message, code="invalid_json")

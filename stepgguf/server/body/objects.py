@@ -1,50 +1,42 @@
 """Request bodies: models that accept what they know and name what they do not.
 
-A field is honoured, or it is in `Ignored` with the reason, or unknown.py says what becomes of it. Null means absent, as
-clients send it.
+A field is honoured, or it is `ignored` with the reason, or unknown_fields.py says what becomes of it. Null means
+absent, as clients send it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Mapping
 from functools import cache
 from inspect import get_annotations
 from typing import Any, ClassVar
 
-from fastapi.routing import APIRoute
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
-    TypeAdapter,
-    ValidationError,
     model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
-from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
-from starlette.responses import Response
 
-from stepgguf.server.body.json_text import parse
 from stepgguf.server.body.unknown_fields import (
     LONGEST_NAME,
     MOST_OF_ONE_REQUEST,
     REQUEST,
-    OfOneRequest,
+    RequestUnknowns,
     namesake,
     near_miss,
 )
-from stepgguf.server.problem import Refusal, explain
 
 WITHOUT_EFFECT = "Accepted, without effect"
 FIRST = ("model", "messages", "input")
 
 
 def _fail_fast(schema: Any) -> None:
-    """Of every list in it, as pydantic's FailFast does for one."""
+    """Make every list of a schema stop at its first wrong item, as pydantic's FailFast does for one list."""
     if isinstance(schema, dict):
         if schema.get("type") == "list":
             schema["fail_fast"] = True
@@ -54,7 +46,7 @@ def _fail_fast(schema: Any) -> None:
             _fail_fast(part)
 
 
-class Part(BaseModel):
+class RequestObject(BaseModel):
     """An object of a request, which may carry more than is read of it, because its makers keep adding to it. Null is
     absence: clients send it for what they do not set. The first wrong item of a list refuses it: half a million
     explanations would take seconds to collect."""
@@ -73,9 +65,9 @@ class Part(BaseModel):
         return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
-class Body(Part):
-    """An object whose unknown fields are looked at; see unknown.py. `elsewhere`: such whose meaning would be lost, and
-    what to use instead. They are refused."""
+class CheckedObject(RequestObject):
+    """An object whose unknown fields are looked at; see unknown_fields.py. `elsewhere`: fields that are refused because
+    their meaning would be lost, and what to use instead."""
 
     elsewhere: ClassVar[Mapping[str, str]] = {}
 
@@ -101,30 +93,37 @@ class Body(Part):
     def _knows_its_fields(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        names, request = _descriptions(cls), REQUEST.get(OfOneRequest())
+        names, request = (
+            _field_descriptions(cls),
+            REQUEST.get(RequestUnknowns()),
+        )  # a test may validate without a request
+        # What this request has had ignored in another object of the class is not looked at again.
         given = (name for name, value in data.items() if value is not None and name not in names)
         unknown = [name for name in given if (cls, name) not in request.ignored]
         if not unknown:
             return data
         if len(request.ignored) + len(unknown) > MOST_OF_ONE_REQUEST:
-            raise _refused(unknown[0], f"the request has more than {MOST_OF_ONE_REQUEST} unknown fields")
+            raise _unknown_field(unknown[0], f"the request has more than {MOST_OF_ONE_REQUEST} unknown fields")
+        # Nobody is told that he meant a field which has no effect.
         known = {name: text for name, text in names.items() if not text.startswith(WITHOUT_EFFECT)}
         for name in unknown:
-            advice = cls.elsewhere.get(name) or _advice(name, known, strict=request.server.strict)
+            advice = cls.elsewhere.get(name) or _advice_on(name, known, strict=request.server.strict)
             if advice is not None:
-                raise _refused(name, advice)
+                raise _unknown_field(name, advice)
         request.ignore(cls, unknown)
         return data
 
 
 @cache
-def _descriptions(kind: type[Body]) -> Mapping[str, str]:
-    """Of its fields, by their names in a request. Once for a class: a body may have thousands of its objects."""
+def _field_descriptions(kind: type[CheckedObject]) -> Mapping[str, str]:
+    """The descriptions of a class's fields, by their names in a request. Gathered once for a class: a body may have
+    thousands of its objects."""
     return {field.alias or name: field.description or "" for name, field in kind.model_fields.items()}
 
 
-def _advice(name: str, known: Mapping[str, str], *, strict: bool) -> str | None:
-    """What to say to who sends this field, if it is not to be ignored. known: fields and what they are."""
+def _advice_on(name: str, known: Mapping[str, str], *, strict: bool) -> str | None:
+    """What to say to whoever sends this field; None if it is to be ignored. known: the known fields and their
+    descriptions."""
     if (near := near_miss(name, known)) is not None:
         return f"unknown field; did you mean {near}?"
     if (other := namesake(name, known)) is not None:
@@ -132,86 +131,10 @@ def _advice(name: str, known: Mapping[str, str], *, strict: bool) -> str | None:
     return "unknown field, and this server is strict" if strict else None
 
 
-def _refused(field: str, advice: str) -> PydanticCustomError:
+def _unknown_field(field: str, advice: str) -> PydanticCustomError:
     return PydanticCustomError("unknown_field", "{advice}", {"field": field[:LONGEST_NAME], "advice": advice})
 
 
 def ignored(reason: str) -> Any:
+    """A field that is accepted without effect, for this reason."""
     return Field(None, description=f"{WITHOUT_EFFECT}: {reason}.", exclude=True)
-
-
-class Ignored(Body):
-    """Fields of hosted services that mean nothing to a model on one's own machine."""
-
-    user: Any = ignored("there is one user")
-    metadata: Any = ignored("nothing is stored")
-    store: Any = ignored("nothing is stored")
-    service_tier: Any = ignored("there is one tier")
-    safety_identifier: Any = ignored("nothing is reported to anyone")
-    moderation: Any = ignored("there is no moderation")
-    prompt_cache_key: Any = ignored("every prefix is found without a key")
-    prompt_cache_retention: Any = ignored("the cache keeps what fits")
-    prompt_cache_options: Any = ignored("the cache keeps what fits")
-    cache_prompt: Any = ignored("prefixes are always reused")
-    verbosity: Any = ignored("the model has no such switch; ask for it in a message")
-    prediction: Any = ignored("it saves time, not more; drafts come from the MTP heads")
-    transforms: Any = ignored("a prompt that does not fit is refused, not cut")
-    route: Any = ignored("there is one model")
-    models: Any = ignored("there is one model to fall back to")
-    provider: Any = ignored("there is one provider")
-    plugins: Any = ignored("there are none")
-    web_search_options: Any = ignored("nothing is searched here; offer a tool")
-    usage: Any = ignored("usage is asked for by stream_options.include_usage")
-    timings_per_token: Any = ignored("usage is asked for by stream_options.include_usage; speeds are in /metrics")
-    session_id: Any = ignored("prefixes are found by their tokens")
-
-
-class ExtraBody(Body):
-    extra_body: dict[str, Any] | None = Field(
-        None, description="As openai's library does with its argument of this name: fields for the body itself."
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _unpacked(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or not isinstance(extra := data.get("extra_body"), dict):
-            return data
-        return {**extra, **{name: value for name, value in data.items() if name != "extra_body"}}
-
-
-class JsonRoute(APIRoute):
-    """Reads a body with `JsonRequest`, and does with unknown fields what this server does."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handler = super().get_route_handler()
-        annotation: Any = self.body_field.field_info.annotation if self.body_field is not None else object
-        model = TypeAdapter(annotation)
-
-        async def handle(request: Request) -> Response:
-            REQUEST.set(OfOneRequest(request.app.state.service.unknown))
-            return await handler(JsonRequest(request, model))
-
-        return handle
-
-
-class JsonRequest(Request):
-    """A request whose JSON becomes the route's model off the event loop, since a large body takes a while. FastAPI
-    validates on the event loop; it then finds an instance and has nothing to do."""
-
-    def __init__(self, request: Request, model: TypeAdapter[Any]) -> None:
-        super().__init__(request.scope, request.receive)
-        self._model = model
-
-    async def json(self) -> Any:
-        depth = self.app.state.service.config.max_json_depth
-        return await run_in_threadpool(_read, await self.body(), depth, self._model)
-
-
-def _read(body: bytes, depth: int, model: TypeAdapter[Any]) -> Any:
-    value = parse(body, depth)
-    try:
-        return model.validate_python(value)
-    except ValidationError as error:
-        errors = [{**one, "loc": ("body", *one["loc"])} for one in error.errors(include_url=False)]
-        message, param = explain(errors, value)
-        raise Refusal(400, message, param=param) from None

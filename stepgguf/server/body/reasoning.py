@@ -1,4 +1,4 @@
-"""How much the model may think.
+"""How much the model may reason.
 
 Vendors have two dozen spellings of this one quantity, and clients send several at once. Each is a row of
 `ReasoningAmounts` and becomes a limit in tokens, of which the least counts.
@@ -13,8 +13,9 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
 from stepgguf.chat.request import EFFORTS
-from stepgguf.server.body.objects import Body, ignored
-from stepgguf.server.body.sampling import UNLIMITED, Effort, Nvext, Tokens, limit
+from stepgguf.server.body.answer_format import Nvext
+from stepgguf.server.body.objects import CheckedObject, ignored
+from stepgguf.server.body.sampling import UNLIMITED, Effort, Tokens, token_limit
 from stepgguf.server.config import ServerConfig
 
 # Words for efforts that are not among EFFORTS. Clients leave a field of theirs empty for "as you like".
@@ -22,7 +23,7 @@ SAID = dict.fromkeys(("off", "disabled", "disable", "false", "no"), "none")
 SAID |= dict.fromkeys(("on", "enabled", "enable", "true", "yes", "default", "auto", "adaptive", "dynamic", ""), "max")
 
 
-def _word(value: Any) -> Any:
+def _effort_word(value: Any) -> Any:
     """A word as EFFORTS has it. Clients write it with capitals, or say on and off."""
     if not isinstance(value, str):
         return value
@@ -33,19 +34,19 @@ def _word(value: Any) -> Any:
     return word
 
 
-def _inverse(value: bool | None) -> bool | None:
+def _negated(value: bool | None) -> bool | None:
     return None if value is None else not value
 
 
-def _low(value: Any) -> Any:
+def _low_effort_switch(value: Any) -> Any:
     return {True: "low", False: "high"}[value] if isinstance(value, bool) else value
 
 
-Level = Annotated[bool | Tokens | Effort, BeforeValidator(_word)]
+Level = Annotated[bool | Tokens | Effort, BeforeValidator(_effort_word)]
 
 
-class MapAmounts(Body):
-    """How much thinking, as an object says it."""
+class MapAmounts(CheckedObject):
+    """How much reasoning, as an object says it."""
 
     type: Level | None = Field(None, description="enabled, disabled, adaptive, auto.")
     effort: Level | None = Field(None, description="OpenRouter's, OpenAI's.")
@@ -64,17 +65,17 @@ class MapAmounts(Body):
 
 class ReasoningMap(MapAmounts):
     exclude: bool | None = Field(None, description="OpenRouter's: think, but do not send the thinking.")
-    summary: Any = ignored("nobody writes one; the reasoning itself is sent")
-    generate_summary: Any = ignored("nobody writes one; the reasoning itself is sent")
+    summary: object = ignored("nobody writes one; the reasoning itself is sent")
+    generate_summary: object = ignored("nobody writes one; the reasoning itself is sent")
     display: Literal["summarized", "omitted", "updates"] | None = Field(
         None, description="Anthropic's. omitted: blocks are sent sealed, without their text."
     )
-    block_binding: Any = ignored("a signature holds nothing that could be bound")
-    clear_thinking: Any = ignored("the chat template decides which reasoning stays")
-    keep: Any = ignored("the chat template decides which reasoning stays")
-    context: Any = ignored("the chat template decides which reasoning stays")
-    mode: Any = ignored("there is one mode")
-    include_thoughts: Any = ignored("the reasoning itself is sent")
+    block_binding: object = ignored("a signature holds nothing that could be bound")
+    clear_thinking: object = ignored("the chat template decides which reasoning stays")
+    keep: object = ignored("the chat template decides which reasoning stays")
+    context: object = ignored("the chat template decides which reasoning stays")
+    mode: object = ignored("there is one mode")
+    include_thoughts: object = ignored("the reasoning itself is sent")
 
 
 HowMuch = Annotated[
@@ -83,8 +84,8 @@ HowMuch = Annotated[
 ]
 
 
-class ReasoningAmounts(Body):
-    """THE table: every spelling of "at most so many tokens of thinking". A field is a row, and its type says how it is
+class ReasoningAmounts(CheckedObject):
+    """THE table: every spelling of "at most so many tokens of reasoning". A field is a row, and its type says how it is
     read. Vendors have them in the body or, as vLLM, SGLang and llama.cpp, in chat_template_kwargs; here they may
     stand in both. This model's template has no switches of its own."""
 
@@ -100,10 +101,12 @@ class ReasoningAmounts(Body):
     )
     think: HowMuch | None = Field(None, description="Ollama's.")
     enable_thinking: bool | None = Field(None, description="DashScope's, SiliconFlow's, Qwen's, GLM's.")
-    disable_reasoning: Annotated[bool | None, AfterValidator(_inverse)] = Field(None, description="Cerebras'.")
+    disable_reasoning: Annotated[bool | None, AfterValidator(_negated)] = Field(None, description="Cerebras'.")
     thinking_mode: Level | None = Field(None, description="MiniMax's.")
     thinking_effort: Level | None = Field(None, description="Moonshot's.")
-    low_effort: Annotated[Level | None, BeforeValidator(_low)] = Field(None, description="NVIDIA's switch.")
+    low_effort: Annotated[Level | None, BeforeValidator(_low_effort_switch)] = Field(
+        None, description="NVIDIA's switch."
+    )
     thinking_budget: Tokens | None = Field(None, description="DashScope's, SiliconFlow's, Gemini's.")
     thinking_budget_tokens: Tokens | None = Field(None, description="llama.cpp's.")
     reasoning_budget_tokens: Tokens | None = Field(None, description="llama.cpp's other name of it.")
@@ -117,12 +120,12 @@ class ReasoningAmounts(Body):
     custom_params: ReasoningAmounts | None = Field(None, description="SGLang's.")
 
     def spellings(self) -> Iterator[Spelling]:
-        """How much each spelling allows."""
+        """What each spelling says; None where it is not sent."""
         return (getattr(self, name) for name in ReasoningAmounts.model_fields)
 
     def reasoning_limit(self, config: ServerConfig) -> int | None:
-        """In tokens; None is none."""
-        return _least(self.spellings(), config.efforts)
+        """The least of the limits that are sent, in tokens; None if there is none."""
+        return _least_limit(self.spellings(), config.efforts)
 
 
 class ReasoningFields(ReasoningAmounts):
@@ -139,6 +142,7 @@ class ReasoningFields(ReasoningAmounts):
         yield self.nvext.max_thinking_tokens if self.nvext is not None else None
 
     def shows_reasoning(self) -> bool:
+        """Whether the reasoning is sent. The model reasons in either case."""
         maps = (self.reasoning, self.thinking, self.reasoning_effort)
         excluded = any(isinstance(one, ReasoningMap) and one.exclude for one in maps)
         return not excluded and self.include_reasoning is not False and self.reasoning_format != "hidden"
@@ -147,16 +151,16 @@ class ReasoningFields(ReasoningAmounts):
 Spelling = HowMuch | ReasoningAmounts | None
 
 
-def _least(asked: Iterable[Spelling], efforts: Mapping[str, int | None]) -> int | None:
-    limits = (_tokens(one, efforts) for one in asked)
+def _least_limit(asked: Iterable[Spelling], efforts: Mapping[str, int | None]) -> int | None:
+    limits = (_limit_of(one, efforts) for one in asked)
     return min((tokens for tokens in limits if tokens is not None), default=None)
 
 
-def _tokens(asked: Spelling, efforts: Mapping[str, int | None]) -> int | None:
+def _limit_of(asked: Spelling, efforts: Mapping[str, int | None]) -> int | None:
     if isinstance(asked, ReasoningMap | ReasoningAmounts):
-        return _least(asked.spellings(), efforts)
-    if isinstance(asked, bool):
+        return _least_limit(asked.spellings(), efforts)
+    if isinstance(asked, bool):  # before int, of which bool is one
         return None if asked else 0
     if isinstance(asked, str):
         return efforts[asked]
-    return limit(asked)
+    return token_limit(asked)

@@ -38,7 +38,7 @@ _WORD = re.compile(r"[A-Z]?[a-z0-9]+|[A-Z]+")
 
 
 class UnknownFields:
-    """What one server does with them, and which it has told of. Thread-safe."""
+    """What one server does with unknown fields, and which of them its log has named. Thread-safe."""
 
     def __init__(self, *, strict: bool = False) -> None:
         self.strict = strict
@@ -46,7 +46,7 @@ class UnknownFields:
         self._lock = threading.Lock()
 
     def ignore(self, what: str, names: Iterable[str]) -> None:
-        """what: a noun, for the log."""
+        """Name those in the log that it has not named before. what: a noun, such as "field"."""
         for name in (name[:LONGEST_NAME] for name in names):
             with self._lock:
                 new = (what, name) not in self._told and len(self._told) < MOST_NAMES
@@ -57,7 +57,7 @@ class UnknownFields:
 
 
 @dataclass(frozen=True, slots=True)
-class OfOneRequest:
+class RequestUnknowns:
     """What was ignored in a request, and in which of its objects: of a long list of alike objects one is looked at."""
 
     server: UnknownFields = field(default_factory=UnknownFields)
@@ -69,7 +69,7 @@ class OfOneRequest:
 
 
 # FastAPI validates a body without a way to hand something through to its models.
-REQUEST: ContextVar[OfOneRequest] = ContextVar("REQUEST")
+REQUEST: ContextVar[RequestUnknowns] = ContextVar("REQUEST")
 
 
 def near_miss(name: str, known: Collection[str]) -> str | None:
@@ -87,12 +87,12 @@ def near_miss(name: str, known: Collection[str]) -> str | None:
 
 
 def namesake(name: str, known: Collection[str]) -> str | None:
-    """What is called so elsewhere, by its name among the known ones."""
+    """The known name of what other dialects call `name`, if there is one."""
     return next((other for names in NAMESAKES if name in names for other in names if other in known), None)
 
 
 def _words(name: str) -> list[str]:
-    """topP and top_p are the same two."""
+    """The words of a name in small letters: topP and top_p have the same two."""
     return [word.lower() for word in _WORD.findall(name)]
 
 

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from stepgguf.errors import RequestError
-from stepgguf.server.body.objects import Part
+from stepgguf.server.body.objects import RequestObject
 
 # What a type's name says it is: input_image, image_url, computer_screenshot, container_upload, ...
 WORDS = {"image": "image", "screenshot": "image", "audio": "audio", "video": "video"}
@@ -28,7 +28,7 @@ TEXTS = ("text", "input_text", "output_text")
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f]")  # not in text; escape is, in what terminals show
 
 
-class TextPart(Part):
+class TextPart(RequestObject):
     """A part of a message as the model reads it, in any dialect."""
 
     type: Literal["text"]
@@ -48,13 +48,13 @@ def as_text(part: Any) -> Any:
         return TextPart(type="text", text=part)
     if not isinstance(part, dict) or not isinstance(part.get("type"), str):
         return part
-    if part["type"] in TEXTS and part.get("text", part) is None:
+    if part["type"] in TEXTS and part.get("text", part) is None:  # null, and not absent
         return TextPart(type="text", text="")
     if part["type"] == "text":
         return part
-    text = _text(part)
+    text = _text_of_part(part)
     if text is None:
-        return UnreadablePart(type="text", text=sentence(part["type"]), was=part["type"])
+        return UnreadablePart(type="text", text=placeholder(part["type"]), was=part["type"])
     return TextPart(type="text", text=text)
 
 
@@ -71,7 +71,7 @@ def paragraphs(texts: Iterable[str]) -> str:
     return "\n\n".join(text for text in texts if text)
 
 
-def as_output(value: Any) -> list[Any]:
+def as_tool_output(value: Any) -> list[Any]:
     """Before what a tool gave is validated as parts. It is never wrong: what is no part of a message is shown as it
     is."""
     values = value if isinstance(value, list) else [] if value is None else [value]
@@ -82,23 +82,24 @@ def _output_part(value: Any) -> Any:
     part = as_text(value)
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return part
-    return part if isinstance(part, TextPart) else TextPart(type="text", text=shown(value))
+    return part if isinstance(part, TextPart) else TextPart(type="text", text=as_shown_text(value))
 
 
-def shown(value: Any) -> str:
+def as_shown_text(value: Any) -> str:
+    """A string as it is, anything else as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def sentence(part_type: str) -> str:
+def placeholder(part_type: str) -> str:
     """What stands in the place of a part of this type."""
-    return f"[{_word(part_type)}: this model reads text only]"
+    return f"[{_medium_of(part_type)}: this model reads text only]"
 
 
-def _word(part_type: str) -> str:
+def _medium_of(part_type: str) -> str:
     return next((word for name, word in WORDS.items() if name in part_type), part_type[:LONGEST_TYPE])
 
 
-def just_written(roles: Sequence[str]) -> int | None:
+def newest_user_message(roles: Sequence[str]) -> int | None:
     """Which of the messages with these roles the user has just written: the last of role user. None if it was answered
     since, or if it follows a tool's result: clients put images there that belong to the result."""
     index = next((i for i in reversed(range(len(roles))) if roles[i] not in ("system", "developer")), None)
@@ -115,44 +116,45 @@ def refuse_unreadable(parts: Iterable[object], param: str) -> None:
     for i, part in enumerate(parts):
         if isinstance(part, UnreadablePart):
             raise RequestError(
-                f"Could not process {'PDF' if 'document' in part.was else _word(part.was)}: "
+                f"Could not process {'PDF' if 'document' in part.was else _medium_of(part.was)}: "
                 f"the model reads text only, it cannot take {part.was[:LONGEST_TYPE]}",
                 param=f"{param}[{i}]",
                 hint="Take it out of the message, or say in words what it shows.",
             )
 
 
-def _text(part: dict[str, Any]) -> str | None:
-    """None: it holds something else."""
+def _text_of_part(part: dict[str, Any]) -> str | None:
+    """The text that a part holds; None if it holds something else."""
     plain: str | None = next((part[name] for name in ("text", "refusal") if isinstance(part.get(name), str)), None)
     if plain is not None:
         return plain
     inner = next((part[name] for name in ("source", "file", "resource") if isinstance(part.get(name), dict)), part)
-    text = _held(inner)
+    text = _text_of_source(inner)
     if text is None:
         return None
     named = (part.get("title"), part.get("context"), inner.get("filename"))
     return paragraphs([*(name for name in named if isinstance(name, str)), text])
 
 
-def _held(source: dict[str, Any]) -> str | None:
+def _text_of_source(source: dict[str, Any]) -> str | None:
     """The text of a document's source, of a file's data, of a search result's content."""
     content = source.get("content", source.get("text"))
     if isinstance(content, str):
         return content
     if isinstance(content, list):
-        texts = [_text(part) or "" for part in content if isinstance(part, dict)]
+        texts = [_text_of_part(part) or "" for part in content if isinstance(part, dict)]
         return paragraphs(texts) or None
     data: str | None = next(
         (source[name] for name in ("data", "file_data", "blob") if isinstance(source.get(name), str)), None
     )
-    if data is None or source.get("type") == "text":
+    if data is None or source.get("type") == "text":  # Anthropic's source of type text has it in plain
         return data
-    return _decoded(data.partition(";base64,")[2] if data.startswith("data:") else data)
+    return _decoded_text(data.partition(";base64,")[2] if data.startswith("data:") else data)
 
 
-def _decoded(encoded: str) -> str | None:
-    """Bytes that are text. Their media type does not tell: that of a program is often application/octet-stream."""
+def _decoded_text(encoded: str) -> str | None:
+    """The text in base64; None if the bytes are not text. Their media type does not tell: that of a program is often
+    application/octet-stream."""
     try:
         text = base64.b64decode(encoded, validate=True).decode()
     except (binascii.Error, UnicodeDecodeError, ValueError):

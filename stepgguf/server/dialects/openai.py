@@ -1,154 +1,71 @@
-"""What OpenAI's dialects answer with. These types check the writers and make the OpenAPI document."""
+"""What Chat Completions and Completions have in common: the options of a stream, the usage, the end."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
+from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
 
+from stepgguf.chat.exchange import Reply
+from stepgguf.errors import RequestError
+from stepgguf.server.body.objects import CheckedObject, ignored
+from stepgguf.server.http.sse import TextEvent
+
 FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
+DONE = TextEvent("[DONE]")  # after the last record, also after an error
 
 
-class PromptDetails(TypedDict):
+class StreamOptions(CheckedObject):
+    include_usage: bool | None = Field(None, description="true: a last chunk, without choices, has the usage.")
+    include_obfuscation: object = ignored("it only pads events")
+    continuous_usage_stats: object = ignored("usage comes with the last chunk")
+
+
+def wants_usage(stream: bool | None, options: StreamOptions | None) -> bool:
+    """Whether a stream ends with the usage. RequestError: there is no stream to have options."""
+    if options is not None and not stream:
+        raise RequestError("stream_options is only allowed with stream: true", param="stream_options")
+    return options is not None and bool(options.include_usage)
+
+
+class PromptTokenDetails(TypedDict):
     cached_tokens: int
 
 
-class CompletionDetails(TypedDict):
-    """reasoning_cut: "budget" or "loop", if the thinking was ended before the model did."""
+class CompletionTokenDetails(TypedDict):
+    """reasoning_cut: "budget" or "loop", if the reasoning was ended before the model did."""
 
     reasoning_tokens: int
     reasoning_cut: NotRequired[str]
 
 
-class Usage(TypedDict):
+class CompletionUsage(TypedDict):
     """cached_tokens stands here too because StepFun's clients look for it here."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: PromptDetails
-    completion_tokens_details: CompletionDetails
+    prompt_tokens_details: PromptTokenDetails
+    completion_tokens_details: CompletionTokenDetails
     cached_tokens: int
 
 
-class TopLogprob(TypedDict):
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class TokenLogprob(TopLogprob):
-    top_logprobs: list[TopLogprob]
-
-
-class Logprobs(TypedDict):
-    content: list[TokenLogprob]
-    refusal: None
-
-
-class FunctionCall(TypedDict):
-    name: str
-    arguments: str
-
-
-class ToolCall(TypedDict):
-    id: str
-    type: Literal["function"]
-    function: FunctionCall
-
-
-class ChatMessage(TypedDict):
-    role: Literal["assistant"]
-    content: str | None
-    reasoning: str | None
-    reasoning_content: str | None
-    refusal: None
-    tool_calls: NotRequired[list[ToolCall]]
-    reasoning_details: NotRequired[list[dict[str, Any]]]
-
-
-class ChatChoice(TypedDict):
-    index: int
-    message: ChatMessage
-    logprobs: Logprobs | None
-    finish_reason: FinishReason
-
-
-class ChatCompletion(TypedDict):
-    id: str
-    object: Literal["chat.completion"]
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: list[ChatChoice]
-    usage: Usage
-
-
-class ChatDelta(TypedDict):
-    """Either reasoning or content or calls; the others are null or absent. Both names of the reasoning are there."""
-
-    role: NotRequired[Literal["assistant"]]
-    content: str | None
-    reasoning: str | None
-    reasoning_content: str | None
-    tool_calls: NotRequired[list[dict[str, Any]]]
-    reasoning_details: NotRequired[list[dict[str, Any]]]
-
-
-class ChunkChoice(TypedDict):
-    index: int
-    delta: ChatDelta
-    logprobs: Logprobs | None
-    finish_reason: FinishReason | None
-
-
-class ChatChunk(TypedDict):
-    id: str
-    object: Literal["chat.completion.chunk"]
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: list[ChunkChoice]
-    usage: NotRequired[Usage]
-
-
-class TextLogprobs(TypedDict):
-    """top_logprobs: of each token the likeliest, and its own if that is not among them."""
-
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
-    text_offset: list[int]
-
-
-class TextChoice(TypedDict):
-    index: int
-    text: str
-    logprobs: TextLogprobs | None
-    finish_reason: FinishReason | None
-
-
-class TextCompletion(TypedDict):
-    id: str
-    object: Literal["text_completion"]
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: list[TextChoice]
-    usage: NotRequired[Usage]
-
-
-class Model(TypedDict):
-    """root is null: clients take the first such model for their default."""
-
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-    root: None
-    context_length: int
-
-
-class Models(TypedDict):
-    object: Literal["list"]
-    data: list[Model]
+def usage_of(replies: Sequence[Reply], n_prompt: int) -> CompletionUsage:
+    """What answers took that were made at once. n_prompt: tokens of all their prompts, each prompt once. Answers that
+    did not finish are not counted."""
+    timings = [reply.timings for reply in replies]
+    # The later answers find in the cache what the first one has read; only its count says what the request saved.
+    n_cached, n_generated = timings[0].n_cached, sum(t.n_generated for t in timings)
+    details: CompletionTokenDetails = {"reasoning_tokens": sum(reply.n_reasoning for reply in replies)}
+    if cuts := [reply.reasoning_cut for reply in replies if reply.reasoning_cut is not None]:
+        details["reasoning_cut"] = cuts[0]
+    return {
+        "prompt_tokens": n_prompt,
+        "completion_tokens": n_generated,
+        "total_tokens": n_prompt + n_generated,
+        "prompt_tokens_details": {"cached_tokens": n_cached},
+        "completion_tokens_details": details,
+        "cached_tokens": n_cached,
+    }

@@ -1,8 +1,8 @@
 """Reasoning that a client carries without showing it: Anthropic's `signature`, OpenAI's `encrypted_content`.
 
-Both dialects let a client ask for an answer without its thinking and yet send the thinking back, as an opaque text, so
-that the model does not lose it between tool calls. This server keeps nothing, so the text must hold the thinking. It
-is base64 behind a prefix and not encrypted: it never leaves the client who may ask for it in plain.
+Both dialects let a client ask for an answer without its reasoning and yet send the reasoning back, as an opaque text,
+so that the model does not lose it between tool calls. This server keeps nothing, so the text must hold the reasoning:
+it is base64 behind a prefix and not encrypted, for it never leaves the client who may ask for it in plain.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ PREFIX = "stepgguf:"
 
 
 def seal(reasoning: str) -> str:
+    """The opaque text that `unseal` reads."""
     return PREFIX + base64.b64encode(reasoning.encode()).decode()
 
 

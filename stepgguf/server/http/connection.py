@@ -20,6 +20,8 @@ MOST_CONNECTIONS = 512
 
 
 class Connection(H11Protocol):
+    """uvicorn's HTTP/1.1 connection, with a deadline while it waits for a request."""
+
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
         self._since = time.monotonic()

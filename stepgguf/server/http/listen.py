@@ -51,13 +51,13 @@ def serve(app: FastAPI, listener: socket.socket, engine: Engine, *, host: str) -
         log.error("the engine has died; the server ends")
         server.should_exit = True
 
-    async def both() -> None:
+    async def serve_and_watch() -> None:
         watching = asyncio.create_task(end_with_engine())
         await server.serve(sockets=[listener])
         watching.cancel()
 
     with _signals_taken():
-        asyncio.run(both())
+        asyncio.run(serve_and_watch())
 
 
 @contextlib.contextmanager

@@ -14,11 +14,11 @@ INSTEAD = {
 }
 
 
-def advice(asked: str, origin: str, routes: Iterable[str]) -> str:
+def address_advice(asked: str, origin: str, routes: Iterable[str]) -> str:
     """A sentence. asked: the path; origin: scheme, host and port; routes: the paths that there are."""
     asked, origin = asked.rstrip("/"), origin.rstrip("/")
     bases = f"the base URL of OpenAI's clients is {origin}{API}, that of Anthropic's {origin}"
-    meant = INSTEAD.get(asked) or _meant(asked, routes)
+    meant = INSTEAD.get(asked) or _meant_route(asked, routes)
     if meant is not None:
         return f"it is {meant}: {bases}"
     if asked in ("", API):
@@ -28,7 +28,7 @@ def advice(asked: str, origin: str, routes: Iterable[str]) -> str:
     return "/docs lists what there is"
 
 
-def _meant(asked: str, routes: Iterable[str]) -> str | None:
+def _meant_route(asked: str, routes: Iterable[str]) -> str | None:
     """The longest route whose end is asked for: without /v1, with it twice, below some other prefix."""
     ends = {route.removeprefix(API): route for route in routes if "{" not in route}
     if asked in ends.values():  # it takes another method

@@ -13,7 +13,7 @@ import pytest
 from stepgguf.chat.messages import normalize_messages
 from stepgguf.chat.request import EFFORTS
 from stepgguf.chat.template import CLOSING_WORDS
-from stepgguf.server.dialects.chat_completions.request import Message, as_chat
+from stepgguf.server.dialects.chat_completions.request import ChatInputMessage, as_chat
 from tests.server.conftest import Serve, Server
 
 LETTERS = "How many 'r's are in the word strawberry?"
@@ -377,7 +377,7 @@ def test_what_a_tool_gave_is_never_wrong(server: Server, result: Any, shown: str
     ids=str,
 )
 def test_the_thinking_of_an_old_answer_is_thinking_whatever_its_form(answer: dict[str, Any]) -> None:
-    read = as_chat([Message.model_validate({"role": "assistant", **answer})])
+    read = as_chat([ChatInputMessage.model_validate({"role": "assistant", **answer})])
     (found,) = normalize_messages(read)
     assert (found["content"], found["reasoning_content"]) == ("x", "Hm.")
 

@@ -19,15 +19,22 @@ from stepgguf.chat.request import ChatRequest, ToolChoice
 from stepgguf.runtime.engine import Sampling
 from stepgguf.server.body.reasoning import ReasoningMap
 from stepgguf.server.config import ServerConfig
-from stepgguf.server.dialects.messages.request import Choice, Create, CustomTool, OutputConfig, Prompt
-from stepgguf.server.dialects.messages.route import stream
+from stepgguf.server.dialects.messages.request import (
+    MessagesBody,
+    MessagesPrompt,
+    MessagesTool,
+    MessagesToolChoice,
+    OutputConfig,
+)
 from stepgguf.server.dialects.messages.writer import Display, MessageWriter
 from stepgguf.server.dialects.sealed_reasoning import seal
-from stepgguf.server.generation import Exchange
+from stepgguf.server.dialects.writer import written as written_by
+from stepgguf.server.generation import Generation
+from stepgguf.server.http.sse import Record
 from stepgguf.server.metrics import Metrics
 from stepgguf.server.service import Service
 from tests.server.conftest import Serve, Server
-from tests.server.scripted import CALL, answer
+from tests.server.dialects.answers import CALL, answer, streamed
 
 QUESTION: dict[str, Any] = {"role": "user", "content": "How many 'r's are in the word strawberry?"}
 WEATHER: dict[str, Any] = {
@@ -49,8 +56,11 @@ def written(
     pieces: list[str], display: Display = "shown", *, max_tokens: int | None = None, **how: Any
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     deltas, reply = answer(pieces, **how)
-    writer = MessageWriter("abc", "demo", display, len(pieces) if max_tokens is None else max_tokens)
-    return writer.start(10) + writer.feed(deltas) + writer.finish(reply), writer.message
+    limit = len(pieces) if max_tokens is None else max_tokens
+    events = streamed(MessageWriter("abc", "demo", display, n_prompt=10, max_tokens=limit), deltas, reply)
+    whole = MessageWriter("abc", "demo", display, n_prompt=10, max_tokens=limit).whole([deltas], [reply])
+    assert all(event.name == event.data["type"] for event in events)
+    return [dict(event.data) for event in events], whole
 
 
 def shape(events: list[dict[str, Any]]) -> list[str]:
@@ -191,8 +201,10 @@ def test_the_reason_to_stop_is_named_in_anthropics_words() -> None:
 
 
 def messages_of(turns: list[dict[str, Any]], **fields: Any) -> list[dict[str, Any]]:
-    body = Create.model_validate({"max_tokens": 9, "messages": turns, **fields})
-    return normalize_messages([*body.told(), *(message for turn in body.messages for message in turn.messages())])
+    body = MessagesBody.model_validate({"max_tokens": 9, "messages": turns, **fields})
+    return normalize_messages(
+        [*body.system_messages(), *(message for turn in body.messages for message in turn.messages())]
+    )
 
 
 def test_results_of_tools_come_before_and_after_text_as_they_were_sent() -> None:
@@ -239,7 +251,7 @@ def test_the_billing_line_of_claude_code_never_reaches_the_prompt() -> None:
 
 
 def request_of(chat: ChatModel, **fields: Any) -> ChatRequest:
-    body = Create.model_validate({"max_tokens": 99, "messages": [QUESTION], **fields})
+    body = MessagesBody.model_validate({"max_tokens": 99, "messages": [QUESTION], **fields})
     return body.chat_request(Service(chat, ServerConfig(("demo",)), Metrics(chat.engine), 0))
 
 
@@ -431,12 +443,16 @@ def test_a_stream_that_has_nothing_to_say_pings(serve: Serve) -> None:
 
 
 def test_thinking_that_is_not_sent_leaves_the_time_to_pings(chat_model: ChatModel) -> None:
-    async def chunks() -> list[bytes]:
+    async def chunks() -> list[list[Record]]:
         prepared = chat_model.prepare(ChatRequest([QUESTION], Sampling(temperature=0), max_tokens=20))
-        exchange = await Exchange.start(chat_model.engine, [prepared], Metrics(chat_model.engine))
-        return [chunk async for chunk in stream(exchange, MessageWriter("abc", "demo", "hidden", 20))]
+        generation = await Generation.start(chat_model.engine, [prepared], Metrics(chat_model.engine))
+        writer = MessageWriter("abc", "demo", "hidden", n_prompt=generation.n_prompt, max_tokens=20)
+        return [list(records) async for records in written_by(generation, writer)]
 
-    assert [chunk for chunk in asyncio.run(chunks()) if not chunk] == []
+    start, *hidden, finish = asyncio.run(chunks())
+    assert start
+    assert finish
+    assert hidden == [[]] * len(hidden), "EventStream sends no chunk for no records"
 
 
 def test_an_engine_that_dies_in_a_stream_is_an_error_to_the_client(dying: Server) -> None:
@@ -486,13 +502,13 @@ def test_what_cannot_be_done_is_refused_in_anthropics_form(server: Server, field
 @pytest.mark.parametrize(
     ("body", "documented", "refused"),
     [
-        (Create, anthropic.types.beta.message_create_params.MessageCreateParamsStreaming, {"thread"}),
-        (Prompt, anthropic.types.beta.message_count_tokens_params.MessageCountTokensParams, set()),
-        (CustomTool, anthropic.types.beta.BetaToolParam, set()),
+        (MessagesBody, anthropic.types.beta.message_create_params.MessageCreateParamsStreaming, {"thread"}),
+        (MessagesPrompt, anthropic.types.beta.message_count_tokens_params.MessageCountTokensParams, set()),
+        (MessagesTool, anthropic.types.beta.BetaToolParam, set()),
         (ReasoningMap, anthropic.types.beta.BetaThinkingConfigEnabledParam, set()),
         (ReasoningMap, anthropic.types.beta.BetaThinkingConfigAdaptiveParam, set()),
         (OutputConfig, anthropic.types.beta.BetaOutputConfigParam, set()),
-        (Choice, anthropic.types.beta.BetaToolChoiceToolParam, set()),
+        (MessagesToolChoice, anthropic.types.beta.BetaToolChoiceToolParam, set()),
     ],
 )
 def test_every_field_that_anthropic_documents_is_known(body: Any, documented: Any, refused: set[str]) -> None:

@@ -13,7 +13,7 @@ from stepgguf.chat.exchange import ChatModel
 from stepgguf.chat.request import ChatRequest
 from stepgguf.errors import RequestError
 from stepgguf.server.config import ServerConfig
-from stepgguf.server.dialects.messages.request import Create
+from stepgguf.server.dialects.messages.request import MessagesBody
 from stepgguf.server.dialects.messages.turns import ToolResultBlock
 from stepgguf.server.metrics import Metrics
 from stepgguf.server.service import Service
@@ -55,7 +55,7 @@ CALL = assistant({"type": "tool_use", "id": "a", "name": "get_weather", "input":
 
 
 def request_of(chat: ChatModel, turns: list[dict[str, Any]], **fields: Any) -> ChatRequest:
-    body = Create.model_validate({"max_tokens": 99, "messages": turns, **fields})
+    body = MessagesBody.model_validate({"max_tokens": 99, "messages": turns, **fields})
     return body.chat_request(Service(chat, ServerConfig(("demo",)), Metrics(chat.engine), 0))
 
 

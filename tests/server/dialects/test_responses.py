@@ -17,19 +17,20 @@ from pydantic import BaseModel, TypeAdapter
 
 from stepgguf.chat.exchange import ChatModel
 from stepgguf.chat.request import ChatRequest
-from stepgguf.server.body.objects import Body
+from stepgguf.server.body.objects import CheckedObject
 from stepgguf.server.body.reasoning import ReasoningMap
 from stepgguf.server.config import ServerConfig
-from stepgguf.server.dialects.responses.request import Prompt, ResponseBody, TextOptions
-from stepgguf.server.dialects.responses.store import Answers
-from stepgguf.server.dialects.responses.tools import FunctionTool, Offers
+from stepgguf.server.dialects.responses.request import ResponsesBody, ResponsesPrompt, TextOptions
+from stepgguf.server.dialects.responses.store import AnswerStore
+from stepgguf.server.dialects.responses.tools import Offers, ResponsesFunctionTool
 from stepgguf.server.dialects.responses.writer import ResponseWriter
 from stepgguf.server.dialects.sealed_reasoning import seal
+from stepgguf.server.generation import AnswerPart
 from stepgguf.server.metrics import Metrics
 from stepgguf.server.problem import Problem
 from stepgguf.server.service import Service
 from tests.server.conftest import Serve, Server
-from tests.server.scripted import CALL, answer
+from tests.server.dialects.answers import CALL, answer, streamed
 from tests.server.test_beat import MOST_SECONDS
 from tests.server.test_beat import pauses as pauses
 
@@ -41,7 +42,7 @@ WEATHER: dict[str, Any] = {
     "strict": False,
 }
 COLD: dict[str, Any] = {"model": "demo", "temperature": 0}
-OFFERS = Offers([FunctionTool.model_validate(WEATHER)])
+OFFERS = Offers([ResponsesFunctionTool.model_validate(WEATHER)])
 ECHO = b'{"parallel_tool_calls": true, "tool_choice": "auto", "tools": []}'
 
 
@@ -54,9 +55,10 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
 def written(pieces: list[str], *, sealed: bool = False, **how: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     deltas, reply = answer(pieces, **how)
     writer = ResponseWriter("abc", "demo", 1763600000, ECHO, OFFERS.by_name, sealed=sealed)
-    writer.feed(deltas)
-    writer.finish(reply)
-    return writer.events(), writer.response
+    events = streamed(writer, deltas, reply)
+    assert events == list(writer.events()), "read as it comes or afterwards, the stream is the same"
+    assert all(event.name == event.data["type"] for event in events)
+    return [dict(event.data) for event in events], writer.response
 
 
 # the writer -------------------------------------------------------------------------------------------------------
@@ -135,9 +137,9 @@ def test_an_answer_that_was_cut_is_incomplete_and_says_why() -> None:
 def test_an_answer_that_failed_ends_with_what_there_was() -> None:
     deltas, _ = answer(["Hm", "</think>", "one, "])
     writer = ResponseWriter("abc", "demo", 1763600000, ECHO, {})
-    writer.feed(deltas)
-    writer.fail(Problem(500, "it died", "server_error", "x"))
-    last = writer.events()[-1]
+    writer.feed(AnswerPart(0, deltas, None))
+    (*_, last_event) = writer.fail(Problem(500, "it died", "server_error", "x"))
+    last = last_event.data
     assert last["type"] == "response.failed"
     response = last["response"]
     assert (response["status"], response["error"]) == ("failed", {"code": "server_error", "message": "it died"})
@@ -160,7 +162,11 @@ def test_fields_become_those_of_the_request(chat_model: ChatModel) -> None:
     service = Service(chat_model, config, Metrics(chat_model.engine), 0)
 
     def request_of(**fields: Any) -> ChatRequest:
-        return ResponseBody.model_validate({"input": "Hello", **fields}).chat_request(service, Answers(config)).request
+        return (
+            ResponsesBody.model_validate({"input": "Hello", **fields})
+            .chat_request(service, AnswerStore(config))
+            .request
+        )
 
     plain = request_of()
     assert (plain.parallel_tool_calls, plain.reasoning_budget, plain.max_tokens) == (True, None, None)
@@ -363,13 +369,13 @@ def test_what_cannot_be_done_is_refused_and_named(
 @pytest.mark.parametrize(
     ("documented", "body"),
     [
-        (ResponseCreateParamsBase, ResponseBody),
-        (InputTokenCountParams, Prompt),
+        (ResponseCreateParamsBase, ResponsesBody),
+        (InputTokenCountParams, ResponsesPrompt),
         (ReasoningParam, ReasoningMap),
         (ResponseTextConfigParam, TextOptions),
     ],
 )
-def test_every_field_that_openai_documents_is_known(documented: type, body: type[Body]) -> None:
+def test_every_field_that_openai_documents_is_known(documented: type, body: type[CheckedObject]) -> None:
     assert set(documented.__annotations__) <= set(body.model_fields)
 
 

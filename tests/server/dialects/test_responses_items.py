@@ -8,8 +8,13 @@ from typing import Any
 import pytest
 
 from stepgguf.errors import RequestError
-from stepgguf.server.dialects.responses.items import conversation, left_out, read, refuse_what_was_just_written
-from stepgguf.server.dialects.responses.request import ResponseBody
+from stepgguf.server.dialects.responses.items import (
+    as_chat_messages,
+    left_out_types,
+    parse_items,
+    refuse_unreadable_input,
+)
+from stepgguf.server.dialects.responses.request import ResponsesBody
 from stepgguf.server.dialects.responses.tools import Offers
 from stepgguf.server.dialects.sealed_reasoning import seal
 from tests.server.conftest import Serve, Server
@@ -19,7 +24,7 @@ USER = {"role": "user", "content": "Look."}
 
 
 def messages_of(items: Any) -> list[dict[str, Any]]:
-    return conversation(typed(items), Offers(()))
+    return as_chat_messages(typed(items), Offers(()))
 
 
 def test_items_of_the_assistant_make_one_message_and_reasoning_starts_the_next() -> None:
@@ -179,7 +184,7 @@ def test_a_call_with_a_result_is_shown_whatever_its_type(items: Any, calls: Any,
 )
 def test_what_cannot_be_shown_is_left_out(item: Any) -> None:
     assert messages_of([USER, item]) == [{"role": "user", "content": "Look."}]
-    assert left_out(typed([USER, item])) == [item["type"]]
+    assert left_out_types(typed([USER, item])) == [item["type"]]
 
 
 def test_the_log_says_once_what_is_left_out(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
@@ -223,7 +228,7 @@ def test_an_image_in_a_tools_output_or_an_earlier_turn_is_a_sentence() -> None:
     ]
     asked, _, result = messages_of(items)
     assert (asked["content"], result["content"]) == (f"See:\n\n{UNSEEN}", UNSEEN)
-    refuse_what_was_just_written(typed(items), 0)
+    refuse_unreadable_input(typed(items), 0)
 
 
 def test_a_file_of_text_is_text() -> None:
@@ -244,13 +249,13 @@ def test_in_the_message_just_written_it_is_refused(server: Server, part: dict[st
 def test_the_place_is_that_in_the_body_when_an_answer_is_continued() -> None:
     before = typed([USER, {"role": "assistant", "content": "Where?"}])
     with pytest.raises(RequestError) as caught:
-        refuse_what_was_just_written([*before, *typed([{"role": "user", "content": [IMAGE]}])], len(before))
+        refuse_unreadable_input([*before, *typed([{"role": "user", "content": [IMAGE]}])], len(before))
     assert caught.value.param == "input[0].content[0]"
 
 
 def typed(items: Any) -> Any:
-    sent: Any = ResponseBody.model_validate({"input": items}).input
-    return read(sent)
+    sent: Any = ResponsesBody.model_validate({"input": items}).input
+    return parse_items(sent)
 
 
 def called(message: dict[str, Any]) -> list[tuple[str, Any]]:

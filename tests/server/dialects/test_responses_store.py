@@ -16,10 +16,10 @@ from pydantic import TypeAdapter
 
 from stepgguf.server.dialects.responses.store import MOST_AT_ONCE, Answer
 from stepgguf.server.dialects.responses.writer import ResponseWriter
-from stepgguf.server.generation import Exchange, Part
+from stepgguf.server.generation import AnswerPart, Generation
 from tests.server.conftest import Serve, Server
+from tests.server.dialects.answers import answer
 from tests.server.dialects.test_responses import COLD, QUESTION, WEATHER
-from tests.server.scripted import answer
 from tests.server.test_stream import ENDS
 
 KNOWN: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
@@ -292,16 +292,17 @@ def test_an_answer_that_is_not_finished_cannot_be_continued(server: Server, clie
 
 
 class Made:
-    """An exchange that is over at once, of an answer of so many words."""
+    """A generation that is over at once, of an answer of so many words."""
 
     n_prompt = n_generated = 0
     warnings = ()
 
     def __init__(self, n_words: int) -> None:
-        self._deltas, self.reply = answer(["</think>", *["word "] * n_words])
+        self._deltas, reply = answer(["</think>", *["word "] * n_words])
+        self.replies = [reply]
 
-    async def parts(self) -> AsyncGenerator[Part, None]:
-        yield Part(0, self._deltas, None)
+    async def parts(self) -> AsyncGenerator[AnswerPart, None]:
+        yield AnswerPart(0, self._deltas, None)
 
     def cancel(self) -> None:
         pass
@@ -312,11 +313,11 @@ def read_while_busy(n_words: int) -> list[list[dict[str, Any]]]:
 
     async def read() -> list[list[dict[str, Any]]]:
         writer = ResponseWriter("abc", "demo", 0, b"{}", {})
-        found = Answer(writer, cast(Exchange, Made(n_words)), b"[]", keeps=True, background=False)
+        found = Answer(writer, cast(Generation, Made(n_words)), b"[]", keeps=True, background=False)
         told = []
         async for events in found.events():
-            told.append(events)
-            await found.finished()
+            told.append([dict(event.data) for event in events])
+            await found.wait_until_finished()
         return told
 
     return asyncio.run(read())

@@ -12,14 +12,20 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from stepgguf.errors import RequestError
-from stepgguf.server.dialects.responses.tools import AnyChoice, AnyTool, InputReader, Offers, choose
+from stepgguf.server.dialects.responses.tools import (
+    InputReader,
+    Offers,
+    ResponsesTool,
+    ResponsesToolChoice,
+    resolve_choice,
+)
 from stepgguf.server.dialects.responses.writer import ResponseWriter
 from tests.server.conftest import Server
+from tests.server.dialects.answers import answer, streamed
 from tests.server.dialects.test_responses import COLD, ECHO
-from tests.server.scripted import answer
 
-TOOLS: TypeAdapter[list[AnyTool]] = TypeAdapter(list[AnyTool])
-CHOICE: TypeAdapter[AnyChoice] = TypeAdapter(AnyChoice)
+TOOLS: TypeAdapter[list[ResponsesTool]] = TypeAdapter(list[ResponsesTool])
+CHOICE: TypeAdapter[ResponsesToolChoice] = TypeAdapter(ResponsesToolChoice)
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 WEATHER: dict[str, Any] = {
     "type": "function",
@@ -60,12 +66,11 @@ def call(name: str, value: str) -> list[str]:
 def written(offered: Offers, pieces: list[str], **how: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     deltas, reply = answer(["Hm", "</think>", *pieces], tools=offered.tools, **how)
     writer = ResponseWriter("abc", "demo", 1763600000, ECHO, offered.by_name)
-    writer.feed(deltas)
-    writer.finish(reply)
-    for event in writer.events():
+    events = [dict(event.data) for event in streamed(writer, deltas, reply)]
+    for event in events:
         EVENT.validate_python(event)
     Response.model_validate(writer.response)
-    return writer.events(), writer.response
+    return events, writer.response
 
 
 # names ------------------------------------------------------------------------------------------------------------
@@ -92,7 +97,7 @@ def test_a_namespace_and_a_name_are_one_name_to_the_model(declared: Any, names: 
     offered = offers(*declared)
     assert {name: (offer.namespace, offer.name) for name, offer in offered.by_name.items()} == names
     for name, (namespace, inner) in names.items():
-        assert offered.name(namespace, inner) == name
+        assert offered.model_name(namespace, inner) == name
 
 
 def test_names_stay_apart_where_they_are_too_long() -> None:
@@ -145,7 +150,7 @@ def test_a_tool_that_runs_elsewhere_is_left_out(kind: str) -> None:
 )
 def test_a_choice_is_understood(choice: Any, mode: str, name: str | None, left: int) -> None:
     offered = offers(WEATHER, PATCH, space("files", function("read")), {"type": "web_search"})
-    chosen, kept = choose(None if choice is None else CHOICE.validate_python(choice), offered)
+    chosen, kept = resolve_choice(None if choice is None else CHOICE.validate_python(choice), offered)
     assert (chosen.mode, chosen.name, len(kept.tools)) == (mode, name, left)
 
 
@@ -182,7 +187,7 @@ def test_a_call_of_a_tool_in_a_namespace_has_both_names() -> None:
 def test_a_call_of_a_custom_tool_is_its_text(namespace: str | None) -> None:
     text = '*** Begin "Patch"\\\n\t- {a}\n+ größer 🙂\n'
     offered = offers(PATCH) if namespace is None else offers(space(namespace, PATCH))
-    events, response = written(offered, [*call(offered.name(namespace, "apply_patch"), text), "</tool_call>"])
+    events, response = written(offered, [*call(offered.model_name(namespace, "apply_patch"), text), "</tool_call>"])
     names = [event["type"] for event in events if event.get("output_index") == 1]
     assert names[0] == "response.output_item.added"
     assert names[-2:] == ["response.custom_tool_call_input.done", "response.output_item.done"]
@@ -206,11 +211,11 @@ def test_a_string_is_read_out_of_json_in_pieces(text: str, size: int) -> None:
         arguments = json.dumps({"input": text}, ensure_ascii=ascii_only)
         reader = InputReader()
         found = [reader.feed(arguments[i : i + size]) for i in range(0, len(arguments), size)]
-        assert ("".join(found), reader.ended) == (text, True)
+        assert ("".join(found), reader.is_complete) == (text, True)
     for end in range(len(arguments)):
         cut = InputReader()
         assert text.startswith(cut.feed(arguments[:end]))
-        assert not cut.ended or text.endswith("}")
+        assert not cut.is_complete or text.endswith("}")
 
 
 @pytest.mark.parametrize("tool", [PATCH, function("apply_patch")])
@@ -221,16 +226,15 @@ def test_a_call_that_is_cut_is_incomplete_wherever_it_is_cut(tool: dict[str, Any
     text = "input" if tool is PATCH else "arguments"
     for end in range(1, len(whole) + 1):
         writer = ResponseWriter("abc", "demo", 1763600000, ECHO, offered.by_name)
-        writer.feed(whole[:end])
-        writer.finish(reply)
-        item, last = writer.response["output"][-1], writer.events()[-1]
+        events = [event.data for event in streamed(writer, whole[:end], reply)]
+        item, last = writer.response["output"][-1], events[-1]
         assert (last["type"], last["response"]["status"]) == ("response.incomplete", "incomplete")
         assert last["response"]["incomplete_details"] == {"reason": "max_output_tokens"}
         assert item["status"] == ("completed" if end == len(whole) else "incomplete")
         if end < len(whole) and text == "arguments":
             with pytest.raises(ValueError, match=r"Expecting|Unterminated"):
                 json.loads(item[text])
-        for event in writer.events():
+        for event in events:
             EVENT.validate_python(event)
 
 

@@ -18,8 +18,8 @@ import pytest
 
 from stepgguf.chat.exchange import ChatModel
 from stepgguf.errors import EngineDied
-from stepgguf.server import app
 from stepgguf.server.config import ServerConfig
+from stepgguf.server.routes.page import STATIC_FOLDER
 from tests.scripted_engine import Pause, ScriptedEngine, UntilEndReasoning
 from tests.server.browser import ENTER, ESCAPE, Page
 from tests.server.conftest import Serve, Server, running
@@ -150,7 +150,7 @@ class HangsUp(BaseHTTPRequestHandler):
     """A server that is killed in the middle of an answer, and after its restart knows nothing of it."""
 
     def do_GET(self) -> None:
-        file = app.STATIC / ("index.html" if self.path == "/" else self.path.removeprefix("/static/"))
+        file = STATIC_FOLDER / ("index.html" if self.path == "/" else self.path.removeprefix("/static/"))
         if file.is_file():
             kinds = {".css": "text/css", ".html": "text/html", ".woff2": "font/woff2"}
             self._answer(file.read_bytes(), kinds.get(file.suffix, "text/javascript"))

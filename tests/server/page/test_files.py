@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from stepgguf.server import app
+from stepgguf.server.routes.page import STATIC_FOLDER
 from tests.server.browser import Page
 from tests.server.conftest import Serve, Server
 
-VENDOR = app.STATIC / "vendor"
+VENDOR = STATIC_FOLDER / "vendor"
 
 
 def test_pages_load_and_run_nothing_but_their_own_files(server: Server) -> None:
@@ -76,16 +77,18 @@ def test_the_page_of_the_api_has_the_fields_in_the_order_of_the_document(server:
 
 def test_the_chat_page_is_small(server: Server) -> None:
     """What a first visit loads, without the font that is for formulas."""
-    sizes = [path.stat().st_size for path in app.STATIC.rglob("*") if path.suffix in (".html", ".css", ".js", ".mjs")]
+    sizes = [
+        path.stat().st_size for path in STATIC_FOLDER.rglob("*") if path.suffix in (".html", ".css", ".js", ".mjs")
+    ]
     assert sum(sizes) < 600_000
 
 
 def test_no_file_names_another_place() -> None:
-    own = [path for path in app.STATIC.rglob("*") if path.is_file() and VENDOR not in path.parents]
+    own = [path for path in STATIC_FOLDER.rglob("*") if path.is_file() and VENDOR not in path.parents]
     for path in own:
         assert "http://" not in path.read_text(), path
         assert "https://" not in path.read_text().replace("https?:", ""), path
 
 
 def test_the_folder_is_the_packages_own() -> None:
-    assert Path(app.STATIC).is_relative_to(Path(app.__file__).parent)
+    assert STATIC_FOLDER.is_relative_to(Path(app.__file__).parent)

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from stepgguf.chat.request import ChatRequest, Tool, ToolChoice
+from stepgguf.chat.request import ChatRequest, ToolChoice
 from stepgguf.errors import RequestError
-from stepgguf.server.body.objects import Body, ExtraBody, Ignored, Part, ignored
+from stepgguf.server.body.answer_format import FormatFields
+from stepgguf.server.body.hosted import ExtraBody, HostedServiceFields
+from stepgguf.server.body.objects import CheckedObject, RequestObject, ignored
 from stepgguf.server.body.reasoning import ReasoningFields
-from stepgguf.server.body.sampling import AnswerTokens, FormatFields, SamplingFields, limit
-from stepgguf.server.body.unreadable import AnyPart, as_output, just_written, refuse_unreadable
+from stepgguf.server.body.sampling import AnswerTokens, SamplingFields, token_limit
+from stepgguf.server.body.unreadable import AnyPart, as_tool_output, newest_user_message, refuse_unreadable
+from stepgguf.server.dialects.function_tools import FunctionDeclaration, as_tools
+from stepgguf.server.dialects.openai import StreamOptions
 from stepgguf.server.service import Service
 
 
-class CalledFunction(Part):
+class ChatInputFunctionCall(RequestObject):
     name: str
     arguments: Any = "{}"
 
 
-class ToolCall(Part):
+class ChatInputToolCall(RequestObject):
     id: str | int | None = None
     type: str = "function"
-    function: CalledFunction
+    function: ChatInputFunctionCall
 
 
 def _as_function(call: Any) -> Any:
@@ -37,39 +40,39 @@ def _as_function(call: Any) -> Any:
     return {"id": call.get("id"), "function": {"name": custom.get("name", call.get("type")), "arguments": arguments}}
 
 
-def _thinking(value: Any) -> Any:
+def _reasoning_text(value: Any) -> Any:
     """Text, or the text of parts: Mistral's {"thinking": [{"text": ...}]}, Anthropic's {"thinking": ...}."""
     if isinstance(value, list):
-        return "".join(_thinking(part) for part in value)
+        return "".join(_reasoning_text(part) for part in value)
     if isinstance(value, dict):
-        return _thinking(value.get("thinking", value.get("text", value.get("content"))))
+        return _reasoning_text(value.get("thinking", value.get("text", value.get("content"))))
     return value if isinstance(value, str) else ""
 
 
-THOUGHT = ("thinking", "redacted_thinking", "reasoning", "reasoning_text")  # parts of an answer
-_Thinking = Annotated[str | None, BeforeValidator(_thinking)]
+REASONING_PARTS = ("thinking", "redacted_thinking", "reasoning", "reasoning_text")  # parts of an answer
+_Reasoning = Annotated[str | None, BeforeValidator(_reasoning_text)]
 
 
-def _answer(data: dict[str, Any]) -> dict[str, Any]:
-    """The assistant's own message, of parts: its thinking goes where thinking belongs."""
-    thought = [part for part in data["content"] if isinstance(part, dict) and part.get("type") in THOUGHT]
-    if not thought:
+def _with_reasoning_apart(data: dict[str, Any]) -> dict[str, Any]:
+    """The assistant's own message, whose content is parts: those of reasoning go into `reasoning_content`."""
+    reasoning = [part for part in data["content"] if isinstance(part, dict) and part.get("type") in REASONING_PARTS]
+    if not reasoning:
         return data
-    told = [part for part in data["content"] if part not in thought]
-    return {**data, "content": told, "reasoning_content": data.get("reasoning_content") or thought}
+    rest = [part for part in data["content"] if part not in reasoning]
+    return {**data, "content": rest, "reasoning_content": data.get("reasoning_content") or reasoning}
 
 
-class Message(Part):
-    """`content`: null is empty; that of a tool may be anything. The thinking of earlier answers may come back under any
-    of three names, and old clients send the functions of before there were tools."""
+class ChatInputMessage(RequestObject):
+    """`content`: null is empty; that of a tool may be anything. The reasoning of earlier answers may come back under
+    any of three names, and old clients send the functions of before there were tools."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[AnyPart] | None = None
     name: str | None = None
-    reasoning: _Thinking = None
-    reasoning_content: _Thinking = None
+    reasoning: _Reasoning = None
+    reasoning_content: _Reasoning = None
     reasoning_details: Any = None
-    tool_calls: list[Annotated[ToolCall, BeforeValidator(_as_function)]] | None = None
+    tool_calls: list[Annotated[ChatInputToolCall, BeforeValidator(_as_function)]] | None = None
     tool_call_id: str | int | None = None
 
     @model_validator(mode="before")
@@ -79,41 +82,29 @@ class Message(Part):
             return data
         if data.get("role") in ("tool", "function"):
             content = data.get("content")
-            return {**data, "role": "tool", "content": content if isinstance(content, str) else as_output(content)}
+            return {**data, "role": "tool", "content": content if isinstance(content, str) else as_tool_output(content)}
         if data.get("role") == "assistant" and isinstance(data.get("content"), list):
-            data = _answer(data)
+            data = _with_reasoning_apart(data)
         if data.get("function_call") and not data.get("tool_calls"):
             return {**data, "tool_calls": [{"function": data["function_call"]}]}
         return data
 
 
-def as_chat(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """As OpenAI's chat messages. RequestError: the message that the user has just written has more than text."""
-    newest = just_written([message.role for message in messages])
+def as_chat(messages: Sequence[ChatInputMessage]) -> list[dict[str, Any]]:
+    """The messages as the chat template takes them. RequestError: the newest message of the user has more than text."""
+    newest = newest_user_message([message.role for message in messages])
     if newest is not None and isinstance(parts := messages[newest].content, list):
         refuse_unreadable(parts, f"messages[{newest}].content")
     return [message.model_dump(exclude_none=True) for message in messages]
 
 
-class Function(Body):
-    name: str = Field(pattern=r"^[^<>\s]{1,128}$")
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: Any = ignored("arguments are always kept to their schema")
-    cache_control: Any = ignored("every prefix is found without marks")
-    defer_loading: Any = ignored("the model sees all tools")
-    allowed_callers: Any = ignored("the model is the one caller")
-    input_examples: Any = ignored("the chat template shows no examples")
-    eager_input_streaming: Any = ignored("arguments are always sent as they come")
-
-
-class FunctionTool(Body):
+class ChatFunctionTool(CheckedObject):
     type: Literal["function"] = "function"
-    function: Function
-    cache_control: Any = ignored("every prefix is found without marks")
+    function: FunctionDeclaration
+    cache_control: object = ignored("every prefix is found without marks")
 
 
-class OtherTool(Part):
+class ChatOtherTool(RequestObject):
     """It runs at some vendor's, or is newer than this server: the model does without."""
 
     type: str
@@ -124,74 +115,54 @@ def _runs_at(tool: Any) -> str:
     return "the client" if kind in (None, "function") else "others"
 
 
-AnyTool = Annotated[
-    Annotated[FunctionTool, Tag("the client")] | Annotated[OtherTool, Tag("others")], Discriminator(_runs_at)
+ChatTool = Annotated[
+    Annotated[ChatFunctionTool, Tag("the client")] | Annotated[ChatOtherTool, Tag("others")], Discriminator(_runs_at)
 ]
 
 
-def functions(tools: Sequence[FunctionTool | OtherTool] | None, service: Service) -> list[FunctionTool]:
-    """Those that the client runs."""
-    service.unknown.ignore("type of tool", (tool.type for tool in tools or () if isinstance(tool, OtherTool)))
-    return [tool for tool in tools or () if isinstance(tool, FunctionTool)]
+def client_functions(
+    tools: Sequence[ChatFunctionTool | ChatOtherTool] | None, service: Service
+) -> list[FunctionDeclaration]:
+    """What the client runs itself. The types of other tools are noted in the log."""
+    service.unknown.ignore("type of tool", (tool.type for tool in tools or () if isinstance(tool, ChatOtherTool)))
+    return [tool.function for tool in tools or () if isinstance(tool, ChatFunctionTool)]
 
 
-def as_tools(offered: list[FunctionTool] | None) -> tuple[Tool, ...]:
-    """RequestError: two have one name."""
-    functions = [tool.function for tool in offered or ()]
-    for name, n in Counter(function.name for function in functions).items():
-        if n > 1:
-            raise RequestError(f"tools: two functions are called {name}", param="tools")
-    return tuple(Tool(f.name, f.description, f.parameters or {}) for f in functions)
-
-
-class FunctionName(Part):
+class ChatFunctionName(RequestObject):
     name: str
 
 
-class NamedTool(Part):
+class ChatNamedTool(RequestObject):
     type: Literal["function"] = "function"
-    function: FunctionName
+    function: ChatFunctionName
 
 
-class AllowedTools(Part):
+class ChatAllowedTools(RequestObject):
     mode: Literal["auto", "required"]
-    tools: list[NamedTool]
+    tools: list[ChatNamedTool]
 
 
-class AllowedToolChoice(Part):
+class ChatAllowedToolChoice(RequestObject):
     type: Literal["allowed_tools"]
-    allowed_tools: AllowedTools
+    allowed_tools: ChatAllowedTools
 
 
-def _form(choice: Any) -> str:
+def _choice_form(choice: Any) -> str:
     if isinstance(choice, str):
         return "a word"
     allowed = choice.get("type") == "allowed_tools" if isinstance(choice, dict) else hasattr(choice, "allowed_tools")
     return "allowed tools" if allowed else "a tool"
 
 
-Choice = Annotated[
+ChatToolChoice = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("a word")]
-    | Annotated[NamedTool, Tag("a tool")]
-    | Annotated[AllowedToolChoice, Tag("allowed tools")],
-    Discriminator(_form),
+    | Annotated[ChatNamedTool, Tag("a tool")]
+    | Annotated[ChatAllowedToolChoice, Tag("allowed tools")],
+    Discriminator(_choice_form),
 ]
 
 
-class StreamOptions(Body):
-    include_usage: bool | None = Field(None, description="true: a last chunk, without choices, has the usage.")
-    include_obfuscation: Any = ignored("it only pads events")
-    continuous_usage_stats: Any = ignored("usage comes with the last chunk")
-
-
-def wants_usage(stream: bool | None, options: StreamOptions | None) -> bool:
-    """RequestError: there is no stream to have options."""
-    if options is not None and not stream:
-        raise RequestError("stream_options is only allowed with stream: true", param="stream_options")
-    return options is not None and bool(options.include_usage)
-
-
-class ChatBody(SamplingFields, ReasoningFields, FormatFields, ExtraBody, Ignored):
+class ChatBody(SamplingFields, ReasoningFields, FormatFields, ExtraBody, HostedServiceFields):
     elsewhere: ClassVar = {
         **FormatFields.elsewhere,
         "functions": "functions are not supported any more; use tools",
@@ -200,7 +171,7 @@ class ChatBody(SamplingFields, ReasoningFields, FormatFields, ExtraBody, Ignored
         "system": "here it is a message of role system",
         "instructions": "here it is a message of role system",
     }
-    messages: list[Message] = Field(
+    messages: list[ChatInputMessage] = Field(
         min_length=1, examples=[[{"role": "user", "content": "How many 'r's are in the word strawberry?"}]]
     )
     model: str | None = Field(
@@ -212,8 +183,8 @@ class ChatBody(SamplingFields, ReasoningFields, FormatFields, ExtraBody, Ignored
         None, description="Thinking counts. Default, and -1: what the context holds."
     )
     max_tokens: AnswerTokens | None = Field(None, description="The old name of max_completion_tokens.")
-    tools: list[AnyTool] | None = Field(None, description="Functions that the client runs; other types are left out.")
-    tool_choice: Choice | None = None
+    tools: list[ChatTool] | None = Field(None, description="Functions that the client runs; other types are left out.")
+    tool_choice: ChatToolChoice | None = None
     parallel_tool_calls: bool | None = None
     n: int | None = Field(None, ge=1, description="Answers to make.")
     logprobs: bool | None = None
@@ -226,32 +197,33 @@ class ChatBody(SamplingFields, ReasoningFields, FormatFields, ExtraBody, Ignored
         return ChatRequest(
             messages=as_chat(self.messages),
             sampling=self.sampling(info.sampling, info.n_vocab),
-            tools=as_tools(self._allowed(functions(self.tools, service))),
+            tools=as_tools(self._allowed_functions(client_functions(self.tools, service))),
             tool_choice=self._tool_choice(),
             parallel_tool_calls=self.parallel_tool_calls is not False,
-            format=self.format(),
+            format=self.answer_format(),
             reasoning_budget=self.reasoning_limit(service.config),
-            max_tokens=limit(self.max_completion_tokens or self.max_tokens),
-            stops=self.stops(),
+            max_tokens=token_limit(self.max_completion_tokens or self.max_tokens),
+            stops=self.stop_texts(),
             top_logprobs=self._top_logprobs(),
         )
 
     def n_answers(self, service: Service) -> int:
+        """RequestError: more than this server makes at a time."""
         n, most = self.n or 1, service.config.max_n
         if n > most:
             raise RequestError(f"n: this server makes at most {most} answers at a time, found {n}", param="n")
         return n
 
-    def _allowed(self, tools: list[FunctionTool]) -> list[FunctionTool]:
-        if not isinstance(self.tool_choice, AllowedToolChoice):
-            return tools
+    def _allowed_functions(self, functions: list[FunctionDeclaration]) -> list[FunctionDeclaration]:
+        if not isinstance(self.tool_choice, ChatAllowedToolChoice):
+            return functions
         names = {tool.function.name for tool in self.tool_choice.allowed_tools.tools}
-        return [tool for tool in tools if tool.function.name in names]
+        return [function for function in functions if function.name in names]
 
     def _tool_choice(self) -> ToolChoice:
-        if isinstance(self.tool_choice, AllowedToolChoice):
+        if isinstance(self.tool_choice, ChatAllowedToolChoice):
             return ToolChoice(self.tool_choice.allowed_tools.mode)
-        if isinstance(self.tool_choice, NamedTool):
+        if isinstance(self.tool_choice, ChatNamedTool):
             return ToolChoice("required", self.tool_choice.function.name)
         return ToolChoice(self.tool_choice or "auto")
 

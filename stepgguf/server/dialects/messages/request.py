@@ -1,20 +1,20 @@
 """What a client of Anthropic's Messages API asks for, as a ChatRequest.
 
-    messages  turn by turn; see anthropic_turns.py
+    messages  turn by turn; see turns.py
     system    one message, from a string or from text blocks
 
 Images and documents are refused in what the user has just written, and nowhere else. Blocks and tools that mean nothing
 to this model are left out with a line in the log, unless tool_choice demands such a tool.
 
-Thinking. This model always thinks unless its budget is 0.
-    absent         it thinks, no more than effort medium does and in at most half of max_tokens, and no thinking blocks
-                   are sent. Clients that do not ask for thinking read content[0].text, wait for no more than an answer
-                   without it would take, and chose max_tokens for the answer alone
+`thinking`. This model always reasons unless its budget is 0.
+    absent         it reasons, no more than effort medium does and in at most half of max_tokens, and no thinking blocks
+                   are sent. Clients that do not ask for them read content[0].text, wait for no more than an answer
+                   without reasoning would take, and chose max_tokens for the answer alone
     enabled        at most budget_tokens; blocks are sent
     adaptive       as much as it likes; blocks are sent
     disabled       none
-output_config.effort, and whatever other vendors call it (thinking.py), is a limit as reasoning_effort is in chat
-completions; the least counts. display "omitted": see sealed.py.
+output_config.effort, and whatever other vendors call it (body/reasoning.py), is a limit as reasoning_effort is in chat
+completions; the least counts. display "omitted": see dialects/sealed_reasoning.py.
 """
 
 from __future__ import annotations
@@ -27,24 +27,26 @@ from pydantic import Discriminator, Field, Tag
 
 from stepgguf.chat.request import ChatRequest, JsonSchema, Tool, ToolChoice
 from stepgguf.errors import RequestError
-from stepgguf.server.body.objects import Body, Part, ignored
+from stepgguf.server.body.objects import CheckedObject, RequestObject, ignored
 from stepgguf.server.body.reasoning import ReasoningAmounts, ReasoningMap, Spelling
-from stepgguf.server.body.sampling import UNLIMITED, AnswerTokens, Effort, SamplingFields, limit
-from stepgguf.server.body.unreadable import just_written, paragraphs, refuse_unreadable
+from stepgguf.server.body.sampling import UNLIMITED, AnswerTokens, Effort, SamplingFields, token_limit
+from stepgguf.server.body.unreadable import newest_user_message, paragraphs, refuse_unreadable
 from stepgguf.server.config import ServerConfig
-from stepgguf.server.dialects.chat_completions.request import Function, FunctionTool, as_tools
+from stepgguf.server.dialects.function_tools import FunctionDeclaration, as_tools
 from stepgguf.server.dialects.messages.turns import Texts, Turn
 from stepgguf.server.dialects.messages.writer import Display
 from stepgguf.server.service import Service
 
 
-class CustomTool(Function):
+class MessagesTool(FunctionDeclaration):
+    """A tool that the client runs."""
+
     type: str | None = None
     parameters: dict[str, Any] | None = Field(alias="input_schema")
-    eager_input_streaming: Any = ignored("arguments are streamed as they come")
+    eager_input_streaming: object = ignored("arguments are streamed as they come")
 
 
-class ForeignTool(Part):
+class MessagesForeignTool(RequestObject):
     """One whose schema only Anthropic's models know (bash_20250124), or that runs on its servers (web_search)."""
 
     type: str
@@ -56,17 +58,18 @@ def _is_foreign(tool: Any) -> str:
     return "foreign" if isinstance(kind, str) and kind != "custom" and "input_schema" not in tool else "custom"
 
 
-AnyTool = Annotated[
-    Annotated[CustomTool, Tag("custom")] | Annotated[ForeignTool, Tag("foreign")], Discriminator(_is_foreign)
+MessagesAnyTool = Annotated[
+    Annotated[MessagesTool, Tag("custom")] | Annotated[MessagesForeignTool, Tag("foreign")], Discriminator(_is_foreign)
 ]
 
 
-class Choice(Body):
+class MessagesToolChoice(CheckedObject):
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
     disable_parallel_tool_use: bool | None = None
 
     def as_tool_choice(self) -> ToolChoice:
+        """RequestError: a tool is to be called, and it is not said which."""
         if self.type == "tool":
             if self.name is None:
                 raise RequestError("tool_choice of type tool has no name", param="tool_choice.name")
@@ -74,47 +77,47 @@ class Choice(Body):
         return ToolChoice("required" if self.type == "any" else self.type)
 
 
-class JsonFormat(Part):
+class MessagesJsonFormat(RequestObject):
     type: Literal["json_schema"]
     format_schema: dict[str, Any] = Field(alias="schema")
 
 
-class OutputConfig(Body):
+class OutputConfig(CheckedObject):
     effort: Effort | None = None
-    format: JsonFormat | None = None
-    task_budget: Any = ignored("max_tokens is the limit")
+    format: MessagesJsonFormat | None = None
+    task_budget: object = ignored("max_tokens is the limit")
 
 
-class Prompt(ReasoningAmounts):
-    """What is counted by count_tokens, and what both routes ignore."""
+class MessagesPrompt(ReasoningAmounts):
+    """The fields of both routes: those that make the prompt, which count_tokens counts, and those without effect."""
 
     model: str | None = None
     messages: list[Turn] = Field(min_length=1)
     system: Texts | None = None
-    tools: list[AnyTool] | None = None
-    tool_choice: Choice | None = None
+    tools: list[MessagesAnyTool] | None = None
+    tool_choice: MessagesToolChoice | None = None
     output_config: OutputConfig | None = None
-    output_format: JsonFormat | None = Field(None, description="The old name of output_config.format.")
+    output_format: MessagesJsonFormat | None = Field(None, description="The old name of output_config.format.")
 
-    cache_control: Any = ignored("every prefix is found without marks")
-    context_management: Any = ignored("a prompt that does not fit is refused, not cut")
-    compaction: Any = ignored("a prompt that does not fit is refused, not cut")
-    mcp_servers: Any = ignored("nothing is called from here; offer their tools in `tools`")
-    speed: Any = ignored("there is one speed")
-    billing_policy: Any = ignored("nothing is billed")
-    user_profile_id: Any = ignored("there is one user")
-    workspace_id: Any = ignored("there is one workspace")
-    betas: Any = ignored("what is known is always on")
+    cache_control: object = ignored("every prefix is found without marks")
+    context_management: object = ignored("a prompt that does not fit is refused, not cut")
+    compaction: object = ignored("a prompt that does not fit is refused, not cut")
+    mcp_servers: object = ignored("nothing is called from here; offer their tools in `tools`")
+    speed: object = ignored("there is one speed")
+    billing_policy: object = ignored("nothing is billed")
+    user_profile_id: object = ignored("there is one user")
+    workspace_id: object = ignored("there is one workspace")
+    betas: object = ignored("what is known is always on")
 
     def chat_request(self, service: Service) -> ChatRequest:
         """RequestError: the fields do not go together."""
-        choice = self.tool_choice or Choice(type="auto")
+        choice = self.tool_choice or MessagesToolChoice(type="auto")
         config = self.output_config or OutputConfig()
         form = config.format or self.output_format
-        service.unknown.ignore("type of tool", (t.type for t in self.tools or () if isinstance(t, ForeignTool)))
+        service.unknown.ignore("type of tool", (t.type for t in self.tools or () if isinstance(t, MessagesForeignTool)))
         service.unknown.ignore("type of block", (kind for turn in self.messages for kind in turn.left_out))
         return ChatRequest(
-            messages=[*self.told(), *(message for turn in self.messages for message in turn.messages())],
+            messages=[*self.system_messages(), *(message for turn in self.messages for message in turn.messages())],
             sampling=service.engine.info.sampling,
             tools=self._tools(choice),
             tool_choice=choice.as_tool_choice(),
@@ -123,11 +126,11 @@ class Prompt(ReasoningAmounts):
             reasoning_budget=self._budget(service.config),
         )
 
-    def _tools(self, choice: Choice) -> tuple[Tool, ...]:
-        foreign = [tool for tool in self.tools or () if isinstance(tool, ForeignTool)]
-        offered = [tool for tool in self.tools or () if isinstance(tool, CustomTool)]
+    def _tools(self, choice: MessagesToolChoice) -> tuple[Tool, ...]:
+        foreign = [tool for tool in self.tools or () if isinstance(tool, MessagesForeignTool)]
+        offered = [tool for tool in self.tools or () if isinstance(tool, MessagesTool)]
         forced = [tool for tool in foreign if choice.type == "tool" and tool.name == choice.name]
-        if choice.type == "any" and not offered:
+        if choice.type == "any" and not offered:  # nothing is left that could be called
             forced = foreign
         if forced:
             raise RequestError(
@@ -135,9 +138,10 @@ class Prompt(ReasoningAmounts):
                 param="tool_choice",
                 hint="This server takes tools with a name and an input_schema.",
             )
-        return as_tools([FunctionTool(function=tool) for tool in offered])
+        return as_tools(offered)
 
-    def told(self) -> Iterator[dict[str, Any]]:
+    def system_messages(self) -> Iterator[dict[str, Any]]:
+        """As OpenAI's chat messages: one, or none if there is no text."""
         text = paragraphs(block.text for block in self.system or ())
         if text:
             yield {"role": "system", "content": text}
@@ -147,29 +151,31 @@ class Prompt(ReasoningAmounts):
         yield self.output_config.effort if self.output_config is not None else None
 
     def _budget(self, config: ServerConfig) -> int | None:
-        """Tokens of thinking."""
+        """Tokens of reasoning; None is no limit."""
         says_nothing = all(spelling is None for spelling in self.spellings())
         return config.efforts["medium"] if says_nothing else self.reasoning_limit(config)
 
 
-class Create(Prompt, SamplingFields):
-    """temperature: Anthropic's ends at 1, that of StepFun's own Messages API at 2."""
+class MessagesBody(MessagesPrompt, SamplingFields):
+    """The body of a request for an answer. Anthropic's temperature ends at 1; up to 2 is taken, as by StepFun's own
+    Messages API."""
 
     elsewhere: ClassVar = {"thread": "nothing is stored here: send the whole conversation as `messages`"}
     max_tokens: AnswerTokens = Field(description=f"Thinking counts. {UNLIMITED}: what the context holds.")
     stop_sequences: list[str] | None = Field(None, description="Texts that end the answer.")
     stream: bool | None = None
 
-    metadata: Any = ignored("nothing is stored")
-    service_tier: Any = ignored("there is one tier")
-    container: Any = ignored("nothing is run here")
-    diagnostics: Any = ignored("usage says what came from the cache")
-    inference_geo: Any = ignored("it runs where it runs")
-    fallbacks: Any = ignored("there is one model")
-    fallback_credit_token: Any = ignored("nothing is billed")
+    metadata: object = ignored("nothing is stored")
+    service_tier: object = ignored("there is one tier")
+    container: object = ignored("nothing is run here")
+    diagnostics: object = ignored("usage says what came from the cache")
+    inference_geo: object = ignored("it runs where it runs")
+    fallbacks: object = ignored("there is one model")
+    fallback_credit_token: object = ignored("nothing is billed")
 
     @property
     def display(self) -> Display:
+        """How reasoning is sent: not at all unless the client asks for thinking."""
         if self.thinking is None:
             return "hidden"
         is_omitted = isinstance(self.thinking, ReasoningMap) and self.thinking.display == "omitted"
@@ -177,14 +183,14 @@ class Create(Prompt, SamplingFields):
 
     def chat_request(self, service: Service) -> ChatRequest:
         """A last message of the assistant's, which Anthropic's older models continue, is refused: this model's turn
-        starts with its thinking."""
+        starts with its reasoning."""
         if self.messages[-1].role == "assistant":
             raise RequestError(
                 "the last message is the assistant's",
                 param=f"messages[{len(self.messages) - 1}]",
                 hint="This model cannot continue an answer; end with a message of role user.",
             )
-        written = just_written(["tool" if turn.has_results else turn.role for turn in self.messages])
+        written = newest_user_message(["tool" if turn.has_results else turn.role for turn in self.messages])
         if written is not None:
             turn = self.messages[written]
             refuse_unreadable((b if turn.renders(b) else None for b in turn.content), f"messages[{written}].content")
@@ -192,13 +198,13 @@ class Create(Prompt, SamplingFields):
         return replace(
             super().chat_request(service),
             sampling=self.sampling(info.sampling, info.n_vocab),
-            max_tokens=limit(self.max_tokens),
-            stops=(*self.stops(), *(self.stop_sequences or ())),
+            max_tokens=token_limit(self.max_tokens),
+            stops=(*self.stop_texts(), *(self.stop_sequences or ())),
         )
 
     def _budget(self, config: ServerConfig) -> int | None:
         budget = super()._budget(config)
-        if self.thinking is not None or limit(self.max_tokens) is None:
+        if self.thinking is not None or token_limit(self.max_tokens) is None:
             return budget
-        half = self.max_tokens // 2
+        half = self.max_tokens // 2  # the client chose max_tokens for the answer and knows of no reasoning
         return half if budget is None else min(budget, half)

@@ -15,21 +15,23 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from stepgguf.server.body.objects import Part
+from stepgguf.server.body.objects import RequestObject
 from stepgguf.server.body.unreadable import (
     WORDS,
     AnyPart,
     TextPart,
     UnreadablePart,
-    as_output,
     as_parts,
     as_text,
+    as_tool_output,
     paragraphs,
 )
 from stepgguf.server.dialects.sealed_reasoning import unseal
 
 
-class ThinkingBlock(Part):
+class ThinkingBlock(RequestObject):
+    """Reasoning of an earlier answer, in plain or sealed in the signature."""
+
     type: Literal["thinking"]
     thinking: str = ""
     signature: str = ""
@@ -39,13 +41,13 @@ class ThinkingBlock(Part):
         return self.thinking or unseal(self.signature)
 
 
-class RedactedThinkingBlock(Part):
+class RedactedThinkingBlock(RequestObject):
     """Encrypted by Anthropic, for Anthropic: nothing of it can be read here."""
 
     type: Literal["redacted_thinking"]
 
 
-class ToolUseBlock(Part):
+class ToolUseBlock(RequestObject):
     type: Literal["tool_use"]
     id: str
     name: str
@@ -62,14 +64,16 @@ def _result_part(part: Any) -> Any:
     return part
 
 
-def _result(content: Any) -> list[Any]:
-    return as_output([_result_part(part) for part in content] if isinstance(content, list) else content)
+def _result_parts(content: Any) -> list[Any]:
+    return as_tool_output([_result_part(part) for part in content] if isinstance(content, list) else content)
 
 
-_Results = Annotated[list[TextPart], BeforeValidator(_result)]
+_Results = Annotated[list[TextPart], BeforeValidator(_result_parts)]
 
 
-class ToolResultBlock(Part):
+class ToolResultBlock(RequestObject):
+    """What the client's tool gave for a call."""
+
     type: Literal["tool_result"]
     tool_use_id: str
     content: _Results | None = None
@@ -90,23 +94,25 @@ RENDERED: dict[str, tuple[type[Block], ...]] = {
 OURS = ("thinking", "redacted_thinking", "tool_use", "tool_result")
 
 
-def _known(block: Any) -> Any:
+def _known_block(block: Any) -> Any:
     return block if isinstance(block, dict) and block.get("type") in OURS else as_text(block)
 
 
-_Block = Annotated[Annotated[Block, Field(discriminator="type")], BeforeValidator(_known)]
+_Block = Annotated[Annotated[Block, Field(discriminator="type")], BeforeValidator(_known_block)]
 
 
-class Turn(Part):
+class Turn(RequestObject):
     role: Literal["user", "assistant", "system"]
     content: Annotated[list[_Block], BeforeValidator(as_parts)] = Field(default_factory=list)
 
     @property
     def has_results(self) -> bool:
+        """Whether it has results of tools among its blocks."""
         return any(isinstance(block, ToolResultBlock) for block in self.content)
 
     def renders(self, block: Block) -> bool:
-        """Whether the model is shown anything of it. A sentence in an image's place is not put into its own mouth."""
+        """Whether the model is shown anything of this block. The sentence that stands for an image is not put into the
+        mouth of the assistant."""
         if isinstance(block, UnreadablePart):
             return self.role == "user" and any(word in block.was for word in WORDS)
         return isinstance(block, RENDERED[self.role])
@@ -118,28 +124,28 @@ class Turn(Part):
         return [block.was if isinstance(block, UnreadablePart) else block.type for block in blocks]
 
     def messages(self) -> Iterator[dict[str, Any]]:
-        """As OpenAI's chat messages."""
+        """As OpenAI's chat messages, in the order of the blocks."""
         blocks = [block for block in self.content if self.renders(block)]
         if self.role == "assistant":
-            yield from _answer(blocks)
+            yield from _assistant_messages(blocks)
             return
         texts: list[str] = []
         for block in blocks:
             if isinstance(block, TextPart):
                 texts.append(block.text)
             elif isinstance(block, ToolResultBlock):
-                yield from self._said(texts)
+                yield from self._text_message(texts)  # what was written before the result comes before it
                 texts = []
                 yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": block.text}
-        yield from self._said(texts)
+        yield from self._text_message(texts)
 
-    def _said(self, texts: list[str]) -> Iterator[dict[str, Any]]:
+    def _text_message(self, texts: list[str]) -> Iterator[dict[str, Any]]:
         if texts:
             yield {"role": self.role, "content": paragraphs(texts)}
 
 
-def _answer(blocks: list[Block]) -> Iterator[dict[str, Any]]:
-    """The assistant's message, if there is anything of it."""
+def _assistant_messages(blocks: list[Block]) -> Iterator[dict[str, Any]]:
+    """One message of the assistant's with its text, reasoning and calls; none if there is no block."""
     calls = [
         {"id": b.id, "type": "function", "function": {"name": b.name, "arguments": b.input}}
         for b in blocks

@@ -18,16 +18,16 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, Tag, TypeAdapter, WrapValidator
 from pydantic_core.core_schema import ValidatorFunctionWrapHandler
 
-from stepgguf.server.body.objects import Part
+from stepgguf.server.body.objects import RequestObject
 from stepgguf.server.body.unreadable import (
     AnyPart,
     TextPart,
-    as_output,
     as_parts,
-    just_written,
+    as_shown_text,
+    as_tool_output,
+    newest_user_message,
     paragraphs,
     refuse_unreadable,
-    shown,
 )
 from stepgguf.server.dialects.responses.tools import INPUT, Offers, by_type
 from stepgguf.server.dialects.sealed_reasoning import unseal
@@ -39,13 +39,13 @@ RESULTS = ("output", "outputs", "results")  # where an item that is a call and i
 Content = Annotated[list[AnyPart], BeforeValidator(as_parts)]
 
 
-class Message(Part):
+class ResponsesMessage(RequestObject):
     type: Literal["message"]
     role: Literal["system", "developer", "user", "assistant"]
     content: Content = Field(default_factory=list)
 
 
-class ReasoningItem(Part):
+class ReasoningItem(RequestObject):
     """summary: what another model's provider gives instead of the reasoning."""
 
     type: Literal["reasoning"]
@@ -55,10 +55,10 @@ class ReasoningItem(Part):
 
     @property
     def text(self) -> str:
-        return _joined(self.content) or unseal(self.encrypted_content or "") or _joined(self.summary)
+        return _joined_text(self.content) or unseal(self.encrypted_content or "") or _joined_text(self.summary)
 
 
-class FunctionCall(Part):
+class ResponsesFunctionCall(RequestObject):
     type: Literal["function_call"]
     call_id: str
     name: str
@@ -66,7 +66,7 @@ class FunctionCall(Part):
     arguments: Any = None
 
 
-class CustomCall(Part):
+class ResponsesCustomCall(RequestObject):
     type: Literal["custom_tool_call"]
     call_id: str
     name: str
@@ -78,29 +78,29 @@ class CustomCall(Part):
         return {INPUT: self.input}
 
 
-class CallOutput(Part):
+class ResponsesCallOutput(RequestObject):
     type: Literal["function_call_output", "custom_tool_call_output"]
     call_id: str
-    output: Annotated[list[TextPart], BeforeValidator(as_output)] = Field(default_factory=list)
+    output: Annotated[list[TextPart], BeforeValidator(as_tool_output)] = Field(default_factory=list)
 
 
-class ItemReference(Part):
+class ItemReference(RequestObject):
     """An item of an answer that this server keeps, by its id."""
 
     type: Literal["item_reference"]
     id: str
 
 
-class OtherItem(Part):
+class OtherItem(RequestObject):
     model_config = ConfigDict(extra="allow")
     type: str
 
 
-Own = Message | ReasoningItem | FunctionCall | CustomCall | CallOutput
+Own = ResponsesMessage | ReasoningItem | ResponsesFunctionCall | ResponsesCustomCall | ResponsesCallOutput
 Item = Own | ItemReference | OtherItem
 
 
-def _typed(item: Any) -> Any:
+def _with_type(item: Any) -> Any:
     """The type may be left out of messages and of references."""
     if not isinstance(item, dict) or item.get("type") is not None:
         return item
@@ -110,19 +110,19 @@ def _typed(item: Any) -> Any:
 def _as_sent(value: Any, validate: ValidatorFunctionWrapHandler) -> list[Json]:
     """References are replaced before the items are read, and answers are kept with the items as they came."""
     items = [{"type": "message", "role": "user", "content": value}] if isinstance(value, str) else value
-    items = [_typed(item) for item in items] if isinstance(items, list) else items
-    validate(items)
+    items = [_with_type(item) for item in items] if isinstance(items, list) else items
+    validate(items)  # for its errors; the items themselves stay as they were sent
     return items
 
 
 _CALLS = ("function_call", "function_call_output", "custom_tool_call", "custom_tool_call_output")
 _Tagged = (
-    Annotated[Message, Tag("message")]
+    Annotated[ResponsesMessage, Tag("message")]
     | Annotated[ReasoningItem, Tag("reasoning")]
-    | Annotated[FunctionCall, Tag("function_call")]
-    | Annotated[CustomCall, Tag("custom_tool_call")]
-    | Annotated[CallOutput, Tag("function_call_output")]
-    | Annotated[CallOutput, Tag("custom_tool_call_output")]
+    | Annotated[ResponsesFunctionCall, Tag("function_call")]
+    | Annotated[ResponsesCustomCall, Tag("custom_tool_call")]
+    | Annotated[ResponsesCallOutput, Tag("function_call_output")]
+    | Annotated[ResponsesCallOutput, Tag("custom_tool_call_output")]
     | Annotated[ItemReference, Tag("item_reference")]
     | Annotated[OtherItem, Tag("other")]
 )
@@ -131,42 +131,44 @@ Items = Annotated[Annotated[_List, Field(min_length=1)], WrapValidator(_as_sent)
 _adapter: TypeAdapter[list[Item]] = TypeAdapter(_List)
 
 
-def read(items: Sequence[Json]) -> list[Item]:
-    """Items as a request had them."""
+def parse_items(items: Sequence[Json]) -> list[Item]:
+    """Items as a request has them, and as `Items` has checked them."""
     return _adapter.validate_python(items)
 
 
-def left_out(items: Iterable[Item]) -> list[str]:
-    """The types of those that the model is shown nothing of."""
+def left_out_types(items: Iterable[Item]) -> list[str]:
+    """The types of the items that the model is shown nothing of."""
     return [item.type for item in items if isinstance(item, OtherItem) and not any(_as_call(item))]
 
 
-def refuse_what_was_just_written(items: Sequence[Item], n_before: int) -> None:
-    """RequestError: the user has just sent what the model cannot read. n_before: items that are not in the body."""
-    index = just_written([_role(item) for item in items])
+def refuse_unreadable_input(items: Sequence[Item], n_before: int) -> None:
+    """RequestError: the newest message of the user has what the model cannot read. n_before: how many items come from
+    answers that are kept, and are not in the body."""
+    index = newest_user_message([_role_of(item) for item in items])
     if index is not None and index >= n_before:
         message = items[index]
-        assert isinstance(message, Message)
+        assert isinstance(message, ResponsesMessage)
         refuse_unreadable(message.content, f"input[{index - n_before}].content")
 
 
-def conversation(items: Iterable[Item], offers: Offers) -> list[Json]:
-    """As OpenAI's chat messages. Calls have the names under which these tools are offered now."""
+def as_chat_messages(items: Iterable[Item], offers: Offers) -> list[Json]:
+    """The items as OpenAI's chat messages. Calls have the names under which the tools are offered now."""
     messages: list[Json] = []
     turn: Json | None = None  # the assistant's, while it goes on
     for item in _shown_to_the_model(items):
-        if isinstance(item, CallOutput) or (isinstance(item, Message) and item.role != "assistant"):
-            messages.append(_theirs(item))
+        if isinstance(item, ResponsesCallOutput) or (isinstance(item, ResponsesMessage) and item.role != "assistant"):
+            messages.append(_other_message(item))
             turn = None
             continue
+        # Reasoning after text or calls begins a new answer of the model's: its template has reasoning first.
         if turn is None or (isinstance(item, ReasoningItem) and (turn["content"] or turn["tool_calls"])):
             turn = {"role": "assistant", "content": "", "reasoning_content": "", "tool_calls": []}
             messages.append(turn)
-        _add(turn, item, offers)
+        _add_to_turn(turn, item, offers)
     return messages
 
 
-def _joined(parts: Iterable[TextPart]) -> str:
+def _joined_text(parts: Iterable[TextPart]) -> str:
     return paragraphs(part.text for part in parts)
 
 
@@ -178,13 +180,13 @@ def _shown_to_the_model(items: Iterable[Item]) -> Iterator[Own]:
             yield item
 
 
-def _role(item: Item) -> str:
-    if isinstance(item, Message):
+def _role_of(item: Item) -> str:
+    if isinstance(item, ResponsesMessage):
         return item.role
     return "tool" if item.type.endswith("_output") else "assistant"
 
 
-def _as_call(item: OtherItem) -> Iterator[FunctionCall | CallOutput]:
+def _as_call(item: OtherItem) -> Iterator[ResponsesFunctionCall | ResponsesCallOutput]:
     """As the call of a function, its result, or both. Nothing, if it is no call, or one of which nothing came."""
     fields = {name: value for name, value in (item.model_extra or {}).items() if value is not None}
     call_id = fields.get("call_id", fields.get("id"))
@@ -193,33 +195,37 @@ def _as_call(item: OtherItem) -> Iterator[FunctionCall | CallOutput]:
         name: value for name, value in fields.items() if name not in ("id", "call_id", "name", "status", *RESULTS)
     }
     if isinstance(call_id, str) and item.type.endswith("_output"):
-        yield _result(call_id, results[0] if results else rest)
+        yield _call_output(call_id, results[0] if results else rest)
     elif isinstance(call_id, str) and item.type.endswith("_call") and ("call_id" in fields or results):
         name, arguments = fields.get("name", item.type.removesuffix("_call")), fields.get("arguments", rest)
-        yield FunctionCall(type="function_call", call_id=call_id, name=str(name), arguments=_as_arguments(arguments))
+        yield ResponsesFunctionCall(
+            type="function_call", call_id=call_id, name=str(name), arguments=_as_arguments(arguments)
+        )
         if results:
-            yield _result(call_id, shown(results[0]))
+            yield _call_output(call_id, as_shown_text(results[0]))
 
 
-def _result(call_id: str, output: Any) -> CallOutput:
-    return CallOutput(type="function_call_output", call_id=call_id, output=as_output(output))
+def _call_output(call_id: str, output: Any) -> ResponsesCallOutput:
+    return ResponsesCallOutput(type="function_call_output", call_id=call_id, output=as_tool_output(output))
 
 
 def _as_arguments(value: Any) -> str | Json:
     return value if isinstance(value, str | dict) else {"arguments": value}
 
 
-def _theirs(item: Message | CallOutput) -> Json:
-    if isinstance(item, Message):
-        return {"role": item.role, "content": _joined(item.content)}
-    return {"role": "tool", "tool_call_id": item.call_id, "content": _joined(item.output)}
+def _other_message(item: ResponsesMessage | ResponsesCallOutput) -> Json:
+    if isinstance(item, ResponsesMessage):
+        return {"role": item.role, "content": _joined_text(item.content)}
+    return {"role": "tool", "tool_call_id": item.call_id, "content": _joined_text(item.output)}
 
 
-def _add(turn: Json, item: Message | ReasoningItem | FunctionCall | CustomCall, offers: Offers) -> None:
+def _add_to_turn(
+    turn: Json, item: ResponsesMessage | ReasoningItem | ResponsesFunctionCall | ResponsesCustomCall, offers: Offers
+) -> None:
     if isinstance(item, ReasoningItem):
         turn["reasoning_content"] += item.text
-    elif isinstance(item, Message):
-        turn["content"] = paragraphs((turn["content"], _joined(item.content)))
+    elif isinstance(item, ResponsesMessage):
+        turn["content"] = paragraphs((turn["content"], _joined_text(item.content)))
     else:
-        function = {"name": offers.name(item.namespace, item.name), "arguments": item.arguments or {}}
+        function = {"name": offers.model_name(item.namespace, item.name), "arguments": item.arguments or {}}
         turn["tool_calls"].append({"id": item.call_id, "type": "function", "function": function})

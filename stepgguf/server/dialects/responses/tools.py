@@ -21,34 +21,36 @@ from pydantic import Discriminator, Field, Tag
 
 from stepgguf.chat.request import Tool, ToolChoice
 from stepgguf.errors import RequestError
-from stepgguf.server.body.objects import Part
-from stepgguf.server.dialects.chat_completions.request import Function
+from stepgguf.server.body.objects import RequestObject
+from stepgguf.server.dialects.function_tools import FunctionDeclaration
 
 LONGEST_NAME = 128
 MOST_ALLOWED = 1024
 INPUT = "input"  # what a custom tool's one parameter is called
-_OPENING = re.compile(r'\{\s*"(?:[^"\\]|\\.)*"\s*:\s*"')
+_OPENING = re.compile(r'\{\s*"(?:[^"\\]|\\.)*"\s*:\s*"')  # from { to the quotation mark that opens the value
 _WHOLE = re.compile(r'(?:[^"\\]+|\\u[0-9a-fA-F]{4}|\\[^u])*')  # no half of an escape
 
 
-class FunctionTool(Function):
+class ResponsesFunctionTool(FunctionDeclaration):
     """In chat completions the function is an object of its own."""
 
     type: Literal["function"]
     strict: bool | None = None
 
 
-class GrammarFormat(Part):
+class ResponsesGrammarFormat(RequestObject):
     type: Literal["text", "grammar"]
     syntax: str | None = None
     definition: str | None = None
 
 
-class CustomTool(Part):
+class ResponsesCustomTool(RequestObject):
+    """A tool that takes free text. To the model it is a function of one string."""
+
     type: Literal["custom"]
     name: str = Field(pattern=r"^[^<>\s]{1,128}$")
     description: str | None = None
-    format: GrammarFormat | None = None
+    format: ResponsesGrammarFormat | None = None
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -59,7 +61,7 @@ class CustomTool(Part):
         return {"type": "object", "properties": {INPUT: schema}, "required": [INPUT], "additionalProperties": False}
 
 
-class OtherTool(Part):
+class ResponsesOtherTool(RequestObject):
     """It runs at OpenAI, or it is newer than this server."""
 
     type: str
@@ -75,29 +77,31 @@ def by_type(*known: str) -> Discriminator:
     return Discriminator(tag)
 
 
-_Own = Annotated[FunctionTool, Tag("function")] | Annotated[CustomTool, Tag("custom")]
-_Other = Annotated[OtherTool, Tag("other")]
+_Own = Annotated[ResponsesFunctionTool, Tag("function")] | Annotated[ResponsesCustomTool, Tag("custom")]
+_Other = Annotated[ResponsesOtherTool, Tag("other")]
 
 
-class NamespaceTool(Part):
+class ResponsesNamespaceTool(RequestObject):
+    """Tools under a common name, usually those of one MCP server."""
+
     type: Literal["namespace"]
     name: str
     description: str | None = None
     tools: list[Annotated[_Own | _Other, by_type("function", "custom")]]
 
 
-AnyTool = Annotated[
-    _Own | Annotated[NamespaceTool, Tag("namespace")] | _Other, by_type("function", "custom", "namespace")
+ResponsesTool = Annotated[
+    _Own | Annotated[ResponsesNamespaceTool, Tag("namespace")] | _Other, by_type("function", "custom", "namespace")
 ]
 
 
-def repeated(tools: Iterable[AnyTool]) -> list[dict[str, Any]]:
-    """As the response repeats them: those that are offered, with the fields that have a meaning here."""
+def echoed_tools(tools: Iterable[ResponsesTool]) -> list[dict[str, Any]]:
+    """The tools as the response repeats them: those that are offered, with the fields that have a meaning here."""
     found = []
     for tool in tools:
-        if isinstance(tool, NamespaceTool):
-            found.append({**tool.model_dump(), "tools": repeated(tool.tools)})
-        elif not isinstance(tool, OtherTool):
+        if isinstance(tool, ResponsesNamespaceTool):
+            found.append({**tool.model_dump(), "tools": echoed_tools(tool.tools)})
+        elif not isinstance(tool, ResponsesOtherTool):
             found.append(tool.model_dump())
     return found
 
@@ -116,30 +120,35 @@ class Offers:
     """What is offered in one request. left_out: the types of the tools that are not. RequestError: two tools of one
     namespace, or of none, have one name."""
 
-    def __init__(self, declared: Sequence[AnyTool]) -> None:
+    def __init__(self, declared: Sequence[ResponsesTool]) -> None:
         self._by_key: dict[tuple[str | None, str], Offer] = {}
         self.by_name: dict[str, Offer] = {}
         self.left_out: list[str] = []
         self._n_taken: Counter[str] = Counter()
         alone = [(None, tool) for tool in declared]
-        inside = [(space.name, tool) for space in declared if isinstance(space, NamespaceTool) for tool in space.tools]
+        inside = [
+            (space.name, tool)
+            for space in declared
+            if isinstance(space, ResponsesNamespaceTool)
+            for tool in space.tools
+        ]
         for namespace, tool in (*alone, *inside):  # a namespace's tools make way for the others
-            if isinstance(tool, OtherTool):
+            if isinstance(tool, ResponsesOtherTool):
                 self.left_out.append(tool.type)
-            elif not isinstance(tool, NamespaceTool):
+            elif not isinstance(tool, ResponsesNamespaceTool):
                 self._add(namespace, tool)
 
     @property
     def tools(self) -> tuple[Tool, ...]:
         return tuple(offer.tool for offer in self.by_name.values())
 
-    def name(self, namespace: str | None, name: str) -> str:
+    def model_name(self, namespace: str | None, name: str) -> str:
         """What the model calls a tool, offered or not."""
         offer = self._by_key.get((namespace or None, name))
         return flat_name(namespace, name) if offer is None else offer.tool.name
 
-    def only(self, keys: Iterable[tuple[str | None, str]]) -> Offers:
-        """Without the tools that are not named."""
+    def restricted_to(self, keys: Iterable[tuple[str | None, str]]) -> Offers:
+        """The same offers without the tools that are not named. keys: namespace and name."""
         kept = Offers(())
         kept._by_key = {key: self._by_key[key] for key in keys if key in self._by_key}
         kept.by_name = {offer.tool.name: offer for offer in kept._by_key.values()}
@@ -148,17 +157,20 @@ class Offers:
     def __contains__(self, key: tuple[str | None, str]) -> bool:
         return key in self._by_key
 
-    def _add(self, namespace: str | None, tool: FunctionTool | CustomTool) -> None:
+    def _add(self, namespace: str | None, tool: ResponsesFunctionTool | ResponsesCustomTool) -> None:
         key = (namespace, tool.name)
         if key in self._by_key:
             where = f" in the namespace {namespace!r}" if namespace else ""
             raise RequestError(f"tools: two functions{where} are called {tool.name}", param="tools")
-        name = self._free(flat_name(namespace, tool.name))
+        name = self._free_name(flat_name(namespace, tool.name))
         shown = Tool(name, tool.description, tool.parameters or {})
-        self._by_key[key] = self.by_name[name] = Offer(shown, tool.name, namespace, isinstance(tool, CustomTool))
+        self._by_key[key] = self.by_name[name] = Offer(
+            shown, tool.name, namespace, isinstance(tool, ResponsesCustomTool)
+        )
 
-    def _free(self, flat: str) -> str:
-        """The flat name, or another should it be taken: `a` has `b__c` and `a__b` has `c`; or it was cut."""
+    def _free_name(self, flat: str) -> str:
+        """The flat name, or one with a number if it is taken: `a` may have `b__c` where `a__b` has `c`, or two long
+        names were cut to the same."""
         name = flat
         while name in self.by_name:
             self._n_taken[flat] += 1
@@ -167,7 +179,7 @@ class Offers:
 
 
 def flat_name(namespace: str | None, name: str) -> str:
-    """One name of both: as agents called the tools of MCP servers before there were namespaces."""
+    """NAMESPACE__NAME, as agents called the tools of MCP servers before there were namespaces."""
     if not namespace:
         return name
     separator = "" if namespace.endswith("__") else "__"
@@ -175,18 +187,19 @@ def flat_name(namespace: str | None, name: str) -> str:
 
 
 class InputReader:
-    """The one string of a custom tool's call, out of fragments of its arguments' JSON. ended: they are complete."""
+    """The one string of a custom tool's call, out of fragments of its arguments' JSON."""
 
     def __init__(self) -> None:
         self._inside = False
         self._rest = ""
 
     @property
-    def ended(self) -> bool:
+    def is_complete(self) -> bool:
+        """Whether the JSON has come to its end."""
         return self._rest.endswith("}")
 
     def feed(self, fragment: str) -> str:
-        """What it adds to the string."""
+        """What this fragment adds to the string; "" while it cannot be said, as in the middle of an escape."""
         self._rest += fragment
         if not self._inside:
             opening = _OPENING.match(self._rest)
@@ -203,59 +216,59 @@ class InputReader:
 # which of them ----------------------------------------------------------------------------------------------------
 
 
-class NamedTool(Part):
+class ResponsesNamedTool(RequestObject):
     type: Literal["function", "custom"]
     name: str
     namespace: str | None = None
 
 
-class AllowedTool(Part):
-    """One that runs elsewhere has no name."""
+class ResponsesAllowedTool(RequestObject):
+    """A tool that may be called. One that runs elsewhere has no name."""
 
     type: str
     name: str | None = None
     namespace: str | None = None
 
 
-class AllowedTools(Part):
+class ResponsesAllowedTools(RequestObject):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: list[AllowedTool] = Field(max_length=MOST_ALLOWED)
+    tools: list[ResponsesAllowedTool] = Field(max_length=MOST_ALLOWED)
 
 
-class OtherChoice(Part):
+class ResponsesOtherChoice(RequestObject):
     type: str
 
 
-_Named = Annotated[NamedTool, Tag("function")] | Annotated[NamedTool, Tag("custom")]
-AnyChoice = (
+_Named = Annotated[ResponsesNamedTool, Tag("function")] | Annotated[ResponsesNamedTool, Tag("custom")]
+ResponsesToolChoice = (
     Literal["auto", "none", "required"]
     | Annotated[
-        _Named | Annotated[AllowedTools, Tag("allowed_tools")] | Annotated[OtherChoice, Tag("other")],
+        _Named | Annotated[ResponsesAllowedTools, Tag("allowed_tools")] | Annotated[ResponsesOtherChoice, Tag("other")],
         by_type("function", "custom", "allowed_tools"),
     ]
 )
 
 
-def choose(choice: AnyChoice | None, offers: Offers) -> tuple[ToolChoice, Offers]:
-    """What the model may and must call. RequestError: it must call what is not offered."""
+def resolve_choice(choice: ResponsesToolChoice | None, offers: Offers) -> tuple[ToolChoice, Offers]:
+    """What the model must call, and what it may call. RequestError: it must call what is not offered."""
     if choice is None or isinstance(choice, str):
         chosen = ToolChoice(choice or "auto")
-    elif isinstance(choice, AllowedTools):
-        offers = offers.only((tool.namespace or None, tool.name) for tool in choice.tools if tool.name)
+    elif isinstance(choice, ResponsesAllowedTools):
+        offers = offers.restricted_to((tool.namespace or None, tool.name) for tool in choice.tools if tool.name)
         chosen = ToolChoice(choice.mode)
-    elif isinstance(choice, NamedTool):
+    elif isinstance(choice, ResponsesNamedTool):
         if (choice.namespace or None, choice.name) not in offers:
-            raise _absent(f"the tool {choice.name[:LONGEST_NAME]!r}")
-        chosen = ToolChoice("required", offers.name(choice.namespace, choice.name))
+            raise _not_offered(f"the tool {choice.name[:LONGEST_NAME]!r}")
+        chosen = ToolChoice("required", offers.model_name(choice.namespace, choice.name))
     else:
-        raise _absent(f"a tool of type {choice.type[:LONGEST_NAME]!r}")
+        raise _not_offered(f"a tool of type {choice.type[:LONGEST_NAME]!r}")
     if chosen.mode == "required" and not offers.by_name:
-        raise _absent("a tool")
+        raise _not_offered("a tool")
     return chosen, offers
 
 
-def _absent(what: str) -> RequestError:
+def _not_offered(what: str) -> RequestError:
     return RequestError(
         f"tool_choice asks for {what}, which is not offered",
         param="tool_choice",

@@ -9,7 +9,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from stepgguf.errors import RequestError
-from stepgguf.server.body.unreadable import AnyPart, TextPart, UnreadablePart, just_written, refuse_unreadable
+from stepgguf.server.body.unreadable import AnyPart, TextPart, UnreadablePart, newest_user_message, refuse_unreadable
 
 PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n\x00\x00").decode()
 PDF = base64.b64encode(b"%PDF-1.4\n1 0 obj\n").decode()
@@ -96,7 +96,7 @@ def test_what_is_no_part_is_an_error(part: Any) -> None:
     ],
 )
 def test_which_message_was_just_written(roles: str, index: int | None) -> None:
-    assert just_written(roles.split()) == index
+    assert newest_user_message(roles.split()) == index
 
 
 def test_in_the_message_just_written_it_is_refused_with_its_place() -> None:

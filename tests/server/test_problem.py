@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stepgguf.errors import GGUFError, RequestError, StepggufError, TemplateRefused
-from stepgguf.server.problem import problem
+from stepgguf.server.problem import problem_of
 from tests.server.conftest import Server
 
 
@@ -15,13 +15,13 @@ def branch(kind: type[StepggufError]) -> list[type[StepggufError]]:
 
 @pytest.mark.parametrize("kind", branch(RequestError))
 def test_an_error_of_the_request_is_a_400_with_its_field(kind: type[RequestError]) -> None:
-    found = problem(kind("no", param="messages", hint="Ask otherwise."))
+    found = problem_of(kind("no", param="messages", hint="Ask otherwise."))
     assert (found.status, found.param, found.message) == (400, "messages", "no. Ask otherwise.")
 
 
 @pytest.mark.parametrize("kind", branch(GGUFError))
 def test_an_error_of_the_file_is_not_the_clients(kind: type[GGUFError]) -> None:
-    found = problem(kind("a key is missing"))
+    found = problem_of(kind("a key is missing"))
     assert (found.status, found.param) == (500, None)
     assert found.headers == {"x-should-retry": "false"}, "it would fail again"
 

@@ -11,6 +11,7 @@ import pytest
 
 from stepgguf.server.http import connection
 from tests.server.conftest import Serve
+from tests.server.test_stream import read_until
 
 HALF = "POST /v1/chat/completions HTTP/1.1\nHost: localhost\n"
 WHOLE = "GET /health HTTP/1.1\nHost: localhost\n\n"
@@ -46,12 +47,10 @@ def test_a_head_that_drips_has_the_same_deadline(serve: Serve, monkeypatch: pyte
 def test_the_second_head_of_a_connection_has_a_deadline_too(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "HEAD_SECONDS", 0.5)
     with serve() as server, server.raw(WHOLE) as one:
-        time.sleep(0.2)
-        assert one.recv(65536).startswith(b"HTTP/1.1 200")
+        assert read_until(one, b"}").startswith(b"HTTP/1.1 200")
         time.sleep(1)  # idle, which uvicorn bounds: longer than a head may take
         one.sendall(WHOLE.replace("\n", "\r\n").encode())
-        time.sleep(0.2)
-        assert one.recv(65536).startswith(b"HTTP/1.1 200")
+        assert read_until(one, b"}").startswith(b"HTTP/1.1 200")
         one.sendall(HALF.replace("\n", "\r\n").encode())
         assert is_closed(one, 10)
 

@@ -1,0 +1,49 @@
+"""What a wire dialect is to the server: its routes, and how it says that something is wrong.
+
+dialects/NAME/request.py   the body that a client sends -> ChatRequest
+dialects/NAME/writer.py    deltas -> the dialect's events, and its whole answer (writer.py beside this file)
+dialects/NAME/route.py     the routes, and the Dialect that app.py lists
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from fastapi import APIRouter
+
+from stepgguf.server.problem import Problem
+
+Responses = dict[int | str, dict[str, Any]]  # as FastAPI takes them: what a route may answer, by status
+
+FROM_EVERY_ROUTE = (401, 403, 500)
+OF_A_BODY = (400, 408, 413, 415)  # it is wrong, late, too large, not said to be JSON
+OF_A_GENERATION = (404, 429, 503)  # there is no such model, the queue is full, the engine begins anew
+STREAMED: Responses = {200: {"content": {"text/event-stream": {}}}}
+
+
+class ErrorForm(Protocol):
+    """How a dialect says that something is wrong."""
+
+    @property
+    def schema(self) -> type:
+        """The TypedDict of the body."""
+
+    def body(self, problem: Problem, trace_id: str) -> Mapping[str, Any]:
+        """The body of a response with the problem's status, or the data of an event that says so in a stream."""
+
+
+def refusals(form: ErrorForm, *statuses: int) -> Responses:
+    """That a route may answer with these statuses, in this form."""
+    return {
+        status: {"model": form.schema, "description": "What is wrong, and with which field."} for status in statuses
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """`router` has a prefix: the path below which everything, also what is no route, is answered in `error_form`."""
+
+    router: APIRouter
+    error_form: ErrorForm
