@@ -99,7 +99,7 @@ def test_this_machine_and_a_small_model(small: Path, capfd: pytest.CaptureFixtur
 def test_measured_rows_have_a_loss_and_rows_of_fit_lose_least(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(folders, "errors", lambda: tmp_path)
+    monkeypatch.setattr(folders, "measurements", lambda: tmp_path)
     monkeypatch.setattr(measure, "MEASURED_TYPES", [T.Q2_K, T.Q4_K, T.Q8_0])
     options = ["-m", "spark", "--ctx", 1024, "--measure", "--threads", 1]
     report = json.loads(run(capfd, small, *options, "--types", "Q8_0,Q6_K", "--json"))

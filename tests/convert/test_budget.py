@@ -40,7 +40,7 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Errors that one test measures are there for the others."""
     with pytest.MonkeyPatch.context() as patch:
         cache = tmp_path_factory.mktemp("cache")
-        patch.setattr(folders, "errors", lambda: cache)
+        patch.setattr(folders, "measurements", lambda: cache)
         yield
 
 
