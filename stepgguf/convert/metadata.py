@@ -158,8 +158,10 @@ def vocab_keys(folder: Path, hp: HParams, chat_template: Path | None) -> tuple[t
     others = [i for i in hp.eos_token_ids if i != eos]
     keys += [_typed_key(name, i) for name, i in zip((tok.EOT_ID, tok.EOM_ID), others, strict=False)]
     if len(others) > 2:
+        left_out = ", ".join(map(str, others[2:]))
         warnings.append(
-            f"config.json names {len(hp.eos_token_ids)} end tokens; GGUF has room for 3, {others[2:]} are lost"
+            f"config.json and tokenizer_config.json name {1 + len(others)} end tokens, of which a GGUF has room for 3: "
+            f"{left_out} will not end an answer"
         )
     template = (
         textfile.read(chat_template, BadConfig, most=_MOST_TEMPLATE)

@@ -83,6 +83,18 @@ def test_values_that_engines_need(q4: Path, small: Path) -> None:
     assert header.get("general.architecture") == "step35"
 
 
+def test_end_tokens_that_a_gguf_has_no_room_for_are_named(
+    small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(small, tmp_path / "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "eos_token_id": [1, 2, 5]}))
+    header = convert(copy, tmp_path / "x.gguf", "-t", "Q8_0")
+    assert header.get("tokenizer.ggml.eos_token_id") not in (1, 2, 5)  # tokenizer_config.json names another
+    text = "config.json and tokenizer_config.json name 4 end tokens, of which a GGUF has room for 3: 5 will not end"
+    assert text in capfd.readouterr().err
+
+
 def test_generation_config_overrides_the_recommended_sampling(small: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(small, tmp_path / "copy"))
     (copy / "generation_config.json").write_text('{"temperature": 0.5, "top_k": 7}')
