@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.text import Text
 
+from stepgguf.convert.sources.opening import is_gguf
 from stepgguf.files.byte_sizes import GIB, MIB, readable_size
 from stepgguf.fit.catalogue import ListedMachine
 from stepgguf.fit.memory import memory_need, saved_state_bytes
@@ -52,12 +53,15 @@ def _suggest_budget(result: MachinePlan) -> str:
 
 def next_command(source: Path, result: MachinePlan, row: PlanRow) -> str:
     """The command that makes the row's file, or uses the one that is there."""
-    verb, path = "convert" if source.is_dir() else "quantize", shlex.quote(str(source))
+    path, drops_mtp = shlex.quote(str(source)), result.footprint.has_mtp and not result.context.mtp
     if row.type == OWN_TYPES:
-        return f"stepgguf chat {path} --ctx {result.context.n_ctx}"
+        return f"stepgguf chat {path} --ctx {result.context.n_ctx}{' --draft 0' * drops_mtp}"
     choice = row.type.replace("fit ", "--fit ") if row.type.startswith("fit ") else f"--type {shlex.quote(row.type)}"
-    weighted, mtp = " --imatrix FILE" * row.needs_imatrix, "" if result.context.mtp else " --mtp drop"
-    return f"stepgguf {verb} {path} models/ {choice}{weighted}{mtp}"
+    weighted = " --imatrix FILE" * row.needs_imatrix
+    if is_gguf(source):  # quantize keeps what its source has
+        remark = "  # keeps the MTP blocks, which this plan leaves out"
+        return f"stepgguf quantize {path} models/ {choice}{weighted}{remark * drops_mtp}"
+    return f"stepgguf convert {path} models/ {choice}{weighted}{' --mtp drop' * drops_mtp}"
 
 
 def row_table(rows: Sequence[PlanRow], best: PlanRow | None) -> Iterator[Text]:

@@ -14,14 +14,18 @@ from gguf import GGMLQuantizationType as T
 
 from stepgguf.cli.arguments import parse_size
 from stepgguf.cli.main import main
+from stepgguf.cli.plan_text import next_command
 from stepgguf.convert import measure
 from stepgguf.convert.budget import Limits, plan_without_measuring, resolve_recipe
 from stepgguf.convert.plan import Options
 from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.convert.sources.gguf_file import GGUFSource
+from stepgguf.convert.sources.opening import open_source
 from stepgguf.errors import DoesNotFit
 from stepgguf.files import folders
 from stepgguf.fit import catalogue, planning
+from stepgguf.fit.memory import ContextParams
+from stepgguf.fit.planning import plan_for_machine, target_machine
 from tests.cli.test_cli import sparse_checkpoint
 
 CTX = 131072
@@ -120,6 +124,22 @@ def test_measured_rows_have_a_loss_and_rows_of_fit_lose_least(
     assert main(["convert", str(small), str(out), "--fit", str(size), "--threads", "1", "-q"]) == 0
     with GGUFSource(out) as made:
         assert sum(t.n_bytes for header in made.headers for t in header.tensors) == fit[2]["weights"]
+
+
+@pytest.mark.parametrize("mtp", [True, False])
+def test_what_is_suggested_for_a_gguf_has_only_options_that_there_are(mtp: bool, demo_gguf: Path) -> None:
+    with open_source(demo_gguf) as source:
+        result = plan_for_machine(source, target_machine("spark"), ContextParams(1024, mtp=mtp), ["Q8_0"])
+    commands = {row.type: next_command(demo_gguf, result, row) for row in result.rows}
+    keeps = "" if mtp else "  # keeps the MTP blocks, which this plan leaves out"
+    assert commands["Q8_0"] == f"stepgguf quantize {demo_gguf} models/ --type Q8_0{keeps}"
+    draft = "" if mtp else " --draft 0"
+    assert commands[planning.OWN_TYPES] == f"stepgguf chat {demo_gguf} --ctx 1024{draft}"
+
+
+def test_a_checkpoint_is_converted_without_its_mtp_blocks(small: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(small), "--ctx", "1024", "--types", "Q8_0", "--mtp", "drop"]) == 0
+    assert f"next: stepgguf convert {small} models/ --type Q8_0 --mtp drop\n" in capfd.readouterr().err
 
 
 def test_an_imatrix_is_for_measuring(small: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -12,5 +12,9 @@ from stepgguf.convert.sources.source import TensorSource
 
 def open_source(path: Path) -> TensorSource:
     """A GGUF, by any of its files; or a checkpoint, by its directory, its files, its cache folder or its Hub id."""
-    is_gguf = path.suffix.lower() == ".gguf" or (path.is_file() and not is_part(path))
-    return GGUFSource(path) if is_gguf else Checkpoint(path)
+    return GGUFSource(path) if is_gguf(path) else Checkpoint(path)
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether the path means a GGUF, and not a checkpoint."""
+    return path.suffix.lower() == ".gguf" or (path.is_file() and not is_part(path))
