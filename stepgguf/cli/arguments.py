@@ -6,11 +6,12 @@ import math
 import re
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from stepgguf.cli.destinations import Destination
+from stepgguf.quants import ImatrixPrior, KernelName
 
 if TYPE_CHECKING:
     from stepgguf.convert.budget import Limits
@@ -93,15 +94,15 @@ ImatrixFile = Annotated[
         help="Importance matrix from llama-imatrix (GGUF or .dat); each expert is quantized with its own row.",
     ),
 ]  # fmt: skip
-ImatrixPrior = Annotated[
-    Literal["pooled", "flat"],
+ImatrixPriorOption = Annotated[
+    ImatrixPrior,
     typer.Option(
         "--imatrix-prior",
         help="What experts that calibration hardly saw get: their layer's mean, or 1.0 as llama-quantize does.",
     ),
 ]  # fmt: skip
 Kernel = Annotated[
-    Literal["lanes", "ggml"],
+    KernelName,
     typer.Option(help="Who encodes: stepgguf's kernels or ggml's; on x86 the bytes are the same."),
 ]
 SplitMaxSize = Annotated[
@@ -150,7 +151,7 @@ def read_budget(
     return Limits(fit, target_bpw, bandwidth / min_tps if bandwidth is not None and min_tps is not None else None)
 
 
-def read_importance(path: Path | None, prior: str) -> Importance | None:
+def read_importance(path: Path | None, prior: ImatrixPrior) -> Importance | None:
     """What --imatrix and --imatrix-prior say; None without an importance matrix. ImatrixError for one that is none."""
     from stepgguf.convert.importance import Importance
 

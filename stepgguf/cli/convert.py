@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from stepgguf.cli import arguments
+from stepgguf.convert import MtpMode
 
 
 def convert(
@@ -18,9 +19,7 @@ def convert(
     target_bpw: arguments.TargetBpw = None,
     min_tps: arguments.MinTps = None,
     bandwidth: arguments.Bandwidth = None,
-    mtp: Annotated[
-        Literal["include", "separate", "drop"], typer.Option(help="Where the MTP (multi-token prediction) blocks go.")
-    ] = "include",
+    mtp: Annotated[MtpMode, typer.Option(help="Where the MTP (multi-token prediction) blocks go.")] = "include",
     mtp_type: arguments.MtpType = None,
     chat_template: Annotated[
         Path | None,
@@ -31,7 +30,7 @@ def convert(
         typer.Option(metavar="NAME", help="general.name. Default: what the model card says, or the directory's name."),
     ] = None,
     imatrix: arguments.ImatrixFile = None,
-    imatrix_prior: arguments.ImatrixPrior = "pooled",
+    imatrix_prior: arguments.ImatrixPriorOption = "pooled",
     kernel: arguments.Kernel = "lanes",
     split_max_size: arguments.SplitMaxSize = None,
     threads: arguments.Threads = None,

@@ -44,7 +44,7 @@ def plan(
         typer.Option("--measure", help="Measure on a sample of the weights what types lose, and add what --fit takes."),
     ] = False,
     imatrix: arguments.ImatrixFile = None,
-    imatrix_prior: arguments.ImatrixPrior = "pooled",
+    imatrix_prior: arguments.ImatrixPriorOption = "pooled",
     threads: arguments.Threads = None,
     json: arguments.Json = False,
 ) -> None:

@@ -33,7 +33,7 @@ def quantize(
         bool, typer.Option("--allow-requantize", help="Accept a source that is quantized already (its error stays).")
     ] = False,
     imatrix: arguments.ImatrixFile = None,
-    imatrix_prior: arguments.ImatrixPrior = "pooled",
+    imatrix_prior: arguments.ImatrixPriorOption = "pooled",
     kernel: arguments.Kernel = "lanes",
     split_max_size: arguments.SplitMaxSize = None,
     threads: arguments.Threads = None,

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from stepgguf.cli import arguments
+from stepgguf.convert import MtpMode
 from stepgguf.files.byte_sizes import readable_size
 
 
@@ -28,7 +29,7 @@ def verify(
         ),
     ] = 0.01,
     imatrix: arguments.ImatrixFile = None,
-    imatrix_prior: arguments.ImatrixPrior = "pooled",
+    imatrix_prior: arguments.ImatrixPriorOption = "pooled",
     quiet: arguments.Quiet = False,
     json: arguments.Json = False,
 ) -> None:
@@ -54,7 +55,7 @@ def verify(
 
     importance = arguments.read_importance(imatrix, imatrix_prior)
     tensors = [tensor for header in read_headers(path) for tensor in header.tensors]
-    mtp = "include" if any(".nextn." in tensor.name for tensor in tensors) else "drop"
+    mtp: MtpMode = "include" if any(".nextn." in tensor.name for tensor in tensors) else "drop"
     total = sum(tensor.n_bytes for tensor in tensors)
     with ProgressMeter("verify", total, quiet=quiet) as meter:
         if against is None:

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stepgguf.errors import ImatrixError
 from stepgguf.model.names import TensorName
-from stepgguf.quants import imatrix
+from stepgguf.quants import ImatrixPrior
 from stepgguf.quants.imatrix import Imatrix, ImatrixEntry, channel_importance, read_imatrix
 
 _KEPT = 16  # tensors whose rows are kept: 5 MB each at real size, and units come in file order
@@ -21,21 +20,19 @@ Shape = tuple[int, ...]
 
 
 class Importance:
-    """`source` with one of imatrix.PRIORS for experts that calibration hardly saw. Thread-safe.
+    """`source` with a prior for experts that calibration hardly saw. Thread-safe.
 
     shape: the tensor's, in numpy order. ImatrixError if the matrix has another one for it.
     """
 
-    def __init__(self, source: Imatrix, prior: str = "pooled") -> None:
+    def __init__(self, source: Imatrix, prior: ImatrixPrior = "pooled") -> None:
         assert source.path is not None
         self.source, self.prior, self.path = source, prior, source.path
         self._rows = lru_cache(_KEPT)(self._compute)
 
     @classmethod
-    def read(cls, path: Path, prior: str = "pooled") -> Importance:
-        """ImatrixError for an unknown prior, and for a file that is no importance matrix."""
-        if prior not in imatrix.PRIORS:
-            raise ImatrixError(f"unknown prior {prior!r}", hint=f"Choose one of: {', '.join(imatrix.PRIORS)}.")
+    def read(cls, path: Path, prior: ImatrixPrior = "pooled") -> Importance:
+        """Read the file of an importance matrix. ImatrixError if it is none."""
         return cls(read_imatrix(path), prior)
 
     def has(self, name: str, shape: Shape) -> bool:

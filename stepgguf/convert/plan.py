@@ -18,19 +18,20 @@ from pathlib import Path
 
 from gguf import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType
 
+from stepgguf.convert import MtpMode
 from stepgguf.convert.importance import Importance
 from stepgguf.convert.sources.source import SourceTensor, rows_per_expert
 from stepgguf.files import gguf_header
 from stepgguf.files.gguf_header import Key, TensorInfo
 from stepgguf.model.names import TensorName
+from stepgguf.quants import KernelName
 from stepgguf.quants.coverage import Coverage
-from stepgguf.quants.kernels import Decoder, Kernel, KernelName, choose_kernel, decoder_for, scratch_bytes
+from stepgguf.quants.kernels import Decoder, Kernel, choose_kernel, decoder_for, scratch_bytes
 from stepgguf.quants.mixtures import TypeChoice
 from stepgguf.quants.recipe import Recipe
 from stepgguf.quants.types import FLOATS, row_size
 
 UNIT_VALUES = 8 * 2**20  # 16 MB of BF16: long enough to read and encode at full speed, short enough to lose
-MTP_MODES = ("include", "separate", "drop")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class Options:
     """
 
     recipe: Recipe
-    mtp: str = "include"
+    mtp: MtpMode = "include"
     mtp_type: str | None = None
     split_max_size: int | None = None
     chat_template: Path | None = None
@@ -223,7 +224,7 @@ class Plan:
     """All files of one conversion, in the order in which they are written."""
 
     recipe: Recipe
-    mtp: str
+    mtp: MtpMode
     files: tuple[PlannedFile, ...]
     warnings: tuple[str, ...] = ()
     importance: Importance | None = None

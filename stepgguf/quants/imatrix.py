@@ -32,10 +32,9 @@ from stepgguf.files import disk, gguf_header
 from stepgguf.files.gguf_header import Key, TensorInfo
 from stepgguf.files.jsonread import shown
 from stepgguf.model.names import TensorName
+from stepgguf.quants import ImatrixPrior
 
 Floats = NDArray[np.float32]
-
-PRIORS = ("pooled", "flat")
 
 # Tokens' worth of prior in an expert's importance, and the tokens below which an expert is called thin. Both by output
 # error (Q4_K) on held-out dialogues, for experts of the embedded model that were shown 0 to 256 tokens: gate and up do
@@ -253,7 +252,7 @@ def write_imatrix(imatrix: Imatrix, path: Path) -> None:
         raise OutputError(f"{path}: {error.strerror or error}", hint="Check the folder and its free space.") from error
 
 
-def channel_importance(entry: ImatrixEntry, prior: str, n0: float = PRIOR_TOKENS) -> Floats:
+def channel_importance(entry: ImatrixEntry, prior: ImatrixPrior, n0: float = PRIOR_TOKENS) -> Floats:
     """E[x^2] of each input channel, [n_matrix, columns] float32, from an entry that saw a token.
 
     "flat" is llama-quantize's, bit for bit: sums / counts, and 1.0 throughout for an expert that saw no token. One that
@@ -267,7 +266,6 @@ def channel_importance(entry: ImatrixEntry, prior: str, n0: float = PRIOR_TOKENS
     expert's own, only the level carries over, and pooled is averaged over channels. A dense tensor has nothing to
     borrow: sums / counts.
     """
-    assert prior in PRIORS
     counts = entry.counts[:, None]
     if prior == "flat" or len(entry.counts) == 1:
         return np.divide(entry.sums, counts, out=np.ones(entry.sums.shape, np.float32), where=counts > 0)

@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
 import gguf.quants
 import numpy as np
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from stepgguf.errors import QuantError
 from stepgguf.files import installed
-from stepgguf.quants import ggml, lanes
+from stepgguf.quants import KernelName, ggml, lanes
 from stepgguf.quants.ggml import Ggml
 from stepgguf.quants.types import BF16, F32, quant_type, row_size
 from stepgguf.quants.values import (
@@ -44,8 +44,6 @@ if TYPE_CHECKING:
     from stepgguf.quants.lanes.lane_kernels import LaneKernels
     from stepgguf.quants.lanes.operands import Stored
 
-KernelName = Literal["lanes", "ggml"]
-KERNEL_NAMES: tuple[KernelName, ...] = get_args(KernelName)
 
 Blocks = NDArray[np.uint8]  # encoded rows [n, row bytes]
 Floats = NDArray[np.float32]

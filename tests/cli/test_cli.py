@@ -11,21 +11,16 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 import pytest
 
 from stepgguf import __version__
-from stepgguf.cli import convert
 from stepgguf.cli.arguments import parse_size
 from stepgguf.cli.main import main
-from stepgguf.convert.plan import MTP_MODES
 from stepgguf.demo import CHECKPOINT
 from stepgguf.files import installed
 from stepgguf.model.hparams import HParams
 from stepgguf.model.tensors import tensor_specs
-from stepgguf.quants.imatrix import PRIORS
-from stepgguf.quants.kernels import KERNEL_NAMES
 from tests.conftest import DATA, real_config
 
 
@@ -74,13 +69,6 @@ def test_version(capfd: pytest.CaptureFixture[str]) -> None:
 def test_wrong_usage_exits_2(arguments: list[str], text: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     assert text in " ".join(re.sub(r"[│╭╮╰╯─]", " ", capfd.readouterr().err).split())
-
-
-def test_the_choices_of_options_are_those_of_the_code_behind_them() -> None:
-    hints = get_type_hints(convert.convert)
-    assert get_args(hints["kernel"]) == KERNEL_NAMES
-    assert get_args(hints["imatrix_prior"]) == PRIORS
-    assert get_args(hints["mtp"]) == MTP_MODES
 
 
 @pytest.mark.parametrize(

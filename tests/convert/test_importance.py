@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +15,9 @@ from stepgguf.cli.main import main
 from stepgguf.convert.importance import Importance
 from stepgguf.convert.manifest import manifest_path
 from stepgguf.convert.sources.gguf_file import GGUFSource
+from stepgguf.quants import KernelName
 from stepgguf.quants.imatrix import Imatrix, ImatrixEntry, read_imatrix, write_imatrix
-from stepgguf.quants.kernels import KERNEL_NAMES, choose_kernel
+from stepgguf.quants.kernels import choose_kernel
 from stepgguf.quants.types import row_size
 from stepgguf.quants.values import widen
 from tests.convert.test_bytes import same_tensors
@@ -181,7 +182,7 @@ def test_gaps_of_the_matrix_are_said_before_anything_is_written(
 
 
 def test_both_kernels_make_the_same_file(trunk: Path, calibrated: Path, tmp_path: Path) -> None:
-    for kernel in KERNEL_NAMES:
+    for kernel in get_args(KernelName):
         command = [
             "quantize",
             str(trunk),

@@ -7,14 +7,14 @@ the digests below, and an error no higher than ggml's.
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from stepgguf.quants import lanes
-from stepgguf.quants.kernels import KERNEL_NAMES, KernelName, choose_kernel, decoder_for
+from stepgguf.quants import KernelName, lanes
+from stepgguf.quants.kernels import choose_kernel, decoder_for
 from stepgguf.quants.types import BY_NAME, row_size
 
 CASES = [(n, w) for n in lanes.NAMES for w in (True, False) if w or not BY_NAME[n].aborts]
@@ -72,7 +72,7 @@ def test_the_error_is_no_higher_than_ggmls(name: str, weighted: bool) -> None:
         decoder_for(GGMLQuantizationType[name]).measure(
             values, encode_rows(name, weighted, wish), importance if weighted else None
         )
-        for wish in KERNEL_NAMES
+        for wish in get_args(KernelName)
     )
     # Where a sum is rounded once less, one of two candidates that are equal within float32's 2^-24 may win.
     assert ours.weighted <= theirs.weighted * (1 + 2.0**-20)
