@@ -39,6 +39,7 @@ from stepgguf.demo import CHECKPOINT, tasks
 from stepgguf.demo.train import Encoder
 from stepgguf.files import folders
 from stepgguf.quants.imatrix import Imatrix, write_imatrix
+from stepgguf.quants.recipe_files import load_recipe
 from stepgguf.reference.imatrix import collect_imatrix
 from stepgguf.reference.load import load_reference
 
@@ -54,7 +55,7 @@ def calibrate() -> Imatrix:
         return collect_imatrix(load_reference(checkpoint), (torch.tensor([tokens]) for tokens in conversations))[0]
 
 
-class Bench:
+class ModelCopy:
     """One copy of the model with one importance matrix or none: makes files, and compares them with the original."""
 
     def __init__(self, source: GGUFSource, importance: Importance | None, reference: Reference, threads: int) -> None:
@@ -70,10 +71,10 @@ class Bench:
 
     def compare(self, type_name: str) -> tuple[float, float]:
         """KLD of the stock file, and of the types that were chosen within its bytes."""
-        stock = plan_source(self.source, self.dest, Options(type_name, importance=self.importance))
-        types = self.trunk.choose_types(stock.n_bytes)
+        stock = plan_source(self.source, self.dest, Options(load_recipe(type_name), importance=self.importance))
+        types = self.trunk.choose_types(stock.n_bytes)  # all tensors are the trunk's: the source has no MTP blocks
         [file] = stock.files
-        chosen = tuple(replace(t, ggml_type=types[t.name]) for t in file.tensors)
+        chosen = tuple(t.as_type(types[t.name], self.importance) for t in file.tensors)
         return self.kld(stock), self.kld(replace(stock, files=(replace(file, tensors=chosen),)))
 
 
@@ -97,15 +98,20 @@ def main() -> None:
             same = summary(scores(source, reference, threads=args.threads)).kld
             print(f"copy {number}: KLD of its F32 file {same:.1e}", flush=True)
             with GGUFSource(source) as opened:
-                bench = Bench(opened, importance, reference, args.threads)
-                for kind in args.types:
-                    pairs[kind].append(bench.compare(kind))
-                    print(f"  {kind:7} KLD {pairs[kind][-1][0]:.6f} stock, {pairs[kind][-1][1]:.6f} ours", flush=True)
-    for kind, found in pairs.items():
+                copy = ModelCopy(opened, importance, reference, args.threads)
+                for type_name in args.types:
+                    pairs[type_name].append(copy.compare(type_name))
+                    print(
+                        f"  {type_name:7} KLD {pairs[type_name][-1][0]:.6f} stock, {pairs[type_name][-1][1]:.6f} ours",
+                        flush=True,
+                    )
+    for type_name, found in pairs.items():
         ratios = [ours / stock for stock, ours in found]
         error = statistics.stdev(ratios) / len(ratios) ** 0.5 if len(ratios) > 1 else float("nan")
         stock, ours = (statistics.mean(column) for column in zip(*found, strict=True))
-        print(f"{kind:7} KLD {stock:.5f} stock, {ours:.5f} ours, ratio {statistics.mean(ratios):.3f} ± {error:.3f}")
+        print(
+            f"{type_name:7} KLD {stock:.5f} stock, {ours:.5f} ours, ratio {statistics.mean(ratios):.3f} ± {error:.3f}"
+        )
 
 
 if __name__ == "__main__":

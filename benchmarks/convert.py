@@ -43,22 +43,24 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @dataclass(frozen=True)
 class Cost:
+    """What a conversion took."""
+
     wall: float  # seconds
     cpu: float  # seconds of all cores
     peak: int  # bytes, the largest process
     written: int  # bytes of the files that were made
 
 
-def make(path: Path) -> None:
+def make_inputs(path: Path) -> None:
     """The checkpoint and its importance matrix: imports are here only, because torch is large."""
-    from benchmarks.real_layer import write_imatrix
+    from benchmarks.real_layer import write_importance
     from tests.generate import Shape, write_checkpoint
 
     write_checkpoint(path, Shape(n_layer=5, n_dense=3, n_expert=288, n_used=8, hidden=512, dense=1024, expert=512))
-    write_imatrix(path, path / "imatrix.gguf")
+    write_importance(path, path / "imatrix.gguf")
 
 
-def run(commands: list[list[str]], environment: dict[str, str]) -> Cost:
+def measure_cost(commands: list[list[str]], environment: dict[str, str]) -> Cost:
     """Run commands one after the other; bytes written are not known here."""
     started, peak, cpu = time.monotonic(), 0, 0.0
     for command in commands:
@@ -74,8 +76,8 @@ def run(commands: list[list[str]], environment: dict[str, str]) -> Cost:
     return Cost(time.monotonic() - started, cpu, peak, 0)
 
 
-def taken(path: Path) -> tuple[int, dict[str, str]]:
-    """A file's size and a digest of each of its tensors; then it is removed."""
+def remove_and_digest(path: Path) -> tuple[int, dict[str, str]]:
+    """Remove a file; returns its size and a digest of each of its tensors."""
     found, size = header.read(path), path.stat().st_size
     digests = {}
     with path.open("rb") as file:
@@ -87,7 +89,9 @@ def taken(path: Path) -> tuple[int, dict[str, str]]:
     return size, digests
 
 
-class Bench:
+class BothWays:
+    """The checkpoint in a folder, converted in one pass and in two steps."""
+
     def __init__(self, folder: Path, args: argparse.Namespace) -> None:
         self.args, self.checkpoint = args, folder / "half-billion"
         self.shim, self.bf16, self.theirs, self.ours = (
@@ -95,22 +99,22 @@ class Bench:
         )
         self.shim.write_text(SHIM)
         # In a process of its own: what this one holds would count as theirs.
-        code = "import sys; from pathlib import Path; from benchmarks.convert import make; make(Path(sys.argv[1]))"
+        code = "import sys, pathlib, benchmarks.convert as b; b.make_inputs(pathlib.Path(sys.argv[1]))"
         subprocess.run([sys.executable, "-c", code, str(self.checkpoint)], check=True)
 
     def pair(self, type_name: str, imatrix: bool) -> tuple[Cost, Cost]:
         """(ours, theirs). Exits if the files differ in a tensor."""
         matrix = ["--imatrix", str(self.checkpoint / "imatrix.gguf")] if imatrix else []
         ours = [sys.executable, "-m", "stepgguf", "convert", str(self.checkpoint), str(self.ours), "-t", type_name]
-        one = run([[*ours, "-q", *matrix, *(["--imatrix-prior", "flat"] if imatrix else [])]], {})
+        one = measure_cost([[*ours, "-q", *matrix, *(["--imatrix-prior", "flat"] if imatrix else [])]], {})
         convert = [str(self.args.hf_python), str(self.shim), str(self.args.llama_cpp), str(self.checkpoint)]
         quantize = [str(self.args.llama_quantize), *matrix, str(self.bf16), str(self.theirs), type_name]
-        two = run(
+        two = measure_cost(
             [[*convert, "--outtype", "bf16", "--outfile", str(self.bf16)], quantize],
             {"LD_LIBRARY_PATH": self.args.library_path},
         )
-        size, digests = taken(self.ours)
-        (middle, _), (their_size, their_digests) = taken(self.bf16), taken(self.theirs)
+        size, digests = remove_and_digest(self.ours)
+        (middle, _), (their_size, their_digests) = remove_and_digest(self.bf16), remove_and_digest(self.theirs)
         if digests != their_digests:
             sys.exit(f"{type_name}: the files differ in {[n for n in digests if digests[n] != their_digests.get(n)]}")
         return replace(one, written=size), replace(two, written=middle + their_size)
@@ -145,9 +149,9 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     folder = Path(tempfile.mkdtemp(prefix="stepgguf-bench-"))
     try:
-        bench = Bench(folder, args)
+        both = BothWays(folder, args)
         for case in args.cases:
-            bench.compare(case)
+            both.compare(case)
     finally:
         shutil.rmtree(folder)
 

@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepgguf.files import gguf_header as header
+from stepgguf.model.hparams import ARCHITECTURE
+from stepgguf.model.names import TensorName
 from stepgguf.quants.imatrix import Imatrix
 
 Floats = NDArray[np.float32]
@@ -29,7 +31,7 @@ def reorder(path: Path, matrix: Imatrix, rng: np.random.Generator) -> Imatrix:
     copy = _Copy(path, matrix)
     stream = rng.permutation(copy.values["output_norm.weight"].size)
     for name in copy.values:
-        role = name.split(".")[-2]
+        role = TensorName(name).role
         if role in READS_STREAM or role.startswith(("ffn_gate", "ffn_up")):
             copy.columns(name, stream)
         if role == "attn_output" or role.startswith("ffn_down"):
@@ -48,8 +50,10 @@ class _Copy:
 
     def __init__(self, path: Path, matrix: Imatrix) -> None:
         found, raw = header.read(path), np.memmap(path, np.uint8, "r+")
-        self.heads, self.kv_heads = (found.get(f"step35.attention.{key}") for key in ("head_count", "head_count_kv"))
-        self.head = int(found.get("step35.attention.value_length"))
+        self.heads, self.kv_heads = (
+            found.get(f"{ARCHITECTURE}.attention.{key}") for key in ("head_count", "head_count_kv")
+        )
+        self.head_size = int(found.get(f"{ARCHITECTURE}.attention.value_length"))
         self.values: dict[str, Floats] = {
             t.name: raw[found.data_start + t.offset :][: 4 * t.n_values].view(np.float32).reshape(t.shape)
             for t in found.tensors
@@ -67,11 +71,12 @@ class _Copy:
         part[:] = part[..., order, :].copy()
 
     def value_heads(self, name: str, rng: np.random.Generator) -> None:
-        layer = int(name.split(".")[1])
+        layer, size = TensorName(name).layer, self.head_size
+        assert layer is not None
         n, n_kv = self.heads[layer], self.kv_heads[layer]
-        orders = [head * self.head + rng.permutation(self.head) for head in range(n_kv)]
+        orders = [head * size + rng.permutation(size) for head in range(n_kv)]
         self.rows(name.replace("output", "v"), np.concatenate(orders))
-        shifts = [(q - q * n_kv // n) * self.head for q in range(n)]
+        shifts = [(q - q * n_kv // n) * size for q in range(n)]
         self.columns(name, np.concatenate([orders[q * n_kv // n] + shifts[q] for q in range(n)]))
 
     def hidden_units(self, name: str, rng: np.random.Generator) -> None:

@@ -47,9 +47,9 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        for kind in args.types:
-            path = Path(folder) / f"{kind}.gguf"
-            assert stepgguf(["convert", str(args.checkpoint), str(path), "-t", kind, "-q"]) == 0
+        for type_name in args.types:
+            path = Path(folder) / f"{type_name}.gguf"
+            assert stepgguf(["convert", str(args.checkpoint), str(path), "-t", type_name, "-q"]) == 0
             with LlamaEngine(path, n_ctx=1024, draft=3) as engine:
                 chat = ChatModel(engine)
                 for name, cases in (("letters", tasks.held_out_letters(args.n)), ("sums", tasks.held_out_sums(args.n))):
@@ -57,7 +57,7 @@ def main() -> None:
                     wrong = [case[0]["content"] for case, ok in zip(cases, results, strict=True) if not ok]
                     share = sum(results) / len(results)
                     print(
-                        f"{kind} {name}: {share:.1%} of {len(results)}; wrong: {wrong[:4]}; {drafts(timings)}",
+                        f"{type_name} {name}: {share:.1%} of {len(results)}; wrong: {wrong[:4]}; {drafts(timings)}",
                         flush=True,
                     )
 

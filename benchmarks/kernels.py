@@ -73,7 +73,7 @@ def speeds(ggml_type: GGMLQuantizationType, weighted: bool, rounds: int) -> tupl
     rng = np.random.default_rng(1)
     importance = rng.gamma(0.5, 1.0, COLUMNS).astype(np.float32) if weighted else None
     n, seconds = 32, 0.0
-    pairs = []
+    pairs: list[tuple[float, float]] = []
     while len(pairs) < rounds:
         bits = (rng.standard_normal((n, COLUMNS), np.float32) * np.float32(0.02)).view(np.uint32) >> 16
         stored = bits.astype(np.uint16)

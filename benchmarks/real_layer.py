@@ -34,8 +34,6 @@ REAL = Shape(
     n_layer=2, n_dense=1, n_expert=288, n_used=8, hidden=4096, dense=11264, expert=1280, head_dim=128,
     heads=(64, 96), kv_heads=8, window=512,
 )  # fmt: skip
-
-
 WHOLE = 196.8e9  # weights of the 45 layers
 
 
@@ -63,7 +61,7 @@ def write(path: Path) -> None:
 
 def write_importance(checkpoint: Path, path: Path) -> None:
     """Random importance for every matrix, each expert with its own."""
-    rng, entries = np.random.default_rng(0), {}
+    rng, entries = np.random.default_rng(0), dict[str, ImatrixEntry]()
     with Checkpoint(checkpoint) as opened:
         for spec in opened.specs:
             if spec.is_quantizable and spec.role != "token_embd":

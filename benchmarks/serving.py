@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from stepgguf.cli.main import main as stepgguf
@@ -110,7 +111,7 @@ def prompts(n: int, length: int, salt: int) -> list[list[int]]:
     return [[(17 * i + 101 * k + 13 * salt) % 600 + 20 for i in range(length)] for k in range(n)]
 
 
-def throughput(side: Side, streams: int, salt: int) -> float:
+def throughput(streams: int, side: Side, salt: int) -> float:
     """Tokens a second of all streams together."""
     started = time.perf_counter()
     side.together(prompts(streams, 32, salt), TOKENS)
@@ -127,7 +128,7 @@ def cached_first_token(side: Side, salt: int) -> float:
 def compare(title: str, sides: list[Side], rounds: int, measure: Callable[[Side, int], float], unit: str) -> None:
     for side in sides:
         measure(side, 999)
-    figures = {side.name: [] for side in sides}  # type: dict[str, list[float]]
+    figures: dict[str, list[float]] = {side.name: [] for side in sides}
     for n in range(rounds):
         for side in sides:
             figures[side.name].append(measure(side, n))
@@ -165,10 +166,7 @@ def main() -> None:
                 running("llama-server", [*theirs, *(["--spec-type", "draft-mtp"] if mtp else [])], ends) as b,
             ):
                 for streams in (1, 4, 8):
-                    compare(
-                        f"  {streams} streams", [a, b], options.rounds,
-                        lambda side, n, s=streams: throughput(side, s, n), "tok/s",
-                    )  # fmt: skip
+                    compare(f"  {streams} streams", [a, b], options.rounds, partial(throughput, streams), "tok/s")
                 compare("  first token after 4,096 cached", [a, b], options.rounds, cached_first_token, "s")
 
 

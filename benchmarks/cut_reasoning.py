@@ -1,6 +1,6 @@
 """Does a model that is stopped in its thinking answer, or think on in its answer? The embedded one, as it samples.
 
-python -m benchmarks.cut_thinking [--n 200] [--type Q4_K_M]
+python -m benchmarks.cut_reasoning [--n 200] [--type Q4_K_M]
 
 Half of the questions are letter counts, half are sums, none of them from the training. An answer counts if it is one
 sentence of the form that the question asks for, right or wrong, and nothing else.
