@@ -7,21 +7,15 @@ from collections.abc import Sequence
 from itertools import takewhile
 
 _RECIPE = "a recipe says it: see `stepgguf recipes`"
-_CONVERTING = {
+_QUANTIZING = {
     "--outtype": "--type TYPE",
     "-o": "DEST, the second argument, without an option",
     "--outfile": "DEST, the second argument, without an option",
     "--ftype": "--type TYPE",
-    "--model-name": "--name NAME",
     "--verbose": "nothing: progress is shown without it",
     "--no-lazy": "nothing: memory is bounded by --memory SIZE",
     "--use-temp-file": "nothing: there is no intermediate file",
-    "--vocab-only": "nothing: a model always comes whole",
     "--split-max-tensors": "--split-max-size SIZE",
-    "--remote": "the folder of a downloaded checkpoint as SRC",
-    "--metadata": "--name NAME, and what the checkpoint's README.md says",
-    "--mtp-only": "--mtp separate",
-    "--no-mtp": "--mtp drop",
     "--pure": 'a recipe with a default: default = "Q4_K"',
     "--leave-output-tensor": _RECIPE,
     "--output-tensor-type": _RECIPE,
@@ -36,7 +30,15 @@ _CONVERTING = {
     "--nthread": "--threads N",
     "--nthreads": "--threads N",
 }
-OPTIONS = {"convert": _CONVERTING, "quantize": _CONVERTING}
+_CONVERTING = _QUANTIZING | {
+    "--model-name": "--name NAME",
+    "--vocab-only": "nothing: a model always comes whole",
+    "--remote": "the folder of a downloaded checkpoint as SRC",
+    "--metadata": "--name NAME, and what the checkpoint's README.md says",
+    "--mtp-only": "--mtp separate",
+    "--no-mtp": "--mtp drop",
+}
+OPTIONS = {"convert": _CONVERTING, "quantize": _QUANTIZING}
 
 
 def explain_spelling(arguments: Sequence[str]) -> tuple[str, str] | None:

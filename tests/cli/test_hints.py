@@ -9,8 +9,10 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import typer
 
-from stepgguf.cli.main import main
+from stepgguf.cli import llama_cpp_spellings
+from stepgguf.cli.main import app, main
 from stepgguf.demo import CHECKPOINT
 from stepgguf.files import gguf_header, installed
 
@@ -123,6 +125,13 @@ def test_other_tools_options_are_answered_with_ours(
     text = said(capfd)
     assert "is an option of llama.cpp's tools" in text
     assert ours in text.partition("hint:")[2]
+
+
+@pytest.mark.parametrize("command", llama_cpp_spellings.OPTIONS)
+def test_what_is_to_be_written_instead_is_an_option_of_the_command(command: str) -> None:
+    named = set(re.findall(r"--[a-z-]+", " ".join(llama_cpp_spellings.OPTIONS[command].values())))
+    parameters = typer.main.get_group(app).commands[command].params
+    assert named <= {option for parameter in parameters for option in parameter.opts}
 
 
 @pytest.mark.parametrize(
