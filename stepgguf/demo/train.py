@@ -34,13 +34,12 @@ from torch import Tensor, nn
 
 from stepgguf.chat.template import CLOSING_WORDS, ChatTemplate, closing_text
 from stepgguf.convert.sources.checkpoint import Checkpoint
-from stepgguf.demo import tasks, tokenizer
+from stepgguf.demo import CHECKPOINT, tasks, tokenizer
 from stepgguf.model.hparams import HParams
 from stepgguf.model.names import TensorName
 from stepgguf.reference.load import load_reference
 from stepgguf.reference.model import DecoderLayer, MoE, Step35
 
-MODEL = Path(__file__).parent / "model"
 ROW_TOKENS, N_ROWS = 512, 4  # tokens in a packed row, rows in a step
 IGNORE = -100
 BIAS_STEP = 1e-3  # router bias nudge per step
@@ -110,7 +109,7 @@ class Encoder:
 
     def __init__(self, tokenizer_json: str) -> None:
         self.tokenizer = Tokenizer.from_str(tokenizer_json)
-        self.template = ChatTemplate((MODEL / "chat_template.jinja").read_text(), bos_token=tokenizer.BOS)
+        self.template = ChatTemplate((CHECKPOINT / "chat_template.jinja").read_text(), bos_token=tokenizer.BOS)
         self.think, self.end, self.start = (self.token_id(t) for t in ("<think>", "<|im_end|>", "<|im_start|>"))
         self.close = self.token_id("</think>")
 
@@ -187,7 +186,7 @@ def packed_batches(encoder: Encoder, seed: int) -> Iterator[tuple[Tensor, Tensor
 def train_tokenizer(vocab_size: int) -> str:
     """The text of tokenizer.json, from what the tasks say."""
     rng = random.Random(0)
-    template = ChatTemplate((MODEL / "chat_template.jinja").read_text(), bos_token=tokenizer.BOS)
+    template = ChatTemplate((CHECKPOINT / "chat_template.jinja").read_text(), bos_token=tokenizer.BOS)
     conversations = (tasks.random_conversation(rng) for _ in range(4000))
     texts = [template.render(m, tools=t, add_generation_prompt=False) for m, t in conversations]
     return tokenizer.build_tokenizer(texts, vocab_size)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from stepgguf.convert.sources.source import TensorSource
 
 
-def footprint(source: TensorSource) -> Footprint:
+def footprint_of(source: TensorSource) -> Footprint:
     """The model as the source stores it. BadMetadata for a GGUF without the trunk, or one that lacks a key for this."""
     hp = source.hparams
     shapes: dict[str, tuple[int, ...]] = {spec.name: spec.shape for spec in source.specs}

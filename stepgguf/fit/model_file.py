@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stepgguf.fit.footprint import footprint, with_mtp_file
+from stepgguf.fit.footprint import footprint_of, with_mtp_file
 from stepgguf.fit.machine import network_filesystem
 from stepgguf.fit.memory import Footprint
 from stepgguf.runtime.engine import DEFAULT_CTX
@@ -62,7 +62,7 @@ def read_model_file(path: Path, mtp_file: Path | None = None, *, command: str = 
     from stepgguf.convert.sources.gguf_file import GGUFSource
 
     with GGUFSource(path) as source:
-        size, inventory = footprint(source), sizes.take_inventory(source)
+        size, inventory = footprint_of(source), sizes.take_inventory(source)
         template = source.keys[CHAT_TEMPLATE].value if CHAT_TEMPLATE in source.keys else None
         first = source.headers[0].path
     # A file that has its own MTP blocks needs no other, whatever lies beside it.

@@ -19,7 +19,7 @@ from stepgguf.errors import RecipeError, UnknownType
 from stepgguf.files.byte_sizes import GIB, MIB
 from stepgguf.fit import catalogue, speed
 from stepgguf.fit.catalogue import ListedMachine
-from stepgguf.fit.footprint import footprint
+from stepgguf.fit.footprint import footprint_of
 from stepgguf.fit.machine import Machine, probe_machine
 from stepgguf.fit.memory import (
     ContextParams,
@@ -151,7 +151,7 @@ def plan_for_machine(
     nothing else can be wrong: RecipeError is raised before.
     """
     model = take_inventory(source)
-    size = replace(footprint(source), weights=0)
+    size = replace(footprint_of(source), weights=0)
     needed = memory_need(size, context)
     room = target.capacity(context) - needed.total
     try:

@@ -42,10 +42,13 @@ def step_bytes(tensors: Iterable[tuple[TensorName, int]], share: float) -> float
 
 
 def kv_read_bytes(model: Footprint, depth: int) -> int:
-    """What a step reads of the KV cache after `depth` tokens: full layers all cells, sliding ones the window."""
+    """Bytes of the KV cache that a step reads after `depth` tokens.
+
+    A full-attention layer reads the cells of all tokens, a sliding one at most those of its sliding window.
+    """
     full = replace(model, layers=tuple(layer for layer in model.trunk_layers if not layer.is_sliding))
-    in_window = replace(model, sliding_window=min(model.sliding_window, depth))
-    return memory_need(full, ContextParams(depth)).kv + saved_state_bytes(in_window)
+    sliding = replace(model, sliding_window=min(model.sliding_window, depth))
+    return memory_need(full, ContextParams(depth)).kv + saved_state_bytes(sliding)
 
 
 def mtp_gain(one: float, several: float, drafting: float, tokens: float) -> float:

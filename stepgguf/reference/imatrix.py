@@ -137,7 +137,7 @@ class _Signals:
         total[1] += x.numel()
 
     def hook_router(self, layer: int) -> Callable[[nn.Module, Any, Tensor], None]:
-        """A forward hook of a layer's experts, for which they are routed once more."""
+        """Make a forward hook for the experts of a layer; it routes their input once more to count the weights."""
         total = self._gates[layer] = torch.zeros(3, self._n_expert, dtype=torch.float64)
 
         def add_gates(moe: nn.Module, args: Any, _: Tensor) -> None:

@@ -78,7 +78,7 @@ def summary(measured: MeasuredFile) -> dict[str, Any]:
     }
 
 
-def maps(measured: MeasuredFile) -> dict[str, Any]:
+def tensor_maps(measured: MeasuredFile) -> dict[str, Any]:
     """The type map and, where it was measured, the heat map: every tensor and every expert."""
     experts = routed_experts(measured)
     return {

@@ -101,7 +101,7 @@ class MeasuredFile:
     imatrix: ImatrixOrigin | None
 
 
-_OTHERWISE = "Fetch the manifest again, or remove it: types and sizes are shown without."
+_DAMAGED_HINT = "Fetch the manifest again, or remove it: types and sizes are shown without."
 
 
 def read_file(path: Path) -> MeasuredFile:
@@ -141,7 +141,7 @@ def read_file(path: Path) -> MeasuredFile:
 
 
 def _read_own_manifest(file: Path) -> dict[str, Any] | None:
-    return read_manifest(file, _OTHERWISE) if manifest_path(file).exists() else None
+    return read_manifest(file, _DAMAGED_HINT) if manifest_path(file).exists() else None
 
 
 def _measured_tensor(info: TensorInfo, entries: dict[str, Any] | None, n_layer: int, path: Path) -> MeasuredTensor:

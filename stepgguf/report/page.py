@@ -26,7 +26,7 @@ SCRIPTS = ("draw.js", "file.js", "errors.js", "page.js")
 def render_page(measured: MeasuredFile) -> str:
     """The report on a file as one HTML document."""
     style, script = _package_file("page.css"), "".join(map(_package_file, SCRIPTS))
-    data = {**figures.summary(measured), **figures.maps(measured)}
+    data = {**figures.summary(measured), **figures.tensor_maps(measured)}
     parts = {
         "title": html.escape(f"{measured.name} · {measured.paths[0].name}"),
         "policy": "default-src 'none'; img-src data:; "

@@ -16,7 +16,7 @@ from stepgguf.convert.planner import plan_source
 from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.convert.sources.gguf_file import GGUFSource
 from stepgguf.files.byte_sizes import GIB
-from stepgguf.fit.footprint import footprint
+from stepgguf.fit.footprint import footprint_of
 from stepgguf.fit.machine import AmdMemory, Machine
 from stepgguf.fit.memory import (
     ContextParams,
@@ -87,7 +87,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def flash(real: Path) -> Footprint:
     with GGUFSource(real) as source:
-        return footprint(source)
+        return footprint_of(source)
 
 
 CONTEXTS = [
@@ -143,7 +143,7 @@ def small_gguf(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_a_small_models_caches_when_they_are_really_allocated(small_gguf: Path, context: ContextParams) -> None:
     with GGUFSource(small_gguf) as source:
-        ours = memory_need(footprint(source), context)
+        ours = memory_need(footprint_of(source), context)
     assert ours.kv / MIB == pytest.approx(reported(small_gguf, context, allocate=True).kv, abs=0.02)
 
 
@@ -161,7 +161,7 @@ def test_a_checkpoint_is_the_window_of_the_sliding_layers(small_gguf: Path) -> N
     llama_cpp.llama_free(context)
     llama_cpp.llama_model_free(model)
     with GGUFSource(small_gguf) as source:
-        ours = saved_state_bytes(footprint(source))
+        ours = saved_state_bytes(footprint_of(source))
     assert ours <= size <= 1.05 * ours
 
 

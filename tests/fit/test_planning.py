@@ -14,7 +14,7 @@ from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.convert.sources.gguf_file import GGUFSource
 from stepgguf.convert.sources.opening import open_source
 from stepgguf.files.byte_sizes import GIB
-from stepgguf.fit.footprint import footprint
+from stepgguf.fit.footprint import footprint_of
 from stepgguf.fit.memory import ContextParams, memory_budget, memory_need
 from stepgguf.fit.planning import OWN_TYPES, MachinePlan, PlanRow, TargetMachine, plan_for_machine, target_machine
 from stepgguf.quants.recipe_files import load_recipe
@@ -81,7 +81,7 @@ def test_what_fits_is_what_the_memory_arithmetic_says(machine: str, real: Path, 
     target = target_machine(machine)
     result = plan(real, target, context)
     with GGUFSource(real_gguf) as source:
-        model = footprint(source)
+        model = footprint_of(source)
     for row in result.rows:
         needed = memory_need(replace(model, weights=row.weights), context)
         assert row.total == needed.total

@@ -12,7 +12,7 @@ import pytest
 from stepgguf.convert.sizes import Inventory, Sizes, take_inventory
 from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.fit import catalogue
-from stepgguf.fit.footprint import footprint
+from stepgguf.fit.footprint import footprint_of
 from stepgguf.fit.speed import expert_share, kv_read_bytes, mtp_gain, read_bytes, step_bytes
 from stepgguf.model.names import TensorName
 from tests.cli.test_cli import sparse_checkpoint
@@ -100,7 +100,7 @@ def test_bytes_and_speeds_are_those_of_an_independent_table(row: Published, flas
 def test_the_bytes_of_a_published_speed_are_those_of_its_file(
     machine: str, number: int, recipe: str, depth: int, real: Checkpoint, flash: Inventory, tmp_path: Path
 ) -> None:
-    read = step(sizes(flash, recipe, tmp_path)) + kv_read_bytes(footprint(real), depth)
+    read = step(sizes(flash, recipe, tmp_path)) + kv_read_bytes(footprint_of(real), depth)
     assert catalogue.load_catalogue()[machine].measured[number].read == round(read / 1e9, 3) * 1e9
 
 
@@ -132,7 +132,7 @@ def test_a_byte_costs_what_it_is_read() -> None:
 
 
 def test_a_token_reads_all_cells_of_full_layers_and_the_window_of_the_others(real: Checkpoint) -> None:
-    model = footprint(real)
+    model = footprint_of(real)
     row = 8 * 2 * 128 * 2  # bytes of a cell: 8 heads, K and V, F16
     assert kv_read_bytes(model, 0) == 0
     assert kv_read_bytes(model, 256) == 45 * 256 * row

@@ -151,7 +151,7 @@ def test_without_counts_the_mass_takes_their_place_and_weighs_nothing(made: Made
     subject = measured.read_file(made.path)
     gate = next(line for line in figures.summary(subject)["errors"] if line["name"] == "experts: gate")
     assert gate["by_layer"][4] == pytest.approx(ledger(made, "blk.4.ffn_gate_exps.weight", "error").mean(), rel=1e-12)
-    found = figures.maps(subject)["experts"]
+    found = figures.tensor_maps(subject)["experts"]
     mass = ledger(made, "blk.4.ffn_gate_exps.weight", "mass")
     assert found["layers"] == [2, 3, 4]
     assert found["use"][2] == [float(f"{x:.5g}") for x in mass / mass.mean()]
@@ -161,7 +161,7 @@ def test_without_counts_the_mass_takes_their_place_and_weighs_nothing(made: Made
 def test_without_an_imatrix_no_use_is_claimed(tmp_path: Path) -> None:
     subject = measured.read_file(write(tmp_path / "x.gguf", config(SHAPE), "Q4_K_M", imatrix=False).path)
     found = figures.summary(subject)
-    assert figures.maps(subject)["experts"]["use"] is None
+    assert figures.tensor_maps(subject)["experts"]["use"] is None
     assert found["coverage"] is None
     assert ["--imatrix FILE" in text for text in found["missing"]] == [True]
 
@@ -180,7 +180,7 @@ def test_a_figure_that_could_not_be_had_is_left_out(made: Made) -> None:
     error = ledger(made, "blk.3.ffn_up_exps.weight", "error")[1:]
     count = ledger(made, "blk.3.ffn_gate_exps.weight", "count")[1:]
     assert up["by_layer"][3] == pytest.approx(np.average(error, weights=count), rel=1e-12)
-    heat = figures.maps(subject)["experts"]["error"]["up"]
+    heat = figures.tensor_maps(subject)["experts"]["error"]["up"]
     assert heat[0] == [None] * 12
     assert heat[1][0] is None
 
@@ -226,7 +226,7 @@ def test_a_file_of_another_tool_needs_no_manifest(small: Path, tmp_path: Path) -
     assert found["bytes"] == sum(t.n_bytes for t in GGUFReader(path).tensors)
     assert found["errors"] == found["worst"] == []
     assert ["no manifest beside the file" in text for text in found["missing"]] == [True]
-    assert figures.maps(subject)["types"]
+    assert figures.tensor_maps(subject)["types"]
 
 
 def test_a_file_of_another_architecture_is_refused(tmp_path: Path) -> None:
