@@ -70,6 +70,7 @@ def bench(
     - `stepgguf bench step-q4_k_s.gguf --depths 0,16384,65536 --batches 1,2,8 --json`
     """
     from stepgguf.cli import output
+    from stepgguf.runtime.llama import LlamaEngine
 
     depth_list, batch_list = _split_numbers(depths, "--depths", 0), _split_numbers(batches, "--batches", 1)
     most = max(batch_list)
@@ -86,20 +87,20 @@ def bench(
         trained=False,
     )
     with loading.open_engine(path, options, command="bench", quiet=quiet) as engine:
-        llama: LlamaEngine = engine  # type: ignore[assignment]
+        assert isinstance(engine, LlamaEngine)  # --engine is no option here
         show = _show_nothing if json else _show_row
         speed: list[BenchRow] = []
         drafting: list[BenchRow] = []
         show("depth    batch   prompt tok/s        generation tok/s")
-        for row in _speed_rows(llama, depth_list, batch_list, tokens, repetitions):
+        for row in _speed_rows(engine, depth_list, batch_list, tokens, repetitions):
             speed.append(row)
             show(_speed_line(row))
-        if llama.n_mtp and llama.info.chat_template is not None:
+        if engine.n_mtp and engine.info.chat_template is not None:
             show("\ndrafted  tokens/step  tok/s               gain    accepted by head")
-            for n, row in enumerate(_drafting_rows(llama, tokens, repetitions)):
+            for n, row in enumerate(_drafting_rows(engine, tokens, repetitions)):
                 drafting.append(row)
                 show(_draft_line(n, row, drafting[0]))
-        name, used = llama.info.name, llama.info.engine
+        name, used = engine.info.name, engine.info.engine
     if json:
         output.print_json(
             {"model": name, "engine": used, "speed": [asdict(r) for r in speed], "mtp": [asdict(r) for r in drafting]}

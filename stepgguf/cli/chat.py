@@ -88,7 +88,7 @@ def chat(
     - `stepgguf chat --url http://127.0.0.1:8080 -c`
     """
     if (path is None) == (url is None):
-        raise typer.BadParameter("give a GGUF file or --url", param_hint="FILE.gguf")
+        raise typer.BadParameter("give either a GGUF file or --url", param_hint="FILE.gguf")
     interactive = sys.stdin is not None and sys.stdin.isatty()
     question = _question(prompt, None if interactive else _read_piped())
     if not question and (prompt is not None or json or not interactive):

@@ -179,7 +179,7 @@ class Conversion:
 
     def _table(self) -> list[Text]:
         plan = self.plan
-        files = f"{len(plan.files)} file{'s' * (len(plan.files) > 1)}"
+        files = output.counted(len(plan.files), "file")
         total = (
             f"{len(plan.tensors)} tensors in {files}, {readable_size(plan.n_bytes)} ({plan.n_bytes / 1e9:.2f} GB), "
             f"{plan.bpw:.3f} bpw"

@@ -126,7 +126,7 @@ class Dialogue:
     def show_last_messages(self) -> None:
         """Show how a saved session ended."""
         last = [entry.message for entry in self.session.entries if entry.message["role"] in ("user", "assistant")][-2:]
-        self.screen.note(f"{len(self.session.entries)} messages; the last:")
+        self.screen.note(f"{output.counted(len(self.session.entries), 'message')}; the last:")
         for message in last:
             if message["role"] == "user":
                 self.screen.note(f"> {message['content']}")
@@ -139,7 +139,8 @@ def resume_session(session: Session, path: Path) -> Session:
     saved = read_session(path)
     origin = session.backend.origin
     if saved.n_damaged:
-        output.warn([f"{saved.n_damaged} damaged lines of {path} were passed over; the file is as it was"])
+        lines = output.counted(saved.n_damaged, "damaged line")
+        output.warn([f"{lines} of {path} could not be read; the file is left as it was"])
     if saved.origin.digest != origin.digest:
         output.warn([f"{saved.name} was made with {saved.origin.model} ({saved.origin.file}), this is {origin.model}"])
     return Session.resume(session.backend, saved, Transcript(path.parent, origin, path))

@@ -80,12 +80,13 @@ def _read_gguf(path: Path) -> tuple[str, dict[str, Any], Tensors]:
 
 def gguf_contents(metadata: Mapping[str, Any], names: Sequence[str]) -> str:
     """What a GGUF holds, in a sentence."""
+    from stepgguf.cli.output import counted
     from stepgguf.model.hparams import ARCHITECTURE
     from stepgguf.model.names import TensorName
 
     contents, architecture = metadata.get("general.type", "model"), metadata.get("general.architecture")
     if contents != "model":  # an adapter, a vision tower, an importance matrix
-        return f"a GGUF of type {_shorten(contents)}, no model that runs alone"
+        return f"a GGUF of type {_shorten(contents)}, which is no model that runs alone"
     if architecture != ARCHITECTURE:
         return f"a model of architecture {_shorten(architecture)}; stepgguf quantizes and runs {ARCHITECTURE} alone"
     if not names:
@@ -93,8 +94,8 @@ def gguf_contents(metadata: Mapping[str, Any], names: Sequence[str]) -> str:
     mtp = {TensorName(name).layer for name in names if ".nextn." in name}
     trunk = {layer for name in names if (layer := TensorName(name).layer) is not None} - mtp
     if mtp and not trunk:
-        return f"{_counted(len(mtp), 'MTP block')} alone, to be used with the file that holds the model's layers"
-    return f"{_counted(len(trunk), 'layer')} and {_counted(len(mtp), 'MTP block')}"
+        return f"{counted(len(mtp), 'MTP block')} alone, to be used with the file that holds the model's layers"
+    return f"{counted(len(trunk), 'layer')} and {counted(len(mtp), 'MTP block')}"
 
 
 def _read_checkpoint(path: Path) -> tuple[str, dict[str, Any], Tensors]:
@@ -113,7 +114,7 @@ def _read_checkpoint(path: Path) -> tuple[str, dict[str, Any], Tensors]:
         for spec in checkpoint.specs:
             stored = checkpoint.tensors[spec.source]
             tensors.append((spec.name, stored.dtype, stored.n_bytes, math.prod(spec.shape), ""))
-    contents = f"a checkpoint of {_counted(hp.n_layer, 'layer')} and {_counted(hp.n_mtp, 'MTP block')}"
+    contents = f"a checkpoint of {output.counted(hp.n_layer, 'layer')} and {output.counted(hp.n_mtp, 'MTP block')}"
     return contents, metadata, tensors
 
 
@@ -121,11 +122,6 @@ def _layer_words(layer: Layer) -> str:
     """ "moe sliding", "mtp dense full"."""
     network = "moe" if layer.is_moe else "dense"
     return f"{'mtp ' if layer.is_mtp else ''}{network} {'sliding' if layer.is_sliding else 'full'}"
-
-
-def _counted(n: int, what: str) -> str:
-    """ "no layers", "1 layer", "45 layers"."""
-    return f"{n or 'no'} {what}{'' if n == 1 else 's'}"
 
 
 def _shorten(value: Any) -> str:

@@ -14,13 +14,11 @@ import typer
 from stepgguf.cli import arguments, output
 from stepgguf.errors import EngineError
 from stepgguf.files.byte_sizes import size_word
-from stepgguf.runtime.engine import DEFAULT_CACHE_RAM, DEFAULT_CTX
+from stepgguf.runtime.engine import DEFAULT_CACHE_RAM, DEFAULT_CTX, Engine
 
 if TYPE_CHECKING:
-    from stepgguf.files.byte_sizes import size_word
     from stepgguf.fit.machine import Machine
     from stepgguf.fit.model_file import ModelFile
-from stepgguf.runtime.engine import Engine
 
 IN_PROCESS = "llama-cpp-python"
 LLAMA_SERVER = "llama-server"
@@ -62,7 +60,7 @@ CacheRam = Annotated[
         parser=arguments.parse_size,
         metavar="SIZE",
         show_default=size_word(DEFAULT_CACHE_RAM),
-        help="Memory for conversations that are not in the context, and for checkpoints.",
+        help="Memory for conversations that have left the context, and for saved states to go back to.",
     ),
 ]
 CacheFolder = Annotated[
@@ -137,7 +135,8 @@ def _check_options(options: EngineOptions) -> None:
     name = options.engine_name
     if name not in (IN_PROCESS, LLAMA_SERVER) or (name == IN_PROCESS and options.engine != IN_PROCESS):
         raise typer.BadParameter(
-            f"{options.engine!r} is not {IN_PROCESS} or {LLAMA_SERVER}[=PATH|=URL]", param_hint="--engine"
+            f"{options.engine!r} is not an engine; give {IN_PROCESS} or {LLAMA_SERVER}[=PATH|=URL]",
+            param_hint="--engine",
         )
     if options.rpc and (name != LLAMA_SERVER or options.server_url):
         raise typer.BadParameter("only a llama-server that is started here uses other machines", param_hint="--rpc")

@@ -55,6 +55,11 @@ def print_texts(texts: Iterable[Text]) -> None:
         stdout.print(text, soft_wrap=True)
 
 
+def counted(n: int, noun: str) -> str:
+    """How many there are, in words: "no layers", "1 layer", "45 layers"."""
+    return f"{n or 'no'} {noun}{'' if n == 1 else 's'}"
+
+
 def tensor_table(lines: Iterable[FoldedLine]) -> list[Text]:
     """Folded tensors as a table, a row each: label, count, type, size, bits per weight, reason."""
     rows = [

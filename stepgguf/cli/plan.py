@@ -78,7 +78,7 @@ def plan(
 
     names = _split_names(types)
     if imatrix is not None and not measure:
-        raise typer.BadParameter("--imatrix is for --measure", param_hint="--imatrix")
+        raise typer.BadParameter("an importance matrix counts only with --measure", param_hint="--imatrix")
     options = Options(open_recipe("fit"), mtp, importance=arguments.read_importance(imatrix, imatrix_prior))
     context, target = ContextParams(ctx, parallel, mtp=mtp == "include"), _find_machine(machine)
     with open_source(source) as opened:
@@ -86,7 +86,9 @@ def plan(
         price = (lambda: price_trunk(opened, Path("plan.gguf"), options, threads=threads)) if measure else None
         result = plan_for_machine(opened, target, context, names, price)
     if ctx > result.footprint.n_ctx_train:
-        output.warn([f"{ctx:,} tokens are more than the {result.footprint.n_ctx_train:,} it was trained for"])
+        output.warn(
+            [f"{ctx:,} tokens are more than the {result.footprint.n_ctx_train:,} that the model was trained for"]
+        )
     if json:
         output.print_json(json_report(result))
         return
@@ -116,8 +118,10 @@ def _find_machine(name: str) -> TargetMachine:
     if name in known:
         return target_machine(name)
     near = get_close_matches(name.lower(), known[1:], 1)
-    guess = f"; did you mean {near[0]}?" if near else ""
-    raise typer.BadParameter(f"{name!r} is not a machine{guess} Known: {', '.join(known)}", param_hint="--machine")
+    guess = f" Did you mean {near[0]}?" if near else ""
+    raise typer.BadParameter(
+        f"{name!r} is not in the list of machines.{guess} Choose one of: {', '.join(known)}", param_hint="--machine"
+    )
 
 
 def json_report(result: MachinePlan) -> dict[str, Any]:

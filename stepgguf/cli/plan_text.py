@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.text import Text
 
+from stepgguf.cli.output import counted
 from stepgguf.convert.sources.opening import is_gguf
 from stepgguf.files.byte_sizes import GIB, MIB, readable_size
 from stepgguf.fit.catalogue import ListedMachine
@@ -23,14 +24,14 @@ def budget_lines(result: MachinePlan) -> Iterator[str]:
     full = tuple(layer for layer in model.trunk_layers if not layer.is_sliding)
     n_sliding, n_mtp = len(model.trunk_layers) - len(full), len(model.mtp_layers)
     full_kv, saved_state = memory_need(replace(model, layers=full), context).kv, saved_state_bytes(model)
-    requests = "1 request" if context.n_parallel == 1 else f"{context.n_parallel} requests"
+    requests = counted(context.n_parallel, "request")
     parts = [
         (full_kv, f"KV cache of {len(full)} full layers, by context"),
         (needed.kv - full_kv, f"KV cache of {n_sliding} sliding layers, by their window of {model.sliding_window}"),
         (needed.mtp, f"MTP: cache and buffers of {n_mtp} blocks"),
         (needed.compute, "buffers (estimate)"),
-        (needed.cache, f"kept conversations, up to {needed.cache // saved_state} checkpoints of "
-                       f"{readable_size(saved_state)}"),
+        (needed.cache, f"kept conversations, with {needed.cache // saved_state} saved states of "
+                       f"{readable_size(saved_state)} at most"),
     ]  # fmt: skip
     yield f"on {target.title}, {context.n_ctx:,} tokens of context, {requests} at a time"
     yield ""
@@ -112,9 +113,8 @@ def _speed_notes(listed: ListedMachine | None) -> Iterator[str]:
         yield "tok/s is a ceiling, bandwidth / bytes read a token, and is not reached:"
         yield "no measurement of this model is published for this chip."
     else:
-        n = len(listed.measured)
         yield "tok/s is an estimate: bandwidth / bytes read a token x efficiency, which is from"
-        yield f"{n} published measurement{'s' * (n > 1)} of this model on this chip, without MTP:"
+        yield f"{counted(len(listed.measured), 'published measurement')} of this model on this chip, without MTP:"
     yield f"  {listed.bandwidth / 1e9:>4g} GB/s   {listed.bandwidth_source}"
     for m in listed.measured:
         yield f"  {m.tps:>4g} tok/s  {m.tps * m.read / listed.bandwidth:.0%}: {m.file}"

@@ -150,7 +150,7 @@ def _announce(model: ModelInfo, parallel: int, listener: socket.socket) -> None:
     from stepgguf.server.http.addresses import reachable_urls
 
     first, *others = reachable_urls(*listener.getsockname()[:2])
-    requests = f"{parallel} request{'s' * (parallel > 1)}"
+    requests = output.counted(parallel, "request")
     output.note(f"{model.name} at {first}: {model.n_ctx:,} tokens of context, up to {requests} at the same time")
     for other in others:
         output.note(f"also at {other}")

@@ -74,7 +74,7 @@ def verify(
         if not quiet:
             output.note(
                 f"{report.tensors} tensors, {readable_size(report.n_bytes)} compared: "
-                f"{len(report.problems) or 'no'} difference{'' if len(report.problems) == 1 else 's'}"
+                f"{output.counted(len(report.problems), 'difference')}"
             )
     if report.problems:
         raise typer.Exit(1)

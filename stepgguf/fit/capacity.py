@@ -92,7 +92,7 @@ def _memory_sum(model: ModelFile, context: ContextParams, needed: MemoryNeed) ->
         (needed.kv, f"KV cache for {context.n_ctx:,} tokens"),
         *([(needed.mtp, "MTP")] if needed.mtp else []),
         (needed.compute, "buffers (estimate)"),
-        (needed.cache, f"conversation cache ({saved_state} a checkpoint)"),
+        (needed.cache, f"conversation cache ({saved_state} a saved state)"),
     ]
     return f"{readable_size(needed.total)} = " + " + ".join(f"{readable_size(n)} {what}" for n, what in parts)
 

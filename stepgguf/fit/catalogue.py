@@ -112,7 +112,6 @@ def _read_entry(name: str, entry: _MachineEntry, entries: Iterable[_MachineEntry
 def _described_machine(entry: _MachineEntry) -> Machine:
     """The machine with all of its memory available; what memory_budget() does not ask for is left empty."""
     ram = int(entry["ram"] * GIB)
-
     return Machine(
         system=entry["system"],
         architecture="",

@@ -378,8 +378,8 @@ def test_ctrl_c_in_a_pipe_keeps_what_came_and_exits_130(babbler: Path) -> None:
         (["x.gguf", "-p", ""], "there is nothing to answer"),
         (["x.gguf", "--json"], "there is nothing to answer"),
         (["x.gguf", "-p", "a", "--thinking", "loud"], "'loud' is not one of 'full', 'fold', 'hide'"),
-        (["-p", "a"], "give a GGUF file or --url"),
-        (["x.gguf", "--url", "http://x", "-p", "a"], "give a GGUF file or --url"),
+        (["-p", "a"], "give either a GGUF file or --url"),
+        (["x.gguf", "--url", "http://x", "-p", "a"], "give either a GGUF file or --url"),
     ],
 )
 def test_wrong_usage_exits_2(arguments: list[str], text: str) -> None:

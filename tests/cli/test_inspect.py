@@ -52,7 +52,7 @@ def test_the_files_of_a_separate_conversion(small: Path, tmp_path: Path, capfd: 
         ("step35", "model", "output.weight", "no layers and no MTP blocks"),
         ("llama", "model", "blk.0.attn_q.weight", "architecture llama; stepgguf quantizes and runs step35 alone"),
         ("llama", None, None, "a model of architecture llama"),
-        ("clip", "mmproj", "v.patch_embd.weight", "a GGUF of type mmproj, no model that runs alone"),
+        ("clip", "mmproj", "v.patch_embd.weight", "a GGUF of type mmproj, which is no model that runs alone"),
         ("step35", "adapter", "blk.0.attn_q.weight.lora_a", "a GGUF of type adapter"),
     ],
 )  # fmt: skip

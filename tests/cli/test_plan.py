@@ -144,12 +144,12 @@ def test_a_checkpoint_is_converted_without_its_mtp_blocks(small: Path, capfd: py
 
 def test_an_imatrix_is_for_measuring(small: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(small), "--imatrix", str(small / "config.json")]) == 2
-    assert "--imatrix is for --measure" in capfd.readouterr().err
+    assert "an importance matrix counts only with --measure" in capfd.readouterr().err
 
 
 def test_a_context_beyond_the_trained_one_is_a_warning(small: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(small), "--types", "Q8_0", "--ctx", "5000"]) == 0
-    assert "5,000 tokens are more than the 4,096 it was trained for" in capfd.readouterr().err
+    assert "5,000 tokens are more than the 4,096 that the model was trained for" in capfd.readouterr().err
 
 
 def test_a_machine_that_is_too_small_says_so(real: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -159,7 +159,10 @@ def test_a_machine_that_is_too_small_says_so(real: Path, capfd: pytest.CaptureFi
 def test_an_unknown_machine_gets_the_nearest_and_the_list(real: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(real), "--machine", "Spark1"]) == 2
     text = " ".join(capfd.readouterr().err.replace("│", " ").split())
-    assert "'Spark1' is not a machine; did you mean spark? Known: auto, spark, strix-128, mac-128," in text
+    assert (
+        "'Spark1' is not in the list of machines. Did you mean spark? Choose one of: auto, spark, strix-128, mac-128,"
+        in text
+    )
 
 
 @pytest.mark.parametrize(

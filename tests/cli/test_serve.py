@@ -133,7 +133,7 @@ def test_the_same_over_a_llama_server(demo_gguf: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--engine", "vllm"], "'vllm' is not llama-cpp-python or llama-server"),
+        (["--engine", "vllm"], "'vllm' is not an engine; give llama-cpp-python or llama-server"),
         (["--rpc", "192.168.7.2:50052"], "only a llama-server that is started here"),
         (["--api-key", ""], "the key is empty"),
         (["--allowed-host", "http://spark.lan:80"], "expected a name such as spark.lan"),

@@ -13,6 +13,7 @@ import time
 from typing import TextIO
 
 from stepgguf.chat.output import Delta
+from stepgguf.cli.output import counted
 from stepgguf.cli.terminal import footer
 from stepgguf.cli.terminal.live import LiveRows, cut_to_width, strip_controls, wrap_line
 from stepgguf.cli.terminal.markdown import MarkdownBlocks, MarkdownRenderer
@@ -240,7 +241,7 @@ class Screen:
         seconds = time.monotonic() - self._started
         if self._prefill is None:
             if self._queued is not None:
-                return f"waiting for {self._queued.n_ahead + 1} other requests, {seconds:.0f}s"
+                return f"waiting for {counted(self._queued.n_ahead + 1, 'other request')}, {seconds:.0f}s"
             return f"waiting, {seconds:.0f}s"
         done, total, cached = self._prefill.n_done, self._prefill.n_prompt, self._prefill.n_cached
         filled = _BAR * done // max(1, total)

@@ -6,6 +6,7 @@ import os
 import time
 from pathlib import Path
 
+from stepgguf.cli.output import counted
 from stepgguf.cli.terminal.commands.target import CommandTarget
 from stepgguf.cli.terminal.complete import read_file
 from stepgguf.conversation.export import export_json, export_markdown
@@ -69,7 +70,7 @@ def show_sessions(target: CommandTarget, argument: str) -> None:
             lines.append(f"{i:>2}  {path.stem}  ({error.message})")
             continue
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
-        lines.append(f"{i:>2}  {when}  {path.stem}  {len(saved.entries)} messages  {_shorten(saved.title)}")
+        lines.append(f"{i:>2}  {when}  {path.stem}  {counted(len(saved.entries), 'message')}  {_shorten(saved.title)}")
     target.screen.note("\n".join(lines) or "no sessions yet")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from stepgguf.cli.output import counted
 from stepgguf.cli.terminal import footer
 from stepgguf.cli.terminal.commands.target import CommandTarget
 from stepgguf.conversation.records import AnswerUsage
@@ -22,7 +23,7 @@ def show_statistics(target: CommandTarget, argument: str) -> None:
             setattr(total, name, getattr(total, name) + getattr(usage, name))
     parts = [part for part in footer.usage_parts(total) if not part.startswith("ctx")]  # a sum of contexts is none
     seconds = f"{total.reasoning_seconds:.0f}s of thinking, {total.prompt_seconds:.0f}s of reading"
-    target.screen.note("\n".join([f"{len(usages)} answers, {seconds}", *parts]))
+    target.screen.note("\n".join([f"{counted(len(usages), 'answer')}, {seconds}", *parts]))
 
 
 def show_context(target: CommandTarget, argument: str) -> None:
