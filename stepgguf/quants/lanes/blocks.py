@@ -34,13 +34,13 @@ def bit_field(word: I32Lanes, first: int, n: int) -> I32Lanes:
 
 @inlined
 def nibbles(low: I32Lanes, high: I32Lanes) -> I32Lanes:
-    """A byte: the lower 4 bits of `low`, above them those of `high`. `store_bytes` drops what `high` has beyond."""
+    """A byte of the lower 4 bits of `low` and, above them, of `high`; `store_bytes` drops what `high` has beyond."""
     return (low & ints(15)) | (high << ints(4))
 
 
 @inlined
 def store_short(y: ByteTile, i: int, word: I32Lanes) -> None:
-    """The low 16 bits of an i32 to bytes i and i + 1, little-endian."""
+    """Put the low 16 bits of an i32 to bytes i and i + 1, little-endian."""
     store_bytes(y, i, word)
     store_bytes(y, i + 1, word >> ints(8))
 
@@ -53,7 +53,7 @@ def load_short(y: ByteTile, i: int) -> I32Lanes:
 
 @inlined
 def store_word(y: ByteTile, i: int, word: I32Lanes) -> None:
-    """32 bits to bytes i to i + 3, little-endian."""
+    """Put 32 bits to bytes i to i + 3, little-endian."""
     for k in range(4):
         store_bytes(y, i + k, word >> ints(8 * k))
 
@@ -66,7 +66,7 @@ def load_word(y: ByteTile, i: int) -> I32Lanes:
 
 @inlined
 def store_half(y: ByteTile, i: int, v: F32Lanes) -> None:
-    """A number, rounded to FP16, to bytes i and i + 1."""
+    """Round a number to FP16 and put it to bytes i and i + 1."""
     store_short(y, i, to_half(v))
 
 
@@ -140,7 +140,7 @@ def mean_square_of_block(x: F32Tile, factor: float) -> F32Lanes:
 def store_weights(
     x: F32Tile, importance: NDArray[np.float32], w: F32Tile, first: int, n: int, sigma2: F32Lanes
 ) -> F32Lanes:
-    """w [n] = importance * sqrt(sigma2 + x^2) for n values; gives the weights' sum.
+    """Put the weights importance * sqrt(sigma2 + x^2) of n values to w; gives their sum.
 
     sigma2 is ggml's mean square of the block or the row: the larger a value, the more its error counts.
     """
@@ -157,7 +157,7 @@ def store_weights(
 def store_weights_or_squares(
     x: F32Tile, importance: Importance, w: F32Tile, first: int, n: int, sigma2: F32Lanes
 ) -> None:
-    """As store_weights; without importance, w [n] = x^2."""
+    """Put the weights of n values to w: as store_weights with importance, else their squares."""
     if importance is None:
         for i in range(n):
             v = load(x, first + i)

@@ -56,7 +56,7 @@ def host_permutation() -> Permutation | None:
 
 @primitive
 def transpose_terms(terms: F32Tile, turned: F32Tile) -> Lowering[None]:
-    """terms [ROW][LANES] float32 to turned [LANES][ROW]: the terms of one lane side by side."""
+    """Turn terms [ROW][LANES] float32 to turned [LANES][ROW], so that the terms of one lane are side by side."""
 
     def emit(call: Call) -> LlvmValue:
         builder, source, target = call.builder, call.pointer(0), call.pointer(1)

@@ -40,7 +40,7 @@ def open_rows(values: Stored) -> StoredRows:
 
 @inlined
 def read_block(rows: StoredRows, scales: Scales, row: int, column: int, n: int, x: F32Tile) -> bool:
-    """n columns from `column` on of LANES rows from `row` on, widened, to x [n]. True if all are finite."""
+    """Read n columns from `column` on of LANES rows from `row` on, widened, to x [n]. True if all are finite."""
     if scales is None:
         fill_row_starts(rows.n_rows, row, rows.columns, column, rows.starts)
         return read_tile(rows.flat, rows.starts, None, x, n)
@@ -56,7 +56,7 @@ def read_block(rows: StoredRows, scales: Scales, row: int, column: int, n: int, 
 
 @inlined
 def _mean_square(rows: StoredRows, scales: Scales, row: int, n: int, x: F32Tile) -> F32Lanes:
-    """The squares of each of LANES rows from `row` on, added in order, divided by the columns. x: scratch for n."""
+    """The mean square of each of LANES rows from `row` on, whose squares are added in order. x: scratch for n."""
     total = floats(0.0)
     for column in range(0, rows.columns, n):
         read_block(rows, scales, row, column, n, x)

@@ -62,7 +62,7 @@ _place_xxs, _place_xs, _place_s = make_place_point(_XXS), make_place_point(_XS),
 
 @inlined
 def _store_weights(x: F32Tile, importance: Importance, w: F32Tile, first: int, n: int, sigma2: F32Lanes) -> None:
-    """w [n] for the values from vector `first` of x on. Only IQ2_S does without importance."""
+    """Put the weights of the n values from vector `first` of x on to w. Only IQ2_S does without importance."""
     if importance is None:
         for i in range(n):
             value = load(x, first + i)
@@ -73,7 +73,7 @@ def _store_weights(x: F32Tile, importance: Importance, w: F32Tile, first: int, n
 
 @inlined
 def _scale_of(d: F32Lanes, level: I32Lanes) -> F32Lanes:
-    """What a scale's 4 bits stand for."""
+    """The scale that 4 bits stand for."""
     return d * (floats(0.5) + to_float(level)) * floats(0.25)
 
 
@@ -134,7 +134,7 @@ def _decode_iq2_xxs(y: ByteTile, z: F32Tile) -> None:
 
 @inlined
 def _store_scales(levels: I32Tile, y: ByteTile, first: int) -> None:
-    """16 scales to 8 bytes from y[first] on."""
+    """Pack 16 scales of 4 bits into the 8 bytes from y[first] on."""
     for j in range(8):
         store_bytes(y, first + j, nibbles(load(levels, 2 * j), load(levels, 2 * j + 1)))
 

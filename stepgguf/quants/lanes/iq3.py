@@ -60,14 +60,14 @@ _place_xxs, _place_s = make_place_point(_XXS), make_place_point(_S)
 
 @inlined
 def _pair_codes(codes: I32Tile, pairs: I32Tile, first: int) -> None:
-    """8 codes of 32 values to 4 pairs from vector `first` on."""
+    """Put the 8 codes of 32 values into the 4 pairs from vector `first` on."""
     for k in range(4):
         store(pairs, first + k, load(codes, 2 * k) | (load(codes, 2 * k + 1) << ints(16)))
 
 
 @inlined
 def _store_pair(y: ByteTile, i: int, pair: I32Lanes) -> None:
-    """The lower 8 bits of both codes of a pair to bytes i and i + 1."""
+    """Put the lower 8 bits of both codes of a pair to bytes i and i + 1."""
     store_bytes(y, i, pair)
     store_bytes(y, i + 1, pair >> ints(16))
 
@@ -126,7 +126,7 @@ def _decode_iq3_xxs(y: ByteTile, z: F32Tile) -> None:
 
 @inlined
 def _close_gap(groups: I32Tile, j: int, place: I32Lanes) -> None:
-    """The 4 groups of sub-block j move to sub-block `place` <= j, where zeros are."""
+    """Move the 4 groups of sub-block j to sub-block `place` <= j, and leave zeros where they were."""
     for k in range(4):
         group = load(groups, 4 * j + k)
         store(groups, 4 * j + k, ints(0))
@@ -163,7 +163,7 @@ def _encode_iq3_s(x: F32Tile, importance: Importance, y: ByteTile) -> None:
 
 @inlined
 def _store_upper_bits(pairs: I32Tile, j: int, y: ByteTile) -> None:
-    """Bit 8 of the 8 codes of sub-block j to its byte of qh."""
+    """Put bit 8 of the 8 codes of sub-block j to its byte of qh."""
     upper = ints(0)
     for k in range(4):
         pair = load(pairs, 4 * j + k)

@@ -98,7 +98,7 @@ def _search_scale(x: F32Tile, w: F32Tile, first: int) -> F32Lanes:
 
 @inlined
 def _store_levels(x: F32Tile, y: ByteTile, first: int, place: int, inverse: F32Lanes) -> None:
-    """16 bytes from y[place] on: levels i and i + 16 of the 32 values from vector `first` of x on."""
+    """Pack the levels of the 32 values from vector `first` of x on into 16 bytes: levels i and i + 16 share one."""
     for i in range(16):
         low, high = _nearest_level(inverse * load(x, first + i)), _nearest_level(inverse * load(x, first + 16 + i))
         store_bytes(y, place + i, nibbles(low, high))
@@ -106,7 +106,7 @@ def _store_levels(x: F32Tile, y: ByteTile, first: int, place: int, inverse: F32L
 
 @inlined
 def _load_levels(y: ByteTile, place: int, scale: F32Lanes, z: F32Tile, first: int) -> None:
-    """What _store_levels put into y, times the scale, to z from vector `first` on."""
+    """Decode the 32 levels in 16 bytes from y[place] on, times the scale, to z from vector `first` on."""
     for i in range(16):
         levels = load_bytes(y, place + i)
         store(z, first + i, scale * gather(_VALUES, bit_field(levels, 0, 4)))

@@ -43,9 +43,9 @@ from stepgguf.quants.lanes.vector import (
 
 @inlined
 def _quantize_by_maximum(values: F32Tile, levels: I32Tile, n: int, highest: int) -> F32Lanes:
-    """The factor of n values >= 0 such that the largest gets the highest level; their levels [n] as i32."""
+    """The factor of n values >= 0 such that the largest gets the highest level; their levels go to `levels` [n]."""
     zero = floats(0.0)
-    high = zero
+    high = zero  # unlike in highest_of, ggml passes over every NaN here
     for i in range(n):
         v = load(values, i)
         high = where(v > high, v, high)
@@ -60,7 +60,7 @@ def _quantize_by_maximum(values: F32Tile, levels: I32Tile, n: int, highest: int)
 def _requantize(
     x: F32Tile, levels: ByteTile, first: int, n: int, scale: F32Lanes, minimum: F32Lanes, highest: int
 ) -> None:
-    """Levels for the scale and minimum as they are stored; where the scale became 0 they stay the search's."""
+    """Round the levels anew for the scale and minimum as they are stored; where the scale is 0 the search's stay."""
     is_zero = scale == floats(0.0)
     for i in range(first, first + n):
         level = clamp(nearest_int((load(x, i) + minimum) / scale), ints(0), ints(highest))
@@ -82,7 +82,7 @@ def _make_quantize(
     search: MinimumSearch,
     weighted_search: MinimumSearch,
 ) -> Quantize:
-    """Everything but the packing of a block of 256 in n sub-blocks.
+    """A part of kernels that does all for a block of 256 in n sub-blocks but pack it.
 
     highest, highest_factor     the highest level of a value; of a sub-block's scale and minimum
     sigma_factor                by which ggml multiplies the mean square in weights with importance
@@ -135,7 +135,7 @@ def _make_quantize(
 
 @inlined
 def _store_average_weights(x: F32Tile, w: F32Tile, first: int) -> None:
-    """The root of the mean square plus the size."""
+    """Weigh each value by the root of the mean square of its sub-block plus its own size."""
     average = sqrt(sum_of_squares(x, first, 32) / floats(32.0))
     for i in range(32):
         store(w, i, average + absolute(load(x, first + i)))
@@ -143,7 +143,7 @@ def _store_average_weights(x: F32Tile, w: F32Tile, first: int) -> None:
 
 @inlined
 def _pack_factors(d: I32Lanes, dmin: I32Lanes, scale_levels: I32Tile, minimum_levels: I32Tile, y: ByteTile) -> None:
-    """The first 16 bytes."""
+    """Pack d, dmin and the 6-bit factors of 8 sub-blocks into the first 16 bytes of a block."""
     store_short(y, 0, d)
     store_short(y, 2, dmin)
     for j in range(4):
@@ -242,6 +242,7 @@ def _decode_q5_k(y: ByteTile, z: F32Tile) -> None:
 
 @inlined
 def _store_size_weights(x: F32Tile, w: F32Tile, first: int) -> None:
+    """Weigh each value by its size."""
     for i in range(16):
         store(w, i, absolute(load(x, first + i)))
 

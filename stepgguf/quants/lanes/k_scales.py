@@ -42,7 +42,7 @@ _search_4, _search_32 = make_scale_search(4), make_scale_search(32)
 
 @inlined
 def _requantize(x: F32Tile, levels: ByteTile, first: int, scale: F32Lanes, half: int) -> None:
-    """Levels of 16 values for the scale as it is stored; where that is 0 they stay the search's."""
+    """Round the levels of 16 values anew for the scale as it is stored; where that is 0 the search's stay."""
     is_zero = scale == floats(0.0)
     for i in range(first, first + 16):
         level = clamp(nearest_int(load(x, i) / scale), ints(-half), ints(half - 1)) + ints(half)
@@ -111,7 +111,7 @@ def _encode_q3_k(x: F32Tile, importance: Importance, y: ByteTile) -> None:
 
 @inlined
 def _search_scales_q3_k(x: F32Tile, importance: Importance, levels: ByteTile, scale_levels: ByteTile) -> F32Lanes:
-    """d; the levels of the values, and those of the scales: from 0 to 63, 32 stands for 0."""
+    """The factor d; `levels` gets the values' levels, `scale_levels` the scales': 0 to 63, where 32 stands for 0."""
     w, scales, sums = f32_tile(16), f32_tile(16), f32_tile(16)
     if importance is None:
         for j in range(16):
@@ -134,7 +134,7 @@ def _search_scales_q3_k(x: F32Tile, importance: Importance, levels: ByteTile, sc
 
 @inlined
 def _pack_levels_q3_k(levels: ByteTile, y: ByteTile) -> None:
-    """hmask and qs. Values 32 apart share a byte, so that 32 bytes of qs and of hmask unpack side by side."""
+    """Pack levels into hmask and qs. Values 32 apart share a byte, so that 32 bytes of both unpack side by side."""
     for i in range(32):
         upper = ints(0)
         for j in range(2):
@@ -149,6 +149,7 @@ def _pack_levels_q3_k(levels: ByteTile, y: ByteTile) -> None:
 
 @inlined
 def _pack_scales_q3_k(scale_levels: ByteTile, y: ByteTile) -> None:
+    """Pack 16 scales of 6 bits into 12 bytes: 8 with their lower 4 bits, then 4 with the upper 2."""
     for j in range(8):
         store_bytes(y, 96 + j, nibbles(load_bytes(scale_levels, j), load_bytes(scale_levels, j + 8)))
     for j in range(4):
@@ -205,7 +206,7 @@ def _encode_q6_k(x: F32Tile, importance: Importance, y: ByteTile) -> None:
 
 @inlined
 def _pack_levels_q6_k(levels: ByteTile, is_zero: Mask, y: ByteTile) -> None:
-    """ql and qh; all 0 where the block is zero, though level 32 stands for 0."""
+    """Pack levels into ql and qh; all bits are 0 where the block is zero, though level 32 stands for 0."""
     for i in range(256):
         store_bytes(levels, i, where(is_zero, ints(0), load_bytes(levels, i)))
     for j in range(2):

@@ -49,14 +49,14 @@ from stepgguf.quants.lanes.vector import (
 
 @inlined
 def _store_levels(levels: ByteTile, y: ByteTile, place: int) -> None:
-    """The lower 4 bits of 32 levels, in 16 bytes from y[place] on."""
+    """Pack the lower 4 bits of 32 levels into 16 bytes from y[place] on."""
     for i in range(16):
         store_bytes(y, place + i, nibbles(load_bytes(levels, i), load_bytes(levels, 16 + i)))
 
 
 @inlined
 def _store_upper_bits(levels: ByteTile, y: ByteTile, place: int) -> None:
-    """Bit 4 of 32 levels, in 4 bytes from y[place] on: ggml's uint32_t qh, little-endian."""
+    """Pack bit 4 of 32 levels into 4 bytes from y[place] on: ggml's uint32_t qh, little-endian."""
     for j in range(4):
         upper = ints(0)
         for i in range(8):
@@ -78,7 +78,7 @@ def _load_upper_bit(y: ByteTile, place: int, i: int) -> I32Lanes:
 
 @inlined
 def _store_truncated(v: F32Lanes, highest: int, levels: ByteTile, i: int) -> None:
-    """Level i: MIN(highest, (uint8_t) v), as C truncates."""
+    """Put level i as MIN(highest, (uint8_t) v) gives it: C truncates."""
     level = to_int(v) & ints(0xFF)
     store_bytes(levels, i, where(level > ints(highest), ints(highest), level))
 
@@ -90,7 +90,7 @@ def _store_truncated(v: F32Lanes, highest: int, levels: ByteTile, i: int) -> Non
 def _quantize_around_zero(
     x: F32Tile, importance: Importance, levels: ByteTile, mean_square: F32Lanes, half: int, search: ScaleSearch
 ) -> F32Lanes:
-    """d; the levels, from 0 to 2 * half - 1, go to `levels`."""
+    """The scale d of 32 values; their levels, from 0 to 2 * half - 1, go to `levels`."""
     if importance is not None:
         w = f32_tile(32)
         store_weights(x, importance, w, 0, 32, mean_square)
@@ -142,7 +142,7 @@ def _decode_q5_0(y: ByteTile, z: F32Tile) -> None:
 def _quantize_from_lowest(
     x: F32Tile, importance: Importance, levels: ByteTile, mean_square: F32Lanes, highest: int, search: MinimumSearch
 ) -> tuple[F32Lanes, F32Lanes]:
-    """(d, m); the levels, from 0 to `highest`, go to `levels`."""
+    """The scale and the minimum (d, m) of 32 values; their levels, from 0 to `highest`, go to `levels`."""
     if importance is not None:
         w, tried = f32_tile(32), f32_tile(32)
         store_weights(x, importance, w, 0, 32, mean_square)

@@ -39,7 +39,7 @@ GROUP_MAX_EPS = 1e-15  # ggml's: a group of smaller values is zero
 def improve_scale(
     sum_xl: F32Lanes, sum_l2: F32Lanes, scale: F32Lanes, best: F32Lanes
 ) -> tuple[Mask, F32Lanes, F32Lanes]:
-    """(where a trial is better, the scale then, the best then).
+    """Where a trial is better, and the scale and the best after it.
 
     sum_xl, sum_l2: the trial's sums of weight * value * level and weight * level^2. Least squares make the scale
     sum_xl / sum_l2, which takes sum_xl^2 / sum_l2 off the error; `best` is the most taken off so far. Compared without

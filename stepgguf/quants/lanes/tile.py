@@ -52,7 +52,7 @@ def fill_row_starts(n_rows: int, row: int, row_size: int, column: int, starts: N
 
 @inlined
 def read_tile(flat: Stored, starts: NDArray[np.int64], scales: NDArray[np.float32] | None, x: F32Tile, n: int) -> bool:
-    """n columns (a multiple of 16) of LANES rows, widened, into x [n]; whether all of them are finite.
+    """Read n columns (a multiple of 16) of LANES rows, widened, into x [n]; gives whether all are finite.
 
     scales: [LANES], what each row's values are multiplied with, or None.
     """
@@ -65,7 +65,7 @@ def read_tile(flat: Stored, starts: NDArray[np.int64], scales: NDArray[np.float3
 
 @inlined
 def read_bytes(flat: NDArray[np.uint8], starts: NDArray[np.int64], y: ByteTile, n: int) -> None:
-    """n bytes (at least 16) of each of LANES rows, from flat[starts[r]:] to y [n]."""
+    """Read n bytes (at least 16) of each of LANES rows, from flat[starts[r]:] to y [n]."""
     for i in range(0, n - SIDE, SIDE):
         _read_byte_square(flat, starts, y, i)
     _read_byte_square(flat, starts, y, n - SIDE)  # the last square may overlap the one before: same bytes
@@ -73,7 +73,7 @@ def read_bytes(flat: NDArray[np.uint8], starts: NDArray[np.int64], y: ByteTile, 
 
 @inlined
 def write_tile(y: NDArray[Number], out: NDArray[Number], starts: NDArray[np.int64], n: int) -> None:
-    """n bytes or float32 (at least 16) for each of LANES rows, from y [n] to out[starts[r]:]."""
+    """Write n bytes or float32 (at least 16) of each of LANES rows, from y [n] to out[starts[r]:]."""
     for i in range(0, n - SIDE, SIDE):
         _write_square(y, i, out, starts)
     _write_square(y, n - SIDE, out, starts)  # may overlap too
@@ -83,7 +83,7 @@ def write_tile(y: NDArray[Number], out: NDArray[Number], starts: NDArray[np.int6
 def _read_square(
     flat: Stored, starts: NDArray[np.int64], scales: NDArray[np.float32] | None, x: F32Tile, first: int
 ) -> Lowering[np.int32]:
-    """16 columns from starts[r] + first on, of all rows, to x[first:]; gives the largest |value| as bits."""
+    """Read 16 columns from starts[r] + first on, of all rows, to x[first:]; gives the largest |value| as bits."""
 
     def emit(call: Call) -> LlvmValue:
         builder, data, rows, lanes = call.builder, call.pointer(0), call.pointer(1), call.pointer(3)
@@ -109,7 +109,7 @@ def _read_square(
 
 @primitive
 def _read_byte_square(flat: NDArray[np.uint8], starts: NDArray[np.int64], y: ByteTile, first: int) -> Lowering[None]:
-    """16 bytes from starts[r] + first on, of all rows, to y[first:]."""
+    """Read 16 bytes from starts[r] + first on, of all rows, to y[first:]."""
 
     def emit(call: Call) -> LlvmValue:
         builder, data, rows, lanes = call.builder, call.pointer(0), call.pointer(1), call.pointer(2)
@@ -126,7 +126,7 @@ def _read_byte_square(flat: NDArray[np.uint8], starts: NDArray[np.int64], y: Byt
 
 @primitive
 def _write_square(y: NDArray[Number], first: int, out: NDArray[Number], starts: NDArray[np.int64]) -> Lowering[None]:
-    """Items [first, first + 16) of all rows, to out[starts[r] + first:]."""
+    """Write items first to first + 15 of all rows to out[starts[r] + first:]."""
 
     def emit(call: Call) -> LlvmValue:
         builder, lanes, data, rows = call.builder, call.pointer(0), call.pointer(2), call.pointer(3)
