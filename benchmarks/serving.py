@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 
 from stepgguf.cli.main import main as stepgguf
-from stepgguf.runtime.llama import LlamaEngine
+from stepgguf.runtime.llama.model import LlamaModel
 from tests.generate import Shape, write_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -153,8 +153,9 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = options.model or make_model(Path(folder))
-        with LlamaEngine(model, n_ctx=64) as engine:
-            ends = sorted(engine._model.ends)
+        loaded = LlamaModel(model, gpu_layers=0, mtp=False, mmap=True, progress=None)
+        ends = sorted(loaded.ends)
+        loaded.close()
         ours = [sys.executable, "-m", "stepgguf", "serve", str(model), "--quiet", "--queue", "64"]
         ours += ["--ctx", str(CTX), "--parallel", str(PARALLEL), "--threads", options.threads]
         theirs = [*options.llama_server, "--model", str(model), "--threads", options.threads]

@@ -20,7 +20,7 @@ from stepgguf.cli.terminal.screen import Screen
 from stepgguf.cli.terminal.view import AnswerView, ReasoningDisplay
 from stepgguf.conversation.session import Session
 
-TICK = 0.05  # seconds: how often the screen and the keyboard are looked after when nothing comes
+TICK = 0.05  # seconds: how often the screen is drawn and the keyboard read when nothing comes
 INTERRUPTED = 130  # exit code
 
 

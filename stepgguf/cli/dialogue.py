@@ -29,12 +29,12 @@ class Dialogue:
         self.leaving = False
         self._saving = session.transcript is not None
         self._attached: list[Attachment] = []
-        self._interrupted = 0.0  # when an answer was
-        self._warned = False  # that another Ctrl+C leaves, since the last line
+        self._interrupted_at = 0.0  # when an answer was interrupted last
+        self._warned = False  # since the last line, that another Ctrl+C leaves
         self._editor = LineEditor(history, lambda command: completions_after(self, command))
 
     def run(self) -> None:
-        """Ask and answer until it is to end."""
+        """Take lines until somebody leaves, then close the session."""
         try:
             with ending_on_signals(self._editor.end_program):
                 while not self.leaving:
@@ -63,7 +63,7 @@ class Dialogue:
 
     def _interrupt(self) -> None:
         """Ctrl+C on an empty line, or between two lines."""
-        self.leaving = self._warned or time.monotonic() - self._interrupted < AGAIN_SECONDS
+        self.leaving = self._warned or time.monotonic() - self._interrupted_at < AGAIN_SECONDS
         self._warned = True
         if not self.leaving:
             self.screen.note("Ctrl+C again, or Ctrl+D, leaves")
@@ -92,7 +92,7 @@ class Dialogue:
         usage = self.session.usage
         if keys.interrupts:
             self.screen.note("[interrupted]")
-            self._interrupted, self.leaving = time.monotonic(), keys.leave
+            self._interrupted_at, self.leaving = time.monotonic(), keys.leave
         self.screen.show_footer(usage, self.session.settings.max_tokens)
         self.next_line = keys.typed  # what was typed while the answer came
         if usage.finish_reason == "tool_calls" and self._ask_for_results():

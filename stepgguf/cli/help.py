@@ -7,11 +7,15 @@ from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
 
 class ReadableCommand(TyperCommand):
+    """A command whose help a person can read."""
+
     def get_params(self, ctx: typer.Context) -> list[TyperOption | TyperArgument]:  # type: ignore[override]
         return [_make_readable(param, ctx) for param in super().get_params(ctx)]  # type: ignore[arg-type]
 
 
 class ReadableGroup(TyperGroup):
+    """The same for the command tree itself."""
+
     def get_params(self, ctx: typer.Context) -> list[TyperOption | TyperArgument]:  # type: ignore[override]
         return [_make_readable(param, ctx) for param in super().get_params(ctx)]  # type: ignore[arg-type]
 

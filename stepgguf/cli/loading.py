@@ -102,6 +102,7 @@ class EngineOptions:
 
     @property
     def engine_name(self) -> str:
+        """IN_PROCESS or LLAMA_SERVER, or a word that _check_options refuses."""
         return self.engine.partition("=")[0]
 
     @property

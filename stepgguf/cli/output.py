@@ -34,7 +34,7 @@ def warn(messages: Iterable[str]) -> None:
 
 
 def note(message: str) -> None:
-    """Show what a person may want to know on stderr; whoever calls looks at --quiet."""
+    """Show what a person may want to know on stderr. Callers look at --quiet first."""
     stderr.print(_escape(message), soft_wrap=True)
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from stepgguf.cli import arguments
 from stepgguf.convert import MtpMode
 from stepgguf.files.byte_sizes import readable_size
+
+if TYPE_CHECKING:
+    from stepgguf.convert.verify import Verification
+
+MOST_SHOWN = 20  # problems; --json has all
 
 
 def verify(
@@ -69,12 +74,17 @@ def verify(
         output.print_json({"ok": not report.problems, "tensors": report.tensors, "units": report.units,
                      "bytes": report.n_bytes, "problems": list(report.problems)})  # fmt: skip
     else:
-        for problem in report.problems[:20]:
-            output.error(problem, None)
-        if not quiet:
-            output.note(
-                f"{report.tensors} tensors, {readable_size(report.n_bytes)} compared: "
-                f"{output.counted(len(report.problems), 'difference')}"
-            )
+        _show_report(report, quiet)
     if report.problems:
         raise typer.Exit(1)
+
+
+def _show_report(report: Verification, quiet: bool) -> None:
+    """Show the first problems, and how much was compared."""
+    from stepgguf.cli import output
+
+    for problem in report.problems[:MOST_SHOWN]:
+        output.error(problem, None)
+    if not quiet:
+        compared = f"{report.tensors} tensors, {readable_size(report.n_bytes)} compared"
+        output.note(f"{compared}: {output.counted(len(report.problems), 'difference')}")

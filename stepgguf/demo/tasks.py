@@ -197,6 +197,7 @@ def random_word(rng: random.Random) -> str:
 
 
 def random_city(rng: random.Random) -> str:
+    """A real city, or a name of one or two words that are made up."""
     if rng.random() < 0.5:
         return rng.choice(CITIES)
     word = random_word(rng).capitalize()
@@ -204,6 +205,7 @@ def random_city(rng: random.Random) -> str:
 
 
 def random_sum(rng: random.Random) -> tuple[int, int]:
+    """Two numbers of one to three digits whose sum is not kept out of training."""
     a, b = (rng.randrange(10 ** rng.choice([1, 2, 2, 3, 3, 3])) for _ in range(2))
     return (a, b) if not is_held_out_sum(a, b) else random_sum(rng)
 
@@ -251,6 +253,7 @@ def random_conversation(rng: random.Random) -> Conversation:
 
 
 def random_letters_or_sum(rng: random.Random) -> list[Message]:
+    """A question of how often a letter is in a word, or an addition, each with its answer."""
     word = random_word(rng)
     return count_letters(word, random_letter(rng, word)) if rng.random() < 0.5 else add_numbers(*random_sum(rng))
 

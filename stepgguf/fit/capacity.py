@@ -122,7 +122,7 @@ def _suggest_smaller(model: ModelFile, context: ContextParams, needed: MemoryNee
 def _suggest_closing_programs(
     machine: Machine, model: ModelFile, context: ContextParams, needed: MemoryNeed, have: MemoryBudget
 ) -> str:
-    """The model fits the memory, but not what is free of it now."""
+    """What to do where the model fits the memory, but not the part of it that is free now."""
     if machine.kind == "gpu":
         return f"Close other programs, or: {_with_fewer_gpu_layers(model, needed, have)}"
     # The conversation cache is in the total and grows later: only what runs the model has to be free now.
@@ -133,7 +133,7 @@ def _suggest_closing_programs(
 
 
 def _suggest_larger_limit(machine: Machine, model: ModelFile, needed: MemoryNeed, have: MemoryBudget) -> str:
-    """The model fits the memory, but not the part of it that the GPU may use."""
+    """What to do where the model fits the memory, but not the part of it that the GPU may use."""
     if machine.kind == "mac":
         wanted = -(-(needed.device + GPU_RESERVE) // GIB) * GIB
         return f"sudo sysctl iogpu.wired_limit_mb={min(wanted, have.ceiling) // MIB}  # until the next start"

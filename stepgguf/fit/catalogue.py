@@ -92,7 +92,7 @@ def find_listed(machine: Machine) -> ListedMachine | None:
 
 
 def _chip(entry: _MachineEntry) -> tuple[str, str]:
-    """Efficiency is the chip's: a measurement counts for all machines that have it."""
+    """The chip, which efficiency depends on: a measurement counts for all machines that have it."""
     return entry.get("cpu", ""), entry.get("gpu", "")
 
 

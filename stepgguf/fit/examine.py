@@ -54,7 +54,7 @@ def examine(
 
 
 def examine_folders() -> Finding:
-    """Whether this program can write where it keeps what is its own. Nothing is made."""
+    """Whether stepgguf may write to its folders for data and caches. No folder is made."""
     kept = f"sessions and what was typed in {folders.data()}; kernels and measured errors in {folders.cache()}"
     for folder in (folders.data(), folders.cache()):
         there = next(f for f in (folder, *folder.parents) if f.exists())
@@ -90,7 +90,7 @@ def _engine_findings(machine: Machine, build: LlamaBuild) -> Iterator[Finding]:
 
 
 def _processor_findings(machine: Machine, build: LlamaBuild | None) -> Iterator[Finding]:
-    """What matters only where the CPU computes."""
+    """What slows down a CPU that computes: AMX that must stay off, instructions that the engine was built without."""
     if build is not None and build.amx_is_broken:
         compiler = f"{build.compiler[0]} {'.'.join(map(str, build.compiler[1]))}" if build.compiler else "unknown"
         message = f"AMX is off: this compiler ({compiler}) miscompiles ggml's AMX code, GCC from 14.2 on does not"
@@ -127,7 +127,7 @@ def _template_findings(prompt_end: PromptEnd | None, fix: str) -> Iterator[Findi
 
 
 def _system_findings(machine: Machine, needed: MemoryNeed) -> Iterator[Finding]:
-    """What the system does to a model that fits by its numbers."""
+    """What the system may do to a model that fits: reading instead of mapping, a container's limit, swapping."""
     if machine.kind == "spark":
         message = "files are read and not mapped here: others measured 22 s to load this model, and 224 s through mmap"
         yield Finding("ok", "mmap", message)

@@ -8,7 +8,7 @@
     MTP           a context of its own: the MTP blocks' cache and compute buffer
     compute       an estimate: what a batch of n_ubatch tokens needs inside a layer, and its logits
     cache         conversations and saved states that the engine keeps in RAM, up to a limit of its own; a saved state
-                  is a copy of the sliding layers' window, to go back to (llama_state_seq_get_data_ext)
+                  is a copy of the sliding layers' window for a sequence to go back to (llama_state_seq_get_data_ext)
 
 Tests hold the KV caches and the estimate against what llama.cpp itself reports for the real model's shapes.
 """
@@ -110,6 +110,7 @@ class MemoryNeed:
 
     @property
     def device(self) -> int:
+        """Bytes where the model runs: all but the cache of conversations."""
         return self.weights + self.kv + self.mtp + self.compute
 
     @property

@@ -1,4 +1,4 @@
-"""The GGUF that shall run: what deciding about it needs to know, read from its header alone."""
+"""The GGUF that somebody wants to run: what capacity.py and examine.py must know of it, read from its header alone."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ModelFile:
         return min(self.footprint.n_ctx_train, DEFAULT_CTX)
 
     def command_with(self, options: str) -> str:
-        """The command line that runs this file with such options."""
+        """The command line that runs this file with these options."""
         return f"stepgguf {self.command} {shlex.quote(str(self.path))} {options}"
 
 

@@ -63,7 +63,7 @@ class TargetMachine:
         return min(self.budget.limit + context.cache_ram, self.budget.ceiling)
 
     def generation_speed(self, n_bytes: float) -> GenerationSpeed:
-        """How fast a model answers here that reads n_bytes for a token."""
+        """How fast a model answers here if a token reads n_bytes."""
         if self.listed is None:
             return GenerationSpeed(n_bytes, None, None)
         bandwidth, shares = self.listed.bandwidth, self.listed.efficiencies
@@ -208,7 +208,7 @@ def _budget_sizes(model: Inventory, mtp: bool, trunk: PricedTrunk, room: int) ->
 
 @dataclass(frozen=True, slots=True)
 class _RowPlanner:
-    """What all rows share. footprint: without weights."""
+    """Makes rows; its fields are what all rows share. footprint: without weights."""
 
     inventory: Inventory
     footprint: Footprint
@@ -243,7 +243,7 @@ class _RowPlanner:
         return self.target.generation_speed(self._step_bytes(sizes, 1) + speed.kv_read_bytes(self.footprint, depth))
 
     def _mtp_gain(self, sizes: Sizes) -> SpeedRange:
-        """By the lowest and by the highest published share of accepted tokens."""
+        """The gain by the lowest and by the highest published share of accepted tokens."""
         n = min(speed.DRAFTED, self.inventory.n_mtp)
         one, several = self._step_bytes(sizes, 1), self._step_bytes(sizes, 1 + n)
         # The blocks are equally large, and drafting reads as many of them as tokens are drafted.

@@ -89,7 +89,7 @@ class AnswerKeys:
         self._last = now
 
     def _stop_echo(self) -> None:
-        """AnswerKeys come one by one and unseen; Ctrl+C and Ctrl+Z stay signals."""
+        """Have keys come one by one and unseen; Ctrl+C and Ctrl+Z stay signals."""
         if self._fd is None:
             return
         mode = termios.tcgetattr(self._fd)

@@ -58,7 +58,7 @@ def _escape_rule(state: StateInline, silent: bool) -> bool:
 
 
 def _star_rule(state: StateInline, silent: bool) -> bool:
-    """Chinese and Japanese are written without spaces, so there it may be a mark."""
+    """A star inside a word is text; not in Chinese and Japanese, which have no spaces, so that it may be a mark."""
     before, here, after = (state.src[i : i + 1] for i in (max(0, state.pos - 1), state.pos, state.pos + 1))
     if here != "*" or not (before.isalnum() and after.isalnum()) or max(before, after) >= _WIDE:
         return False

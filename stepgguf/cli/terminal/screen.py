@@ -31,7 +31,7 @@ _MIN_TAIL = 12  # cells that a glimpse of the reasoning must have
 
 
 class Screen:
-    """An AnswerView on a terminal. renderer: of Markdown; None: text is shown as it is.
+    """An AnswerView on a terminal. renderer: of Markdown; where it is None, text is shown as it is.
 
     pipe: the answer goes there as it is, and the terminal shows only what happens before it.
     """
@@ -116,7 +116,7 @@ class Screen:
         self._end_kind(AnswerUsage())
 
     def show_reasoning(self, text: str) -> None:
-        """Show a whole reasoning at once, unfolded."""
+        """Show all reasoning of an answer at once, unfolded."""
         self.live.commit("\n".join(self._gutter_rows(strip_controls(text).strip("\n"))))
 
     def copy_to_clipboard(self, text: str) -> None:
