@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 
 _RECIPE = "a recipe says it: see `stepgguf recipes`"
+_KEPT = "nothing: the metadata is the source's"
 _QUANTIZING = {
     "--outtype": "--type TYPE",
     "-o": "DEST, the second argument, without an option",
@@ -26,7 +27,10 @@ _QUANTIZING = {
     "--include-weights": "nothing: the matrix of --imatrix counts for every tensor that it has",
     "--exclude-weights": "nothing: the matrix of --imatrix counts for every tensor that it has",
     "--keep-split": "--split-max-size SIZE",
-    "--override-kv": "nothing: the metadata is the source's",
+    "--override-kv": _KEPT,
+    "--model-name": _KEPT,
+    "--mtp-only": "nothing: the MTP blocks stay where the source has them",
+    "--no-mtp": "nothing: the MTP blocks stay where the source has them",
     "--nthread": "--threads N",
     "--nthreads": "--threads N",
 }
