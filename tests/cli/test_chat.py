@@ -146,7 +146,7 @@ def test_a_conversation(demo_gguf: Path, terminal: Any) -> None:
     chat.ask("/undo")
     chat.until("taken back: Hello")
     chat.ask("/stats")
-    chat.until("1 answers")
+    chat.until("1 answer,")
     chat.until(PROMPT)
     chat.type(CTRL_D)
     assert chat.wait() == 0
