@@ -37,7 +37,7 @@ def answer(chat: ChatModel, question: tasks.Message, seed: int, budget: int | No
         n += len(event.steps) if isinstance(event, Tokens) else 0
         if budget is None and n >= ANSWER_NOW:
             stream.end_reasoning()
-    return "".join(delta.text for delta in reply.settle(deltas) if delta.kind == "text")
+    return "".join(delta.text for delta in reply.settle_reasoning(deltas) if delta.kind == "text")
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from stepgguf.errors import EngineBusy, EngineError, RequestError, StepggufError
 from stepgguf.files import jsonread
 from stepgguf.files.jsonread import Value
 from stepgguf.runtime.engine import Sampling
-from stepgguf.runtime.http_events import ConnectionLost, Exchange, ServerAddress, bearer_header
+from stepgguf.runtime.http_events import ConnectionLost, HttpExchange, ServerAddress, bearer_header
 
 _CONNECT_SECONDS = 10.0
 _MOST_ERROR = 2**16  # bytes of an error's body that are read
@@ -84,12 +84,12 @@ class RemoteBackend:
         elif settings.json:
             schema = {"name": "answer", "schema": settings.json}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
-        exchange = Exchange(self._address, self._headers)
+        exchange = HttpExchange(self._address, self._headers)
         usage = AnswerUsage(n_ctx=self.n_ctx)
         return RemoteGeneration(exchange, lambda: self._send_request(exchange, "/v1/chat/completions", body), usage)
 
     def _ask_document(self, path: str, body: Mapping[str, object] | None = None) -> Value:
-        with Exchange(self._address, self._headers) as exchange:
+        with HttpExchange(self._address, self._headers) as exchange:
             self._send_request(exchange, path, body)
             try:
                 answer = exchange.read(_MOST_ANSWER)
@@ -97,7 +97,7 @@ class RemoteBackend:
                 raise EngineError(f"{self._url}{path} broke off", hint="Is the port right?") from error
         return jsonread.parse(answer, f"{self._url}{path}", EngineError, hint=_OTHER_SERVER)
 
-    def _send_request(self, exchange: Exchange, path: str, body: Mapping[str, object] | None) -> None:
+    def _send_request(self, exchange: HttpExchange, path: str, body: Mapping[str, object] | None) -> None:
         """POST a body, GET without one. The head of the answer has been read, and its status is 200."""
         try:
             exchange.connect(_CONNECT_SECONDS)
@@ -114,7 +114,7 @@ class RemoteBackend:
 class RemoteGeneration:
     """One answer under way. `send` sends the request: in the thread, as some servers say nothing before a token."""
 
-    def __init__(self, exchange: Exchange, send: Callable[[], None], usage: AnswerUsage) -> None:
+    def __init__(self, exchange: HttpExchange, send: Callable[[], None], usage: AnswerUsage) -> None:
         self.usage = usage
         self._exchange = exchange
         self._cancelled = self._ended = False

@@ -20,7 +20,7 @@ from stepgguf.conversation.transcript import SavedSession, Transcript
 from stepgguf.errors import OutputError, StepggufError
 from stepgguf.runtime.engine import Prefill, Queued, Sampling
 
-PART_SECONDS = 5.0  # an answer under way is saved so often
+SAVE_PART_SECONDS = 5.0  # an answer under way is saved so often
 _MODEL_FIELDS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id")  # of a message; others are ours
 
 Progress = Queued | Prefill | Delta  # what comes of an answer before its end
@@ -147,7 +147,7 @@ class Session:
                 for update in updates:
                     if isinstance(update, Delta):
                         collected.add_delta(update)
-                if time.monotonic() - saved > PART_SECONDS:
+                if time.monotonic() - saved > SAVE_PART_SECONDS:
                     saved = time.monotonic()
                     part = collected.next_part()
                     if any(part.values()):

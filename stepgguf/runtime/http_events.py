@@ -1,6 +1,6 @@
 """HTTP to one server: a JSON document, or server-sent events that another thread may break off.
 
-    ServerAddress.parse(url)     Exchange(address, headers)     connect  send -> status  read | events     close
+    ServerAddress.parse(url)     HttpExchange(address, headers)     connect  send -> status  read | events     close
                                                                 └────────── interrupt, from any thread ──────────┘
 
 This is http.client and not httpx: closing an httpx response or client from another thread does not wake the thread that
@@ -69,7 +69,7 @@ def bearer_header(api_key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {api_key}"}
 
 
-class Exchange:
+class HttpExchange:
     """One request and its answer, over a connection of its own: closing that is how servers are told to stop.
 
     Every method may raise ConnectionLost, but `interrupt` and `close`.
@@ -85,7 +85,7 @@ class Exchange:
         self._response: http.client.HTTPResponse | None = None
         self._interrupted = False
 
-    def __enter__(self) -> Exchange:
+    def __enter__(self) -> HttpExchange:
         return self
 
     def __exit__(self, *exc: object) -> None:

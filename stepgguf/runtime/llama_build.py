@@ -68,14 +68,14 @@ def probe_build() -> LlamaBuild:
             f"llama-cpp-python cannot be loaded: {error}",
             hint=installed.pip("install --force-reinstall --no-cache-dir 'llama-cpp-python>=0.3.36'"),
         ) from error
-    from stepgguf.runtime.llama import hooks
+    from stepgguf.runtime.llama import mtp_api
 
     return LlamaBuild(
         version=llama_cpp.__version__,
         features=parse_features(llama_cpp.llama_print_system_info().decode()),
         gpu_offload=bool(llama_cpp.llama_supports_gpu_offload()),
         gpus=_gpus(llama_cpp.llama_cpp._lib),
-        mtp=hooks.AVAILABLE,
+        mtp=mtp_api.AVAILABLE,
         compiler=_compiler(Path(str(llama_cpp.__file__)).parent / "lib"),
     )
 

@@ -107,7 +107,10 @@ class Generation:
         async with on_disconnect(request.receive, self.cancel):
             async for part in self.parts():
                 collected[part.index] += part.deltas
-        return [join_neighbours(reply.settle(deltas)) for reply, deltas in zip(self.replies, collected, strict=True)]
+        return [
+            join_neighbours(reply.settle_reasoning(deltas))
+            for reply, deltas in zip(self.replies, collected, strict=True)
+        ]
 
     def cancel(self) -> None:
         """End all answers within one decode. May be called again, and after the end."""

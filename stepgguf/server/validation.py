@@ -9,7 +9,7 @@ from typing import Any
 SHOWN = 60  # characters of a wrong value that are shown
 
 
-def explain(errors: Sequence[Mapping[str, Any]], body: object) -> tuple[str, str | None]:
+def describe_errors(errors: Sequence[Mapping[str, Any]], body: object) -> tuple[str, str | None]:
     """pydantic's errors as one sentence and the path of the field.
 
     Of the alternatives of a union the one that went furthest into the body is what was meant.

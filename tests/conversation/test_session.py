@@ -234,7 +234,7 @@ from stepgguf.conversation.records import ChatSettings
 from stepgguf.conversation.transcript import Transcript
 from stepgguf.runtime.llama import LlamaEngine
 
-session.PART_SECONDS = 0.0
+session.SAVE_PART_SECONDS = 0.0
 backend = InProcessBackend(ChatModel(LlamaEngine(Path(sys.argv[1]), n_ctx=512, threads=1)))
 settings = ChatSettings({"temperature": 0.0})
 chat = session.Session(backend, settings, Transcript(Path(sys.argv[2]), backend.origin))
@@ -296,7 +296,7 @@ def test_only_one_chat_writes_to_a_session(saved: Session) -> None:
 
 
 def test_parts_are_only_what_is_new(saved: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_module, "PART_SECONDS", 0.0)
+    monkeypatch.setattr(session_module, "SAVE_PART_SECONDS", 0.0)
     list(saved.ask("What is 347 + 286?"))
     records = [json.loads(line) for line in path_of(saved).read_text().splitlines()]
     parts = [record for record in records if record["type"] == "part"]

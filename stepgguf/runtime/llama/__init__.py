@@ -15,7 +15,7 @@ whether the sliding window's cells still reach back so far, which with this mode
     sampler.py        logits to a token
     context.py        llama_context: batches, logits, states
     model.py          llama_model: loading, vocabulary, metadata, the log
-    hooks.py          the functions that llama-cpp-python may lack
+    mtp_api.py        its functions for MTP blocks, which llama-cpp-python may lack
 """
 
 from stepgguf.runtime.llama.engine import LlamaEngine

@@ -17,7 +17,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from stepgguf.runtime.llama import hooks
+from stepgguf.runtime.llama import mtp_api
 from stepgguf.runtime.llama.model import LlamaModel
 
 Floats = npt.NDArray[np.float32]
@@ -127,7 +127,7 @@ class LlamaContext:
     def hidden_states(self, row: int, n: int) -> Floats:
         """The hidden states before the final norm of n rows from this one on, [n, n_embd]. A view, until the next
         decode."""
-        pointer = hooks.hidden_state(self.handle, row)
+        pointer = mtp_api.hidden_state(self.handle, row)
         return np.ctypeslib.as_array(pointer, (n, self._n_embd))
 
     # memory -----------------------------------------------------------------------------------------------------

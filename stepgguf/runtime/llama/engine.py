@@ -18,7 +18,7 @@ import llama_cpp
 
 from stepgguf.errors import ContextLengthExceeded, EngineDied, EngineError, ModelLoadFailed
 from stepgguf.runtime.engine import DEFAULT_CACHE_RAM, DEFAULT_CTX, FinishReason, ModelInfo, Request, Sink, Stats
-from stepgguf.runtime.llama import hooks
+from stepgguf.runtime.llama import mtp_api
 from stepgguf.runtime.llama.cache import SequenceCache
 from stepgguf.runtime.llama.context import LlamaContext
 from stepgguf.runtime.llama.depth import DepthTuner
@@ -62,7 +62,7 @@ class LlamaEngine:
         cache_ram, cache_folder, cache_disk: bytes and place for conversations that are not in the context.
         """
         self._draft = draft  # kept for the next context, if this one is lost
-        mtp = draft != 0 and hooks.AVAILABLE
+        mtp = draft != 0 and mtp_api.AVAILABLE
         inside = mtp and mtp_file is None
         self._model = LlamaModel(path, gpu_layers=gpu_layers, mtp=inside, mmap=mmap, progress=progress)
         self._mtp_model = self._model  # whose MTP blocks draft

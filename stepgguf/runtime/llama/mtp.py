@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from stepgguf.runtime.llama import hooks
+from stepgguf.runtime.llama import mtp_api
 from stepgguf.runtime.llama.context import DecodeRows, Floats, LlamaContext
 from stepgguf.runtime.llama.model import LlamaModel
 
@@ -87,8 +87,8 @@ class Drafter:
             threads=threads,
             drafts_for=target,
         )
-        hooks.keep_hidden_states(target.handle, outputs_only=False)
-        hooks.keep_hidden_states(self._context.handle, outputs_only=True)
+        mtp_api.keep_hidden_states(target.handle, outputs_only=False)
+        mtp_api.keep_hidden_states(self._context.handle, outputs_only=True)
         self._backlogs = {seq: _Backlog(self._zeros()) for seq in range(n_seq)}
         # A draft decodes backlog and chain of all sequences together, and a chain has up to n_mtp rows.
         self._most_backlog = target.n_batch // n_seq - self.n_mtp
@@ -204,7 +204,7 @@ class Drafter:
             return True
         for part in rows:  # all blocks decode the same positions in turn, and llama.cpp must not hold one twice
             self._context.remove(part.seq, part.start)
-        hooks.use_mtp_block(self._context.handle, block)
+        mtp_api.use_mtp_block(self._context.handle, block)
         if self._context.decode(rows) == 0:
             return True
         for part in rows:  # no room, or worse: the blocks start anew behind what the model has read

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from stepgguf.errors import ContextLengthExceeded, EngineError, RequestError, StepggufError
-from stepgguf.runtime.http_events import ConnectionLost, Exchange, ServerAddress, bearer_header
+from stepgguf.runtime.http_events import ConnectionLost, HttpExchange, ServerAddress, bearer_header
 
 Json = dict[str, Any]  # whose shape is llama-server's to keep: whoever reads it may find a KeyError or a TypeError
 
@@ -56,19 +56,19 @@ class LlamaServerClient:
     def is_healthy(self) -> bool:
         """Whether it has loaded its model. Takes two seconds at most."""
         try:
-            with Exchange(self._address, {}) as exchange:
+            with HttpExchange(self._address, {}) as exchange:
                 exchange.connect(_HEALTH_SECONDS)
                 return exchange.send("/health", seconds=_HEALTH_SECONDS) == 200
         except ConnectionLost:
             return False
 
-    def open_completion(self) -> Exchange:
+    def open_completion(self) -> HttpExchange:
         """A connection for one completion; nothing is sent yet. `interrupt` makes llama-server stop."""
-        exchange = Exchange(self._address, self._headers)
+        exchange = HttpExchange(self._address, self._headers)
         exchange.connect(_CONNECT_SECONDS)
         return exchange
 
-    def events(self, exchange: Exchange, body: Json) -> Iterator[Json]:
+    def events(self, exchange: HttpExchange, body: Json) -> Iterator[Json]:
         """Send a POST /completion and give every event up to the one with "stop"."""
         body = {**body, "stream": True, "sse_ping_interval": _PING_SECONDS}
         # The head has no limit: the request may wait for its turn behind other clients of the server.
@@ -84,7 +84,7 @@ class LlamaServerClient:
         raise ConnectionLost("the answer ended early")
 
     def _call(self, path: str, body: Mapping[str, object] | None) -> Any:
-        with Exchange(self._address, self._headers) as exchange:
+        with HttpExchange(self._address, self._headers) as exchange:
             exchange.connect(_CALL_SECONDS)
             status = exchange.send(path, body, seconds=_CALL_SECONDS)
             answer = _parse(exchange.read())

@@ -12,7 +12,7 @@ _WORDS = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*|(?<![\w-])r
 _FORMER_ROOT = "former-root"
 
 
-def rooted(gbnf: str, rule: str) -> str:
+def with_start_rule(gbnf: str, rule: str) -> str:
     """The same grammar, starting with `rule`."""
     if rule == "root":
         return gbnf

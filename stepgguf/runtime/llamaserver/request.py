@@ -23,9 +23,9 @@ from dataclasses import dataclass, field
 
 from stepgguf.errors import BadGrammar, EngineError, RequestError, StepggufError
 from stepgguf.runtime.engine import Finished, FinishReason, Logprob, Prefill, Request, Sink, Step, Timings, Tokens
-from stepgguf.runtime.http_events import ConnectionLost, Exchange
+from stepgguf.runtime.http_events import ConnectionLost, HttpExchange
 from stepgguf.runtime.llamaserver.client import Json, LlamaServerClient
-from stepgguf.runtime.llamaserver.gbnf import rooted
+from stepgguf.runtime.llamaserver.gbnf import with_start_rule
 from stepgguf.runtime.llamaserver.process import LlamaServer
 from stepgguf.runtime.llamaserver.settings import shared_settings
 from stepgguf.runtime.llamaserver.vocabulary import ServerVocabulary
@@ -49,7 +49,7 @@ class ServerHandle:
     n_ctx: int
     n_parallel: int
     speculates: bool
-    open_legs: list[Exchange] = field(default_factory=list)
+    open_legs: list[HttpExchange] = field(default_factory=list)
 
 
 class RemoteRequest:
@@ -64,13 +64,13 @@ class RemoteRequest:
         room = handle.n_ctx - len(request.prompt)
         self._max_tokens = room if request.max_tokens is None else min(room, request.max_tokens)
         self._reasoning = ReasoningLimit(request.reasoning) if request.reasoning is not None else None
-        self._reasoning_must_end = False  # was called, and is not carried out yet
+        self._reasoning_must_end = False  # `end_reasoning` was called and is not carried out yet
         self._forced: list[int] = []
         self._banned = request.banned if request.reasoning is None else frozenset[int]()
         self._starts = dict(request.grammar.starts) if request.grammar is not None else {}
         self._rule = "root" if request.grammar is not None and not self._starts else None
         self._lock = threading.RLock()
-        self._exchange: Exchange | None = None  # the completion that runs
+        self._exchange: HttpExchange | None = None  # the completion that runs
         self._settings: Json = {}
         self._nothing_came = False  # in the last leg, because a character was cut
         self._unreported: list[Step] = []  # forced before the prompt was read
@@ -164,7 +164,7 @@ class RemoteRequest:
                 with self._lock:
                     self._exchange = None
 
-    def _read_leg(self, exchange: Exchange) -> FinishReason | None:
+    def _read_leg(self, exchange: HttpExchange) -> FinishReason | None:
         """Take the tokens of a leg, up to its end or to where it must end."""
         limit = self._leg_limit()
         self._nothing_came = True
@@ -264,7 +264,7 @@ class RemoteRequest:
         if request.sampling.seed is not None:  # no leg may draw again what the one before drew
             body["seed"] = (request.sampling.seed + len(self._tokens) - len(request.prompt)) & 0x7FFFFFFF
         if request.grammar is not None and self._rule is not None:
-            body["grammar"] = rooted(request.grammar.gbnf, self._rule)
+            body["grammar"] = with_start_rule(request.grammar.gbnf, self._rule)
         elif self._starts:
             # The leg ends there, and the next one has the grammar.
             body["stop"] = [self._handle.vocabulary.piece(token).decode() for token in self._starts]

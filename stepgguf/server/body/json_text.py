@@ -15,7 +15,7 @@ from typing import Any
 from stepgguf.server.problem import Refusal
 
 MOST_SIGNS = 300_000  # of commas, or of brackets. In a text each is about a token: the longest context is 262,144
-FEW_SIGNS = 30_000
+FAST_PARSER_SIGNS = 30_000  # so few that the parser in C is done before anybody waits
 MOST_OBJECTS = 65_536  # an agent's history that fills the context has a tenth of that
 
 # Escapes of a JSON string. The group is what may stay: pairs of surrogates, and whatever is no surrogate.
@@ -37,7 +37,7 @@ def parse_json(body: bytes, depth: int) -> Any:
     if b"\\ud" in body or b"\\uD" in body:
         body = _ESCAPE.sub(lambda escape: escape[1] or rb"\ufffd", body)
     try:
-        kind = json.JSONDecoder if n_signs <= FEW_SIGNS else _PatientDecoder
+        kind = json.JSONDecoder if n_signs <= FAST_PARSER_SIGNS else _PatientDecoder
         value = kind(parse_constant=_refuse_constant).decode(body.decode(json.detect_encoding(body)))
         _check_nesting(value, depth)
     except RecursionError:

@@ -21,10 +21,10 @@ from stepgguf.errors import RequestError
 from stepgguf.server.body.objects import RequestObject
 
 # What a type's name says it is: input_image, image_url, computer_screenshot, container_upload, ...
-WORDS = {"image": "image", "screenshot": "image", "audio": "audio", "video": "video"}
-WORDS |= {"document": "document", "file": "file", "upload": "file"}
+MEDIA_WORDS = {"image": "image", "screenshot": "image", "audio": "audio", "video": "video"}
+MEDIA_WORDS |= {"document": "document", "file": "file", "upload": "file"}
 LONGEST_TYPE = 64
-TEXTS = ("text", "input_text", "output_text")
+TEXT_TYPES = ("text", "input_text", "output_text")
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f]")  # not in text; escape is, in what terminals show
 
 
@@ -48,7 +48,7 @@ def as_text(part: Any) -> Any:
         return TextPart(type="text", text=part)
     if not isinstance(part, dict) or not isinstance(part.get("type"), str):
         return part
-    if part["type"] in TEXTS and part.get("text", part) is None:  # null, and not absent
+    if part["type"] in TEXT_TYPES and part.get("text", part) is None:  # null, and not absent
         return TextPart(type="text", text="")
     if part["type"] == "text":
         return part
@@ -96,7 +96,7 @@ def placeholder(part_type: str) -> str:
 
 
 def _medium_of(part_type: str) -> str:
-    return next((word for name, word in WORDS.items() if name in part_type), part_type[:LONGEST_TYPE])
+    return next((word for name, word in MEDIA_WORDS.items() if name in part_type), part_type[:LONGEST_TYPE])
 
 
 def newest_user_message(roles: Sequence[str]) -> int | None:

@@ -43,7 +43,7 @@ class WholeAnswerWriter(AnswerWriter, Protocol):
         """The body of a response that is not streamed. Instead of the other methods, not after them."""
 
 
-async def written(generation: Generation, writer: AnswerWriter) -> Chunks:
+async def stream_records(generation: Generation, writer: AnswerWriter) -> Chunks:
     """The records of a stream from start to end, as they come. An error is written by the writer, then raised."""
     try:
         yield writer.start()
@@ -66,5 +66,5 @@ async def respond(
 ) -> Response:
     """The response to `request`: streamed, or whole once all answers have ended."""
     if stream:
-        return EventStream(written(generation, writer), service.config, ping=ping)
+        return EventStream(stream_records(generation, writer), service.config, ping=ping)
     return JSONResponse(writer.whole(await generation.whole_answers(request), generation.replies))

@@ -14,7 +14,7 @@ from stepgguf.server.problem import Refusal
 
 # This machine as containers on it call it (Docker, Podman, Lima, OrbStack, minikube). Nobody can register `.internal`.
 FROM_CONTAINERS = {f"host.{name}.internal" for name in ("docker", "containers", "lima", "orb", "minikube")}
-OPEN = {"/", "/health", "/docs", "/openapi.json"}  # nothing there is secret
+OPEN_PATHS = {"/", "/health", "/docs", "/openapi.json"}  # nothing there is secret
 STATIC = "/static"  # nor in the files below it
 
 
@@ -64,7 +64,7 @@ class KeyCheck:
         self._app, self._key = app, key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN and not scope["path"].startswith(f"{STATIC}/"):
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not scope["path"].startswith(f"{STATIC}/"):
             headers = Headers(scope=scope)
             scheme, _, bearer = headers.get("authorization", "").partition(" ")
             given = [headers.get("x-api-key", ""), bearer.strip() if scheme.lower() == "bearer" else ""]

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 API = "/v1"
 # llama-server's own routes, and what does the same here
-INSTEAD = {
+LLAMA_SERVER_ROUTES = {
     "/completion": "/v1/completions",
     "/apply-template": "/tokenize",
     "/slots": "/metrics",
@@ -18,7 +18,7 @@ def address_advice(asked: str, origin: str, routes: Iterable[str]) -> str:
     """A sentence. asked: the path; origin: scheme, host and port; routes: the paths that there are."""
     asked, origin = asked.rstrip("/"), origin.rstrip("/")
     bases = f"the base URL of OpenAI's clients is {origin}{API}, that of Anthropic's {origin}"
-    meant = INSTEAD.get(asked) or _meant_route(asked, routes)
+    meant = LLAMA_SERVER_ROUTES.get(asked) or _meant_route(asked, routes)
     if meant is not None:
         return f"it is {meant}: {bases}"
     if asked in ("", API):

@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, Field
 
 from stepgguf.server.body.objects import RequestObject
 from stepgguf.server.body.unreadable import (
-    WORDS,
+    MEDIA_WORDS,
     AnyPart,
     TextPart,
     UnreadablePart,
@@ -91,11 +91,11 @@ RENDERED: dict[str, tuple[type[Block], ...]] = {
     "assistant": (TextPart, ThinkingBlock, RedactedThinkingBlock, ToolUseBlock),
     "system": (TextPart,),
 }
-OURS = ("thinking", "redacted_thinking", "tool_use", "tool_result")
+TYPED_BLOCKS = ("thinking", "redacted_thinking", "tool_use", "tool_result")
 
 
 def _known_block(block: Any) -> Any:
-    return block if isinstance(block, dict) and block.get("type") in OURS else as_text(block)
+    return block if isinstance(block, dict) and block.get("type") in TYPED_BLOCKS else as_text(block)
 
 
 _Block = Annotated[Annotated[Block, Field(discriminator="type")], BeforeValidator(_known_block)]
@@ -114,7 +114,7 @@ class Turn(RequestObject):
         """Whether the model is shown anything of this block. The sentence that stands for an image is not put into the
         mouth of the assistant."""
         if isinstance(block, UnreadablePart):
-            return self.role == "user" and any(word in block.was for word in WORDS)
+            return self.role == "user" and any(word in block.was for word in MEDIA_WORDS)
         return isinstance(block, RENDERED[self.role])
 
     @property

@@ -33,7 +33,7 @@ from stepgguf.server.dialects.responses.tools import INPUT, Offers, by_type
 from stepgguf.server.dialects.sealed_reasoning import unseal
 
 Json = dict[str, Any]
-RESULTS = ("output", "outputs", "results")  # where an item that is a call and its result has the result
+RESULT_FIELDS = ("output", "outputs", "results")  # where an item that is a call and its result has the result
 
 
 Content = Annotated[list[AnyPart], BeforeValidator(as_parts)]
@@ -190,9 +190,9 @@ def _as_call(item: OtherItem) -> Iterator[ResponsesFunctionCall | ResponsesCallO
     """As the call of a function, its result, or both. Nothing, if it is no call, or one of which nothing came."""
     fields = {name: value for name, value in (item.model_extra or {}).items() if value is not None}
     call_id = fields.get("call_id", fields.get("id"))
-    results = [fields[name] for name in RESULTS if fields.get(name)]
+    results = [fields[name] for name in RESULT_FIELDS if fields.get(name)]
     rest: Json = {
-        name: value for name, value in fields.items() if name not in ("id", "call_id", "name", "status", *RESULTS)
+        name: value for name, value in fields.items() if name not in ("id", "call_id", "name", "status", *RESULT_FIELDS)
     }
     if isinstance(call_id, str) and item.type.endswith("_output"):
         yield _call_output(call_id, results[0] if results else rest)

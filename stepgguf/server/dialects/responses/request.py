@@ -43,7 +43,7 @@ from stepgguf.server.service import Service
 NO_CONVERSATIONS = "there are no conversation objects here: use previous_response_id, or send the items as `input`"
 SEND_TEXT = "no prompt templates are stored here: send the text as `instructions` and `input`"
 NO_LOGPROBS = "log probabilities are given by /v1/chat/completions only"
-SEALED = "reasoning.encrypted_content"
+SEALED_REASONING = "reasoning.encrypted_content"
 
 
 class ResponsesTextFormat(RequestObject):
@@ -156,7 +156,7 @@ class ResponsesBody(ResponsesPrompt, SamplingFields):
 
     @property
     def wants_sealed_reasoning(self) -> bool:
-        return SEALED in (self.include or ())
+        return SEALED_REASONING in (self.include or ())
 
     @property
     def is_stored(self) -> bool:

@@ -23,7 +23,7 @@ from typing import Any
 from stepgguf.errors import StepggufError
 from stepgguf.server.config import ServerConfig
 from stepgguf.server.dialects.responses.writer import ResponseWriter
-from stepgguf.server.dialects.writer import written
+from stepgguf.server.dialects.writer import stream_records
 from stepgguf.server.generation import Generation
 from stepgguf.server.http.sse import JsonEvent
 from stepgguf.server.problem import Refusal
@@ -34,7 +34,7 @@ SWEEP_SECONDS = 60.0
 MOST_AT_ONCE = 256  # events, of which a long answer has many: other requests wait meanwhile
 # Of an item of the output, or (in) of the input that was listed; see ResponseWriter and Answer.input_items.
 _ITEM_ID = re.compile(r"[a-z]+_([0-9a-f]+)_(in)?([0-9]{1,6})")
-KEPT = "Answers are kept in memory for an hour after their last use, and not with `store: false`"
+KEPT_FOR = "Answers are kept in memory for an hour after their last use, and not with `store: false`"
 
 
 class Answer:
@@ -104,7 +104,7 @@ class Answer:
 
     async def _make_answer(self) -> None:
         try:
-            async for _ in written(self._generation, self.writer):  # each reader reads it from the writer
+            async for _ in stream_records(self._generation, self.writer):  # each reader reads it from the writer
                 self._wake_readers()
         except Exception as error:
             if not isinstance(error, StepggufError):
@@ -164,7 +164,7 @@ class AnswerStore:
         """The same. Refusal: there is no such answer."""
         answer = self.find(id)
         if answer is None:
-            raise Refusal(404, f"Response with id {id[:SHOWN]!r} not found. {KEPT}", param="id")
+            raise Refusal(404, f"Response with id {id[:SHOWN]!r} not found. {KEPT_FOR}", param="id")
         return answer
 
     def delete(self, id: str) -> None:
@@ -177,7 +177,8 @@ class AnswerStore:
         finished."""
         answer = self.find(id)
         if answer is None:
-            text = f"Previous response with id {id[:SHOWN]!r} not found. {KEPT}; send the whole conversation as `input`"
+            text = f"Previous response with id {id[:SHOWN]!r} not found. {KEPT_FOR}; "
+            text += "send the whole conversation as `input`"
             raise Refusal(400, text, code="previous_response_not_found", param="previous_response_id")
         if not answer.writer.finished:
             text = f"the previous response {id!r} is still being made; wait for its end or cancel it"
@@ -205,7 +206,7 @@ class AnswerStore:
             item = next((item for item in items if item["id"] == id), None)
             if item is not None:
                 return item
-        text = f"Item with id {id[:SHOWN]!r} not found. {KEPT}; send the item itself instead of its id"
+        text = f"Item with id {id[:SHOWN]!r} not found. {KEPT_FOR}; send the item itself instead of its id"
         raise Refusal(404, text, param=param)
 
     def _forget_old(self) -> None:

@@ -27,7 +27,7 @@ from stepgguf.server.problem import Problem
 from stepgguf.server.service import now
 
 OPENING = ("created", "in_progress")
-FEEDS = {"reasoning": "reasoning", "message": "text"}  # the deltas that go on with an item
+ITEM_DELTAS = {"reasoning": "reasoning", "message": "text"}  # the deltas that go on with an item
 
 
 class ResponseWriter:
@@ -146,7 +146,7 @@ class ResponseWriter:
 
     def _write_delta(self, delta: Delta) -> None:
         last = self._items[-1] if self._items else None
-        goes_on = last is not None and delta.kind in ("arguments", FEEDS.get(last.head["type"]))
+        goes_on = last is not None and delta.kind in ("arguments", ITEM_DELTAS.get(last.head["type"]))
         if last is None or not goes_on:
             self._close_last("completed")
             last = self._begin_call(delta.text) if delta.kind == "call" else self._begin_text(delta.kind)
