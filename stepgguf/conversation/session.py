@@ -33,7 +33,7 @@ class ChatGeneration(Protocol):
 
     @property
     def usage(self) -> AnswerUsage:
-        """Its counts up to now; the same object from start to end."""
+        """The counts up to now; the same object from start to end."""
 
     def next_updates(self, seconds: float | None) -> list[Progress] | None:
         """Return what came; nothing if it did not come within so many seconds (None: wait); None after the end.

@@ -34,8 +34,11 @@ CODES = {
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """type and code are OpenAI's words. param: the field of the request that is wrong, as a path. headers: of the
-    response, beside the usual. overflow: the context is too small, which each dialect says in its own words."""
+    """What went wrong. type and code are OpenAI's words.
+
+    param: the field of the request that is wrong, as a path. headers: of the response, beside the usual. overflow: the
+    context is too small, which each dialect says in its own words.
+    """
 
     status: int
     message: str
@@ -64,7 +67,7 @@ class Refusal(HTTPException):
 
 
 def problem_of(error: Exception) -> Problem:
-    """What to say about any exception. One that is not ours to explain is "internal error": its text may hold
+    """Return what to say about any exception. One that is not ours to explain is "internal error": its text may hold
     anything."""
     if isinstance(error, RequestValidationError):
         message, param = describe_errors(error.errors(), error.body)

@@ -35,7 +35,7 @@ RECOVERY_SECONDS = 600.0
 
 
 class LlamaEngine:
-    """A GGUF in llama.cpp, in this process."""
+    """The engine protocol over a GGUF that llama.cpp runs in this process."""
 
     def __init__(
         self,
@@ -174,7 +174,7 @@ class LlamaEngine:
     # from the engine's thread -----------------------------------------------------------------------------------
 
     def _loop(self) -> None:
-        """The thread that owns the contexts: commands, then a step, until it is stopped."""
+        """Run the thread that owns the contexts: commands, then a step, until it is stopped."""
         try:
             while not self._stopping:
                 self._run_commands()
@@ -200,7 +200,7 @@ class LlamaEngine:
         self._scheduler.drop_cancelled()
 
     def _end_request(self, request: ActiveRequest, reason: FinishReason) -> None:
-        """The one place where a request's sink gets Finished."""
+        """Give a request's sink Finished. This is the one place that does."""
         with self._lock:
             del self._open[request]
         self._stats.add(request.finish(reason), failed=reason == "error")
@@ -211,7 +211,7 @@ class LlamaEngine:
             self._end_request(request, "error")
 
     def _recover(self, cause: DecodeFailed) -> None:
-        """After a lost context: end the requests that were in it, and make a new one for those that wait.
+        """End the requests that were in a lost context, and make a new one for those that wait.
 
         If that cannot be had, or it happened too often, the loop stops, which ends the others too.
         """
@@ -234,7 +234,7 @@ class LlamaEngine:
             self._stopping = True
 
     def _check_mtp_file(self) -> None:
-        """ModelLoadFailed if the file of the MTP blocks does not go with the model's."""
+        """Raise ModelLoadFailed if the file of the MTP blocks does not go with the model's."""
         model, mtp_model = self._model, self._mtp_model
         if not mtp_model.n_mtp:
             raise ModelLoadFailed(f"{mtp_model.path} holds no MTP blocks", hint="Give what `--mtp separate` wrote.")
@@ -247,7 +247,7 @@ class LlamaEngine:
             )
 
     def _make_scheduler(self) -> Scheduler:
-        """A new context, with nothing in it, and what goes with it. ModelLoadFailed if memory is short."""
+        """Make a new context, with nothing in it, and what goes with it. ModelLoadFailed if memory is short."""
         model, mtp_model, n_seq = self._model, self._mtp_model, self._n_parallel
         n_batch = min(BATCH_ROWS, self._n_ctx)
         self._context = LlamaContext(
@@ -290,7 +290,7 @@ class LlamaEngine:
         self._mtp_model.close()  # of one file both are the same, and the second time does nothing
 
     def _fingerprint(self) -> str:
-        """What the bytes of a saved sequence depend on."""
+        """Return what the bytes of a saved sequence depend on."""
         parts = [f"{llama_cpp.__version__} f16 {self._mtp_model.n_mtp}"]
         for path in dict.fromkeys((self._model.path, self._mtp_model.path)):
             stat = path.stat()
@@ -299,7 +299,7 @@ class LlamaEngine:
 
 
 class LlamaTicket:
-    """The engine protocol's Ticket."""
+    """The engine protocol's Ticket: both methods leave a command for the engine's thread."""
 
     def __init__(self, commands: queue.SimpleQueue[Callable[[], None]], request: ActiveRequest) -> None:
         self._commands, self._request = commands, request

@@ -50,7 +50,8 @@ class ActiveRequest:
     """
 
     def __init__(self, model: LlamaModel, request: Request, sink: Sink, n_ctx: int) -> None:
-        """BadGrammar if the request's grammar does not compile. `close` it if it is not submitted after all."""
+        """Prepare a request; `close` it if it is not submitted after all. BadGrammar if its grammar does not
+        compile."""
         self.request, self._sink, self._model = request, sink, model
         self._outbox: list[Event] = []
         self.serial = next(_serial_numbers)  # the oldest request goes first
@@ -155,8 +156,9 @@ class ActiveRequest:
     # making tokens ----------------------------------------------------------------------------------------------
 
     def next_steps(self, context: LlamaContext, row: int) -> list[Step]:
-        """Choose the tokens after a row of the last decode, and add them to `tokens`: those that are forced, or one
-        that is sampled and whatever it makes forced. If an end token comes there are none, and `ended` is set."""
+        """Choose the tokens after a row of the last decode, add them to `tokens` and return them: those that are
+        forced, or one that is sampled and whatever it makes forced. If an end token comes there are none, and `ended`
+        is set."""
         if self._forced:
             return self._take_forced()
         n_top = self.request.top_logprobs
@@ -231,7 +233,7 @@ class ActiveRequest:
 
 
 def _save_points(request: Request) -> frozenset[int]:
-    """Positions of the prompt where a later prompt may depart from it: starts of turns, and near its end."""
+    """Return the positions of the prompt where a later prompt may depart from it: starts of turns, and near its end."""
     end = len(request.prompt)
     turns = sorted(n for n in set(request.turns) if 0 < n < end)
     kept: list[int] = []

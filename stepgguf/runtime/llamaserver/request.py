@@ -101,7 +101,7 @@ class RemoteRequest:
     # from its thread --------------------------------------------------------------------------------------------
 
     def serve(self) -> FinishReason:
-        """Go leg after leg, to the end. Why it ended; StepggufError if it failed."""
+        """Go leg after leg, to the end. Returns why it ended; StepggufError if it failed."""
         self._admitted = time.monotonic()
         self.timings.queue_seconds = self._admitted - self._submitted
         if self._reasoning is not None:
@@ -119,7 +119,7 @@ class RemoteRequest:
         return reason
 
     def finished_event(self, reason: FinishReason, error: StepggufError | None) -> Finished:
-        """Its last event, for the caller to emit; everything else has been emitted then."""
+        """Return its last event, for the caller to emit; everything else has been emitted then."""
         if self._unreported:
             self.emit(Tokens(tuple(self._unreported)))
         timings, now = self.timings, time.monotonic()
@@ -135,7 +135,7 @@ class RemoteRequest:
         return len(self._request.prompt) + self._max_tokens - len(self._tokens)
 
     def _go_on(self) -> FinishReason | None:
-        """Put what is forced, then go a leg. Why the request has ended; None: it has not."""
+        """Put what is forced, then go a leg. Returns why the request has ended; None: it has not."""
         if self._reasoning_must_end and self._reasoning is not None:
             self._reasoning_must_end = False
             self._forced.extend(self._reasoning.close())
@@ -146,7 +146,7 @@ class RemoteRequest:
         return self._run_leg() if self._n_left else "length"
 
     def _run_leg(self) -> FinishReason | None:
-        """One completion. Why the request has ended; None: it has not."""
+        """Run one completion. Returns why the request has ended; None: it has not."""
         with self._handle.client.open_completion() as exchange:
             with self._lock:
                 if self.cancelled or self._reasoning_must_end:  # said while there was nothing to interrupt
@@ -192,7 +192,7 @@ class RemoteRequest:
             self._add_counts(counts or {})
 
     def _end_leg(self, event: Json, held: list[Json], limit: int) -> FinishReason | None:
-        """The last event of a leg. The end token is the last of those before it."""
+        """Take the last event of a leg. The end token is the last of the tokens before it."""
         at_end = event["stop_type"] == "eos"
         if not self._take_steps(self._steps_of(held[:-1] if at_end else held, whole=True)):
             return None
@@ -227,7 +227,7 @@ class RemoteRequest:
         return going_on
 
     def _steps_of(self, events: list[Json], *, whole: bool) -> list[Step]:
-        """The tokens of events, whose text is there now. Not `whole`: there were more, which made no event."""
+        """Return the tokens of events, whose text is there now. Not `whole`: there were more, which made no event."""
         text = "".join(event["content"] for event in events)
         if not whole:
             return [Step(token, piece) for token, piece in self._handle.vocabulary.spell(text)]
@@ -248,7 +248,7 @@ class RemoteRequest:
     # a leg's request --------------------------------------------------------------------------------------------
 
     def _leg_limit(self) -> int:
-        """n_predict. Single tokens where drafted ones would come without their log probabilities."""
+        """Return n_predict. It is a single token where drafted ones would come without their log probabilities."""
         limit = self._n_left
         if self._reasoning is not None and self._reasoning.n_left is not None:
             limit = min(limit, self._reasoning.n_left)
@@ -286,8 +286,11 @@ class RemoteRequest:
             timings.accepted = [sum(timings.accepted) + accepted]
 
     def _await_release(self) -> None:
-        """A slot notices a closed connection with its next token. Until then the next leg would get another slot,
-        without the cache."""
+        """Wait until the slot of a broken leg is free.
+
+        It notices a closed connection with its next token. Until then the next leg would get another slot, without the
+        cache.
+        """
         deadline = time.monotonic() + _RELEASE_SECONDS
         with contextlib.suppress(EngineError):  # a server without /slots
             while self._handle.n_parallel > 1 and time.monotonic() < deadline:

@@ -26,7 +26,7 @@ EFFORT_SYNONYMS |= dict.fromkeys(
 
 
 def _effort_word(value: Any) -> Any:
-    """A word as EFFORTS has it. Clients write it with capitals, or say on and off."""
+    """Return a word as EFFORTS has it. Clients write it with capitals, or say on and off."""
     if not isinstance(value, str):
         return value
     word = EFFORT_SYNONYMS.get(value.strip().lower(), value.strip().lower())
@@ -62,6 +62,7 @@ class MapAmounts(CheckedObject):
     thinking_level: Level | None = Field(None, description="Gemini's.")
 
     def spellings(self) -> Iterator[Level | None]:
+        """Return what each field says; None where it is not sent."""
         return (getattr(self, name) for name in MapAmounts.model_fields)
 
 
@@ -122,11 +123,11 @@ class ReasoningAmounts(CheckedObject):
     custom_params: ReasoningAmounts | None = Field(None, description="SGLang's.")
 
     def spellings(self) -> Iterator[Spelling]:
-        """What each spelling says; None where it is not sent."""
+        """Return what each field of the table says; None where it is not sent."""
         return (getattr(self, name) for name in ReasoningAmounts.model_fields)
 
     def reasoning_limit(self, config: ServerConfig) -> int | None:
-        """The least of the limits that are sent, in tokens; None if there is none."""
+        """Return the least of the limits that are sent, in tokens; None if there is none."""
         return _least_limit(self.spellings(), config.efforts)
 
 

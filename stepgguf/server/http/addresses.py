@@ -34,7 +34,7 @@ def bind_socket(host: str, port: int) -> socket.socket:
 
 
 def reachable_urls(host: str, port: int) -> list[str]:
-    """The URLs at which a server bound to the address `host` can be reached.
+    """Return the URLs at which a server bound to the address `host` can be reached.
 
     If it stands for all addresses of the machine: loopback first, then those that others can use, then names.
     """

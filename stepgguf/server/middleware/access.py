@@ -58,7 +58,7 @@ def is_loopback(host: str) -> bool:
 
 
 class KeyCheck:
-    """`Authorization: Bearer KEY` or `x-api-key: KEY`."""
+    """Lets in only who sends the API key, as `Authorization: Bearer KEY` or as `x-api-key: KEY`."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self._app, self._key = app, key.encode()

@@ -15,10 +15,13 @@ JSON = "application/json"
 
 
 class ContentTypeCheck:
-    """Whatever else it says it is, a body is read as JSON: curl says form. Not what a web page of somebody else could
-    send to a server on this machine without asking the browser's permission: forms, text, or no type at all. Browsers
-    say where such a post comes from; text is refused without that too, as older ones leave it out of forms, and a form
-    of text can be made to look like JSON, which a urlencoded one cannot."""
+    """Has every body read as JSON, whatever else it says it is: curl says form.
+
+    It refuses what a web page of somebody else could send to a server on this machine without asking the browser's
+    permission: forms, text, or no type at all. Browsers say where such a post comes from; text is refused without that
+    too, as older ones leave it out of forms, and a form of text can be made to look like JSON, which a urlencoded one
+    cannot.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -42,7 +45,7 @@ def _is_from_elsewhere(headers: Headers) -> bool:
 
 
 class SizeLimit:
-    """Bodies of at most max_body_bytes, sent in at most body_seconds."""
+    """Lets in bodies of at most max_body_bytes, sent in at most body_seconds."""
 
     def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
         self._app, self._limit, self._seconds = app, config.max_body_bytes, config.body_seconds

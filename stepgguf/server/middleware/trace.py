@@ -20,9 +20,12 @@ _SANE_ID = re.compile(r"[\w.:-]{1,64}")
 
 
 class TraceRequests:
-    """The id goes out as x-request-id, and as request-id for Anthropic's clients. The client's own is only logged: it
-    may be anything, twice. Of a request nothing is logged that its sender wrote, but the path and, once, the names of
-    fields that are not known here."""
+    """Gives every request an id, a log line and a count, and ends with it what was begun for it.
+
+    The id goes out as x-request-id, and as request-id for Anthropic's clients. The client's own is only logged: it may
+    be anything, twice. Of a request nothing is logged that its sender wrote, but the path and, once, the names of
+    fields that are not known here.
+    """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics

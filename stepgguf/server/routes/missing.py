@@ -15,7 +15,8 @@ LLAMA_SERVER_ROUTES = {
 
 
 def address_advice(asked: str, origin: str, routes: Iterable[str]) -> str:
-    """A sentence. asked: the path; origin: scheme, host and port; routes: the paths that there are."""
+    """Return a sentence that says what was meant. asked: the path; origin: scheme, host and port; routes: the paths
+    that there are."""
     asked, origin = asked.rstrip("/"), origin.rstrip("/")
     bases = f"the base URL of OpenAI's clients is {origin}{API}, that of Anthropic's {origin}"
     meant = LLAMA_SERVER_ROUTES.get(asked) or _meant_route(asked, routes)
@@ -29,7 +30,7 @@ def address_advice(asked: str, origin: str, routes: Iterable[str]) -> str:
 
 
 def _meant_route(asked: str, routes: Iterable[str]) -> str | None:
-    """The longest route whose end is asked for: without /v1, with it twice, below some other prefix."""
+    """Return the longest route whose end is asked for: without /v1, with it twice, below some other prefix."""
     ends = {route.removeprefix(API): route for route in routes if "{" not in route}
     if asked in ends.values():  # it takes another method
         return None

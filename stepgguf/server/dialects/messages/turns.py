@@ -58,7 +58,8 @@ Texts = Annotated[list[AnyPart], BeforeValidator(as_parts)]
 
 
 def _result_part(part: Any) -> Any:
-    """A client's search over its own tools gives their names; all of them are offered here from the start."""
+    """Return a part of a tool's result as it is shown. A client's search over its own tools gives their names; all of
+    them are offered here from the start."""
     if isinstance(part, dict) and part.get("type") == "tool_reference":
         return {"type": "text", "text": f"The tool {part.get('tool_name')} is there."}
     return part
@@ -124,7 +125,7 @@ class Turn(RequestObject):
         return [block.was if isinstance(block, UnreadablePart) else block.type for block in blocks]
 
     def messages(self) -> Iterator[dict[str, Any]]:
-        """As OpenAI's chat messages, in the order of the blocks."""
+        """Yield the turn as OpenAI's chat messages, in the order of the blocks."""
         blocks = [block for block in self.content if self.renders(block)]
         if self.role == "assistant":
             yield from _assistant_messages(blocks)
@@ -145,7 +146,7 @@ class Turn(RequestObject):
 
 
 def _assistant_messages(blocks: list[Block]) -> Iterator[dict[str, Any]]:
-    """One message of the assistant's with its text, reasoning and calls; none if there is no block."""
+    """Yield one message of the assistant's with its text, reasoning and calls; none if there is no block."""
     calls = [
         {"id": b.id, "type": "function", "function": {"name": b.name, "arguments": b.input}}
         for b in blocks

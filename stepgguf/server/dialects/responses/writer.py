@@ -31,7 +31,8 @@ ITEM_DELTAS = {"reasoning": "reasoning", "message": "text"}  # the deltas that g
 
 
 class ResponseWriter:
-    """See dialects/writer.py for the protocol. Records are made when they are read: the store reads none.
+    """Writes one answer as a response. See dialects/writer.py for the protocol. Records are made when they are read:
+    the store reads none.
 
     echo: the request's fields that the response repeats, as JSON. offers: the tools, by the names that the model knows.
     sealed: reasoning items also carry their text in encrypted_content, for clients that send back only that.
@@ -75,7 +76,7 @@ class ResponseWriter:
 
     @property
     def n_bytes(self) -> int:
-        """How much memory it takes, about."""
+        """About how much memory it takes."""
         texts = (len(item.text) + item.ends.itemsize * len(item.ends) for item in self._items)
         return len(self._echo) + sum(texts)
 
@@ -109,15 +110,16 @@ class ResponseWriter:
 
     @property
     def n_events(self) -> int:
-        """How many there are so far."""
+        """How many events there are so far."""
         return len(OPENING) + sum(item.n_events for item in self._items) + self.finished
 
     def events(self, start: int = 0, most: int | None = None) -> Iterator[JsonEvent]:
-        """Those that there are, from number `start` on; not more than `most`. Made when they are read."""
+        """Return the events that there are, from number `start` on, and at most so many. Each is made when it is
+        read."""
         return (JsonEvent(fields, fields["type"]) for fields in islice(self._numbered(start), most))
 
     def _added(self) -> Iterator[JsonEvent]:
-        """What has been added to the stream since this was last asked."""
+        """Return what has been added to the stream since this was last asked."""
         start, self._n_added = self._n_added, self.n_events
         return self.events(start, self._n_added - start)
 
@@ -179,7 +181,8 @@ class ResponseWriter:
             self._items[-1].status = status
 
     def _end(self, status: str) -> None:
-        """An answer that was cut ends inside its last item, unless that is a whole call."""
+        """Set the status and close the last item. An answer that was cut ends inside it, unless that is a whole
+        call."""
         self._close_last(
             "completed" if status == "completed" or (self._items and self._items[-1].is_whole_call) else "incomplete"
         )
