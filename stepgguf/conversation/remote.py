@@ -44,6 +44,7 @@ class RemoteBackend:
             raise EngineError(
                 f"{url}: not a server's address", hint="Write for example http://127.0.0.1:8080."
             ) from None
+        # The base URLs of OpenAI's clients end in /v1; the address that `stepgguf serve` prints does not.
         self._address = replace(address, path=address.path.removesuffix("/v1"))
         self._url = self._address.url
         self._headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
@@ -193,6 +194,7 @@ class RemoteGeneration:
             cut, n_reasoning = _text_at(details, "reasoning_cut"), _number_at(details, "reasoning_tokens")
             usage.budget_reached, usage.loop_broken = cut == "budget", cut == "loop"
             usage.n_reasoning = usage.n_reasoning if n_reasoning is None else n_reasoning
+        # OpenAI's completion_tokens are all that were made, reasoning included.
         usage.n_text = max(0, (_number_at(counts, "completion_tokens") or 0) - usage.n_reasoning)
 
     def _read_events(self, send: Callable[[], None]) -> None:

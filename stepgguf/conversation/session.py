@@ -233,7 +233,7 @@ class _CollectedAnswer:
     def __init__(self) -> None:
         self.reasoning_seconds = 0.0
         self._parts: dict[str, list[str]] = {"reasoning": [], "text": []}
-        self._n_saved = {"reasoning": 0, "text": 0}  # of the parts
+        self._n_saved = {"reasoning": 0, "text": 0}  # parts that `next_part` has given already
         self._calls: list[dict[str, Any]] = []
         self._started: float | None = None
 

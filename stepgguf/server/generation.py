@@ -66,7 +66,7 @@ class Generation:
         self._watch = watch
         self._loop = asyncio.get_running_loop()  # the engine's thread has none to ask
         self._started = time.monotonic()
-        self._first = [True] * len(prepared)
+        self._first = [True] * len(prepared)  # of each answer: whether its first token is still to come
         self._backlog: deque[tuple[int, Event]] = deque()
         self._arrived = asyncio.Event()
         self._tickets: list[Ticket] = []

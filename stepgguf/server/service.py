@@ -20,7 +20,7 @@ from stepgguf.server.generation import Generation
 from stepgguf.server.metrics import Metrics
 from stepgguf.server.problem import Refusal
 
-LONGEST_ID = 256
+LONGEST_ID = 256  # characters: an id is repeated in every chunk of a stream
 
 
 class ChatRequestBody(Protocol):
@@ -69,7 +69,7 @@ class Service:
         if not asked:
             return known[0]
         strange = self.config.strict and _comparable_id(asked) not in map(_comparable_id, known)
-        if strange or len(asked) > LONGEST_ID:  # it is in every chunk of a stream
+        if strange or len(asked) > LONGEST_ID:
             raise Refusal(
                 404,
                 f"there is no model {asked[:LONGEST_ID]!r}; this server has {', '.join(known)}",

@@ -21,8 +21,8 @@ UNLIMITED = -1  # llama.cpp's, LM Studio's, Ollama's
 Tokens = Annotated[int, Field(ge=UNLIMITED)]
 AnswerTokens = Annotated[int, Field(ge=1)] | Literal[-1]
 RANDOM_SEED = -1  # llama.cpp's, LM Studio's
-MOST_STOPS = 16
-MOST_BIASED = 4096
+MOST_STOPS = 16  # each is looked for in every token's text
+MOST_BIASED = 4096  # added to the logits for every token
 GREEDY = 1e-3  # a temperature below makes logits overflow; the likeliest token it is in any case
 
 

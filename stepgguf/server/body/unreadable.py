@@ -23,7 +23,7 @@ from stepgguf.server.body.objects import RequestObject
 # What a type's name says it is: input_image, image_url, computer_screenshot, container_upload, ...
 MEDIA_WORDS = {"image": "image", "screenshot": "image", "audio": "audio", "video": "video"}
 MEDIA_WORDS |= {"document": "document", "file": "file", "upload": "file"}
-LONGEST_TYPE = 64
+LONGEST_TYPE = 64  # characters of a type's name that are repeated to client and model: it may be anything
 TEXT_TYPES = ("text", "input_text", "output_text")
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f]")  # not in text; escape is, in what terminals show
 

@@ -49,7 +49,7 @@ class WholeAnswerWriter(AnswerWriter, Protocol):
 async def stream_records(generation: Generation, writer: AnswerWriter) -> Chunks:
     """Yield the records of a stream from start to end, as they come. An error is written by the writer, then raised."""
     try:
-        yield writer.start()
+        yield writer.start()  # at once: a client sees that it is heard while the prompt is read
         async for part in generation.parts():
             yield writer.feed(part)
         yield writer.finish(generation.replies)

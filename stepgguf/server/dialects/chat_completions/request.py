@@ -113,8 +113,9 @@ class ChatOtherTool(RequestObject):
 
 
 def _runs_at(tool: Any) -> str:
-    kind = tool.get("type") if isinstance(tool, dict) else getattr(tool, "type", None)
-    return "the client" if kind in (None, "function") else "others"
+    # pydantic also asks about what is an instance already
+    tool_type = tool.get("type") if isinstance(tool, dict) else getattr(tool, "type", None)
+    return "the client" if tool_type in (None, "function") else "others"  # clients leave the type out
 
 
 ChatTool = Annotated[

@@ -54,6 +54,7 @@ class CompletionBody(SamplingFields, FormatFields, ExtraBody, HostedServiceField
 
         RequestError: a prompt is empty, an id is not in the vocabulary, or there are too many answers to make.
         """
+        # A list of numbers is one prompt, a list of texts or of lists is several.
         one = isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int))
         given = cast("list[str] | list[list[int]]", [self.prompt] if one else self.prompt)
         n, most = len(given) * (self.n or 1), service.config.max_n

@@ -53,13 +53,15 @@ class MessagesForeignTool(RequestObject):
     name: str | None = None
 
 
-def _is_foreign(tool: Any) -> str:
-    kind = tool.get("type") if isinstance(tool, dict) else None
-    return "foreign" if isinstance(kind, str) and kind != "custom" and "input_schema" not in tool else "custom"
+def _tool_tag(tool: Any) -> str:
+    tool_type = tool.get("type") if isinstance(tool, dict) else None
+    # A client's own tool has a schema, whatever type it says it is of.
+    is_foreign = isinstance(tool_type, str) and tool_type != "custom" and "input_schema" not in tool
+    return "foreign" if is_foreign else "custom"
 
 
 MessagesAnyTool = Annotated[
-    Annotated[MessagesTool, Tag("custom")] | Annotated[MessagesForeignTool, Tag("foreign")], Discriminator(_is_foreign)
+    Annotated[MessagesTool, Tag("custom")] | Annotated[MessagesForeignTool, Tag("foreign")], Discriminator(_tool_tag)
 ]
 
 
@@ -115,7 +117,7 @@ class MessagesPrompt(ReasoningAmounts):
         config = self.output_config or OutputConfig()
         form = config.format or self.output_format
         service.unknown.ignore("type of tool", (t.type for t in self.tools or () if isinstance(t, MessagesForeignTool)))
-        service.unknown.ignore("type of block", (kind for turn in self.messages for kind in turn.left_out))
+        service.unknown.ignore("type of block", (block_type for turn in self.messages for block_type in turn.left_out))
         return ChatRequest(
             messages=[*self.system_messages(), *(message for turn in self.messages for message in turn.messages())],
             sampling=service.engine.info.sampling,

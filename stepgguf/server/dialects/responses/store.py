@@ -30,7 +30,7 @@ from stepgguf.server.problem import Refusal
 from stepgguf.server.validation import SHOWN
 
 log = logging.getLogger(__name__)
-SWEEP_SECONDS = 60.0
+SWEEP_SECONDS = 60.0  # between two looks for answers that nobody has used for long
 MOST_AT_ONCE = 256  # events, of which a long answer has many: other requests wait meanwhile
 # Of an item of the output, or (in) of the input that was listed; see ResponseWriter and Answer.input_items.
 _ITEM_ID = re.compile(r"[a-z]+_([0-9a-f]+)_(in)?([0-9]{1,6})")

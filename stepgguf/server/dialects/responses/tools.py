@@ -24,8 +24,8 @@ from stepgguf.errors import RequestError
 from stepgguf.server.body.objects import RequestObject
 from stepgguf.server.dialects.function_tools import FunctionDeclaration
 
-LONGEST_NAME = 128
-MOST_ALLOWED = 1024
+LONGEST_NAME = 128  # characters, as the pattern of a function's name allows
+MOST_ALLOWED = 1024  # tools in a list of allowed ones, each of which is looked up
 INPUT = "input"  # what a custom tool's one parameter is called
 _OPENING = re.compile(r'\{\s*"(?:[^"\\]|\\.)*"\s*:\s*"')  # from { to the quotation mark that opens the value
 _WHOLE = re.compile(r'(?:[^"\\]+|\\u[0-9a-fA-F]{4}|\\[^u])*')  # no half of an escape
@@ -71,7 +71,7 @@ def by_type(*known: str) -> Discriminator:
     """Return the discriminator of a union whose members are tagged with their types, and "other" for what is of no
     known type."""
 
-    def tag(tool: Any) -> str:
+    def tag(tool: Any) -> str:  # pydantic also asks for the tag of what is an instance already
         kind = tool.get("type") if isinstance(tool, dict) else getattr(tool, "type", None)
         return kind if kind in known else "other"
 

@@ -51,7 +51,7 @@ class ResponseWriter:
     ) -> None:
         self.id = f"resp_{trace_id}"
         self.finished = False
-        self._n_added = 0
+        self._n_added = 0  # events that `start`, `feed` and so on have given
         self._trace_id, self._echo, self._offers = trace_id, echo, offers
         self._sealed, self._shows_reasoning = sealed, shows_reasoning
         self._items: list[OutputItem] = []
@@ -67,7 +67,7 @@ class ResponseWriter:
             "output": [],
             "usage": None,
         }
-        self._started = dict(self._fields)
+        self._started = dict(self._fields)  # the first two events show the response as it was then
 
     @property
     def response(self) -> dict[str, Any]:
