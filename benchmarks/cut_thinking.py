@@ -19,7 +19,7 @@ from stepgguf.chat.request import ChatRequest
 from stepgguf.cli.main import main as stepgguf
 from stepgguf.demo import CHECKPOINT, tasks
 from stepgguf.runtime.engine import Stream, Tokens
-from stepgguf.runtime.llama import LlamaEngine
+from stepgguf.runtime.llama import LlamaEngine, LlamaOptions
 
 ANSWER = re.compile(r"There (is 1 '.'|are \d+ '.'s)\.|\d+ \+ \d+ = \d+")
 BUDGETS = (0, 5, 10, 20)
@@ -50,7 +50,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
         assert stepgguf(["convert", str(args.checkpoint), str(path), "-t", args.type, "-q"]) == 0
-        with LlamaEngine(path, n_ctx=1024, threads=1) as engine:
+        with LlamaEngine(path, LlamaOptions(n_ctx=1024, threads=1)) as engine:
             chat = ChatModel(engine)
             for budget in (*BUDGETS, None):
                 texts = [answer(chat, question, seed, budget) for seed, question in enumerate(questions)]

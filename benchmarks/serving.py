@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stepgguf.cli.main import main as stepgguf
-from stepgguf.runtime.llama import LlamaEngine
+from stepgguf.runtime.llama import LlamaEngine, LlamaOptions
 from tests.generate import Shape, write_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -152,7 +152,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = options.model or make_model(Path(folder))
-        with LlamaEngine(model, n_ctx=64) as engine:
+        with LlamaEngine(model, LlamaOptions(n_ctx=64)) as engine:
             ends = sorted(engine._model.ends)
         ours = [sys.executable, "-m", "stepgguf", "serve", str(model), "--quiet", "--queue", "64"]
         ours += ["--ctx", str(CTX), "--parallel", str(PARALLEL), "--threads", options.threads]
