@@ -1,3 +1,5 @@
+"""Tokens become reasoning, text and calls, however they are cut, and nothing is lost."""
+
 from __future__ import annotations
 
 import json

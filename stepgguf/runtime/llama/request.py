@@ -72,7 +72,7 @@ class ActiveRequest:
         self.cancelled = self.ended = False
         self.error: StepggufError | None = None
         self.last_taken = 0
-        self._queued_told = False
+        self._queued_emitted = False
         self._queued_at = time.monotonic()
         self._admitted_at = self._first_token_at = 0.0  # 0: not yet
 
@@ -111,10 +111,10 @@ class ActiveRequest:
 
     # in a sequence ----------------------------------------------------------------------------------------------
 
-    def tell_queued(self, n_ahead: int) -> None:
+    def emit_queued(self, n_ahead: int) -> None:
         """Emit Queued, once, to a request that could not start at once."""
-        if not self._queued_told:
-            self._queued_told = True
+        if not self._queued_emitted:
+            self._queued_emitted = True
             self.emit(Queued(n_ahead))
 
     def admit(self, sequence: ContextSequence) -> None:

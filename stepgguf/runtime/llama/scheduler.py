@@ -98,7 +98,7 @@ class Scheduler:
         while self.waiting and self._admit_next():
             pass
         for n_ahead, request in enumerate(sorted(self.waiting, key=lambda r: r.serial)):
-            request.tell_queued(n_ahead)
+            request.emit_queued(n_ahead)
 
     def _admit_next(self) -> bool:
         """Let in the oldest request that need not wait for what another is reading. One that does not fit is not

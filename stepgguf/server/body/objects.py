@@ -82,8 +82,8 @@ class CheckedObject(RequestObject):
         names = [fields[name].alias or name for name in declared]
 
         def rank(item: tuple[str, JsonSchemaValue]) -> tuple[bool, bool, bool, int]:
-            name, told = item[0], item[1].get("description", "")
-            return told.startswith(WITHOUT_EFFECT), name not in FIRST, name not in needed, names.index(name)
+            name, description = item[0], item[1].get("description", "")
+            return description.startswith(WITHOUT_EFFECT), name not in FIRST, name not in needed, names.index(name)
 
         found["properties"] = dict(sorted(found.get("properties", {}).items(), key=rank))
         return described

@@ -42,16 +42,16 @@ class UnknownFields:
 
     def __init__(self, *, strict: bool = False) -> None:
         self.strict = strict
-        self._told: set[tuple[str, str]] = set()
+        self._logged: set[tuple[str, str]] = set()
         self._lock = threading.Lock()
 
     def ignore(self, what: str, names: Iterable[str]) -> None:
         """Name those in the log that it has not named before. what: a noun, such as "field"."""
         for name in (name[:LONGEST_NAME] for name in names):
             with self._lock:
-                new = (what, name) not in self._told and len(self._told) < MOST_NAMES
+                new = (what, name) not in self._logged and len(self._logged) < MOST_NAMES
                 if new:
-                    self._told.add((what, name))
+                    self._logged.add((what, name))
             if new:
                 log.warning("ignored a %s that is not known here (said once): %a", what, name)
 

@@ -29,9 +29,9 @@ class ContentTypeCheck:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] == "POST":
             headers = MutableHeaders(scope=scope)
-            said = headers.get("content-type", "").partition(";")[0].strip().lower()
-            unasked = _is_from_elsewhere(headers) or said.startswith(("text/", "multipart/"))
-            if unasked and not said.endswith(("/json", "+json")):
+            content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+            unasked = _is_from_elsewhere(headers) or content_type.startswith(("text/", "multipart/"))
+            if unasked and not content_type.endswith(("/json", "+json")):
                 raise Refusal(415, f"the body must be JSON and say so: content-type: {JSON}")
             headers["content-type"] = JSON  # FastAPI reads no other body
         await self._app(scope, receive, send)
@@ -54,8 +54,8 @@ class SizeLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        said = Headers(scope=scope).get("content-length", "0")
-        if said.isdecimal() and int(said) > self._limit:
+        content_length = Headers(scope=scope).get("content-length", "0")
+        if content_length.isdecimal() and int(content_length) > self._limit:
             raise self._too_large()
         n_read, complete = 0, False
         deadline = time.monotonic() + self._seconds

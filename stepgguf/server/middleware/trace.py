@@ -63,9 +63,9 @@ class TraceRequests:
         line = f"{scope['method']} {scope['path']!a} {status} {seconds * 1000:.0f} ms {scope['state']['trace']}"
         if generation is not None:
             line += f" {generation.n_prompt}+{generation.n_generated} tokens"
-        theirs = Headers(scope=scope).get("x-request-id", "")
-        if _SANE_ID.fullmatch(theirs):
-            line += f" client={theirs}"
+        client_id = Headers(scope=scope).get("x-request-id", "")
+        if _SANE_ID.fullmatch(client_id):
+            line += f" client={client_id}"
         log.info(line)
         for warning in generation.warnings if generation is not None else ():
             log.warning("%s: %s", scope["state"]["trace"], warning)

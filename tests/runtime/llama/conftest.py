@@ -1,3 +1,5 @@
+"""Engines that end with their test, and a context without any cache to compare with."""
+
 from __future__ import annotations
 
 import time
