@@ -245,7 +245,7 @@ class OutputMachine:
         return deltas
 
     def _start_call(self, opener: str) -> CallReader:
-        """opener: what was read of the call already, which is text if it turns out to be none."""
+        """Start reading a call. opener: what was read of it already, which is text if it turns out to be none."""
         self._opener, self._named, self._starting = opener, False, False
         self._held = self._dropped = ""
         self._call = CallReader(self._tools)

@@ -162,7 +162,11 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """ "stop": an end token; "length": max_tokens or the context is used up; "error": see `error`."""
+    """The last event of a request, and why it ended.
+
+    "stop": an end token; "length": max_tokens or the context is used up; "cancelled": by its ticket; "error": see
+    `error`.
+    """
 
     reason: FinishReason
     timings: Timings

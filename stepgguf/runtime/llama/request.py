@@ -92,7 +92,7 @@ class ActiveRequest:
 
     @property
     def token_array(self) -> TokenArray:
-        """`tokens`, to compare with others."""
+        """All of `tokens`, as an array to compare with others."""
         return np.array(self.tokens, np.int32) if self.n_generated else self.prompt
 
     @property
@@ -139,7 +139,7 @@ class ActiveRequest:
 
     @property
     def seq(self) -> int:
-        """llama.cpp's number of its sequence."""
+        """The number by which llama.cpp knows its sequence."""
         assert self.sequence is not None
         return self.sequence.id
 
