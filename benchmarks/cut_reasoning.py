@@ -19,7 +19,7 @@ from stepgguf.chat.request import ChatRequest
 from stepgguf.cli.main import main as stepgguf
 from stepgguf.demo import CHECKPOINT, tasks
 from stepgguf.runtime.engine import Stream, Tokens
-from stepgguf.runtime.llama import LlamaEngine
+from stepgguf.runtime.llama import LlamaEngine, LlamaOptions
 
 ANSWER = re.compile(r"There (is 1 '.'|are \d+ '.'s)\.|\d+ \+ \d+ = \d+")
 BUDGETS = (0, 5, 10, 20)
@@ -37,7 +37,7 @@ def answer(chat: ChatModel, question: tasks.Message, seed: int, budget: int | No
         n += len(event.steps) if isinstance(event, Tokens) else 0
         if budget is None and n >= ANSWER_NOW:
             stream.end_reasoning()
-    return "".join(delta.text for delta in reply.settle(deltas) if delta.kind == "text")
+    return "".join(delta.text for delta in reply.settle_reasoning(deltas) if delta.kind == "text")
 
 
 def main() -> None:
@@ -50,7 +50,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
         assert stepgguf(["convert", str(args.checkpoint), str(path), "-t", args.type, "-q"]) == 0
-        with LlamaEngine(path, n_ctx=1024, threads=1) as engine:
+        with LlamaEngine(path, LlamaOptions(n_ctx=1024, threads=1)) as engine:
             chat = ChatModel(engine)
             for budget in (*BUDGETS, None):
                 texts = [answer(chat, question, seed, budget) for seed, question in enumerate(questions)]

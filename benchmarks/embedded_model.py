@@ -14,7 +14,7 @@ from stepgguf.chat.request import ChatRequest
 from stepgguf.cli.main import main as stepgguf
 from stepgguf.demo import CHECKPOINT, tasks
 from stepgguf.runtime.engine import Sampling, Stream, Timings
-from stepgguf.runtime.llama import LlamaEngine
+from stepgguf.runtime.llama import LlamaEngine, LlamaOptions
 
 
 def answers(chat: ChatModel, cases: list[list[tasks.Message]]) -> tuple[list[bool], list[Timings]]:
@@ -50,7 +50,7 @@ def main() -> None:
         for type_name in args.types:
             path = Path(folder) / f"{type_name}.gguf"
             assert stepgguf(["convert", str(args.checkpoint), str(path), "-t", type_name, "-q"]) == 0
-            with LlamaEngine(path, n_ctx=1024, draft=3) as engine:
+            with LlamaEngine(path, LlamaOptions(n_ctx=1024, draft=3)) as engine:
                 chat = ChatModel(engine)
                 for name, cases in (("letters", tasks.held_out_letters(args.n)), ("sums", tasks.held_out_sums(args.n))):
                     results, timings = answers(chat, cases)

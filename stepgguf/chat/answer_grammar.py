@@ -33,10 +33,10 @@ def constrain_answer(
     parallel: bool,
 ) -> Grammar | None:
     """Return what the model may write; None: anything. BadGrammar: not with this format, these tools, or this model."""
-    able = markers.call is not None and markers.end_of_call is not None
+    can_call = markers.call is not None and markers.end_of_call is not None
     offered = [(i, tool) for i, tool in enumerate(tools) if choice.name in (None, tool.name)]
     required = choice.mode == "required"
-    if required and not (offered and able):
+    if required and not (offered and can_call):
         raise BadGrammar(
             f"{choice.name or 'a tool'} must be called, but " + ("this model cannot" if offered else "was not offered"),
             param="tool_choice",
@@ -48,7 +48,7 @@ def constrain_answer(
     if format is not None and not required:
         symbol, user_rules = _format_symbol(format, rules)
         options.append(symbol)
-    if offered and able and choice.mode != "none":
+    if offered and can_call and choice.mode != "none":
         define_calls(rules, offered, markers, parallel)
         starts.append((markers.call, "calls"))
     if options or required:  # the whole answer is constrained, so a call must be spelled out in `root`

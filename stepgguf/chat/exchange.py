@@ -140,8 +140,8 @@ class PreparedRequest:
 class Reply:
     """Reads the events of one request as deltas. When `stopped`, a stop text was found: cancel the request.
 
-    For a whole answer `settle` has the last word on the deltas. `cut_call` is the index of a tool call that was not
-    finished, if there is one: its arguments are an unclosed prefix of JSON, and nobody may run it.
+    For a whole answer `settle_reasoning` has the last word on the deltas. `cut_call` is the index of a tool call that
+    was not finished, if there is one: its arguments are an unclosed prefix of JSON, and nobody may run it.
     """
 
     def __init__(self, prepared: PreparedRequest) -> None:
@@ -159,7 +159,7 @@ class Reply:
             return self._machine.close(cut=event.reason != "stop")
         return []
 
-    def settle(self, deltas: Sequence[Delta]) -> list[Delta]:
+    def settle_reasoning(self, deltas: Sequence[Delta]) -> list[Delta]:
         """Return an answer's deltas with the text before a misplaced </think> as reasoning, unless nothing follows."""
         last = self._machine.n_misplaced
         if not any(d.kind == "call" or (d.kind == "text" and d.index == last) for d in deltas):

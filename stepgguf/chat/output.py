@@ -10,7 +10,7 @@ are text too. One exception: a line that starts with `<function=NAME>`, NAME bei
 its <tool_call>. The template gives such a line no other meaning, and models forget the token.
 
 A </think> outside of reasoning is never text. The model has reasoned in its answer then, and what came before belongs
-to the reasoning: `Reply.settle` moves it in whole answers; text that was streamed cannot be taken back.
+to the reasoning: `Reply.settle_reasoning` moves it in whole answers; text that was streamed cannot be taken back.
 
 One line break on each side of </think> and the white space around calls belong to the protocol. Bytes become text as
 soon as they are whole characters. A stop ends the answer where its last character arrives, in TEXT only; no more is
@@ -245,7 +245,7 @@ class OutputMachine:
         return deltas
 
     def _start_call(self, opener: str) -> CallReader:
-        """opener: what was read of the call already, which is text if it turns out to be none."""
+        """Start reading a call. opener: what was read of it already, which is text if it turns out to be none."""
         self._opener, self._named, self._starting = opener, False, False
         self._held = self._dropped = ""
         self._call = CallReader(self._tools)

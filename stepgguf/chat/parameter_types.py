@@ -41,7 +41,7 @@ def allowed_types(schema: object, root: object) -> frozenset[str]:
 
 
 def _types_of(schema: object, root: object, known: dict[int, frozenset[str]]) -> frozenset[str]:
-    """known: the answers so far, by id; a schema inside itself allows all."""
+    """Return the types that a schema allows. known: the answers so far, by id; a schema inside itself allows all."""
     if not isinstance(schema, Mapping):
         return frozenset() if schema is False else ALL_TYPES
     if id(schema) in known:

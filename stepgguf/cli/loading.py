@@ -210,10 +210,9 @@ def _load_in_process(
     model: ModelFile, machine: Machine, options: EngineOptions, progress: Callable[[float], None]
 ) -> Engine:
     from stepgguf.fit.machine import use_mmap
-    from stepgguf.runtime.llama import LlamaEngine
+    from stepgguf.runtime.llama import LlamaEngine, LlamaOptions
 
-    return LlamaEngine(
-        model.path,
+    llama = LlamaOptions(
         n_ctx=options.ctx,
         n_parallel=options.parallel,
         gpu_layers=options.gpu_layers,
@@ -224,8 +223,8 @@ def _load_in_process(
         queue_limit=options.queue,
         cache_ram=options.cache_ram,
         cache_folder=options.cache_folder,
-        progress=progress,
     )
+    return LlamaEngine(model.path, llama, progress=progress)
 
 
 def _start_server(

@@ -25,7 +25,7 @@ from stepgguf.errors import EngineBusy, EngineError, RequestError, StepggufError
 from stepgguf.files import jsonread
 from stepgguf.files.jsonread import Value
 from stepgguf.runtime.engine import Sampling
-from stepgguf.runtime.http_events import ConnectionLost, Exchange, ServerAddress, bearer_header
+from stepgguf.runtime.http_events import ConnectionLost, HttpExchange, ServerAddress, bearer_header
 
 _CONNECT_SECONDS = 10.0
 _MOST_ERROR = 2**16  # bytes of an error's body that are read
@@ -44,6 +44,7 @@ class RemoteBackend:
             raise EngineError(
                 f"{url}: not a server's address", hint="Write for example http://127.0.0.1:8080."
             ) from None
+        # The base URLs of OpenAI's clients end in /v1; the address that `stepgguf serve` prints does not.
         self._address = replace(address, path=address.path.removesuffix("/v1"))
         self._url = self._address.url
         self._headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
@@ -84,12 +85,12 @@ class RemoteBackend:
         elif settings.json:
             schema = {"name": "answer", "schema": settings.json}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
-        exchange = Exchange(self._address, self._headers)
+        exchange = HttpExchange(self._address, self._headers)
         usage = AnswerUsage(n_ctx=self.n_ctx)
         return RemoteGeneration(exchange, lambda: self._send_request(exchange, "/v1/chat/completions", body), usage)
 
     def _ask_document(self, path: str, body: Mapping[str, object] | None = None) -> Value:
-        with Exchange(self._address, self._headers) as exchange:
+        with HttpExchange(self._address, self._headers) as exchange:
             self._send_request(exchange, path, body)
             try:
                 answer = exchange.read(_MOST_ANSWER)
@@ -97,7 +98,7 @@ class RemoteBackend:
                 raise EngineError(f"{self._url}{path} broke off", hint="Is the port right?") from error
         return jsonread.parse(answer, f"{self._url}{path}", EngineError, hint=_OTHER_SERVER)
 
-    def _send_request(self, exchange: Exchange, path: str, body: Mapping[str, object] | None) -> None:
+    def _send_request(self, exchange: HttpExchange, path: str, body: Mapping[str, object] | None) -> None:
         """POST a body, GET without one. The head of the answer has been read, and its status is 200."""
         try:
             exchange.connect(_CONNECT_SECONDS)
@@ -114,7 +115,7 @@ class RemoteBackend:
 class RemoteGeneration:
     """One answer under way. `send` sends the request: in the thread, as some servers say nothing before a token."""
 
-    def __init__(self, exchange: Exchange, send: Callable[[], None], usage: AnswerUsage) -> None:
+    def __init__(self, exchange: HttpExchange, send: Callable[[], None], usage: AnswerUsage) -> None:
         self.usage = usage
         self._exchange = exchange
         self._cancelled = self._ended = False
@@ -193,6 +194,7 @@ class RemoteGeneration:
             cut, n_reasoning = _text_at(details, "reasoning_cut"), _number_at(details, "reasoning_tokens")
             usage.budget_reached, usage.loop_broken = cut == "budget", cut == "loop"
             usage.n_reasoning = usage.n_reasoning if n_reasoning is None else n_reasoning
+        # OpenAI's completion_tokens are all that were made, reasoning included.
         usage.n_text = max(0, (_number_at(counts, "completion_tokens") or 0) - usage.n_reasoning)
 
     def _read_events(self, send: Callable[[], None]) -> None:

@@ -20,7 +20,7 @@ from stepgguf.conversation.transcript import SavedSession, Transcript
 from stepgguf.errors import OutputError, StepggufError
 from stepgguf.runtime.engine import Prefill, Queued, Sampling
 
-PART_SECONDS = 5.0  # an answer under way is saved so often
+SAVE_PART_SECONDS = 5.0  # an answer under way is saved so often
 _MODEL_FIELDS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id")  # of a message; others are ours
 
 Progress = Queued | Prefill | Delta  # what comes of an answer before its end
@@ -33,7 +33,7 @@ class ChatGeneration(Protocol):
 
     @property
     def usage(self) -> AnswerUsage:
-        """Its counts up to now; the same object from start to end."""
+        """The counts up to now; the same object from start to end."""
 
     def next_updates(self, seconds: float | None) -> list[Progress] | None:
         """Return what came; nothing if it did not come within so many seconds (None: wait); None after the end.
@@ -147,7 +147,7 @@ class Session:
                 for update in updates:
                     if isinstance(update, Delta):
                         collected.add_delta(update)
-                if time.monotonic() - saved > PART_SECONDS:
+                if time.monotonic() - saved > SAVE_PART_SECONDS:
                     saved = time.monotonic()
                     part = collected.next_part()
                     if any(part.values()):
@@ -233,7 +233,7 @@ class _CollectedAnswer:
     def __init__(self) -> None:
         self.reasoning_seconds = 0.0
         self._parts: dict[str, list[str]] = {"reasoning": [], "text": []}
-        self._n_saved = {"reasoning": 0, "text": 0}  # of the parts
+        self._n_saved = {"reasoning": 0, "text": 0}  # parts that `next_part` has given already
         self._calls: list[dict[str, Any]] = []
         self._started: float | None = None
 

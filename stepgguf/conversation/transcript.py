@@ -167,16 +167,16 @@ class _SessionFold:
 
     def add_line(self, value: Value) -> None:
         """Add another line; of a type that is not known it says nothing."""
-        kind, saved, part = value["type"].text(), self.saved, {"reasoning": "", "text": ""}
-        if kind == "session":
+        record_type, saved, part = value["type"].text(), self.saved, {"reasoning": "", "text": ""}
+        if record_type == "session":
             saved.origin = AnswerOrigin.from_record(value["origin"])
-        elif kind == "settings":
+        elif record_type == "settings":
             saved.settings = ChatSettings.from_record(value)
-        elif kind == "message":
+        elif record_type == "message":
             saved.entries.append(ConversationEntry.from_record(value))
-        elif kind == "cut":
+        elif record_type == "cut":
             del saved.entries[value["n"].integer() :]
-        elif kind == "part":
+        elif record_type == "part":
             part = {name: self._part[name] + value[name].text() for name in part}
         self._part = part
 

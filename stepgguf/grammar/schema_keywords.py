@@ -44,7 +44,7 @@ def _read_type(merged: MergedSchema, _: str, value: object, at: str) -> None:
 
 
 def _read_values(merged: MergedSchema, key: str, value: object, at: str) -> None:
-    """enum and const."""
+    """Add what enum and const demand: both are lists of values, and a value must be in all of them."""
     values = [value] if key == "const" else value
     if not isinstance(values, list) or not values:
         raise UnsupportedKeyword(at, "it must be a list of values")

@@ -162,7 +162,11 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """ "stop": an end token; "length": max_tokens or the context is used up; "error": see `error`."""
+    """The last event of a request, and why it ended.
+
+    "stop": an end token; "length": max_tokens or the context is used up; "cancelled": by its ticket; "error": see
+    `error`.
+    """
 
     reason: FinishReason
     timings: Timings
@@ -215,7 +219,8 @@ class Stats:
     alive: bool = True
 
     def busy_error(self, n_parallel: int, queue_limit: int) -> EngineBusy:
-        """The error that a request gets when the queue is full. `retry_after`: the mean time of a request so far."""
+        """Return the error that a request gets when the queue is full. `retry_after`: the mean time of a request so
+        far."""
         seconds = self.generation_seconds / max(1, self.n_requests)
         return EngineBusy(
             f"{n_parallel} requests are running and {queue_limit} are waiting",
@@ -253,26 +258,27 @@ class Engine(Protocol):
     def info(self) -> ModelInfo: ...
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of a prompt; special tokens written in the text become their ids, bos is put in front."""
+        """Return the token ids of a prompt: special tokens written in the text become their ids, bos is put in
+        front."""
 
     def tokenize_piece(self, text: str) -> list[int]:
-        """The same without bos: text that goes on from other tokens."""
+        """Return the ids of a text that goes on from other tokens: as `tokenize`, without bos."""
 
     def tokenize_plain(self, text: str) -> list[int]:
-        """The same without bos, and special tokens written in the text stay text."""
+        """Return the ids of a text in which special tokens that are written out stay text, without bos."""
 
     def token_id(self, text: str) -> int | None:
-        """The id of a token by its text, None if this text is not one token."""
+        """Return the id of a token by its text, None if this text is not one token."""
 
     def piece(self, token_id: int) -> bytes:
-        """The bytes that a token stands for; special tokens are written out."""
+        """Return the bytes that a token stands for; special tokens are written out."""
 
     def submit(self, request: Request, sink: Sink) -> Ticket:
         """Take a request. Raises, and never calls the sink: ContextLengthExceeded, BadGrammar, EngineBusy if the queue
         is full, EngineDied."""
 
     def stats(self) -> Stats:
-        """The totals up to now: a copy."""
+        """Return the totals up to now, as a copy."""
 
     def close(self) -> None:
         """End everything that runs and free the model."""

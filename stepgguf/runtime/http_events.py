@@ -1,6 +1,6 @@
 """HTTP to one server: a JSON document, or server-sent events that another thread may break off.
 
-    ServerAddress.parse(url)     Exchange(address, headers)     connect  send -> status  read | events     close
+    ServerAddress.parse(url)     HttpExchange(address, headers)     connect  send -> status  read | events     close
                                                                 └────────── interrupt, from any thread ──────────┘
 
 This is http.client and not httpx: closing an httpx response or client from another thread does not wake the thread that
@@ -56,11 +56,12 @@ class ServerAddress:
 
     @property
     def url(self) -> str:
+        """The address as a text that `parse` reads, without a slash at its end."""
         return f"{self.scheme}://{self.netloc}{self.path}"
 
 
 def bearer_header(api_key: str) -> dict[str, str]:
-    """The header that carries a server's key. EngineError, which does not show the key, if no header can."""
+    """Return the header that carries a server's key. EngineError, which does not show the key, if no header can."""
     if not all(" " <= character <= "~" for character in api_key):
         raise EngineError(
             "the API key holds a line break or another character that cannot be sent",
@@ -69,14 +70,14 @@ def bearer_header(api_key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {api_key}"}
 
 
-class Exchange:
+class HttpExchange:
     """One request and its answer, over a connection of its own: closing that is how servers are told to stop.
 
     Every method may raise ConnectionLost, but `interrupt` and `close`.
     """
 
     def __init__(self, address: ServerAddress, headers: Mapping[str, str]) -> None:
-        """Nothing is sent yet. The headers should hold the key, if the server wants one."""
+        """Send nothing yet. The headers should hold the key, if the server wants one."""
         connection = http.client.HTTPSConnection if address.scheme == "https" else http.client.HTTPConnection
         # The port is always given: without one, http.client takes the last part of an IPv6 address for it.
         self._connection = connection(address.host, address.port or connection.default_port)
@@ -85,7 +86,7 @@ class Exchange:
         self._response: http.client.HTTPResponse | None = None
         self._interrupted = False
 
-    def __enter__(self) -> Exchange:
+    def __enter__(self) -> HttpExchange:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -101,8 +102,10 @@ class Exchange:
             raise ConnectionLost("the request was interrupted")
 
     def send(self, path: str, body: object = None, *, seconds: float | None) -> int:
-        """POST a body as JSON; None: GET. The status of the answer, whose head must come within so many seconds of
-        silence; None waits for ever."""
+        """POST a body as JSON, or GET if there is none, and return the status of the answer.
+
+        The head of the answer must come within so many seconds of silence; None waits for ever.
+        """
         method, text = ("GET", None) if body is None else ("POST", json.dumps(body))
         with _failures_as_connection_lost():
             self._set_timeout(seconds)
@@ -111,13 +114,14 @@ class Exchange:
             return self._response.status
 
     def read(self, most: int | None = None) -> bytes:
-        """The body of the answer, or so many bytes of it at most."""
+        """Return the body of the answer, or so many bytes of it at most."""
         assert self._response is not None
         with _failures_as_connection_lost():
             return self._response.read(most)
 
     def events(self, *, seconds: float | None) -> Iterator[str]:
-        """The data of each server-sent event, as it comes, until the server ends the answer. Every event is one line.
+        """Yield the data of each server-sent event, as it comes, until the server ends the answer. Every event is one
+        line.
 
         So many seconds of silence are taken for the end of the connection; None waits for ever.
         """

@@ -45,6 +45,7 @@ class LlamaBuild:
 
     @property
     def has_amx(self) -> bool:
+        """Whether the CPU code uses AMX."""
         return "AMX_INT8" in self.features
 
     @property
@@ -58,7 +59,7 @@ class LlamaBuild:
 
 @functools.cache
 def probe_build() -> LlamaBuild:
-    """The build of the installed llama-cpp-python, found out once. EngineError says why there is none."""
+    """Return the build of the installed llama-cpp-python, found out once. EngineError says why there is none."""
     try:
         import llama_cpp
     except ModuleNotFoundError as error:
@@ -68,25 +69,26 @@ def probe_build() -> LlamaBuild:
             f"llama-cpp-python cannot be loaded: {error}",
             hint=installed.pip("install --force-reinstall --no-cache-dir 'llama-cpp-python>=0.3.36'"),
         ) from error
-    from stepgguf.runtime.llama import hooks
+    from stepgguf.runtime.llama import mtp_api
 
     return LlamaBuild(
         version=llama_cpp.__version__,
         features=parse_features(llama_cpp.llama_print_system_info().decode()),
         gpu_offload=bool(llama_cpp.llama_supports_gpu_offload()),
         gpus=_gpus(llama_cpp.llama_cpp._lib),
-        mtp=hooks.AVAILABLE,
+        mtp=mtp_api.AVAILABLE,
         compiler=_compiler(Path(str(llama_cpp.__file__)).parent / "lib"),
     )
 
 
 def parse_features(system_info: str) -> frozenset[str]:
-    """The features that are on, from a text of llama_print_system_info such as "CPU : AVX2 = 1 | AVX512 = 0 | "."""
+    """Return the features that are on, from a text of llama_print_system_info such as "CPU : AVX2 = 1 | AVX512 = 0 |
+    "."""
     return frozenset(re.findall(r"(\w+) = (?!0\b)\w+", system_info))
 
 
 def _gpus(library: ctypes.CDLL) -> tuple[Gpu, ...]:
-    """The GPUs that ggml sees, with their memory now. There are none where the library lacks the functions."""
+    """Return the GPUs that ggml sees, with their memory now. There are none where the library lacks the functions."""
     try:
         count, get = library.ggml_backend_dev_count, library.ggml_backend_dev_get
         device_type, text = library.ggml_backend_dev_type, library.ggml_backend_dev_description
@@ -107,7 +109,7 @@ def _gpus(library: ctypes.CDLL) -> tuple[Gpu, ...]:
 
 
 def _compiler(folder: Path) -> tuple[str, tuple[int, ...]] | None:
-    """The compiler of the CPU code, from the .comment section that GCC and clang leave in ELF files."""
+    """Return the compiler of the CPU code, from the .comment section that GCC and clang leave in ELF files."""
     for library in sorted(folder.glob("libggml-cpu*.so")):
         found = re.search(rb"(GCC): \([^)\0]*\) (\d+(?:\.\d+)+)|(clang) version (\d+(?:\.\d+)+)", library.read_bytes())
         if found:

@@ -26,7 +26,7 @@ class LoopDetector:
         self._n = 0
 
     def feed(self, token_id: int) -> bool:
-        """Take the next token. Whether it makes the last tokens a loop."""
+        """Take the next token. Returns whether it makes the last tokens a loop."""
         at = self._n % LONGEST_PERIOD
         newest_first = self._recent[at : at + LONGEST_PERIOD][::-1]
         self._run_lengths = (self._run_lengths + 1) * (newest_first == token_id)

@@ -28,7 +28,7 @@ _CUTS = (
 
 
 def passages(text: str) -> Iterator[str]:
-    """The parts of a text, in order. Together they are the text; an empty text is one part."""
+    """Yield the parts of a text, in order. Together they are the text; an empty text is one part."""
     start = 0
     while (end := _longest_end(text, start)) < len(text):
         longest = text[start : end + 1]  # and the first character behind it, which a cut may look at
@@ -39,7 +39,7 @@ def passages(text: str) -> Iterator[str]:
 
 
 def _longest_end(text: str, start: int) -> int:
-    """Where the longest passage ends that may start here."""
+    """Return where the longest passage ends that may start here."""
     last = min(start + MOST_CHARACTERS, len(text))
     bracket = start
     for _ in range(MOST_BRACKETS):

@@ -25,6 +25,7 @@ class ReasoningLimit:
 
     @property
     def is_open(self) -> bool:
+        """Whether the answer is in its reasoning."""
         return self._open
 
     @property
@@ -35,9 +36,9 @@ class ReasoningLimit:
         return self._reasoning.budget - self._n_tokens
 
     def feed(self, token_id: int, timings: Timings) -> tuple[int, ...]:
-        """Take the next token, sampled or forced. The tokens that must come after it, usually none.
+        """Take the next token, sampled or forced, and return the tokens that must come after it, usually none.
 
-        It says in the timings why the reasoning was closed.
+        The timings are told why the reasoning was closed.
         """
         if self._waiting:
             self._waiting, self._open = False, token_id == self._reasoning.opening
@@ -55,14 +56,14 @@ class ReasoningLimit:
         return self.check_budget(timings)
 
     def check_budget(self, timings: Timings) -> tuple[int, ...]:
-        """The closing tokens if the budget is used up. Ask before the first token too: 0 is used up then."""
+        """Return the closing tokens if the budget is used up. Ask before the first token too: 0 is used up then."""
         if self.n_left is None or self.n_left > 0:
             return ()
         timings.budget_reached = True
         return self.close()
 
     def close(self) -> tuple[int, ...]:
-        """The closing tokens, once, while the reasoning is open. `feed` must still be told of them."""
+        """Return the closing tokens, once, while the reasoning is open. `feed` must still be told of them."""
         if not self._open or self._closing:
             return ()
         self._closing = True

@@ -48,7 +48,7 @@ PATHS = tuple(route.path for router in ROUTERS for route in router.routes if isi
 
 
 def create_app(chat: ChatModel, config: ServerConfig) -> FastAPI:
-    """One model behind all dialects. The caller closes the engine."""
+    """Return the application that serves one model in all dialects. The caller closes the engine."""
     metrics = Metrics(chat.engine)
     app = _Application(
         title="stepgguf",
@@ -69,8 +69,11 @@ def create_app(chat: ChatModel, config: ServerConfig) -> FastAPI:
 
 
 class _Application(FastAPI):
+    """FastAPI with a description of this API that says what is really answered."""
+
     def openapi(self) -> dict[str, Any]:
-        """Without the 422 that FastAPI adds to every route with parameters: here it is a 400, which the routes name."""
+        """Return the document without the 422 that FastAPI adds to every route with parameters: here it is a 400, which
+        the routes name."""
         document = super().openapi()
         for operations in document["paths"].values():
             for operation in operations.values():
@@ -81,13 +84,14 @@ class _Application(FastAPI):
 
 
 def _error_form(path: str) -> ErrorForm:
-    """That of the dialect below whose prefix the path is, also where it has no route; elsewhere OpenAI's."""
+    """Return the form of errors at a path: that of the dialect whose prefix it has, whether there is a route or not;
+    elsewhere OpenAI's."""
     owners = (dialect for dialect in DIALECTS if path.startswith(dialect.router.prefix))
     return next((dialect.error_form for dialect in owners), OPENAI_ERRORS)
 
 
 def _middleware(config: ServerConfig, metrics: Metrics) -> list[Middleware]:
-    """Outermost first."""
+    """Return the layers of the drawing above, the outermost first."""
     layers = [Middleware(TraceRequests, metrics=metrics)]
     if config.cors_origins:
         layers.append(
@@ -106,7 +110,8 @@ def _middleware(config: ServerConfig, metrics: Metrics) -> list[Middleware]:
 
 
 async def _leave_to_middleware(request: Request, error: Exception) -> Response:
-    """FastAPI's own handlers would answer in its own form; AnswerErrors has the dialect's."""
+    """Raise the error again for AnswerErrors, which knows the dialect's form: FastAPI's own handlers would answer in
+    theirs."""
     if isinstance(error, HTTPException) and error.status_code in (404, 405) and not isinstance(error, Refusal):
         asked = f"{request.method} {request.url.path}"
         advice = missing.address_advice(request.url.path, str(request.base_url), PATHS)

@@ -12,15 +12,19 @@ ALIASES = ("step-3.5-flash", "stepfun/step-3.5-flash", "stepfun-ai/step-3.5-flas
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """model_ids: the file's id first; ALIASES are accepted besides. host: what the server is bound to; on a loopback
+    """How a server behaves towards its clients.
+
+    model_ids: the file's id first; ALIASES are accepted besides. host: what the server is bound to; on a loopback
     address a request must name one in its Host header. allowed_hosts: names that it may have besides. strict: refuse
     unknown fields and models, instead of ignoring the ones and serving the others.
 
     max_body_bytes: 262,144 tokens are about 1.2 MB of English and 2.5 MB of escaped Chinese; tools and quoting come on
     top. max_json_depth: a level of a JSON schema costs two or three. A stream that has nothing to say says that it is
     alive every keep_alive_seconds. A client that has not taken what was written for slow_client_seconds, or not sent
-    its body in body_seconds, is let go. max_n: answers of one request. efforts: as EFFORTS,
-    with all its keys. stored_*: how many answers of the Responses dialect are kept, and how long after their last use.
+    its body in body_seconds, is let go.
+
+    max_n: answers of one request. efforts: as EFFORTS, with all its keys. stored_*: how many answers of the Responses
+    dialect are kept, and how long after their last use.
     """
 
     model_ids: tuple[str, ...]

@@ -34,13 +34,13 @@ MOST_WAITING = 16384  # events; a token each, or some with MTP
 
 
 class GenerationWatch(Protocol):
-    """Is told what happens, on the event loop, also after the reader has gone."""
+    """Who is told what happens, on the event loop, also after the reader has gone."""
 
     def on_first_token(self, seconds: float) -> None:
-        """The first token of an answer has come, so long after its request was submitted."""
+        """Take note that the first token of an answer has come, so long after its request was submitted."""
 
     def on_finished(self, finished: Finished) -> None:
-        """An answer has ended, well or not."""
+        """Take note that an answer has ended, well or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,10 @@ class AnswerPart:
 
 class Generation:
     """The answers that the engine makes for one HTTP request: usually one, several at the same time for `n` or a list
-    of prompts. `prepared` and `replies` are theirs, in order. `n_generated` counts their tokens so far."""
+    of prompts.
+
+    `prepared` and `replies` are theirs, in order. `n_generated` counts their tokens so far.
+    """
 
     def __init__(self, prepared: Sequence[PreparedRequest], watch: GenerationWatch) -> None:
         self.prepared = tuple(prepared)
@@ -63,7 +66,7 @@ class Generation:
         self._watch = watch
         self._loop = asyncio.get_running_loop()  # the engine's thread has none to ask
         self._started = time.monotonic()
-        self._first = [True] * len(prepared)
+        self._first = [True] * len(prepared)  # of each answer: whether its first token is still to come
         self._backlog: deque[tuple[int, Event]] = deque()
         self._arrived = asyncio.Event()
         self._tickets: list[Ticket] = []
@@ -71,7 +74,7 @@ class Generation:
 
     @classmethod
     async def start(cls, engine: Engine, prepared: Sequence[PreparedRequest], watch: GenerationWatch) -> Generation:
-        """Submit all or none. Compiling a grammar takes time: it is done off the event loop."""
+        """Submit all requests or none. Compiling a grammar takes time: it is done off the event loop."""
         generation = cls(prepared, watch)
         await run_in_threadpool(generation._submit, engine)
         return generation
@@ -87,8 +90,11 @@ class Generation:
         return [warning for reply in self.replies for warning in reply.warnings]
 
     async def parts(self) -> AsyncGenerator[AnswerPart, None]:
-        """Everything that comes, until all answers have finished. One that ends in an error raises that error, after
-        what came before it. RequestError: the reader lags too far behind."""
+        """Yield everything that comes, until all answers have finished.
+
+        An answer that ends in an error raises that error, after what came before it. RequestError: the reader lags too
+        far behind.
+        """
         while any(reply.finished is None for reply in self.replies):
             await self._arrived.wait()
             self._arrived.clear()  # before the backlog is taken: what comes from here on sets it again
@@ -102,12 +108,15 @@ class Generation:
                 raise RequestError(f"the client lags by more than {MOST_WAITING} events", hint="Read faster.")
 
     async def whole_answers(self, request: Request) -> list[list[Delta]]:
-        """All deltas of every answer, in order. If the client leaves, what came until then."""
+        """Return all deltas of every answer, in order. If the client leaves, they are what came until then."""
         collected: list[list[Delta]] = [[] for _ in self.replies]
         async with on_disconnect(request.receive, self.cancel):
             async for part in self.parts():
                 collected[part.index] += part.deltas
-        return [join_neighbours(reply.settle(deltas)) for reply, deltas in zip(self.replies, collected, strict=True)]
+        return [
+            join_neighbours(reply.settle_reasoning(deltas))
+            for reply, deltas in zip(self.replies, collected, strict=True)
+        ]
 
     def cancel(self) -> None:
         """End all answers within one decode. May be called again, and after the end."""
@@ -129,7 +138,7 @@ class Generation:
         return AnswerPart(index, deltas, reply.finish_reason)
 
     def _raise_error(self, index: int) -> None:
-        """Called when what came before the error has been handed out."""
+        """Raise what an answer failed with. It is called when what came before the error has been handed out."""
         finished = self.replies[index].finished
         if finished is not None and finished.error is not None:
             raise finished.error
@@ -143,11 +152,12 @@ class Generation:
             raise
 
     def _sink(self, index: int, event: Event) -> None:
-        """Called on the engine's thread."""
+        """Take an event of the engine, on the engine's thread."""
         with suppress(RuntimeError):  # the loop is closed: the server has ended
             self._loop.call_soon_threadsafe(self._arrive, index, event)
 
     def _arrive(self, index: int, event: Event) -> None:
+        """Take an event on the event loop."""
         if isinstance(event, Tokens):
             self.n_generated += len(event.steps)
             if self._first[index]:
@@ -166,7 +176,8 @@ class Generation:
 
 
 def join_neighbours(deltas: Sequence[Delta]) -> list[Delta]:
-    """Neighbours of one kind and index become one delta. The name of a call is always a delta of its own."""
+    """Return the deltas with neighbours of one kind and index as one. The name of a call is always a delta of its
+    own."""
     joined: list[Delta] = []
     for (kind, index), run in groupby(deltas, lambda delta: (delta.kind, delta.index)):
         same = list(run)

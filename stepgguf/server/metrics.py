@@ -15,7 +15,7 @@ PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5,
 
 
 class Metrics:
-    """Is told about requests, and is a `GenerationWatch`."""
+    """Counts requests, and answers as a `GenerationWatch`."""
 
     def __init__(self, engine: Engine) -> None:
         self._registry = registry = CollectorRegistry()
@@ -51,7 +51,7 @@ class Metrics:
             self._per_token.observe(finished.timings.generation_seconds / (finished.timings.n_generated - 1))
 
     def text(self) -> bytes:
-        """All counters, in Prometheus' text format."""
+        """Return all counters, in Prometheus' text format."""
         return generate_latest(self._registry)
 
 

@@ -15,7 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from stepgguf.errors import ContextLengthExceeded, EngineBusy, EngineDied, RequestError, StepggufError
-from stepgguf.server.validation import explain
+from stepgguf.server.validation import describe_errors
 
 NO_RETRY = {"x-should-retry": "false"}
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -34,8 +34,11 @@ CODES = {
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """type and code are OpenAI's words. param: the field of the request that is wrong, as a path. headers: of the
-    response, beside the usual. overflow: the context is too small, which each dialect says in its own words."""
+    """What went wrong. type and code are OpenAI's words.
+
+    param: the field of the request that is wrong, as a path. headers: of the response, beside the usual. overflow: the
+    context is too small, which each dialect says in its own words.
+    """
 
     status: int
     message: str
@@ -64,10 +67,10 @@ class Refusal(HTTPException):
 
 
 def problem_of(error: Exception) -> Problem:
-    """What to say about any exception. One that is not ours to explain is "internal error": its text may hold
+    """Return what to say about any exception. One that is not ours to explain is "internal error": its text may hold
     anything."""
     if isinstance(error, RequestValidationError):
-        message, param = explain(error.errors(), error.body)
+        message, param = describe_errors(error.errors(), error.body)
         return _problem(400, message, param=param)
     if isinstance(error, Refusal):
         return _problem(error.status_code, error.detail, error.code, error.param, error.headers)

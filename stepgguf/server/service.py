@@ -20,14 +20,14 @@ from stepgguf.server.generation import Generation
 from stepgguf.server.metrics import Metrics
 from stepgguf.server.problem import Refusal
 
-LONGEST_ID = 256
+LONGEST_ID = 256  # characters: an id is repeated in every chunk of a stream
 
 
 class ChatRequestBody(Protocol):
     """The body of a request for an answer, in whatever dialect."""
 
     def chat_request(self, service: Service) -> ChatRequest:
-        """What it asks the model. RequestError: the fields do not go together."""
+        """Return what it asks the model. RequestError: the fields do not go together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,8 @@ class AnswerHead:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """started: when the server was, in seconds since the epoch. unknown: what becomes of fields that are not known."""
+    """What a route needs to answer. started: when the server was, in seconds since the epoch. unknown: what becomes of
+    fields that are not known."""
 
     chat: ChatModel
     config: ServerConfig
@@ -60,13 +61,15 @@ class Service:
         return f"stepgguf-{__version__}-{self.engine.info.engine.replace(' ', '-')}"
 
     def model_id(self, asked: str | None) -> str:
-        """The id to answer under: the one that was asked for. One model is served, so any id means it; a strict server
-        answers 404 to one that is none of its own."""
+        """Return the id to answer under: the one that was asked for.
+
+        One model is served, so any id means it. Refusal: a strict server was asked for one that is none of its own.
+        """
         known = self.config.known_ids
         if not asked:
             return known[0]
         strange = self.config.strict and _comparable_id(asked) not in map(_comparable_id, known)
-        if strange or len(asked) > LONGEST_ID:  # it is in every chunk of a stream
+        if strange or len(asked) > LONGEST_ID:
             raise Refusal(
                 404,
                 f"there is no model {asked[:LONGEST_ID]!r}; this server has {', '.join(known)}",
@@ -76,15 +79,16 @@ class Service:
         return asked
 
     def answer_head(self, request: Request, asked: str | None) -> AnswerHead:
-        """For an answer that begins now, under the id that was asked for. Refusal: see `model_id`."""
+        """Return the head of an answer that begins now, under the id that was asked for. Refusal: see `model_id`."""
         return AnswerHead(trace_id(request), now(), self.model_id(asked), self.fingerprint)
 
     async def prepare(self, body: ChatRequestBody) -> PreparedRequest:
-        """Rendering and tokenizing a long conversation and building a grammar take time: off the event loop."""
+        """Render and tokenize the conversation, and build its grammar. That takes time: it is done off the event
+        loop."""
         return await run_in_threadpool(lambda: self.chat.prepare(body.chat_request(self)))
 
     async def count_prompt(self, body: ChatRequestBody) -> int:
-        """How many tokens the prompt of such a request has."""
+        """Return how many tokens the prompt of such a request has."""
         prompt, _ = await run_in_threadpool(lambda: self.chat.render_prompt(body.chat_request(self)))
         return len(prompt)
 
@@ -96,12 +100,13 @@ class Service:
 
 
 def _comparable_id(id: str) -> str:
-    """An id as it is compared: capitals and the file's ending do not matter."""
+    """Return an id as it is compared: capitals and the file's ending do not matter."""
     return id.casefold().removesuffix(".gguf")
 
 
 def copies_of(prepared: PreparedRequest, n: int) -> list[PreparedRequest]:
-    """n answers to one prompt, which the engine reads once. With a seed each gets its own, the first the given one."""
+    """Return n requests for answers to one prompt, which the engine reads once. With a seed each gets its own, the
+    first the given one."""
     request, seed = prepared.request, prepared.request.sampling.seed
     if seed is None:
         return [prepared] * n
@@ -110,13 +115,13 @@ def copies_of(prepared: PreparedRequest, n: int) -> list[PreparedRequest]:
 
 
 def trace_id(request: Request) -> str:
-    """The id of this request: in its answer's header and body, and in the log."""
+    """Return the id of this request: in its answer's header and body, and in the log."""
     value: str = request.state.trace
     return value
 
 
 def now() -> int:
-    """Seconds since the epoch, as all dialects count."""
+    """Return the seconds since the epoch, as all dialects count."""
     return int(time.time())
 
 

@@ -9,8 +9,8 @@ from typing import Any
 SHOWN = 60  # characters of a wrong value that are shown
 
 
-def explain(errors: Sequence[Mapping[str, Any]], body: object) -> tuple[str, str | None]:
-    """pydantic's errors as one sentence and the path of the field.
+def describe_errors(errors: Sequence[Mapping[str, Any]], body: object) -> tuple[str, str | None]:
+    """Return pydantic's errors as one sentence, and the path of the field.
 
     Of the alternatives of a union the one that went furthest into the body is what was meant.
     """
@@ -30,9 +30,9 @@ def explain(errors: Sequence[Mapping[str, Any]], body: object) -> tuple[str, str
     return message, field or None
 
 
-def _path_in_body(loc: Sequence[str | int], kind: str, body: object) -> tuple[str | int, ...]:
-    """The parts of pydantic's location that are in the body; the others name alternatives of unions. kind: of the
-    error, in pydantic's words."""
+def _path_in_body(loc: Sequence[str | int], error_type: str, body: object) -> tuple[str | int, ...]:
+    """Return the parts of pydantic's location that are in the body; the others name alternatives of unions. error_type:
+    in pydantic's words."""
     if loc[0] != "body":  # query, path
         return tuple(loc[1:])
     path: list[str | int] = []
@@ -41,7 +41,7 @@ def _path_in_body(loc: Sequence[str | int], kind: str, body: object) -> tuple[st
         if inside or (isinstance(body, Mapping) and part in body):
             body = body[part]  # type: ignore[index]
             path.append(part)
-        elif kind == "missing" and part is loc[-1]:
+        elif error_type == "missing" and part is loc[-1]:
             path.append(part)
     return tuple(path)
 
@@ -56,7 +56,7 @@ def _expectation(message: str) -> str:
 
 
 def _start_of_value(value: object) -> str:
-    """The start of a value as JSON. No more of it is written than that: it may be megabytes."""
+    """Return the start of a value as JSON. No more of it is written than that: it may be megabytes."""
     text = ""
     for piece in JSONEncoder(ensure_ascii=False, default=repr).iterencode(value):
         text += piece

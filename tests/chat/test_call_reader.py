@@ -1,3 +1,5 @@
+"""The text of a tool call becomes a name and JSON, or says why it is no call."""
+
 from __future__ import annotations
 
 import json

@@ -15,7 +15,7 @@ from stepgguf.chat.request import ChatRequest, Tool, ToolChoice
 from stepgguf.chat.template import CLOSING_WORDS
 from stepgguf.convert.rewrite import read_chat_template, replace_chat_template
 from stepgguf.runtime.engine import Finished, FinishReason, Sampling, Step, Stream, Timings, Tokens
-from stepgguf.runtime.llama import LlamaEngine
+from stepgguf.runtime.llama import LlamaEngine, LlamaOptions
 
 WEATHER = Tool("get_weather", "Get the weather", {"properties": {"city": {"type": "string"}}, "required": ["city"]})
 TRIP = Tool(
@@ -35,7 +35,7 @@ QUESTION = {"role": "user", "content": "What is the weather in Paris?"}
 
 @pytest.fixture(scope="module")
 def chat(demo_gguf: Path) -> Iterator[ChatModel]:
-    with LlamaEngine(demo_gguf, n_ctx=2048, threads=1) as engine:
+    with LlamaEngine(demo_gguf, LlamaOptions(n_ctx=2048, threads=1)) as engine:
         yield ChatModel(engine)
 
 
@@ -95,7 +95,7 @@ def test_a_template_may_leave_the_reasoning_to_the_model_or_close_it(
     opening = "open('assistant') ~ '{}'"
     template = read_chat_template(path).replace(opening.format("<think>\\n"), opening.format(ending))
     replace_chat_template(path, template)
-    with LlamaEngine(path, n_ctx=1024, threads=1) as engine:
+    with LlamaEngine(path, LlamaOptions(n_ctx=1024, threads=1)) as engine:
         chat = ChatModel(engine)
         assert chat.render_prompt(request())[1] == place
         prepared = chat.prepare(request())

@@ -1,3 +1,5 @@
+"""Tokens become reasoning, text and calls, however they are cut, and nothing is lost."""
+
 from __future__ import annotations
 
 import json
@@ -206,7 +208,10 @@ def settled(script: str, cuts: list[int], *, in_reasoning: bool = True) -> tuple
     """Reasoning and text of the whole answer."""
     reply = Reply(PreparedRequest(Request((0,)), MARKERS, in_reasoning, TOOLS, ()))
     deltas = reply.feed(Tokens(tuple(steps(script, cuts)))) + reply.feed(Finished("stop", Timings()))
-    texts = {kind: "".join(d.text for d in reply.settle(deltas) if d.kind == kind) for kind in ("reasoning", "text")}
+    texts = {
+        kind: "".join(d.text for d in reply.settle_reasoning(deltas) if d.kind == kind)
+        for kind in ("reasoning", "text")
+    }
     return texts["reasoning"], texts["text"]
 
 

@@ -20,7 +20,7 @@ from stepgguf.conversation.records import AnswerUsage, ChatSettings
 from stepgguf.conversation.remote import RemoteBackend
 from stepgguf.conversation.session import Session
 from stepgguf.errors import EngineBusy, EngineError, RequestError
-from stepgguf.runtime.llama import LlamaEngine
+from stepgguf.runtime.llama import LlamaEngine, LlamaOptions
 from stepgguf.server.config import ServerConfig
 from tests.conversation.test_session import WEATHER, deltas
 from tests.server.conftest import Server, running
@@ -32,7 +32,7 @@ KEY = "secret"
 @pytest.fixture(scope="module")
 def server(demo_gguf: Path) -> Iterator[Server]:
     with (
-        LlamaEngine(demo_gguf, n_ctx=1024, threads=1) as engine,
+        LlamaEngine(demo_gguf, LlamaOptions(n_ctx=1024, threads=1)) as engine,
         running(ChatModel(engine), ServerConfig(("demo",), api_key=KEY)) as server,
     ):
         yield server

@@ -26,7 +26,7 @@ from stepgguf.conversation.session import Session, Update
 from stepgguf.conversation.transcript import Transcript, list_sessions, read_session, session_path
 from stepgguf.errors import ContextLengthExceeded, OutputError
 from stepgguf.runtime.engine import Prefill
-from stepgguf.runtime.llama import LlamaEngine
+from stepgguf.runtime.llama import LlamaEngine, LlamaOptions
 
 GREEDY = ChatSettings({"temperature": 0.0})
 STRAWBERRY = "How many 'r's are in the word strawberry?"
@@ -42,7 +42,7 @@ WEATHER = {
 
 @pytest.fixture(scope="module")
 def engine(demo_gguf: Path) -> Iterator[LlamaEngine]:
-    with LlamaEngine(demo_gguf, n_ctx=1024, threads=1) as engine:
+    with LlamaEngine(demo_gguf, LlamaOptions(n_ctx=1024, threads=1)) as engine:
         yield engine
 
 
@@ -232,10 +232,10 @@ from stepgguf.chat.exchange import ChatModel
 from stepgguf.conversation.inprocess import InProcessBackend
 from stepgguf.conversation.records import ChatSettings
 from stepgguf.conversation.transcript import Transcript
-from stepgguf.runtime.llama import LlamaEngine
+from stepgguf.runtime.llama import LlamaEngine, LlamaOptions
 
-session.PART_SECONDS = 0.0
-backend = InProcessBackend(ChatModel(LlamaEngine(Path(sys.argv[1]), n_ctx=512, threads=1)))
+session.SAVE_PART_SECONDS = 0.0
+backend = InProcessBackend(ChatModel(LlamaEngine(Path(sys.argv[1]), LlamaOptions(n_ctx=512, threads=1))))
 settings = ChatSettings({"temperature": 0.0})
 chat = session.Session(backend, settings, Transcript(Path(sys.argv[2]), backend.origin))
 list(chat.ask("Hello"))
@@ -296,7 +296,7 @@ def test_only_one_chat_writes_to_a_session(saved: Session) -> None:
 
 
 def test_parts_are_only_what_is_new(saved: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_module, "PART_SECONDS", 0.0)
+    monkeypatch.setattr(session_module, "SAVE_PART_SECONDS", 0.0)
     list(saved.ask("What is 347 + 286?"))
     records = [json.loads(line) for line in path_of(saved).read_text().splitlines()]
     parts = [record for record in records if record["type"] == "part"]

@@ -19,7 +19,7 @@ from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.demo import CHECKPOINT, tasks
 from stepgguf.demo.train import Encoder, evaluate
 from stepgguf.reference.load import load_reference
-from stepgguf.runtime.llama import LlamaEngine
+from stepgguf.runtime.llama import LlamaEngine, LlamaOptions
 
 GREEDY = ChatSettings({"temperature": 0.0})
 
@@ -33,7 +33,7 @@ def q4(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def chat(q4: Path) -> Iterator[ChatModel]:
-    with LlamaEngine(q4, n_ctx=2048) as engine:
+    with LlamaEngine(q4, LlamaOptions(n_ctx=2048)) as engine:
         yield ChatModel(engine)
 
 

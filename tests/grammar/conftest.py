@@ -1,3 +1,5 @@
+"""The vocabulary that grammars are walked over."""
+
 from __future__ import annotations
 
 from pathlib import Path

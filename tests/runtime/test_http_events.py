@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager
 
 import pytest
 
-from stepgguf.runtime.http_events import ConnectionLost, Exchange, ServerAddress
+from stepgguf.runtime.http_events import ConnectionLost, HttpExchange, ServerAddress
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
 
@@ -39,8 +39,8 @@ def saying(*replies: bytes, request: list[bytes] | None = None) -> Iterator[Serv
         assert not thread.is_alive()
 
 
-def opened(address: ServerAddress) -> Exchange:
-    exchange = Exchange(address, {"X-Key": "secret"})
+def opened(address: ServerAddress) -> HttpExchange:
+    exchange = HttpExchange(address, {"X-Key": "secret"})
     exchange.connect(5)
     return exchange
 
@@ -90,7 +90,7 @@ def test_whoever_waits_is_woken_by_an_interrupt_of_another_thread(replies: tuple
 
 def test_an_interrupt_before_there_is_a_connection_holds() -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as listener:
-        exchange = Exchange(ServerAddress.parse(f"http://127.0.0.1:{listener.getsockname()[1]}"), {})
+        exchange = HttpExchange(ServerAddress.parse(f"http://127.0.0.1:{listener.getsockname()[1]}"), {})
         exchange.interrupt()
         with exchange, pytest.raises(ConnectionLost, match="interrupted"):
             exchange.connect(5)
@@ -113,7 +113,7 @@ def test_proxies_of_the_environment_are_not_asked(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_header_that_cannot_be_is_said() -> None:
-    with saying() as address, Exchange(address, {"X-Key": "a\nb"}) as exchange:
+    with saying() as address, HttpExchange(address, {"X-Key": "a\nb"}) as exchange:
         exchange.connect(5)
         with pytest.raises(ConnectionLost, match="Invalid header value"):
             exchange.send("/", seconds=5)
@@ -135,7 +135,7 @@ def test_addresses(url: str, parts: tuple[str, str, int | None, str]) -> None:
 
 
 def test_an_ipv6_address_without_a_port_is_not_taken_for_one_with_a_port() -> None:
-    with Exchange(ServerAddress.parse("http://[::1]"), {}) as exchange, pytest.raises(ConnectionLost) as lost:
+    with HttpExchange(ServerAddress.parse("http://[::1]"), {}) as exchange, pytest.raises(ConnectionLost) as lost:
         exchange.connect(1)
     assert not isinstance(lost.value.__cause__, socket.gaierror)
 

@@ -31,7 +31,7 @@ from stepgguf.runtime.engine import (
 )
 from stepgguf.runtime.llamaserver import LlamaServerEngine, ServerOptions
 from stepgguf.runtime.llamaserver.client import LlamaServerClient
-from stepgguf.runtime.llamaserver.gbnf import rooted
+from stepgguf.runtime.llamaserver.gbnf import with_start_rule
 from stepgguf.runtime.llamaserver.process import RESTARTS
 
 GREEDY = Sampling(temperature=0.0)
@@ -332,8 +332,8 @@ def test_a_grammar_starts_after_its_token(
 
 def test_another_root_takes_the_rules_place_and_nothing_else() -> None:
     gbnf = 'root ::= "root" [root\\]] my-root # root\nmy-root ::= root | "\\"root"'
-    assert rooted(gbnf, "root") == gbnf
-    assert rooted(gbnf, "my-root") == (
+    assert with_start_rule(gbnf, "root") == gbnf
+    assert with_start_rule(gbnf, "my-root") == (
         'root ::= my-root\nformer-root ::= "root" [root\\]] my-root # root\nmy-root ::= former-root | "\\"root"'
     )
 

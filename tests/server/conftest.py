@@ -18,7 +18,7 @@ import uvicorn
 from stepgguf.chat.exchange import ChatModel
 from stepgguf.errors import EngineDied
 from stepgguf.runtime.engine import Engine
-from stepgguf.runtime.llama import LlamaEngine
+from stepgguf.runtime.llama import LlamaEngine, LlamaOptions
 from stepgguf.server.app import create_app
 from stepgguf.server.config import ServerConfig
 from stepgguf.server.http.listen import uvicorn_config
@@ -61,7 +61,7 @@ class Server:
 
 @pytest.fixture(scope="session")
 def chat_model(demo_gguf: Path) -> Iterator[ChatModel]:
-    with LlamaEngine(demo_gguf, n_ctx=4096, n_parallel=2, queue_limit=4, threads=1) as engine:
+    with LlamaEngine(demo_gguf, LlamaOptions(n_ctx=4096, n_parallel=2, queue_limit=4, threads=1)) as engine:
         yield ChatModel(engine)
 
 

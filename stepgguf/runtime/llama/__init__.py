@@ -4,6 +4,7 @@ llama_cpp.Llama is not used: it runs one sequence, and it reuses a common prefix
 whether the sliding window's cells still reach back so far, which with this model silently corrupts every second turn.
 
     engine.py         LlamaEngine: the thread that owns the context, commands, recovery
+    options.py        what it is started with
     scheduler.py      which requests run, step by step
     batch.py          what goes into a decode, and which tokens come out of it
     request.py        ActiveRequest: its tokens, its reasoning, its sampler
@@ -15,9 +16,10 @@ whether the sliding window's cells still reach back so far, which with this mode
     sampler.py        logits to a token
     context.py        llama_context: batches, logits, states
     model.py          llama_model: loading, vocabulary, metadata, the log
-    hooks.py          the functions that llama-cpp-python may lack
+    mtp_api.py        its functions for MTP blocks, which llama-cpp-python may lack
 """
 
 from stepgguf.runtime.llama.engine import LlamaEngine
+from stepgguf.runtime.llama.options import LlamaOptions
 
-__all__ = ["LlamaEngine"]
+__all__ = ["LlamaEngine", "LlamaOptions"]

@@ -44,11 +44,12 @@ class BatchPart:
         return len(self.tokens) + len(self.guesses)
 
     def decode_rows(self) -> DecodeRows:
-        """Its rows, behind what its sequence holds."""
+        """Return its rows, which go behind what its sequence holds."""
         n_outputs = 1 + len(self.guesses) if self.outputs else 0
         return DecodeRows(self.request.seq, self.request.n_read, self.tokens + self.guesses, n_outputs)
 
     def without_guesses(self) -> BatchPart:
+        """Return the same part with its tokens alone, for a context that has no room for more."""
         return BatchPart(self.request, self.tokens, [], self.outputs)
 
 
@@ -76,7 +77,8 @@ def compose_batch(
 
 
 def _part_of(request: ActiveRequest, share: int, guesses: list[int]) -> BatchPart:
-    """The next unread tokens of a request, at most up to its next save point: the state is saved between decodes."""
+    """Return the next unread tokens of a request, at most up to its next save point: the state is saved between
+    decodes."""
     start = request.n_read
     stop = min([start + share, len(request.tokens), *(n for n in request.save_points if n > start)])
     outputs = stop == len(request.tokens)
@@ -87,7 +89,7 @@ def take_tokens(part: BatchPart, context: LlamaContext, row: int) -> FinishReaso
     """Choose the tokens that follow a part with outputs, as long as its guesses were right, and emit them.
 
     `row` is that of the part's last token, which its sequence holds already. The sequence then holds the right guesses
-    too, and the context forgets the wrong ones. Gives why the request ends, None if it does not.
+    too, and the context forgets the wrong ones. Returns why the request ends, None if it does not.
     """
     request, sequence = part.request, part.request.sequence
     assert sequence is not None

@@ -41,14 +41,15 @@ class SequenceCache:
 
     @property
     def all_busy(self) -> bool:
+        """Whether a request is in every sequence of the context."""
         return all(sequence.busy for sequence in self.sequences)
 
     def most_reusable(self, prompt: TokenArray) -> int:
-        """How many tokens of the prompt the sequences of the context save it at most."""
+        """Return how many tokens of the prompt the sequences of the context save it at most."""
         return max(self.sequences.start_point(sequence, prompt).n_tokens for sequence in self.sequences)
 
     def place(self, prompt: TokenArray) -> ContextSequence:
-        """An idle sequence, brought to the position from which the least of the prompt has to be read."""
+        """Return an idle sequence, brought to the position from which the least of the prompt has to be read."""
         starts = {sequence: self.sequences.start_point(sequence, prompt) for sequence in self.sequences}
         source = max(starts, key=lambda s: (starts[s].n_tokens, not s.busy))
         start = starts[source]

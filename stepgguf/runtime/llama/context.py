@@ -17,7 +17,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from stepgguf.runtime.llama import hooks
+from stepgguf.runtime.llama import mtp_api
 from stepgguf.runtime.llama.model import LlamaModel
 
 Floats = npt.NDArray[np.float32]
@@ -55,9 +55,10 @@ class LlamaContext:
         threads: int,
         drafts_for: LlamaContext | None = None,
     ) -> None:
-        """n_batch: rows of a decode at most, n_outputs of them with logits. ModelLoadFailed if memory is short.
+        """Make a context with n_ctx cells. ModelLoadFailed if memory is short.
 
-        drafts_for: the context of the model whose tokens this one guesses; it then runs the model's MTP blocks.
+        n_batch: rows of a decode at most, n_outputs of them with logits. drafts_for: the context of the model whose
+        tokens this one guesses; it then runs the model's MTP blocks.
         """
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_seq_max = n_ctx, n_seq
@@ -103,7 +104,7 @@ class LlamaContext:
             batch.embd = self._hidden.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
 
     def decode(self, rows: Sequence[DecodeRows]) -> int:
-        """Run the model on all rows at once. llama_decode's code: 0, NO_ROOM, or something fatal."""
+        """Run the model on all rows at once. Returns llama_decode's code: 0, NO_ROOM, or something fatal."""
         n = 0
         for part in rows:
             end = n + len(part.tokens)
@@ -120,24 +121,26 @@ class LlamaContext:
         return int(llama_cpp.llama_decode(self.handle, self._batch))
 
     def logits(self, row: int) -> Floats:
-        """The logits of a row of the last decode, [n_vocab]. A view: llama.cpp's samplers see what is written to it."""
+        """Return the logits of a row of the last decode, [n_vocab]. They are a view: llama.cpp's samplers see what is
+        written to it."""
         pointer = llama_cpp.llama_get_logits_ith(self.handle, row)
         return np.ctypeslib.as_array(pointer, (self._n_vocab,))
 
     def hidden_states(self, row: int, n: int) -> Floats:
-        """The hidden states before the final norm of n rows from this one on, [n, n_embd]. A view, until the next
-        decode."""
-        pointer = hooks.hidden_state(self.handle, row)
+        """Return the hidden states before the final norm of n rows from this one on, [n, n_embd]. They are a view,
+        until the next decode."""
+        pointer = mtp_api.hidden_state(self.handle, row)
         return np.ctypeslib.as_array(pointer, (n, self._n_embd))
 
     # memory -----------------------------------------------------------------------------------------------------
 
     def oldest_position(self, seq: int) -> int:
-        """The first position that the sliding window still holds, with all after it. -1: the sequence is empty."""
+        """Return the first position that the sliding window still holds, with all after it. -1: the sequence is
+        empty."""
         return int(llama_cpp.llama_memory_seq_pos_min(self._memory, seq))
 
     def newest_position(self, seq: int) -> int:
-        """The last position. -1: the sequence is empty."""
+        """Return the last position of a sequence. -1: it is empty."""
         return int(llama_cpp.llama_memory_seq_pos_max(self._memory, seq))
 
     def remove(self, seq: int, start: int) -> None:
@@ -150,11 +153,11 @@ class LlamaContext:
         llama_cpp.llama_memory_seq_cp(self._memory, source, target, 0, end)
 
     def n_bytes(self, seq: int) -> int:
-        """Size of what `save` would give, with all layers."""
+        """Return the size of what `save` would give, with all layers."""
         return int(llama_cpp.llama_state_seq_get_size_ext(self.handle, seq, 0))
 
     def save(self, seq: int, *, sliding_window_only: bool) -> bytearray:
-        """A copy of the cells of a sequence: of all layers, or of those with a sliding window only."""
+        """Return a copy of the cells of a sequence: of all layers, or of those with a sliding window only."""
         flags = _SLIDING_WINDOW_ONLY if sliding_window_only else 0
         size = llama_cpp.llama_state_seq_get_size_ext(self.handle, seq, flags)
         buffer = bytearray(size)

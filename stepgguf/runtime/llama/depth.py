@@ -85,9 +85,11 @@ class DepthTuner:
         self._tuners: dict[int, _BatchSizeTuner] = {}
 
     def depth(self, n_requests: int) -> int:
+        """Return how many tokens to draft in a step of n requests."""
         return self._tuner(n_requests).depth() if self.fixed is None else min(self.fixed, self._deepest)
 
     def record(self, n_requests: int, depth: int, tokens: int, seconds: float) -> None:
+        """Take note of a step of n requests: its depth, the tokens that all of them got, and its seconds."""
         self._tuner(n_requests).record(depth, tokens, seconds)
 
     def _tuner(self, n_requests: int) -> _BatchSizeTuner:

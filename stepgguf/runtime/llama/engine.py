@@ -17,13 +17,14 @@ from pathlib import Path
 import llama_cpp
 
 from stepgguf.errors import ContextLengthExceeded, EngineDied, EngineError, ModelLoadFailed
-from stepgguf.runtime.engine import DEFAULT_CACHE_RAM, DEFAULT_CTX, FinishReason, ModelInfo, Request, Sink, Stats
-from stepgguf.runtime.llama import hooks
+from stepgguf.runtime.engine import DEFAULT_CTX, FinishReason, ModelInfo, Request, Sink, Stats
+from stepgguf.runtime.llama import mtp_api
 from stepgguf.runtime.llama.cache import SequenceCache
 from stepgguf.runtime.llama.context import LlamaContext
 from stepgguf.runtime.llama.depth import DepthTuner
 from stepgguf.runtime.llama.model import LlamaModel
 from stepgguf.runtime.llama.mtp import Drafter
+from stepgguf.runtime.llama.options import LlamaOptions
 from stepgguf.runtime.llama.request import ActiveRequest
 from stepgguf.runtime.llama.scheduler import DecodeFailed, Scheduler
 from stepgguf.runtime.llama.sequences import ContextSequences
@@ -35,40 +36,18 @@ RECOVERY_SECONDS = 600.0
 
 
 class LlamaEngine:
-    """A GGUF in llama.cpp, in this process."""
+    """The engine protocol over a GGUF that llama.cpp runs in this process."""
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        n_ctx: int | None = None,
-        n_parallel: int = 1,
-        gpu_layers: int = -1,
-        threads: int | None = None,
-        draft: int | None = None,
-        mtp_file: Path | None = None,
-        mmap: bool = True,
-        queue_limit: int = 64,
-        cache_ram: int = DEFAULT_CACHE_RAM,
-        cache_folder: Path | None = None,
-        cache_disk: int = 32 * 2**30,
-        progress: Callable[[float], None] | None = None,
-    ) -> None:
-        """Load a GGUF. ModelLoadFailed says why not.
-
-        n_ctx: tokens that all requests share; None is what the model was trained for, at most DEFAULT_CTX. n_parallel:
-        so many requests are decoded at once, queue_limit more wait. draft: MTP tokens to draft; None finds the best
-        number, 0 is off. mtp_file: another GGUF that holds the MTP blocks, as `convert --mtp separate` writes it.
-        cache_ram, cache_folder, cache_disk: bytes and place for conversations that are not in the context.
-        """
-        self._draft = draft  # kept for the next context, if this one is lost
-        mtp = draft != 0 and hooks.AVAILABLE
-        inside = mtp and mtp_file is None
-        self._model = LlamaModel(path, gpu_layers=gpu_layers, mtp=inside, mmap=mmap, progress=progress)
+    def __init__(self, path: Path, options: LlamaOptions, *, progress: Callable[[float], None] | None = None) -> None:
+        """Load a GGUF. ModelLoadFailed says why not. progress is told the share that is loaded, 0 to 1."""
+        self._options = options
+        self._draft = options.draft  # kept for the next context, if this one is lost
+        mtp = options.draft != 0 and mtp_api.AVAILABLE
+        inside = mtp and options.mtp_file is None
+        self._model = LlamaModel(path, gpu_layers=options.gpu_layers, mtp=inside, mmap=options.mmap, progress=progress)
         self._mtp_model = self._model  # whose MTP blocks draft
-        self._n_ctx = n_ctx or min(self._model.n_ctx_train, DEFAULT_CTX)
-        self._n_parallel, self._queue_limit = n_parallel, queue_limit
-        self._threads = threads or os.cpu_count() or 1
+        self._n_ctx = options.n_ctx or min(self._model.n_ctx_train, DEFAULT_CTX)
+        self._threads = options.threads or os.cpu_count() or 1
         self._context: LlamaContext | None = None
         self._drafter: Drafter | None = None
         self._stats = Stats()
@@ -78,10 +57,14 @@ class LlamaEngine:
         self._stopping = False
         self._failure_times: list[float] = []
         try:
-            if mtp and mtp_file is not None:
-                self._mtp_model = LlamaModel(mtp_file, gpu_layers=gpu_layers, mtp=True, mmap=mmap, progress=None)
+            if mtp and options.mtp_file is not None:
+                self._mtp_model = LlamaModel(
+                    options.mtp_file, gpu_layers=options.gpu_layers, mtp=True, mmap=options.mmap, progress=None
+                )
                 self._check_mtp_file()
-            self._store = SequenceStore(cache_ram, cache_folder, cache_disk, self._fingerprint(), self._model.n_embd)
+            self._store = SequenceStore(
+                options.cache_ram, options.cache_folder, options.cache_disk, self._fingerprint(), self._model.n_embd
+            )
             self._scheduler = self._make_scheduler()
         except BaseException:
             self._free()
@@ -159,8 +142,9 @@ class LlamaEngine:
         """Refuse before work is done for a request, and again when it takes its place."""
         if self._stopping or not self._stats.alive:
             raise EngineDied("the engine has stopped", recovered=False, hint="Start it again.")
-        if len(self._open) >= self._n_parallel + self._queue_limit:
-            raise self._stats.busy_error(self._n_parallel, self._queue_limit)
+        n_parallel, queue_limit = self._options.n_parallel, self._options.queue_limit
+        if len(self._open) >= n_parallel + queue_limit:
+            raise self._stats.busy_error(n_parallel, queue_limit)
 
     def close(self) -> None:
         """End what runs, save what the disk cache should keep, free the model."""
@@ -174,7 +158,7 @@ class LlamaEngine:
     # from the engine's thread -----------------------------------------------------------------------------------
 
     def _loop(self) -> None:
-        """The thread that owns the contexts: commands, then a step, until it is stopped."""
+        """Run the thread that owns the contexts: commands, then a step, until it is stopped."""
         try:
             while not self._stopping:
                 self._run_commands()
@@ -200,7 +184,7 @@ class LlamaEngine:
         self._scheduler.drop_cancelled()
 
     def _end_request(self, request: ActiveRequest, reason: FinishReason) -> None:
-        """The one place where a request's sink gets Finished."""
+        """Give a request's sink Finished. This is the one place that does."""
         with self._lock:
             del self._open[request]
         self._stats.add(request.finish(reason), failed=reason == "error")
@@ -211,7 +195,7 @@ class LlamaEngine:
             self._end_request(request, "error")
 
     def _recover(self, cause: DecodeFailed) -> None:
-        """After a lost context: end the requests that were in it, and make a new one for those that wait.
+        """End the requests that were in a lost context, and make a new one for those that wait.
 
         If that cannot be had, or it happened too often, the loop stops, which ends the others too.
         """
@@ -234,7 +218,7 @@ class LlamaEngine:
             self._stopping = True
 
     def _check_mtp_file(self) -> None:
-        """ModelLoadFailed if the file of the MTP blocks does not go with the model's."""
+        """Raise ModelLoadFailed if the file of the MTP blocks does not go with the model's."""
         model, mtp_model = self._model, self._mtp_model
         if not mtp_model.n_mtp:
             raise ModelLoadFailed(f"{mtp_model.path} holds no MTP blocks", hint="Give what `--mtp separate` wrote.")
@@ -247,8 +231,8 @@ class LlamaEngine:
             )
 
     def _make_scheduler(self) -> Scheduler:
-        """A new context, with nothing in it, and what goes with it. ModelLoadFailed if memory is short."""
-        model, mtp_model, n_seq = self._model, self._mtp_model, self._n_parallel
+        """Make a new context, with nothing in it, and what goes with it. ModelLoadFailed if memory is short."""
+        model, mtp_model, n_seq = self._model, self._mtp_model, self._options.n_parallel
         n_batch = min(BATCH_ROWS, self._n_ctx)
         self._context = LlamaContext(
             model,
@@ -290,7 +274,7 @@ class LlamaEngine:
         self._mtp_model.close()  # of one file both are the same, and the second time does nothing
 
     def _fingerprint(self) -> str:
-        """What the bytes of a saved sequence depend on."""
+        """Return what the bytes of a saved sequence depend on."""
         parts = [f"{llama_cpp.__version__} f16 {self._mtp_model.n_mtp}"]
         for path in dict.fromkeys((self._model.path, self._mtp_model.path)):
             stat = path.stat()
@@ -299,7 +283,7 @@ class LlamaEngine:
 
 
 class LlamaTicket:
-    """The engine protocol's Ticket."""
+    """The engine protocol's Ticket: both methods leave a command for the engine's thread."""
 
     def __init__(self, commands: queue.SimpleQueue[Callable[[], None]], request: ActiveRequest) -> None:
         self._commands, self._request = commands, request

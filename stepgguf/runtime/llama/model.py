@@ -71,7 +71,7 @@ class LlamaModel:
             self._is_open = False
 
     def load_error(self, message: str) -> ModelLoadFailed:
-        """The error of a load that llama.cpp refused: its own last lines, and a hint that fits them."""
+        """Return the error of a load that llama.cpp refused: its own last lines, and a hint that fits them."""
         text = self.log.last_errors()
         memory = any(word in text.lower() for word in ("alloc", "out of memory", "oom"))
         hint = (
@@ -84,8 +84,10 @@ class LlamaModel:
     # tokens -----------------------------------------------------------------------------------------------------
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool = True) -> list[int]:
-        """The ids of a text of any length. parse_special: special tokens that are written in it become their ids.
-        add_special puts bos in front, once."""
+        """Return the ids of a text of any length.
+
+        parse_special: special tokens that are written in it become their ids. add_special puts bos in front, once.
+        """
         first, *others = passages(text)
         ids = self._tokenize(first, add_special, parse_special)
         for passage in others:
@@ -109,7 +111,7 @@ class LlamaModel:
     # metadata ---------------------------------------------------------------------------------------------------
 
     def metadata(self, key: str) -> str | None:
-        """The value of one of the file's keys, as text. None: it has no such key."""
+        """Return the value of one of the file's keys, as text. None: it has no such key."""
         name = key.encode()
         n = llama_cpp.llama_model_meta_val_str(self.handle, name, None, 0)
         if n < 0:
@@ -119,7 +121,7 @@ class LlamaModel:
         return buffer.value.decode("utf-8", errors="replace")
 
     def recommended_sampling(self) -> Sampling:
-        """What the file recommends, and the model card's values for the rest."""
+        """Return what the file recommends, and the model card's values for the rest."""
         default = Sampling()
         values = {
             field: float(text) if (text := self.metadata(f"general.sampling.{key}")) else getattr(default, field)
@@ -129,7 +131,7 @@ class LlamaModel:
 
 
 class LlamaLog:
-    """llama.cpp's messages: kept for error reports instead of printed. llama.cpp has one log for the process."""
+    """Keeps llama.cpp's messages for error reports instead of printing them. llama.cpp has one log for the process."""
 
     def __init__(self) -> None:
         self._lines: deque[str] = deque(maxlen=20)
@@ -147,14 +149,14 @@ class LlamaLog:
             self._lines.append(text.decode("utf-8", errors="replace").strip())
 
     def last_errors(self) -> str:
-        """Its last three errors, to be put behind a message."""
+        """Return its last three errors, to be put behind a message."""
         lines = [line for line in self._lines if line]
         return f": {'; '.join(lines[-3:])}" if lines else ""
 
 
 @functools.cache
 def _process_log() -> LlamaLog:
-    """The one log. llama.cpp keeps a pointer to its callback, so it must never go away."""
+    """Return the one log. llama.cpp keeps a pointer to its callback, so it must never go away."""
     return LlamaLog()
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from stepgguf.runtime.llama import hooks
+from stepgguf.runtime.llama import mtp_api
 from stepgguf.runtime.llama.context import DecodeRows, Floats, LlamaContext
 from stepgguf.runtime.llama.model import LlamaModel
 
@@ -41,7 +41,7 @@ class DraftState:
 
 @dataclass
 class _Backlog:
-    """What the MTP blocks have not read yet of a sequence: the tokens from position `start` on. All before are in their
+    """The tokens of a sequence that the MTP blocks have not read yet, from position `start` on. All before are in their
     cells, as far as the sliding window reaches.
 
     hidden: the model's at the last position, [n_embd]. rows: the hidden state to go in beside each token, [n, n_embd]
@@ -58,7 +58,7 @@ class _Backlog:
         return self.start + len(self.tokens)
 
     def joined_rows(self) -> Floats:
-        """All rows, [len(tokens), n_embd]."""
+        """Return all rows as one array, [len(tokens), n_embd]."""
         if len(self.rows) != 1:
             self.rows = [np.concatenate(self.rows)] if self.rows else [np.zeros((0, len(self.hidden)), np.float32)]
         return self.rows[0]
@@ -76,7 +76,8 @@ class Drafter:
     """
 
     def __init__(self, model: LlamaModel, target: LlamaContext, *, n_seq: int, threads: int) -> None:
-        """`model` has the MTP blocks; `target` is the context of the model whose tokens are guessed."""
+        """Make the context of the MTP blocks of `model`. `target` is the context of the model whose tokens are
+        guessed."""
         self._n_embd, self.n_mtp, self._n_swa = model.n_embd, model.n_mtp, model.n_swa
         self._context = LlamaContext(
             model,
@@ -87,8 +88,8 @@ class Drafter:
             threads=threads,
             drafts_for=target,
         )
-        hooks.keep_hidden_states(target.handle, outputs_only=False)
-        hooks.keep_hidden_states(self._context.handle, outputs_only=True)
+        mtp_api.keep_hidden_states(target.handle, outputs_only=False)
+        mtp_api.keep_hidden_states(self._context.handle, outputs_only=True)
         self._backlogs = {seq: _Backlog(self._zeros()) for seq in range(n_seq)}
         # A draft decodes backlog and chain of all sequences together, and a chain has up to n_mtp rows.
         self._most_backlog = target.n_batch // n_seq - self.n_mtp
@@ -103,7 +104,8 @@ class Drafter:
     # following the model ----------------------------------------------------------------------------------------
 
     def observe(self, seq: int, start: int, tokens: Sequence[int], hidden: Floats) -> None:
-        """The model has read tokens at positions from start on; hidden [len(tokens), n_embd] is what it had there."""
+        """Take note that the model has read tokens at positions from start on; hidden [len(tokens), n_embd] is what it
+        had there."""
         backlog = self._backlogs[seq]
         assert backlog.end == start
         # Beside each token goes the hidden state of the position before it: the rows are shifted by one.
@@ -116,21 +118,24 @@ class Drafter:
             backlog.drop(len(backlog.tokens) - self._n_swa)
 
     def clear(self, seq: int) -> None:
-        """The sequence is empty now."""
+        """Take note that the sequence is empty now."""
         self._context.remove(seq, 0)
         self._backlogs[seq] = _Backlog(self._zeros())
 
     def save(self, seq: int) -> DraftState | None:
-        """The state of a sequence where the model is now. None while it is not used, or if there is no room to read
-        the backlog."""
+        """Return the state of a sequence where the model is now. None while it is not used, or if there is no room to
+        read the backlog."""
         backlog = self._backlogs[seq]
         if not self.enabled or not self._read_backlogs([seq], 0):
             return None
         return DraftState(backlog.start, self._context.save(seq, sliding_window_only=False), backlog.hidden.copy())
 
     def restore(self, seq: int, n_tokens: int, state: DraftState | None) -> None:
-        """The sequence now has n_tokens. Without a state the blocks start from there with nothing behind them: they
-        guess badly until they have read some more."""
+        """Take note that the sequence now has n_tokens, and put their state back.
+
+        Without a state the blocks start from there with nothing behind them: they guess badly until they have read some
+        more.
+        """
         self.clear(seq)
         backlog = self._backlogs[seq]
         backlog.start = n_tokens
@@ -166,7 +171,7 @@ class Drafter:
         return guesses
 
     def _rows(self, seq: int, chain: list[int], hidden: Floats, guessing: bool) -> DecodeRows:
-        """The backlog of a sequence and, if a guess is wanted, the chain, whose last row gets logits."""
+        """Return the backlog of a sequence and, if a guess is wanted, the chain, whose last row gets logits."""
         backlog = self._backlogs[seq]
         if not guessing:
             return DecodeRows(seq, backlog.start, backlog.tokens, 0, backlog.joined_rows())
@@ -204,7 +209,7 @@ class Drafter:
             return True
         for part in rows:  # all blocks decode the same positions in turn, and llama.cpp must not hold one twice
             self._context.remove(part.seq, part.start)
-        hooks.use_mtp_block(self._context.handle, block)
+        mtp_api.use_mtp_block(self._context.handle, block)
         if self._context.decode(rows) == 0:
             return True
         for part in rows:  # no room, or worse: the blocks start anew behind what the model has read

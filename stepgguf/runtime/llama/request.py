@@ -50,7 +50,8 @@ class ActiveRequest:
     """
 
     def __init__(self, model: LlamaModel, request: Request, sink: Sink, n_ctx: int) -> None:
-        """BadGrammar if the request's grammar does not compile. `close` it if it is not submitted after all."""
+        """Prepare a request; `close` it if it is not submitted after all. BadGrammar if its grammar does not
+        compile."""
         self.request, self._sink, self._model = request, sink, model
         self._outbox: list[Event] = []
         self.serial = next(_serial_numbers)  # the oldest request goes first
@@ -71,7 +72,7 @@ class ActiveRequest:
         self.cancelled = self.ended = False
         self.error: StepggufError | None = None
         self.last_taken = 0
-        self._queued_told = False
+        self._queued_emitted = False
         self._queued_at = time.monotonic()
         self._admitted_at = self._first_token_at = 0.0  # 0: not yet
 
@@ -91,7 +92,7 @@ class ActiveRequest:
 
     @property
     def token_array(self) -> TokenArray:
-        """`tokens`, to compare with others."""
+        """All of `tokens`, as an array to compare with others."""
         return np.array(self.tokens, np.int32) if self.n_generated else self.prompt
 
     @property
@@ -110,10 +111,10 @@ class ActiveRequest:
 
     # in a sequence ----------------------------------------------------------------------------------------------
 
-    def tell_queued(self, n_ahead: int) -> None:
+    def emit_queued(self, n_ahead: int) -> None:
         """Emit Queued, once, to a request that could not start at once."""
-        if not self._queued_told:
-            self._queued_told = True
+        if not self._queued_emitted:
+            self._queued_emitted = True
             self.emit(Queued(n_ahead))
 
     def admit(self, sequence: ContextSequence) -> None:
@@ -138,7 +139,7 @@ class ActiveRequest:
 
     @property
     def seq(self) -> int:
-        """llama.cpp's number of its sequence."""
+        """The number by which llama.cpp knows its sequence."""
         assert self.sequence is not None
         return self.sequence.id
 
@@ -155,8 +156,9 @@ class ActiveRequest:
     # making tokens ----------------------------------------------------------------------------------------------
 
     def next_steps(self, context: LlamaContext, row: int) -> list[Step]:
-        """Choose the tokens after a row of the last decode, and add them to `tokens`: those that are forced, or one
-        that is sampled and whatever it makes forced. If an end token comes there are none, and `ended` is set."""
+        """Choose the tokens after a row of the last decode, add them to `tokens` and return them: those that are
+        forced, or one that is sampled and whatever it makes forced. If an end token comes there are none, and `ended`
+        is set."""
         if self._forced:
             return self._take_forced()
         n_top = self.request.top_logprobs
@@ -231,7 +233,7 @@ class ActiveRequest:
 
 
 def _save_points(request: Request) -> frozenset[int]:
-    """Positions of the prompt where a later prompt may depart from it: starts of turns, and near its end."""
+    """Return the positions of the prompt where a later prompt may depart from it: starts of turns, and near its end."""
     end = len(request.prompt)
     turns = sorted(n for n in set(request.turns) if 0 < n < end)
     kept: list[int] = []

@@ -36,7 +36,7 @@ class Sampler:
     def __init__(
         self, model: LlamaModel, sampling: Sampling, prompt: Sequence[int], grammar: Grammar | None, *, ignore_end: bool
     ) -> None:
-        """BadGrammar if the grammar does not compile. ignore_end: never sample an end token."""
+        """Compile the grammar. BadGrammar if that fails. ignore_end: never sample an end token."""
         self._model, self._sampling = model, sampling
         self._grammar = _GrammarState(model, grammar)
         self._chain = None if sampling.temperature <= 0 else _sampler_chain(sampling)  # None: the most likely token
@@ -47,7 +47,7 @@ class Sampler:
         self._seen = set(prompt) if sampling.repetition_penalty != 1 else set()
 
     def ban(self, tokens: Collection[int]) -> None:
-        """Never sample these from now on, whatever the request's bias says."""
+        """Bar these tokens from being sampled from now on, whatever the request's bias says."""
         self._bias_ids = np.append(self._bias_ids, np.array(sorted(tokens), np.int64))
         self._bias = np.append(self._bias, np.full(len(tokens), -np.inf, np.float32))
 
@@ -58,7 +58,7 @@ class Sampler:
         self._grammar.close()
 
     def sample(self, context: LlamaContext, row: int) -> int:
-        """The next token after a row of the last decode. BadGrammar if the request's grammar takes too long."""
+        """Return the next token after a row of the last decode. BadGrammar if the request's grammar takes too long."""
         logits = context.logits(row)
         self._add_biases_and_penalties(logits)
         if self._chain is None:
@@ -153,7 +153,7 @@ class _GrammarState:
 
 
 def logprobs_of(model: LlamaModel, logits: Floats, token: int, n_top: int) -> tuple[float, tuple[Logprob, ...]]:
-    """Natural log of the model's probability of a token, and of its n_top most likely ones."""
+    """Return the natural log of the model's probability of a token, and of its n_top most likely ones."""
     values = logits.astype(np.float64)
     values -= values.max()
     values -= np.log(np.exp(values).sum())
@@ -190,7 +190,7 @@ def _refuse_if_slow(started: float) -> None:
 
 
 def _sampler_chain(sampling: Sampling) -> llama_cpp.llama_sampler_p:
-    """llama.cpp's filters and the draw at their end, in the order of this module's docstring."""
+    """Return llama.cpp's filters and the draw at their end, in the order of this module's docstring."""
     params = llama_cpp.llama_sampler_chain_default_params()
     chain: llama_cpp.llama_sampler_p = llama_cpp.llama_sampler_chain_init(params)
     add = llama_cpp.llama_sampler_chain_add
@@ -207,7 +207,7 @@ def _sampler_chain(sampling: Sampling) -> llama_cpp.llama_sampler_p:
 
 
 def _token_array(candidates: npt.NDArray[np.void]) -> llama_cpp.llama_token_data_array:
-    """The candidates as llama.cpp takes them. It points into them: they must stay alive as long."""
+    """Return the candidates as llama.cpp takes them. It points into them: they must stay alive as long."""
     array: Any = llama_cpp.llama_token_data_array()  # its annotations say arrays, where C has pointers
     array.data = candidates.ctypes.data_as(llama_cpp.llama_token_data_p)
     array.size, array.selected, array.sorted = len(candidates), -1, False

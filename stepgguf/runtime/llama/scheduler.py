@@ -48,7 +48,8 @@ class Scheduler:
         stats: Stats,
         ended: Callable[[ActiveRequest, FinishReason], None],
     ) -> None:
-        """tuner: how deep to draft, None if there are no MTP blocks. stats: counts decodes in it."""
+        """Schedule over an empty cache. tuner: how deep to draft, None if there are no MTP blocks. stats: decodes are
+        counted there."""
         self.cache = cache
         self._context, self._drafter = cache.sequences.context, cache.sequences.drafter
         self._tuner, self._stats, self._ended = tuner, stats, ended
@@ -97,7 +98,7 @@ class Scheduler:
         while self.waiting and self._admit_next():
             pass
         for n_ahead, request in enumerate(sorted(self.waiting, key=lambda r: r.serial)):
-            request.tell_queued(n_ahead)
+            request.emit_queued(n_ahead)
 
     def _admit_next(self) -> bool:
         """Let in the oldest request that need not wait for what another is reading. One that does not fit is not
@@ -133,7 +134,7 @@ class Scheduler:
     # before a decode --------------------------------------------------------------------------------------------
 
     def _guess(self) -> dict[ActiveRequest, list[int]]:
-        """Guesses for the requests that are generating and have read all but their last token."""
+        """Return guesses for the requests that are generating and have read all but their last token."""
         generating = [request for request in self.running if is_generating(request)]
         if self._drafter is None or self._tuner is None or not generating:
             return {}
@@ -147,7 +148,7 @@ class Scheduler:
         return {by_seq[seq]: tokens for seq, tokens in guesses.items()}
 
     def _make_room(self, parts: list[BatchPart]) -> list[BatchPart]:
-        """After a decode that found no room: give cells back, and say what to try next. The cheapest way first."""
+        """Give cells back after a decode that found no room, the cheapest way first, and return what to try next."""
         if self.cache.free_idle():
             return parts
         if any(part.guesses for part in parts):
@@ -185,8 +186,11 @@ class Scheduler:
             self._finish(request, reason)
 
     def _advance_part(self, part: BatchPart, row: int) -> FinishReason | None:
-        """One request: its sequence holds more, maybe saves its state, and it gets its next tokens. `row` is its first
-        of the decode. Why it ends, None if it does not."""
+        """Take what the decode brought one request: its sequence holds more, maybe its state is saved, and it gets its
+        next tokens.
+
+        `row` is its first of the decode. Returns why it ends, None if it does not.
+        """
         request, sequence = part.request, part.request.sequence
         assert sequence is not None
         start = len(sequence)

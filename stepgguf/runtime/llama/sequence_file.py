@@ -52,7 +52,7 @@ class StoredSequence:
         return len(self.cells) + draft + self.tokens.nbytes + sum(state.n_bytes for state in self.saved_states)
 
     def n_reusable(self, prompt: TokenArray, n_swa: int) -> int:
-        """How many tokens of the prompt need not be read if it is brought back."""
+        """Return how many tokens of the prompt need not be read if it is brought back."""
         n = common_prefix(self.tokens, prompt[:-1])
         if self.oldest <= max(0, n - n_swa):
             return n
@@ -61,7 +61,7 @@ class StoredSequence:
 
 
 def _arrays_of(stored: StoredSequence) -> dict[str, npt.NDArray[Any]]:
-    """The arrays of a file: see this module's docstring."""
+    """Return the arrays of a file: see this module's docstring."""
     arrays: dict[str, npt.NDArray[Any]] = {
         "tokens": stored.tokens,
         "cells": np.frombuffer(stored.cells, np.uint8),
@@ -96,7 +96,7 @@ def save_sequence(path: Path, stored: StoredSequence) -> None:
 
 
 def load_sequence(path: Path, n_embd: int) -> StoredSequence | None:
-    """The sequence of a file. None if it cannot be read, or is damaged: then it is removed.
+    """Return the sequence of a file. None if it cannot be read, or is damaged: then it is removed.
 
     n_embd: the width that its hidden states must have.
     """
@@ -104,7 +104,7 @@ def load_sequence(path: Path, n_embd: int) -> StoredSequence | None:
 
 
 def load_tokens(path: Path) -> TokenArray | None:
-    """The tokens alone of a file. None if it cannot be read, or is damaged: then it is removed."""
+    """Return the tokens alone of a file. None if it cannot be read, or is damaged: then it is removed."""
     return _read(path, _StoredArrays.tokens)
 
 
@@ -124,7 +124,8 @@ def _read(path: Path, take: Callable[[_StoredArrays], Taken]) -> Taken | None:
 
 
 class _StoredArrays:
-    """The arrays of a file. ValueError, or what numpy makes of it, for those that cannot be a sequence's."""
+    """The arrays of a file, checked as they are taken. ValueError, or what numpy makes of it, for those that cannot be
+    a sequence's."""
 
     def __init__(self, path: Path, file: NpzFile) -> None:
         self._path, self._file = path, file
@@ -132,7 +133,7 @@ class _StoredArrays:
         self._taken: set[str] = set()
 
     def sequence(self, n_embd: int) -> StoredSequence:
-        """The sequence, if all arrays are there and are of the types, shapes and ranges that they must be of."""
+        """Return the sequence, if all arrays are there and are of the types, shapes and ranges that they must be of."""
         tokens = self.tokens()
         saved_states = [
             SavedState(self.number(f"{i}", len(tokens)), self.bytes(f"{i}.window"), self.draft(f"{i}", n_embd))
@@ -145,25 +146,25 @@ class _StoredArrays:
         return StoredSequence(tokens, cells, draft, saved_states, oldest)
 
     def tokens(self) -> TokenArray:
-        """The tokens, which the file must be named by."""
+        """Return the tokens, which the file must be named by."""
         tokens: TokenArray = self._array("tokens", np.int32, 1)
         if file_name(tokens) != self._path.name:
             raise ValueError("the tokens are not those that it is named by")
         return tokens
 
     def number(self, name: str, most: int) -> int:
-        """An array that is one number, 0 to `most`."""
+        """Return an array that is one number, 0 to `most`."""
         value = int(self._array(name, np.int64, 0))
         if not 0 <= value <= most:
             raise ValueError(f"{name} is {value}, expected at most {most}")
         return value
 
     def bytes(self, name: str) -> bytearray:
-        """An array of bytes, of any length."""
+        """Return an array of bytes, of any length."""
         return bytearray(self._array(name, np.uint8, 1))
 
     def draft(self, name: str, n_embd: int) -> DraftState | None:
-        """The three arrays of a DraftState. None if the file has none of this name."""
+        """Return the three arrays of a DraftState. None if the file has none of this name."""
         if f"{name}.n" not in self.names:
             return None
         hidden = self._array(f"{name}.hidden", np.float32, 1)
@@ -180,5 +181,5 @@ class _StoredArrays:
 
 
 def file_name(tokens: TokenArray) -> str:
-    """What the file of a sequence with these tokens is called."""
+    """Return what the file of a sequence with these tokens is called."""
     return f"{hashlib.sha256(tokens.tobytes()).hexdigest()[:32]}.npz"

@@ -69,7 +69,7 @@ class ContextSequence:
         return sum(state.n_bytes for state in self.saved_states)
 
     def extend(self, tokens: Sequence[int] | TokenArray) -> None:
-        """The context has read these tokens too."""
+        """Take note that the context has read these tokens too."""
         end = self._n + len(tokens)
         if end > len(self._tokens):
             self._tokens = np.concatenate([self._tokens, np.zeros(end, np.int32)])
@@ -77,7 +77,7 @@ class ContextSequence:
         self._n = end
 
     def truncate(self, n: int) -> None:
-        """The context has forgotten the tokens from n on."""
+        """Take note that the context has forgotten the tokens from n on."""
         self._n = n
         self.saved_states = [state for state in self.saved_states if state.n_tokens <= n]
 
@@ -86,21 +86,21 @@ class ContextSequence:
 
 
 def common_prefix(a: TokenArray, b: TokenArray) -> int:
-    """How many first tokens are the same in both."""
+    """Return how many first tokens are the same in both."""
     n = min(len(a), len(b))
     differ = np.flatnonzero(a[:n] != b[:n])
     return int(differ[0]) if differ.size else n
 
 
 def latest_state(states: Sequence[SavedState], n: int) -> SavedState | None:
-    """The last state that was saved at or before n tokens."""
+    """Return the last state that was saved at or before n tokens."""
     before = (state for state in states if 0 < state.n_tokens <= n)
     return max(before, key=lambda state: state.n_tokens, default=None)
 
 
 @dataclass(frozen=True, slots=True)
 class StartPoint:
-    """Go on after n_tokens; with `restore`, after putting that state back."""
+    """Where a sequence goes on: after n_tokens; with `restore`, after putting that state back."""
 
     n_tokens: int = 0
     restore: SavedState | None = None
@@ -117,7 +117,7 @@ class ContextSequences:
         return iter(self._all)
 
     def start_point(self, sequence: ContextSequence, prompt: TokenArray) -> StartPoint:
-        """Where in the prompt a sequence can go on. The prompt's last token is always read, for its logits."""
+        """Return where in the prompt a sequence can go on. The prompt's last token is always read, for its logits."""
         n = common_prefix(sequence.tokens, prompt[:-1])
         oldest = self.context.oldest_position(sequence.id)
         if n and not sequence.busy and 0 <= oldest <= max(0, n - self.n_swa):
@@ -125,7 +125,7 @@ class ContextSequences:
         return self.fork_point(sequence, prompt)
 
     def fork_point(self, sequence: ContextSequence, prompt: TokenArray) -> StartPoint:
-        """Where another sequence could go on from this one's saved states."""
+        """Return where another sequence could go on from this one's saved states."""
         state = latest_state(sequence.saved_states, common_prefix(sequence.tokens, prompt[:-1]))
         return StartPoint(state.n_tokens, state) if state else StartPoint()
 

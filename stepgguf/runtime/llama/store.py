@@ -34,7 +34,7 @@ class SequenceStore:
     """
 
     def __init__(self, ram_bytes: int, folder: Path | None, disk_bytes: int, fingerprint: str, n_embd: int) -> None:
-        """EngineError: the folder cannot be used.
+        """Find what is in the folder, if there is one. EngineError: it cannot be used.
 
         fingerprint: what the bytes of a sequence depend on; files of another one are not looked at. n_embd: the width
         of the hidden states that the sequences hold.
@@ -77,7 +77,7 @@ class SequenceStore:
             self._to_disk(self._in_ram.pop(0))
 
     def take_best(self, prompt: TokenArray, n_swa: int, better_than: int) -> StoredSequence | None:
-        """The sequence that saves the prompt the most reading, if that is more than better_than tokens.
+        """Return the sequence that saves the prompt the most reading, if that is more than better_than tokens.
 
         It is taken out of RAM; a file stays, and counts as used now.
         """
@@ -91,7 +91,7 @@ class SequenceStore:
         return best
 
     def _load_best(self, prompt: TokenArray, better_than: int, n_swa: int) -> StoredSequence | None:
-        """From the file that has the most in common with the prompt: a file is only read if that may be enough."""
+        """Load the file that has the most in common with the prompt: it is only read if that may be enough."""
         path = max(self._on_disk, key=lambda p: common_prefix(self._on_disk[p], prompt[:-1]), default=None)
         if path is None or common_prefix(self._on_disk[path], prompt[:-1]) <= better_than:
             return None
@@ -135,7 +135,7 @@ def _covers(longer: TokenArray, shorter: TokenArray) -> bool:
 
 
 def _last_used(path: Path) -> tuple[float, int, Path]:
-    """When a file was last used, its size, and the file; 0 and 0 of one that another process has removed."""
+    """Return when a file was last used, its size, and the file; 0 and 0 of one that another process has removed."""
     try:
         stat = path.stat()
     except OSError:
@@ -144,7 +144,7 @@ def _last_used(path: Path) -> tuple[float, int, Path]:
 
 
 def _index(folder: Path) -> Iterator[tuple[Path, TokenArray]]:
-    """The sequences that earlier processes left, by their tokens; what a killed one left half is cleared away."""
+    """Yield the sequences that earlier processes left, by their tokens; what a killed one left half is cleared away."""
     for part in folder.glob("*.part"):
         if time.time() - _last_used(part)[0] > _ABANDONED_SECONDS:
             part.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from stepgguf.errors import ContextLengthExceeded, EngineError, RequestError, StepggufError
-from stepgguf.runtime.http_events import ConnectionLost, Exchange, ServerAddress, bearer_header
+from stepgguf.runtime.http_events import ConnectionLost, HttpExchange, ServerAddress, bearer_header
 
 Json = dict[str, Any]  # whose shape is llama-server's to keep: whoever reads it may find a KeyError or a TypeError
 
@@ -30,7 +30,7 @@ class LlamaServerClient:
     """
 
     def __init__(self, url: str, api_key: str | None) -> None:
-        """`url`: scheme, host, port and maybe a prefix of all paths. EngineError if it is none."""
+        """Take the address: scheme, host, port and maybe a prefix of all paths. EngineError if it is none."""
         try:
             self._address = ServerAddress.parse(url)
         except ValueError:
@@ -46,30 +46,30 @@ class LlamaServerClient:
         return self._address.url
 
     def get(self, path: str) -> Any:
-        """The JSON that a GET brings: an object, or a list of them."""
+        """Return the JSON that a GET brings: an object, or a list of them."""
         return self._call(path, None)
 
     def post(self, path: str, body: Mapping[str, object]) -> Any:
-        """The JSON that a POST brings."""
+        """Return the JSON that a POST brings."""
         return self._call(path, body)
 
     def is_healthy(self) -> bool:
         """Whether it has loaded its model. Takes two seconds at most."""
         try:
-            with Exchange(self._address, {}) as exchange:
+            with HttpExchange(self._address, {}) as exchange:
                 exchange.connect(_HEALTH_SECONDS)
                 return exchange.send("/health", seconds=_HEALTH_SECONDS) == 200
         except ConnectionLost:
             return False
 
-    def open_completion(self) -> Exchange:
-        """A connection for one completion; nothing is sent yet. `interrupt` makes llama-server stop."""
-        exchange = Exchange(self._address, self._headers)
+    def open_completion(self) -> HttpExchange:
+        """Open a connection for one completion; nothing is sent yet. `interrupt` makes llama-server stop."""
+        exchange = HttpExchange(self._address, self._headers)
         exchange.connect(_CONNECT_SECONDS)
         return exchange
 
-    def events(self, exchange: Exchange, body: Json) -> Iterator[Json]:
-        """Send a POST /completion and give every event up to the one with "stop"."""
+    def events(self, exchange: HttpExchange, body: Json) -> Iterator[Json]:
+        """Send a POST /completion and yield every event up to the one with "stop"."""
         body = {**body, "stream": True, "sse_ping_interval": _PING_SECONDS}
         # The head has no limit: the request may wait for its turn behind other clients of the server.
         if exchange.send("/completion", body, seconds=None) != 200:
@@ -84,7 +84,7 @@ class LlamaServerClient:
         raise ConnectionLost("the answer ended early")
 
     def _call(self, path: str, body: Mapping[str, object] | None) -> Any:
-        with Exchange(self._address, self._headers) as exchange:
+        with HttpExchange(self._address, self._headers) as exchange:
             exchange.connect(_CALL_SECONDS)
             status = exchange.send(path, body, seconds=_CALL_SECONDS)
             answer = _parse(exchange.read())
@@ -94,7 +94,7 @@ class LlamaServerClient:
 
 
 def error_of(answer: Json) -> StepggufError:
-    """What llama-server's error body says, as one of our errors."""
+    """Return what llama-server's error body says, as one of our errors."""
     error = answer.get("error", answer)
     message, error_type = str(error.get("message", error)), error.get("type")
     if error_type == "exceed_context_size_error":

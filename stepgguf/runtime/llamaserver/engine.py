@@ -184,14 +184,14 @@ class LlamaServerEngine:
 
     def _await_turn(self, active: RemoteRequest) -> None:
         """First come, first served. EngineDied if the engine is closed meanwhile."""
-        n_ahead_told = None
+        n_ahead_emitted = None
         with self._changed:
             while not active.cancelled and (self._waiting[0] is not active or len(self._running) >= self._n_parallel):
                 if self._closed:
                     raise EngineDied("the engine was stopped", recovered=False)
-                if n_ahead_told != (n_ahead := self._waiting.index(active)):
+                if n_ahead_emitted != (n_ahead := self._waiting.index(active)):
                     active.emit(Queued(n_ahead))
-                    n_ahead_told = n_ahead
+                    n_ahead_emitted = n_ahead
                 self._changed.wait()
             self._waiting.remove(active)
             self._running.append(active)

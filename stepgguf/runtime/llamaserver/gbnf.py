@@ -12,8 +12,8 @@ _WORDS = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*|(?<![\w-])r
 _FORMER_ROOT = "former-root"
 
 
-def rooted(gbnf: str, rule: str) -> str:
-    """The same grammar, starting with `rule`."""
+def with_start_rule(gbnf: str, rule: str) -> str:
+    """Return the same grammar, starting with `rule`."""
     if rule == "root":
         return gbnf
     renamed = _WORDS.sub(lambda match: _FORMER_ROOT if match[0] == "root" else match[0], gbnf)
@@ -21,7 +21,7 @@ def rooted(gbnf: str, rule: str) -> str:
 
 
 def check_rules(grammar: Grammar) -> None:
-    """BadGrammar if a rule that it can start with is missing. Everything else llama-server finds out."""
+    """Raise BadGrammar if a rule that it can start with is missing. Everything else llama-server finds out."""
     for rule in {rule for _, rule in grammar.starts} or {"root"}:
         if not re.search(rf"^\s*{re.escape(rule)}\s*::=", grammar.gbnf, re.MULTILINE):
             raise BadGrammar(f"the grammar has no rule {rule!r}", param="grammar")

@@ -27,7 +27,7 @@ class ServerOptions:
     rpc: Sequence[str] = ()
 
     def arguments(self) -> list[str]:
-        """The options as llama-server spells them, without the model and the address."""
+        """Return the options as llama-server spells them, without the model and the address."""
         arguments = ["--parallel", str(self.n_parallel), "--no-webui"]
         if self.n_ctx is not None:
             # A share for each request: in a common pool that runs full llama-server ends them all.

@@ -46,7 +46,7 @@ class LlamaServer(Protocol):
         """Wait at most so many seconds for it to take requests. Whether it does; EngineDied if it never will."""
 
     def lost_connection_error(self) -> EngineDied:
-        """What a request whose connection broke ends with. Waits a moment, to see whether the server is gone."""
+        """Return what a request whose connection broke ends with. Waits a moment, to see whether the server is gone."""
 
     def close(self) -> None:
         """Let it go: our own process ends, another one goes on."""
@@ -196,7 +196,7 @@ class LlamaProcess:
             self._changed.notify_all()
 
     def _supervise(self) -> None:
-        """The thread that waits for the process to end and starts it again."""
+        """Wait for the process to end and start it again, in a thread of its own."""
         while True:
             self._process.wait()
             self._end_guard()
@@ -220,14 +220,14 @@ class LlamaProcess:
         return len(times) > RESTARTS and times[-1] - times[0] < RESTART_SECONDS
 
     def _describe_exit(self) -> str:
-        """How the process ended, and what it wrote last."""
+        """Return how the process ended, and what it wrote last."""
         self._reader.join(_STOP_SECONDS)
         code = self._process.returncode
         how = f"exited with code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
         return "\n".join([f"llama-server {how}; its last lines:", *self._log_lines])
 
     def _exit_error(self) -> EngineDied:
-        """Why a request was not served, as far as is known by now."""
+        """Return why a request was not served, as far as is known by now."""
         if self._closed:
             return EngineDied("the engine was stopped", recovered=False)
         if self._given_up:

@@ -23,9 +23,9 @@ from dataclasses import dataclass, field
 
 from stepgguf.errors import BadGrammar, EngineError, RequestError, StepggufError
 from stepgguf.runtime.engine import Finished, FinishReason, Logprob, Prefill, Request, Sink, Step, Timings, Tokens
-from stepgguf.runtime.http_events import ConnectionLost, Exchange
+from stepgguf.runtime.http_events import ConnectionLost, HttpExchange
 from stepgguf.runtime.llamaserver.client import Json, LlamaServerClient
-from stepgguf.runtime.llamaserver.gbnf import rooted
+from stepgguf.runtime.llamaserver.gbnf import with_start_rule
 from stepgguf.runtime.llamaserver.process import LlamaServer
 from stepgguf.runtime.llamaserver.settings import shared_settings
 from stepgguf.runtime.llamaserver.vocabulary import ServerVocabulary
@@ -49,7 +49,7 @@ class ServerHandle:
     n_ctx: int
     n_parallel: int
     speculates: bool
-    open_legs: list[Exchange] = field(default_factory=list)
+    open_legs: list[HttpExchange] = field(default_factory=list)
 
 
 class RemoteRequest:
@@ -64,13 +64,13 @@ class RemoteRequest:
         room = handle.n_ctx - len(request.prompt)
         self._max_tokens = room if request.max_tokens is None else min(room, request.max_tokens)
         self._reasoning = ReasoningLimit(request.reasoning) if request.reasoning is not None else None
-        self._reasoning_must_end = False  # was called, and is not carried out yet
+        self._reasoning_must_end = False  # `end_reasoning` was called and is not carried out yet
         self._forced: list[int] = []
         self._banned = request.banned if request.reasoning is None else frozenset[int]()
         self._starts = dict(request.grammar.starts) if request.grammar is not None else {}
         self._rule = "root" if request.grammar is not None and not self._starts else None
         self._lock = threading.RLock()
-        self._exchange: Exchange | None = None  # the completion that runs
+        self._exchange: HttpExchange | None = None  # the completion that runs
         self._settings: Json = {}
         self._nothing_came = False  # in the last leg, because a character was cut
         self._unreported: list[Step] = []  # forced before the prompt was read
@@ -101,7 +101,7 @@ class RemoteRequest:
     # from its thread --------------------------------------------------------------------------------------------
 
     def serve(self) -> FinishReason:
-        """Go leg after leg, to the end. Why it ended; StepggufError if it failed."""
+        """Go leg after leg, to the end. Returns why it ended; StepggufError if it failed."""
         self._admitted = time.monotonic()
         self.timings.queue_seconds = self._admitted - self._submitted
         if self._reasoning is not None:
@@ -119,7 +119,7 @@ class RemoteRequest:
         return reason
 
     def finished_event(self, reason: FinishReason, error: StepggufError | None) -> Finished:
-        """Its last event, for the caller to emit; everything else has been emitted then."""
+        """Return its last event, for the caller to emit; everything else has been emitted then."""
         if self._unreported:
             self.emit(Tokens(tuple(self._unreported)))
         timings, now = self.timings, time.monotonic()
@@ -135,7 +135,7 @@ class RemoteRequest:
         return len(self._request.prompt) + self._max_tokens - len(self._tokens)
 
     def _go_on(self) -> FinishReason | None:
-        """Put what is forced, then go a leg. Why the request has ended; None: it has not."""
+        """Put what is forced, then go a leg. Returns why the request has ended; None: it has not."""
         if self._reasoning_must_end and self._reasoning is not None:
             self._reasoning_must_end = False
             self._forced.extend(self._reasoning.close())
@@ -146,7 +146,7 @@ class RemoteRequest:
         return self._run_leg() if self._n_left else "length"
 
     def _run_leg(self) -> FinishReason | None:
-        """One completion. Why the request has ended; None: it has not."""
+        """Run one completion. Returns why the request has ended; None: it has not."""
         with self._handle.client.open_completion() as exchange:
             with self._lock:
                 if self.cancelled or self._reasoning_must_end:  # said while there was nothing to interrupt
@@ -164,7 +164,7 @@ class RemoteRequest:
                 with self._lock:
                     self._exchange = None
 
-    def _read_leg(self, exchange: Exchange) -> FinishReason | None:
+    def _read_leg(self, exchange: HttpExchange) -> FinishReason | None:
         """Take the tokens of a leg, up to its end or to where it must end."""
         limit = self._leg_limit()
         self._nothing_came = True
@@ -192,7 +192,7 @@ class RemoteRequest:
             self._add_counts(counts or {})
 
     def _end_leg(self, event: Json, held: list[Json], limit: int) -> FinishReason | None:
-        """The last event of a leg. The end token is the last of those before it."""
+        """Take the last event of a leg. The end token is the last of the tokens before it."""
         at_end = event["stop_type"] == "eos"
         if not self._take_steps(self._steps_of(held[:-1] if at_end else held, whole=True)):
             return None
@@ -227,7 +227,7 @@ class RemoteRequest:
         return going_on
 
     def _steps_of(self, events: list[Json], *, whole: bool) -> list[Step]:
-        """The tokens of events, whose text is there now. Not `whole`: there were more, which made no event."""
+        """Return the tokens of events, whose text is there now. Not `whole`: there were more, which made no event."""
         text = "".join(event["content"] for event in events)
         if not whole:
             return [Step(token, piece) for token, piece in self._handle.vocabulary.spell(text)]
@@ -248,7 +248,7 @@ class RemoteRequest:
     # a leg's request --------------------------------------------------------------------------------------------
 
     def _leg_limit(self) -> int:
-        """n_predict. Single tokens where drafted ones would come without their log probabilities."""
+        """Return n_predict. It is a single token where drafted ones would come without their log probabilities."""
         limit = self._n_left
         if self._reasoning is not None and self._reasoning.n_left is not None:
             limit = min(limit, self._reasoning.n_left)
@@ -264,7 +264,7 @@ class RemoteRequest:
         if request.sampling.seed is not None:  # no leg may draw again what the one before drew
             body["seed"] = (request.sampling.seed + len(self._tokens) - len(request.prompt)) & 0x7FFFFFFF
         if request.grammar is not None and self._rule is not None:
-            body["grammar"] = rooted(request.grammar.gbnf, self._rule)
+            body["grammar"] = with_start_rule(request.grammar.gbnf, self._rule)
         elif self._starts:
             # The leg ends there, and the next one has the grammar.
             body["stop"] = [self._handle.vocabulary.piece(token).decode() for token in self._starts]
@@ -286,8 +286,11 @@ class RemoteRequest:
             timings.accepted = [sum(timings.accepted) + accepted]
 
     def _await_release(self) -> None:
-        """A slot notices a closed connection with its next token. Until then the next leg would get another slot,
-        without the cache."""
+        """Wait until the slot of a broken leg is free.
+
+        It notices a closed connection with its next token. Until then the next leg would get another slot, without the
+        cache.
+        """
         deadline = time.monotonic() + _RELEASE_SECONDS
         with contextlib.suppress(EngineError):  # a server without /slots
             while self._handle.n_parallel > 1 and time.monotonic() < deadline:

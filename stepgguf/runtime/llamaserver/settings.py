@@ -17,7 +17,7 @@ _ANSWER = ("stop", "stop_type", "truncated", "tokens_predicted", "timings")  # o
 
 
 def shared_settings(request: Request, vocabulary: ServerVocabulary, n_ctx: int) -> Json:
-    """The part of the body of POST /completion that all completions of a request share."""
+    """Return the part of the body of POST /completion that all completions of a request share."""
     sampling = request.sampling
     body: Json = {
         "cache_prompt": True,
@@ -49,7 +49,7 @@ def shared_settings(request: Request, vocabulary: ServerVocabulary, n_ctx: int) 
 
 
 def _biases(request: Request) -> list[tuple[int, float]]:
-    """The request's biases, and what takes back that llama-server's penalties count the prompt's tokens too.
+    """Return the request's biases, and what takes back that llama-server's penalties count the prompt's tokens too.
 
     That is exact for the frequency penalty. A token of the prompt never gets the presence penalty, instead of getting
     it from its first use in the answer on.

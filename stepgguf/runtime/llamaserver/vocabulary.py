@@ -19,7 +19,7 @@ class ServerVocabulary:
         self._bos = self._ids("", add_special=True)
 
     def tokenize(self, text: str) -> list[int]:
-        """Ids of a prompt, with bos in front: see `Engine.tokenize`, as for the two methods below."""
+        """Return the ids of a prompt, with bos in front: see `Engine.tokenize`, as for the two methods below."""
         ids = self._ids(text, add_special=True)
         # A template may write bos itself, and then it stands there twice.
         return ids[1:] if ids[:2] == self._bos * 2 else ids
@@ -31,14 +31,14 @@ class ServerVocabulary:
         return self._ids(text, add_special=False, parse_special=False)
 
     def piece(self, token_id: int) -> bytes:
-        """The bytes that a token stands for. One that is a part of a character comes as U+FFFD: see `spell`."""
+        """Return the bytes that a token stands for. One that is a part of a character comes as U+FFFD: see `spell`."""
         if token_id not in self._pieces:
             content = self._client.post("/detokenize", {"tokens": [token_id]})["content"]
             self._pieces[token_id] = content.encode()
         return self._pieces[token_id]
 
     def spell(self, text: str) -> list[tuple[int, bytes]]:
-        """The tokens of a text, each with its exact bytes, also where a character takes several."""
+        """Return the tokens of a text, each with its exact bytes, also where a character takes several."""
         tokens = self._client.post("/tokenize", {"content": text, "with_pieces": True})["tokens"]
         return [(t["id"], t["piece"].encode() if isinstance(t["piece"], str) else bytes(t["piece"])) for t in tokens]
 

@@ -72,7 +72,7 @@ class FormatFields(CheckedObject):
     nvext: Nvext | None = None
 
     def answer_format(self) -> AnswerFormat | None:
-        """The one that is asked for. RequestError: two fields ask for one."""
+        """Return the format that is asked for, None if none is. RequestError: two fields ask for one."""
         nvext, vllm = self.nvext or Nvext(), self.structured_outputs or StructuredOutputs.model_validate({})
         schemas = {
             "json_schema": self.json_schema,

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from stepgguf.server.body.json_text import parse_json
 from stepgguf.server.body.unknown_fields import REQUEST, RequestUnknowns
 from stepgguf.server.problem import Refusal
-from stepgguf.server.validation import explain
+from stepgguf.server.validation import describe_errors
 
 
 class JsonRoute(APIRoute):
@@ -51,7 +51,7 @@ def _validated(body: bytes, depth: int, model: TypeAdapter[Any]) -> Any:
     try:
         return model.validate_python(value)
     except ValidationError as error:
-        # FastAPI's locations start with where the value was; `explain` reads both kinds.
+        # FastAPI's locations start with where the value was; `describe_errors` reads both kinds.
         errors = [{**one, "loc": ("body", *one["loc"])} for one in error.errors(include_url=False)]
-        message, param = explain(errors, value)
+        message, param = describe_errors(errors, value)
         raise Refusal(400, message, param=param) from None

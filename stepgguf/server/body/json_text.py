@@ -15,7 +15,7 @@ from typing import Any
 from stepgguf.server.problem import Refusal
 
 MOST_SIGNS = 300_000  # of commas, or of brackets. In a text each is about a token: the longest context is 262,144
-FEW_SIGNS = 30_000
+FAST_PARSER_SIGNS = 30_000  # so few that the parser in C is done before anybody waits
 MOST_OBJECTS = 65_536  # an agent's history that fills the context has a tenth of that
 
 # Escapes of a JSON string. The group is what may stay: pairs of surrogates, and whatever is no surrogate.
@@ -26,8 +26,10 @@ _ESCAPE = re.compile(
 
 
 def parse_json(body: bytes, depth: int) -> Any:
-    """The value. Refusal: it is not JSON, nested deeper than `depth`, or has more in it than any prompt. A lone
-    surrogate, which clients make when they cut a text in the middle of a character, becomes U+FFFD."""
+    """Return the value. Refusal: it is not JSON, nested deeper than `depth`, or has more in it than any prompt.
+
+    A lone surrogate, which clients make when they cut a text in the middle of a character, becomes U+FFFD.
+    """
     # Counted and not parsed: whatever the parser makes of them takes longer than looking for two bytes.
     n_signs = max(body.count(b","), body.count(b"[") + body.count(b"{"))
     if n_signs > MOST_SIGNS:
@@ -37,8 +39,8 @@ def parse_json(body: bytes, depth: int) -> Any:
     if b"\\ud" in body or b"\\uD" in body:
         body = _ESCAPE.sub(lambda escape: escape[1] or rb"\ufffd", body)
     try:
-        kind = json.JSONDecoder if n_signs <= FEW_SIGNS else _PatientDecoder
-        value = kind(parse_constant=_refuse_constant).decode(body.decode(json.detect_encoding(body)))
+        decoder = json.JSONDecoder if n_signs <= FAST_PARSER_SIGNS else _PatientDecoder
+        value = decoder(parse_constant=_refuse_constant).decode(body.decode(json.detect_encoding(body)))
         _check_nesting(value, depth)
     except RecursionError:
         raise _too_deep() from None
@@ -48,7 +50,7 @@ def parse_json(body: bytes, depth: int) -> Any:
 
 
 class _PatientDecoder(json.JSONDecoder):
-    """Read by json's own Python code, which is there for when its C code is not."""
+    """A decoder that runs json's own Python code, which is there for when its C code is not."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -56,7 +58,8 @@ class _PatientDecoder(json.JSONDecoder):
 
 
 def _check_nesting(value: object, depth: int) -> None:
-    """Level by level: a check that recursed would need the depth that it looks for."""
+    """Refuse what is too deep or has too many objects. It goes level by level: a check that recursed would need the
+    depth that it looks for."""
     level, n_objects = [value], 0
     for _ in range(depth):
         inner: list[object] = []

@@ -78,12 +78,12 @@ class CheckedObject(RequestObject):
         described = handler(schema)
         found = handler.resolve_ref_schema(described)
         fields, needed = cls.model_fields, found.get("required", ())
-        declared = [name for kind in cls.__mro__ for name in get_annotations(kind) if name in fields]
+        declared = [name for base in cls.__mro__ for name in get_annotations(base) if name in fields]
         names = [fields[name].alias or name for name in declared]
 
         def rank(item: tuple[str, JsonSchemaValue]) -> tuple[bool, bool, bool, int]:
-            name, told = item[0], item[1].get("description", "")
-            return told.startswith(WITHOUT_EFFECT), name not in FIRST, name not in needed, names.index(name)
+            name, description = item[0], item[1].get("description", "")
+            return description.startswith(WITHOUT_EFFECT), name not in FIRST, name not in needed, names.index(name)
 
         found["properties"] = dict(sorted(found.get("properties", {}).items(), key=rank))
         return described
@@ -115,14 +115,14 @@ class CheckedObject(RequestObject):
 
 
 @cache
-def _field_descriptions(kind: type[CheckedObject]) -> Mapping[str, str]:
+def _field_descriptions(owner: type[CheckedObject]) -> Mapping[str, str]:
     """The descriptions of a class's fields, by their names in a request. Gathered once for a class: a body may have
     thousands of its objects."""
-    return {field.alias or name: field.description or "" for name, field in kind.model_fields.items()}
+    return {field.alias or name: field.description or "" for name, field in owner.model_fields.items()}
 
 
 def _advice_on(name: str, known: Mapping[str, str], *, strict: bool) -> str | None:
-    """What to say to whoever sends this field; None if it is to be ignored. known: the known fields and their
+    """Return what to say to whoever sends this field; None if it is to be ignored. known: the known fields and their
     descriptions."""
     if (near := near_miss(name, known)) is not None:
         return f"unknown field; did you mean {near}?"
@@ -136,5 +136,5 @@ def _unknown_field(field: str, advice: str) -> PydanticCustomError:
 
 
 def ignored(reason: str) -> Any:
-    """A field that is accepted without effect, for this reason."""
+    """Return a field that is accepted without effect, for this reason."""
     return Field(None, description=f"{WITHOUT_EFFECT}: {reason}.", exclude=True)

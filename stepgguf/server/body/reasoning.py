@@ -19,15 +19,17 @@ from stepgguf.server.body.sampling import UNLIMITED, Effort, Tokens, token_limit
 from stepgguf.server.config import ServerConfig
 
 # Words for efforts that are not among EFFORTS. Clients leave a field of theirs empty for "as you like".
-SAID = dict.fromkeys(("off", "disabled", "disable", "false", "no"), "none")
-SAID |= dict.fromkeys(("on", "enabled", "enable", "true", "yes", "default", "auto", "adaptive", "dynamic", ""), "max")
+EFFORT_SYNONYMS = dict.fromkeys(("off", "disabled", "disable", "false", "no"), "none")
+EFFORT_SYNONYMS |= dict.fromkeys(
+    ("on", "enabled", "enable", "true", "yes", "default", "auto", "adaptive", "dynamic", ""), "max"
+)
 
 
 def _effort_word(value: Any) -> Any:
-    """A word as EFFORTS has it. Clients write it with capitals, or say on and off."""
+    """Return a word as EFFORTS has it. Clients write it with capitals, or say on and off."""
     if not isinstance(value, str):
         return value
-    word = SAID.get(value.strip().lower(), value.strip().lower())
+    word = EFFORT_SYNONYMS.get(value.strip().lower(), value.strip().lower())
     if word not in EFFORTS:
         known = ", ".join(EFFORTS)
         raise PydanticCustomError("unknown_effort", "expected one of {known}, or a number of tokens", {"known": known})
@@ -60,6 +62,7 @@ class MapAmounts(CheckedObject):
     thinking_level: Level | None = Field(None, description="Gemini's.")
 
     def spellings(self) -> Iterator[Level | None]:
+        """Return what each field says; None where it is not sent."""
         return (getattr(self, name) for name in MapAmounts.model_fields)
 
 
@@ -78,7 +81,7 @@ class ReasoningMap(MapAmounts):
     include_thoughts: object = ignored("the reasoning itself is sent")
 
 
-HowMuch = Annotated[
+MapOrLevel = Annotated[
     Annotated[ReasoningMap, Tag("a map")] | Annotated[Level, Tag("a level")],
     Discriminator(lambda value: "a map" if isinstance(value, dict | ReasoningMap) else "a level"),
 ]
@@ -89,17 +92,17 @@ class ReasoningAmounts(CheckedObject):
     read. Vendors have them in the body or, as vLLM, SGLang and llama.cpp, in chat_template_kwargs; here they may
     stand in both. This model's template has no switches of its own."""
 
-    reasoning_effort: HowMuch | None = Field(
+    reasoning_effort: MapOrLevel | None = Field(
         None,
         description="OpenAI's and most others'. none: no thinking; low, medium: a limit to it; high: no limit. A "
         f"number is a limit in tokens, {UNLIMITED} none. Of all spellings of this that are sent the least counts.",
         examples=["low"],
     )
-    reasoning: HowMuch | None = Field(None, description="OpenRouter's, Together's, SGLang's map; LM Studio's word.")
-    thinking: HowMuch | None = Field(
+    reasoning: MapOrLevel | None = Field(None, description="OpenRouter's, Together's, SGLang's map; LM Studio's word.")
+    thinking: MapOrLevel | None = Field(
         None, description="Map or switch of Anthropic, Z.ai, DeepSeek, Moonshot, Volcengine, Cohere, NVIDIA."
     )
-    think: HowMuch | None = Field(None, description="Ollama's.")
+    think: MapOrLevel | None = Field(None, description="Ollama's.")
     enable_thinking: bool | None = Field(None, description="DashScope's, SiliconFlow's, Qwen's, GLM's.")
     disable_reasoning: Annotated[bool | None, AfterValidator(_negated)] = Field(None, description="Cerebras'.")
     thinking_mode: Level | None = Field(None, description="MiniMax's.")
@@ -114,17 +117,17 @@ class ReasoningAmounts(CheckedObject):
     max_thinking_tokens: Tokens | None = Field(None, description="NVIDIA's.")
     thinking_token_budget: Tokens | None = Field(None, description="vLLM's.")
 
-    thinking_config: HowMuch | None = Field(None, description="Gemini's map.")
+    thinking_config: MapOrLevel | None = Field(None, description="Gemini's map.")
     google: ReasoningAmounts | None = Field(None, description="What Gemini's own is in, behind OpenAI's dialect.")
     chat_template_kwargs: ReasoningAmounts | None = Field(None, description="vLLM's, SGLang's, llama.cpp's.")
     custom_params: ReasoningAmounts | None = Field(None, description="SGLang's.")
 
     def spellings(self) -> Iterator[Spelling]:
-        """What each spelling says; None where it is not sent."""
+        """Return what each field of the table says; None where it is not sent."""
         return (getattr(self, name) for name in ReasoningAmounts.model_fields)
 
     def reasoning_limit(self, config: ServerConfig) -> int | None:
-        """The least of the limits that are sent, in tokens; None if there is none."""
+        """Return the least of the limits that are sent, in tokens; None if there is none."""
         return _least_limit(self.spellings(), config.efforts)
 
 
@@ -148,7 +151,7 @@ class ReasoningFields(ReasoningAmounts):
         return not excluded and self.include_reasoning is not False and self.reasoning_format != "hidden"
 
 
-Spelling = HowMuch | ReasoningAmounts | None
+Spelling = MapOrLevel | ReasoningAmounts | None
 
 
 def _least_limit(asked: Iterable[Spelling], efforts: Mapping[str, int | None]) -> int | None:

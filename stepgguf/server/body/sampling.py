@@ -21,18 +21,18 @@ UNLIMITED = -1  # llama.cpp's, LM Studio's, Ollama's
 Tokens = Annotated[int, Field(ge=UNLIMITED)]
 AnswerTokens = Annotated[int, Field(ge=1)] | Literal[-1]
 RANDOM_SEED = -1  # llama.cpp's, LM Studio's
-MOST_STOPS = 16
-MOST_BIASED = 4096
+MOST_STOPS = 16  # each is looked for in every token's text
+MOST_BIASED = 4096  # added to the logits for every token
 GREEDY = 1e-3  # a temperature below makes logits overflow; the likeliest token it is in any case
 
 
 def token_limit(tokens: int | None) -> int | None:
-    """What -1 means: None is no limit."""
+    """Return a number of tokens as the engine takes it: None, which is no limit, for -1."""
     return None if tokens == UNLIMITED else tokens
 
 
 def _check_bias_size(bias: Any) -> Any:
-    """Checks how many there are, before each of them is validated."""
+    """Refuse too many biases before each of them is validated."""
     if isinstance(bias, (dict, list)) and len(bias) > MOST_BIASED:
         raise PydanticCustomError("too_long", "at most {most} tokens can have a bias", {"most": MOST_BIASED})
     return bias
@@ -56,7 +56,8 @@ class SamplingFields(CheckedObject):
     )
 
     def sampling(self, default: Sampling, n_vocab: int) -> Sampling:
-        """`default` with the fields that are sent. RequestError: a bias names a token that is not one of n_vocab."""
+        """Return `default` with the fields that are sent. RequestError: a bias names a token that is not one of
+        n_vocab."""
         given: dict[str, Any] = {
             "temperature": 0.0 if self.temperature is not None and self.temperature < GREEDY else self.temperature,
             "top_p": self.top_p,
@@ -71,7 +72,7 @@ class SamplingFields(CheckedObject):
         return replace(default, **{name: value for name, value in given.items() if value is not None})
 
     def stop_texts(self) -> tuple[str, ...]:
-        """RequestError: they are more than MOST_STOPS."""
+        """Return the texts that end the answer. RequestError: they are more than MOST_STOPS."""
         texts = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(texts) > MOST_STOPS:
             raise RequestError(f"stop: at most {MOST_STOPS} texts, found {len(texts)}", param="stop")

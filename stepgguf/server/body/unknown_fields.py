@@ -42,28 +42,30 @@ class UnknownFields:
 
     def __init__(self, *, strict: bool = False) -> None:
         self.strict = strict
-        self._told: set[tuple[str, str]] = set()
+        self._logged: set[tuple[str, str]] = set()
         self._lock = threading.Lock()
 
     def ignore(self, what: str, names: Iterable[str]) -> None:
         """Name those in the log that it has not named before. what: a noun, such as "field"."""
         for name in (name[:LONGEST_NAME] for name in names):
             with self._lock:
-                new = (what, name) not in self._told and len(self._told) < MOST_NAMES
+                new = (what, name) not in self._logged and len(self._logged) < MOST_NAMES
                 if new:
-                    self._told.add((what, name))
+                    self._logged.add((what, name))
             if new:
                 log.warning("ignored a %s that is not known here (said once): %a", what, name)
 
 
 @dataclass(frozen=True, slots=True)
 class RequestUnknowns:
-    """What was ignored in a request, and in which of its objects: of a long list of alike objects one is looked at."""
+    """What was ignored in one request, and in which of its objects: of a long list of alike objects only one is looked
+    at."""
 
     server: UnknownFields = field(default_factory=UnknownFields)
     ignored: set[tuple[type, str]] = field(default_factory=set)
 
     def ignore(self, owner: type, names: Sequence[str]) -> None:
+        """Note these fields of an object of class `owner`, and have the server's log name them once."""
         self.ignored.update((owner, name) for name in names)
         self.server.ignore("field", names)
 
@@ -73,7 +75,8 @@ REQUEST: ContextVar[RequestUnknowns] = ContextVar("REQUEST")
 
 
 def near_miss(name: str, known: Collection[str]) -> str | None:
-    """The known name that is written with the same words, or with one of them misspelt."""
+    """Return the known name that is written with the same words, or with one of them misspelt; None if there is
+    none."""
     words = _words(name[:LONGEST_NAME])
     for other in known:
         others = _words(other)
@@ -87,7 +90,7 @@ def near_miss(name: str, known: Collection[str]) -> str | None:
 
 
 def namesake(name: str, known: Collection[str]) -> str | None:
-    """The known name of what other dialects call `name`, if there is one."""
+    """Return the known name of what other dialects call `name`, if there is one."""
     return next((other for names in NAMESAKES if name in names for other in names if other in known), None)
 
 

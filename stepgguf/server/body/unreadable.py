@@ -21,10 +21,10 @@ from stepgguf.errors import RequestError
 from stepgguf.server.body.objects import RequestObject
 
 # What a type's name says it is: input_image, image_url, computer_screenshot, container_upload, ...
-WORDS = {"image": "image", "screenshot": "image", "audio": "audio", "video": "video"}
-WORDS |= {"document": "document", "file": "file", "upload": "file"}
-LONGEST_TYPE = 64
-TEXTS = ("text", "input_text", "output_text")
+MEDIA_WORDS = {"image": "image", "screenshot": "image", "audio": "audio", "video": "video"}
+MEDIA_WORDS |= {"document": "document", "file": "file", "upload": "file"}
+LONGEST_TYPE = 64  # characters of a type's name that are repeated to client and model: it may be anything
+TEXT_TYPES = ("text", "input_text", "output_text")
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f]")  # not in text; escape is, in what terminals show
 
 
@@ -36,19 +36,22 @@ class TextPart(RequestObject):
 
 
 class UnreadablePart(TextPart):
-    """`text` is the sentence in its place. was: the type that the client gave it."""
+    """A part that a model of text cannot read. `text` is the sentence in its place; `was` is the type that the client
+    gave it."""
 
     was: str = Field(exclude=True)
 
 
 def as_text(part: Any) -> Any:
-    """Before a part is validated as a TextPart: every part with a type becomes one, and a string, which is short for
-    one. Null is no text. What is no part stays."""
+    """Return a part as a TextPart, if it has a type or is a string, which is short for one; null is no text.
+
+    It runs before parts are validated: what is no part stays as it is, for the validation to refuse.
+    """
     if isinstance(part, str):
         return TextPart(type="text", text=part)
     if not isinstance(part, dict) or not isinstance(part.get("type"), str):
         return part
-    if part["type"] in TEXTS and part.get("text", part) is None:  # null, and not absent
+    if part["type"] in TEXT_TYPES and part.get("text", part) is None:  # null, and not absent
         return TextPart(type="text", text="")
     if part["type"] == "text":
         return part
@@ -62,18 +65,18 @@ AnyPart = Annotated[TextPart, BeforeValidator(as_text)]
 
 
 def as_parts(content: Any) -> Any:
-    """Before a list of parts is validated: a string is short for one part."""
+    """Return a content as a list of parts, before they are validated: a string is short for one part."""
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def paragraphs(texts: Iterable[str]) -> str:
-    """The texts of parts or blocks as one."""
+    """Return the texts of parts or blocks as one, each a paragraph."""
     return "\n\n".join(text for text in texts if text)
 
 
 def as_tool_output(value: Any) -> list[Any]:
-    """Before what a tool gave is validated as parts. It is never wrong: what is no part of a message is shown as it
-    is."""
+    """Return what a tool gave as parts, before they are validated. It is never wrong: what is no part of a message is
+    shown as it is."""
     values = value if isinstance(value, list) else [] if value is None else [value]
     return [_output_part(item) for item in values]
 
@@ -86,22 +89,24 @@ def _output_part(value: Any) -> Any:
 
 
 def as_shown_text(value: Any) -> str:
-    """A string as it is, anything else as JSON."""
+    """Return a string as it is, anything else as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def placeholder(part_type: str) -> str:
-    """What stands in the place of a part of this type."""
+    """Return what stands in the place of a part of this type."""
     return f"[{_medium_of(part_type)}: this model reads text only]"
 
 
 def _medium_of(part_type: str) -> str:
-    return next((word for name, word in WORDS.items() if name in part_type), part_type[:LONGEST_TYPE])
+    return next((word for name, word in MEDIA_WORDS.items() if name in part_type), part_type[:LONGEST_TYPE])
 
 
 def newest_user_message(roles: Sequence[str]) -> int | None:
-    """Which of the messages with these roles the user has just written: the last of role user. None if it was answered
-    since, or if it follows a tool's result: clients put images there that belong to the result."""
+    """Return which of the messages with these roles the user has just written: the last of role user.
+
+    None if it was answered since, or if it follows a tool's result: clients put images there that belong to the result.
+    """
     index = next((i for i in reversed(range(len(roles))) if roles[i] not in ("system", "developer")), None)
     if index is None or roles[index] != "user" or (index and roles[index - 1] == "tool"):
         return None
@@ -109,10 +114,11 @@ def newest_user_message(roles: Sequence[str]) -> int | None:
 
 
 def refuse_unreadable(parts: Iterable[object], param: str) -> None:
-    """The parts of the message that the user has just written. RequestError: one cannot be read. param: where they are
-    in the body.
+    """Raise RequestError if a part of the message that the user has just written cannot be read. param: where the parts
+    are in the body.
 
-    Its first words are Anthropic's: by them Claude Code knows to take the image or the PDF out and to go on."""
+    Its first words are Anthropic's: by them Claude Code knows to take the image or the PDF out and to go on.
+    """
     for i, part in enumerate(parts):
         if isinstance(part, UnreadablePart):
             raise RequestError(

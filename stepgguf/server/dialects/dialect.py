@@ -28,14 +28,14 @@ class ErrorForm(Protocol):
 
     @property
     def schema(self) -> type:
-        """The TypedDict of the body."""
+        """The TypedDict that describes the body."""
 
     def body(self, problem: Problem, trace_id: str) -> Mapping[str, Any]:
-        """The body of a response with the problem's status, or the data of an event that says so in a stream."""
+        """Return the body of a response with the problem's status, which is also the data of an event in a stream."""
 
 
 def refusals(form: ErrorForm, *statuses: int) -> Responses:
-    """That a route may answer with these statuses, in this form."""
+    """Return the declaration that a route may answer with these statuses, in this form."""
     return {
         status: {"model": form.schema, "description": "What is wrong, and with which field."} for status in statuses
     }
@@ -43,7 +43,10 @@ def refusals(form: ErrorForm, *statuses: int) -> Responses:
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """`router` has a prefix: the path below which everything, also what is no route, is answered in `error_form`."""
+    """A wire dialect.
+
+    `router` has a prefix: the path below which everything, also what is no route, is answered in `error_form`.
+    """
 
     router: APIRouter
     error_form: ErrorForm

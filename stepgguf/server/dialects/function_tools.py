@@ -28,7 +28,7 @@ class FunctionDeclaration(CheckedObject):
 
 
 def as_tools(functions: Sequence[FunctionDeclaration]) -> tuple[Tool, ...]:
-    """What the model is offered. RequestError: two functions have one name."""
+    """Return the functions as tools of the model. RequestError: two functions have one name."""
     for name, n in Counter(function.name for function in functions).items():
         if n > 1:
             raise RequestError(f"tools: two functions are called {name}", param="tools")

@@ -53,8 +53,10 @@ class CompletionUsage(TypedDict):
 
 
 def usage_of(replies: Sequence[Reply], n_prompt: int) -> CompletionUsage:
-    """What answers took that were made at once. n_prompt: tokens of all their prompts, each prompt once. Answers that
-    did not finish are not counted."""
+    """Return the usage of answers that were made at once; those that did not finish are not counted.
+
+    n_prompt: tokens of all their prompts, each prompt once.
+    """
     timings = [reply.timings for reply in replies]
     # The later answers find in the cache what the first one has read; only its count says what the request saved.
     n_cached, n_generated = timings[0].n_cached, sum(t.n_generated for t in timings)

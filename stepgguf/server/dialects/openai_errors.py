@@ -32,7 +32,7 @@ class OpenAIError(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class OpenAIErrorForm:
-    """prompt_field: the field of the body that a prompt which is too long comes from.
+    """OpenAI's form of an error. prompt_field: the field of the body that a prompt which is too long comes from.
 
     Agents make a conversation shorter and go on when they recognise a full context, and they recognise it by words.
     OpenAI's come first, our hint after them. LangChain, which has no eye for the code, goes by "prompt is too long";

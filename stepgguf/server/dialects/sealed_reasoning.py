@@ -14,12 +14,12 @@ PREFIX = "stepgguf:"
 
 
 def seal(reasoning: str) -> str:
-    """The opaque text that `unseal` reads."""
+    """Return the reasoning as an opaque text, which `unseal` reads."""
     return PREFIX + base64.b64encode(reasoning.encode()).decode()
 
 
 def unseal(sealed: str) -> str:
-    """The reasoning; "" if this is not one of our own."""
+    """Return the reasoning of a sealed text; "" if it is not one of our own."""
     try:
         return (
             base64.b64decode(sealed.removeprefix(PREFIX), validate=True).decode() if sealed.startswith(PREFIX) else ""

@@ -26,27 +26,30 @@ class AnswerWriter(Protocol):
     """Writes the answers of one request as a stream. A writer may compute records only when they are read."""
 
     def start(self) -> Iterable[Record]:
-        """What comes before the first token."""
+        """Give what comes before the first token."""
 
     def feed(self, part: AnswerPart) -> Iterable[Record]:
-        """What a part of an answer adds; it may be nothing."""
+        """Give what a part of an answer adds; it may be nothing."""
 
     def finish(self, replies: Sequence[Reply]) -> Iterable[Record]:
-        """The end. `replies` are complete and did not fail."""
+        """Give the end. `replies` are complete and did not fail."""
 
     def fail(self, problem: Problem) -> Iterable[Record]:
-        """The end of a stream in which something went wrong, after whatever was fed."""
+        """Give the end of a stream in which something went wrong, after whatever was fed."""
 
 
 class WholeAnswerWriter(AnswerWriter, Protocol):
+    """Writes the answers of one request as a stream or as a whole."""
+
     def whole(self, answers: Sequence[Sequence[Delta]], replies: Sequence[Reply]) -> Mapping[str, Any]:
-        """The body of a response that is not streamed. Instead of the other methods, not after them."""
+        """Return the body of a response that is not streamed. It is called instead of the other methods, not after
+        them."""
 
 
-async def written(generation: Generation, writer: AnswerWriter) -> Chunks:
-    """The records of a stream from start to end, as they come. An error is written by the writer, then raised."""
+async def stream_records(generation: Generation, writer: AnswerWriter) -> Chunks:
+    """Yield the records of a stream from start to end, as they come. An error is written by the writer, then raised."""
     try:
-        yield writer.start()
+        yield writer.start()  # at once: a client sees that it is heard while the prompt is read
         async for part in generation.parts():
             yield writer.feed(part)
         yield writer.finish(generation.replies)
@@ -64,7 +67,7 @@ async def respond(
     stream: bool | None,
     ping: Record = KEEP_ALIVE,
 ) -> Response:
-    """The response to `request`: streamed, or whole once all answers have ended."""
+    """Return the response to `request`: streamed, or whole once all answers have ended."""
     if stream:
-        return EventStream(written(generation, writer), service.config, ping=ping)
+        return EventStream(stream_records(generation, writer), service.config, ping=ping)
     return JSONResponse(writer.whole(await generation.whole_answers(request), generation.replies))

@@ -10,7 +10,7 @@ from contextlib import ExitStack, suppress
 
 from stepgguf.errors import EngineError
 
-PATIENCE_SECONDS = 1.0
+PATIENCE_SECONDS = 1.0  # the names are only shown at the start, which should not wait for them
 # Documentation's own networks (RFC 5737, RFC 3849): nothing is sent there, but the kernel chooses the address that a
 # packet to the outside would come from.
 OUTSIDE = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
@@ -34,7 +34,7 @@ def bind_socket(host: str, port: int) -> socket.socket:
 
 
 def reachable_urls(host: str, port: int) -> list[str]:
-    """The URLs at which a server bound to the address `host` can be reached.
+    """Return the URLs at which a server bound to the address `host` can be reached.
 
     If it stands for all addresses of the machine: loopback first, then those that others can use, then names.
     """

@@ -15,7 +15,7 @@ from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-HEAD_SECONDS = 20.0
+HEAD_SECONDS = 20.0  # for a few kilobytes
 MOST_CONNECTIONS = 512
 
 
@@ -29,7 +29,7 @@ class Connection(H11Protocol):
 
     @property
     def is_waiting(self) -> bool:
-        """For the head of a request, the first or another."""
+        """Whether it waits for the head of a request, the first or another."""
         return self.cycle is None or self.cycle.response_complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -40,7 +40,7 @@ class Connection(H11Protocol):
             min(waiting, key=lambda other: other._since).transport.close()
 
     def data_received(self, data: bytes) -> None:
-        """The first bytes of another head, after a pause that uvicorn bounds, start its time."""
+        """Take bytes. The first of another head, after a pause that uvicorn bounds, start its time."""
         super().data_received(data)
         if not self.is_waiting:
             self._clear_deadline()
@@ -70,6 +70,7 @@ class Connection(H11Protocol):
 
 @functools.cache
 def most_connections() -> int:
-    """Half of the descriptors that this process may have, if that is less: files and caches need some."""
+    """Return how many connections there may be: half of the descriptors that this process may have, if that is less
+    than MOST_CONNECTIONS, for files and caches need some."""
     descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return MOST_CONNECTIONS if descriptors == resource.RLIM_INFINITY else min(MOST_CONNECTIONS, descriptors // 2)

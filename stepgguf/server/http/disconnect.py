@@ -10,14 +10,14 @@ from starlette.types import Receive
 
 
 async def wait_for_disconnect(receive: Receive) -> None:
-    """Returns when the client has gone. The request's body must have been read."""
+    """Wait until the client has gone. The request's body must have been read."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 @asynccontextmanager
 async def on_disconnect(receive: Receive, call: Callable[[], None]) -> AsyncGenerator[None, None]:
-    """Calls `call` if the client leaves while the block runs."""
+    """Call `call` if the client leaves while the block runs."""
 
     async def watch() -> None:
         await wait_for_disconnect(receive)

@@ -23,7 +23,8 @@ SHUTDOWN_SECONDS = 5  # for answers that are being sent when the server is told 
 
 
 def uvicorn_config(app: FastAPI, *, host: str, port: int) -> uvicorn.Config:
-    """Port 0 is any free one. `Connection` is on h11, which alone bounds a head's size. The application has a log."""
+    """Return uvicorn's settings. Port 0 is any free one. `Connection` is on h11, which alone bounds a head's size. The
+    application logs requests itself."""
     return uvicorn.Config(
         app,
         host=host,
@@ -62,8 +63,8 @@ def serve(app: FastAPI, listener: socket.socket, engine: Engine, *, host: str) -
 
 @contextlib.contextmanager
 def _signals_taken() -> Iterator[None]:
-    """uvicorn sends itself the signal again when it has ended. What comes after it, saving conversations to disk, must
-    still happen."""
+    """Ignore the signals during the block, for uvicorn sends itself the one that ended it again. What comes after,
+    saving conversations to disk, must still happen."""
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class JsonEvent:
-    """`name`, if there is one, goes on a line `event:` before the data."""
+    """An event whose data is JSON. `name`, if there is one, goes on a line `event:` before the data."""
 
     data: Mapping[str, Any]
     name: str | None = None
@@ -44,7 +44,7 @@ class JsonEvent:
 
 @dataclass(frozen=True, slots=True)
 class TextEvent:
-    """`text` is sent as it stands and has no line end."""
+    """An event whose data is `text` as it stands, which has no line end."""
 
     text: str
 
@@ -54,7 +54,7 @@ class TextEvent:
 
 @dataclass(frozen=True, slots=True)
 class Comment:
-    """A record that clients pass over."""
+    """A record that clients pass over. `text` has no line end."""
 
     text: str
 
@@ -68,14 +68,17 @@ KEEP_ALIVE = Comment("keep-alive")
 
 
 def one_line(data: object) -> str:
-    """JSON on one line, also for clients that take Unicode's line ends for line ends (str.splitlines)."""
+    """Return JSON on one line, also for clients that take Unicode's line ends for line ends (str.splitlines)."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     return text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029").replace("\x85", "\\u0085")
 
 
 class EventStream(Response):
-    """Sends the records of `chunks`, and `ping` while there are none. An error that `chunks` raise ends the stream; its
-    last records must have told the client. One that is the server's own fault is logged with its trace id."""
+    """Sends the records of `chunks`, and `ping` while there are none.
+
+    An error that `chunks` raise ends the stream; its last records must have told the client. One that is the server's
+    own fault is logged with its trace id.
+    """
 
     media_type = "text/event-stream"
 
@@ -112,7 +115,7 @@ class EventStream(Response):
             log.warning("%s: the client has read nothing for %g s and is let go", scope["state"]["trace"], seconds)
 
     async def _framed(self, scope: Scope) -> AsyncGenerator[bytes, None]:
-        """The bytes of each chunk that has records; the end of the stream where `chunks` raise."""
+        """Yield the bytes of each chunk that has records; the stream ends where `chunks` raise."""
         try:
             async for records in self._chunks:
                 if chunk := b"".join(record.frame() for record in records):
@@ -122,6 +125,7 @@ class EventStream(Response):
                 log.exception("%s failed", scope["state"]["trace"])
 
     async def _with_pings(self, chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+        """Yield the chunks, and a ping whenever none came for keep_alive_seconds."""
         pending: asyncio.Future[bytes] | None = None
         try:
             while True:

@@ -14,7 +14,7 @@ from stepgguf.server.problem import Refusal
 
 # This machine as containers on it call it (Docker, Podman, Lima, OrbStack, minikube). Nobody can register `.internal`.
 FROM_CONTAINERS = {f"host.{name}.internal" for name in ("docker", "containers", "lima", "orb", "minikube")}
-OPEN = {"/", "/health", "/docs", "/openapi.json"}  # nothing there is secret
+OPEN_PATHS = {"/", "/health", "/docs", "/openapi.json"}  # nothing there is secret
 STATIC = "/static"  # nor in the files below it
 
 
@@ -58,13 +58,13 @@ def is_loopback(host: str) -> bool:
 
 
 class KeyCheck:
-    """`Authorization: Bearer KEY` or `x-api-key: KEY`."""
+    """Lets in only who sends the API key, as `Authorization: Bearer KEY` or as `x-api-key: KEY`."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self._app, self._key = app, key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN and not scope["path"].startswith(f"{STATIC}/"):
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not scope["path"].startswith(f"{STATIC}/"):
             headers = Headers(scope=scope)
             scheme, _, bearer = headers.get("authorization", "").partition(" ")
             given = [headers.get("x-api-key", ""), bearer.strip() if scheme.lower() == "bearer" else ""]

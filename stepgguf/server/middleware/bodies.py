@@ -15,10 +15,13 @@ JSON = "application/json"
 
 
 class ContentTypeCheck:
-    """Whatever else it says it is, a body is read as JSON: curl says form. Not what a web page of somebody else could
-    send to a server on this machine without asking the browser's permission: forms, text, or no type at all. Browsers
-    say where such a post comes from; text is refused without that too, as older ones leave it out of forms, and a form
-    of text can be made to look like JSON, which a urlencoded one cannot."""
+    """Has every body read as JSON, whatever else it says it is: curl says form.
+
+    It refuses what a web page of somebody else could send to a server on this machine without asking the browser's
+    permission: forms, text, or no type at all. Browsers say where such a post comes from; text is refused without that
+    too, as older ones leave it out of forms, and a form of text can be made to look like JSON, which a urlencoded one
+    cannot.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -26,9 +29,9 @@ class ContentTypeCheck:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] == "POST":
             headers = MutableHeaders(scope=scope)
-            said = headers.get("content-type", "").partition(";")[0].strip().lower()
-            unasked = _is_from_elsewhere(headers) or said.startswith(("text/", "multipart/"))
-            if unasked and not said.endswith(("/json", "+json")):
+            content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+            unasked = _is_from_elsewhere(headers) or content_type.startswith(("text/", "multipart/"))
+            if unasked and not content_type.endswith(("/json", "+json")):
                 raise Refusal(415, f"the body must be JSON and say so: content-type: {JSON}")
             headers["content-type"] = JSON  # FastAPI reads no other body
         await self._app(scope, receive, send)
@@ -42,7 +45,7 @@ def _is_from_elsewhere(headers: Headers) -> bool:
 
 
 class SizeLimit:
-    """Bodies of at most max_body_bytes, sent in at most body_seconds."""
+    """Lets in bodies of at most max_body_bytes, sent in at most body_seconds."""
 
     def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
         self._app, self._limit, self._seconds = app, config.max_body_bytes, config.body_seconds
@@ -51,8 +54,8 @@ class SizeLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        said = Headers(scope=scope).get("content-length", "0")
-        if said.isdecimal() and int(said) > self._limit:
+        content_length = Headers(scope=scope).get("content-length", "0")
+        if content_length.isdecimal() and int(content_length) > self._limit:
             raise self._too_large()
         n_read, complete = 0, False
         deadline = time.monotonic() + self._seconds

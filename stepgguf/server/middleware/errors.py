@@ -18,10 +18,11 @@ log = logging.getLogger(__name__)
 
 
 class AnswerErrors:
-    """Exceptions to answers. After the head has gone out there is no answer left to give: the connection ends.
+    """Answers exceptions. After the head has gone out there is no answer left to give: the connection ends.
 
     error_form: gives the form of errors at a path. It goes by the path, because most errors here come from the layers
-    inside, before there is a route."""
+    inside, before there is a route.
+    """
 
     def __init__(self, app: ASGIApp, error_form: Callable[[str], ErrorForm]) -> None:
         self._app, self._error_form = app, error_form

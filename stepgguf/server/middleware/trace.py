@@ -20,9 +20,12 @@ _SANE_ID = re.compile(r"[\w.:-]{1,64}")
 
 
 class TraceRequests:
-    """The id goes out as x-request-id, and as request-id for Anthropic's clients. The client's own is only logged: it
-    may be anything, twice. Of a request nothing is logged that its sender wrote, but the path and, once, the names of
-    fields that are not known here."""
+    """Gives every request an id, a log line and a count, and ends with it what was begun for it.
+
+    The id goes out as x-request-id, and as request-id for Anthropic's clients. The client's own is only logged: it may
+    be anything, twice. Of a request nothing is logged that its sender wrote, but the path and, once, the names of
+    fields that are not known here.
+    """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics
@@ -60,9 +63,9 @@ class TraceRequests:
         line = f"{scope['method']} {scope['path']!a} {status} {seconds * 1000:.0f} ms {scope['state']['trace']}"
         if generation is not None:
             line += f" {generation.n_prompt}+{generation.n_generated} tokens"
-        theirs = Headers(scope=scope).get("x-request-id", "")
-        if _SANE_ID.fullmatch(theirs):
-            line += f" client={theirs}"
+        client_id = Headers(scope=scope).get("x-request-id", "")
+        if _SANE_ID.fullmatch(client_id):
+            line += f" client={client_id}"
         log.info(line)
         for warning in generation.warnings if generation is not None else ():
             log.warning("%s: %s", scope["state"]["trace"], warning)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 API = "/v1"
 # llama-server's own routes, and what does the same here
-INSTEAD = {
+LLAMA_SERVER_ROUTES = {
     "/completion": "/v1/completions",
     "/apply-template": "/tokenize",
     "/slots": "/metrics",
@@ -15,10 +15,11 @@ INSTEAD = {
 
 
 def address_advice(asked: str, origin: str, routes: Iterable[str]) -> str:
-    """A sentence. asked: the path; origin: scheme, host and port; routes: the paths that there are."""
+    """Return a sentence that says what was meant. asked: the path; origin: scheme, host and port; routes: the paths
+    that there are."""
     asked, origin = asked.rstrip("/"), origin.rstrip("/")
     bases = f"the base URL of OpenAI's clients is {origin}{API}, that of Anthropic's {origin}"
-    meant = INSTEAD.get(asked) or _meant_route(asked, routes)
+    meant = LLAMA_SERVER_ROUTES.get(asked) or _meant_route(asked, routes)
     if meant is not None:
         return f"it is {meant}: {bases}"
     if asked in ("", API):
@@ -29,7 +30,7 @@ def address_advice(asked: str, origin: str, routes: Iterable[str]) -> str:
 
 
 def _meant_route(asked: str, routes: Iterable[str]) -> str | None:
-    """The longest route whose end is asked for: without /v1, with it twice, below some other prefix."""
+    """Return the longest route whose end is asked for: without /v1, with it twice, below some other prefix."""
     ends = {route.removeprefix(API): route for route in routes if "{" not in route}
     if asked in ends.values():  # it takes another method
         return None

@@ -44,13 +44,13 @@ class TokenizeBody(CheckedObject):
     with_pieces: bool | None = Field(None, description="Tokens with their text, or bytes where that is none.")
 
     def answer(self, service: Service) -> TokenizeAnswer:
-        """RequestError: as token_ids."""
+        """Return the tokens. RequestError: see `token_ids`."""
         ids = self.token_ids(service)
         tokens = [_token_piece(service, id) for id in ids] if self.with_pieces else ids
         return {"tokens": tokens, "count": len(ids), "context_length": service.engine.info.n_ctx}
 
     def token_ids(self, service: Service) -> list[int]:
-        """RequestError: there is not exactly one thing to tokenize."""
+        """Return the ids. RequestError: there is not exactly one thing to tokenize."""
         given = [name for name in ("text", "content", "messages") if getattr(self, name) is not None]
         if len(given) != 1:
             raise RequestError("expected either text or content or messages", param=given[1] if given else "text")
@@ -69,7 +69,7 @@ class DetokenizeBody(CheckedObject):
     tokens: list[int] = Field(examples=[[72, 105]])
 
     def text(self, service: Service) -> str:
-        """What the tokens spell. RequestError: an id is not in the vocabulary."""
+        """Return what the tokens spell. RequestError: an id is not in the vocabulary."""
         n_vocab = service.engine.info.n_vocab
         for token in self.tokens:
             if not 0 <= token < n_vocab:
@@ -103,7 +103,7 @@ async def tokenize(body: TokenizeBody, service: TheService) -> Response:
 
 
 def _encoded(tokenized: TokenizeAnswer) -> Response:
-    """In pieces, so that others get the interpreter meanwhile: a text of 8 MB has millions of tokens."""
+    """Write the JSON in pieces, so that others get the interpreter meanwhile: a text of 8 MB has millions of tokens."""
     pieces = JSONEncoder(ensure_ascii=False, separators=(",", ":")).iterencode(tokenized)
     return Response("".join(pieces), media_type="application/json")
 

@@ -1,3 +1,5 @@
+"""Engines that end with their test, and a context without any cache to compare with."""
+
 from __future__ import annotations
 
 import time
@@ -9,7 +11,7 @@ import pytest
 
 from stepgguf.cli.main import main
 from stepgguf.runtime.engine import Engine, Event, Finished, Request, Sampling, Stream, Tokens
-from stepgguf.runtime.llama import LlamaEngine
+from stepgguf.runtime.llama import LlamaEngine, LlamaOptions
 from stepgguf.runtime.llama.context import DecodeRows, LlamaContext
 from stepgguf.runtime.llama.model import LlamaModel
 from tests.generate import Shape, write_checkpoint
@@ -55,7 +57,7 @@ def start() -> Iterator[Callable[..., LlamaEngine]]:
     engines: list[LlamaEngine] = []
 
     def start(path: Path, **options: object) -> LlamaEngine:
-        engines.append(LlamaEngine(path, **{"threads": 1, **options}))  # type: ignore[arg-type]
+        engines.append(LlamaEngine(path, LlamaOptions(**{"threads": 1, **options})))  # type: ignore[arg-type]
         return engines[-1]
 
     yield start

@@ -10,7 +10,7 @@ import pytest
 
 from stepgguf.errors import ModelLoadFailed
 from stepgguf.runtime.engine import Sampling
-from stepgguf.runtime.llama import LlamaEngine
+from stepgguf.runtime.llama import LlamaEngine, LlamaOptions
 from stepgguf.runtime.llama.depth import DepthTuner
 from tests.runtime.llama.conftest import question, run
 
@@ -24,8 +24,8 @@ TEXTS = [question(f"What is {a} + {b}?") for a, b in ((347, 286), (12, 5), (999,
 @pytest.fixture(scope="module")
 def engines(demo_gguf: Path):  # type: ignore[no-untyped-def]
     with (
-        LlamaEngine(demo_gguf, n_ctx=1024, threads=1, draft=3) as with_mtp,
-        LlamaEngine(demo_gguf, n_ctx=1024, threads=1, draft=0) as without,
+        LlamaEngine(demo_gguf, LlamaOptions(n_ctx=1024, threads=1, draft=3)) as with_mtp,
+        LlamaEngine(demo_gguf, LlamaOptions(n_ctx=1024, threads=1, draft=0)) as without,
     ):
         assert (with_mtp.n_mtp, without.n_mtp) == (3, 0)
         yield with_mtp, without
@@ -122,6 +122,6 @@ def test_a_file_that_holds_no_heads_or_those_of_another_model_is_refused(
     demo_gguf: Path, separate_gguf: Path, random_model: Path
 ) -> None:
     with pytest.raises(ModelLoadFailed, match="holds no MTP blocks"):
-        LlamaEngine(separate_gguf, mtp_file=separate_gguf, n_ctx=256, threads=1)
+        LlamaEngine(separate_gguf, LlamaOptions(mtp_file=separate_gguf, n_ctx=256, threads=1))
     with pytest.raises(ModelLoadFailed, match="is of another model"):
-        LlamaEngine(separate_gguf, mtp_file=random_model, n_ctx=256, threads=1)
+        LlamaEngine(separate_gguf, LlamaOptions(mtp_file=random_model, n_ctx=256, threads=1))

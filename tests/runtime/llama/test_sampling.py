@@ -11,20 +11,20 @@ import pytest
 
 from stepgguf.errors import BadMagic, ModelLoadFailed
 from stepgguf.runtime.engine import Grammar, Reasoning, Request, Sampling, Step, Stream, Tokens
-from stepgguf.runtime.llama import LlamaEngine
+from stepgguf.runtime.llama import LlamaEngine, LlamaOptions
 from stepgguf.runtime.loops import LEAST_TOKENS, LoopDetector
 from tests.runtime.llama.conftest import GREEDY, FreshContext, question, run
 
 
 @pytest.fixture(scope="module")
 def random_engine(random_model: Path) -> Iterator[LlamaEngine]:
-    with LlamaEngine(random_model, n_ctx=2048, threads=1, draft=0) as engine:
+    with LlamaEngine(random_model, LlamaOptions(n_ctx=2048, threads=1, draft=0)) as engine:
         yield engine
 
 
 @pytest.fixture(scope="module")
 def engine(demo_gguf: Path) -> Iterator[LlamaEngine]:
-    with LlamaEngine(demo_gguf, n_ctx=2048, threads=1) as engine:
+    with LlamaEngine(demo_gguf, LlamaOptions(n_ctx=2048, threads=1)) as engine:
         yield engine
 
 

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from stepgguf.chat.request import EFFORTS
-from stepgguf.server.body.reasoning import SAID, ReasoningAmounts
+from stepgguf.server.body.reasoning import EFFORT_SYNONYMS, ReasoningAmounts
 from stepgguf.server.config import ServerConfig
 from stepgguf.server.dialects.chat_completions.request import ChatBody
 from tests.server.conftest import Server
@@ -128,7 +128,7 @@ def test_of_several_the_least_counts() -> None:
 
 
 def test_every_word_means_an_effort() -> None:
-    for word, effort in SAID.items():
+    for word, effort in EFFORT_SYNONYMS.items():
         assert limit(reasoning_effort=word) == limit(think=word.upper()) == EFFORTS[effort]
 
 

@@ -28,7 +28,7 @@ from stepgguf.server.dialects.messages.request import (
 )
 from stepgguf.server.dialects.messages.writer import Display, MessageWriter
 from stepgguf.server.dialects.sealed_reasoning import seal
-from stepgguf.server.dialects.writer import written as written_by
+from stepgguf.server.dialects.writer import stream_records
 from stepgguf.server.generation import Generation
 from stepgguf.server.http.sse import Record
 from stepgguf.server.metrics import Metrics
@@ -447,7 +447,7 @@ def test_thinking_that_is_not_sent_leaves_the_time_to_pings(chat_model: ChatMode
         prepared = chat_model.prepare(ChatRequest([QUESTION], Sampling(temperature=0), max_tokens=20))
         generation = await Generation.start(chat_model.engine, [prepared], Metrics(chat_model.engine))
         writer = MessageWriter("abc", "demo", "hidden", n_prompt=generation.n_prompt, max_tokens=20)
-        return [list(records) async for records in written_by(generation, writer)]
+        return [list(records) async for records in stream_records(generation, writer)]
 
     start, *hidden, finish = asyncio.run(chunks())
     assert start

@@ -32,7 +32,8 @@ class ChatInputToolCall(RequestObject):
 
 
 def _as_function(call: Any) -> Any:
-    """Calls of other types in old turns: of a custom tool, which takes text, or of what is newer than this server."""
+    """Return a call of another type in an old turn as one of a function: of a custom tool, which takes text, or of what
+    is newer than this server."""
     if not isinstance(call, dict) or isinstance(call.get("function"), dict):
         return call
     custom = call["custom"] if isinstance(call.get("custom"), dict) else {}
@@ -41,7 +42,7 @@ def _as_function(call: Any) -> Any:
 
 
 def _reasoning_text(value: Any) -> Any:
-    """Text, or the text of parts: Mistral's {"thinking": [{"text": ...}]}, Anthropic's {"thinking": ...}."""
+    """Return a text, or the text of parts: Mistral's {"thinking": [{"text": ...}]}, Anthropic's {"thinking": ...}."""
     if isinstance(value, list):
         return "".join(_reasoning_text(part) for part in value)
     if isinstance(value, dict):
@@ -54,7 +55,7 @@ _Reasoning = Annotated[str | None, BeforeValidator(_reasoning_text)]
 
 
 def _with_reasoning_apart(data: dict[str, Any]) -> dict[str, Any]:
-    """The assistant's own message, whose content is parts: those of reasoning go into `reasoning_content`."""
+    """Return an assistant's message whose content is parts, with those of reasoning in `reasoning_content`."""
     reasoning = [part for part in data["content"] if isinstance(part, dict) and part.get("type") in REASONING_PARTS]
     if not reasoning:
         return data
@@ -91,7 +92,8 @@ class ChatInputMessage(RequestObject):
 
 
 def as_chat(messages: Sequence[ChatInputMessage]) -> list[dict[str, Any]]:
-    """The messages as the chat template takes them. RequestError: the newest message of the user has more than text."""
+    """Return the messages as the chat template takes them. RequestError: the newest message of the user has more than
+    text."""
     newest = newest_user_message([message.role for message in messages])
     if newest is not None and isinstance(parts := messages[newest].content, list):
         refuse_unreadable(parts, f"messages[{newest}].content")
@@ -111,8 +113,9 @@ class ChatOtherTool(RequestObject):
 
 
 def _runs_at(tool: Any) -> str:
-    kind = tool.get("type") if isinstance(tool, dict) else getattr(tool, "type", None)
-    return "the client" if kind in (None, "function") else "others"
+    # pydantic also asks about what is an instance already
+    tool_type = tool.get("type") if isinstance(tool, dict) else getattr(tool, "type", None)
+    return "the client" if tool_type in (None, "function") else "others"  # clients leave the type out
 
 
 ChatTool = Annotated[
@@ -123,7 +126,7 @@ ChatTool = Annotated[
 def client_functions(
     tools: Sequence[ChatFunctionTool | ChatOtherTool] | None, service: Service
 ) -> list[FunctionDeclaration]:
-    """What the client runs itself. The types of other tools are noted in the log."""
+    """Return the functions that the client runs itself. The log names the types of the other tools."""
     service.unknown.ignore("type of tool", (tool.type for tool in tools or () if isinstance(tool, ChatOtherTool)))
     return [tool.function for tool in tools or () if isinstance(tool, ChatFunctionTool)]
 
@@ -192,7 +195,7 @@ class ChatBody(SamplingFields, ReasoningFields, FormatFields, ExtraBody, HostedS
     modalities: list[Literal["text"]] | None = None
 
     def chat_request(self, service: Service) -> ChatRequest:
-        """RequestError: the fields do not go together."""
+        """Return what is asked of the model. RequestError: the fields do not go together."""
         info = service.engine.info
         return ChatRequest(
             messages=as_chat(self.messages),
@@ -208,7 +211,7 @@ class ChatBody(SamplingFields, ReasoningFields, FormatFields, ExtraBody, HostedS
         )
 
     def n_answers(self, service: Service) -> int:
-        """RequestError: more than this server makes at a time."""
+        """Return how many answers to make. RequestError: more than this server makes at a time."""
         n, most = self.n or 1, service.config.max_n
         if n > most:
             raise RequestError(f"n: this server makes at most {most} answers at a time, found {n}", param="n")

@@ -39,7 +39,7 @@ from stepgguf.server.service import AnswerHead
 
 @dataclass(frozen=True, slots=True)
 class ChatOptions:
-    """What a request wants to see. with_details: OpenRouter's reasoning_details too."""
+    """What a request wants to see. with_details: the reasoning also as OpenRouter's reasoning_details."""
 
     n_answers: int
     shows_reasoning: bool
@@ -49,7 +49,8 @@ class ChatOptions:
 
 
 class ChatWriter:
-    """See dialects/writer.py for the protocol."""
+    """Writes answers as chat.completion.chunk objects, or as one chat.completion. See dialects/writer.py for the
+    protocol."""
 
     def __init__(self, head: AnswerHead, options: ChatOptions) -> None:
         self._head, self._options = head, options
@@ -82,8 +83,8 @@ class ChatWriter:
         return [JsonEvent({**self._empty_chunk(), "usage": self._usage(replies)}), DONE]
 
     def fail(self, problem: Problem) -> list[Record]:
-        """The error, for clients that look for it; then what ends the answers for those that do not. They were cut
-        short, which is what "length" says."""
+        """Give the error, for clients that look for it, then what ends the answers for those that do not: "length",
+        which says that they were cut short."""
         error = JsonEvent(OPENAI_ERRORS.body(problem, self._head.trace_id))
         return [error, *(self._end(index, "length") for index in self._unfinished), DONE]
 
@@ -190,7 +191,7 @@ class ChatWriter:
         return {"content": content, "refusal": None}
 
     def _usage(self, replies: Sequence[Reply]) -> CompletionUsage:
-        """All answers are to the same prompt, which is counted once."""
+        """Return the usage. All answers are to the same prompt, which is counted once."""
         return usage_of(replies, replies[0].timings.n_prompt)
 
 

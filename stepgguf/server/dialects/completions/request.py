@@ -41,7 +41,7 @@ class CompletionBody(SamplingFields, FormatFields, ExtraBody, HostedServiceField
     suffix: str | None = Field(None, description="Refused: the model cannot fill in.")
 
     def check_fields(self) -> None:
-        """RequestError: a field asks for what this server cannot do."""
+        """Raise RequestError if a field asks for what this server cannot do."""
         if self.suffix:
             raise RequestError("suffix: the model cannot fill in between two texts", param="suffix")
         if self.best_of not in (None, self.n or 1):
@@ -50,8 +50,11 @@ class CompletionBody(SamplingFields, FormatFields, ExtraBody, HostedServiceField
             raise RequestError("echo: there are no logprobs of a prompt", param="echo", hint="Leave out one of them.")
 
     def prompt_tokens(self, service: Service) -> list[tuple[int, ...]]:
-        """The token ids of each prompt. RequestError: a prompt is empty, an id is not in the vocabulary, or there are
-        too many answers to make."""
+        """Return the token ids of each prompt.
+
+        RequestError: a prompt is empty, an id is not in the vocabulary, or there are too many answers to make.
+        """
+        # A list of numbers is one prompt, a list of texts or of lists is several.
         one = isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int))
         given = cast("list[str] | list[list[int]]", [self.prompt] if one else self.prompt)
         n, most = len(given) * (self.n or 1), service.config.max_n
@@ -67,7 +70,7 @@ class CompletionBody(SamplingFields, FormatFields, ExtraBody, HostedServiceField
         return [tuple(tokens) for tokens in tokenized]
 
     def prepare(self, service: Service) -> list[PreparedRequest]:
-        """Every answer to every prompt: those to one prompt follow each other."""
+        """Return a request for every answer to every prompt: those to one prompt follow each other."""
         self.check_fields()
         info, markers, n = service.engine.info, service.chat.markers, self.n or 1
         grammar = constrain_answer(

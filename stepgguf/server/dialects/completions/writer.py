@@ -24,8 +24,11 @@ COMPLETION_ERRORS = OpenAIErrorForm(prompt_field="prompt")
 
 
 class CompletionWriter:
-    """echoes: the texts with which the answers begin, one for each. n_prompt: tokens of all prompts. n_top: how many
-    alternatives to each token are sent; None: no logprobs."""
+    """Writes answers as text_completion objects. See dialects/writer.py for the protocol.
+
+    echoes: the texts with which the answers begin, one for each. n_prompt: tokens of all prompts. n_top: how many
+    alternatives to each token are sent; None: no logprobs.
+    """
 
     def __init__(
         self, head: AnswerHead, echoes: Sequence[str], n_prompt: int, *, n_top: int | None, with_usage: bool
@@ -52,8 +55,8 @@ class CompletionWriter:
         return [JsonEvent({**self._completion([]), "usage": usage_of(replies, self._n_prompt)}), DONE]
 
     def fail(self, problem: Problem) -> list[Record]:
-        """The error, and an end for each answer that has none: clients which pass over the error see that it was cut
-        short."""
+        """Give the error, and an end for each answer that has none: clients which pass over the error see that it was
+        cut short."""
         ends = [self._chunk(index, "", None, "length") for index in self._unfinished]
         return [JsonEvent(COMPLETION_ERRORS.body(problem, self._head.trace_id)), *ends, DONE]
 
@@ -103,7 +106,7 @@ def _steps(deltas: Sequence[Delta]) -> list[Step]:
 
 
 def _top_logprobs(step: Step) -> dict[str, float]:
-    """The likeliest tokens, and the one that was taken if it is not among them."""
+    """Return the likeliest tokens, and the one that was taken if it is not among them."""
     alternatives = [(top.piece, top.logprob) for top in step.top]
     taken = [(step.piece, step.logprob)] if step.logprob is not None else []
     return {piece.decode(errors="replace"): logprob for piece, logprob in [*alternatives, *taken]}

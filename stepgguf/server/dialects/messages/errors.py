@@ -30,7 +30,9 @@ class AnthropicError(TypedDict):
 
 
 class AnthropicErrorForm:
-    """A context that is too small is said in Anthropic's words, our hint after them: Claude Code recognises them, reads
+    """Anthropic's form of an error.
+
+    A context that is too small is said in Anthropic's words, our hint after them: Claude Code recognises them, reads
     both numbers, makes its conversation shorter and goes on.
 
         prompt is too long: 27782 tokens > 27136 maximum

@@ -53,13 +53,15 @@ class MessagesForeignTool(RequestObject):
     name: str | None = None
 
 
-def _is_foreign(tool: Any) -> str:
-    kind = tool.get("type") if isinstance(tool, dict) else None
-    return "foreign" if isinstance(kind, str) and kind != "custom" and "input_schema" not in tool else "custom"
+def _tool_tag(tool: Any) -> str:
+    tool_type = tool.get("type") if isinstance(tool, dict) else None
+    # A client's own tool has a schema, whatever type it says it is of.
+    is_foreign = isinstance(tool_type, str) and tool_type != "custom" and "input_schema" not in tool
+    return "foreign" if is_foreign else "custom"
 
 
 MessagesAnyTool = Annotated[
-    Annotated[MessagesTool, Tag("custom")] | Annotated[MessagesForeignTool, Tag("foreign")], Discriminator(_is_foreign)
+    Annotated[MessagesTool, Tag("custom")] | Annotated[MessagesForeignTool, Tag("foreign")], Discriminator(_tool_tag)
 ]
 
 
@@ -69,7 +71,7 @@ class MessagesToolChoice(CheckedObject):
     disable_parallel_tool_use: bool | None = None
 
     def as_tool_choice(self) -> ToolChoice:
-        """RequestError: a tool is to be called, and it is not said which."""
+        """Return the choice as a ChatRequest has it. RequestError: a tool is to be called, and it is not said which."""
         if self.type == "tool":
             if self.name is None:
                 raise RequestError("tool_choice of type tool has no name", param="tool_choice.name")
@@ -110,12 +112,12 @@ class MessagesPrompt(ReasoningAmounts):
     betas: object = ignored("what is known is always on")
 
     def chat_request(self, service: Service) -> ChatRequest:
-        """RequestError: the fields do not go together."""
+        """Return what is asked of the model. RequestError: the fields do not go together."""
         choice = self.tool_choice or MessagesToolChoice(type="auto")
         config = self.output_config or OutputConfig()
         form = config.format or self.output_format
         service.unknown.ignore("type of tool", (t.type for t in self.tools or () if isinstance(t, MessagesForeignTool)))
-        service.unknown.ignore("type of block", (kind for turn in self.messages for kind in turn.left_out))
+        service.unknown.ignore("type of block", (block_type for turn in self.messages for block_type in turn.left_out))
         return ChatRequest(
             messages=[*self.system_messages(), *(message for turn in self.messages for message in turn.messages())],
             sampling=service.engine.info.sampling,
@@ -141,7 +143,7 @@ class MessagesPrompt(ReasoningAmounts):
         return as_tools(offered)
 
     def system_messages(self) -> Iterator[dict[str, Any]]:
-        """As OpenAI's chat messages: one, or none if there is no text."""
+        """Yield the system prompt as OpenAI's chat message, if it has text."""
         text = paragraphs(block.text for block in self.system or ())
         if text:
             yield {"role": "system", "content": text}
@@ -151,7 +153,7 @@ class MessagesPrompt(ReasoningAmounts):
         yield self.output_config.effort if self.output_config is not None else None
 
     def _budget(self, config: ServerConfig) -> int | None:
-        """Tokens of reasoning; None is no limit."""
+        """Return the most tokens of reasoning; None is no limit."""
         says_nothing = all(spelling is None for spelling in self.spellings())
         return config.efforts["medium"] if says_nothing else self.reasoning_limit(config)
 
@@ -182,8 +184,11 @@ class MessagesBody(MessagesPrompt, SamplingFields):
         return "omitted" if is_omitted else "shown"
 
     def chat_request(self, service: Service) -> ChatRequest:
-        """A last message of the assistant's, which Anthropic's older models continue, is refused: this model's turn
-        starts with its reasoning."""
+        """Return what is asked of the model. RequestError: the fields do not go together, or the last message is the
+        assistant's.
+
+        Anthropic's older models continue such a message; this model's turn starts with its reasoning.
+        """
         if self.messages[-1].role == "assistant":
             raise RequestError(
                 "the last message is the assistant's",

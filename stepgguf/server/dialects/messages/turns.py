@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, Field
 
 from stepgguf.server.body.objects import RequestObject
 from stepgguf.server.body.unreadable import (
-    WORDS,
+    MEDIA_WORDS,
     AnyPart,
     TextPart,
     UnreadablePart,
@@ -58,7 +58,8 @@ Texts = Annotated[list[AnyPart], BeforeValidator(as_parts)]
 
 
 def _result_part(part: Any) -> Any:
-    """A client's search over its own tools gives their names; all of them are offered here from the start."""
+    """Return a part of a tool's result as it is shown. A client's search over its own tools gives their names; all of
+    them are offered here from the start."""
     if isinstance(part, dict) and part.get("type") == "tool_reference":
         return {"type": "text", "text": f"The tool {part.get('tool_name')} is there."}
     return part
@@ -91,11 +92,11 @@ RENDERED: dict[str, tuple[type[Block], ...]] = {
     "assistant": (TextPart, ThinkingBlock, RedactedThinkingBlock, ToolUseBlock),
     "system": (TextPart,),
 }
-OURS = ("thinking", "redacted_thinking", "tool_use", "tool_result")
+TYPED_BLOCKS = ("thinking", "redacted_thinking", "tool_use", "tool_result")
 
 
 def _known_block(block: Any) -> Any:
-    return block if isinstance(block, dict) and block.get("type") in OURS else as_text(block)
+    return block if isinstance(block, dict) and block.get("type") in TYPED_BLOCKS else as_text(block)
 
 
 _Block = Annotated[Annotated[Block, Field(discriminator="type")], BeforeValidator(_known_block)]
@@ -114,7 +115,7 @@ class Turn(RequestObject):
         """Whether the model is shown anything of this block. The sentence that stands for an image is not put into the
         mouth of the assistant."""
         if isinstance(block, UnreadablePart):
-            return self.role == "user" and any(word in block.was for word in WORDS)
+            return self.role == "user" and any(word in block.was for word in MEDIA_WORDS)
         return isinstance(block, RENDERED[self.role])
 
     @property
@@ -124,7 +125,7 @@ class Turn(RequestObject):
         return [block.was if isinstance(block, UnreadablePart) else block.type for block in blocks]
 
     def messages(self) -> Iterator[dict[str, Any]]:
-        """As OpenAI's chat messages, in the order of the blocks."""
+        """Yield the turn as OpenAI's chat messages, in the order of the blocks."""
         blocks = [block for block in self.content if self.renders(block)]
         if self.role == "assistant":
             yield from _assistant_messages(blocks)
@@ -145,7 +146,7 @@ class Turn(RequestObject):
 
 
 def _assistant_messages(blocks: list[Block]) -> Iterator[dict[str, Any]]:
-    """One message of the assistant's with its text, reasoning and calls; none if there is no block."""
+    """Yield one message of the assistant's with its text, reasoning and calls; none if there is no block."""
     calls = [
         {"id": b.id, "type": "function", "function": {"name": b.name, "arguments": b.input}}
         for b in blocks

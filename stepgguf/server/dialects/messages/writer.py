@@ -43,7 +43,7 @@ class OpenBlock:
 
 
 def named_event(data: dict[str, Any]) -> JsonEvent:
-    """An event whose name is its type, as all of Anthropic's are."""
+    """Return an event whose name is its type, as all of Anthropic's are."""
     return JsonEvent(data, data["type"])
 
 
@@ -51,8 +51,11 @@ PING = named_event({"type": "ping"})
 
 
 class MessageWriter:
-    """display: thinking blocks with their text, with a sealed signature only, or no blocks. n_prompt and max_tokens are
-    the request's, in tokens."""
+    """Writes one answer as a message. See dialects/writer.py for the protocol.
+
+    display: thinking blocks with their text, with a sealed signature only, or no blocks. n_prompt and max_tokens are
+    the request's, in tokens.
+    """
 
     def __init__(self, trace_id: str, model: str, display: Display, *, n_prompt: int, max_tokens: int | None) -> None:
         self._trace_id = trace_id
@@ -73,7 +76,8 @@ class MessageWriter:
         }
 
     def start(self) -> list[Record]:
-        """How much of the prompt was cached is only known later: message_delta corrects the counts, as it may."""
+        """Give message_start. How much of the prompt was cached is only known later: message_delta corrects the counts,
+        as it may."""
         message = {**self.message, "content": [], "usage": message_usage(self._n_prompt)}
         return [named_event({"type": "message_start", "message": message}), PING]
 
@@ -178,7 +182,7 @@ class MessageWriter:
 
 
 def _call_input(arguments: str) -> dict[str, Any] | None:
-    """A call's input; None if it was cut short."""
+    """Return a call's input; None if it was cut short."""
     try:
         value: dict[str, Any] = json.loads(arguments)
     except ValueError:
@@ -195,7 +199,8 @@ def _delta_fields(delta: Delta) -> dict[str, str]:
 
 
 def message_usage(n_prompt: int, n_cached: int = 0, n_generated: int = 0, n_reasoning: int = 0) -> dict[str, Any]:
-    """Anthropic's input_tokens are those that were not in the cache; the sum of the three counts is the prompt."""
+    """Return the counts of a message. Anthropic's input_tokens are those that were not in the cache; the sum of the
+    three counts is the prompt."""
     return {
         "input_tokens": n_prompt - n_cached,
         "cache_creation_input_tokens": 0,

@@ -33,7 +33,7 @@ from stepgguf.server.dialects.responses.tools import INPUT, Offers, by_type
 from stepgguf.server.dialects.sealed_reasoning import unseal
 
 Json = dict[str, Any]
-RESULTS = ("output", "outputs", "results")  # where an item that is a call and its result has the result
+RESULT_FIELDS = ("output", "outputs", "results")  # where an item that is a call and its result has the result
 
 
 Content = Annotated[list[AnyPart], BeforeValidator(as_parts)]
@@ -101,14 +101,15 @@ Item = Own | ItemReference | OtherItem
 
 
 def _with_type(item: Any) -> Any:
-    """The type may be left out of messages and of references."""
+    """Return an item with its type, which may be left out of messages and of references."""
     if not isinstance(item, dict) or item.get("type") is not None:
         return item
     return {**item, "type": "message" if "role" in item else "item_reference"}
 
 
 def _as_sent(value: Any, validate: ValidatorFunctionWrapHandler) -> list[Json]:
-    """References are replaced before the items are read, and answers are kept with the items as they came."""
+    """Return the items as they were sent, once they have been validated: references are replaced before the items are
+    read, and answers are kept with the items as they came."""
     items = [{"type": "message", "role": "user", "content": value}] if isinstance(value, str) else value
     items = [_with_type(item) for item in items] if isinstance(items, list) else items
     validate(items)  # for its errors; the items themselves stay as they were sent
@@ -132,18 +133,20 @@ _adapter: TypeAdapter[list[Item]] = TypeAdapter(_List)
 
 
 def parse_items(items: Sequence[Json]) -> list[Item]:
-    """Items as a request has them, and as `Items` has checked them."""
+    """Return the items of a request that `Items` has checked, parsed."""
     return _adapter.validate_python(items)
 
 
 def left_out_types(items: Iterable[Item]) -> list[str]:
-    """The types of the items that the model is shown nothing of."""
+    """Return the types of the items that the model is shown nothing of."""
     return [item.type for item in items if isinstance(item, OtherItem) and not any(_as_call(item))]
 
 
 def refuse_unreadable_input(items: Sequence[Item], n_before: int) -> None:
-    """RequestError: the newest message of the user has what the model cannot read. n_before: how many items come from
-    answers that are kept, and are not in the body."""
+    """Raise RequestError if the newest message of the user has what the model cannot read.
+
+    n_before: how many items come from answers that are kept, and are not in the body.
+    """
     index = newest_user_message([_role_of(item) for item in items])
     if index is not None and index >= n_before:
         message = items[index]
@@ -152,7 +155,7 @@ def refuse_unreadable_input(items: Sequence[Item], n_before: int) -> None:
 
 
 def as_chat_messages(items: Iterable[Item], offers: Offers) -> list[Json]:
-    """The items as OpenAI's chat messages. Calls have the names under which the tools are offered now."""
+    """Return the items as OpenAI's chat messages. Calls have the names under which the tools are offered now."""
     messages: list[Json] = []
     turn: Json | None = None  # the assistant's, while it goes on
     for item in _shown_to_the_model(items):
@@ -187,12 +190,13 @@ def _role_of(item: Item) -> str:
 
 
 def _as_call(item: OtherItem) -> Iterator[ResponsesFunctionCall | ResponsesCallOutput]:
-    """As the call of a function, its result, or both. Nothing, if it is no call, or one of which nothing came."""
+    """Yield the item as the call of a function, its result, or both; nothing, if it is no call, or one of which nothing
+    came."""
     fields = {name: value for name, value in (item.model_extra or {}).items() if value is not None}
     call_id = fields.get("call_id", fields.get("id"))
-    results = [fields[name] for name in RESULTS if fields.get(name)]
+    results = [fields[name] for name in RESULT_FIELDS if fields.get(name)]
     rest: Json = {
-        name: value for name, value in fields.items() if name not in ("id", "call_id", "name", "status", *RESULTS)
+        name: value for name, value in fields.items() if name not in ("id", "call_id", "name", "status", *RESULT_FIELDS)
     }
     if isinstance(call_id, str) and item.type.endswith("_output"):
         yield _call_output(call_id, results[0] if results else rest)

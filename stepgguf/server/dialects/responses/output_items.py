@@ -44,8 +44,8 @@ ITEM_TYPES = {
 
 @dataclass(slots=True)
 class OutputItem:
-    """One item of the output. head: its fields before its text. text: UTF-8; ends: of its fragments, in bytes. reader:
-    what takes the text of a custom tool's call out of JSON."""
+    """One item of the output. head: its fields before its text. text: UTF-8; ends: where its fragments end, in bytes.
+    reader: what takes the text of a custom tool's call out of JSON."""
 
     head: dict[str, Any]
     sealed: bool = False
@@ -60,6 +60,7 @@ class OutputItem:
 
     @property
     def n_events(self) -> int:
+        """How many events tell of the item so far."""
         n_before = 1 if self.type.part is None else 2
         return n_before + len(self.ends) + (0 if self.status == "in_progress" else n_before + 1)
 
@@ -83,13 +84,14 @@ class OutputItem:
             return False
 
     def add(self, fragment: str) -> None:
+        """Add the text of a delta, which becomes a fragment if anything of it is shown."""
         text = fragment if self.reader is None else self.reader.feed(fragment)
         if text:
             self.text += text.encode()
             self.ends.append(len(self.text))
 
     def events(self, skip: int) -> Iterator[Fields]:
-        """All its events but the first `skip`, without the fields that the events of all items have."""
+        """Yield all events of the item but the first `skip`, without the fields that the events of all items have."""
         before = self._opening_events()
         yield from before[skip:]
         skip = max(0, skip - len(before))

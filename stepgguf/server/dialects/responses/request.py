@@ -43,7 +43,7 @@ from stepgguf.server.service import Service
 NO_CONVERSATIONS = "there are no conversation objects here: use previous_response_id, or send the items as `input`"
 SEND_TEXT = "no prompt templates are stored here: send the text as `instructions` and `input`"
 NO_LOGPROBS = "log probabilities are given by /v1/chat/completions only"
-SEALED = "reasoning.encrypted_content"
+SEALED_REASONING = "reasoning.encrypted_content"
 
 
 class ResponsesTextFormat(RequestObject):
@@ -53,6 +53,7 @@ class ResponsesTextFormat(RequestObject):
     strict: bool | None = None
 
     def as_format(self) -> AnswerFormat | None:
+        """Return the format as a ChatRequest has it; None for text."""
         if self.type == "json_schema":
             return JsonSchema(self.format_schema if self.format_schema is not None else True)
         return JsonObject() if self.type == "json_object" else None
@@ -64,7 +65,7 @@ class TextOptions(CheckedObject):
 
 
 def _must_be_absent(reason: str) -> BeforeValidator:
-    """The field must be absent, null, false or 0."""
+    """Return a validator of a field that must be absent, null, false or 0."""
 
     def check(value: Any) -> None:
         if value:
@@ -109,7 +110,8 @@ class ResponsesPrompt(ReasoningFields, HostedServiceFields):
     personality: object = ignored("the model has no such switch; ask for it in `instructions`")
 
     def chat_request(self, service: Service, answers: AnswerStore) -> PreparedResponse:
-        """RequestError: the fields do not go together. Refusal: they refer to what is not stored."""
+        """Return what is asked of the model. RequestError: the fields do not go together. Refusal: they refer to what
+        is not stored."""
         if self.input is None and self.previous_response_id is None:
             raise RequestError("input is missing", param="input")
         before = answers.whole_conversation(self.previous_response_id) if self.previous_response_id else []
@@ -156,13 +158,15 @@ class ResponsesBody(ResponsesPrompt, SamplingFields):
 
     @property
     def wants_sealed_reasoning(self) -> bool:
-        return SEALED in (self.include or ())
+        return SEALED_REASONING in (self.include or ())
 
     @property
     def is_stored(self) -> bool:
         return self.store is not False
 
     def chat_request(self, service: Service, answers: AnswerStore) -> PreparedResponse:
+        """Return what is asked of the model, with what the response repeats. It raises what
+        `ResponsesPrompt.chat_request` does."""
         if self.background and not self.is_stored:
             raise RequestError("background needs store: true, for the answer is fetched later", param="background")
         asked, info = super().chat_request(service, answers), service.engine.info
@@ -175,7 +179,7 @@ class ResponsesBody(ResponsesPrompt, SamplingFields):
         return replace(asked, request=request, echo=json.dumps(self._echoed_fields(request.sampling)).encode())
 
     def _echoed_fields(self, sampling: Sampling) -> Json:
-        """The fields that the response repeats, as they were understood. sampling: as it is used."""
+        """Return the fields that the response repeats, as they were understood. sampling: as it is used."""
         effort = self.reasoning.effort if isinstance(self.reasoning, ReasoningMap) else self.reasoning
         choice = self.tool_choice
         form = self.text.format.model_dump(by_alias=True, exclude_none=True) if self.text and self.text.format else None
@@ -199,6 +203,6 @@ class ResponsesBody(ResponsesPrompt, SamplingFields):
 
 
 def _bounded_metadata(metadata: Any) -> dict[str, str]:
-    """As much of it as OpenAI takes: 16 pairs of 64 and 512 characters."""
+    """Return as much of it as OpenAI takes: 16 pairs of 64 and 512 characters."""
     pairs = islice(metadata.items(), 16) if isinstance(metadata, dict) else ()
     return {key[:64]: str(value)[:512] for key, value in pairs}

@@ -23,18 +23,18 @@ from typing import Any
 from stepgguf.errors import StepggufError
 from stepgguf.server.config import ServerConfig
 from stepgguf.server.dialects.responses.writer import ResponseWriter
-from stepgguf.server.dialects.writer import written
+from stepgguf.server.dialects.writer import stream_records
 from stepgguf.server.generation import Generation
 from stepgguf.server.http.sse import JsonEvent
 from stepgguf.server.problem import Refusal
 from stepgguf.server.validation import SHOWN
 
 log = logging.getLogger(__name__)
-SWEEP_SECONDS = 60.0
+SWEEP_SECONDS = 60.0  # between two looks for answers that nobody has used for long
 MOST_AT_ONCE = 256  # events, of which a long answer has many: other requests wait meanwhile
 # Of an item of the output, or (in) of the input that was listed; see ResponseWriter and Answer.input_items.
 _ITEM_ID = re.compile(r"[a-z]+_([0-9a-f]+)_(in)?([0-9]{1,6})")
-KEPT = "Answers are kept in memory for an hour after their last use, and not with `store: false`"
+KEPT_FOR = "Answers are kept in memory for an hour after their last use, and not with `store: false`"
 
 
 class Answer:
@@ -67,7 +67,7 @@ class Answer:
         return self._generation.n_generated
 
     async def events(self, start: int = 0) -> AsyncGenerator[list[JsonEvent], None]:
-        """All from number `start` on, as they come; each list has at least one."""
+        """Yield all events from number `start` on, as they come; each list has at least one."""
         while True:
             changed, last = self._changed, self.writer.finished  # both before the events are read, or the end is missed
             if events := list(self.writer.events(start, MOST_AT_ONCE)):
@@ -79,10 +79,11 @@ class Answer:
                 await changed.wait()
 
     async def wait_until_finished(self) -> None:
-        """Also when it failed. The answer goes on if whoever waits gives up."""
+        """Wait for the end of the answer, also if it fails. The answer goes on if whoever waits gives up."""
         await asyncio.shield(self._task)  # else whoever stops waiting would end the answer
 
     def when_finished(self, call: Callable[[], None]) -> None:
+        """Have `call` called at the end of the answer, whatever end that is."""
         self._task.add_done_callback(lambda _: call())
 
     def cancel(self) -> None:
@@ -90,21 +91,22 @@ class Answer:
         self._generation.cancel()
 
     def end_reasoning(self) -> None:
+        """Close the reasoning, so that the answer itself begins."""
         self._generation.end_reasoning()
 
     def input_items(self) -> list[dict[str, Any]]:
-        """The items that it answers, each with an id."""
+        """Return the items that it answers, each with an id."""
         items: list[dict[str, Any]] = json.loads(self._context)
         trace = self.id.removeprefix("resp_")
         return [_listed_item(f"item_{trace}_in{i}", item) for i, item in enumerate(items)]
 
     def whole_conversation(self) -> list[dict[str, Any]]:
-        """The items that it answers, and then its own."""
+        """Return the items that it answers, and then its own."""
         return [*json.loads(self._context), *self.writer.response["output"]]
 
     async def _make_answer(self) -> None:
         try:
-            async for _ in written(self._generation, self.writer):  # each reader reads it from the writer
+            async for _ in stream_records(self._generation, self.writer):  # each reader reads it from the writer
                 self._wake_readers()
         except Exception as error:
             if not isinstance(error, StepggufError):
@@ -128,7 +130,7 @@ class Answer:
 
 
 def _listed_item(id: str, item: dict[str, Any]) -> dict[str, Any]:
-    """An item as it was sent, and the fields that clients may leave out."""
+    """Return an item as it was sent, with the fields that clients may leave out."""
     item = {"id": id, "status": "completed", **item}
     content = item.get("content")
     if item["type"] == "reasoning":
@@ -141,7 +143,7 @@ def _listed_item(id: str, item: dict[str, Any]) -> dict[str, Any]:
 
 
 class AnswerStore:
-    """Answers by their ids. `find` may be called from any thread, the rest on the event loop."""
+    """The answers that are kept, by their ids. `find` may be called from any thread, the rest on the event loop."""
 
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
@@ -154,30 +156,31 @@ class AnswerStore:
         answer.when_finished(self._forget_old)
 
     def find(self, id: str) -> Answer | None:
-        """The answer with this id, which counts as used now; None if there is none."""
+        """Return the answer with this id, which counts as used now; None if there is none."""
         answer = self._answers.get(id)
         if answer is not None:
             answer.used = time.monotonic()
         return answer
 
     def get(self, id: str) -> Answer:
-        """The same. Refusal: there is no such answer."""
+        """Return the answer with this id, which counts as used now. Refusal: there is none."""
         answer = self.find(id)
         if answer is None:
-            raise Refusal(404, f"Response with id {id[:SHOWN]!r} not found. {KEPT}", param="id")
+            raise Refusal(404, f"Response with id {id[:SHOWN]!r} not found. {KEPT_FOR}", param="id")
         return answer
 
     def delete(self, id: str) -> None:
-        """End and forget it. Refusal: there is no such answer."""
+        """End and forget the answer with this id. Refusal: there is none."""
         self.get(id).cancel()
         del self._answers[id]
 
     def whole_conversation(self, id: str) -> list[dict[str, Any]]:
-        """The items that a previous answer answers, and its own. Refusal: there is no such answer, or it is not
+        """Return the items that a previous answer answers, and its own. Refusal: there is no such answer, or it is not
         finished."""
         answer = self.find(id)
         if answer is None:
-            text = f"Previous response with id {id[:SHOWN]!r} not found. {KEPT}; send the whole conversation as `input`"
+            text = f"Previous response with id {id[:SHOWN]!r} not found. {KEPT_FOR}; "
+            text += "send the whole conversation as `input`"
             raise Refusal(400, text, code="previous_response_not_found", param="previous_response_id")
         if not answer.writer.finished:
             text = f"the previous response {id!r} is still being made; wait for its end or cancel it"
@@ -185,7 +188,8 @@ class AnswerStore:
         return answer.whole_conversation()
 
     def resolve_references(self, items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The items, with those of our own answers in place of references to them. Refusal: there is no such item."""
+        """Return the items, with those of our own answers in place of references to them. Refusal: there is no such
+        item."""
         seen: set[str] = set()
         found = []
         for i, item in enumerate(items):
@@ -205,7 +209,7 @@ class AnswerStore:
             item = next((item for item in items if item["id"] == id), None)
             if item is not None:
                 return item
-        text = f"Item with id {id[:SHOWN]!r} not found. {KEPT}; send the item itself instead of its id"
+        text = f"Item with id {id[:SHOWN]!r} not found. {KEPT_FOR}; send the item itself instead of its id"
         raise Refusal(404, text, param=param)
 
     def _forget_old(self) -> None:

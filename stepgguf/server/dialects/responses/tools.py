@@ -24,8 +24,8 @@ from stepgguf.errors import RequestError
 from stepgguf.server.body.objects import RequestObject
 from stepgguf.server.dialects.function_tools import FunctionDeclaration
 
-LONGEST_NAME = 128
-MOST_ALLOWED = 1024
+LONGEST_NAME = 128  # characters, as the pattern of a function's name allows
+MOST_ALLOWED = 1024  # tools in a list of allowed ones, each of which is looked up
 INPUT = "input"  # what a custom tool's one parameter is called
 _OPENING = re.compile(r'\{\s*"(?:[^"\\]|\\.)*"\s*:\s*"')  # from { to the quotation mark that opens the value
 _WHOLE = re.compile(r'(?:[^"\\]+|\\u[0-9a-fA-F]{4}|\\[^u])*')  # no half of an escape
@@ -68,9 +68,10 @@ class ResponsesOtherTool(RequestObject):
 
 
 def by_type(*known: str) -> Discriminator:
-    """Of a union whose members are tagged with their types, and "other" for what is of no known type."""
+    """Return the discriminator of a union whose members are tagged with their types, and "other" for what is of no
+    known type."""
 
-    def tag(tool: Any) -> str:
+    def tag(tool: Any) -> str:  # pydantic also asks for the tag of what is an instance already
         kind = tool.get("type") if isinstance(tool, dict) else getattr(tool, "type", None)
         return kind if kind in known else "other"
 
@@ -96,7 +97,8 @@ ResponsesTool = Annotated[
 
 
 def echoed_tools(tools: Iterable[ResponsesTool]) -> list[dict[str, Any]]:
-    """The tools as the response repeats them: those that are offered, with the fields that have a meaning here."""
+    """Return the tools as the response repeats them: those that are offered, with the fields that have a meaning
+    here."""
     found = []
     for tool in tools:
         if isinstance(tool, ResponsesNamespaceTool):
@@ -143,12 +145,12 @@ class Offers:
         return tuple(offer.tool for offer in self.by_name.values())
 
     def model_name(self, namespace: str | None, name: str) -> str:
-        """What the model calls a tool, offered or not."""
+        """Return what the model calls a tool, offered or not."""
         offer = self._by_key.get((namespace or None, name))
         return flat_name(namespace, name) if offer is None else offer.tool.name
 
     def restricted_to(self, keys: Iterable[tuple[str | None, str]]) -> Offers:
-        """The same offers without the tools that are not named. keys: namespace and name."""
+        """Return the same offers without the tools that are not named. keys: namespace and name."""
         kept = Offers(())
         kept._by_key = {key: self._by_key[key] for key in keys if key in self._by_key}
         kept.by_name = {offer.tool.name: offer for offer in kept._by_key.values()}
@@ -169,8 +171,8 @@ class Offers:
         )
 
     def _free_name(self, flat: str) -> str:
-        """The flat name, or one with a number if it is taken: `a` may have `b__c` where `a__b` has `c`, or two long
-        names were cut to the same."""
+        """Return the flat name, or one with a number if it is taken: `a` may have `b__c` where `a__b` has `c`, or two
+        long names were cut to the same."""
         name = flat
         while name in self.by_name:
             self._n_taken[flat] += 1
@@ -179,7 +181,7 @@ class Offers:
 
 
 def flat_name(namespace: str | None, name: str) -> str:
-    """NAMESPACE__NAME, as agents called the tools of MCP servers before there were namespaces."""
+    """Return NAMESPACE__NAME, as agents called the tools of MCP servers before there were namespaces."""
     if not namespace:
         return name
     separator = "" if namespace.endswith("__") else "__"
@@ -187,7 +189,7 @@ def flat_name(namespace: str | None, name: str) -> str:
 
 
 class InputReader:
-    """The one string of a custom tool's call, out of fragments of its arguments' JSON."""
+    """Reads the one string of a custom tool's call out of fragments of its arguments' JSON."""
 
     def __init__(self) -> None:
         self._inside = False
@@ -199,7 +201,7 @@ class InputReader:
         return self._rest.endswith("}")
 
     def feed(self, fragment: str) -> str:
-        """What this fragment adds to the string; "" while it cannot be said, as in the middle of an escape."""
+        """Return what this fragment adds to the string; "" while it cannot be said, as in the middle of an escape."""
         self._rest += fragment
         if not self._inside:
             opening = _OPENING.match(self._rest)
@@ -251,7 +253,7 @@ ResponsesToolChoice = (
 
 
 def resolve_choice(choice: ResponsesToolChoice | None, offers: Offers) -> tuple[ToolChoice, Offers]:
-    """What the model must call, and what it may call. RequestError: it must call what is not offered."""
+    """Return what the model must call, and what it may call. RequestError: it must call what is not offered."""
     if choice is None or isinstance(choice, str):
         chosen = ToolChoice(choice or "auto")
     elif isinstance(choice, ResponsesAllowedTools):

@@ -27,11 +27,12 @@ from stepgguf.server.problem import Problem
 from stepgguf.server.service import now
 
 OPENING = ("created", "in_progress")
-FEEDS = {"reasoning": "reasoning", "message": "text"}  # the deltas that go on with an item
+ITEM_DELTAS = {"reasoning": "reasoning", "message": "text"}  # the deltas that go on with an item
 
 
 class ResponseWriter:
-    """See dialects/writer.py for the protocol. Records are made when they are read: the store reads none.
+    """Writes one answer as a response. See dialects/writer.py for the protocol. Records are made when they are read:
+    the store reads none.
 
     echo: the request's fields that the response repeats, as JSON. offers: the tools, by the names that the model knows.
     sealed: reasoning items also carry their text in encrypted_content, for clients that send back only that.
@@ -50,7 +51,7 @@ class ResponseWriter:
     ) -> None:
         self.id = f"resp_{trace_id}"
         self.finished = False
-        self._n_added = 0
+        self._n_added = 0  # events that `start`, `feed` and so on have given
         self._trace_id, self._echo, self._offers = trace_id, echo, offers
         self._sealed, self._shows_reasoning = sealed, shows_reasoning
         self._items: list[OutputItem] = []
@@ -66,7 +67,7 @@ class ResponseWriter:
             "output": [],
             "usage": None,
         }
-        self._started = dict(self._fields)
+        self._started = dict(self._fields)  # the first two events show the response as it was then
 
     @property
     def response(self) -> dict[str, Any]:
@@ -75,7 +76,7 @@ class ResponseWriter:
 
     @property
     def n_bytes(self) -> int:
-        """How much memory it takes, about."""
+        """About how much memory it takes."""
         texts = (len(item.text) + item.ends.itemsize * len(item.ends) for item in self._items)
         return len(self._echo) + sum(texts)
 
@@ -109,15 +110,16 @@ class ResponseWriter:
 
     @property
     def n_events(self) -> int:
-        """How many there are so far."""
+        """How many events there are so far."""
         return len(OPENING) + sum(item.n_events for item in self._items) + self.finished
 
     def events(self, start: int = 0, most: int | None = None) -> Iterator[JsonEvent]:
-        """Those that there are, from number `start` on; not more than `most`. Made when they are read."""
+        """Return the events that there are, from number `start` on, and at most so many. Each is made when it is
+        read."""
         return (JsonEvent(fields, fields["type"]) for fields in islice(self._numbered(start), most))
 
     def _added(self) -> Iterator[JsonEvent]:
-        """What has been added to the stream since this was last asked."""
+        """Return what has been added to the stream since this was last asked."""
         start, self._n_added = self._n_added, self.n_events
         return self.events(start, self._n_added - start)
 
@@ -146,7 +148,7 @@ class ResponseWriter:
 
     def _write_delta(self, delta: Delta) -> None:
         last = self._items[-1] if self._items else None
-        goes_on = last is not None and delta.kind in ("arguments", FEEDS.get(last.head["type"]))
+        goes_on = last is not None and delta.kind in ("arguments", ITEM_DELTAS.get(last.head["type"]))
         if last is None or not goes_on:
             self._close_last("completed")
             last = self._begin_call(delta.text) if delta.kind == "call" else self._begin_text(delta.kind)
@@ -179,7 +181,8 @@ class ResponseWriter:
             self._items[-1].status = status
 
     def _end(self, status: str) -> None:
-        """An answer that was cut ends inside its last item, unless that is a whole call."""
+        """Set the status and close the last item. An answer that was cut ends inside it, unless that is a whole
+        call."""
         self._close_last(
             "completed" if status == "completed" or (self._items and self._items[-1].is_whole_call) else "incomplete"
         )

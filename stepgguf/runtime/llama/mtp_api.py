@@ -22,7 +22,7 @@ def keep_hidden_states(handle: llama_context_p, *, outputs_only: bool) -> None:
 
 
 def hidden_state(handle: llama_context_p, row: int) -> ctypes.Array[ctypes.c_float]:
-    """Pointer to the hidden state of a row of the last decode; those of the rows after it follow."""
+    """Return a pointer to the hidden state of a row of the last decode; those of the rows after it follow."""
     pointer: ctypes.Array[ctypes.c_float] = _ext.llama_get_embeddings_nextn_ith(handle, row)
     return pointer
 
