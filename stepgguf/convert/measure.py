@@ -36,8 +36,8 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from stepgguf.convert.importance import Importance
-from stepgguf.convert.pipeline import Compiling, UnitMaker
-from stepgguf.convert.plan import PlannedTensor, Unit
+from stepgguf.convert.pipeline import Compiling, RowMaker
+from stepgguf.convert.plan import PlannedTensor
 from stepgguf.convert.sources.source import TensorSource, rows_per_expert
 from stepgguf.errors import StepggufError
 from stepgguf.files import folders
@@ -103,7 +103,7 @@ def measure_errors(
             if tensor not in todo:
                 progress(tensor, True)
         variants = {t.name: {g: t.as_type(g, importance) for g in types[t.name]} for t in todo}
-        maker = UnitMaker(source, importance)
+        maker = RowMaker(source, importance)
         maker.compile_kernels([tensor for each in variants.values() for tensor in each.values()], compiling)
         samples = [rows for tensor in todo for rows in _sample_rows(tensor, importance)]
         pool = ThreadPoolExecutor(threads or os.cpu_count(), thread_name_prefix="measure")
@@ -168,10 +168,9 @@ def _token_shares(tensor: PlannedTensor, importance: Importance | None) -> list[
     return [float(share) for share in tokens / tokens.sum()]
 
 
-def _measure_rows(maker: UnitMaker, rows: _SampledRows, variants: Variants) -> Losses:
+def _measure_rows(maker: RowMaker, rows: _SampledRows, variants: Variants) -> Losses:
     """What is lost by encoding these rows as each type, just as the pipeline does."""
-    unit = Unit(0, 0, rows.start, rows.stop)
-    return {ggml_type: maker.make_unit(tensor, unit)[1] for ggml_type, tensor in variants.items()}
+    return {ggml_type: maker.make_rows(tensor, rows.start, rows.stop)[1] for ggml_type, tensor in variants.items()}
 
 
 def _weigh_losses(group: Iterable[tuple[_SampledRows, Losses]]) -> TensorErrors:
