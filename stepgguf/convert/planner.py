@@ -21,8 +21,8 @@ from stepgguf.errors import OutputError, RecipeError
 from stepgguf.files.gguf_header import Key
 from stepgguf.model.hparams import AnyHParams
 from stepgguf.model.tensors import TensorSpec
-from stepgguf.quants import coverage, mixtures
-from stepgguf.quants.coverage import Coverage
+from stepgguf.quants import mixtures
+from stepgguf.quants.coverage import Coverage, check_coverage
 from stepgguf.quants.mixtures import Facts, TypeChoice
 from stepgguf.quants.type_names import check_type_name
 from stepgguf.quants.types import F32, FLOATS, fitting_type
@@ -121,7 +121,9 @@ def _check_types(chosen: Sequence[Chosen], stored: Mapping[str, SourceTensor], o
     encoded = [(spec, choice.ggml_type) for spec, choice in chosen if stored[spec.source].ggml_type != choice.ggml_type]
     for spec, ggml_type in encoded:
         _check_loss(stored[spec.source], ggml_type, options)
-    covered = _cover([spec for spec, ggml_type in encoded if ggml_type not in FLOATS], options)
+    quantized = [spec for spec, ggml_type in encoded if ggml_type not in FLOATS]
+    importance = options.importance
+    covered = check_coverage(importance.source, quantized) if importance is not None and quantized else None
     _check_importance(encoded, options)
     return covered
 
@@ -132,12 +134,6 @@ def _check_loss(stored: SourceTensor, ggml_type: GGMLQuantizationType, options: 
             f"{stored.name} is already {stored.dtype}; quantizing it again to {ggml_type.name} adds its error",
             hint="Start from the BF16 file or the checkpoint, or accept the loss with --allow-requantize.",
         )
-
-
-def _cover(specs: Sequence[TensorSpec], options: Options) -> Coverage | None:
-    if options.importance is None or not specs:
-        return None
-    return coverage.coverage(options.importance.source, specs)
 
 
 def _check_importance(encoded: Sequence[tuple[TensorSpec, GGMLQuantizationType]], options: Options) -> None:

@@ -247,7 +247,7 @@ def scratch_bytes(n_values: int) -> int:
 
 
 def _as_lanes_take(values: Values) -> tuple[Stored, Floats | None]:
-    """(values, scales)."""
+    """The stored values and their scales (None without), which lane kernels take as two arguments."""
     return (values.codes, values.scales) if isinstance(values, Scaled) else (values, None)
 
 

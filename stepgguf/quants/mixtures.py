@@ -120,7 +120,7 @@ class _Mixture:
         category = next((c for c in _CATEGORIES if tensor.role.startswith(c)), None)
         if category is None or tensor.layer is None:
             return base
-        return (self._low(tensor, category) if self.name in _LOW_BITS else _CATEGORIES[category](self, tensor)) or base
+        return (self._low(category) if self.name in _LOW_BITS else _CATEGORIES[category](self, tensor)) or base
 
     def _output(self, tensor: TensorSpec) -> tuple[GGMLQuantizationType, str]:
         if self.name == "MXFP4_MOE" or not quant_type(self.base).divides(tensor.shape[-1]):
@@ -138,8 +138,8 @@ class _Mixture:
             return T.Q4_K, "embeddings"
         return None
 
-    def _low(self, tensor: TensorSpec, category: str) -> tuple[GGMLQuantizationType, str] | None:
-        """1 and 2 bits, one rule set for all categories."""
+    def _low(self, category: str) -> tuple[GGMLQuantizationType, str] | None:
+        """The rules of mixtures of 1 and 2 bits, for all categories."""
         at_2_bits = self.name in ("IQ2_S", "IQ2_M")
         if category == "attn_v":
             if self.facts.gqa >= 4 or self.facts.n_expert >= 4:

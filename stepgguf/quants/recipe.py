@@ -96,7 +96,7 @@ class Recipe:
         return [
             self.fixed_type(c, facts)
             or given.get(c.name)
-            or self._raise_to_floor(stock.get(c.name) or self._default(c, facts), c, facts)
+            or self._raise_to_floor(stock.get(c.name) or self._default_choice(c), c, facts)
             for c in candidates
         ]
 
@@ -126,7 +126,7 @@ class Recipe:
         floor = _fitting(rule.ggml_type, candidate, f"recipe line {rule.line}: {rule.key}, floor")
         return floor if bits_per_weight(floor.ggml_type) > bits_per_weight(choice.ggml_type) else choice
 
-    def _default(self, candidate: TensorSpec, facts: Facts) -> TypeChoice:
+    def _default_choice(self, candidate: TensorSpec) -> TypeChoice:
         throughout = BASE_TYPES[self.base] if self.base else self.default
         if candidate.is_mtp:
             ggml_type = throughout if throughout in FLOATS else GGMLQuantizationType.Q8_0
