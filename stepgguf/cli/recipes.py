@@ -22,8 +22,8 @@ def recipes(
     - `stepgguf convert Step-3.5-Flash/ step.gguf --type mine.toml --dry-run`
     """
     from stepgguf.cli import output
-    from stepgguf.quants import type_names as typenames
     from stepgguf.quants.recipe_files import shipped_descriptions, shipped_text
+    from stepgguf.quants.type_names import did_you_mean
 
     known = shipped_descriptions()
     if name is None:
@@ -32,5 +32,5 @@ def recipes(
     elif name.lower() in known:
         sys.stdout.write(shipped_text(name.lower()))
     else:
-        guess = typenames.did_you_mean(name, known)
+        guess = did_you_mean(name, known)
         raise typer.BadParameter(f"{name!r} is not one of {', '.join(known)}{guess}", param_hint="NAME")

@@ -51,7 +51,8 @@ T = GGMLQuantizationType
 
 # Those that need an imatrix are left out where a tensor has none.
 MEASURED_TYPES = tuple(row.ggml_type for row in TABLE if row.measured)
-RUN, RUNS = 8, 32  # rows in a run; runs of a tensor, at least one of each expert
+RUN_ROWS = 8
+MIN_RUNS = 32  # of a tensor, and at least one of each expert
 _VERSION = 1
 _GOLDEN = (5**0.5 - 1) / 2  # multiples of it, less their whole parts, fill [0, 1) evenly however many there are
 
@@ -64,7 +65,7 @@ class TensorErrors:
     errors: Mapping[GGMLQuantizationType, float]
 
 
-_NOTHING = TensorErrors(0.0, {})
+_UNMEASURED = TensorErrors(0.0, {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,7 @@ def measure_errors(
     """
     types = {tensor.name: possible_types(tensor.name, tensor.shape, importance) for tensor in tensors}
     with _ErrorsFile(cache, _cache_key(source, importance)) as known:
-        todo = [t for t in tensors if not types[t.name] <= known.measured.get(t.name, _NOTHING).errors.keys()]
+        todo = [t for t in tensors if not types[t.name] <= known.measured.get(t.name, _UNMEASURED).errors.keys()]
         for tensor in tensors:
             if tensor not in todo:
                 progress(tensor, True)
@@ -157,8 +158,8 @@ def count_sampled_values(shape: tuple[int, ...]) -> int:
 
 def _sample_size(rows: int, n: int) -> tuple[int, int]:
     """Rows of a run, and runs of each of n experts with so many rows."""
-    length = min(RUN, rows)
-    return length, min(-(-RUNS // n), rows // length)
+    length = min(RUN_ROWS, rows)
+    return length, min(-(-MIN_RUNS // n), rows // length)
 
 
 def _token_shares(tensor: PlannedTensor, importance: Importance | None) -> list[float]:
