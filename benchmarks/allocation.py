@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--without-imatrix", action="store_true")
     args = parser.parse_args()
     pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in args.types}
-    with tempfile.TemporaryDirectory() as name, mock.patch.object(folders, "errors", return_value=Path(name)):
+    with tempfile.TemporaryDirectory() as name, mock.patch.object(folders, "measurements", return_value=Path(name)):
         source, file = Path(name) / "f32.gguf", Path(name) / "imatrix.gguf"
         assert stepgguf(["convert", str(CHECKPOINT), str(source), "-t", "F32", "--mtp", "drop", "-q"]) == 0
         reference, matrix = reference_logits(source, held_out()[::3], threads=args.threads), calibrate()

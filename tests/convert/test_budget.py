@@ -117,7 +117,7 @@ def test_what_a_token_reads_is_what_plan_says_of_the_file(small: Path) -> None:
     share = speed.expert_share(hp.n_expert_used, hp.n_expert, 1)
 
     def reads(plan: Plan) -> float:
-        return speed.step_bytes([(t.role, t.n_bytes) for t in plan.tensors if t.name in names], share)
+        return speed.step_bytes([(t.name, t.n_bytes) for t in plan.tensors if t.name in names], share)
 
     free = within(Limits(bpw=6), small)
     limit = reads(free) * 0.85
