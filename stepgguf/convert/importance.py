@@ -10,17 +10,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stepgguf.convert.sources.source import Shape
 from stepgguf.errors import ImatrixError
 from stepgguf.model.names import TensorName
 from stepgguf.quants import imatrix
 from stepgguf.quants.imatrix import Imatrix, ImatrixEntry, channel_importance, read_imatrix
 
-_KEPT_TENSORS = 16  # those whose rows are kept: 5 MB each at real size, and units come in file order
+_KEPT = 16  # tensors whose rows are kept: 5 MB each at real size, and units come in file order
+
+Shape = tuple[int, ...]
 
 
 class Importance:
-    """Reads `source` with one of imatrix.PRIORS for experts that calibration hardly saw. Thread-safe.
+    """`source` with one of imatrix.PRIORS for experts that calibration hardly saw. Thread-safe.
 
     shape: the tensor's, in numpy order. ImatrixError if the matrix has another one for it.
     """
@@ -28,7 +29,7 @@ class Importance:
     def __init__(self, source: Imatrix, prior: str = "pooled") -> None:
         assert source.path is not None
         self.source, self.prior, self.path = source, prior, source.path
-        self._rows = lru_cache(_KEPT_TENSORS)(self._compute)
+        self._rows = lru_cache(_KEPT)(self._compute)
 
     @classmethod
     def read(cls, path: Path, prior: str = "pooled") -> Importance:
