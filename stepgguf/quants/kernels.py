@@ -237,7 +237,7 @@ def choose_kernel(ggml_type: GGMLQuantizationType, wish: KernelName = "lanes", *
         return _numpy_kernel(ggml_type)
     raise QuantError(
         f"{row.name} is encoded by ggml's library, which is not installed",
-        hint=f"It ships with llama-cpp-python: {installed.with_extra('run')}",
+        hint=f"It ships with llama-cpp-python: {installed.extra_command('run')}",
     )
 
 
