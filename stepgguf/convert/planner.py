@@ -179,24 +179,26 @@ def _plan_tensors(chosen: Sequence[Chosen], source: TensorSource, options: Optio
 
 def _provenance(options: Options, facts: Facts, tensors: Sequence[PlannedTensor], source: str) -> list[Key]:
     """What made this file of what: of a file of MTP blocks alone, with their types as its own."""
+    # The router and the constants are F32 whatever was asked for: they say nothing of it.
     made = [t for t in tensors if t.source is not None and len(t.shape) > 1 and t.ggml_type != F32]
     mtp = [t for t in made if t.name.is_mtp(facts.n_layer)]
+    # Such a file has embedding and output too, so it is known by its layers.
     is_mtp_file = all(t in mtp for t in made if t.name.startswith("blk."))
     sizes: dict[GGMLQuantizationType, int] = {}
     for tensor in mtp if is_mtp_file else made:
         sizes[tensor.ggml_type] = sizes.get(tensor.ggml_type, 0) + tensor.n_values
-    chosen = options.recipe
+    recipe = options.recipe
     most = max(sizes, key=lambda ggml_type: sizes[ggml_type], default=F32)
-    if chosen.base and chosen.is_stock and not (is_mtp_file and mtp):
-        name, ftype = chosen.base, mixtures.file_type(chosen.base)
+    if recipe.base and recipe.is_stock and not (is_mtp_file and mtp):
+        name, ftype = recipe.base, mixtures.file_type(recipe.base)
     else:
-        name, ftype = (most.name if is_mtp_file and mtp else chosen.name), mixtures.nearest_file_type(most)
+        name, ftype = (most.name if is_mtp_file and mtp else recipe.name), mixtures.nearest_file_type(most)
     return metadata.provenance_keys(
         name,
         ftype,
         source,
         mtp_type=", ".join(sorted({t.ggml_type.name for t in mtp})) or None,
-        recipe=chosen.text if chosen.text and not chosen.is_stock else None,
+        recipe=recipe.text if recipe.text and not recipe.is_stock else None,
         imatrix=options.importance.source if options.importance else None,
     )
 

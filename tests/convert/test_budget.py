@@ -11,9 +11,17 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from stepgguf.cli.main import main
-from stepgguf.convert import budget as module
 from stepgguf.convert import measure, sizes
-from stepgguf.convert.budget import UNIFORM, Limits, plan_within, recipe_without_rules, resolve_recipe
+from stepgguf.convert.budget import (
+    REASON,
+    UNIFORM,
+    Limits,
+    plan_within,
+    plan_without_measuring,
+    price_trunk,
+    recipe_without_rules,
+    resolve_recipe,
+)
 from stepgguf.convert.plan import Options, Plan, PlannedTensor
 from stepgguf.convert.planner import plan_source
 from stepgguf.convert.sources.checkpoint import Checkpoint
@@ -49,8 +57,8 @@ def within(budget: Limits, source: Path, options: Options | None = None, type_na
     assert limits is not None
     options = replace(options or Options(load_recipe("F32")), recipe=chosen)
     with Checkpoint(source) if source.is_dir() else GGUFSource(source) as opened:
-        plan = module.plan_without_measuring(limits, opened, DEST, options)
-        return plan or plan_within(limits, opened, DEST, options, module.price_trunk(opened, DEST, options, threads=1))
+        plan = plan_without_measuring(limits, opened, DEST, options)
+        return plan or plan_within(limits, opened, DEST, options, price_trunk(opened, DEST, options, threads=1))
 
 
 def types(plan: Plan) -> Mapping[str, GGMLQuantizationType]:
@@ -66,7 +74,7 @@ def whole(source: Path, type_name: str, mtp: str = "include") -> Plan:
 
 
 def is_chosen(tensor: PlannedTensor) -> bool:
-    return tensor.reason == module.REASON
+    return tensor.reason == REASON
 
 
 @pytest.mark.parametrize("mtp", ["include", "separate", "drop"])
@@ -95,7 +103,7 @@ def test_bits_per_weight_are_those_that_the_plan_shows(small: Path) -> None:
 def test_a_larger_budget_costs_no_more(small: Path) -> None:
     with Checkpoint(small) as checkpoint:
         options = Options(recipe_without_rules("fit"))
-        trunk = module.price_trunk(checkpoint, Path("x"), options, threads=1)
+        trunk = price_trunk(checkpoint, Path("x"), options, threads=1)
     losses = [trunk.predicted_loss(types(within(Limits(bpw=bpw), small))) or 0.0 for bpw in (4.7, 5, 5.5, 6, 7, 8, 9)]
     assert losses == sorted(losses, reverse=True)
     assert losses[0] / 10 > losses[-1] > 0
@@ -105,7 +113,7 @@ def test_in_the_bytes_of_one_type_for_all_it_loses_less(small: Path) -> None:
     even = whole(small, "Q4_K")
     chosen = within(Limits(even.file_bytes), small)
     with Checkpoint(small) as checkpoint:
-        trunk = module.price_trunk(checkpoint, DEST, Options(recipe_without_rules("fit")), threads=1)
+        trunk = price_trunk(checkpoint, DEST, Options(recipe_without_rules("fit")), threads=1)
     assert (trunk.predicted_loss(types(chosen)) or math.inf) < (trunk.predicted_loss(types(even)) or 0.0)
     assert trunk.predicted_loss(types(whole(small, "Q5_0"))) is None
 

@@ -184,7 +184,7 @@ def test_options_above_the_hull_fill_what_room_is_left() -> None:
 
 @examples
 @given(ITEMS)
-def test_the_frontier_is_what_solve_finds_at_each_of_its_sizes(items: list[TensorOptions]) -> None:
+def test_the_frontier_is_what_is_allocated_at_each_of_its_sizes(items: list[TensorOptions]) -> None:
     points = trace_frontier(items)
     assert points[0].n_bytes == smallest(items)[0]
     assert points[-1].cost == min(p.cost for p in every(items))
