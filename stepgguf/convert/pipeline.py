@@ -144,10 +144,10 @@ def _check_finite(tensor: PlannedTensor, start: int, runs: Iterable[tuple[int, N
         bad = np.flatnonzero(~np.isfinite(values))
         if bad.size:
             row, column = divmod(int(bad[0]), tensor.shape[-1])
-            raise _corrupt(tensor, start + first + row, column, float(values.flat[bad[0]]), bad.size)
+            raise _corrupt_tensor_error(tensor, start + first + row, column, float(values.flat[bad[0]]), bad.size)
 
 
-def _corrupt(tensor: PlannedTensor, row: int, column: int, value: float, count: int) -> CorruptTensor:
+def _corrupt_tensor_error(tensor: PlannedTensor, row: int, column: int, value: float, count: int) -> CorruptTensor:
     expert, row = divmod(row, tensor.rows_per_expert)
     where = f"expert {expert}, row {row}, column {column}" if len(tensor.shape) == 3 else f"row {row}, column {column}"
     if len(tensor.shape) == 1:

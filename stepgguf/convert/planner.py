@@ -23,7 +23,7 @@ from stepgguf.model.hparams import AnyHParams
 from stepgguf.model.tensors import TensorSpec
 from stepgguf.quants import mixtures
 from stepgguf.quants.coverage import Coverage, check_coverage
-from stepgguf.quants.mixtures import Facts, TypeChoice
+from stepgguf.quants.mixtures import RuleFacts, TypeChoice
 from stepgguf.quants.type_names import check_type_name
 from stepgguf.quants.types import F32, FLOATS, fitting_type
 
@@ -57,9 +57,9 @@ def plan_source(source: TensorSource, dest: Path, options: Options) -> Plan:
     return Plan(options.recipe, options.mtp, tuple(files), warnings, options.importance, covered, options.kernel)
 
 
-def rule_facts(hp: AnyHParams) -> Facts:
+def rule_facts(hp: AnyHParams) -> RuleFacts:
     """What recipes ask about a model. BadMetadata for a GGUF that does not say it."""
-    return Facts(hp.n_layer, hp.n_expert, hp.gqa)
+    return RuleFacts(hp.n_layer, hp.n_expert, hp.gqa)
 
 
 def mtp_path(dest: Path) -> Path:
@@ -71,7 +71,7 @@ def mtp_path(dest: Path) -> Path:
 
 
 def choose_file_types(
-    specs: Sequence[TensorSpec], own: Mapping[str, GGMLQuantizationType] | None, facts: Facts, options: Options
+    specs: Sequence[TensorSpec], own: Mapping[str, GGMLQuantizationType] | None, facts: RuleFacts, options: Options
 ) -> tuple[list[Chosen], list[Chosen]]:
     """The tensors of the main file and of the separate MTP file (empty unless asked for), with types and reasons.
 
@@ -94,7 +94,7 @@ def choose_file_types(
     return trunk, [*shared, *mtp]
 
 
-def _choose_by_rules(specs: Sequence[TensorSpec], facts: Facts, options: Options) -> dict[str, TypeChoice]:
+def _choose_by_rules(specs: Sequence[TensorSpec], facts: RuleFacts, options: Options) -> dict[str, TypeChoice]:
     """Name -> type and reason, by the recipe; of MTP tensors by --mtp-type if that is given."""
     has_imatrix = options.importance is not None
     choices = options.recipe.choose_types(specs, facts, has_imatrix=has_imatrix, allocated=options.allocated)
@@ -177,7 +177,7 @@ def _plan_tensors(chosen: Sequence[Chosen], source: TensorSource, options: Optio
     return sorted(tensors, key=lambda tensor: tensor.name.file_order)
 
 
-def _provenance(options: Options, facts: Facts, tensors: Sequence[PlannedTensor], source: str) -> list[Key]:
+def _provenance(options: Options, facts: RuleFacts, tensors: Sequence[PlannedTensor], source: str) -> list[Key]:
     """What made this file of what: of a file of MTP blocks alone, with their types as its own."""
     # The router and the constants are F32 whatever was asked for: they say nothing of it.
     made = [t for t in tensors if t.source is not None and len(t.shape) > 1 and t.ggml_type != F32]

@@ -19,7 +19,7 @@ from stepgguf.files.byte_sizes import readable_size
 from stepgguf.model.names import TensorName
 from stepgguf.model.tensors import TensorSpec
 from stepgguf.quants import mixtures
-from stepgguf.quants.mixtures import Facts
+from stepgguf.quants.mixtures import RuleFacts
 from stepgguf.quants.recipe_files import load_recipe
 from stepgguf.quants.types import F32, row_size
 
@@ -49,7 +49,7 @@ class Inventory:
     own_types: the type that each tensor has in a GGUF; None of a checkpoint.
     """
 
-    facts: Facts
+    facts: RuleFacts
     routing: Routing
     tensors: tuple[TensorSpec, ...]
     own_types: Types | None

@@ -55,7 +55,7 @@ class Verification:
             data = np.empty((stop - start) * size, np.uint8)
             disk.read_at(fd, data.data, offset, info.name, TruncatedFile)
             problem = find_problem(data)
-            return data.nbytes, f"{_where(info, start, stop)} {problem}" if problem else None
+            return data.nbytes, f"{_describe_rows(info, start, stop)} {problem}" if problem else None
 
         try:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -119,7 +119,7 @@ def _compare_with_source(maker: RowMaker, tensor: PlannedTensor, start: int, sto
     return f"is not what the source gives ({wrong:.1%} of its bytes differ)" if wrong else None
 
 
-def _where(info: TensorInfo, start: int, stop: int) -> str:
+def _describe_rows(info: TensorInfo, start: int, stop: int) -> str:
     """A unit in words: tensor, expert, rows."""
     rows = rows_per_expert(info.shape)
     expert = f" expert {start // rows}" if len(info.shape) == 3 else ""

@@ -135,7 +135,7 @@ class _Walk:
         self.refused_by: str | None = None  # the budget that the first step which did not fit would have broken
         self._steps: list[tuple[float, float, int, TypeOption]] = []  # a heap: -rate, -saving, item, where it leads
         for index in range(len(items)):
-            self._offer(index)
+            self._push_next_step(index)
 
     @property
     def cost(self) -> float:
@@ -160,7 +160,7 @@ class _Walk:
                 self.n_bytes += added
                 self.read_bytes += added * self.items[index].read_share
             self.refused_by = self.refused_by or broken
-            self._offer(index)
+            self._push_next_step(index)
             if broken is None:
                 return True
         return False
@@ -172,7 +172,7 @@ class _Walk:
             return "memory"
         return "read" if self.read_bytes + added * self.items[index].read_share > self.max_read_bytes else None
 
-    def _offer(self, index: int) -> None:
+    def _push_next_step(self, index: int) -> None:
         """Put an item's steepest step on the heap: before the first refusal any step, then one that fits."""
         now, price = self.chosen[index], self.prices[index]
         steps = []

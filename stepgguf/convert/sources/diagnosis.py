@@ -128,7 +128,7 @@ def check_weights(folder: Path, stored: Mapping[str, StoredTensor], formats: Col
                 f"{folder} holds a LoRA adapter that is not merged ({tensor.name})", hint=_MERGE.format(base="")
             )
     settings = config.get("quantization_config") or config.get("compression_config")
-    method, packing = (_setting(settings, key) for key in ("quant_method", "format"))
+    method, packing = (_text_setting(settings, key) for key in ("quant_method", "format"))
     if "mlx" in formats:
         # Its norms are stored whole and not less one, also where it is not quantized.
         raise UnsupportedCheckpoint(f"{folder} is an MLX checkpoint", hint=_ORIGINAL)
@@ -203,7 +203,7 @@ def _adapter_base(folder: Path) -> str:
         return ""
 
 
-def _setting(settings: Value | None, key: str) -> str | None:
+def _text_setting(settings: Value | None, key: str) -> str | None:
     """A text of the quantization's settings."""
     found = settings.object().get(key) if settings is not None else None
     return found if isinstance(found, str) else None
