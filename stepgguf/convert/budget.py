@@ -137,7 +137,8 @@ def plan_within(limits: Limits, source: TensorSource, dest: Path, options: Optio
     The budget must hold the smallest types: `plan_without_measuring` refuses one that does not.
     """
     room = trunk.room(limits)
-    # Padding and the headers of splits depend on the types, so what is too large is tried again with less room.
+    # Padding and the headers of splits depend on the types, so what is too large is tried again with less room. It
+    # ends at the smallest types at the latest, which fit.
     while True:
         types = trunk.choose_types(room, math.inf if limits.read_bytes is None else limits.read_bytes)
         allocated = {name: TypeChoice(ggml_type, REASON) for name, ggml_type in types.items()}

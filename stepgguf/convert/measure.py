@@ -142,6 +142,7 @@ def _sample_rows(tensor: PlannedTensor, importance: Importance | None) -> list[_
     spacing = rows / count
     result = []
     for expert in range(n):
+        # At other rows in each expert, or all 288 would be judged by a matrix's first rows.
         shift = expert * _GOLDEN % 1 * (spacing - length)
         for i in range(count):
             start = expert * rows + int(i * spacing + shift)

@@ -107,6 +107,7 @@ class Writer:
                 f"{self._journal.path} is of an interrupted run with another {difference}",
                 hint="Repeat that command to finish it, or start anew with --restart.",
             )
+        # A file that is not at its .part was renamed, which comes after the last unit, or somebody removed it.
         missing = {i for i, file in enumerate(self.plan.files) if not _is_planned_file(file, self._parts[i])}
         if missing and not (len(finished) == len(self.units) and all(map(self._has_final_name, missing))):
             return False  # somebody removed data that the journal counts as finished

@@ -182,4 +182,5 @@ class _Walk:
                 rate = saving / (added * price) if price else math.inf
                 steps.append((-rate, -saving, index, option))
         if steps:
+            # One step of an item is on the heap at a time: its number decides, and options are never compared.
             heapq.heappush(self._steps, min(steps, key=lambda step: step[:3]))

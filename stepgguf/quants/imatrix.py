@@ -104,6 +104,7 @@ def _split_experts(entry: ImatrixEntry, n: int) -> ImatrixEntry:
     if n == 1:
         return entry
     sums = entry.sums.reshape(n, -1)
+    # A mean of 1.0 is stored as n_call, which is the count here.
     seen = (sums != entry.counts).any(axis=1)
     return ImatrixEntry(np.where(seen[:, None], sums, np.float32(0)), np.where(seen, entry.counts, 0), counted=False)
 

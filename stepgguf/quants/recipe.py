@@ -47,6 +47,7 @@ class Rule:
         """Everywhere it applies in a model of n_layer layers. ValueError if some of its layers do not exist."""
         layers = set(range(n_layer))
         if self.layers is not None:
+            # Of a negative start so many layers must be there, of another one the layer itself.
             if any(max(-start, start + 1, stop or 0) > n_layer for start, stop in self.layers):
                 raise ValueError
             layers = {layer for start, stop in self.layers for layer in range(n_layer)[start:stop]}
@@ -139,7 +140,7 @@ class Recipe:
         return _fitting_choice(self.default, candidate, "recipe default")
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=8)  # it is asked for each tensor
 def _rules_by_place(recipe: Recipe, n_layer: int) -> dict[Place, Rule]:
     """The rule of every place that has one. RecipeError for a rule that earlier ones leave no place."""
     table: dict[Place, Rule] = {}
