@@ -61,7 +61,7 @@ class ModelCopy:
     def __init__(self, source: GGUFSource, importance: Importance | None, reference: Reference, threads: int) -> None:
         self.source, self.importance, self.reference, self.threads = source, importance, reference, threads
         self.dest = source.path.with_name("file.gguf")
-        free = budget.open_recipe("fit")
+        free = budget.recipe_without_rules("fit")
         self.trunk = budget.price_trunk(source, self.dest, Options(free, importance=importance), threads=threads)
 
     def kld(self, plan: Plan) -> float:

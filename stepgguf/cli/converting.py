@@ -212,6 +212,6 @@ def peak_rss() -> int:
 
 def _line_report(line: FoldedLine) -> dict[str, Any]:
     return {
-        "layers": line.layers, "role": line.role, "count": line.count, "type": line.type, "bytes": line.n_bytes,
+        "layers": line.layers, "role": line.stem, "count": line.count, "type": line.type, "bytes": line.n_bytes,
         "reason": line.reason,
     }  # fmt: skip

@@ -44,7 +44,7 @@ def inspect(
     }
     if json:
         folded = [
-            {"layers": line.layers, "role": line.role, "count": line.count, "type": line.type, "bytes": line.n_bytes}
+            {"layers": line.layers, "role": line.stem, "count": line.count, "type": line.type, "bytes": line.n_bytes}
             for line in lines
         ]
         output.print_json({"path": str(path), "contents": contents, "metadata": metadata, "folded": folded, **summary})

@@ -128,7 +128,7 @@ def _explain(error: StepggufError | ModuleNotFoundError | OSError) -> int | None
         extra = EXTRAS.get(error.name or "")
         if extra is None:
             return None
-        return _show_error(f"this needs {error.name}, which is not installed", installed.with_extra(extra))
+        return _show_error(f"this needs {error.name}, which is not installed", installed.extra_command(extra))
     if error.filename is None and error.errno in (errno.EPIPE, errno.ENOSPC):  # stdout's: a file would be named
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere
         return 1 if error.errno == errno.EPIPE else _show_error(f"standard output: {error.strerror}", None)

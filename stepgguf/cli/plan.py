@@ -70,7 +70,7 @@ def plan(
     """
     from stepgguf.cli import output, plan_text
     from stepgguf.cli.converting import price_trunk
-    from stepgguf.convert.budget import open_recipe
+    from stepgguf.convert.budget import recipe_without_rules
     from stepgguf.convert.plan import Options
     from stepgguf.convert.sources.opening import open_source
     from stepgguf.fit.memory import ContextParams
@@ -79,7 +79,7 @@ def plan(
     names = _split_names(types)
     if imatrix is not None and not measure:
         raise typer.BadParameter("an importance matrix counts only with --measure", param_hint="--imatrix")
-    options = Options(open_recipe("fit"), mtp, importance=arguments.read_importance(imatrix, imatrix_prior))
+    options = Options(recipe_without_rules("fit"), mtp, importance=arguments.read_importance(imatrix, imatrix_prior))
     context, target = ContextParams(ctx, parallel, mtp=mtp == "include"), _find_machine(machine)
     with open_source(source) as opened:
         output.warn(opened.notes)

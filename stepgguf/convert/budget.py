@@ -66,7 +66,7 @@ def resolve_recipe(type_name: str | None, limits: Limits | None, default: str) -
         chosen = load_recipe(default if type_name is None else type_name)
         return chosen, Limits(bpw=chosen.bpw) if chosen.bpw is not None else None
     if type_name is None:
-        return open_recipe(limits.name), limits
+        return recipe_without_rules(limits.name), limits
     chosen = load_recipe(type_name)
     if chosen.is_stock:
         raise RecipeError(
@@ -76,8 +76,8 @@ def resolve_recipe(type_name: str | None, limits: Limits | None, default: str) -
     return replace(chosen, name=f"{chosen.name}-{limits.name}", default=None, base=None, bpw=None), limits
 
 
-def open_recipe(name: str) -> Recipe:
-    """A recipe without a rule: every type is left to the budget."""
+def recipe_without_rules(name: str) -> Recipe:
+    """A recipe that leaves every type to the budget."""
     return Recipe(name, "", name, "", ())
 
 
@@ -85,17 +85,17 @@ def open_recipe(name: str) -> Recipe:
 class PricedTrunk:
     """What each type would cost each tensor of the trunk.
 
-    items: for the allocator, in the plan's order. sketch: the draft plan. n_bytes: what the trunk has there.
+    items: for the allocator, in the plan's order. draft: the plan that was measured. n_bytes: of its trunk.
     """
 
     items: Sequence[TensorOptions]
-    sketch: Plan
+    draft: Plan
     n_bytes: int
 
     @property
     def other_bytes(self) -> int:
         """Bytes of all files that are not the trunk's: headers, padding, MTP blocks."""
-        return self.sketch.file_bytes - self.n_bytes
+        return self.draft.file_bytes - self.n_bytes
 
     @property
     def smallest_bytes(self) -> int:
@@ -117,7 +117,7 @@ class PricedTrunk:
         room = math.inf if limits.n_bytes is None else limits.n_bytes - self.other_bytes
         if limits.bpw is None:
             return room
-        return min(room, math.floor(limits.bpw * self.sketch.n_values / 8) - (self.sketch.n_bytes - self.n_bytes))
+        return min(room, math.floor(limits.bpw * self.draft.n_values / 8) - (self.draft.n_bytes - self.n_bytes))
 
     def choose_types(self, room: float, read_bytes: float = math.inf) -> dict[str, GGMLQuantizationType]:
         """Name -> type, at the least cost in so many bytes. DoesNotFit if the smallest types take more."""
@@ -134,10 +134,11 @@ class PricedTrunk:
 def plan_within(limits: Limits, source: TensorSource, dest: Path, options: Options, trunk: PricedTrunk) -> Plan:
     """The plan whose types cost least within the budget. trunk: what types cost, measured with the same options.
 
-    It is for budgets that `plan_without_measuring` leaves open: those hold the smallest types.
+    The budget must hold the smallest types: `plan_without_measuring` refuses one that does not.
     """
     room = trunk.room(limits)
-    # Padding and the headers of splits depend on the types, so what is too large is tried again with less room.
+    # Padding and the headers of splits depend on the types, so what is too large is tried again with less room. It
+    # ends at the smallest types at the latest, which fit.
     while True:
         types = trunk.choose_types(room, math.inf if limits.read_bytes is None else limits.read_bytes)
         allocated = {name: TypeChoice(ggml_type, REASON) for name, ggml_type in types.items()}
@@ -170,31 +171,29 @@ def plan_without_measuring(limits: Limits, source: TensorSource, dest: Path, opt
     return replace(largest, warnings=(*largest.warnings, note))
 
 
-def extreme_types(
+def _extreme_types(
     pick: Callable[..., GGMLQuantizationType], model: Inventory, options: Options, *, has_imatrix: bool | None = None
 ) -> dict[str, GGMLQuantizationType]:
-    """Name -> the smallest (pick: min) or largest (max) type of each tensor that the options leave open.
+    """Name -> the smallest (pick: min) or largest (max) type of each tensor that no rule decides.
 
     has_imatrix: whether there shall be an importance matrix for all tensors; None: what the options have.
     """
     types: dict[str, GGMLQuantizationType] = {}
-    for c in model.matrices:
-        if not _is_open(c, model, options):
-            continue
-        possible = measure.possible_types(c.name, c.shape, options.importance, has_imatrix=has_imatrix)
-        floor = options.recipe.floor_type(c, model.facts)
+    for tensor in _undecided_tensors(model, options):
+        possible = measure.possible_types(tensor.name, tensor.shape, options.importance, has_imatrix=has_imatrix)
+        floor = options.recipe.floor_type(tensor, model.facts)
         if floor is not None:
             least = bits_per_weight(floor)
             possible = {each for each in possible if bits_per_weight(each) >= least} or {floor}
-        types[c.name] = pick(possible, key=bits_per_weight)
+        types[tensor.name] = pick(possible, key=bits_per_weight)
     return types
 
 
 def smallest_size(model: Inventory, *, mtp: bool, has_imatrix: bool) -> int:
     """Bytes of a file with the smallest types that a budget chooses, whatever its vocabulary."""
-    types = extreme_types(min, model, Options(open_recipe("fit")), has_imatrix=has_imatrix)
-    heads = {t.name: _q8_0(t.shape) for t in model.tensors if t.is_mtp and t.is_quantizable}
-    return model.sizes_with(types | heads, mtp=mtp).total + _HEADER
+    types = _extreme_types(min, model, Options(recipe_without_rules("fit")), has_imatrix=has_imatrix)
+    mtp_types = {t.name: _q8_0(t.shape) for t in model.tensors if t.is_mtp and t.is_quantizable}
+    return model.sizes_with(types | mtp_types, mtp=mtp).total + _HEADER
 
 
 def _plan_extreme(
@@ -205,7 +204,7 @@ def _plan_extreme(
     options: Options,
 ) -> Plan:
     """The plan with the smallest (pick: min) or largest (max) types."""
-    types = extreme_types(pick, model, options)
+    types = _extreme_types(pick, model, options)
     allocated = {name: TypeChoice(ggml_type, REASON) for name, ggml_type in types.items()}
     return plan_source(source, dest, replace(options, allocated=allocated))
 
@@ -225,13 +224,12 @@ def _read_bytes(plan: Plan, model: Inventory) -> float:
     return math.fsum(shares.values())
 
 
-def draft_plan(source: TensorSource, dest: Path, options: Options) -> Plan:
+def _draft_plan(model: Inventory, source: TensorSource, dest: Path, options: Options) -> Plan:
     """The plan with all that no rule decides as Q8_0, in one file (and one of MTP blocks, if they are separate)."""
-    model = take_inventory(source)
-    open_: dict[str, TypeChoice] = {
-        c.name: TypeChoice(_q8_0(c.shape), "draft") for c in model.matrices if _is_open(c, model, options)
+    allocated: dict[str, TypeChoice] = {
+        t.name: TypeChoice(_q8_0(t.shape), "draft") for t in _undecided_tensors(model, options)
     }
-    return plan_source(source, dest, replace(options, allocated=open_, split_max_size=None))
+    return plan_source(source, dest, replace(options, allocated=allocated, split_max_size=None))
 
 
 def price_trunk(
@@ -244,25 +242,26 @@ def price_trunk(
     compiling: Compiling = lambda name: None,
 ) -> PricedTrunk:
     """Measure what each type would cost each tensor, where the options leave more than one."""
-    sketch = draft_plan(source, dest, options)
     model = take_inventory(source)
+    draft = _draft_plan(model, source, dest, options)
     names, importance = {t.name for t in model.tensors if not t.is_mtp}, options.importance
     quantizable = {t.name for t in model.matrices}
-    trunk = [tensor for tensor in sketch.files[0].tensors if tensor.name in names]
+    trunk = [tensor for tensor in draft.files[0].tensors if tensor.name in names]
     matrices = [tensor for tensor in trunk if tensor.name in quantizable]
     cache = measure.cache_path(source, importance)
     measured = measure.measure_errors(
         source, matrices, cache, importance=importance, threads=threads, progress=progress, compiling=compiling
     )
     priced = {item.name: item for item in objective.weigh_options(matrices, measured, model.routing, importance)}
-    open_ = {c.name: options.recipe.floor_type(c, model.facts) for c in model.matrices if _is_open(c, model, options)}
+    # A tensor whose type a rule fixes is an item all the same: its bytes are paid from the same budget.
+    floors = {t.name: options.recipe.floor_type(t, model.facts) for t in _undecided_tensors(model, options)}
     items = [
-        _limit_to_floor(priced[t.name], open_[t.name], t)
-        if t.name in open_
+        _limit_to_floor(priced[t.name], floors[t.name], t)
+        if t.name in floors
         else _as_fixed(t, priced.get(t.name), objective.read_share(t, model.routing))
         for t in trunk
     ]
-    return PricedTrunk(items, sketch, sum(tensor.n_bytes for tensor in trunk))
+    return PricedTrunk(items, draft, sum(tensor.n_bytes for tensor in trunk))
 
 
 def _limit_to_floor(item: TensorOptions, floor: GGMLQuantizationType | None, tensor: PlannedTensor) -> TensorOptions:
@@ -281,8 +280,9 @@ def _as_fixed(tensor: PlannedTensor, priced: TensorOptions | None, read_share: f
     return TensorOptions(tensor.name, (TypeOption(tensor.ggml_type, tensor.n_bytes, cost),), read_share)
 
 
-def _is_open(candidate: TensorSpec, model: Inventory, options: Options) -> bool:
-    return options.recipe.fixed_type(candidate, model.facts) is None
+def _undecided_tensors(model: Inventory, options: Options) -> list[TensorSpec]:
+    """The trunk's tensors whose types no rule fixes, so that the budget chooses them."""
+    return [tensor for tensor in model.matrices if options.recipe.fixed_type(tensor, model.facts) is None]
 
 
 def _q8_0(shape: tuple[int, ...]) -> GGMLQuantizationType:

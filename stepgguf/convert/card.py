@@ -76,6 +76,7 @@ def read_card(folder: Path, config: Mapping[str, Any], origin: ModelOrigin) -> M
         texts[General.REPO_URL] = texts[General.SOURCE_REPO_URL]
     keys = [Key.of(key, text, V.STRING) for key, text in texts.items()]
     for relation, names in _MODELS.items():
+        # Two spellings of one list: what both say would stand twice.
         models = _all_texts(front_matter, names[:1]) or _all_texts(front_matter, names[1:])
         if not models and relation == "base_model" and loaded is not None and loaded != own_id:
             models = [loaded]

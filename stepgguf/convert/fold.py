@@ -1,4 +1,4 @@
-"""Tensor lists for people: the same role in the same type becomes one line over its layers."""
+"""Tensor lists for people: tensors of the same stem and type become one line over their layers."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from stepgguf.model.names import TensorName
 
 @dataclass(frozen=True, slots=True)
 class FoldedLine:
-    """Tensors of one role, type and reason. `layers` is "3-44" or "3-4,7,10"; empty outside the layers."""
+    """Tensors of one stem (TensorName's), type and reason. layers: "3-44" or "3-4,7,10"; empty outside the layers."""
 
     layers: str
-    role: str
+    stem: str
     count: int
     type: str
     n_bytes: int
@@ -22,8 +22,8 @@ class FoldedLine:
 
     @property
     def label(self) -> str:
-        """What the line is about: "blk.3-44 ffn_up_exps", or the role alone outside the layers."""
-        return f"blk.{self.layers} {self.role}" if self.layers else self.role
+        """What the line is about: "blk.3-44 ffn_up_exps", or the stem alone outside the layers."""
+        return f"blk.{self.layers} {self.stem}" if self.layers else self.stem
 
 
 def fold_tensors(tensors: Iterable[tuple[str, str, int, int, str]]) -> list[FoldedLine]:
@@ -37,14 +37,14 @@ def fold_tensors(tensors: Iterable[tuple[str, str, int, int, str]]) -> list[Fold
     return [
         FoldedLine(
             layers=format_ranges([layer for name, _, _ in members if (layer := name.layer) is not None]),
-            role=role,
+            stem=stem,
             count=len(members),
             type=type_name,
             n_bytes=sum(n for _, n, _ in members),
             n_values=sum(n for _, _, n in members),
             reason=reason,
         )
-        for (role, type_name, reason, _), members in groups.items()
+        for (stem, type_name, reason, _), members in groups.items()
     ]
 
 

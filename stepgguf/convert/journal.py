@@ -97,7 +97,8 @@ class Journal:
         disk.sync_folder(self.path.parent)
 
     def close(self) -> None:
-        os.close(self.fd)
+        """Let go of the file; one without a line is removed."""
+        disk.release(self.fd, self.path)
 
     def _sync(self) -> None:
         os.fsync(self.fd)

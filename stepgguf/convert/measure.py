@@ -36,8 +36,8 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from stepgguf.convert.importance import Importance
-from stepgguf.convert.pipeline import Compiling, UnitMaker
-from stepgguf.convert.plan import PlannedTensor, Unit
+from stepgguf.convert.pipeline import Compiling, RowMaker
+from stepgguf.convert.plan import PlannedTensor
 from stepgguf.convert.sources.source import TensorSource, rows_per_expert
 from stepgguf.errors import StepggufError
 from stepgguf.files import folders
@@ -51,7 +51,8 @@ T = GGMLQuantizationType
 
 # Those that need an imatrix are left out where a tensor has none.
 MEASURED_TYPES = tuple(row.ggml_type for row in TABLE if row.measured)
-RUN, RUNS = 8, 32  # rows in a run; runs of a tensor, at least one of each expert
+RUN_ROWS = 8
+MIN_RUNS = 32  # of a tensor, and at least one of each expert
 _VERSION = 1
 _GOLDEN = (5**0.5 - 1) / 2  # multiples of it, less their whole parts, fill [0, 1) evenly however many there are
 
@@ -64,7 +65,7 @@ class TensorErrors:
     errors: Mapping[GGMLQuantizationType, float]
 
 
-_NOTHING = TensorErrors(0.0, {})
+_UNMEASURED = TensorErrors(0.0, {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +99,12 @@ def measure_errors(
     """
     types = {tensor.name: possible_types(tensor.name, tensor.shape, importance) for tensor in tensors}
     with _ErrorsFile(cache, _cache_key(source, importance)) as known:
-        todo = [t for t in tensors if not types[t.name] <= known.measured.get(t.name, _NOTHING).errors.keys()]
+        todo = [t for t in tensors if not types[t.name] <= known.measured.get(t.name, _UNMEASURED).errors.keys()]
         for tensor in tensors:
             if tensor not in todo:
                 progress(tensor, True)
         variants = {t.name: {g: t.as_type(g, importance) for g in types[t.name]} for t in todo}
-        maker = UnitMaker(source, importance)
+        maker = RowMaker(source, importance)
         maker.compile_kernels([tensor for each in variants.values() for tensor in each.values()], compiling)
         samples = [rows for tensor in todo for rows in _sample_rows(tensor, importance)]
         pool = ThreadPoolExecutor(threads or os.cpu_count(), thread_name_prefix="measure")
@@ -141,6 +142,7 @@ def _sample_rows(tensor: PlannedTensor, importance: Importance | None) -> list[_
     spacing = rows / count
     result = []
     for expert in range(n):
+        # At other rows in each expert, or all 288 would be judged by a matrix's first rows.
         shift = expert * _GOLDEN % 1 * (spacing - length)
         for i in range(count):
             start = expert * rows + int(i * spacing + shift)
@@ -157,8 +159,8 @@ def count_sampled_values(shape: tuple[int, ...]) -> int:
 
 def _sample_size(rows: int, n: int) -> tuple[int, int]:
     """Rows of a run, and runs of each of n experts with so many rows."""
-    length = min(RUN, rows)
-    return length, min(-(-RUNS // n), rows // length)
+    length = min(RUN_ROWS, rows)
+    return length, min(-(-MIN_RUNS // n), rows // length)
 
 
 def _token_shares(tensor: PlannedTensor, importance: Importance | None) -> list[float]:
@@ -168,10 +170,9 @@ def _token_shares(tensor: PlannedTensor, importance: Importance | None) -> list[
     return [float(share) for share in tokens / tokens.sum()]
 
 
-def _measure_rows(maker: UnitMaker, rows: _SampledRows, variants: Variants) -> Losses:
+def _measure_rows(maker: RowMaker, rows: _SampledRows, variants: Variants) -> Losses:
     """What is lost by encoding these rows as each type, just as the pipeline does."""
-    unit = Unit(0, 0, rows.start, rows.stop)
-    return {ggml_type: maker.make_unit(tensor, unit)[1] for ggml_type, tensor in variants.items()}
+    return {ggml_type: maker.make_rows(tensor, rows.start, rows.stop)[1] for ggml_type, tensor in variants.items()}
 
 
 def _weigh_losses(group: Iterable[tuple[_SampledRows, Losses]]) -> TensorErrors:

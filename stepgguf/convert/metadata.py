@@ -46,8 +46,8 @@ _GENERATION_CONFIG = {
     "top_p": (Keys.General.SAMPLING_TOP_P, 1.0),
     "min_p": (Keys.General.SAMPLING_MIN_P, 1.0),
 }
-_TOKENIZER = "Take tokenizer.json from the model's repository."
-_MOST_TEMPLATE = 2**20  # bytes; the published ones have 5 KB
+_TOKENIZER_HINT = "Take tokenizer.json from the model's repository."
+_MAX_TEMPLATE_BYTES = 2**20  # the published ones have 5 KB
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +66,9 @@ class CheckpointMetadata:
 
     def file_keys(self, shapes: Sequence[tuple[TensorName, tuple[int, ...]]], *, with_mtp: bool) -> list[Key]:
         """The keys of a file with these tensors. `with_mtp` extends the per-layer arrays over the MTP blocks."""
-        label = size_label(shapes, self.hparams.n_expert)
-        said = model_keys(self.hparams, self.name, label, with_mtp=with_mtp, described=self.card.keys)
-        return [*(self.sampling.get(key.name, key) for key in said), *self.vocab]
+        label = _size_label(shapes, self.hparams.n_expert)
+        keys = model_keys(self.hparams, self.name, label, with_mtp=with_mtp, described=self.card.keys)
+        return [*(self.sampling.get(key.name, key) for key in keys), *self.vocab]
 
 
 def read_metadata(
@@ -84,8 +84,8 @@ def read_metadata(
 
     name, template: in place of the checkpoint's own.
     """
-    vocab, warnings = vocab_keys(folder, hp, template)
-    sampling = sampling_keys(folder)
+    vocab, warnings = _vocab_keys(folder, hp, template)
+    sampling = _sampling_keys(folder)
     card = read_card(folder, config, origin)
     return CheckpointMetadata(hp, name or card.name, card, sampling, vocab, (*card.warnings, *warnings))
 
@@ -132,22 +132,22 @@ def model_keys(hp: HParams, name: str, size_label: str, *, with_mtp: bool, descr
     return keys
 
 
-def vocab_keys(folder: Path, hp: HParams, chat_template: Path | None) -> tuple[tuple[Key, ...], list[str]]:
+def _vocab_keys(folder: Path, hp: HParams, chat_template: Path | None) -> tuple[tuple[Key, ...], list[str]]:
     """tokenizer.* and warnings: every id that ends a generation is written, so that no engine has to guess by name."""
     tok, warnings = Keys.Tokenizer, []
-    words = read_vocabulary(jsonread.read(folder / "tokenizer.json", BadConfig, _TOKENIZER), hp.vocab_size)
+    vocabulary = read_vocabulary(jsonread.read(folder / "tokenizer.json", BadConfig, _TOKENIZER_HINT), hp.vocab_size)
     settings = _optional_json(folder / "tokenizer_config.json")
-    eos = _token_id(settings, "eos_token", words, hp.eos_token_ids[-1])
-    padding = _token_id(settings, "pad_token", words, hp.eos_token_ids[0])
+    eos = _token_id(settings, "eos_token", vocabulary, hp.eos_token_ids[-1])
+    padding = _token_id(settings, "pad_token", vocabulary, hp.eos_token_ids[0])
     for i in (hp.bos_token_id, eos, padding, *hp.eos_token_ids):
         if i >= hp.vocab_size:
             raise BadConfig(f"token id {i} does not fit config.json's vocab_size {hp.vocab_size}")
     keys = [
         _typed_key(tok.MODEL, TOKENIZER_MODEL),
         _typed_key(tok.PRE, PRE_TOKENIZER),
-        Key.of(tok.LIST, words.tokens, V.ARRAY, V.STRING),
-        Key.of(tok.TOKEN_TYPE, words.types, V.ARRAY, V.INT32),
-        Key.of(tok.MERGES, words.merges, V.ARRAY, V.STRING),
+        Key.of(tok.LIST, vocabulary.tokens, V.ARRAY, V.STRING),
+        Key.of(tok.TOKEN_TYPE, vocabulary.types, V.ARRAY, V.INT32),
+        Key.of(tok.MERGES, vocabulary.merges, V.ARRAY, V.STRING),
         _typed_key(tok.BOS_ID, hp.bos_token_id),
         _typed_key(tok.EOS_ID, eos),
         _typed_key(tok.PAD_ID, padding),
@@ -163,11 +163,7 @@ def vocab_keys(folder: Path, hp: HParams, chat_template: Path | None) -> tuple[t
             f"config.json and tokenizer_config.json name {1 + len(others)} end tokens, of which a GGUF has room for 3: "
             f"{left_out} will not end an answer"
         )
-    template = (
-        textfile.read(chat_template, BadConfig, most=_MOST_TEMPLATE)
-        if chat_template
-        else _find_template(folder, settings)
-    )
+    template = _read_template(chat_template) if chat_template else _find_template(folder, settings)
     if template is None:
         warnings.append("the checkpoint has no chat template; add one with --chat-template FILE")
     else:
@@ -175,7 +171,7 @@ def vocab_keys(folder: Path, hp: HParams, chat_template: Path | None) -> tuple[t
     return tuple(keys), warnings
 
 
-def sampling_keys(folder: Path) -> dict[str, Key]:
+def _sampling_keys(folder: Path) -> dict[str, Key]:
     """general.sampling.* that a checkpoint's generation_config.json sets otherwise than the model card."""
     settings = _optional_json(folder / "generation_config.json")
     found = {}
@@ -232,7 +228,7 @@ def split_keys(index: int, count: int, n_tensors: int) -> list[Key]:
     ]
 
 
-def size_label(shapes: Sequence[tuple[TensorName, tuple[int, ...]]], n_expert: int) -> str:
+def _size_label(shapes: Sequence[tuple[TensorName, tuple[int, ...]]], n_expert: int) -> str:
     """gguf-py's label ("288x7.4B") from the names and shapes of the file's tensors: experts count once."""
     expert = sum(math.prod(shape) // n_expert for name, shape in shapes if name.is_expert)
     total = sum(math.prod(shape) for _, shape in shapes)
@@ -254,21 +250,21 @@ def _optional_json(path: Path) -> Value:
     return jsonread.read(path, BadConfig) if path.exists() else Value({}, str(path), BadConfig)
 
 
-def _token_id(settings: Value, key: str, words: Vocabulary, default: int) -> int:
+def _token_id(settings: Value, key: str, vocabulary: Vocabulary, default: int) -> int:
     """The id of a token that tokenizer_config.json names, as a text or as {"content": text}."""
     token = settings.get(key)
     if token is None:
         return default
-    found = words.token_id((token["content"] if isinstance(token.raw, dict) else token).text())
+    found = vocabulary.token_id((token["content"] if isinstance(token.raw, dict) else token).text())
     return default if found is None else found
 
 
-def _find_template(path: Path, settings: Value) -> str | None:
+def _find_template(folder: Path, settings: Value) -> str | None:
     """chat_template.jinja, chat_template.json of older processors, or the one inside tokenizer_config.json."""
-    file = path / "chat_template.jinja"
+    file = folder / "chat_template.jinja"
     if file.exists():
         return _read_template(file)
-    inside = _optional_json(path / "chat_template.json").get("chat_template") or settings.get("chat_template")
+    inside = _optional_json(folder / "chat_template.json").get("chat_template") or settings.get("chat_template")
     if inside is None:
         return None
     if isinstance(inside.raw, str):
@@ -278,4 +274,4 @@ def _find_template(path: Path, settings: Value) -> str | None:
 
 
 def _read_template(path: Path) -> str:
-    return textfile.read(path, BadConfig, most=_MOST_TEMPLATE)
+    return textfile.read(path, BadConfig, most=_MAX_TEMPLATE_BYTES)

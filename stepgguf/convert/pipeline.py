@@ -25,11 +25,12 @@ from stepgguf.convert.plan import Constant, Copy, Encode, PlannedTensor, Unit
 from stepgguf.convert.sources.source import TensorSource
 from stepgguf.convert.writer import Writer
 from stepgguf.errors import CorruptTensor, QuantError
+from stepgguf.files.byte_sizes import GIB
 from stepgguf.files.disk import disk_errors
 from stepgguf.quants.kernels import Kernel, Loss
 from stepgguf.quants.values import Values, widen, widened_runs
 
-DEFAULT_MEMORY = 2 * 2**30
+DEFAULT_MEMORY = 2 * GIB
 COMMIT_SECONDS = 2.0
 
 
@@ -63,7 +64,7 @@ def make_files(
     for number in sorted(writer.finished):
         progress(_unit_progress(writer, number, resumed=True))
     todo = [number for number in range(len(writer.units)) if number not in writer.finished]
-    maker = UnitMaker(source, writer.plan.importance)
+    maker = RowMaker(source, writer.plan.importance)
     maker.compile_kernels(writer.plan.tensors, compiling)
     with disk_errors(writer.plan.files[0].path), _UnitPool(source, writer, maker, workers) as pool:
         for number in pool.make_units(todo):
@@ -78,8 +79,8 @@ def count_workers(tensors: Sequence[PlannedTensor], threads: int | None, memory:
     return max(1, min(wanted, memory // largest))
 
 
-class UnitMaker:
-    """Makes the bytes of a unit, as its tensor's action says. One per run, shared by its threads."""
+class RowMaker:
+    """Makes rows of an output tensor, as the tensor's action says. One per run, shared by its threads."""
 
     def __init__(self, source: TensorSource, importance: Importance | None = None) -> None:
         self._source, self._importance = source, importance
@@ -94,54 +95,59 @@ class UnitMaker:
             row = self._source.values(action.stored.name, 0, 1)  # numba compiles for what it is given
             action.kernel.compile(row, weighted=action.weighted, compiling=compiling)
 
-    def make_unit(self, tensor: PlannedTensor, unit: Unit) -> tuple[NDArray[np.uint8], Loss | None]:
-        """The encoded rows [start, stop), [n, row bytes], and what they lost; of copied ones nothing.
+    def make_rows(self, tensor: PlannedTensor, start: int, stop: int) -> tuple[NDArray[np.uint8], Loss | None]:
+        """Rows [start, stop) of one expert, [n, row bytes], and what encoding them lost; None if they are copied.
 
-        CorruptTensor on a value that is not finite, QuantError on values that the type cannot hold.
+        Raises CorruptTensor on a value that is not finite, QuantError on values that the type cannot hold.
         """
         match tensor.action:
             case Constant(data):
                 return np.frombuffer(data, np.uint8).reshape(1, -1), None
             case Copy(stored, decoder):
-                rows = self._source.raw(stored.name, unit.start, unit.stop)
-                _check_finite(tensor, unit, decoder.decoded_runs(rows))
+                rows = self._source.raw(stored.name, start, stop)
+                _check_finite(tensor, start, decoder.decoded_runs(rows))
                 return rows, None
             case Encode() as action:
-                return self._encode(tensor, action, unit)
+                return self._encode(tensor, action, start, stop)
 
-    def _encode(self, tensor: PlannedTensor, action: Encode, unit: Unit) -> tuple[NDArray[np.uint8], Loss | None]:
-        values = self._source.values(action.stored.name, unit.start, unit.stop)
+    def _encode(
+        self, tensor: PlannedTensor, action: Encode, start: int, stop: int
+    ) -> tuple[NDArray[np.uint8], Loss | None]:
+        values = self._source.values(action.stored.name, start, stop)
         if action.plus_one:
             values = _add_one(values)
-        importance = self._expert_importance(tensor, unit) if action.weighted else None
-        out = np.empty((unit.stop - unit.start, tensor.row_bytes), np.uint8)
+        importance = self._expert_importance(tensor, start) if action.weighted else None
+        out = np.empty((stop - start, tensor.row_bytes), np.uint8)
         try:
             # Kernels only say that some value is not finite, which costs them nothing; which one it is, is looked for.
             if not action.kernel.encode(values, out, importance):
-                _check_finite(tensor, unit, widened_runs(values))
+                _check_finite(tensor, start, widened_runs(values))
         except QuantError as error:
-            expert = f", expert {unit.start // tensor.rows_per_expert}" if tensor.n_experts > 1 else ""
+            expert = f", expert {start // tensor.rows_per_expert}" if tensor.n_experts > 1 else ""
             raise QuantError(
                 f"{tensor.name}{expert}: {error}", hint="Give this tensor another type in a recipe, such as BF16."
             ) from None
         return out, action.kernel.measure(values, out, importance) if tensor.is_quantized else None
 
-    def _expert_importance(self, tensor: PlannedTensor, unit: Unit) -> NDArray[np.float32] | None:
-        """The importance of a unit's columns: its expert's, [columns]."""
+    def _expert_importance(self, tensor: PlannedTensor, row: int) -> NDArray[np.float32] | None:
+        """The importance of a row's columns, which its expert's rows share, [columns]."""
         rows = None if self._importance is None else self._importance.rows(tensor.name, tensor.shape)
-        return None if rows is None else rows[unit.start // tensor.rows_per_expert if len(rows) > 1 else 0]
+        return None if rows is None else rows[row // tensor.rows_per_expert if len(rows) > 1 else 0]
 
 
-def _check_finite(tensor: PlannedTensor, unit: Unit, runs: Iterable[tuple[int, NDArray[np.float32]]]) -> None:
-    """CorruptTensor for the first value that is not finite. runs: the unit's values, and each run's first row."""
+def _check_finite(tensor: PlannedTensor, start: int, runs: Iterable[tuple[int, NDArray[np.float32]]]) -> None:
+    """Raise CorruptTensor for the first value that is not finite.
+
+    runs: rows of the tensor's values from row `start` on, each run with its first row's number, counted from there.
+    """
     for first, values in runs:
         bad = np.flatnonzero(~np.isfinite(values))
         if bad.size:
             row, column = divmod(int(bad[0]), tensor.shape[-1])
-            raise _corrupt(tensor, unit.start + first + row, column, float(values.flat[bad[0]]), bad.size)
+            raise _corrupt_tensor_error(tensor, start + first + row, column, float(values.flat[bad[0]]), bad.size)
 
 
-def _corrupt(tensor: PlannedTensor, row: int, column: int, value: float, count: int) -> CorruptTensor:
+def _corrupt_tensor_error(tensor: PlannedTensor, row: int, column: int, value: float, count: int) -> CorruptTensor:
     expert, row = divmod(row, tensor.rows_per_expert)
     where = f"expert {expert}, row {row}, column {column}" if len(tensor.shape) == 3 else f"row {row}, column {column}"
     if len(tensor.shape) == 1:
@@ -163,7 +169,7 @@ def _add_one(stored: Values) -> NDArray[np.float32]:
 class _UnitPool:
     """Makes units on threads and commits them. However it is left, what is made by then is committed."""
 
-    def __init__(self, source: TensorSource, writer: Writer, maker: UnitMaker, workers: int) -> None:
+    def __init__(self, source: TensorSource, writer: Writer, maker: RowMaker, workers: int) -> None:
         self._source, self._writer, self._maker, self._workers = source, writer, maker, workers
         self._running: dict[Future[FinishedUnit], int] = {}
         self._committer = _Committer(writer)
@@ -190,7 +196,8 @@ class _UnitPool:
             self._running[self._pool.submit(self._make_unit, number)] = number
 
     def _make_unit(self, number: int) -> FinishedUnit:
-        data, loss = self._maker.make_unit(*_tensor_and_unit(self._writer, number))
+        tensor, unit = _tensor_and_unit(self._writer, number)
+        data, loss = self._maker.make_rows(tensor, unit.start, unit.stop)
         return self._writer.write_unit(number, data, loss)
 
     def __enter__(self) -> _UnitPool:

@@ -21,9 +21,9 @@ from stepgguf.errors import OutputError, RecipeError
 from stepgguf.files.gguf_header import Key
 from stepgguf.model.hparams import AnyHParams
 from stepgguf.model.tensors import TensorSpec
-from stepgguf.quants import coverage, mixtures
-from stepgguf.quants.coverage import Coverage
-from stepgguf.quants.mixtures import Facts, TypeChoice
+from stepgguf.quants import mixtures
+from stepgguf.quants.coverage import Coverage, check_coverage
+from stepgguf.quants.mixtures import RuleFacts, TypeChoice
 from stepgguf.quants.type_names import check_type_name
 from stepgguf.quants.types import F32, FLOATS, fitting_type
 
@@ -57,9 +57,9 @@ def plan_source(source: TensorSource, dest: Path, options: Options) -> Plan:
     return Plan(options.recipe, options.mtp, tuple(files), warnings, options.importance, covered, options.kernel)
 
 
-def rule_facts(hp: AnyHParams) -> Facts:
+def rule_facts(hp: AnyHParams) -> RuleFacts:
     """What recipes ask about a model. BadMetadata for a GGUF that does not say it."""
-    return Facts(hp.n_layer, hp.n_expert, hp.gqa)
+    return RuleFacts(hp.n_layer, hp.n_expert, hp.gqa)
 
 
 def mtp_path(dest: Path) -> Path:
@@ -71,7 +71,7 @@ def mtp_path(dest: Path) -> Path:
 
 
 def choose_file_types(
-    specs: Sequence[TensorSpec], own: Mapping[str, GGMLQuantizationType] | None, facts: Facts, options: Options
+    specs: Sequence[TensorSpec], own: Mapping[str, GGMLQuantizationType] | None, facts: RuleFacts, options: Options
 ) -> tuple[list[Chosen], list[Chosen]]:
     """The tensors of the main file and of the separate MTP file (empty unless asked for), with types and reasons.
 
@@ -94,7 +94,7 @@ def choose_file_types(
     return trunk, [*shared, *mtp]
 
 
-def _choose_by_rules(specs: Sequence[TensorSpec], facts: Facts, options: Options) -> dict[str, TypeChoice]:
+def _choose_by_rules(specs: Sequence[TensorSpec], facts: RuleFacts, options: Options) -> dict[str, TypeChoice]:
     """Name -> type and reason, by the recipe; of MTP tensors by --mtp-type if that is given."""
     has_imatrix = options.importance is not None
     choices = options.recipe.choose_types(specs, facts, has_imatrix=has_imatrix, allocated=options.allocated)
@@ -121,7 +121,9 @@ def _check_types(chosen: Sequence[Chosen], stored: Mapping[str, SourceTensor], o
     encoded = [(spec, choice.ggml_type) for spec, choice in chosen if stored[spec.source].ggml_type != choice.ggml_type]
     for spec, ggml_type in encoded:
         _check_loss(stored[spec.source], ggml_type, options)
-    covered = _cover([spec for spec, ggml_type in encoded if ggml_type not in FLOATS], options)
+    quantized = [spec for spec, ggml_type in encoded if ggml_type not in FLOATS]
+    importance = options.importance
+    covered = check_coverage(importance.source, quantized) if importance is not None and quantized else None
     _check_importance(encoded, options)
     return covered
 
@@ -132,12 +134,6 @@ def _check_loss(stored: SourceTensor, ggml_type: GGMLQuantizationType, options: 
             f"{stored.name} is already {stored.dtype}; quantizing it again to {ggml_type.name} adds its error",
             hint="Start from the BF16 file or the checkpoint, or accept the loss with --allow-requantize.",
         )
-
-
-def _cover(specs: Sequence[TensorSpec], options: Options) -> Coverage | None:
-    if options.importance is None or not specs:
-        return None
-    return coverage.coverage(options.importance.source, specs)
 
 
 def _check_importance(encoded: Sequence[tuple[TensorSpec, GGMLQuantizationType]], options: Options) -> None:
@@ -181,26 +177,28 @@ def _plan_tensors(chosen: Sequence[Chosen], source: TensorSource, options: Optio
     return sorted(tensors, key=lambda tensor: tensor.name.file_order)
 
 
-def _provenance(options: Options, facts: Facts, tensors: Sequence[PlannedTensor], source: str) -> list[Key]:
+def _provenance(options: Options, facts: RuleFacts, tensors: Sequence[PlannedTensor], source: str) -> list[Key]:
     """What made this file of what: of a file of MTP blocks alone, with their types as its own."""
+    # The router and the constants are F32 whatever was asked for: they say nothing of it.
     made = [t for t in tensors if t.source is not None and len(t.shape) > 1 and t.ggml_type != F32]
     mtp = [t for t in made if t.name.is_mtp(facts.n_layer)]
+    # Such a file has embedding and output too, so it is known by its layers.
     is_mtp_file = all(t in mtp for t in made if t.name.startswith("blk."))
     sizes: dict[GGMLQuantizationType, int] = {}
     for tensor in mtp if is_mtp_file else made:
         sizes[tensor.ggml_type] = sizes.get(tensor.ggml_type, 0) + tensor.n_values
-    chosen = options.recipe
+    recipe = options.recipe
     most = max(sizes, key=lambda ggml_type: sizes[ggml_type], default=F32)
-    if chosen.base and chosen.is_stock and not (is_mtp_file and mtp):
-        name, ftype = chosen.base, mixtures.file_type(chosen.base)
+    if recipe.base and recipe.is_stock and not (is_mtp_file and mtp):
+        name, ftype = recipe.base, mixtures.file_type(recipe.base)
     else:
-        name, ftype = (most.name if is_mtp_file and mtp else chosen.name), mixtures.nearest_file_type(most)
+        name, ftype = (most.name if is_mtp_file and mtp else recipe.name), mixtures.nearest_file_type(most)
     return metadata.provenance_keys(
         name,
         ftype,
         source,
         mtp_type=", ".join(sorted({t.ggml_type.name for t in mtp})) or None,
-        recipe=chosen.text if chosen.text and not chosen.is_stock else None,
+        recipe=recipe.text if recipe.text and not recipe.is_stock else None,
         imatrix=options.importance.source if options.importance else None,
     )
 

@@ -31,7 +31,7 @@ from stepgguf.files.disk import disk_errors
 from stepgguf.files.gguf_header import Header, Key
 
 ORIGINAL = "stepgguf.chat_template.original"
-_COPY = 64 * 2**20
+_COPY_BYTES = 64 * 2**20
 
 
 def read_chat_template(path: Path) -> str:
@@ -128,7 +128,7 @@ def _copy_with_header(path: Path, data_start: int, header: bytes) -> None:
     with path.open("rb") as source, disk.replacing(path) as target:
         target.write(header)
         source.seek(data_start)
-        shutil.copyfileobj(source, target, _COPY)
+        shutil.copyfileobj(source, target, _COPY_BYTES)
 
 
 def _read_own_manifest(path: Path) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ from stepgguf.files.byte_sizes import readable_size
 from stepgguf.model.names import TensorName
 from stepgguf.model.tensors import TensorSpec
 from stepgguf.quants import mixtures
-from stepgguf.quants.mixtures import Facts
+from stepgguf.quants.mixtures import RuleFacts
 from stepgguf.quants.recipe_files import load_recipe
 from stepgguf.quants.types import F32, row_size
 
@@ -46,13 +46,13 @@ class Sizes:
 class Inventory:
     """The tensors of a model, those of MTP blocks and constants too, and what rules and costs ask about it.
 
-    own: the type that each tensor has in a GGUF; None of a checkpoint.
+    own_types: the type that each tensor has in a GGUF; None of a checkpoint.
     """
 
-    facts: Facts
+    facts: RuleFacts
     routing: Routing
     tensors: tuple[TensorSpec, ...]
-    own: Types | None
+    own_types: Types | None
 
     def sizes_as(self, name: str, *, mtp: bool = True) -> Sizes:
         """As a stock mixture or a recipe, with the MTP blocks or without.
@@ -74,7 +74,7 @@ class Inventory:
 
     def own_sizes(self, *, mtp: bool = True) -> Sizes | None:
         """As they are in the GGUF; None for a checkpoint, whose tensors have no ggml types."""
-        return None if self.own is None else self.sizes_with(self.own, mtp=mtp)
+        return None if self.own_types is None else self.sizes_with(self.own_types, mtp=mtp)
 
     @property
     def matrices(self) -> list[TensorSpec]:
@@ -107,7 +107,7 @@ def take_inventory(source: TensorSource) -> Inventory:
         facts=rule_facts(hp),
         routing=Routing(hp.n_expert, hp.n_expert_used, hp.router_scale),
         tensors=(*source.specs, *constants),
-        own=source.own_types,
+        own_types=source.own_types,
     )
 
 

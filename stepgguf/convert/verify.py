@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepgguf.convert.manifest import read_entries, read_manifest
-from stepgguf.convert.pipeline import UnitMaker
-from stepgguf.convert.plan import Plan, PlannedTensor, Unit, retype_tensors, row_ranges, unit_rows
+from stepgguf.convert.pipeline import RowMaker
+from stepgguf.convert.plan import Plan, PlannedTensor, retype_tensors, row_ranges, unit_rows
 from stepgguf.convert.sources.source import TensorSource, rows_per_expert
 from stepgguf.convert.sources.splits import read_headers
 from stepgguf.errors import TruncatedFile
@@ -55,7 +55,7 @@ class Verification:
             data = np.empty((stop - start) * size, np.uint8)
             disk.read_at(fd, data.data, offset, info.name, TruncatedFile)
             problem = find_problem(data)
-            return data.nbytes, f"{_where(info, start, stop)} {problem}" if problem else None
+            return data.nbytes, f"{_describe_rows(info, start, stop)} {problem}" if problem else None
 
         try:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -93,7 +93,7 @@ def verify_manifest(path: Path, step: Step) -> Verification:
 
 def verify_source(path: Path, plan: Plan, source: TensorSource, share: float, step: Step) -> Verification:
     """Make a share of each tensor's units again (at least one) and compare. `plan` gives names and sources."""
-    report, rng, maker = Verification(step), random.Random(0), UnitMaker(source, plan.importance)
+    report, rng, maker = Verification(step), random.Random(0), RowMaker(source, plan.importance)
     for header in read_headers(path):
         planned: dict[str, PlannedTensor] = {tensor.name: tensor for tensor in retype_tensors(header.tensors, plan)}
         jobs = []
@@ -113,13 +113,13 @@ def _compare_digest(digest: str, data: Bytes) -> str | None:
     return None if hashlib.sha256(data.data).hexdigest() == digest else "differs from the manifest"
 
 
-def _compare_with_source(maker: UnitMaker, tensor: PlannedTensor, start: int, stop: int, data: Bytes) -> str | None:
-    made = maker.make_unit(tensor, Unit(0, 0, start, stop))[0].reshape(-1)
+def _compare_with_source(maker: RowMaker, tensor: PlannedTensor, start: int, stop: int, data: Bytes) -> str | None:
+    made = maker.make_rows(tensor, start, stop)[0].reshape(-1)
     wrong = float((made != data).mean())
     return f"is not what the source gives ({wrong:.1%} of its bytes differ)" if wrong else None
 
 
-def _where(info: TensorInfo, start: int, stop: int) -> str:
+def _describe_rows(info: TensorInfo, start: int, stop: int) -> str:
     """A unit in words: tensor, expert, rows."""
     rows = rows_per_expert(info.shape)
     expert = f" expert {start // rows}" if len(info.shape) == 3 else ""

@@ -107,6 +107,7 @@ class Writer:
                 f"{self._journal.path} is of an interrupted run with another {difference}",
                 hint="Repeat that command to finish it, or start anew with --restart.",
             )
+        # A file that is not at its .part was renamed, which comes after the last unit, or somebody removed it.
         missing = {i for i, file in enumerate(self.plan.files) if not _is_planned_file(file, self._parts[i])}
         if missing and not (len(finished) == len(self.units) and all(map(self._has_final_name, missing))):
             return False  # somebody removed data that the journal counts as finished
@@ -202,9 +203,9 @@ class Writer:
         journal, parts = self._journal, self._parts
         self._journal, self._parts = None, []
         for file, fd in zip(self.plan.files, parts, strict=False):
-            _let_go(fd, _part_path(file))
+            disk.release(fd, _part_path(file))
         if journal is not None:
-            _let_go(journal.fd, journal.path)
+            journal.close()
 
     def __enter__(self) -> Writer:
         return self
@@ -238,13 +239,6 @@ def _is_planned_file(file: PlannedFile, fd: int) -> bool:
     found = bytearray(len(file.header))
     disk.read_at(fd, found, 0, str(file.path), OutputError)
     return found == file.header
-
-
-def _let_go(fd: int, path: Path) -> None:
-    """Close a held file. An empty one holds nothing to resume, and is removed while it is still ours."""
-    if os.fstat(fd).st_size == 0 and disk.is_at(fd, path):
-        path.unlink()
-    os.close(fd)
 
 
 def _describe_run(plan: Plan, identity: Mapping[str, str]) -> dict[str, Any]:

@@ -64,6 +64,13 @@ def hold(path: Path, *, make: bool = False) -> int:
         os.close(fd)
 
 
+def release(fd: int, path: Path) -> None:
+    """Close a file that is held. An empty one holds nothing to go on with: it is removed while it is still ours."""
+    if os.fstat(fd).st_size == 0 and is_at(fd, path):
+        path.unlink()
+    os.close(fd)
+
+
 class NotAFile(OSError):
     """What is at a path is a folder, a pipe or a device."""
 

@@ -36,6 +36,7 @@ _SCALARS = {
     V.UINT8: "B", V.INT8: "b", V.UINT16: "H", V.INT16: "h", V.UINT32: "I", V.INT32: "i", V.FLOAT32: "f",
     V.BOOL: "?", V.UINT64: "Q", V.INT64: "q", V.FLOAT64: "d",
 }  # fmt: skip
+_AGAIN = "Make or download the file again."
 _MAX_DIMS = 4  # GGML_MAX_DIMS of ggml.h
 _MAX_NESTING = 4  # arrays inside arrays; llama.cpp reads none at all
 _MAX_HEADER = 256 * 2**20  # the published ones have 10 MB
@@ -59,7 +60,7 @@ class Key:
 
     @property
     def value(self) -> Any:
-        """The decoded value: a str, int, float, bool, or a list of these."""
+        """The decoded value: a str, int, float, bool, or a list of these. Decoded anew each time it is asked for."""
         return _HeaderCursor(self.raw, self.name).read_value(self.type)
 
 
@@ -202,9 +203,6 @@ def _check_places(path: Path, tensors: Sequence[TensorInfo], alignment: int) -> 
             raise BadMetadata(
                 f"{path}: tensors {shown(before.name)} and {shown(tensor.name)} overlap at {tensor.offset}", hint=_AGAIN
             )
-
-
-_AGAIN = "Make or download the file again."
 
 
 def _hint_for(start: bytes) -> str:

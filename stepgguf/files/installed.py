@@ -18,7 +18,7 @@ NAME = "stepgguf"
 _CHECKOUT = Path(__file__).parents[2]
 
 
-def pip(arguments: str) -> str:
+def pip_command(arguments: str) -> str:
     """The command line that has pip, or uv where there is no pip, do something for this interpreter."""
     here = shutil.which("python")
     python = "python" if here is not None and Path(here).resolve() == Path(sys.executable).resolve() else sys.executable
@@ -27,10 +27,10 @@ def pip(arguments: str) -> str:
     return f"{python} -m pip {arguments}"
 
 
-def with_extra(extra: str, distribution: metadata.Distribution | None = None) -> str:
+def extra_command(extra: str, distribution: metadata.Distribution | None = None) -> str:
     """The command line that adds an extra to the package as it is installed here."""
     found = distribution or _distribution()
-    return pip(f"install {_requirement_with(extra, found)}")
+    return pip_command(f"install {_requirement_with(extra, found)}")
 
 
 def _distribution() -> metadata.Distribution | None:
@@ -41,6 +41,7 @@ def _distribution() -> metadata.Distribution | None:
 
 
 def _requirement_with(extra: str, found: metadata.Distribution | None) -> str:
+    """What pip is to install: the package with an extra, from where it came from, or else the extra's own packages."""
     origin = json.loads((found and found.read_text("direct_url.json")) or "{}")
     url = str(origin.get("url", ""))
     path = Path(unquote(urlparse(url).path))

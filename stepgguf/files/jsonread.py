@@ -133,7 +133,7 @@ def parse(data: bytes, document: str, error: type[StepggufError], hint: str | No
         if data.startswith(b"version https://git-lfs"):
             raise error(f"{document}: is a git-lfs pointer", hint="Fetch the real file with: git lfs pull")
         text = data.decode("utf-8-sig")  # Windows editors begin a file with a byte order mark
-        value = json.loads(text, object_pairs_hook=_object)
+        value = json.loads(text, object_pairs_hook=_object_of_pairs)
         if _is_deeper(value, MAX_DEPTH):
             raise RecursionError
         if _SURROGATE.search(text):  # json lets half of a pair through, and no file can be written with it
@@ -166,7 +166,7 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:50]}... ({len(text)} characters)"
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object_of_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)  # json keeps the last of a name that is there twice
     if len(result) != len(pairs):
         twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)

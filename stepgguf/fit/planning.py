@@ -202,7 +202,7 @@ def _budget_sizes(model: Inventory, mtp: bool, trunk: PricedTrunk, room: int) ->
     for n_bytes in (math.ceil(budget) for budget in budgets if budget >= least):
         limits = Limits(n_bytes)
         types = trunk.choose_types(trunk.room(limits))
-        mtp_types = {t.name: t.ggml_type for t in trunk.sketch.tensors if t.name not in types}
+        mtp_types = {t.name: t.ggml_type for t in trunk.draft.tensors if t.name not in types}
         yield limits.name.replace("-", " "), model.sizes_with(types | mtp_types, mtp=mtp)
 
 

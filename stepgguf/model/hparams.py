@@ -102,7 +102,7 @@ class HParams:
         """The RoPE base of sliding-attention layers."""
         return next(layer.rope_theta for layer in self.layers if layer.is_sliding)
 
-    # What a GGUF has keys for, by the names that GGUFHParams has: who takes AnyHParams asks for these.
+    # Views by the names that GGUFHParams has too: code that takes AnyHParams, a checkpoint's or a GGUF's, reads these.
 
     @property
     def gqa(self) -> int:
@@ -181,7 +181,7 @@ class HParams:
         return replace(self, n_mtp=0, layers=self.trunk_layers)
 
 
-AnyHParams = HParams | GGUFHParams  # of a source, whichever kind it is
+AnyHParams = HParams | GGUFHParams  # of a checkpoint, or of a GGUF
 
 
 def _known_architecture(config: Value) -> str:

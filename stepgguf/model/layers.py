@@ -52,10 +52,10 @@ class Layer:
 
 
 def read_layers(text: Value, n_layer: int, n_mtp: int) -> tuple[Layer, ...]:
-    """All layers of the section that describes the text model, MTP blocks last. BadConfig, UnsupportedModel."""
+    """All layers of the section that describes the text model, MTP blocks last. Raises BadConfig, UnsupportedModel."""
     n_all, head_dim, moe = n_layer + n_mtp, text["head_dim"].integer(), _moe_layers(text, n_layer)
     types = _attention_types(text, n_layer, n_all)
-    thetas, heads = _rope_thetas(text, types, n_layer), _head_counts(text, n_all, types)
+    thetas, heads = _rope_thetas(text, types, n_layer), _head_counts(text, types)
     _check_rotary(text, types, n_layer)
     clamps, clamps_shared = (
         _swiglu_limits(text, key, n_layer, n_all) for key in ("swiglu_limits", "swiglu_limits_shared")
@@ -108,7 +108,7 @@ def _attention_types(text: Value, n_layer: int, n_all: int) -> list[str]:
 
 def _rope_thetas(text: Value, types: list[str], n_layer: int) -> list[float]:
     """The RoPE base of each layer. Layers of one attention type have the same: GGUF has one for each type."""
-    by_type = _by_type(text)
+    by_type = _rope_by_type(text)
     if by_type is not None:
         return [by_type[attention]["rope_theta"].number(1.0, MAX_FLOAT) for attention in types]
     found = [item.number(1.0, MAX_FLOAT) for item in _per_layer(text, "rope_theta", n_layer, len(types))]
@@ -121,7 +121,7 @@ def _rope_thetas(text: Value, types: list[str], n_layer: int) -> list[float]:
 
 def _check_rotary(text: Value, types: list[str], n_layer: int) -> None:
     """llama.cpp (step35.cpp) halves the rotary dimensions on full layers by itself and knows no other ratio."""
-    by_type = _by_type(text)
+    by_type = _rope_by_type(text)
     if by_type is not None:
         factors = [
             read_number(by_type[attention], "partial_rotary_factor", 0.0, 1.0, default=1.0) for attention in types
@@ -158,7 +158,7 @@ def _moe_layers(text: Value, n_layer: int) -> set[int]:
     return {i for i, item in enumerate(items) if item.raw == "sparse"}
 
 
-def _head_counts(text: Value, n_all: int, types: list[str]) -> list[tuple[int, int]]:
+def _head_counts(text: Value, types: list[str]) -> list[tuple[int, int]]:
     """(heads, KV heads) of each layer; sliding-attention layers have their own number."""
     heads = text["num_attention_heads"].integer(1, MAX_SIZE)
     groups = read_aliased(text, "num_attention_groups").integer(1, MAX_SIZE)
@@ -182,7 +182,7 @@ def _head_counts(text: Value, n_all: int, types: list[str]) -> list[tuple[int, i
     return found
 
 
-def _by_type(text: Value) -> Value | None:
+def _rope_by_type(text: Value) -> Value | None:
     """transformers' rope_parameters, if they are by layer type."""
     found = text.get("rope_parameters")
     return found if found is not None and "full_attention" in found.object() else None
@@ -190,7 +190,7 @@ def _by_type(text: Value) -> Value | None:
 
 def read_rope_scaling(text: Value) -> RopeScaling | None:
     """The scaling of full-attention layers' frequencies; None without. UnsupportedModel for any but llama3's."""
-    by_type = _by_type(text)
+    by_type = _rope_by_type(text)
     if by_type is not None:
         section, others = by_type["full_attention"], by_type.get("sliding_attention")
         types = ["full_attention"]

@@ -20,7 +20,7 @@ class TensorName(str):
 
     @property
     def layer(self) -> int | None:
-        """The layer; None of what is outside the layers."""
+        """The layer; None outside the layers."""
         number = self._layer_and_rest[0]
         return None if number is None else int(number)
 

@@ -1,6 +1,6 @@
 """THE table: every tensor of the published text checkpoints, with its GGUF name, shape and treatment.
 
-One row per kind of tensor. `where` says which blocks have it; shapes are written with the letters
+One row per kind of tensor. `where` says which layers have it; shapes are written with the letters
 
     d hidden_size   f intermediate_size   x expert_size   s shared_expert_size   n n_expert   v vocab_size
     e head_dim      h the layer's heads   q h * e         k the layer's kv heads * e          D 2 * hidden_size
@@ -29,7 +29,7 @@ class TensorRule:
 
     @property
     def is_quantizable(self) -> bool:
-        """As of the tensors that it stands for."""
+        """Whether the tensors that it stands for can be quantized."""
         return len(self.shape) > 1 and _is_quantizable(TensorName(self.name))
 
 

@@ -58,11 +58,11 @@ def read_vocabulary(tokenizer: Value, vocab_size: int) -> Vocabulary:
     if len(set(tokens)) < vocab_size:
         repeated = next(token for token, n in Counter(tokens).items() if n > 1)
         raise BadConfig(f"{tokenizer.document}: {shown(repeated)} is the token of two ids")
-    return Vocabulary(tokens, tuple(token_type for _, token_type in entries), _merges(model["merges"]))
+    return Vocabulary(tokens, tuple(token_type for _, token_type in entries), _read_merges(model["merges"]))
 
 
-def _merges(merges: Value) -> tuple[str, ...]:
-    """ "left right", also where newer versions write ["left", "right"]."""
+def _read_merges(merges: Value) -> tuple[str, ...]:
+    """Each merge as "left right", which newer versions write as ["left", "right"]."""
     found = []
     for i, merge in enumerate(merges.raw if isinstance(merges.raw, list) else merges.array()):
         pair = merge.split(" ") if isinstance(merge, str) else merge

@@ -65,7 +65,7 @@ class Allocation:
     """One option for each item, in the items' order."""
 
     options: tuple[TypeOption, ...]
-    point: SpentBytes
+    spent: SpentBytes
 
 
 def allocate_bytes(
@@ -92,14 +92,14 @@ def trace_frontier(items: Sequence[TensorOptions]) -> list[SpentBytes]:
     """Every point on the way from the smallest types to the best, each the least cost for its bytes in memory."""
     all_largest = sum(max(option.n_bytes for option in item.options) for item in items)
     walk = _Walk(items, all_largest, math.inf, 0.0)
-    points = [walk.point]
+    points = [walk.spent]
     while walk.step():
-        points.append(walk.point)
+        points.append(walk.spent)
     return points
 
 
 def _check_fits(items: Sequence[TensorOptions], max_bytes: float, max_read_bytes: float) -> None:
-    smallest = _Walk(items, max_bytes, max_read_bytes, 0.0).point
+    smallest = _Walk(items, max_bytes, max_read_bytes, 0.0).spent
     for what, least, most in (
         ("the tensors take", smallest.n_bytes, max_bytes),
         ("one token reads", smallest.read_bytes, max_read_bytes),
@@ -135,51 +135,52 @@ class _Walk:
         self.refused_by: str | None = None  # the budget that the first step which did not fit would have broken
         self._steps: list[tuple[float, float, int, TypeOption]] = []  # a heap: -rate, -saving, item, where it leads
         for index in range(len(items)):
-            self._offer(index)
+            self._push_next_step(index)
 
     @property
     def cost(self) -> float:
         return math.fsum(option.cost for option in self.chosen)
 
     @property
-    def point(self) -> SpentBytes:
+    def spent(self) -> SpentBytes:
         return SpentBytes(self.n_bytes, self.read_bytes, self.cost)
 
     @property
     def allocation(self) -> Allocation:
-        return Allocation(tuple(self.chosen), self.point)
+        return Allocation(tuple(self.chosen), self.spent)
 
     def step(self) -> bool:
         """Take the steepest step that fits. False if there is none."""
         while self._steps:
             *_, index, option = heapq.heappop(self._steps)
-            broken = self._broken(index, option)
+            broken = self._broken_budget(index, option)
             if broken is None:
                 added = option.n_bytes - self.chosen[index].n_bytes
                 self.chosen[index] = option
                 self.n_bytes += added
                 self.read_bytes += added * self.items[index].read_share
             self.refused_by = self.refused_by or broken
-            self._offer(index)
+            self._push_next_step(index)
             if broken is None:
                 return True
         return False
 
-    def _broken(self, index: int, option: TypeOption) -> str | None:
+    def _broken_budget(self, index: int, option: TypeOption) -> str | None:
         """The budget that does not hold this step. Room only shrinks, so what does not fit now never will."""
         added = option.n_bytes - self.chosen[index].n_bytes
         if self.n_bytes + added > self.max_bytes:
             return "memory"
         return "read" if self.read_bytes + added * self.items[index].read_share > self.max_read_bytes else None
 
-    def _offer(self, index: int) -> None:
+    def _push_next_step(self, index: int) -> None:
         """Put an item's steepest step on the heap: before the first refusal any step, then one that fits."""
         now, price = self.chosen[index], self.prices[index]
         steps = []
         for option in self.items[index].options:
             added, saving = option.n_bytes - now.n_bytes, now.cost - option.cost
-            if added > 0 and saving > 0 and not (self.refused_by and self._broken(index, option)):
+            if added > 0 and saving > 0 and not (self.refused_by and self._broken_budget(index, option)):
                 rate = saving / (added * price) if price else math.inf
                 steps.append((-rate, -saving, index, option))
         if steps:
+            # One step of an item is on the heap at a time: its number decides, and options are never compared.
             heapq.heappush(self._steps, min(steps, key=lambda step: step[:3]))

@@ -46,7 +46,7 @@ class Coverage:
         unknown = [row for row in self.layers if row.thin is None]
         sentences = []
         if self.missing:
-            sentences.append(f"no data for {_some(self.missing)}: quantized unweighted")
+            sentences.append(f"no data for {_list_some(self.missing)}: quantized unweighted")
         if self.missing_mtp:
             sentences.append(f"no data for {len(self.missing_mtp)} MTP tensors: calibration tools do not run MTP")
         if unseen:
@@ -66,16 +66,16 @@ class Coverage:
         return tuple(sentences)
 
 
-def _some(names: Sequence[str]) -> str:
+def _list_some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def coverage(imatrix: Imatrix, tensors: Sequence[TensorSpec]) -> Coverage:
-    """Hold the matrix against the tensors to quantize. ImatrixError: it is of another model."""
+def check_coverage(imatrix: Imatrix, tensors: Sequence[TensorSpec]) -> Coverage:
+    """Compare the matrix with the tensors that shall be quantized. ImatrixError if it is of another model."""
     entries = {tensor.name: imatrix.entry_of(tensor.name, tensor.shape) for tensor in tensors}
     missing = [t for t in tensors if entries[t.name] is None and t.role not in _NEVER_RECORDED]
     if len(missing) == len(tensors) and not all(t.is_mtp for t in tensors):
-        found = _some(list(imatrix.entries))
+        found = _list_some(list(imatrix.entries))
         raise ImatrixError(
             f"{imatrix.path}: it has {found}, none of which the model has",
             hint="This importance matrix was made from another model.",
@@ -86,13 +86,13 @@ def coverage(imatrix: Imatrix, tensors: Sequence[TensorSpec]) -> Coverage:
         if entry is not None and len(entry.counts) > 1 and tensor.layer is not None:
             experts.setdefault(tensor.layer, []).append(entry)
     return Coverage(
-        layers=tuple(_layer(layer, found) for layer, found in sorted(experts.items())),
+        layers=tuple(_cover_layer(layer, found) for layer, found in sorted(experts.items())),
         missing=tuple(t.name for t in missing if not t.is_mtp),
         missing_mtp=tuple(t.name for t in missing if t.is_mtp),
     )
 
 
-def _layer(layer: int, entries: Sequence[ImatrixEntry]) -> LayerCoverage:
+def _cover_layer(layer: int, entries: Sequence[ImatrixEntry]) -> LayerCoverage:
     tokens = np.min([entry.counts for entry in entries], axis=0)  # gate, up and down see the same tokens
     n, unseen = len(tokens), int((tokens == 0).sum())
     if not all(entry.counted for entry in entries):

@@ -11,7 +11,7 @@ llama.cpp's imatrix tool sums x^2 per tensor, for routed experts per expert over
             chunk_count i32  length i32  dataset                   (early files end before this)
 
 The .dat form has no count per expert and no shape. It is kept as it is, as one matrix of all values with n_call as its
-count, and `Imatrix.entry` cuts it to the tensor's shape. It does mark experts that no token reached: all values 1.0.
+count, and `Imatrix.entry_of` cuts it to the tensor's shape. It does mark experts that no token reached: all values 1.0.
 
 Sources: tools/imatrix/imatrix.cpp, common/imatrix-loader.cpp and load_imatrix in tools/quantize/quantize.cpp.
 """
@@ -103,6 +103,7 @@ def _split_experts(entry: ImatrixEntry, n: int) -> ImatrixEntry:
     if n == 1:
         return entry
     sums = entry.sums.reshape(n, -1)
+    # A mean of 1.0 is stored as n_call, which is the count here.
     seen = (sums != entry.counts).any(axis=1)
     return ImatrixEntry(np.where(seen[:, None], sums, np.float32(0)), np.where(seen, entry.counts, 0), counted=False)
 

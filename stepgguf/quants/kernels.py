@@ -235,7 +235,7 @@ def choose_kernel(ggml_type: GGMLQuantizationType, wish: KernelName = "lanes", *
         return _numpy_kernel(ggml_type)
     raise QuantError(
         f"{row.name} is encoded by ggml's library, which is not installed",
-        hint=f"It ships with llama-cpp-python: {installed.with_extra('run')}",
+        hint=f"It ships with llama-cpp-python: {installed.extra_command('run')}",
     )
 
 
@@ -245,7 +245,7 @@ def scratch_bytes(n_values: int) -> int:
 
 
 def _as_lanes_take(values: Values) -> tuple[Stored, Floats | None]:
-    """(values, scales)."""
+    """The stored values and their scales (None without), which lane kernels take as two arguments."""
     return (values.codes, values.scales) if isinstance(values, Scaled) else (values, None)
 
 

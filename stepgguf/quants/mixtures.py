@@ -39,7 +39,7 @@ _LOW_BITS = ("IQ2_XXS", "IQ2_XS", "IQ1_S", "IQ2_S", "IQ2_M", "IQ1_M")
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class RuleFacts:
     """What the rules ask about the model. gqa is layer 0's heads per kv head."""
 
     n_layer: int
@@ -72,7 +72,7 @@ def nearest_file_type(ggml_type: GGMLQuantizationType) -> LlamaFileType:
 
 
 def choose_types(
-    name: str, tensors: Sequence[TensorSpec], facts: Facts, *, has_imatrix: bool = False
+    name: str, tensors: Sequence[TensorSpec], facts: RuleFacts, *, has_imatrix: bool = False
 ) -> list[TypeChoice]:
     """The type of each tensor in this mixture and why, in the order given, which must be llama-quantize's."""
     mixture = _Mixture(name, facts, has_imatrix, n_attn_v=sum(t.role == "attn_v" for t in tensors))
@@ -94,7 +94,7 @@ def _gets_more_bits(layer: int, n_layer: int) -> bool:
 class _Mixture:
     """One run over a model's tensors. The rules count tensors as they come, so one object serves one run."""
 
-    def __init__(self, name: str, facts: Facts, has_imatrix: bool, n_attn_v: int) -> None:
+    def __init__(self, name: str, facts: RuleFacts, has_imatrix: bool, n_attn_v: int) -> None:
         self.name, self.facts, self.has_imatrix, self.n_attn_v = name, facts, has_imatrix, n_attn_v
         self.base = BASE_TYPES[name]
         self.seen_attn_v = self.seen_ffn_down = 0
@@ -103,13 +103,13 @@ class _Mixture:
         """The tensor's type, or what takes its place on rows that its blocks do not divide."""
         if self.base in FLOATS:
             return TypeChoice(self.base, f"{self.name} throughout")
-        ggml_type, reason = self._rule(tensor)
+        ggml_type, reason = self._choose_by_rules(tensor)
         fitting = fitting_type(ggml_type, tensor.shape[-1])
         if fitting != ggml_type:
             reason = f"rows of {tensor.shape[-1]} do not divide into {ggml_type.name} blocks"
         return TypeChoice(fitting, reason)
 
-    def _rule(self, tensor: TensorSpec) -> tuple[GGMLQuantizationType, str]:
+    def _choose_by_rules(self, tensor: TensorSpec) -> tuple[GGMLQuantizationType, str]:
         base = self.base, f"{self.name} base"
         if tensor.role == "output":
             return self._output(tensor)
@@ -120,7 +120,7 @@ class _Mixture:
         category = next((c for c in _CATEGORIES if tensor.role.startswith(c)), None)
         if category is None or tensor.layer is None:
             return base
-        return (self._low(tensor, category) if self.name in _LOW_BITS else _CATEGORIES[category](self, tensor)) or base
+        return (self._low_bits(category) if self.name in _LOW_BITS else _CATEGORIES[category](self, tensor)) or base
 
     def _output(self, tensor: TensorSpec) -> tuple[GGMLQuantizationType, str]:
         if self.name == "MXFP4_MOE" or not quant_type(self.base).divides(tensor.shape[-1]):
@@ -138,8 +138,8 @@ class _Mixture:
             return T.Q4_K, "embeddings"
         return None
 
-    def _low(self, tensor: TensorSpec, category: str) -> tuple[GGMLQuantizationType, str] | None:
-        """1 and 2 bits, one rule set for all categories."""
+    def _low_bits(self, category: str) -> tuple[GGMLQuantizationType, str] | None:
+        """The rules of mixtures of 1 and 2 bits, for all categories."""
         at_2_bits = self.name in ("IQ2_S", "IQ2_M")
         if category == "attn_v":
             if self.facts.gqa >= 4 or self.facts.n_expert >= 4:

@@ -19,7 +19,7 @@ from stepgguf.errors import RecipeError
 from stepgguf.model.names import TensorName
 from stepgguf.model.tensors import TENSORS, TensorSpec, quantizable_roles
 from stepgguf.quants import mixtures
-from stepgguf.quants.mixtures import BASE_TYPES, Facts, TypeChoice
+from stepgguf.quants.mixtures import BASE_TYPES, RuleFacts, TypeChoice
 from stepgguf.quants.types import FLOATS, bits_per_weight, fitting_type
 
 MODEL_ROLES = quantizable_roles("model")
@@ -47,6 +47,7 @@ class Rule:
         """Everywhere it applies in a model of n_layer layers. ValueError if some of its layers do not exist."""
         layers = set(range(n_layer))
         if self.layers is not None:
+            # Of a negative start so many layers must be there, of another one the layer itself.
             if any(max(-start, start + 1, stop or 0) > n_layer for start, stop in self.layers):
                 raise ValueError
             layers = {layer for start, stop in self.layers for layer in range(n_layer)[start:stop]}
@@ -75,7 +76,7 @@ class Recipe:
     def choose_types(
         self,
         candidates: Sequence[TensorSpec],
-        facts: Facts,
+        facts: RuleFacts,
         *,
         has_imatrix: bool = False,
         allocated: Mapping[str, TypeChoice] | None = None,
@@ -96,50 +97,50 @@ class Recipe:
         return [
             self.fixed_type(c, facts)
             or given.get(c.name)
-            or self._raise_to_floor(stock.get(c.name) or self._default(c, facts), c, facts)
+            or self._raise_to_floor(stock.get(c.name) or self._default_choice(c), c, facts)
             for c in candidates
         ]
 
-    def fixed_type(self, candidate: TensorSpec, facts: Facts) -> TypeChoice | None:
+    def fixed_type(self, candidate: TensorSpec, facts: RuleFacts) -> TypeChoice | None:
         """What a rule decides, or None where the default, the base or the allocator does."""
         rule = self._rule_of(candidate, facts)
         if rule is None or rule.is_floor:
             return None
-        return _fitting(rule.ggml_type, candidate, f"recipe line {rule.line}: {rule.key}")
+        return _fitting_choice(rule.ggml_type, candidate, f"recipe line {rule.line}: {rule.key}")
 
-    def floor_type(self, candidate: TensorSpec, facts: Facts) -> GGMLQuantizationType | None:
+    def floor_type(self, candidate: TensorSpec, facts: RuleFacts) -> GGMLQuantizationType | None:
         """The type below whose bits per weight this tensor may not go."""
         rule = self._rule_of(candidate, facts)
         if rule is None or not rule.is_floor:
             return None
         return fitting_type(rule.ggml_type, candidate.shape[-1])
 
-    def _rule_of(self, candidate: TensorSpec, facts: Facts) -> Rule | None:
+    def _rule_of(self, candidate: TensorSpec, facts: RuleFacts) -> Rule | None:
         place = (f"nextn.{candidate.role}", None) if candidate.is_mtp else (candidate.role, candidate.layer)
         return _rules_by_place(self, facts.n_layer).get(place)
 
-    def _raise_to_floor(self, choice: TypeChoice, candidate: TensorSpec, facts: Facts) -> TypeChoice:
+    def _raise_to_floor(self, choice: TypeChoice, candidate: TensorSpec, facts: RuleFacts) -> TypeChoice:
         """The choice, or the floor where that has more bits."""
         rule = self._rule_of(candidate, facts)
         if rule is None:
             return choice
-        floor = _fitting(rule.ggml_type, candidate, f"recipe line {rule.line}: {rule.key}, floor")
+        floor = _fitting_choice(rule.ggml_type, candidate, f"recipe line {rule.line}: {rule.key}, floor")
         return floor if bits_per_weight(floor.ggml_type) > bits_per_weight(choice.ggml_type) else choice
 
-    def _default(self, candidate: TensorSpec, facts: Facts) -> TypeChoice:
+    def _default_choice(self, candidate: TensorSpec) -> TypeChoice:
         throughout = BASE_TYPES[self.base] if self.base else self.default
         if candidate.is_mtp:
             ggml_type = throughout if throughout in FLOATS else GGMLQuantizationType.Q8_0
-            return _fitting(ggml_type, candidate, f"MTP {ggml_type.name}")
+            return _fitting_choice(ggml_type, candidate, f"MTP {ggml_type.name}")
         if self.default is None:
             raise RecipeError(
                 f"{self.origin}: no rule decides {candidate.name}, and a target in bits per weight is no type",
                 hint="convert and quantize choose types for a target; here give a recipe with a default or a base.",
             )
-        return _fitting(self.default, candidate, "recipe default")
+        return _fitting_choice(self.default, candidate, "recipe default")
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=8)  # it is asked for each tensor
 def _rules_by_place(recipe: Recipe, n_layer: int) -> dict[Place, Rule]:
     """The rule of every place that has one. RecipeError for a rule that earlier ones leave no place."""
     table: dict[Place, Rule] = {}
@@ -159,7 +160,7 @@ def _rules_by_place(recipe: Recipe, n_layer: int) -> dict[Place, Rule]:
     return table
 
 
-def _fitting(ggml_type: GGMLQuantizationType, candidate: TensorSpec, reason: str) -> TypeChoice:
+def _fitting_choice(ggml_type: GGMLQuantizationType, candidate: TensorSpec, reason: str) -> TypeChoice:
     """The type, or its fallback on rows of another length, which the reason then says."""
     fitting = fitting_type(ggml_type, candidate.shape[-1])
     if fitting != ggml_type:

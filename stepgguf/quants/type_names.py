@@ -37,7 +37,7 @@ def unknown_type(text: str, others: Iterable[str] = ()) -> UnknownType:
         hint = f"For so many bits per weight: --target-bpw {bpw[1] or bpw[2]}."
         return UnknownType(f"{what}; it is a rate", hint=hint)
     near = _types_near(wanted)
-    same = [name for name in BASE_TYPES if _letters(name) == _letters(wanted)]
+    same = [name for name in BASE_TYPES if _strip_separators(name) == _strip_separators(wanted)]
     # Where bits tell what is near, a guess by spelling must be a good one: "nvfp4" is not MXFP4 spelled wrongly.
     guess = f"; did you mean {same[0]}?" if same else did_you_mean(text, known, 0.81 if near else 0.6)
     hint = f"Give a stock type ({', '.join(BASE_TYPES)}){_or_recipe(others)}."
@@ -70,7 +70,7 @@ def _types_near(wanted: str) -> tuple[str, ...]:
     return tuple(name for name in same if name.startswith(f"{found['family']}{bits}")) or tuple(same)
 
 
-def _letters(name: str) -> str:
+def _strip_separators(name: str) -> str:
     """The name without what separates its parts: Q4KM."""
     return re.sub(r"[-_. ]", "", name)
 

@@ -63,11 +63,11 @@ def probe_build() -> LlamaBuild:
     try:
         import llama_cpp
     except ModuleNotFoundError as error:
-        raise EngineError("llama-cpp-python is not installed", hint=installed.with_extra("run")) from error
+        raise EngineError("llama-cpp-python is not installed", hint=installed.extra_command("run")) from error
     except (OSError, RuntimeError) as error:
         raise EngineError(
             f"llama-cpp-python cannot be loaded: {error}",
-            hint=installed.pip("install --force-reinstall --no-cache-dir 'llama-cpp-python>=0.3.36'"),
+            hint=installed.pip_command("install --force-reinstall --no-cache-dir 'llama-cpp-python>=0.3.36'"),
         ) from error
     from stepgguf.runtime.llama import mtp_api
 

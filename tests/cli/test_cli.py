@@ -127,14 +127,14 @@ def test_a_machine_that_only_converts_needs_no_llama_cpp_python(small: Path, tmp
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
     result = without(lean, "convert", str(small), str(tmp_path / "c.gguf"), "--kernel", "ggml")
     assert result.returncode == 1
-    assert installed.with_extra("run") in result.stderr
+    assert installed.extra_command("run") in result.stderr
     assert not list(tmp_path.glob("c.gguf*"))
 
 
 def test_what_is_not_installed_is_named(tmp_path: Path) -> None:
     result = without("llama_cpp", "chat", "x.gguf", "-p", "hi")
     assert result.returncode == 1
-    said = f"error: this needs llama_cpp, which is not installed\nhint: {installed.with_extra('run')}\n"
+    said = f"error: this needs llama_cpp, which is not installed\nhint: {installed.extra_command('run')}\n"
     assert result.stderr == said
 
 

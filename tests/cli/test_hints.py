@@ -213,7 +213,7 @@ def test_an_extra_is_installed_from_where_the_package_came(
 ) -> None:
     monkeypatch.setattr(installed, "_CHECKOUT", tmp_path / "no checkout")
     here = json.loads(json.dumps(origin).replace("HERE", str(tmp_path)))
-    found = installed.with_extra("run", distribution(tmp_path, here))
+    found = installed.extra_command("run", distribution(tmp_path, here))
     assert found.endswith(command.replace("HERE", str(tmp_path)))
 
 

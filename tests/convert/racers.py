@@ -38,7 +38,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "manifest": (manifest, "write_manifest"),
     "rename": (Path, "replace"),
     "remove the journal": (journal.Journal, "remove"),
-    "let go": (writer, "_let_go"),
+    "let go": (disk, "release"),
 }
 # Before each place; and after those behind which no other place follows at once.
 MOMENTS = [*((place, "before") for place in PLACES)]

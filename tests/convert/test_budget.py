@@ -11,9 +11,17 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from stepgguf.cli.main import main
-from stepgguf.convert import budget as module
 from stepgguf.convert import measure, sizes
-from stepgguf.convert.budget import UNIFORM, Limits, open_recipe, plan_within, resolve_recipe
+from stepgguf.convert.budget import (
+    REASON,
+    UNIFORM,
+    Limits,
+    plan_within,
+    plan_without_measuring,
+    price_trunk,
+    recipe_without_rules,
+    resolve_recipe,
+)
 from stepgguf.convert.plan import Options, Plan, PlannedTensor
 from stepgguf.convert.planner import plan_source
 from stepgguf.convert.sources.checkpoint import Checkpoint
@@ -49,28 +57,30 @@ def within(budget: Limits, source: Path, options: Options | None = None, type_na
     assert limits is not None
     options = replace(options or Options(load_recipe("F32")), recipe=chosen)
     with Checkpoint(source) if source.is_dir() else GGUFSource(source) as opened:
-        plan = module.plan_without_measuring(limits, opened, DEST, options)
-        return plan or plan_within(limits, opened, DEST, options, module.price_trunk(opened, DEST, options, threads=1))
+        plan = plan_without_measuring(limits, opened, DEST, options)
+        return plan or plan_within(limits, opened, DEST, options, price_trunk(opened, DEST, options, threads=1))
 
 
 def types(plan: Plan) -> Mapping[str, GGMLQuantizationType]:
     return {tensor.name: tensor.ggml_type for tensor in plan.tensors}
 
 
-def whole(source: Path, kind: str, mtp: str = "include") -> Plan:
+def whole(source: Path, type_name: str, mtp: str = "include") -> Plan:
     """All of the trunk as one type."""
     with Checkpoint(source) as checkpoint:
-        return plan_source(checkpoint, Path("x.gguf"), Options(parse_recipe(f'default = "{kind}"', kind), mtp))
+        return plan_source(
+            checkpoint, Path("x.gguf"), Options(parse_recipe(f'default = "{type_name}"', type_name), mtp)
+        )
 
 
 def is_chosen(tensor: PlannedTensor) -> bool:
-    return tensor.reason == module.REASON
+    return tensor.reason == REASON
 
 
 @pytest.mark.parametrize("mtp", ["include", "separate", "drop"])
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
 def test_all_files_fit_and_leave_no_room_for_another_step(share: float, mtp: str, small: Path) -> None:
-    smallest, largest = (whole(small, kind, mtp).file_bytes for kind in ("Q2_K", "Q8_0"))
+    smallest, largest = (whole(small, type_name, mtp).file_bytes for type_name in ("Q2_K", "Q8_0"))
     size = int(smallest + share * (largest - smallest))
     plan = within(Limits(size), small, Options(load_recipe("F32"), mtp))
     steps = [t.bytes_as(T.Q8_0) - t.n_bytes for t in plan.tensors if is_chosen(t) and t.ggml_type != T.Q8_0]
@@ -92,8 +102,8 @@ def test_bits_per_weight_are_those_that_the_plan_shows(small: Path) -> None:
 
 def test_a_larger_budget_costs_no_more(small: Path) -> None:
     with Checkpoint(small) as checkpoint:
-        options = Options(open_recipe("fit"))
-        trunk = module.price_trunk(checkpoint, Path("x"), options, threads=1)
+        options = Options(recipe_without_rules("fit"))
+        trunk = price_trunk(checkpoint, Path("x"), options, threads=1)
     losses = [trunk.predicted_loss(types(within(Limits(bpw=bpw), small))) or 0.0 for bpw in (4.7, 5, 5.5, 6, 7, 8, 9)]
     assert losses == sorted(losses, reverse=True)
     assert losses[0] / 10 > losses[-1] > 0
@@ -103,7 +113,7 @@ def test_in_the_bytes_of_one_type_for_all_it_loses_less(small: Path) -> None:
     even = whole(small, "Q4_K")
     chosen = within(Limits(even.file_bytes), small)
     with Checkpoint(small) as checkpoint:
-        trunk = module.price_trunk(checkpoint, DEST, Options(open_recipe("fit")), threads=1)
+        trunk = price_trunk(checkpoint, DEST, Options(recipe_without_rules("fit")), threads=1)
     assert (trunk.predicted_loss(types(chosen)) or math.inf) < (trunk.predicted_loss(types(even)) or 0.0)
     assert trunk.predicted_loss(types(whole(small, "Q5_0"))) is None
 

@@ -29,17 +29,17 @@ def damage(path: Path, value: float) -> str:
     """Make a value, or a block's factor, of one row of one expert a number that is none. Returns the tensor's type."""
     header = gguf_header.read(path)
     info = next(tensor for tensor in header.tensors if tensor.name == TENSOR)
-    kind = info.ggml_type.name
+    type_name = info.ggml_type.name
     at = header.data_start + info.offset + (EXPERT * info.shape[1] + ROW) * row_size(info.ggml_type, info.shape[2])
-    if kind in ("F32", "BF16"):
-        data = struct.pack("<f", value)[4 - {"F32": 4, "BF16": 2}[kind] :]
+    if type_name in ("F32", "BF16"):
+        data = struct.pack("<f", value)[4 - {"F32": 4, "BF16": 2}[type_name] :]
     else:
-        at += (quant_type(info.ggml_type).factors or {"F16": (0,), "TQ2_0": (64,)}[kind])[0]
+        at += (quant_type(info.ggml_type).factors or {"F16": (0,), "TQ2_0": (64,)}[type_name])[0]
         data = np.float16(value).tobytes()
     with path.open("r+b") as file:
         file.seek(at)
         file.write(data)
-    return kind
+    return type_name
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -50,8 +50,8 @@ def test_a_damaged_gguf_is_refused_by_tensor_expert_and_row(
     """Both where the tensor is quantized to another type and where its blocks are copied."""
     source = tmp_path / "damaged.gguf"
     source.write_bytes((sources / f"{name}.gguf").read_bytes())
-    kind = damage(source, value)
-    for target in ("Q5_K", kind):
+    type_name = damage(source, value)
+    for target in ("Q5_K", type_name):
         recipe = tmp_path / "recipe.toml"
         recipe.write_text(f'default = "F16"\nffn_down_exps = "{target}"\n')
         command = ["quantize", str(source), str(tmp_path / "out.gguf"), "-t", str(recipe), "--allow-requantize"]

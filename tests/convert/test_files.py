@@ -219,10 +219,10 @@ def test_mtp_separate_is_laid_out_like_stepfuns_mtp_file(small: Path, q4: Path, 
     assert loads(tmp_path / "x.gguf") == 0
 
 
-@pytest.mark.parametrize("kind", ["BF16", "Q6_K"])
-def test_mtp_type(small: Path, tmp_path: Path, kind: str) -> None:
-    header = convert(small, tmp_path / "x.gguf", "-t", "Q4_K_M", "--mtp-type", kind)
-    assert {t.ggml_type.name for t in header.tensors if ".nextn." in t.name} == {kind, "F32"}
+@pytest.mark.parametrize("type_name", ["BF16", "Q6_K"])
+def test_mtp_type(small: Path, tmp_path: Path, type_name: str) -> None:
+    header = convert(small, tmp_path / "x.gguf", "-t", "Q4_K_M", "--mtp-type", type_name)
+    assert {t.ggml_type.name for t in header.tensors if ".nextn." in t.name} == {type_name, "F32"}
 
 
 def test_unquantized_files_keep_mtp_unquantized(small: Path, tmp_path: Path) -> None:

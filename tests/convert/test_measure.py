@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from stepgguf.convert import measure as module
+from stepgguf.convert import measure
 from stepgguf.convert.importance import Importance
 from stepgguf.convert.measure import MEASURED_TYPES, TensorErrors, measure_errors, possible_types
 from stepgguf.convert.plan import Options, PlannedTensor
@@ -29,7 +29,7 @@ from tests.generate import Shape, write_checkpoint
 
 T = GGMLQuantizationType
 ROLES = ("attn_k", "attn_v", "ffn_down_exps")
-FEW = (T.IQ2_XS, T.Q4_K, T.Q8_0)  # each type's kernel is compiled once on a new machine
+TESTED_TYPES = (T.IQ2_XS, T.Q4_K, T.Q8_0)  # each type's kernel is compiled once on a new machine
 
 
 class Counting(Checkpoint):
@@ -60,7 +60,7 @@ class Given:
 
 @pytest.fixture(autouse=True)
 def _few_types(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MEASURED_TYPES", FEW)
+    monkeypatch.setattr(measure, "MEASURED_TYPES", TESTED_TYPES)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def two_experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def given(two_experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Given]:
-    monkeypatch.setattr(module, "RUNS", 64)
+    monkeypatch.setattr(measure, "MIN_RUNS", 64)
     with Counting(two_experts) as checkpoint:
         plan = plan_source(checkpoint, tmp_path / "x.gguf", Options(load_recipe("Q8_0")))
         tensors = {t.role: t for t in plan.tensors if t.name.startswith("blk.1.") and t.role in ROLES}
@@ -102,16 +102,16 @@ def floats(checkpoint: Checkpoint, tensor: PlannedTensor) -> NDArray[np.float32]
 
 
 def by_hand(
-    values: NDArray[np.float32], kind: GGMLQuantizationType, rows: NDArray[np.float32] | None, shares: list[float]
+    values: NDArray[np.float32], ggml_type: GGMLQuantizationType, rows: NDArray[np.float32] | None, shares: list[float]
 ) -> tuple[float, float]:
     """Energy and relative error over all rows: ggml's encoder, gguf-py's decoder, float64."""
     library = ggml.load_library()
     assert library is not None
     energy = lost = 0.0
     for expert, x in enumerate(values):
-        out = np.empty((len(x), row_size(kind, x.shape[1])), np.uint8)
-        library.quantize(kind, x, out, None if rows is None else np.ascontiguousarray(rows[expert]))
-        wide, decoded = (v.reshape(x.shape).astype(np.float64) for v in (x, gguf.quants.dequantize(out, kind)))
+        out = np.empty((len(x), row_size(ggml_type, x.shape[1])), np.uint8)
+        library.quantize(ggml_type, x, out, None if rows is None else np.ascontiguousarray(rows[expert]))
+        wide, decoded = (v.reshape(x.shape).astype(np.float64) for v in (x, gguf.quants.dequantize(out, ggml_type)))
         w = np.ones(x.shape[1]) if rows is None else rows[expert].astype(np.float64)
         energy += shares[expert] * float((wide**2 @ w).sum())
         lost += shares[expert] * float(((wide - decoded) ** 2 @ w).sum())
@@ -124,22 +124,22 @@ def test_error_and_energy_are_what_ggml_and_gguf_py_give(role: str, shares: list
     found = given.measure(role)[tensor.name]
     rows = given.importance.rows(tensor.name, tensor.shape)
     assert (rows is None) == (role == "attn_v")
-    for kind in (T.Q4_K, T.Q8_0):
-        energy, error = by_hand(floats(given.checkpoint, tensor), kind, rows, shares)
+    for ggml_type in (T.Q4_K, T.Q8_0):
+        energy, error = by_hand(floats(given.checkpoint, tensor), ggml_type, rows, shares)
         # Sums of float32 squares of float32 values and differences: all positive, each right to some 2^-23.
         assert found.energy == pytest.approx(energy, rel=1e-6)
-        assert found.errors[kind] == pytest.approx(error, rel=1e-6)
+        assert found.errors[ggml_type] == pytest.approx(error, rel=1e-6)
 
 
 def test_without_importance_a_tensor_has_the_types_that_need_none(given: Given) -> None:
     found = given.measure()
     assert found.keys() == {tensor.name for tensor in given.tensors.values()}
-    assert set(found[given.tensors["attn_k"].name].errors) == set(FEW)
+    assert set(found[given.tensors["attn_k"].name].errors) == set(TESTED_TYPES)
     assert set(found[given.tensors["attn_v"].name].errors) == {T.Q4_K, T.Q8_0}
 
 
 def test_llama_quantize_would_not_refuse_any_of_a_tensors_types(given: Given, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MEASURED_TYPES", MEASURED_TYPES)
+    monkeypatch.setattr(measure, "MEASURED_TYPES", MEASURED_TYPES)
     tensor = given.tensors["attn_v"]
     assert possible_types(tensor.name, tensor.shape, None) == set(MEASURED_TYPES) - {
         T.IQ2_XXS,
@@ -245,7 +245,7 @@ def test_the_sample_is_as_large_as_it_is_said_to_be(given: Given) -> None:
         assert tensor.source is not None
         n_types = len(possible_types(tensor.name, tensor.shape, given.importance))
         # Each run once for each type.
-        n_rows = module.count_sampled_values(tensor.shape) // tensor.shape[-1]
+        n_rows = measure.count_sampled_values(tensor.shape) // tensor.shape[-1]
         assert read[tensor.source] == n_types * n_rows + n_compiled
 
 
@@ -266,13 +266,13 @@ def test_a_value_that_is_not_finite_names_its_place(given: Given, two_experts: P
 
 def test_a_sample_of_a_288_expert_tensor_is_near_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_checkpoint(tmp_path / "288", Shape(n_layer=2, n_dense=1, n_expert=288, n_used=8, expert=256), seed=6)
-    monkeypatch.setattr(module, "MEASURED_TYPES", (T.Q4_0, T.Q8_0))
+    monkeypatch.setattr(measure, "MEASURED_TYPES", (T.Q4_0, T.Q8_0))
     with Counting(path) as checkpoint:
         plan = plan_source(checkpoint, tmp_path / "x.gguf", Options(load_recipe("Q8_0")))
         [tensor] = [t for t in plan.tensors if t.role == "ffn_up_exps"]
         [sampled] = measure_errors(checkpoint, [tensor], tmp_path / "sampled.jsonl", threads=1).values()
         assert len(checkpoint.read) < 288 * 2 + 10
-        monkeypatch.setattr(module, "RUN", 256)
+        monkeypatch.setattr(measure, "RUN_ROWS", 256)
         [whole] = measure_errors(checkpoint, [tensor], tmp_path / "whole.jsonl", threads=1).values()
     # Rows of this tensor differ in energy by a factor of 9; the mean of 2,304 of them has a standard error of 1.1 %.
     assert sampled.energy == pytest.approx(whole.energy, rel=0.045)

@@ -12,8 +12,8 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from stepgguf.cli.main import main
-from stepgguf.convert.pipeline import UnitMaker, count_workers
-from stepgguf.convert.plan import Copy, Options, PlannedTensor, Unit, unit_rows
+from stepgguf.convert.pipeline import RowMaker, count_workers
+from stepgguf.convert.plan import Copy, Options, PlannedTensor, unit_rows
 from stepgguf.convert.planner import plan_source
 from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.convert.sources.gguf_file import GGUFSource
@@ -43,26 +43,26 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Tens
         source.close()
 
 
-def units(source: TensorSource, made: str) -> Iterator[tuple[PlannedTensor, Unit]]:
-    """A unit of a matrix of each shape, made as this type."""
+def units(source: TensorSource, made: str) -> Iterator[tuple[PlannedTensor, int, int]]:
+    """The rows of a unit of a matrix of each shape, made as this type."""
     plan = plan_source(source, Path("x.gguf"), Options(load_recipe("F32"), allow_requantize=True))  # type: ignore[arg-type]
     shapes = {tensor.shape: tensor for tensor in plan.tensors if tensor.source is not None}
     for tensor in shapes.values():
         if tensor.name.startswith("blk.") and tensor.n_values >= 2**20:
             tensor = tensor.as_type(GGMLQuantizationType[made], None)
-            yield tensor, Unit(0, 0, *next(unit_rows(tensor)))
+            yield tensor, *next(unit_rows(tensor))
 
 
 @pytest.mark.parametrize("made", MADE)
 @pytest.mark.parametrize("stored", STORED)
 def test_a_unit_takes_no_more_memory_than_is_promised(stored: str, made: str, sources: dict[str, TensorSource]) -> None:
     source = sources[stored]
-    maker = UnitMaker(source)
-    for tensor, unit in units(source, made):
-        maker.make_unit(tensor, unit)  # kernels are loaded, tables are made
+    maker = RowMaker(source)
+    for tensor, start, stop in units(source, made):
+        maker.make_rows(tensor, start, stop)  # kernels are loaded, tables are made
         gc.collect()
         tracemalloc.start()
-        out, _ = maker.make_unit(tensor, unit)
+        out, _ = maker.make_rows(tensor, start, stop)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         promised = tensor.unit_memory
@@ -81,31 +81,31 @@ def read_bytes() -> int:
 @pytest.mark.parametrize("stored", ["bf16", "F32", "Q8_0"])
 def test_each_stored_byte_is_read_once(stored: str, made: str, sources: dict[str, TensorSource]) -> None:
     source = sources[stored]
-    maker = UnitMaker(source)
-    for tensor, unit in units(source, made):
+    maker = RowMaker(source)
+    for tensor, start, stop in units(source, made):
         assert tensor.source is not None
-        maker.make_unit(tensor, unit)
-        n_stored = source.raw(tensor.source, unit.start, unit.stop).nbytes
+        maker.make_rows(tensor, start, stop)
+        n_stored = source.raw(tensor.source, start, stop).nbytes
         before, noise = read_bytes(), len(Path("/proc/self/io").read_bytes())
-        maker.make_unit(tensor, unit)
+        maker.make_rows(tensor, start, stop)
         assert n_stored <= read_bytes() - before < n_stored + 4 * noise + 1024, tensor
 
 
 def test_a_copy_is_a_copy_and_needs_less(sources: dict[str, TensorSource]) -> None:
     for stored, made in (("bf16", "BF16"), ("F32", "F32"), ("Q8_0", "Q8_0"), ("Q4_K", "Q4_K")):
         source = sources[stored]
-        for tensor, unit in units(source, made):
+        for tensor, start, stop in units(source, made):
             assert tensor.source is not None
             assert isinstance(tensor.action, Copy)
-            copied = UnitMaker(source).make_unit(tensor, unit)[0]
-            assert copied.tobytes() == source.raw(tensor.source, unit.start, unit.stop).tobytes()
+            copied = RowMaker(source).make_rows(tensor, start, stop)[0]
+            assert copied.tobytes() == source.raw(tensor.source, start, stop).tobytes()
             other = tensor.as_type(GGMLQuantizationType["F16"], None)
             assert tensor.unit_memory < other.unit_memory
 
 
 def test_workers_are_as_many_as_memory_holds(sources: dict[str, TensorSource]) -> None:
     source = sources["bf16"]
-    tensors = [tensor for tensor, _ in units(source, "Q8_0")]
+    tensors = [tensor for tensor, _, _ in units(source, "Q8_0")]
     largest = max(tensor.unit_memory for tensor in tensors)
     assert count_workers(tensors, 8, 5 * largest) == 5
     assert count_workers(tensors, 8, 1) == 1

@@ -301,13 +301,15 @@ NOT_FINITE = {
 
 
 @pytest.mark.parametrize("case", NOT_FINITE)
-@pytest.mark.parametrize("kind", ["Q4_K_M", "BF16"])
-def test_values_that_are_not_finite_are_named(small: Path, tmp_path: Path, case: str, kind: str) -> None:
+@pytest.mark.parametrize("type_name", ["Q4_K_M", "BF16"])
+def test_values_that_are_not_finite_are_named(small: Path, tmp_path: Path, case: str, type_name: str) -> None:
     name, index, value, text = NOT_FINITE[case]
     copy = Path(shutil.copytree(small, tmp_path / "copy"))
     source = change(copy, name, index, value)
     with Checkpoint(copy) as checkpoint:
-        writer = Writer(plan_source(checkpoint, tmp_path / "o.gguf", Options(load_recipe(kind))), checkpoint.identity())
+        writer = Writer(
+            plan_source(checkpoint, tmp_path / "o.gguf", Options(load_recipe(type_name))), checkpoint.identity()
+        )
         with pytest.raises(CorruptTensor, match=f"{source}: {text}"):
             pipeline.make_files(checkpoint, writer)
         writer.close()

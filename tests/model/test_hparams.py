@@ -1,3 +1,5 @@
+"""config.json in each of its spellings: what HParams reads of it, and what it refuses."""
+
 from __future__ import annotations
 
 import json

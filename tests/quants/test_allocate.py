@@ -69,13 +69,13 @@ def dual_bound(items: Sequence[TensorOptions], max_bytes: float) -> float:
 def check(items: Sequence[TensorOptions], found: Allocation, max_bytes: float, max_read: float = math.inf) -> None:
     """Options are the items' own, totals are theirs, budgets are kept, and no one item can be improved within them."""
     assert all(option in i.options for option, i in zip(found.options, items, strict=True))
-    assert found.point == point(items, found.options)
-    assert found.point.n_bytes <= max_bytes
-    assert found.point.read_bytes <= max_read
+    assert found.spent == point(items, found.options)
+    assert found.spent.n_bytes <= max_bytes
+    assert found.spent.read_bytes <= max_read
     for i, option in zip(items, found.options, strict=True):
         for other in i.options:
             more = other.n_bytes - option.n_bytes
-            fits = found.point.n_bytes + more <= max_bytes and found.point.read_bytes + more * i.read_share <= max_read
+            fits = found.spent.n_bytes + more <= max_bytes and found.spent.read_bytes + more * i.read_share <= max_read
             assert not (fits and other.cost < option.cost), (i.name, option, other)
 
 
@@ -88,8 +88,8 @@ def test_the_gap_to_the_optimum_is_less_than_one_step_of_one_tensor(items: list[
     optimum = min(p.cost for p in every(items) if p.n_bytes <= budget)
     bound = dual_bound(items, budget)
     assert bound <= optimum + 1e-9
-    assert optimum <= found.point.cost
-    gap = found.point.cost - bound
+    assert optimum <= found.spent.cost
+    gap = found.spent.cost - bound
     assert gap <= 1e-9 or gap < max(steps(items))
 
 
@@ -98,7 +98,7 @@ def test_the_gap_to_the_optimum_is_less_than_one_step_of_one_tensor(items: list[
 def test_a_larger_budget_never_costs_more(items: list[TensorOptions], room: int, more: int) -> None:
     budget = smallest(items)[0] + room
     assert (
-        allocate_bytes(items, max_bytes=budget + more).point.cost <= allocate_bytes(items, max_bytes=budget).point.cost
+        allocate_bytes(items, max_bytes=budget + more).spent.cost <= allocate_bytes(items, max_bytes=budget).spent.cost
     )
 
 
@@ -107,8 +107,8 @@ def test_a_larger_budget_never_costs_more(items: list[TensorOptions], room: int,
 def test_a_larger_read_budget_never_costs_more(items: list[TensorOptions], room: int, more: int) -> None:
     budget = smallest(items)[1] + room
     assert (
-        allocate_bytes(items, max_read_bytes=budget + more).point.cost
-        <= allocate_bytes(items, max_read_bytes=budget).point.cost
+        allocate_bytes(items, max_read_bytes=budget + more).spent.cost
+        <= allocate_bytes(items, max_read_bytes=budget).spent.cost
     )
 
 
@@ -119,7 +119,7 @@ def test_with_both_budgets_the_gap_is_at_most_two_steps(items: list[TensorOption
     found = allocate_bytes(items, max_bytes=max_bytes, max_read_bytes=max_read)
     check(items, found, max_bytes, max_read)
     optimum = min(p.cost for p in every(items) if p.n_bytes <= max_bytes and p.read_bytes <= max_read)
-    assert optimum <= found.point.cost <= optimum + sum(sorted(steps(items))[-2:])
+    assert optimum <= found.spent.cost <= optimum + sum(sorted(steps(items))[-2:])
 
 
 def model_like() -> list[TensorOptions]:
@@ -145,8 +145,8 @@ def test_where_both_budgets_bind_the_gap_to_the_dual_bound_is_two_steps(memory: 
         v[:, 0].sum() + share * (v[:, -1] - v[:, 0]).sum() for v, share in ((sizes, memory), (reads, read))
     )
     # Either budget alone would be spent otherwise: both matter here.
-    assert allocate_bytes(items, max_bytes=max_bytes).point.read_bytes > max_read
-    assert allocate_bytes(items, max_read_bytes=max_read).point.n_bytes > max_bytes
+    assert allocate_bytes(items, max_bytes=max_bytes).spent.read_bytes > max_read
+    assert allocate_bytes(items, max_read_bytes=max_read).spent.n_bytes > max_bytes
     found = allocate_bytes(items, max_bytes=max_bytes, max_read_bytes=max_read)
     # Any two prices give a lower bound; the grid need not hold the best ones.
     bound = max(
@@ -157,7 +157,7 @@ def test_where_both_budgets_bind_the_gap_to_the_dual_bound_is_two_steps(memory: 
     # A linear programme with two budgets splits at most two items between neighbouring options.
     at = [i.options.index(option) for i, option in zip(items, found.options, strict=True)]
     following = sorted(costs[n, j] - costs[n, min(j + 1, 5)] for n, j in enumerate(at))
-    assert 0 <= found.point.cost - bound <= sum(following[-2:])
+    assert 0 <= found.spent.cost - bound <= sum(following[-2:])
 
 
 def test_the_two_prices_trade_dense_bytes_for_routed_ones() -> None:
@@ -184,12 +184,12 @@ def test_options_above_the_hull_fill_what_room_is_left() -> None:
 
 @examples
 @given(ITEMS)
-def test_the_frontier_is_what_solve_finds_at_each_of_its_sizes(items: list[TensorOptions]) -> None:
+def test_the_frontier_is_what_is_allocated_at_each_of_its_sizes(items: list[TensorOptions]) -> None:
     points = trace_frontier(items)
     assert points[0].n_bytes == smallest(items)[0]
     assert points[-1].cost == min(p.cost for p in every(items))
     for p in points:
-        assert allocate_bytes(items, max_bytes=p.n_bytes).point == p
+        assert allocate_bytes(items, max_bytes=p.n_bytes).spent == p
     rates = [(a.cost - b.cost) / (b.n_bytes - a.n_bytes) for a, b in itertools.pairwise(points)]
     assert all(rate > 0 for rate in rates)
     assert all(b <= a * (1 + 1e-12) for a, b in itertools.pairwise(rates))
@@ -198,7 +198,7 @@ def test_the_frontier_is_what_solve_finds_at_each_of_its_sizes(items: list[Tenso
 @pytest.mark.parametrize("budget", range(107, 140))
 def test_of_two_steps_at_one_rate_the_larger_is_first_whatever_the_budget(budget: int) -> None:
     items = [item("a", [(62, 72), (74, 0)]), item("b", [(45, 60), (55, 0)])]
-    found = allocate_bytes(items, max_bytes=budget).point
+    found = allocate_bytes(items, max_bytes=budget).spent
     assert found.cost == (132 if budget < 117 else 72 if budget < 119 else 60 if budget < 129 else 0)
 
 
@@ -217,6 +217,6 @@ def test_of_two_steps_at_one_rate_the_larger_is_first_whatever_the_budget(budget
 )
 def test_a_budget_below_the_smallest_types_is_refused_with_both_numbers(budget: dict[str, int], message: str) -> None:
     items = [item("dense", [(10, 5.0), (20, 1.0)]), item("routed", [(20, 5.0), (40, 1.0)], share=0.25)]
-    assert allocate_bytes(items, max_bytes=30, max_read_bytes=15).point == SpentBytes(30, 15.0, 10.0)
+    assert allocate_bytes(items, max_bytes=30, max_read_bytes=15).spent == SpentBytes(30, 15.0, 10.0)
     with pytest.raises(DoesNotFit, match=message):
         allocate_bytes(items, **budget)

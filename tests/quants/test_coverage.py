@@ -10,7 +10,7 @@ import pytest
 
 from stepgguf.errors import ImatrixError
 from stepgguf.model.tensors import TensorSpec
-from stepgguf.quants.coverage import Coverage, coverage
+from stepgguf.quants.coverage import Coverage, check_coverage
 from stepgguf.quants.imatrix import ImatrixEntry, read_imatrix
 from tests.quants.test_imatrix import B, dat, made, wanted
 
@@ -19,7 +19,7 @@ EXPERTS = wanted("blk.3.ffn_down_exps.weight", (6, 5, 32))
 
 
 def test_coverage_counts_the_experts_of_each_layer() -> None:
-    found = coverage(made(), [DENSE, EXPERTS])
+    found = check_coverage(made(), [DENSE, EXPERTS])
     assert (found.missing, found.missing_mtp) == ((), ())
     (row,) = found.layers
     assert (row.layer, row.n_expert, row.unseen, row.thin, row.least, row.median) == (3, 6, 2, 2, 0, 40.0)
@@ -35,7 +35,7 @@ def test_tensors_without_data_are_told_apart() -> None:
         wanted("output.weight", (5, 32)),
         wanted("blk.45.attn_q.weight", (5, 32), is_mtp=True),
     ]
-    found = coverage(made(), [DENSE, *absent])
+    found = check_coverage(made(), [DENSE, *absent])
     assert found == Coverage((), missing=("output.weight",), missing_mtp=("blk.45.attn_q.weight",))
     assert found.warnings == (
         "no data for output.weight: quantized unweighted",
@@ -47,11 +47,11 @@ def test_an_entry_that_saw_nothing_is_no_data() -> None:
     nothing = ImatrixEntry(np.zeros((6, 32), np.float32), np.zeros(6, np.float32))
     imatrix = replace(made(), entries={**made().entries, EXPERTS.name: nothing})
     assert imatrix.entry_of(EXPERTS.name, EXPERTS.shape) is None
-    assert coverage(imatrix, [DENSE, EXPERTS]).missing == (EXPERTS.name,)
+    assert check_coverage(imatrix, [DENSE, EXPERTS]).missing == (EXPERTS.name,)
 
 
 def test_a_dat_says_that_it_has_no_tokens_per_expert(tmp_path: Path) -> None:
-    found = coverage(read_imatrix(dat(tmp_path / "old.dat")), [B])
+    found = check_coverage(read_imatrix(dat(tmp_path / "old.dat")), [B])
     (row,) = found.layers
     assert (row.unseen, row.thin, row.least, row.median) == (1, None, None, None)
     assert found.warnings[-1] == "tokens per expert are unknown in 1 layers: the file keeps no counts of them"
@@ -67,10 +67,10 @@ def test_a_dat_says_that_it_has_no_tokens_per_expert(tmp_path: Path) -> None:
 )
 def test_a_matrix_of_another_model_is_refused(tensor: TensorSpec, message: str) -> None:
     with pytest.raises(ImatrixError, match=message) as caught:
-        coverage(made(), [tensor])
+        check_coverage(made(), [tensor])
     assert "another model" in (caught.value.hint or "")
 
 
 def test_mtp_alone_is_not_taken_for_another_model() -> None:
     mtp = wanted("blk.45.attn_q.weight", (5, 32), is_mtp=True)
-    assert coverage(made(), [mtp]).missing_mtp == (mtp.name,)
+    assert check_coverage(made(), [mtp]).missing_mtp == (mtp.name,)

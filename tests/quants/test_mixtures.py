@@ -19,15 +19,15 @@ from stepgguf.model.hparams import HParams
 from stepgguf.model.rope import ROPE_FREQS, rope_freqs
 from stepgguf.model.tensors import tensor_specs
 from stepgguf.quants import mixtures
-from stepgguf.quants import type_names as typenames
-from stepgguf.quants.mixtures import BASE_TYPES, Facts
+from stepgguf.quants.mixtures import BASE_TYPES, RuleFacts
 from stepgguf.quants.recipe_files import load_recipe
+from stepgguf.quants.type_names import check_type_name
 from stepgguf.quants.types import F32, fitting_type, row_size
 from tests.conftest import real_config
 from tests.oracle import chosen_types, llama_quantize
 
 HP = HParams.from_config(real_config())
-FACTS = Facts(n_layer=45, n_expert=288, gqa=8)
+FACTS = RuleFacts(n_layer=45, n_expert=288, gqa=8)
 TRUNK = [spec for spec in tensor_specs(HP) if not spec.is_mtp]
 CANDIDATES = [s for s in TRUNK if s.is_quantizable]
 
@@ -105,7 +105,7 @@ def test_the_trunks_types_do_not_depend_on_mtp() -> None:
 
 def test_an_unknown_type_is_refused_with_the_list() -> None:
     with pytest.raises(RecipeError, match="unknown type 'Q4_K_X'") as caught:
-        typenames.check_type_name("Q4_K_X")
+        check_type_name("Q4_K_X")
     assert "Q4_K_M" in (caught.value.hint or "")
 
 

@@ -21,7 +21,7 @@ from stepgguf.model.hparams import HParams
 from stepgguf.model.names import TensorName
 from stepgguf.model.tensors import TENSORS, TensorSpec, tensor_specs
 from stepgguf.quants import mixtures, recipe, recipe_grammar
-from stepgguf.quants.mixtures import BASE_TYPES, Facts, TypeChoice
+from stepgguf.quants.mixtures import BASE_TYPES, RuleFacts, TypeChoice
 from stepgguf.quants.recipe import Recipe
 from stepgguf.quants.recipe_files import load_recipe, shipped_descriptions
 from stepgguf.quants.recipe_grammar import parse_recipe
@@ -35,7 +35,7 @@ else:
     import tomli as tomllib
 
 HP = HParams.from_config(real_config())
-FACTS = Facts(n_layer=45, n_expert=288, gqa=8)
+FACTS = RuleFacts(n_layer=45, n_expert=288, gqa=8)
 SPECS = tensor_specs(HP)
 CANDIDATES = [s for s in SPECS if s.is_quantizable]
 TRUNK = [c for c in CANDIDATES if c.layer is None or c.layer < FACTS.n_layer]
@@ -49,7 +49,7 @@ def rule_of_thumb(default: str, gate_up: str, down: str) -> str:
 RULE_OF_THUMB = rule_of_thumb("Q8_0", "Q4_K", "Q5_K")
 
 
-def chosen(text: str, candidates: list[TensorSpec] = CANDIDATES, facts: Facts = FACTS) -> dict[str, TypeChoice]:
+def chosen(text: str, candidates: list[TensorSpec] = CANDIDATES, facts: RuleFacts = FACTS) -> dict[str, TypeChoice]:
     choices = parse_recipe(text, "my.toml").choose_types(candidates, facts)
     return {c.name: choice for c, choice in zip(candidates, choices, strict=True)}
 

@@ -17,7 +17,7 @@ from stepgguf.files import gguf_header
 from stepgguf.files.gguf_header import Key, TensorInfo, V
 from stepgguf.model.hparams import HParams
 from stepgguf.model.tensors import TensorSpec, tensor_specs
-from stepgguf.quants.mixtures import Facts, choose_types
+from stepgguf.quants.mixtures import RuleFacts, choose_types
 
 T = GGMLQuantizationType
 # About what ggml's types lose of normally distributed weights; only looks depend on it.
@@ -79,7 +79,7 @@ def write(path: Path, config: dict[str, Any], type_name: str, *, imatrix: bool =
 def _types(hp: HParams, type_name: str, imatrix: bool) -> dict[str, T]:
     specs = tensor_specs(hp)
     trunk = [s for s in specs if s.is_quantizable and not s.is_mtp]
-    facts = Facts(hp.n_layer, hp.n_expert, hp.gqa)
+    facts = RuleFacts(hp.n_layer, hp.n_expert, hp.gqa)
     candidates = trunk
     choices = choose_types(type_name, candidates, facts, has_imatrix=imatrix)
     chosen = {s.name: c.ggml_type for s, c in zip(trunk, choices, strict=True)}

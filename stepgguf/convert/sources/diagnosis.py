@@ -83,17 +83,17 @@ def check_files(folder: Path) -> list[Path]:
             hint=_MERGE.format(base=_adapter_base(folder)),
         )
     if not weights:
-        raise _without_weights(folder, names)
+        raise _no_weights_error(folder, names)
     if adapter is not None:
         hint = _MERGE.format(base=_adapter_base(folder)) + " Or move adapter_* away to convert the base alone."
         raise UnsupportedCheckpoint(f"{folder} holds a LoRA adapter ({adapter}) beside its base", hint=hint)
     return shards
 
 
-def _without_weights(folder: Path, names: list[str]) -> CheckpointError:
-    """What a folder without safetensors is."""
-    if (half := unfinished_downloads(folder)) or "model.safetensors.index.json" in names:
-        which = f"{half[0].name} is half there" if half else "only the index is there"
+def _no_weights_error(folder: Path, names: list[str]) -> CheckpointError:
+    """The error that says what a folder without safetensors is."""
+    if (unfinished := unfinished_downloads(folder)) or "model.safetensors.index.json" in names:
+        which = f"{unfinished[0].name} is half there" if unfinished else "only the index is there"
         return MissingShard(f"{folder}: its download has not finished ({which})", hint=_resume_hint(folder))
     for pattern, what, hint in _INSTEAD_OF_WEIGHTS:
         found = sorted(
@@ -128,7 +128,7 @@ def check_weights(folder: Path, stored: Mapping[str, StoredTensor], formats: Col
                 f"{folder} holds a LoRA adapter that is not merged ({tensor.name})", hint=_MERGE.format(base="")
             )
     settings = config.get("quantization_config") or config.get("compression_config")
-    method, packing = (_setting(settings, key) for key in ("quant_method", "format"))
+    method, packing = (_text_setting(settings, key) for key in ("quant_method", "format"))
     if "mlx" in formats:
         # Its norms are stored whole and not less one, also where it is not quantized.
         raise UnsupportedCheckpoint(f"{folder} is an MLX checkpoint", hint=_ORIGINAL)
@@ -154,9 +154,9 @@ def missing_tensors_error(
     found = {path.name for path in shards}
     absent = sorted(set(index.values()) - found) or _numbering_gaps(found)
     count = f"{len(names)} of {n_wanted} tensors are missing, the first is {names[0]}"
-    if half := unfinished_downloads(folder):
+    if unfinished := unfinished_downloads(folder):
         return MissingShard(
-            f"{folder}: its download has not finished ({half[0].name}); {count}", hint=_resume_hint(folder)
+            f"{folder}: its download has not finished ({unfinished[0].name}); {count}", hint=_resume_hint(folder)
         )
     if absent:
         listed = f"{folder / absent[0]} is missing" + (f" and {len(absent) - 1} more shards" if len(absent) > 1 else "")
@@ -203,7 +203,7 @@ def _adapter_base(folder: Path) -> str:
         return ""
 
 
-def _setting(settings: Value | None, key: str) -> str | None:
+def _text_setting(settings: Value | None, key: str) -> str | None:
     """A text of the quantization's settings."""
     found = settings.object().get(key) if settings is not None else None
     return found if isinstance(found, str) else None

@@ -48,8 +48,7 @@ class ScaleTensor:
             )
 
     def stored_rows(self, found: StoredTensor, number: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The row of `found`, counted through all its matrices, that has the scales of each of these rows of matrix
-        `number`."""
+        """For each of these rows of matrix `number` the row of `found` that has its scales, of all its matrices'."""
         return number * found.shape[-2] + rows // self.tile[0]
 
 

@@ -20,6 +20,7 @@ from stepgguf.errors import CheckpointError, UnsupportedCheckpoint
 HUB = "https://huggingface.co"
 _CACHE_FOLDER = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 _WORD = re.compile(r"[A-Za-z0-9][\w.-]{0,95}")
+_GIVE_FOLDER = "Give the directory that holds config.json and the *.safetensors."
 _PARTS = ("config.json", ".safetensors", ".safetensors.index.json")  # ends of the names of a checkpoint's own files
 
 
@@ -34,11 +35,6 @@ class ModelOrigin:
     def hub_id(self) -> str | None:
         """ORG/NAME; None where the path does not say whose it is."""
         return f"{self.organization}/{self.name}" if self.organization else None
-
-    @property
-    def repo_url(self) -> str | None:
-        """The model's page on the Hub."""
-        return f"{HUB}/{self.hub_id}" if self.organization else None
 
 
 def model_origin(folder: Path) -> ModelOrigin:
@@ -56,7 +52,7 @@ def checkpoint_folder(path: Path) -> Path:
     try:
         return _find_folder(path)
     except OSError as error:  # a name that is too long, a directory that may not be entered
-        raise CheckpointError(f"{path}: {error.strerror}", hint=_GIVE) from error
+        raise CheckpointError(f"{path}: {error.strerror}", hint=_GIVE_FOLDER) from error
 
 
 def is_part(path: Path) -> bool:
@@ -74,14 +70,14 @@ def _find_folder(path: Path) -> Path:
                 f"It is converted already; to quantize it: stepgguf quantize {quote(str(path))} DEST.gguf --type Q4_K_S"
             )
             raise UnsupportedCheckpoint(f"{path} is a GGUF file and no checkpoint", hint=hint)
-        raise UnsupportedCheckpoint(f"{path} is a file and not a checkpoint's directory", hint=_GIVE)
+        raise UnsupportedCheckpoint(f"{path} is a file and not a checkpoint's directory", hint=_GIVE_FOLDER)
     if path.is_dir():
         return snapshot_folder(path)
     if path.exists():
-        raise CheckpointError(f"{path}: neither a file nor a directory", hint=_GIVE)
+        raise CheckpointError(f"{path}: neither a file nor a directory", hint=_GIVE_FOLDER)
     found = hub_id(path)
     if found is None:
-        raise CheckpointError(f"{path}: no such file or directory", hint=_GIVE)
+        raise CheckpointError(f"{path}: no such file or directory", hint=_GIVE_FOLDER)
     cached = _hub_cache() / f"models--{found.replace('/', '--')}"
     if cached.is_dir():
         return snapshot_folder(cached)
@@ -104,9 +100,6 @@ def unfinished_downloads(folder: Path) -> list[Path]:
     places = [folder, folder / ".cache" / "huggingface" / "download", *([blobs] if blobs else [])]
     ends = (".incomplete", ".aria2", ".safetensors.part", ".crdownload", ".download")
     return sorted(f for place in places if place.is_dir() for f in place.iterdir() if f.name.endswith(ends))
-
-
-_GIVE = "Give the directory that holds config.json and the *.safetensors."
 
 
 def snapshot_folder(folder: Path) -> Path:

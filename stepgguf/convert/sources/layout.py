@@ -52,11 +52,11 @@ class Layout:
         Raises ShapeMismatch for a shape or a dtype that cannot be.
         """
         if spec.source in self.stored:
-            return self._stacked(spec, spec.source, 0, 1)  # as published, and all that has no experts
+            return self._find_stacked(spec, spec.source, 0, 1)  # as published, and all that has no experts
         stem, _, matrix = spec.source.removesuffix(".weight").rpartition(".")
         fused = f"{stem}.gate_up_proj.weight"
         if fused in self.stored and matrix in ("gate_proj", "up_proj"):
-            return self._stacked(spec, fused, int(matrix == "up_proj"), 2)  # gate's rows lie above up's
+            return self._find_stacked(spec, fused, int(matrix == "up_proj"), 2)  # gate's rows lie above up's
         n_experts = spec.shape[0] if len(spec.shape) == 3 else 0
         names = [f"{stem}.experts.{e}.{matrix}.weight" for e in range(n_experts)]
         absent = [name for name in names if name not in self.stored]
@@ -65,19 +65,19 @@ class Layout:
         lacking += absent
         if absent:
             return ()
-        found = tuple(self._matrix(name, spec.shape[1:], 0) for name in names)
+        found = tuple(self._first_matrix(name, spec.shape[1:], 0) for name in names)
         _check_alike(found)
         return found
 
-    def _stacked(self, spec: TensorSpec, name: str, part: int, n_parts: int) -> tuple[StoredMatrix, ...]:
+    def _find_stacked(self, spec: TensorSpec, name: str, part: int, n_parts: int) -> tuple[StoredMatrix, ...]:
         """Part number `part` of n_parts, above each other in every matrix of a stored tensor."""
         if len(spec.shape) == 1:
-            return (self._matrix(name, spec.shape, 0),)
+            return (self._first_matrix(name, spec.shape, 0),)
         *lead, rows, columns = spec.shape
-        first = self._matrix(name, (*lead, rows * n_parts, columns), part * rows)
+        first = self._first_matrix(name, (*lead, rows * n_parts, columns), part * rows)
         return tuple(replace(first, number=e) for e in range(lead[0] if lead else 1))
 
-    def _matrix(self, name: str, shape: Shape, first: int) -> StoredMatrix:
+    def _first_matrix(self, name: str, shape: Shape, first: int) -> StoredMatrix:
         """The first matrix of a stored tensor, which must have such a shape, from row `first` on."""
         data, encoding = self.stored[name], encoding_of(name, self.stored)
         expected = encoding.data_shape(shape) if encoding is not None else shape
