@@ -161,7 +161,7 @@ def _vocab_keys(folder: Path, hp: HParams, chat_template: Path | None) -> tuple[
         left_out = ", ".join(map(str, others[2:]))
         warnings.append(
             f"config.json and tokenizer_config.json name {1 + len(others)} end tokens, of which a GGUF has room for 3: "
-            f"{left_out} will not end an answer"
+            f"{left_out} is not recorded"
         )
     template = _read_template(chat_template) if chat_template else _find_template(folder, settings)
     if template is None:

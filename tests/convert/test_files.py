@@ -91,7 +91,7 @@ def test_end_tokens_that_a_gguf_has_no_room_for_are_named(
     (copy / "config.json").write_text(json.dumps({**config, "eos_token_id": [1, 2, 5]}))
     header = convert(copy, tmp_path / "x.gguf", "-t", "Q8_0")
     assert header.get("tokenizer.ggml.eos_token_id") not in (1, 2, 5)  # tokenizer_config.json names another
-    text = "config.json and tokenizer_config.json name 4 end tokens, of which a GGUF has room for 3: 5 will not end"
+    text = "config.json and tokenizer_config.json name 4 end tokens, of which a GGUF has room for 3: 5 is not recorded"
     assert text in capfd.readouterr().err
 
 
