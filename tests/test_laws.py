@@ -104,6 +104,7 @@ def test_a_module_imports_only_what_its_package_may(path: Path) -> None:
 INSTALLED_AS = {"llama_cpp": "llama-cpp-python", "markdown_it": "markdown-it-py", "yaml": "pyyaml"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib")
 def test_what_is_imported_is_declared() -> None:
     import tomllib
@@ -118,6 +119,7 @@ def test_what_is_imported_is_declared() -> None:
     assert {INSTALLED_AS.get(name, name.replace("_", "-")) for name in foreign} <= declared
 
 
+@pytest.mark.slow
 def test_no_imports_run_in_a_circle() -> None:
     """At module level: inside a function an import may go where it likes, as far as the table above lets it."""
     paths = {

@@ -142,6 +142,7 @@ TOOLS = (
 )
 
 
+@pytest.mark.slow
 def test_calls_drawn_from_the_grammar_are_read_to_the_same_end_and_valid(vocab: GrammarVocabulary) -> None:
     """Models may forget </parameter>, and only that, and repeat a parameter that has no schema."""
     grammar = constrained(None, *TOOLS)

@@ -162,7 +162,7 @@ def test_values_that_do_not_fit_are_passed_on_with_a_warning() -> None:
         ('"x"', ALL, '"\\"x\\""'),
         ('"x"', {"object"}, '"x"'),
     ],
-    ids=lambda value: str(value)[:20],
+    ids=lambda value: (" ".join(sorted(value)) if isinstance(value, set | frozenset) else value)[:20],
 )
 def test_text_becomes_json_by_its_types(text: str, types: set[str], expected: str) -> None:
     assert value_as_json(text, frozenset(types))[0] == expected

@@ -63,6 +63,7 @@ def test_a_reasoning_that_is_cut_ends_with_the_closing_words(chat: ChatModel) ->
     assert b"".join(map(chat.engine.piece, own.closing)).decode() == "\n\nEnough.\n</think>\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [0, 1, 4, 15])
 def test_what_opens_and_closes_reasoning_is_no_text_after_a_cut(chat: ChatModel, budget: int) -> None:
     markers = {chat.markers.start_of_reasoning, chat.markers.end_of_reasoning}
@@ -85,6 +86,7 @@ def test_the_closing_words_and_an_answer_find_room_in_max_tokens(chat: ChatModel
     assert chat.prepare(request(max_tokens=n_closing)).request.reasoning.budget is None  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ending", "place"), [("", "start"), ("<think>", "reasoning"), ("<think>\\n\\n</think>\\n\\n", "answer")]
 )
@@ -112,6 +114,7 @@ def test_a_template_may_leave_the_reasoning_to_the_model_or_close_it(
 # calls that are cut --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reason", ["length", "cancelled", "error"])
 @pytest.mark.parametrize("budget", [None, 0])
 @pytest.mark.parametrize(

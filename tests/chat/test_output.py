@@ -215,6 +215,7 @@ def settled(script: str, cuts: list[int], *, in_reasoning: bool = True) -> tuple
     return texts["reasoning"], texts["text"]
 
 
+@pytest.mark.slow
 @given(CUTS, st.booleans())
 def test_an_end_of_reasoning_in_the_answer_is_never_text(cuts: list[int], in_reasoning: bool) -> None:
     start = "so⟨end⟩\n" if in_reasoning else ""

@@ -117,6 +117,7 @@ PROTOCOL: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {  # mes
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", PROTOCOL)
 def test_the_embedded_template_speaks_the_published_protocol(case: str) -> None:
     messages, variables, prompt = PROTOCOL[case]
@@ -181,6 +182,7 @@ CONVENTIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", [*CONVENTIONS, EMBEDDED, LATER], ids=lambda source: source[:30])
 def test_templates_are_rendered_as_transformers_does(source: str) -> None:
     messages = [{"role": "system", "content": "é <b>"}, user("a"), {"role": "assistant", "content": "b"}, user("c")]

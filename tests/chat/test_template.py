@@ -24,6 +24,7 @@ def user(content: Any) -> dict[str, Any]:
 # what a template cannot do -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "source",
     [
@@ -41,6 +42,7 @@ def test_a_template_reaches_nothing_outside(source: str) -> None:
     assert refused.value.param == "messages"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "source",
     [
@@ -71,6 +73,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_template_ends_and_the_next_rendering_works(name: str) -> None:
     template = ChatTemplate("{% if messages[0].content == 'go' %}" + HOSTILE[name] + "{% endif %}fine")

@@ -25,6 +25,8 @@ from stepgguf.conversation.transcript import SavedSession, list_sessions, read_s
 from tests.conftest import INTERRUPTIBLE
 from tests.generate import Shape, write_checkpoint
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 20.0
 PROMPT = r"\n>[ \x08]*$"
 UP, CTRL_C, CTRL_D, CTRL_T, ALT_ENTER = "\x1b[A", "\x03", "\x04", "\x14", "\x1b\r"

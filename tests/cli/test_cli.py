@@ -23,6 +23,8 @@ from stepgguf.model.hparams import HParams
 from stepgguf.model.tensors import tensor_specs
 from tests.conftest import DATA, real_config
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _no_input(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,6 +120,7 @@ def without(packages: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
 
 
+@pytest.mark.slow
 def test_a_machine_that_only_converts_needs_no_llama_cpp_python(small: Path, tmp_path: Path) -> None:
     lean = "llama_cpp torch safetensors tokenizers transformers jinja2"
     options = ["-t", "Q4_K_M", "--name", "x", "-q"]
@@ -138,6 +141,7 @@ def test_what_is_not_installed_is_named(tmp_path: Path) -> None:
     assert result.stderr == said
 
 
+@pytest.mark.slow
 def test_a_machine_that_only_runs_needs_no_torch() -> None:
     result = without("torch safetensors tokenizers transformers", "demo")
     assert result.returncode == 0, result.stderr
@@ -157,6 +161,7 @@ def test_json_is_the_only_thing_on_stdout(small: Path, tmp_path: Path, capfd: py
     assert report["peak_rss_bytes"] > 10**7
 
 
+@pytest.mark.slow
 def test_piped_progress_is_plain_lines_and_quiet_is_silent(small: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "stepgguf", "convert", str(small), "-t", "Q8_0"]
     loud = subprocess.run([*command, str(tmp_path / "a.gguf")], capture_output=True, text=True, check=True)

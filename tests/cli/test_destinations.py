@@ -40,6 +40,7 @@ def test_folders_give_the_file_a_name(tmp_path: Path) -> None:
     assert not Destination(f"{tmp_path}/new").is_folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Step/Fun 3.5", "../evil", "/evil"])
 def test_a_models_name_does_not_lead_out_of_the_folder(name: str, small: Path, tmp_path: Path) -> None:
     assert main(["convert", str(small), f"{tmp_path}/a/", "-t", "BF16", "-q", "--mtp", "drop", "--name", name]) == 0
@@ -48,6 +49,7 @@ def test_a_models_name_does_not_lead_out_of_the_folder(name: str, small: Path, t
     assert f"{name.replace('/', '-')}-BF16.gguf" in [path.name for path in made]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["convert", "quantize"])
 def test_a_slash_at_the_end_makes_the_folder(command: str, small: Path, tmp_path: Path) -> None:
     folder = tmp_path / "a" / "models"
@@ -89,6 +91,7 @@ def odd(folder: Path) -> dict[str, tuple[str, str]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [
     "in a file", "a folder in a file", "in a folder that is not there", "a loop", "in a loop", "a folder in a loop",
     "a link to nowhere", "too long", "too long for a manifest", "a folder where the part goes",

@@ -77,6 +77,7 @@ def test_a_file_that_is_no_model_fails(tmp_path: Path) -> None:
     assert not json.loads(result.stdout)["ok"]
 
 
+@pytest.mark.slow
 def test_without_llama_cpp_python_it_says_how_to_get_it(small_gguf: Path) -> None:
     code = (
         "import sys; sys.modules['llama_cpp'] = None\nimport typer\nfrom stepgguf.cli.doctor import doctor\n"
@@ -91,6 +92,7 @@ def test_without_llama_cpp_python_it_says_how_to_get_it(small_gguf: Path) -> Non
     assert "ok    memory" in result.stdout
 
 
+@pytest.mark.slow
 def test_a_file_of_mtp_blocks_alone_is_no_model(small: Path, tmp_path: Path) -> None:
     assert main(["convert", str(small), str(tmp_path / "x.gguf"), "-t", "F16", "--mtp", "separate", "-q"]) == 0
     trunk, heads = sorted(tmp_path.glob("*.gguf"), key=lambda path: -path.stat().st_size)

@@ -39,6 +39,7 @@ def test_what_an_option_takes_is_said_in_a_word(name: str) -> None:
         assert not re.search("TEXT$|PATH$|INTEGER|FLOAT|<", param.metavar) or "=" in param.metavar
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_h_is_help_and_no_python_shows_in_it(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert main([*name.split(), "-h"]) == 0

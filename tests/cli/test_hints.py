@@ -42,6 +42,7 @@ NEAR = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NEAR)
 @pytest.mark.parametrize("command", ["convert", "quantize", "plan"])
 def test_a_name_from_elsewhere_lists_types_that_come_near_with_their_sizes(
@@ -76,6 +77,7 @@ BUDGETS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUDGETS)
 def test_a_size_or_a_rate_names_its_option(name: str, small: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", str(small), "x.gguf", "-t", name]) == 1
@@ -91,6 +93,7 @@ def test_a_recipe_is_found_whatever_its_case(capfd: pytest.CaptureFixture[str]) 
 # llama.cpp's habits ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rest", [["Q5_K_M"], ["q5_k_m", "2"], ["Q5_K_M", "0"], ["Q5_K_M", "1", "-t", "Q5_K_M"]])
 def test_llama_quantizes_arguments_are_understood(rest: list[str], bf16: Path, tmp_path: Path) -> None:
     assert main(["quantize", str(bf16), str(tmp_path / "x.gguf"), *rest, "-q"]) == 0
@@ -154,6 +157,7 @@ def test_an_empty_type_is_not_the_default(bf16: Path, tmp_path: Path, capfd: pyt
     assert "unknown type or recipe ''" in said(capfd)
 
 
+@pytest.mark.slow
 def test_commands_in_hints_hold_names_with_spaces(
     bf16: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

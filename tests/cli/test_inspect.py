@@ -36,6 +36,7 @@ def write(path: Path, architecture: str, kind: str | None = None, *, tensor: str
     return path
 
 
+@pytest.mark.slow
 def test_the_files_of_a_separate_conversion(small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     dest = tmp_path / "x.gguf"
     assert main(["convert", str(small), str(dest), "-t", "Q8_0", "--mtp", "separate", "-q"]) == 0
@@ -45,6 +46,7 @@ def test_the_files_of_a_separate_conversion(small: Path, tmp_path: Path, capfd: 
     assert "blk.5-7 nextn.eh_proj" in heads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "kind", "tensor", "text"),
     [

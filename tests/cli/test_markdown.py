@@ -15,6 +15,8 @@ from markdown_it.token import Token
 
 from stepgguf.cli.terminal.markdown import MarkdownBlocks, MarkdownRenderer
 
+pytestmark = pytest.mark.slow
+
 ORACLE = MarkdownIt("commonmark").enable(["table", "strikethrough"]).disable("text_join")
 MARKERS = "*_`~#>-+=|:[]().0123456789"  # characters that Markdown has a meaning for; those that are text come as tokens
 PIECES = [

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 KINDS = ("folder", "fifo", "device", "binary", "nul", "utf-16", "loop", "unreadable", "huge")
 
 

@@ -45,6 +45,7 @@ def run(capfd: pytest.CaptureFixture[str], *arguments: object) -> str:
     return capfd.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("machine", catalogue.load_catalogue())
 def test_the_table_fits_a_terminal_of_80_columns(machine: str, real: Path, capfd: pytest.CaptureFixture[str]) -> None:
     first, *lines = run(capfd, real, "--machine", machine, "--ctx", CTX, "--parallel", 4).splitlines()
@@ -61,6 +62,7 @@ def test_the_lines_above_the_table_add_up(real: Path, capfd: pytest.CaptureFixtu
     assert f"--fit {int(left * 10) / 10}GiB" in lines[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("machine", "ctx", "suggestion"),
     [
@@ -75,6 +77,7 @@ def test_a_budget_is_suggested_only_where_it_can_be_had(
     assert f"for weights: {suggestion}\n" in run(capfd, real, "-m", machine, "--ctx", ctx, "--types", "Q4_K_S")
 
 
+@pytest.mark.slow
 def test_what_is_suggested_is_enough_without_an_imatrix_or_not_as_it_says(real: Path) -> None:
     recipe, _ = resolve_recipe(None, Limits(1), "")
     with Checkpoint(real) as checkpoint:
@@ -86,6 +89,7 @@ def test_what_is_suggested_is_enough_without_an_imatrix_or_not_as_it_says(real: 
             plan_without_measuring(too_little, checkpoint, Path("x.gguf"), Options(recipe))
 
 
+@pytest.mark.slow
 def test_json_says_the_same(real: Path, capfd: pytest.CaptureFixture[str]) -> None:
     report: dict[str, Any] = json.loads(run(capfd, real, "-m", "spark", "--types", "q4_k_s, IQ4_XS", "--json"))
     assert [row["type"] for row in report["rows"]] == ["IQ4_XS", "q4_k_s"]
@@ -100,6 +104,7 @@ def test_this_machine_and_a_small_model(small: Path, capfd: pytest.CaptureFixtur
     assert "The largest that fits is Q8_0." in text
 
 
+@pytest.mark.slow
 def test_measured_rows_have_a_loss_and_rows_of_fit_lose_least(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -152,6 +157,7 @@ def test_a_context_beyond_the_trained_one_is_a_warning(small: Path, capfd: pytes
     assert "5,000 tokens are more than the 4,096 that the model was trained for" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_machine_that_is_too_small_says_so(real: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert "None of these fits." in run(capfd, real, "-m", "mac-64", "--types", "Q8_0")
 
@@ -165,6 +171,7 @@ def test_an_unknown_machine_gets_the_nearest_and_the_list(real: Path, capfd: pyt
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("types", "text"), [("Q4_K_Z", "did you mean Q4_K_S?"), ("./none.toml", "none.toml: no such file\n")]
 )
@@ -180,6 +187,7 @@ def test_an_empty_list_of_types_is_wrong_usage(real: Path, capfd: pytest.Capture
     assert "names no type" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_it_is_quick(real: Path) -> None:
     """Processor time, as this machine may be busy: all rows of the real model."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -20,6 +20,8 @@ import pytest
 from stepgguf.cli.main import main
 from tests.conftest import INTERRUPTIBLE
 
+pytestmark = pytest.mark.slow
+
 STAND_IN = Path(__file__).parents[1] / "runtime" / "llama_server.py"
 
 

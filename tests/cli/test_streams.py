@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 STEPGGUF = f"{sys.executable} -m stepgguf"
 ANSWER = "--temperature 0 --threads 1"
 

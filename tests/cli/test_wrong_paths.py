@@ -20,6 +20,8 @@ from stepgguf.cli import output
 from stepgguf.cli.main import main
 from stepgguf.demo import CHECKPOINT
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 20  # one that waits for a pipe would wait for ever
 
 

@@ -14,6 +14,8 @@ from langchain_nvidia_ai_endpoints import ChatNVIDIA
 from tests.clients.conftest import COUNTED, FORECAST, LETTERS, THINKING, WEATHER, Count, get_weather, n_answers
 from tests.server.conftest import MODEL_ID, Server
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def llm(server: Server) -> ChatNVIDIA:

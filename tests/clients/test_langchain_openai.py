@@ -16,6 +16,8 @@ from pydantic import SecretStr
 from tests.clients.conftest import COUNTED, FORECAST, LETTERS, WEATHER, Count, get_weather, n_answers
 from tests.server.conftest import Server
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def llm(server: Server) -> ChatOpenAI:

@@ -14,6 +14,8 @@ from tests.clients.conftest import COUNTED, FORECAST, LETTERS, RESULT, THINKING,
 from tests.server.conftest import Server
 from tests.server.test_stream import endless
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 
 

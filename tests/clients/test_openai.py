@@ -11,6 +11,8 @@ import pytest
 from tests.clients.conftest import COUNTED, FORECAST, LETTERS, RESULT, THINKING, TOOL, WEATHER, Count, user
 from tests.server.conftest import Server
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> Iterator[openai.OpenAI]:

@@ -11,6 +11,8 @@ import pytest
 from tests.clients.conftest import user
 from tests.server.conftest import MODEL_ID, Serve, Server
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> Iterator[openai.OpenAI]:

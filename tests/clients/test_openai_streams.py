@@ -15,6 +15,8 @@ from tests.clients.conftest import COUNTED, LETTERS, THINKING, WEATHER, Count, u
 from tests.server.conftest import Server
 from tests.server.test_stream import endless
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> Iterator[openai.OpenAI]:

@@ -19,6 +19,8 @@ from stepgguf.conversation.session import Session
 from stepgguf.conversation.transcript import Transcript, read_session
 from stepgguf.errors import OutputError
 
+pytestmark = pytest.mark.slow
+
 FUNCTION = {"name": "now", "description": "The time", "parameters": {"type": "object", "properties": {}}}
 CALL = {"id": "call_1", "type": "function", "function": {"name": "now", "arguments": "{}"}}
 USAGE = asdict(AnswerUsage(n_prompt=10, n_reasoning=3, n_text=4, n_ctx=512, prompt_seconds=0.1, finish_reason="stop"))

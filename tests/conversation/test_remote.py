@@ -43,6 +43,7 @@ def remote(server: Server) -> RemoteBackend:
     return RemoteBackend(server.url, KEY)
 
 
+@pytest.mark.slow
 def test_a_server_answers_as_the_process_does(server: Server, remote: RemoteBackend) -> None:
     here = Session(InProcessBackend(ChatModel(server.engine)), GREEDY)
     there = Session(remote, GREEDY)
@@ -58,6 +59,7 @@ def test_a_server_answers_as_the_process_does(server: Server, remote: RemoteBack
         assert usage.generation_seconds > 0
 
 
+@pytest.mark.slow
 def test_a_tool_is_called_through_a_server(remote: RemoteBackend) -> None:
     session = Session(remote, ChatSettings({"temperature": 0.0}, tools=(WEATHER,)))
     list(session.ask("What is the weather in Paris?"))

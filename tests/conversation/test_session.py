@@ -245,6 +245,7 @@ for update in chat.ask("What is 347 + 286?"):
 """
 
 
+@pytest.mark.slow
 def test_a_kill_loses_no_more_than_the_last_moment(demo_gguf: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLED, str(demo_gguf), str(tmp_path)]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL

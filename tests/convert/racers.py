@@ -45,7 +45,7 @@ MOMENTS = [*((place, "before") for place in PLACES)]
 MOMENTS += [(place, "after") for place in ("flock", "open", "write", "rename", "remove the journal", "let go")]
 # Visits at which a process is killed: renames are those of two manifests and of two files.
 KILLED = [(*moment, 1) for moment in MOMENTS]
-KILLED += [("write", "before", 5), ("commit", "after", 3), *(("rename", "after", visit) for visit in (2, 3, 4))]
+KILLED += [("write", "before", 5), ("commit", "after", 2), *(("rename", "after", visit) for visit in (2, 3, 4))]
 SPLIT = "3M"  # two files
 LOGS = ("first", "second")
 SECONDS = 60.0

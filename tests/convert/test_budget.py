@@ -77,6 +77,7 @@ def is_chosen(tensor: PlannedTensor) -> bool:
     return tensor.reason == REASON
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mtp", ["include", "separate", "drop"])
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
 def test_all_files_fit_and_leave_no_room_for_another_step(share: float, mtp: str, small: Path) -> None:
@@ -88,6 +89,7 @@ def test_all_files_fit_and_leave_no_room_for_another_step(share: float, mtp: str
     assert {t.reason for t in plan.tensors if "nextn" in t.name and t.is_quantized} <= {"MTP Q8_0", "MTP file"}
 
 
+@pytest.mark.slow
 def test_headers_of_splits_are_paid_from_the_budget_too(small: Path) -> None:
     one = within(Limits(7 * MIB), small)
     plan = within(Limits(one.file_bytes), small, Options(load_recipe("F32"), split_max_size=MIB))
@@ -100,6 +102,7 @@ def test_bits_per_weight_are_those_that_the_plan_shows(small: Path) -> None:
     assert 5.4 < plan.bpw <= 5.5
 
 
+@pytest.mark.slow
 def test_a_larger_budget_costs_no_more(small: Path) -> None:
     with Checkpoint(small) as checkpoint:
         options = Options(recipe_without_rules("fit"))
@@ -175,6 +178,7 @@ def test_another_time_nothing_is_read_and_the_plan_is_the_same(small: Path, monk
     assert types(within(Limits(bpw=6), small)) != types(first)
 
 
+@pytest.mark.slow
 def test_without_an_imatrix_it_is_said_and_types_that_need_one_are_not_taken(small: Path, tmp_path: Path) -> None:
     without = within(Limits(bpw=4.7), small)
     assert UNIFORM in without.warnings
@@ -186,6 +190,7 @@ def test_without_an_imatrix_it_is_said_and_types_that_need_one_are_not_taken(sma
     assert T.IQ2_XS in types(with_it).values()
 
 
+@pytest.mark.slow
 def test_a_gguf_gets_the_types_of_its_checkpoint(small: Path, tmp_path: Path) -> None:
     source = tmp_path / "bf16.gguf"
     assert main(["convert", str(small), str(source), "-t", "BF16", "-q"]) == 0
@@ -240,6 +245,7 @@ def test_a_budget_has_a_name_for_files(budget: Limits, name: str) -> None:
 # the command ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_convert_fit_writes_a_file_that_fits_with_a_proof(
     small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,8 @@ from stepgguf.files import gguf_header
 from tests.generate import Shape, write_checkpoint
 from tests.oracle import llama_quantize
 
+pytestmark = pytest.mark.slow
+
 # One mixture of each family with 288 experts, where ggml's encoders take half a minute. The other types differ from one
 # of these in the block's encoder alone, so that they get by with the experts of a small file.
 TYPES_288 = ["Q8_0", "Q4_K_M", "IQ4_XS", "MXFP4_MOE"]

@@ -119,6 +119,7 @@ def test_scalars_are_texts_as_they_are_written(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "card",
     ["license: [\n", "a: b: c\n", "\t- x\n", "x: !!python/object/apply:os.system [ls]\n", "[" * 3000, "- a\n- b\n",
@@ -139,6 +140,7 @@ def test_no_card_stops_a_conversion(tmp_path: Path, card: str | bytes) -> None:
     assert read_card(path, {}, ModelOrigin("x")).name
 
 
+@pytest.mark.slow
 def test_the_card_is_in_the_file_and_name_wins(small: Path, tmp_path: Path) -> None:
     import shutil
 

@@ -13,6 +13,8 @@ from stepgguf.cli.main import main
 from stepgguf.files import gguf_header
 from stepgguf.quants.types import quant_type, row_size
 
+pytestmark = pytest.mark.slow
+
 TENSOR, EXPERT, ROW = "blk.3.ffn_down_exps.weight", 4, 17
 TYPES = ["F32", "F16", "BF16", "Q8_0", "Q4_K_S", "IQ4_XS", "TQ2_0"]
 

@@ -103,6 +103,7 @@ def test_generation_config_overrides_the_recommended_sampling(small: Path, tmp_p
     assert header.get("general.sampling.top_k") == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "content", "text"),
     [
@@ -132,6 +133,7 @@ def test_strange_settings_are_named_with_file_and_place(
         plan_source(checkpoint, tmp_path / "x.gguf", Options(load_recipe("Q8_0")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["chat_template.jinja", "chat_template.json", "tokenizer_config.json", "named"])
 def test_the_chat_template_may_be_in_any_of_three_files(small: Path, tmp_path: Path, name: str) -> None:
     copy = Path(shutil.copytree(small, tmp_path / "copy"))
@@ -159,6 +161,7 @@ def test_rope_freqs_are_the_reference_models_factors() -> None:
     assert data[31] == 2.0
 
 
+@pytest.mark.slow
 def test_norms_are_stored_plus_one_in_float32(small: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
@@ -195,6 +198,7 @@ def test_mtp_included_is_one_file_that_llama_cpp_loads(q4: Path) -> None:
     assert loads(q4) == 3
 
 
+@pytest.mark.slow
 def test_mtp_dropped(small: Path, tmp_path: Path) -> None:
     header = convert(small, tmp_path / "x.gguf", "-t", "Q4_K_M", "--mtp", "drop")
     assert header.get("step35.block_count") == 5
@@ -219,6 +223,7 @@ def test_mtp_separate_is_laid_out_like_stepfuns_mtp_file(small: Path, q4: Path, 
     assert loads(tmp_path / "x.gguf") == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("type_name", ["BF16", "Q6_K"])
 def test_mtp_type(small: Path, tmp_path: Path, type_name: str) -> None:
     header = convert(small, tmp_path / "x.gguf", "-t", "Q4_K_M", "--mtp-type", type_name)
@@ -233,6 +238,7 @@ def test_unquantized_files_keep_mtp_unquantized(small: Path, tmp_path: Path) -> 
 # splits ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_splits_are_named_and_loaded_as_llama_cpps(small: Path, tmp_path: Path) -> None:
     main(["convert", str(small), str(tmp_path / "x.gguf"), "-q", "-t", "Q8_0", "--split-max-size", "2M"])
     files = sorted(p.name for p in tmp_path.glob("*.gguf"))
@@ -297,6 +303,7 @@ def test_verify_against_another_checkpoint_fails(copy: Path, small_fp8: Path) ->
     assert main(["verify", str(copy), "--against", str(small_fp8), "--all", "-q"]) == 1
 
 
+@pytest.mark.slow
 def test_verify_against_a_gguf(copy: Path, small: Path, tmp_path: Path) -> None:
     convert(small, tmp_path / "bf16.gguf", "-t", "BF16")
     assert main(["verify", str(copy), "--against", str(tmp_path / "bf16.gguf"), "--all", "-q"]) == 0
@@ -320,6 +327,7 @@ def test_inspect_as_text_and_json(q4: Path, small: Path, target: str, capfd: pyt
     assert sum(line["bytes"] for line in report["folded"]) == report["bytes"]
 
 
+@pytest.mark.slow
 def test_a_new_template_moves_no_data_and_keeps_the_file_whole(
     copy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -374,6 +382,7 @@ def test_a_crash_between_the_two_headers_is_mended(copy: Path, tmp_path: Path) -
     assert main(["verify", str(copy), "-q"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("template", "message"),
     [
@@ -399,6 +408,7 @@ def test_a_template_that_cannot_work_is_refused(
     assert copy.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_checkpoint_whose_template_cannot_work_is_refused(
     small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,6 +25,8 @@ from stepgguf.files.gguf_header import TensorInfo
 from stepgguf.quants.recipe_files import load_recipe
 from tests.generate import Shape, write_checkpoint
 
+pytestmark = pytest.mark.slow
+
 ROUNDS = 150
 DEEP: list[Any] = []
 for _ in range(150):

@@ -67,6 +67,7 @@ def normalised(path: Path) -> Mapping[str, Floats]:
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["Q4_K_M", "Q3_K_S", "Q2_K_S", "IQ4_XS", "IQ3_XXS", "IQ3_M", "IQ2_XS", "IQ2_M", "Q4_0"]
 )
@@ -102,6 +103,7 @@ def test_the_pooled_prior_changes_the_bytes_of_unseen_and_thin_experts(
             np.testing.assert_array_equal(made.raw(name, *span), out, err_msg=f"expert {expert}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Q4_K_S", "Q6_K", "IQ4_XS"])
 def test_the_ledger_says_what_each_expert_lost(name: str, trunk: Path, calibrated: Path, tmp_path: Path) -> None:
     path = tmp_path / "o.gguf"
@@ -181,6 +183,7 @@ def test_gaps_of_the_matrix_are_said_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_both_kernels_make_the_same_file(trunk: Path, calibrated: Path, tmp_path: Path) -> None:
     for kernel in get_args(KernelName):
         command = [
@@ -196,6 +199,7 @@ def test_both_kernels_make_the_same_file(trunk: Path, calibrated: Path, tmp_path
     assert (tmp_path / "lanes.gguf").read_bytes() == (tmp_path / "ggml.gguf").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_may_be_quantized_without_a_gguf_between(small: Path, tmp_path: Path) -> None:
     for command in ("convert", "quantize"):
         assert main([command, str(small), str(tmp_path / f"{command}.gguf"), "-t", "Q4_K_S", "-q"]) == 0

@@ -197,6 +197,7 @@ def test_a_line_that_was_cut_off_is_measured_again(given: Given) -> None:
     assert given.checkpoint.read == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "line",
     ["[1]", "7", '{"tensor": "x"}', '{"tensor": 3, "energy": 1.0, "errors": {}}', "[" * 5000, '{"a": "\\ud800"}',
@@ -264,6 +265,7 @@ def test_a_value_that_is_not_finite_names_its_place(given: Given, two_experts: P
         measure_errors(checkpoint, [given.tensors["attn_k"]], tmp_path / "e.jsonl", threads=1)
 
 
+@pytest.mark.slow
 def test_a_sample_of_a_288_expert_tensor_is_near_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_checkpoint(tmp_path / "288", Shape(n_layer=2, n_dense=1, n_expert=288, n_used=8, expert=256), seed=6)
     monkeypatch.setattr(measure, "MEASURED_TYPES", (T.Q4_0, T.Q8_0))

@@ -19,6 +19,8 @@ from stepgguf.errors import MissingShard, ShapeMismatch, TensorNotFound, Unexpec
 from stepgguf.files import gguf_header
 from tests.convert.test_bytes import same_tensors
 
+pytestmark = pytest.mark.slow
+
 N_LAYER, N_MTP = 5, 3  # of the generated model
 MTP = tuple(f"model.layers.{N_LAYER + i}." for i in range(N_MTP))
 State = dict[str, torch.Tensor]

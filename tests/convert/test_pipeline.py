@@ -21,6 +21,8 @@ from stepgguf.convert.sources.source import TensorSource
 from stepgguf.quants.recipe_files import load_recipe
 from tests.generate import Shape, write_checkpoint
 
+pytestmark = pytest.mark.slow
+
 SHAPE = Shape(n_layer=2, n_dense=1, n_expert=3, dense=4096, expert=4096)  # matrices of a million values
 STORED = ("bf16", "fp8", "F32", "F16", "Q8_0", "Q4_K")
 MADE = ("F32", "F16", "BF16", "Q8_0", "Q4_K")

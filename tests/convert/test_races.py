@@ -16,6 +16,8 @@ from stepgguf.cli.main import main
 from tests.convert.racers import KILLED, MOMENTS, SPLIT
 from tests.generate import Shape, write_checkpoint
 
+pytestmark = pytest.mark.slow
+
 N_PAIRS = 50
 
 

@@ -25,6 +25,8 @@ from stepgguf.quants.kernels import Loss
 from stepgguf.quants.recipe_files import load_recipe
 from tests.generate import Shape, write_checkpoint
 
+pytestmark = pytest.mark.slow
+
 DEEP = "[" * 500 + "]" * 500
 # What anything in a JSON document may become.
 VALUES = ("null", "true", "-1", "1e999", "NaN", '"x"', "[]", "{}", '{"a": [1]}', "9" * 5000, DEEP, '"\\ud800"', "")

@@ -28,6 +28,8 @@ from stepgguf.quants.recipe_files import load_recipe
 from tests.conftest import INTERRUPTIBLE
 from tests.generate import Shape, write_checkpoint
 
+pytestmark = pytest.mark.slow
+
 # Commits are seconds apart in earnest; here they must be frequent for a kill to fall between two of them.
 FAST_COMMITS = "import stepgguf.convert.pipeline as p; p.COMMIT_SECONDS = 0.02\n"
 COMMAND = FAST_COMMITS + "import sys; from stepgguf.cli.main import main; sys.exit(main(sys.argv[1:]))"

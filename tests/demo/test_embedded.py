@@ -21,6 +21,8 @@ from stepgguf.demo.train import Encoder, evaluate
 from stepgguf.reference.load import load_reference
 from stepgguf.runtime.llama import LlamaEngine, LlamaOptions
 
+pytestmark = pytest.mark.slow
+
 GREEDY = ChatSettings({"temperature": 0.0})
 
 

@@ -26,6 +26,8 @@ from stepgguf.model.hparams import HParams
 from stepgguf.reference.load import load_reference
 from stepgguf.reference.model import Step35
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:

@@ -24,6 +24,7 @@ def parse(text: str | bytes) -> Value:
     return jsonread.parse(text if isinstance(text, bytes) else text.encode(), "x.json", BadConfig, "Mend it.")
 
 
+@pytest.mark.slow
 @given(DOCUMENTS)
 @settings(deadline=None)
 def test_documents_are_those_that_pythons_json_reads(document: Any) -> None:

@@ -33,6 +33,7 @@ def flash(tmp_path_factory: pytest.TempPathFactory) -> ModelFile:
     return read_model_file(write_real(tmp_path_factory.mktemp("real")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", RUNNING, ids=lambda command: command[0])
 def test_a_model_that_is_larger_than_the_machine_is_refused_at_once(
     flash: ModelFile, command: list[str], capfd: pytest.CaptureFixture[str]

@@ -83,6 +83,7 @@ def test_strix_halo_gets_kernel_parameters(flash: ModelFile) -> None:
     assert findings(replace(STRIX, amd=AmdMemory(GIB // 2, 126976 << 20)), CUDA_BUILD, flash)["memory"].level == "ok"
 
 
+@pytest.mark.slow
 def test_a_context_that_is_too_long_gets_the_longest_that_fits(flash: ModelFile) -> None:
     found = findings(SPARK, CUDA_BUILD, flash, 262144)["memory"]
     assert found.level == "fail"
@@ -92,6 +93,7 @@ def test_a_context_that_is_too_long_gets_the_longest_that_fits(flash: ModelFile)
     assert findings(SPARK, CUDA_BUILD, flash, n_ctx + 1024)["memory"].level == "fail"
 
 
+@pytest.mark.slow
 def test_a_machine_that_is_too_small_gets_the_largest_type_that_fits(flash: ModelFile) -> None:
     machine = replace(LINUX, ram=96 * GIB, ram_available=94 * GIB)
     found = findings(machine, CPU_BUILD, flash)["memory"]
@@ -105,6 +107,7 @@ def test_a_machine_that_is_too_small_gets_the_largest_type_that_fits(flash: Mode
     assert fix(tiny) == "This machine is too small for this model, whatever its type."
 
 
+@pytest.mark.slow
 def test_a_context_too_short_to_think_in_is_no_fix(flash: ModelFile) -> None:
     machine = replace(LINUX, ram=memory_need(flash.footprint, ContextParams(3072)).total + LINUX_RESERVE)
     assert fix(findings(machine, CPU_BUILD, flash)["memory"]).startswith("stepgguf convert ")
@@ -112,6 +115,7 @@ def test_a_context_too_short_to_think_in_is_no_fix(flash: ModelFile) -> None:
     assert fix(findings(machine, CPU_BUILD, flash)["memory"]).startswith("stepgguf chat ")
 
 
+@pytest.mark.slow
 def test_what_a_card_cannot_hold_stays_in_ram(flash: ModelFile) -> None:
     found = findings(CARD, CUDA_BUILD, flash)["memory"]
     assert found.level == "warn"
@@ -123,6 +127,7 @@ def test_what_a_card_cannot_hold_stays_in_ram(flash: ModelFile) -> None:
     assert findings(CARD, replace(CUDA_BUILD, gpus=two), flash)["memory"].level == "ok"
 
 
+@pytest.mark.slow
 def test_a_container_is_named_as_the_limit(flash: ModelFile) -> None:
     found = findings(replace(LINUX, container_limit=64 * GIB), CPU_BUILD, flash)
     assert found["memory"].level == "fail"
@@ -166,6 +171,7 @@ def test_what_the_cpu_has_and_the_engine_does_not_use_is_a_warning() -> None:
     assert "cpu" not in findings(LINUX, CPU_BUILD)
 
 
+@pytest.mark.slow
 def test_mtp_needs_the_blocks_and_the_engine(flash: ModelFile, tmp_path: Path) -> None:
     assert "mtp" not in findings(LINUX, CPU_BUILD, flash)
     assert "lacks what MTP needs" in findings(LINUX, replace(CPU_BUILD, mtp=False), flash)["mtp"].message

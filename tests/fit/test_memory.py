@@ -103,6 +103,7 @@ CONTEXTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", CONTEXTS, ids=str)
 def test_the_real_models_caches_are_what_llama_cpp_makes(real: Path, flash: Footprint, context: ContextParams) -> None:
     theirs, ours = reported(real, context), memory_need(flash, context)
@@ -110,6 +111,7 @@ def test_the_real_models_caches_are_what_llama_cpp_makes(real: Path, flash: Foot
     assert theirs.compute <= ours.compute / MIB <= 1.1 * theirs.compute
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "context", [ContextParams(32768), ContextParams(262144), ContextParams(65536, n_parallel=2)], ids=str
 )

@@ -48,6 +48,7 @@ def rows(path: Path, machine: str, *names: str, ctx: int = CTX, mtp: bool = True
 # sizes --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Q4_K_S", "Q3_K_M", "MXFP4_MOE", "Q8_0", "BF16"])
 @pytest.mark.parametrize("mtp", ["include", "drop"])
 def test_weights_are_what_convert_would_write(name: str, mtp: str, real: Path) -> None:
@@ -57,6 +58,7 @@ def test_weights_are_what_convert_would_write(name: str, mtp: str, real: Path) -
     assert (row.weights, row.bpw) == (file_plan.n_bytes, file_plan.bpw)
 
 
+@pytest.mark.slow
 def test_a_gguf_gives_the_rows_of_its_checkpoint_and_one_of_its_own(real: Path, real_gguf: Path) -> None:
     theirs, ours = rows(real_gguf, "spark"), rows(real, "spark")
     own = theirs.pop(OWN_TYPES)
@@ -64,6 +66,7 @@ def test_a_gguf_gives_the_rows_of_its_checkpoint_and_one_of_its_own(real: Path, 
     assert replace(own, type="Q4_K_S") == ours["Q4_K_S"]
 
 
+@pytest.mark.slow
 def test_types_that_need_an_importance_matrix_are_marked_and_have_the_size_that_it_gives(real: Path) -> None:
     found = rows(real, "spark", "IQ3_XXS", "IQ4_XS", "Q2_K_S", mtp=False)
     assert {name: row.needs_imatrix for name, row in found.items()} == {
@@ -75,6 +78,7 @@ def test_types_that_need_an_importance_matrix_are_marked_and_have_the_size_that_
 # what fits ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("machine", ["spark", "mac-128", "strix-128", "mac-64"])
 def test_what_fits_is_what_the_memory_arithmetic_says(machine: str, real: Path, real_gguf: Path) -> None:
     context = ContextParams(CTX)
@@ -90,6 +94,7 @@ def test_what_fits_is_what_the_memory_arithmetic_says(machine: str, real: Path, 
     assert result.best is max((row for row in result.rows if row.fits), key=lambda row: row.weights, default=None)
 
 
+@pytest.mark.slow
 def test_the_longest_context_fits_and_a_longer_one_does_not(real: Path) -> None:
     n_ctx = rows(real, "spark", "Q4_K_M")["Q4_K_M"].n_ctx
     assert n_ctx is not None
@@ -97,6 +102,7 @@ def test_the_longest_context_fits_and_a_longer_one_does_not(real: Path) -> None:
     assert not rows(real, "spark", "Q4_K_M", ctx=n_ctx + 1024)["Q4_K_M"].fits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("machine", "name", "ctx"),
     [
@@ -139,6 +145,7 @@ def test_a_published_speed_is_predicted_where_it_was_published(real: Path, tmp_p
     assert at_100k.full.tps[0] == pytest.approx(20, rel=0.0001)
 
 
+@pytest.mark.slow
 def test_where_nothing_is_published_there_is_a_ceiling_and_no_prediction(real: Path) -> None:
     row = rows(real, "strix-128", "Q4_K_S")["Q4_K_S"]
     assert (row.empty.tps, row.full.tps) == (None, None)
@@ -148,6 +155,7 @@ def test_where_nothing_is_published_there_is_a_ceiling_and_no_prediction(real: P
     assert "estimate" not in text
 
 
+@pytest.mark.slow
 def test_without_mtp_blocks_there_is_no_gain(real: Path) -> None:
     gain = rows(real, "spark", "Q4_K_S")["Q4_K_S"].mtp_gain
     assert gain is not None

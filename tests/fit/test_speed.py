@@ -116,6 +116,7 @@ def test_one_efficiency_explains_an_empty_and_a_long_context() -> None:
     assert predicted == pytest.approx(long.tps, rel=0.02)  # 20 is published without decimals: 19.5 to 20.5 is 2.5 %
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_tokens", [1, 2, 3, 4])
 def test_the_share_of_experts_is_what_independent_tokens_choose(n_tokens: int) -> None:
     rng, n_draws = np.random.default_rng(0), 4000

@@ -13,6 +13,8 @@ from stepgguf.chat.request import GbnfGrammar, ToolChoice
 from stepgguf.errors import BadGrammar
 from stepgguf.grammar.ambiguity import find_problem
 
+pytestmark = pytest.mark.slow
+
 DOUBLING = "".join(f'a{i} ::= a{i + 1} | a{i + 1} "y"\n' for i in range(60))
 
 

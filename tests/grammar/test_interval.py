@@ -6,12 +6,15 @@ import re
 from decimal import Decimal
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from stepgguf.chat.request import JsonSchema
 from stepgguf.errors import BadGrammar
 from tests.grammar.walk import MANY_EXAMPLES, GrammarVocabulary, accepts, constrained
+
+pytestmark = pytest.mark.slow
 
 
 def bounds() -> st.SearchStrategy[dict[str, Any]]:

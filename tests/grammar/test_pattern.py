@@ -14,6 +14,8 @@ from stepgguf.grammar.gbnf import GrammarRules
 from stepgguf.grammar.pattern import translate_pattern
 from tests.grammar.walk import MANY_EXAMPLES, GrammarVocabulary, accepts, constrained
 
+pytestmark = pytest.mark.slow
+
 PATTERNS = [
     "^[a-z]{2,5}$",
     "abc",

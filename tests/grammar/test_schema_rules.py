@@ -13,6 +13,8 @@ import pytest
 from stepgguf.chat.request import JsonSchema
 from tests.grammar.walk import LINKED_LIST, GrammarVocabulary, GrammarWalk, accepts, constrained
 
+pytestmark = pytest.mark.slow
+
 CORPUS: dict[str, tuple[Any, list[Any]]] = {
     "any": (True, [1, "x", None, {"a": [1.5, True]}, []]),
     "string": ({"type": "string"}, ["", 'é🙂\n"\\', 5, None]),

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from stepgguf.errors import DoesNotFit
 from stepgguf.quants.allocate import Allocation, SpentBytes, TensorOptions, TypeOption, allocate_bytes, trace_frontier
 
+pytestmark = pytest.mark.slow
+
 KINDS = list(GGMLQuantizationType)
 # Costs are whole numbers and shares powers of two, so that all sums here are exact.
 OPTIONS = st.lists(st.tuples(st.integers(1, 60), st.integers(0, 200)), min_size=1, max_size=5)
@@ -79,6 +81,7 @@ def check(items: Sequence[TensorOptions], found: Allocation, max_bytes: float, m
             assert not (fits and other.cost < option.cost), (i.name, option, other)
 
 
+@pytest.mark.slow
 @examples
 @given(ITEMS, st.integers(0, 150))
 def test_the_gap_to_the_optimum_is_less_than_one_step_of_one_tensor(items: list[TensorOptions], room: int) -> None:
@@ -93,6 +96,7 @@ def test_the_gap_to_the_optimum_is_less_than_one_step_of_one_tensor(items: list[
     assert gap <= 1e-9 or gap < max(steps(items))
 
 
+@pytest.mark.slow
 @examples
 @given(ITEMS, st.integers(0, 150), st.integers(0, 60))
 def test_a_larger_budget_never_costs_more(items: list[TensorOptions], room: int, more: int) -> None:

@@ -27,6 +27,8 @@ from stepgguf.quants.types import BF16, row_size
 from tests.generate import Shape, write_checkpoint
 from tests.oracle import llama_quantize
 
+pytestmark = pytest.mark.slow
+
 Floats = npt.NDArray[np.float32]
 
 

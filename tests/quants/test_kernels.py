@@ -16,6 +16,8 @@ from stepgguf.quants.kernels import choose_kernel, decoder_for
 from stepgguf.quants.types import BY_NAME, row_size
 from stepgguf.quants.values import fp8_table
 
+pytestmark = pytest.mark.slow
+
 T = GGMLQuantizationType
 BOTH = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4"]
 

@@ -79,6 +79,7 @@ def sparse(path: Path, tensors: list[PlannedTensor]) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in BASE_TYPES if n != "F32"])
 def test_every_type_of_the_real_model_is_llama_quantizes(name: str, real_header: Path, tmp_path: Path) -> None:
     log = llama_quantize(real_header, tmp_path / "unused.gguf", name, dry_run=True)

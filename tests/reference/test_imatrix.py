@@ -229,6 +229,7 @@ def test_gates_are_the_weights_that_llama_cpps_router_gives(
             assert activations.gate_squares[layer][expert] == pytest.approx(np.square(mine).mean(), rel=LIMIT)
 
 
+@pytest.mark.slow
 def test_mtp_sums_are_those_of_the_linear_layers_inputs(
     model: Step35, batches: list[Tensor], collected: tuple[Imatrix, Activations]
 ) -> None:

@@ -19,6 +19,8 @@ from stepgguf.reference.load import load_reference
 from stepgguf.reference.model import Step35
 from tests.generate import Shape, write_checkpoint
 
+pytestmark = pytest.mark.slow
+
 N_TOKENS = 256
 # Two float32 implementations differ by about 1e-6 in a logit, and the KL divergence is quadratic in that: 1e-12 or so.
 # Measured: 2e-12 to 5e-12. A hundred times more leaves room for other processors' sums; what is really missing shows at

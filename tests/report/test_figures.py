@@ -33,6 +33,7 @@ def ledger(made: Made, name: str, kind: str) -> np.ndarray:
     return np.array(made.manifest["tensors"][name]["ledger"][kind], float)
 
 
+@pytest.mark.slow
 def test_sizes_of_the_real_model_are_the_published_ones(tmp_path: Path) -> None:
     """118.58 GB for the trunk in Q4_K_M is llama.cpp's figure; 3 MTP heads are 2.58 GB in Q8_0."""
     real = measured.read_file(write(tmp_path / "x.gguf", real_config(), "Q4_K_M", imatrix=False).path)
@@ -198,6 +199,7 @@ def test_a_file_of_an_older_version_has_sizes_and_types_and_says_what_is_missing
     assert found["type"] == "Q8_0"
 
 
+@pytest.mark.slow
 def test_the_manifests_of_all_splits_are_gathered(small: Path, tmp_path: Path) -> None:
     arguments = ["-t", "Q8_0", "-q", "--name", "x"]
     assert main(["convert", str(small), str(tmp_path / "whole.gguf"), *arguments]) == 0
@@ -215,6 +217,7 @@ def test_the_manifests_of_all_splits_are_gathered(small: Path, tmp_path: Path) -
     assert files[1].name in part["missing"][0]
 
 
+@pytest.mark.slow
 def test_a_file_of_another_tool_needs_no_manifest(small: Path, tmp_path: Path) -> None:
     """Types and sizes are the header's, and so is what llama-quantize notes of its making."""
     assert main(["convert", str(small), str(tmp_path / "x.gguf"), "-t", "BF16", "-q"]) == 0

@@ -104,6 +104,7 @@ def pick(page: Page, name: str, value: str) -> None:
     page.click(f"#controls label:has([name={name}][value={value}])")
 
 
+@pytest.mark.slow
 def test_the_headline_and_the_sizes_are_those_of_the_file(made: Made, page: Page) -> None:
     show(page, made)
     tensors = measured.read_file(made.path).tensors
@@ -355,6 +356,7 @@ def test_without_a_manifest_there_are_types_and_sizes(made: Made, page: Page) ->
     assert page.count("#types-table tbody tr") > 10
 
 
+@pytest.mark.slow
 def test_the_page_of_the_real_model_is_small_and_quick(tmp_path: Path, page: Page) -> None:
     made = write(tmp_path / "step.gguf", real_config(), "Q4_K_M", name="Step-3.5-Flash")
     show(page, made)

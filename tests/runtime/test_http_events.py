@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import threading
 import time
@@ -12,6 +13,8 @@ from contextlib import closing, contextmanager
 import pytest
 
 from stepgguf.runtime.http_events import ConnectionLost, HttpExchange, ServerAddress
+
+pytestmark = pytest.mark.slow
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
 
@@ -24,6 +27,10 @@ def saying(*replies: bytes, request: list[bytes] | None = None) -> Iterator[Serv
         connection, _ = listener.accept()
         with connection:
             data = connection.recv(65536)
+            while length := re.search(rb"Content-Length: (\d+)", data):  # the body may come after the head
+                if len(data.partition(b"\r\n\r\n")[2]) >= int(length[1]):
+                    break
+                data += connection.recv(65536)
             if request is not None:
                 request.append(data)
             for reply in replies:

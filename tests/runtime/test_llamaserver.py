@@ -176,6 +176,7 @@ def test_events_come_in_order_and_the_cache_is_told(engine: LlamaServerEngine, p
     assert seen[-1].timings.n_cached == prefills[-1].n_cached > 0
 
 
+@pytest.mark.slow
 def test_max_tokens_and_the_context_end_an_answer(engine: LlamaServerEngine, prompt: tuple[int, ...]) -> None:
     steps, finished = run(engine, Request(prompt, GREEDY, max_tokens=7))
     assert (len(steps), finished.reason) == (7, "length")
@@ -293,6 +294,7 @@ def test_reasoning_that_ends_by_itself_is_left_alone(
         assert not finished.timings.budget_reached
 
 
+@pytest.mark.slow
 def test_a_loop_is_broken(engine: LlamaServerEngine, prompt: tuple[int, ...], end: int) -> None:
     stuck = Sampling(0.0, logit_bias=((67, 100.0),))
     steps, finished = run(engine, Request(prompt, stuck, max_tokens=400, reasoning=Reasoning(frozenset([end]), (end,))))
@@ -300,6 +302,7 @@ def test_a_loop_is_broken(engine: LlamaServerEngine, prompt: tuple[int, ...], en
     assert [step.token_id for step in steps if step.forced] == [end]
 
 
+@pytest.mark.slow
 def test_end_reasoning_closes_it_live(engine: LlamaServerEngine, prompt: tuple[int, ...], end: int) -> None:
     stuck = Sampling(0.0, logit_bias=((67, 100.0),))
     reasoning = Reasoning(frozenset([end]), (end,), break_loops=False)
@@ -350,6 +353,7 @@ def test_a_bad_grammar_is_refused(engine: LlamaServerEngine, prompt: tuple[int, 
 # MTP ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_mtp_drafts_and_changes_nothing(
     spawn: Callable[..., LlamaServerEngine], engine: LlamaServerEngine, prompt: tuple[int, ...], end: int
 ) -> None:
@@ -366,6 +370,7 @@ def test_mtp_drafts_and_changes_nothing(
     assert all(step.logprob is not None for step in steps), "also of tokens that could have been drafted"
 
 
+@pytest.mark.slow
 def test_heads_in_a_file_of_their_own_draft_as_well(
     spawn: Callable[..., LlamaServerEngine], engine: LlamaServerEngine, prompt: tuple[int, ...], separate_gguf: Path
 ) -> None:
@@ -394,6 +399,7 @@ def test_two_run_a_third_waits_a_fourth_is_refused(engine: LlamaServerEngine, pr
     assert engine.stats().n_running == 0
 
 
+@pytest.mark.slow
 def test_two_that_fill_their_contexts_do_not_end_each_other(
     spawn: Callable[..., LlamaServerEngine], prompt: tuple[int, ...]
 ) -> None:
@@ -415,6 +421,7 @@ def test_cancel_frees_the_slot(engine: LlamaServerEngine, prompt: tuple[int, ...
     assert text(run(engine, Request(prompt, GREEDY))[0]).endswith(ANSWER)
 
 
+@pytest.mark.slow
 def test_a_queued_request_can_be_cancelled(engine: LlamaServerEngine, prompt: tuple[int, ...]) -> None:
     running = [Stream(engine, long(prompt)) for _ in range(2)]
     queued = Stream(engine, long(prompt))
@@ -427,6 +434,7 @@ def test_a_queued_request_can_be_cancelled(engine: LlamaServerEngine, prompt: tu
 # life and death -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_killed_server_is_reported_and_started_again(
     spawn: Callable[..., LlamaServerEngine], prompt: tuple[int, ...], binary: str
 ) -> None:
@@ -447,6 +455,7 @@ def test_a_killed_server_is_reported_and_started_again(
     assert engine.stats().alive
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_again_and_again_is_given_up(
     spawn: Callable[..., LlamaServerEngine], prompt: tuple[int, ...], binary: str
 ) -> None:
@@ -492,6 +501,7 @@ def test_nothing_is_left_after_close(spawn: Callable[..., LlamaServerEngine], pr
     engine.close()
 
 
+@pytest.mark.slow
 def test_the_server_does_not_outlive_us_even_if_we_are_killed(demo_gguf: Path, binary: str) -> None:
     code = f"""
 import os, signal

@@ -15,6 +15,8 @@ from stepgguf.runtime import passages as module
 from stepgguf.runtime.llama.model import LlamaModel
 from stepgguf.runtime.passages import MOST_BRACKETS, MOST_CHARACTERS, passages
 
+pytestmark = pytest.mark.slow
+
 WORDS = st.sampled_from(
     ["foo", "Déjà", "don't", " ", "  ",
      "\n", " \n", "12345", "x1", "中文", "，", "ア・イ", "é", "(", "){", '":', "<", "</", "!a",

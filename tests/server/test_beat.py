@@ -11,6 +11,8 @@ import pytest
 
 from tests.server.conftest import Server
 
+pytestmark = pytest.mark.slow
+
 MOST_SECONDS = 0.05  # of processor time that the event loop may spend without a pause
 CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
 ASK = [{"role": "user", "content": "x"}]

@@ -13,6 +13,8 @@ from schemathesis.specs.openapi.checks import response_schema_conformance, statu
 
 from tests.server.conftest import Server
 
+pytestmark = pytest.mark.slow
+
 ROUTES = {
     "/v1/chat/completions": {"post"},
     "/v1/completions": {"post"},

@@ -51,6 +51,7 @@ def read_until(connection: socket.socket, wanted: bytes, n: int = 1) -> bytes:
     return data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_slot(server: Server, stream: bool) -> None:
     connection = post(server, endless(server, stream=stream))
@@ -63,6 +64,7 @@ def test_a_client_that_leaves_frees_its_slot(server: Server, stream: bool) -> No
     assert server.idle_within(2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_at_once_frees_its_slot(server: Server, stream: bool) -> None:
     """Before a byte of the answer, at whatever point that finds the server."""
@@ -87,6 +89,7 @@ def test_a_stop_ends_what_would_go_on(server: Server, stream: bool) -> None:
     assert server.idle_within(2)
 
 
+@pytest.mark.slow
 def test_pings_come_while_a_request_waits_and_leaving_ends_the_wait(serve: Serve) -> None:
     with serve(keep_alive_seconds=0.2) as server:
         running = [post(server, endless(server, stream=True)) for _ in range(2)]
@@ -107,6 +110,7 @@ def test_pings_come_while_a_request_waits_and_leaving_ends_the_wait(serve: Serve
         assert server.idle_within(2)
 
 
+@pytest.mark.slow
 def test_thinking_that_is_not_shown_does_not_silence_the_pings(serve: Serve) -> None:
     with serve(keep_alive_seconds=0.1) as server:
         hidden = {"include_reasoning": False, "reasoning_effort": None, "temperature": 2, "top_k": 0}
@@ -130,6 +134,7 @@ def test_a_full_queue_is_429_with_the_time_to_wait(server: Server) -> None:
     assert server.idle_within(3)
 
 
+@pytest.mark.slow
 def test_a_client_that_does_not_read_is_let_go(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
     with (
         serve(slow_client_seconds=0.5) as server,
@@ -211,6 +216,7 @@ def test_an_engine_that_dies_in_a_stream_is_an_error_and_an_end(dying: Server) -
     assert whole.headers["retry-after"] == "1"
 
 
+@pytest.mark.slow
 def test_an_engine_that_stays_dead_is_not_asked_again() -> None:
     engine = ScriptedEngine("Well", EngineDied("it broke", recovered=False))
     with running(ChatModel(engine), ServerConfig(model_ids=("demo",))) as server:

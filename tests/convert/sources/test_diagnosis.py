@@ -26,6 +26,8 @@ from stepgguf.model.tensors import tensor_specs
 from tests.convert.sources.test_spellings import by_expert
 from tests.generate import Shape, config
 
+pytestmark = pytest.mark.slow
+
 STEM = "model.layers.3.moe.experts.0.gate_proj"
 ORIGINAL = "Convert the checkpoint that it was made from"
 MERGE = "merge_and_unload"

@@ -13,6 +13,8 @@ from stepgguf.convert.sources.hub import ModelOrigin, checkpoint_folder, hub_id,
 from stepgguf.errors import CheckpointError, MissingShard
 from stepgguf.files import gguf_header
 
+pytestmark = pytest.mark.slow
+
 OLD, NEW = "0" * 40, "1f" * 20
 
 

@@ -21,6 +21,8 @@ from stepgguf.files import gguf_header
 from tests.convert.test_bytes import same_tensors
 from tests.generate import Shape, write_checkpoint
 
+pytestmark = pytest.mark.slow
+
 State = dict[str, Tensor]
 EXPERTS = ("gate_proj", "up_proj", "down_proj")
 

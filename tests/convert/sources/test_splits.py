@@ -43,6 +43,7 @@ def test_a_first_part_without_tensors_is_what_gguf_py_reads_too(made: tuple[Path
     assert gguf_header.read(made[0]).tensors == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", [0, 1, -1])
 def test_any_part_stands_for_all_in_every_command(
     made: tuple[Path, ...], part: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -63,6 +64,7 @@ def test_any_part_stands_for_all_in_every_command(
     assert main(["verify", given, "--against", str(made[0].parent / "x.gguf"), "-q"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", [0, 2])
 def test_a_split_model_answers_whichever_part_is_given(
     demo_gguf: Path, tmp_path: Path, part: int, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

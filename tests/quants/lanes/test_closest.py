@@ -12,6 +12,8 @@ from stepgguf.quants.lanes.closest import CHUNK, ROW, Permutation, make_closest,
 from stepgguf.quants.lanes.compile import inlined
 from stepgguf.quants.lanes.vector import LANES
 
+pytestmark = pytest.mark.slow
+
 FEATURES = llvmlite.binding.get_host_cpu_features()
 WAYS: dict[str, Permutation | None] = {
     "avx512f": ("llvm.x86.avx512.permvar.sf.512", 16),

@@ -10,6 +10,8 @@ import pytest
 from stepgguf.files import folders
 from stepgguf.quants.lanes import compile
 
+pytestmark = pytest.mark.slow
+
 
 def new_kernel() -> Any:
     """A kernel as a new process would have it."""

@@ -17,6 +17,8 @@ from stepgguf.quants import KernelName, lanes
 from stepgguf.quants.kernels import choose_kernel, decoder_for
 from stepgguf.quants.types import BY_NAME, row_size
 
+pytestmark = pytest.mark.slow
+
 CASES = [(n, w) for n in lanes.NAMES for w in (True, False) if w or not BY_NAME[n].aborts]
 # SHA-256, the first 16 digits, of the blocks of `portable_rows`: with importance and without.
 DIGESTS: dict[str, tuple[str, str | None]] = {

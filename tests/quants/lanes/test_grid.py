@@ -11,6 +11,8 @@ from gguf.quants import IQ2_S, IQ2_XS, IQ2_XXS, IQ3_S, IQ3_XXS
 from stepgguf.quants.lanes.closest import CHUNK
 from stepgguf.quants.lanes.grid import Grid, list_neighbours
 
+pytestmark = pytest.mark.slow
+
 GRIDS = [Grid(IQ2_XXS, 2), Grid(IQ2_XS, 2), Grid(IQ2_S, 1), Grid(IQ3_XXS, 2), Grid(IQ3_S, 3)]
 N_WORDS = 300
 

@@ -10,6 +10,8 @@ from stepgguf.quants.lanes.lane_kernels import LaneKernels
 from stepgguf.quants.types import BY_NAME
 from tests.quants.lanes.inputs import IMPORTANCES, check_decoder, check_encoder
 
+pytestmark = pytest.mark.slow
+
 # Where distances to a grid's points overflow, ggml aborts the process.
 TOO_LARGE = ("huge", "one huge")
 CASES = [

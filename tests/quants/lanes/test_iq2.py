@@ -8,6 +8,8 @@ import pytest
 from stepgguf.quants.lanes.iq2 import TYPES
 from tests.quants.lanes.inputs import check_valid
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", TYPES)
 def test_numbers_in_the_middle_between_two_levels_take_the_points_that_ggml_takes(name: str) -> None:

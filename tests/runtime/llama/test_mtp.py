@@ -14,6 +14,8 @@ from stepgguf.runtime.llama import LlamaEngine, LlamaOptions
 from stepgguf.runtime.llama.depth import DepthTuner
 from tests.runtime.llama.conftest import question, run
 
+pytestmark = pytest.mark.slow
+
 Start = Callable[..., LlamaEngine]
 TEXTS = [question(f"What is {a} + {b}?") for a, b in ((347, 286), (12, 5), (999, 1), (450, 405))] + [
     question("How many 'r's are in the word strawberry?"),

@@ -14,6 +14,8 @@ from stepgguf.runtime.llama import LlamaEngine
 from stepgguf.runtime.llama.sequences import ContextSequence, ContextSequences, StartPoint, common_prefix
 from tests.runtime.llama.conftest import GREEDY, FreshContext, question, run
 
+pytestmark = pytest.mark.slow
+
 N_CTX = 2048  # the cache of the window of 32 keeps 32 * sequences + 512 positions: of 1,400 tokens most are gone
 
 # A float16 cache filled in other batches moves the distribution by less than this (fresh runs with batches of 7 to 512

@@ -60,6 +60,7 @@ def test_log_probabilities_are_the_models_own_and_sum_to_one(random_engine: Llam
     assert steps(random_engine, PROMPT, hot, max_tokens=1)[0].logprob is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("top_k", "top_p", "min_p"), [(3, 1.0, 0.0), (0, 0.1, 0.0), (0, 1.0, 0.5)])
 def test_a_filter_leaves_only_the_tokens_it_should(
     random_engine: LlamaEngine, top_k: int, top_p: float, min_p: float
@@ -149,6 +150,7 @@ def test_reasoning_that_the_answer_opens_has_the_same_budget(random_engine: Llam
     assert not any(s.forced for s in steps(random_engine, PROMPT, max_tokens=30, reasoning=other))
 
 
+@pytest.mark.slow
 def test_reasoning_can_be_ended_from_outside(random_engine: LlamaEngine) -> None:
     stream = Stream(
         random_engine, Request(tuple(PROMPT), GREEDY, 400, reasoning=Reasoning(frozenset({3}), (4, 3)), ignore_end=True)
@@ -163,6 +165,7 @@ def test_reasoning_can_be_ended_from_outside(random_engine: LlamaEngine) -> None
     assert forced == [4, 3]
 
 
+@pytest.mark.slow
 def test_reasoning_that_repeats_itself_is_ended(random_engine: LlamaEngine) -> None:
     """A bias makes the random model say one token for ever."""
     stuck = Sampling(temperature=0, logit_bias=((99, 100.0),))
@@ -174,6 +177,7 @@ def test_reasoning_that_repeats_itself_is_ended(random_engine: LlamaEngine) -> N
     assert 3 not in run(random_engine, PROMPT, stuck, max_tokens=600, reasoning=free, ignore_end=True)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("period", [1, 7, 64, 300, 1000])
 def test_loops_of_any_period_are_found_and_near_repetitions_are_not(period: int) -> None:
     rng = np.random.default_rng(period)
@@ -193,6 +197,7 @@ def test_loops_of_any_period_are_found_and_near_repetitions_are_not(period: int)
     assert not any(detector.feed(int(t)) for t in changed), "a list whose lines differ is not a loop"
 
 
+@pytest.mark.slow
 def test_a_grammar_holds_from_the_start_or_after_its_token(engine: LlamaEngine) -> None:
     digits = Grammar("root ::= [0-9] [0-9] [0-9]")
     prompt = engine.tokenize(question("What is 347 + 286?"))

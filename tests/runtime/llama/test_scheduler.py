@@ -52,6 +52,7 @@ def submit(engine: LlamaEngine, prompt: list[int], **more: object) -> Collected:
     return sink
 
 
+@pytest.mark.slow
 def test_twelve_requests_in_four_slots_answer_as_each_alone(demo_gguf: Path, start: Callable[..., LlamaEngine]) -> None:
     alone = start(demo_gguf, n_ctx=1024, draft=0)
     together = start(demo_gguf, n_ctx=1024, n_parallel=4)
@@ -63,6 +64,7 @@ def test_twelve_requests_in_four_slots_answer_as_each_alone(demo_gguf: Path, sta
     assert sum(isinstance(e, Queued) for s in sinks for e in s.events) == 8
 
 
+@pytest.mark.slow
 def test_decoding_goes_on_while_a_long_prompt_is_read(random_model: Path, start: Callable[..., LlamaEngine]) -> None:
     engine = start(random_model, n_ctx=8192, n_parallel=2)
     talker = submit(engine, [5] * 10, max_tokens=4000, ignore_end=True)
@@ -78,6 +80,7 @@ def test_decoding_goes_on_while_a_long_prompt_is_read(random_model: Path, start:
     assert during >= chunks - 2, "a token with every chunk"
 
 
+@pytest.mark.slow
 def test_requests_that_outgrow_the_context_together_all_come_to_their_end(
     demo_gguf: Path, start: Callable[..., LlamaEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,6 +96,7 @@ def test_requests_that_outgrow_the_context_together_all_come_to_their_end(
     assert set_back, "all of them fitted: the test says nothing"
 
 
+@pytest.mark.slow
 def test_one_request_that_fills_the_context_ends_with_length(
     random_model: Path, start: Callable[..., LlamaEngine]
 ) -> None:
@@ -104,6 +108,7 @@ def test_one_request_that_fills_the_context_ends_with_length(
         run(engine, [5] * 256)
 
 
+@pytest.mark.slow
 def test_a_cancelled_request_ends_within_a_decode_and_leaves_its_prefix(
     random_model: Path, start: Callable[..., LlamaEngine]
 ) -> None:
@@ -222,6 +227,7 @@ def test_requests_with_one_beginning_read_it_once(demo_gguf: Path, start: Callab
     assert len({tuple(s.tokens) for s in sinks}) == 1
 
 
+@pytest.mark.slow
 def test_a_request_with_another_beginning_does_not_wait_for_that(
     random_model: Path, start: Callable[..., LlamaEngine]
 ) -> None:

@@ -21,6 +21,8 @@ from stepgguf.runtime.llama.sequence_file import StoredSequence
 from stepgguf.runtime.llama.sequences import SavedState
 from stepgguf.runtime.llama.store import SequenceStore
 
+pytestmark = pytest.mark.slow
+
 TOKENS = np.arange(100, dtype=np.int32)
 PROMPT = np.arange(101, dtype=np.int32)
 N_EMBD, N_SWA = 8, 16

@@ -13,6 +13,8 @@ from stepgguf.server.config import ServerConfig
 from stepgguf.server.dialects.chat_completions.request import ChatBody
 from tests.server.conftest import Server
 
+pytestmark = pytest.mark.slow
+
 CONFIG = ServerConfig(("demo",), efforts=EFFORTS)
 LOW, MEDIUM = EFFORTS["low"], EFFORTS["medium"]
 

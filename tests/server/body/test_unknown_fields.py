@@ -74,6 +74,7 @@ def test_a_vendors_extra_is_not_taken_for_a_misspelling(name: str) -> None:
     ChatBody.model_validate({**HELLO, name: 1})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "name", "meant"),
     [
@@ -96,6 +97,7 @@ def test_another_dialects_name_is_answered_with_ours(server: Server, path: str, 
     assert f"{name}: unknown field; here it is {meant}" in response.json()["error"]["message"]
 
 
+@pytest.mark.slow
 def test_an_extra_is_logged_once_and_never_its_value(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
     extras = {"top_a": "s3cret", "enable_search": True, "reasoning": {"effort": "high", "budget_ratio": "s3cret"}}
     with serve() as server, caplog.at_level(logging.INFO, "stepgguf.server"):
@@ -106,6 +108,7 @@ def test_an_extra_is_logged_once_and_never_its_value(serve: Serve, caplog: pytes
     assert "s3cret" not in caplog.text
 
 
+@pytest.mark.slow
 def test_a_strict_server_refuses_extras_but_not_what_it_knows(serve: Serve) -> None:
     with serve(strict=True) as server:
         for extra, param in (({"top_a": 1}, "top_a"), ({"reasoning": {"ratio": 1}}, "reasoning.ratio")):

@@ -93,6 +93,7 @@ def test_the_bytes_of_a_stream(server: Server) -> None:
     assert "content-length" not in response.headers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, {"tools": [WEATHER]}, {"max_tokens": 5}, {"n": 2}])
 def test_every_stream_keeps_what_clients_rely_on(server: Server, fields: dict[str, Any]) -> None:
     response = server.chat("What is the weather in Paris?", stream=True, **fields)
@@ -161,6 +162,7 @@ SCHEMA = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [
@@ -192,6 +194,7 @@ def test_two_forms_at_once_are_refused(server: Server) -> None:
     assert "guided_choice and grammar" in response.json()["error"]["message"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [
@@ -277,6 +280,7 @@ def test_n_answers_share_a_prompt_and_differ_by_seed(server: Server) -> None:
     assert first["usage"]["completion_tokens"] > 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("messages", "answer"),
     [
@@ -301,6 +305,7 @@ def text(part_type: str) -> dict[str, Any]:
     return {"type": "text", "text": f"[{part_type}: this model reads text only]"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "shown"),
     [
@@ -336,6 +341,7 @@ def test_a_part_of_an_old_turn_or_of_a_tools_result_is_shown_as_text(
     assert told == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("result", "shown"),
     [
@@ -389,6 +395,7 @@ def test_a_file_of_text_is_text_in_the_newest_message_too(server: Server) -> Non
     )
 
 
+@pytest.mark.slow
 def test_tools_that_run_elsewhere_are_left_out_with_one_line(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
     others = [{"type": "web_search"}, {"type": "custom", "custom": {"name": "sh"}}, {"type": "mcp", "server_url": "x"}]
     with serve() as server, caplog.at_level(logging.WARNING, "stepgguf.server"):
@@ -405,6 +412,7 @@ def test_tools_that_run_elsewhere_are_left_out_with_one_line(serve: Serve, caplo
     assert forced.status_code == 400
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("call", "result"),
     [
@@ -445,6 +453,7 @@ def test_what_openais_library_calls_extra_body_may_come_as_it_is(server: Server)
     assert server.chat("Hello", extra_body={"temprature": 1}).json()["error"]["param"] == "temprature"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "param", "text"),
     [
@@ -525,6 +534,7 @@ def test_fields_of_hosted_services_are_accepted(server: Server) -> None:
     assert server.chat("Hello", **fields).status_code == 200
 
 
+@pytest.mark.slow
 def test_the_one_model_is_served_under_any_id_which_is_echoed(server: Server) -> None:
     assert server.chat(max_tokens=1).json()["model"] == "demo"
     for id in ("stepfun-ai/Step-3.5-Flash", "Demo.GGUF", "gpt-9", "claude-opus-4-8"):
@@ -532,6 +542,7 @@ def test_the_one_model_is_served_under_any_id_which_is_echoed(server: Server) ->
     assert server.chat(model="x" * 5000).status_code == 404
 
 
+@pytest.mark.slow
 def test_a_strict_server_knows_its_ids_whatever_the_capitals(serve: Serve) -> None:
     with serve(strict=True) as server:
         for id in ("stepfun-ai/Step-3.5-Flash", "demo", "demo.gguf", "DEMO.GGUF"):
@@ -542,6 +553,7 @@ def test_a_strict_server_knows_its_ids_whatever_the_capitals(serve: Serve) -> No
     assert "demo, step-3.5-flash" in response.json()["error"]["message"]
 
 
+@pytest.mark.slow
 def test_efforts_are_limits_from_the_configuration(serve: Serve) -> None:
     with serve(efforts={**EFFORTS, "low": 8}) as server:
         low, high = (server.chat(LETTERS, reasoning_effort=effort).json() for effort in ("low", "high"))
@@ -552,6 +564,7 @@ def test_efforts_are_limits_from_the_configuration(serve: Serve) -> None:
     assert cuts == ["budget", None]
 
 
+@pytest.mark.slow
 def test_thinking_that_goes_in_circles_is_ended_and_the_usage_says_so(server: Server) -> None:
     stuck = server.chat(LETTERS, logit_bias={"99": 100}, max_tokens=300).json()
     assert stuck["usage"]["completion_tokens_details"]["reasoning_cut"] == "loop"

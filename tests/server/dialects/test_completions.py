@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import llama_cpp
+import pytest
 
 from tests.server.conftest import Serve, Server
 
@@ -79,6 +80,7 @@ def test_a_grammar_holds(server: Server) -> None:
     assert complete(server, prompt="x", grammar='root ::= "a" "b"')["choices"][0]["text"] == "ab"
 
 
+@pytest.mark.slow
 def test_what_it_cannot_do_is_refused(server: Server) -> None:
     for fields, param in (
         ({"prompt": "a", "suffix": "b"}, "suffix"),
@@ -115,6 +117,7 @@ def test_the_models_are_one_model_under_its_names(server: Server) -> None:
     assert server.client.get("/v1/models/claude-opus-4-8").json() == {**data[0], "id": "claude-opus-4-8"}
 
 
+@pytest.mark.slow
 def test_a_strict_server_has_no_other_models(serve: Serve) -> None:
     with serve(strict=True) as server:
         assert server.client.get("/v1/models/Demo.gguf").json()["id"] == "Demo.gguf"
@@ -131,6 +134,7 @@ def test_the_tokenizer_goes_both_ways(server: Server) -> None:
     assert server.client.post("/detokenize", json={"tokens": [-1]}).status_code == 400
 
 
+@pytest.mark.slow
 def test_the_tokenizer_does_what_llama_servers_does(server: Server, demo_gguf: Path) -> None:
     """bos in front or not, special tokens in the text or their text, tokens with their bytes."""
     tokenizer = llama_cpp.Llama(str(demo_gguf), vocab_only=True, verbose=False)

@@ -14,6 +14,8 @@ from stepgguf.server.config import ServerConfig
 from tests.scripted_engine import Pause, ScriptedEngine
 from tests.server.conftest import Server, running
 
+pytestmark = pytest.mark.slow
+
 Json = dict[str, Any]
 MESSAGES = [{"role": "user", "content": "Hello"}]
 # The body of a request, the text of a whole answer, and what an event adds to that text.
@@ -65,6 +67,7 @@ def test_the_text_of_a_whole_answer_is_that_of_its_stream(scripted: Server, path
     assert len(added) > 1, "it came in parts"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.router.prefix)
 def test_errors_have_its_form_wherever_they_come_from(scripted: Server, dialect: Any) -> None:
     prefix = dialect.router.prefix

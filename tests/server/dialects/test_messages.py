@@ -360,6 +360,7 @@ def test_a_budget_cuts_the_thinking_and_leaves_an_answer(client: anthropic.Anthr
     assert message.content[1].type == "text"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_tool_is_called_and_its_result_read(client: anthropic.Anthropic, streamed: bool) -> None:
     turns: list[Any] = [{"role": "user", "content": "What is the weather in Paris?"}]
@@ -383,6 +384,7 @@ def test_a_tool_is_called_and_its_result_read(client: anthropic.Anthropic, strea
     assert second.usage.cache_read_input_tokens > 0
 
 
+@pytest.mark.slow
 def test_a_tool_can_be_forced_and_forbidden(client: anthropic.Anthropic) -> None:
     asked: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}], "tools": [WEATHER], **COLD}
     for choice in ({"type": "any"}, {"type": "tool", "name": "get_weather"}):
@@ -434,6 +436,7 @@ def test_the_bytes_of_a_stream_are_named_events_with_one_line_of_data(server: Se
     assert records[-1] == 'event: message_stop\ndata: {"type":"message_stop"}'
 
 
+@pytest.mark.slow
 def test_a_stream_that_has_nothing_to_say_pings(serve: Serve) -> None:
     body = {"max_tokens": 99, "messages": [QUESTION], "temperature": 0, "stream": True}
     with serve(keep_alive_seconds=0.001) as server:
@@ -477,6 +480,7 @@ IMAGE = [{"role": "user", "content": [{"type": "image", "source": {"type": "url"
 PREFILL = [*HELLO, {"role": "assistant", "content": "The answer is ("}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "said"),
     [

@@ -19,6 +19,8 @@ from stepgguf.server.metrics import Metrics
 from stepgguf.server.service import Service
 from tests.server.conftest import Server
 
+pytestmark = pytest.mark.slow
+
 SEEN = "[image: this model reads text only]"
 UNREAD = "[document: this model reads text only]"
 IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}}

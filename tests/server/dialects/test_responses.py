@@ -189,6 +189,7 @@ def test_an_answer_is_reasoning_and_a_message(client: openai.OpenAI) -> None:
     assert response._request_id in response.id  # type: ignore[operator]
 
 
+@pytest.mark.slow
 def test_the_stream_says_the_same_as_the_whole_response(client: openai.OpenAI) -> None:
     with client.responses.stream(input=QUESTION, **COLD) as stream:
         text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
@@ -199,6 +200,7 @@ def test_the_stream_says_the_same_as_the_whole_response(client: openai.OpenAI) -
     assert streamed.usage.output_tokens == whole.usage.output_tokens  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("sealed", [False, True])
 def test_a_tool_is_called_and_its_result_read(client: openai.OpenAI, streamed: bool, sealed: bool) -> None:
@@ -245,6 +247,7 @@ class Count(BaseModel):
     n: int
 
 
+@pytest.mark.slow
 def test_an_answer_keeps_to_a_schema(client: openai.OpenAI) -> None:
     response = client.responses.parse(input=QUESTION, text_format=Count, **COLD)
     assert isinstance(response.output_parsed, Count)
@@ -300,6 +303,7 @@ def test_a_comment_counts_the_tokens_where_that_is_asked_for(server: Server) -> 
     assert attached.endswith(f"\n\n: {counts[-1]} tokens\n\n")
 
 
+@pytest.mark.slow
 def test_a_stream_that_has_nothing_to_say_sends_comments(serve: Serve) -> None:
     with serve(keep_alive_seconds=0.001) as server:
         text = server.client.post("/v1/responses", json={"input": QUESTION, "temperature": 0, "stream": True}).text
@@ -323,6 +327,7 @@ def test_an_engine_that_dies_in_a_stream_fails_the_response(dying: Server) -> No
 MANY = {f"x{i}": i for i in range(290_000)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields", [{"metadata": MANY}, {"tools": [{"type": "web_search", "filters": MANY}]}], ids=["metadata", "tool"]
 )
@@ -338,6 +343,7 @@ def test_what_a_response_repeats_stops_nobody(server: Server, pauses: list[float
 IMAGE = [{"role": "user", "content": [{"type": "input_image", "image_url": "http://x/y.png"}]}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "param", "said"),
     [

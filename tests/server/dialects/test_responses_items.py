@@ -187,6 +187,7 @@ def test_what_cannot_be_shown_is_left_out(item: Any) -> None:
     assert left_out_types(typed([USER, item])) == [item["type"]]
 
 
+@pytest.mark.slow
 def test_the_log_says_once_what_is_left_out(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
     items = [USER, {"type": "hologram"}, {"type": "hologram"}, {"type": "compaction", "encrypted_content": "x"}]
     body = {"input": items, "tools": [{"type": "web_search"}], "max_output_tokens": 1}

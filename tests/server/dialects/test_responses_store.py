@@ -61,6 +61,7 @@ def ended(server: Server, id: str) -> dict[str, Any]:
 # a conversation that the server keeps ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_answer_is_continued_by_its_id(client: openai.OpenAI) -> None:
     first = client.responses.create(input="What is the weather in Paris?", tools=[WEATHER], **COLD)
     call = first.output[-1]
@@ -98,6 +99,7 @@ def test_items_of_an_answer_come_back_as_their_ids(client: openai.OpenAI) -> Non
     assert sent.object == "response.input_tokens"
 
 
+@pytest.mark.slow
 def test_an_id_of_an_input_item_is_a_reference_too(client: openai.OpenAI) -> None:
     first = client.responses.create(input=QUESTION, max_output_tokens=1, **COLD)
     (listed,) = client.responses.input_items.list(first.id).data
@@ -140,6 +142,7 @@ def test_an_item_is_referred_to_once(server: Server, client: openai.OpenAI) -> N
 # fetch, list, forget ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_answer_is_fetched_and_deleted(client: openai.OpenAI) -> None:
     made = client.responses.create(input=QUESTION, **COLD)
     assert client.responses.retrieve(made.id).to_dict() == made.to_dict()
@@ -151,6 +154,7 @@ def test_an_answer_is_fetched_and_deleted(client: openai.OpenAI) -> None:
         client.responses.input_items.list(made.id)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streamed", [False, True])
 def test_what_is_not_to_be_stored_is_not(client: openai.OpenAI, streamed: bool) -> None:
     asked: dict[str, Any] = {"input": QUESTION, "store": False, **COLD}
@@ -163,6 +167,7 @@ def test_what_is_not_to_be_stored_is_not(client: openai.OpenAI, streamed: bool) 
         client.responses.retrieve(id)
 
 
+@pytest.mark.slow
 def test_input_items_are_listed_in_pages(server: Server, client: openai.OpenAI) -> None:
     items: Any = [{"role": "user", "content": f"{i}"} for i in range(5)]
     made = client.responses.create(input=items, max_output_tokens=1, **COLD)
@@ -177,6 +182,7 @@ def test_input_items_are_listed_in_pages(server: Server, client: openai.OpenAI) 
     assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "limit")
 
 
+@pytest.mark.slow
 def test_the_store_is_bounded_in_count(serve: Serve) -> None:
     with serve(stored_answers=2) as server:
         ids = [made(server) for _ in range(3)]
@@ -186,17 +192,20 @@ def test_the_store_is_bounded_in_count(serve: Serve) -> None:
         assert [found(server, id) for id in (*ids, last)] == [False, True, False, True]
 
 
+@pytest.mark.slow
 def test_the_store_is_bounded_in_bytes(serve: Serve) -> None:
     with serve(stored_bytes=2500) as server:
         first, second = made(server, "a " * 700), made(server, "b " * 700)
         assert (found(server, first), found(server, second)) == (False, True)
 
 
+@pytest.mark.slow
 def test_answers_are_forgotten(serve: Serve) -> None:
     with serve(stored_seconds=0.0) as server:
         assert not found(server, made(server))
 
 
+@pytest.mark.slow
 def test_answers_are_forgotten_though_nobody_asks(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stepgguf.server.dialects.responses.store.SWEEP_SECONDS", 0.05)
     with serve(stored_seconds=0.5) as server:
@@ -242,6 +251,7 @@ def test_a_background_stream_goes_on_when_its_reader_leaves_and_is_found_again(s
     assert "".join(texts) == "There are 3 'r's."
 
 
+@pytest.mark.slow
 def test_the_events_are_the_same_from_wherever_they_are_read(server: Server) -> None:
     live = events_of(server.client.post("/v1/responses", json={"input": QUESTION, "stream": True, **COLD}))
     id = live[0]["response"]["id"]
@@ -276,6 +286,7 @@ def test_deleting_a_running_answer_ends_it(server: Server, client: openai.OpenAI
     assert server.idle_within(2)
 
 
+@pytest.mark.slow
 def test_a_background_answer_ends_with_its_server(server: Server, serve: Serve) -> None:
     with serve() as own:
         body = endless(own, background=True)
@@ -337,6 +348,7 @@ def test_a_long_answer_is_told_in_parts() -> None:
     assert told[-1][-1]["type"] == "response.completed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streamed", [False, True])
 def test_what_is_not_in_the_background_ends_with_its_request(server: Server, streamed: bool) -> None:
     body = json.dumps(endless(server, stream=streamed)).encode()

@@ -154,6 +154,7 @@ def test_a_choice_is_understood(choice: Any, mode: str, name: str | None, left: 
     assert (chosen.mode, chosen.name, len(kept.tools)) == (mode, name, left)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "choice",
     [
@@ -252,6 +253,7 @@ def test_the_embedded_model_calls_a_tool_in_a_namespace(client: openai.OpenAI) -
     Response.model_validate(response.to_dict())
 
 
+@pytest.mark.slow
 def test_the_embedded_model_calls_a_custom_tool(client: openai.OpenAI) -> None:
     tools: Any = [PATCH]
     asked: dict[str, Any] = {"input": "Hello", "tools": tools, "tool_choice": {"type": "custom", "name": "apply_patch"}}

@@ -13,6 +13,8 @@ from stepgguf.server.http import connection
 from tests.server.conftest import Serve
 from tests.server.test_stream import read_until
 
+pytestmark = pytest.mark.slow
+
 HALF = "POST /v1/chat/completions HTTP/1.1\nHost: localhost\n"
 WHOLE = "GET /health HTTP/1.1\nHost: localhost\n\n"
 

@@ -64,6 +64,7 @@ def test_the_log_has_the_id_and_the_tokens_but_no_text(server: Server, caplog: p
     assert "/metrics" not in caplog.text
 
 
+@pytest.mark.slow
 def test_a_key_is_asked_for_everywhere_but_where_nothing_is_secret(serve: Serve) -> None:
     with serve(api_key="sésame") as server:
         for path in ("/v1/models", "/metrics", "/v1/nowhere"):
@@ -93,6 +94,7 @@ def test_messages_refuse_in_anthropics_form(serve: Serve) -> None:
     assert set(body) == {"type", "error", "request_id"}
 
 
+@pytest.mark.slow
 def test_a_page_that_renamed_itself_is_not_answered(server: Server) -> None:
     response = server.client.get("/v1/models", headers={"host": f"evil.example:{server.port}"})
     assert response.status_code == 403
@@ -104,6 +106,7 @@ def test_a_page_that_renamed_itself_is_not_answered(server: Server) -> None:
         assert server.client.get("/v1/models", headers={"host": host}).status_code == 200
 
 
+@pytest.mark.slow
 def test_another_name_can_be_allowed(serve: Serve) -> None:
     with serve(allowed_hosts=("Spark.local",)) as server:
         assert server.client.get("/health", headers={"host": "spark.local:80"}).status_code == 200
@@ -113,6 +116,7 @@ BODY = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "max_toke
 FORM = "application/x-www-form-urlencoded"  # what curl -d says
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "said", [None, FORM, "application/octet-stream", "Application/JSON; charset=utf-8", "x/y+json"]
 )
@@ -123,6 +127,7 @@ def test_a_program_need_not_say_that_its_body_is_json(server: Server, said: str 
         assert server.client.post(path, content=body, headers=headers).status_code == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "said", [None, FORM, "text/plain", "text/plain; application/json", "multipart/form-data", "x/y"]
 )
@@ -167,6 +172,7 @@ def test_a_body_that_says_it_is_too_large_is_not_read(serve: Serve) -> None:
         assert json.loads(body)["error"]["code"] == "request_too_large"
 
 
+@pytest.mark.slow
 def test_a_body_that_grows_too_large_is_cut_off(serve: Serve) -> None:
     with serve(max_body_bytes=1000) as server:
         response = server.client.post(CHAT, content=(b"x" * 300 for _ in range(5)), headers=JSON)
@@ -174,6 +180,7 @@ def test_a_body_that_grows_too_large_is_cut_off(serve: Serve) -> None:
         assert server.client.post(CHAT, content=(b" " * 300 for _ in range(3)), headers=JSON).status_code == 400
 
 
+@pytest.mark.slow
 def test_a_body_that_does_not_come_times_out(serve: Serve) -> None:
     with serve(body_seconds=0.3) as server:
         head = f"POST {CHAT} HTTP/1.1\nHost: localhost\nContent-Type: application/json\nContent-Length: 100\n\n"
@@ -182,6 +189,7 @@ def test_a_body_that_does_not_come_times_out(serve: Serve) -> None:
             assert connection.recv(1) == b""  # and the connection is closed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "body",
     [
@@ -257,6 +265,7 @@ def test_a_defect_of_ours_is_a_500_without_a_traceback(
     assert any(record.exc_info and response.headers["x-request-id"] in record.message for record in caplog.records)
 
 
+@pytest.mark.slow
 def test_metrics_count_requests_tokens_and_drafts(server: Server) -> None:
     def value(name: str) -> float:
         text = server.client.get("/metrics").text

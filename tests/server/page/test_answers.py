@@ -25,6 +25,8 @@ from tests.server.browser import ENTER, ESCAPE, Page
 from tests.server.conftest import Serve, Server, running
 from tests.server.page.conftest import Tell, asked
 
+pytestmark = pytest.mark.slow
+
 LETTERS = "How many 'r's are in the word strawberry?"
 
 

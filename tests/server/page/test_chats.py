@@ -7,10 +7,14 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.scripted_engine import ScriptedEngine
 from tests.server.browser import ENTER, WAIT, Page
 from tests.server.conftest import Server
 from tests.server.page.conftest import Tell
+
+pytestmark = pytest.mark.slow
 
 QUESTIONS = "return [...document.querySelectorAll('.question > p')].map(p => p.textContent)"
 ANSWERS = "return [...document.querySelectorAll('.answer .text')].map(p => p.textContent)"

@@ -33,6 +33,7 @@ def test_there_is_nothing_else(server: Server, path: str) -> None:
     assert server.client.get(path).status_code == 404
 
 
+@pytest.mark.slow
 def test_the_files_need_no_key(serve: Serve) -> None:
     with serve(api_key="a secret") as server:
         assert server.client.get("/static/chat/page.js").status_code == 200
@@ -51,6 +52,7 @@ def test_every_library_has_its_licence_beside_it() -> None:
     assert len(folders) == 4
 
 
+@pytest.mark.slow
 def test_the_page_of_the_api_has_the_fields_in_the_order_of_the_document(server: Server, page: Page) -> None:
     """Those that must be there come first."""
     document = server.client.get("/openapi.json").json()

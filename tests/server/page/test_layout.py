@@ -12,6 +12,8 @@ from tests.server.browser import ENTER, ESCAPE, Page
 from tests.server.conftest import Server
 from tests.server.page.conftest import Tell
 
+pytestmark = pytest.mark.slow
+
 TAB = "\ue004"
 EVERYTHING = r"""# Heading
 

@@ -15,6 +15,8 @@ from tests.server.browser import Page
 from tests.server.conftest import Server
 from tests.server.page.conftest import Tell
 
+pytestmark = pytest.mark.slow
+
 HTML = "return document.querySelector('.answer:last-child .text').innerHTML"
 RENDER = """
   return import("/static/chat/markdown.js").then(({ blocks, rendered }) => arguments[0].map((text) => {
