@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from fastapi import APIRouter
 
+from stepgguf.server.body.json_route import JsonRoute
 from stepgguf.server.problem import Problem
 
 Responses = dict[int | str, dict[str, Any]]  # as FastAPI takes them: what a route may answer, by status
@@ -50,3 +51,14 @@ class Dialect:
 
     router: APIRouter
     error_form: ErrorForm
+
+    @classmethod
+    def below(cls, prefix: str, error_form: ErrorForm, *, tag: str) -> Dialect:
+        """Make a dialect without routes yet. All that it gets take JSON; `tag` groups them in the OpenAPI document."""
+        declared = refusals(error_form, *FROM_EVERY_ROUTE)
+        return cls(APIRouter(prefix=prefix, route_class=JsonRoute, tags=[tag], responses=declared), error_form)
+
+    @property
+    def of_an_answer(self) -> Responses:
+        """The declaration of a route whose body is answered by the model, streamed or whole."""
+        return STREAMED | refusals(self.error_form, *OF_A_BODY, *OF_A_GENERATION)

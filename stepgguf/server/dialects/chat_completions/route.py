@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from starlette.responses import Response
 
-from stepgguf.server.body.json_route import JsonRoute
 from stepgguf.server.body.reasoning import ReasoningMap
 from stepgguf.server.dialects.chat_completions.request import ChatBody
 from stepgguf.server.dialects.chat_completions.shapes import ChatCompletion
 from stepgguf.server.dialects.chat_completions.writer import ChatOptions, ChatWriter
-from stepgguf.server.dialects.dialect import FROM_EVERY_ROUTE, OF_A_BODY, OF_A_GENERATION, STREAMED, Dialect, refusals
+from stepgguf.server.dialects.dialect import Dialect
 from stepgguf.server.dialects.openai import wants_usage
 from stepgguf.server.dialects.openai_errors import OPENAI_ERRORS
 from stepgguf.server.dialects.writer import respond
 from stepgguf.server.service import TheService, copies_of
 
-router = APIRouter(
-    prefix="/v1/chat/completions",
-    route_class=JsonRoute,
-    tags=["OpenAI"],
-    responses=refusals(OPENAI_ERRORS, *FROM_EVERY_ROUTE),
-)
-CHAT_COMPLETIONS = Dialect(router, OPENAI_ERRORS)
+CHAT_COMPLETIONS = Dialect.below("/v1/chat/completions", OPENAI_ERRORS, tag="OpenAI")
+router = CHAT_COMPLETIONS.router
 
 
-@router.post(
-    "", response_model=ChatCompletion, responses=STREAMED | refusals(OPENAI_ERRORS, *OF_A_BODY, *OF_A_GENERATION)
-)
+@router.post("", response_model=ChatCompletion, responses=CHAT_COMPLETIONS.of_an_answer)
 async def chat_completions(body: ChatBody, request: Request, service: TheService) -> Response:
     """Answer a conversation; think first, call tools, keep to a form. With `stream`, as server-sent events."""
     head = service.answer_head(request, body.model)

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from stepgguf.chat.exchange import PreparedRequest
-from stepgguf.server.body.json_route import JsonRoute
 from stepgguf.server.dialects.completions.request import CompletionBody
 from stepgguf.server.dialects.completions.shapes import TextCompletion
 from stepgguf.server.dialects.completions.writer import COMPLETION_ERRORS, CompletionWriter
-from stepgguf.server.dialects.dialect import FROM_EVERY_ROUTE, OF_A_BODY, OF_A_GENERATION, STREAMED, Dialect, refusals
+from stepgguf.server.dialects.dialect import Dialect
 from stepgguf.server.dialects.openai import wants_usage
 from stepgguf.server.dialects.writer import respond
 from stepgguf.server.service import Service, TheService
 
-router = APIRouter(
-    prefix="/v1/completions",
-    route_class=JsonRoute,
-    tags=["OpenAI"],
-    responses=refusals(COMPLETION_ERRORS, *FROM_EVERY_ROUTE),
-)
-COMPLETIONS = Dialect(router, COMPLETION_ERRORS)
+COMPLETIONS = Dialect.below("/v1/completions", COMPLETION_ERRORS, tag="OpenAI")
+router = COMPLETIONS.router
 
 
-@router.post(
-    "", response_model=TextCompletion, responses=STREAMED | refusals(COMPLETION_ERRORS, *OF_A_BODY, *OF_A_GENERATION)
-)
+@router.post("", response_model=TextCompletion, responses=COMPLETIONS.of_an_answer)
 async def completions(body: CompletionBody, request: Request, service: TheService) -> Response:
     """Go on from a prompt as it is. For conversations use /v1/chat/completions."""
     head = service.answer_head(request, body.model)

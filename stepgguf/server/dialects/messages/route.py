@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from starlette.responses import Response
 from typing_extensions import TypedDict
 
-from stepgguf.server.body.json_route import JsonRoute
 from stepgguf.server.body.sampling import token_limit
-from stepgguf.server.dialects.dialect import FROM_EVERY_ROUTE, OF_A_BODY, OF_A_GENERATION, STREAMED, Dialect, refusals
+from stepgguf.server.dialects.dialect import OF_A_BODY, Dialect, refusals
 from stepgguf.server.dialects.messages.errors import ANTHROPIC_ERRORS
 from stepgguf.server.dialects.messages.request import MessagesBody, MessagesPrompt
 from stepgguf.server.dialects.messages.writer import PING, MessageWriter
 from stepgguf.server.dialects.writer import respond
 from stepgguf.server.service import TheService, trace_id
 
-router = APIRouter(
-    prefix="/v1/messages",
-    route_class=JsonRoute,
-    tags=["Anthropic"],
-    responses=refusals(ANTHROPIC_ERRORS, *FROM_EVERY_ROUTE),
-)
-MESSAGES = Dialect(router, ANTHROPIC_ERRORS)
+MESSAGES = Dialect.below("/v1/messages", ANTHROPIC_ERRORS, tag="Anthropic")
+router = MESSAGES.router
 
 
 class MessageTokenCount(TypedDict):
     input_tokens: int
 
 
-@router.post("", responses=STREAMED | refusals(ANTHROPIC_ERRORS, *OF_A_BODY, *OF_A_GENERATION))
+@router.post("", responses=MESSAGES.of_an_answer)
 async def create(body: MessagesBody, request: Request, service: TheService) -> Response:
     """Answer a conversation, as Anthropic's API does. With `stream`, as server-sent events."""
     model = service.model_id(body.model)

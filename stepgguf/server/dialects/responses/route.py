@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import Depends, Query, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 from typing_extensions import TypedDict
 
-from stepgguf.server.body.json_route import JsonRoute
-from stepgguf.server.dialects.dialect import FROM_EVERY_ROUTE, OF_A_BODY, OF_A_GENERATION, STREAMED, Dialect, refusals
+from stepgguf.server.dialects.dialect import OF_A_BODY, STREAMED, Dialect, refusals
 from stepgguf.server.dialects.openai_errors import OpenAIErrorForm
 from stepgguf.server.dialects.responses.request import PreparedResponse, ResponsesBody, ResponsesPrompt
 from stepgguf.server.dialects.responses.store import Answer, AnswerStore
@@ -24,13 +23,8 @@ from stepgguf.server.service import Service, TheService, now, trace_id
 
 RESPONSE_ERRORS = OpenAIErrorForm(prompt_field="input")
 OF_A_KEPT_ANSWER = refusals(RESPONSE_ERRORS, 404)
-router = APIRouter(
-    prefix="/v1/responses",
-    route_class=JsonRoute,
-    tags=["OpenAI"],
-    responses=refusals(RESPONSE_ERRORS, *FROM_EVERY_ROUTE),
-)
-RESPONSES = Dialect(router, RESPONSE_ERRORS)
+RESPONSES = Dialect.below("/v1/responses", RESPONSE_ERRORS, tag="OpenAI")
+router = RESPONSES.router
 
 
 def _answer_store(request: Request) -> AnswerStore:
@@ -65,7 +59,7 @@ class ResponseDeletion(TypedDict):
     deleted: Literal[True]
 
 
-@router.post("", responses=STREAMED | refusals(RESPONSE_ERRORS, *OF_A_BODY, *OF_A_GENERATION))
+@router.post("", responses=RESPONSES.of_an_answer)
 async def create(
     body: ResponsesBody, request: Request, service: TheService, answers: TheAnswers, count_tokens: CountTokens = False
 ) -> Response:
