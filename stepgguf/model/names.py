@@ -42,12 +42,14 @@ class TensorName(str):
 
     def is_mtp(self, n_layer: int) -> bool:
         """Whether it is in a layer behind the trunk's n_layer, where MTP blocks are."""
-        return self.layer is not None and self.layer >= n_layer
+        layer = self.layer
+        return layer is not None and layer >= n_layer
 
     @property
     def file_order(self) -> tuple[int, str]:
         """Sort key: llama-quantize's own order, which its mixture rules count in."""
-        return -1 if self.layer is None else self.layer, str(self)
+        layer = self.layer
+        return -1 if layer is None else layer, str(self)
 
     @property
     def _layer_and_rest(self) -> tuple[str | None, str]:

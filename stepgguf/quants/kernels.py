@@ -30,15 +30,7 @@ from stepgguf.files import installed
 from stepgguf.quants import KernelName, ggml, lanes
 from stepgguf.quants.ggml import Ggml
 from stepgguf.quants.types import BF16, F32, quant_type, row_size
-from stepgguf.quants.values import (
-    CHUNK,
-    Scaled,
-    Values,
-    largest_magnitude,
-    run_bounds,
-    select_rows,
-    widen,
-)
+from stepgguf.quants.values import CHUNK, Scaled, Values, largest_magnitude, run_bounds, widened_runs
 
 if TYPE_CHECKING:
     from stepgguf.quants.lanes.lane_kernels import LaneKernels
@@ -104,10 +96,9 @@ class Decoder:
             self._lane.measure(*_as_lanes_take(values), importance, data, sums)
             return Loss(*map(float, sums))
         total = Loss(0.0, 0.0, 0.0)
-        for chunk, part in _chunks(values, data):
-            rows, decoded = np.empty(chunk.shape, np.float32), np.empty(chunk.shape, np.float32)
-            widen(chunk, rows)
-            self.decode(part, decoded)
+        for start, rows in widened_runs(values):
+            decoded = np.empty_like(rows)
+            self.decode(data[start : start + len(rows)], decoded)
             squares = (rows - decoded) ** 2
             per_column, energy = squares.sum(0, np.float64), (rows**2).sum(0, np.float64)
             weights = np.ones(len(per_column)) if importance is None else importance
@@ -180,13 +171,11 @@ class WideningKernel(Kernel):
     """An encoder of others, which wants float32 rows."""
 
     def _encode(self, values: Values, out: Blocks, importance: Floats | None) -> bool:
-        for chunk, part in _chunks(values, out):
-            rows = np.empty(chunk.shape, np.float32)
-            widen(chunk, rows)
+        for start, rows in widened_runs(values):
             with np.errstate(over="ignore", invalid="ignore"):  # large values alone may make a sum infinite
                 if not np.isfinite(rows.sum()) and not np.isfinite(rows).all():
                     return False
-            self._encode_rows(rows, part, importance)
+            self._encode_rows(rows, out[start : start + len(rows)], importance)
         return True
 
     @abstractmethod
@@ -247,9 +236,3 @@ def scratch_bytes(n_values: int) -> int:
 def _as_lanes_take(values: Values) -> tuple[Stored, Floats | None]:
     """The stored values and their scales (None without), which lane kernels take as two arguments."""
     return (values.codes, values.scales) if isinstance(values, Scaled) else (values, None)
-
-
-def _chunks(values: Values, data: Blocks) -> Iterator[tuple[Values, Blocks]]:
-    """Yield rows of values and of their blocks, CHUNK values at a time."""
-    for start, stop in run_bounds(*values.shape):
-        yield select_rows(values, start, stop), data[start:stop]

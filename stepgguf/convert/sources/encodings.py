@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from stepgguf.convert.sources.shards import StoredTensor
 from stepgguf.convert.sources.source import Shape
 from stepgguf.errors import ShapeMismatch
-from stepgguf.quants.values import FP8_TILE, Scaled, Values
+from stepgguf.quants.values import FP8_TILE, Scaled, Values, widen
 
 T = GGMLQuantizationType
 
@@ -129,6 +129,7 @@ def scale_names(stored: Mapping[str, StoredTensor]) -> set[str]:
 
 def widen_scales(dtype: str, data: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Rows of stored scales as float32."""
-    if dtype == "BF16":
-        return np.left_shift(data.view(np.uint16), 16, dtype=np.uint32).view(np.float32)
-    return data.view(np.float32)
+    stored: Values = data.view(np.uint16) if dtype == "BF16" else data.view(np.float32)
+    scales = np.empty(stored.shape, np.float32)
+    widen(stored, scales)
+    return scales
