@@ -119,7 +119,10 @@ class Conversion:
     def show_plan(self) -> None:
         """Print the plan: what --dry-run does."""
         if self.how.json:
-            output.print_json(self._report() | {"plan": [_line_report(line) for line in self._lines()]})
+            output.print_json(
+                self._report()
+                | {"plan": [output.line_report(line) | {"reason": line.reason} for line in self._lines()]}
+            )
             return
         output.print_texts(self._table())
         if not self.how.quiet:
@@ -208,10 +211,3 @@ def peak_rss() -> int:
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def _line_report(line: FoldedLine) -> dict[str, Any]:
-    return {
-        "layers": line.layers, "role": line.stem, "count": line.count, "type": line.type, "bytes": line.n_bytes,
-        "reason": line.reason,
-    }  # fmt: skip

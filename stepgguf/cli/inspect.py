@@ -43,10 +43,7 @@ def inspect(
         "bpw": round(n_bytes * 8 / max(1, n_values), 4),
     }
     if json:
-        folded = [
-            {"layers": line.layers, "role": line.stem, "count": line.count, "type": line.type, "bytes": line.n_bytes}
-            for line in lines
-        ]
+        folded = [output.line_report(line) for line in lines]
         output.print_json({"path": str(path), "contents": contents, "metadata": metadata, "folded": folded, **summary})
         return
     width = max((len(_shorten(key)) for key in metadata), default=0)

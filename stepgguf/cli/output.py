@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
@@ -83,6 +83,13 @@ def tensor_table(lines: Iterable[FoldedLine]) -> list[Text]:
         )
         for a, b, c, d, e, f in rows
     ]
+
+
+def line_report(line: FoldedLine) -> dict[str, Any]:
+    """Folded tensors as data; the reason of their type is not in it."""
+    return {
+        "layers": line.layers, "role": line.stem, "count": line.count, "type": line.type, "bytes": line.n_bytes,
+    }  # fmt: skip
 
 
 def _escape(text: str) -> str:

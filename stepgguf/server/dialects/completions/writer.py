@@ -7,6 +7,7 @@ whole    the same deltas, folded
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import cast
 
 from stepgguf.chat.exchange import Reply
@@ -92,7 +93,7 @@ class CompletionWriter:
         if self._n_top is None:
             return None
         tokens = [step.piece.decode(errors="replace") for step in steps]
-        offsets = [offset + sum(map(len, tokens[:i])) for i in range(len(tokens))]
+        offsets = list(accumulate(map(len, tokens), initial=offset))[:-1]  # where each token begins
         return {
             "tokens": tokens,
             "token_logprobs": [step.logprob or 0.0 for step in steps],
