@@ -6,6 +6,7 @@ llama-quantize's dry run only reads a GGUF's header, so a sparse file with the h
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from tests.conftest import real_config
 from tests.oracle import chosen_types, llama_quantize
 
 HP = HParams.from_config(real_config())
+NARROW = replace(HP, hidden_size=4064)
 FACTS = RuleFacts(n_layer=45, n_expert=288, gqa=8)
 TRUNK = [spec for spec in tensor_specs(HP) if not spec.is_mtp]
 CANDIDATES = [s for s in TRUNK if s.is_quantizable]
@@ -63,16 +65,21 @@ def test_sizes_with_an_importance_matrix(name: str) -> None:
 @pytest.fixture(scope="module")
 def real_header(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The real model's BF16 GGUF as a sparse file: its header, and nothing but holes after it."""
-    options = Options(load_recipe("BF16"), mtp="drop")
-    chosen, _ = choose_file_types(tensor_specs(HP), None, FACTS, options)
-    nothing, freqs = Constant(b""), rope_freqs(HP) or b""
+    return sparse(tmp_path_factory.mktemp("real") / "bf16.gguf", HP)
+
+
+@pytest.fixture(scope="module")
+def narrow_header(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with rows that blocks of 32 divide and blocks of 256 do not."""
+    return sparse(tmp_path_factory.mktemp("narrow") / "bf16.gguf", NARROW)
+
+
+def sparse(path: Path, hp: HParams) -> Path:
+    chosen, _ = choose_file_types(tensor_specs(hp), None, FACTS, Options(load_recipe("BF16"), mtp="drop"))
+    nothing, freqs = Constant(b""), rope_freqs(hp) or b""
     tensors = [PlannedTensor(s.name, s.shape, choice.ggml_type, choice.reason, nothing) for s, choice in chosen]
     tensors.insert(0, PlannedTensor(ROPE_FREQS, (len(freqs) // 4,), F32, "", nothing))
-    return sparse(tmp_path_factory.mktemp("real") / "bf16.gguf", tensors)
-
-
-def sparse(path: Path, tensors: list[PlannedTensor]) -> Path:
-    file = PlannedFile(path, tuple(model_keys(HP, "real", "288x7.4B", with_mtp=False)), tuple(tensors))
+    file = PlannedFile(path, tuple(model_keys(hp, "real", "288x7.4B", with_mtp=False)), tuple(tensors))
     with path.open("wb") as out:
         out.write(file.header)
         out.truncate(file.size)
@@ -92,6 +99,18 @@ def test_every_type_of_the_real_model_is_llama_quantizes(name: str, real_header:
     assert ("will require an imatrix" in log) == any(
         mixtures.requires_imatrix(name, c, choice.ggml_type) for c, choice in zip(CANDIDATES, choices, strict=True)
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in BASE_TYPES if n != "F32"])
+def test_rows_that_blocks_do_not_divide_get_llama_quantizes_types(
+    name: str, narrow_header: Path, tmp_path: Path
+) -> None:
+    theirs = chosen_types(llama_quantize(narrow_header, tmp_path / "unused.gguf", name, dry_run=True))
+    specs = [spec for spec in tensor_specs(NARROW) if spec.is_quantizable and not spec.is_mtp]
+    choices = mixtures.choose_types(name, specs, FACTS)
+    ours = {spec.name: choice.ggml_type.name for spec, choice in zip(specs, choices, strict=True)}
+    assert {name: theirs[name] for name in ours} == ours
 
 
 def test_the_trunks_types_do_not_depend_on_mtp() -> None:

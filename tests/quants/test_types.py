@@ -50,6 +50,19 @@ def test_the_lanes_of_a_type_are_where_the_table_says(row: QuantType) -> None:
     assert found == ({row.lanes} if row.lanes else set())
 
 
+@pytest.mark.parametrize("row", [row for row in TABLE if row.factors], ids=lambda row: row.name)
+def test_factors_are_where_infinity_makes_a_block_of_zeros_worthless(row: QuantType) -> None:
+    """Anywhere else it is levels and scales, which a factor of zero turns to zeros."""
+    found = []
+    for offset in range(0, row.block_bytes - 1, 2):
+        block = np.zeros((1, row.block_bytes), np.uint8)
+        block[0, offset : offset + 2] = 0x00, 0x7C
+        with np.errstate(invalid="ignore"):
+            if not np.isfinite(gguf.quants.dequantize(block, row.ggml_type)).all():
+                found.append(offset)
+    assert tuple(found) == row.factors
+
+
 @by_name
 def test_factors_lie_inside_a_block_and_what_takes_a_types_place_divides_more_rows(row: QuantType) -> None:
     assert all(0 <= offset <= row.block_bytes - 2 for offset in row.factors)
