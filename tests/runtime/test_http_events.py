@@ -39,7 +39,7 @@ def saying(*replies: bytes, request: list[bytes] | None = None) -> Iterator[Serv
                 pass
 
     with closing(socket.create_server(("127.0.0.1", 0))) as listener:
-        thread = threading.Thread(target=serve)
+        thread = threading.Thread(target=serve, daemon=True)
         thread.start()
         yield ServerAddress.parse(f"http://127.0.0.1:{listener.getsockname()[1]}")
         thread.join(timeout=10)
@@ -83,16 +83,19 @@ def test_whoever_waits_is_woken_by_an_interrupt_of_another_thread(replies: tuple
             list(exchange.events(seconds=None))
         ended.append(time.monotonic())
 
-    with saying(*replies) as address, opened(address) as exchange:
-        reader = threading.Thread(target=read)
+    with saying(*replies) as address:
+        exchange = opened(address)  # closed when nobody reads any more: else closing would wait for the reader
+        reader = threading.Thread(target=read, daemon=True)
         reader.start()
         time.sleep(0.2)
         assert not ended
         interrupted = time.monotonic()
         exchange.interrupt()
         reader.join(5)
+        assert ended
         assert ended[0] - interrupted < 1
         exchange.interrupt()  # again it does nothing
+        exchange.close()
 
 
 def test_an_interrupt_before_there_is_a_connection_holds() -> None:
