@@ -21,7 +21,7 @@ quick: .venv/dev
 	$(BIN)/python -m pytest -q -m 'not slow' -n 2 --dist loadfile --ignore tests/clients --ignore tests/server/page
 
 test: .venv/dev tests/clients/node_modules
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: .venv/dev
 	$(BIN)/python -m benchmarks.kernels
