@@ -44,6 +44,12 @@ def test_a_file_that_ends_too_early_is_named(fd: int) -> None:
         disk.read_at(fd, bytearray(10), len(CONTENT) - 4, "blk.1", OutputError)
 
 
+def test_a_replacement_takes_the_place_and_leaves_nothing_beside(tmp_path: Path) -> None:
+    for content in (b"old", b"new"):
+        disk.replace(tmp_path / "x", content)
+        assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("x", content)]
+
+
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError(28, "No space left on device")])
 def test_a_replacement_that_fails_leaves_what_was_there(failure: Any, tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"old")

@@ -16,22 +16,22 @@ from tests.server.conftest import Server
 pytestmark = pytest.mark.slow
 
 ROUTES = {
-    "/v1/chat/completions": {"post"},
-    "/v1/completions": {"post"},
-    "/v1/responses": {"post"},
-    "/v1/responses/input_tokens": {"post"},
-    "/v1/responses/{id}": {"get", "delete"},
-    "/v1/responses/{id}/input_items": {"get"},
-    "/v1/responses/{id}/cancel": {"post"},
-    "/v1/responses/{id}/end_reasoning": {"post"},
-    "/v1/messages": {"post"},
-    "/v1/messages/count_tokens": {"post"},
-    "/v1/models": {"get"},
-    "/v1/models/{id}": {"get"},
-    "/tokenize": {"post"},
-    "/detokenize": {"post"},
-    "/health": {"get"},
-    "/metrics": {"get"},
+    "/v1/chat/completions": ["post"],
+    "/v1/completions": ["post"],
+    "/v1/responses": ["post"],
+    "/v1/responses/input_tokens": ["post"],
+    "/v1/responses/{id}": ["get", "delete"],
+    "/v1/responses/{id}/input_items": ["get"],
+    "/v1/responses/{id}/cancel": ["post"],
+    "/v1/responses/{id}/end_reasoning": ["post"],
+    "/v1/messages": ["post"],
+    "/v1/messages/count_tokens": ["post"],
+    "/v1/models": ["get"],
+    "/v1/models/{id}": ["get"],
+    "/tokenize": ["post"],
+    "/detokenize": ["post"],
+    "/health": ["get"],
+    "/metrics": ["get"],
 }
 
 
@@ -47,8 +47,7 @@ def described(server: Server) -> Any:
 
 
 def test_it_lists_the_routes_and_how_they_refuse(document: dict[str, Any]) -> None:
-    found = {path: set(verbs) for path, verbs in document["paths"].items()}
-    assert {path: verbs & found[path] for path, verbs in ROUTES.items()} == ROUTES
+    assert all(verb in document["paths"][path] for path, verbs in ROUTES.items() for verb in verbs)
     for path, verbs in document["paths"].items():
         error = "AnthropicError" if path.startswith("/v1/messages") else "OpenAIError"
         for verb in verbs.values():

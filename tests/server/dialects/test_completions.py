@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from itertools import accumulate
 from pathlib import Path
 
 import llama_cpp
 import pytest
 
-from tests.server.conftest import Serve, Server
+from stepgguf.chat.exchange import ChatModel
+from stepgguf.server.config import ServerConfig
+from tests.scripted_engine import Pause, ScriptedEngine
+from tests.server.conftest import Serve, Server, running
 
 PROMPT = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n<think>\n"
 RAW = "The user greets me. I will greet back.\n</think>\nHello! How can I help you?"
@@ -55,9 +59,20 @@ def test_logprobs_have_the_old_shape(server: Server) -> None:
     logprobs = complete(server, prompt=PROMPT, logprobs=2, max_tokens=4)["choices"][0]["logprobs"]
     assert set(logprobs) == {"tokens", "token_logprobs", "top_logprobs", "text_offset"}
     assert "".join(logprobs["tokens"]) == "The user greets me"
-    assert logprobs["text_offset"] == [0, 3, 8, 16] or len(logprobs["tokens"]) == 4
+    assert logprobs["text_offset"] == list(accumulate(map(len, logprobs["tokens"]), initial=0))[:-1]
     assert all(len(top) == 2 for top in logprobs["top_logprobs"])
     assert all(value <= 0 for value in logprobs["token_logprobs"])
+
+
+def test_the_offsets_of_a_stream_go_on_from_part_to_part() -> None:
+    engine = ScriptedEngine("On", "e, ", Pause(0.05), "two", Pause(0.05), ".")
+    with running(ChatModel(engine), ServerConfig(model_ids=("demo",))) as server:
+        stream = server.client.post("/v1/completions", json={"prompt": "x", "logprobs": 1, "stream": True}).text
+    events = [line.removeprefix("data: ") for line in stream.split("\n\n") if line.startswith("data: {")]
+    logprobs = [chunk["logprobs"] for chunk in (json.loads(event)["choices"][0] for event in events)]
+    offsets = [one["text_offset"] for one in logprobs if one is not None and one["tokens"]]
+    assert len(offsets) > 1, "it came in parts"
+    assert sum(offsets, []) == [0, 2, 5, 8]
 
 
 def test_the_token_that_was_taken_is_among_the_alternatives(server: Server) -> None:

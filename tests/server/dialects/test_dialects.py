@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from stepgguf.chat.exchange import ChatModel
+from stepgguf.errors import ContextLengthExceeded, EngineBusy, EngineDied, StepggufError
+from stepgguf.runtime.engine import Request
 from stepgguf.server.app import DIALECTS
 from stepgguf.server.config import ServerConfig
-from tests.scripted_engine import Pause, ScriptedEngine
+from tests.scripted_engine import Pause, Script, ScriptedEngine
 from tests.server.conftest import Server, running
 
 pytestmark = pytest.mark.slow
@@ -67,7 +69,6 @@ def test_the_text_of_a_whole_answer_is_that_of_its_stream(scripted: Server, path
     assert len(added) > 1, "it came in parts"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.router.prefix)
 def test_errors_have_its_form_wherever_they_come_from(scripted: Server, dialect: Any) -> None:
     prefix = dialect.router.prefix
@@ -82,3 +83,28 @@ def test_errors_have_its_form_wherever_they_come_from(scripted: Server, dialect:
     assert [answer.status_code for answer in answers] == [400, 400, 401, 403, 405, 404]
     for answer in answers:
         assert answer.json().keys() == dialect.error_form.schema.__annotations__.keys()
+
+
+def refuse(error: StepggufError) -> Callable[[Request], Script]:
+    def submit(request: Request) -> Script:
+        raise error
+
+    return submit
+
+
+@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.router.prefix)
+def test_every_status_that_it_answers_with_is_documented(dialect: Any) -> None:
+    prefix = dialect.router.prefix
+    body = CASES[prefix][0]
+    busy, dead = EngineBusy("the queue is full", retry_after=2), EngineDied("it broke", recovered=True)
+    long = ContextLengthExceeded(9000, 4096)
+    engine = ScriptedEngine("Yes.")
+    with running(ChatModel(engine), ServerConfig(model_ids=("demo",), strict=True)) as server:
+        found = [server.client.post(prefix, json=body), server.client.post(prefix, json={**body, "model": "other"})]
+        for error in (busy, dead, long):
+            engine.say(refuse(error))
+            found.append(server.client.post(prefix, json=body))
+        documented = server.client.get("/openapi.json").json()["paths"][prefix]["post"]["responses"]
+    statuses = [answer.status_code for answer in found]
+    assert statuses == [200, 404, 429, 503, 400]
+    assert {str(status) for status in statuses} <= documented.keys()
