@@ -183,16 +183,16 @@ def _provenance(options: Options, facts: RuleFacts, tensors: Sequence[PlannedTen
     made = [t for t in tensors if t.source is not None and len(t.shape) > 1 and t.ggml_type != F32]
     mtp = [t for t in made if t.name.is_mtp(facts.n_layer)]
     # Such a file has embedding and output too, so it is known by its layers.
-    is_mtp_file = all(t in mtp for t in made if t.name.startswith("blk."))
+    is_mtp_file = bool(mtp) and all(t in mtp for t in made if t.name.startswith("blk."))
     sizes: dict[GGMLQuantizationType, int] = {}
     for tensor in mtp if is_mtp_file else made:
         sizes[tensor.ggml_type] = sizes.get(tensor.ggml_type, 0) + tensor.n_values
     recipe = options.recipe
     most = max(sizes, key=lambda ggml_type: sizes[ggml_type], default=F32)
-    if recipe.base and recipe.is_stock and not (is_mtp_file and mtp):
+    if recipe.base and recipe.is_stock and not is_mtp_file:
         name, ftype = recipe.base, mixtures.file_type(recipe.base)
     else:
-        name, ftype = (most.name if is_mtp_file and mtp else recipe.name), mixtures.nearest_file_type(most)
+        name, ftype = (most.name if is_mtp_file else recipe.name), mixtures.nearest_file_type(most)
     return metadata.provenance_keys(
         name,
         ftype,

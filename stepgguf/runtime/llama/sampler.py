@@ -119,8 +119,12 @@ class _GrammarState:
         if not grammar.starts:
             self._active = _compile_grammar(model, grammar.gbnf, "root")
         # Each is compiled now and not when its token comes: a grammar that is none must be refused before the answer.
-        for token, rule in grammar.starts:
-            self._waiting[token] = _compile_grammar(model, grammar.gbnf, rule)
+        try:
+            for token, rule in grammar.starts:
+                self._waiting[token] = _compile_grammar(model, grammar.gbnf, rule)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         for compiled in (self._active, *self._waiting.values()):
