@@ -67,12 +67,15 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
 
-def causal_mask(t: int, sliding_window: int | None = None, document: Tensor | None = None) -> Tensor:
+def causal_mask(
+    t: int, sliding_window: int | None = None, document: Tensor | None = None, device: torch.device | None = None
+) -> Tensor:
     """True where a query (row) may see a key (column): [t, t], or [b, 1, t, t] with `document` ids [b, t].
 
     A sliding window of w lets a query see w keys, itself included.
     """
-    distance = torch.arange(t)[:, None] - torch.arange(t)
+    position = torch.arange(t, device=device)
+    distance = position[:, None] - position
     mask = (distance >= 0) if sliding_window is None else (distance >= 0) & (distance < sliding_window)
     if document is None:
         return mask
@@ -102,7 +105,7 @@ class Attention(nn.Module):
         k = self.k_norm(self.k_proj(x).view(b, t, -1, self.head_dim))
         v = self.v_proj(x).view(b, t, -1, self.head_dim)
         assert isinstance(self.frequencies, Tensor)
-        angles = torch.arange(t)[:, None] * self.frequencies
+        angles = torch.arange(t, device=x.device)[:, None] * self.frequencies
         q, k = rotate(q, angles), rotate(k, angles)
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, enable_gqa=True
@@ -228,8 +231,13 @@ class DecoderLayer(nn.Module):
         result: Tensor = head.output(head.norm(hidden))
         return result
 
+    def attend(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x [b, t, d] with what attention adds to it."""
+        result: Tensor = x + self.self_attn(self.input_layernorm(x), mask)
+        return result
+
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), mask)
+        x = self.attend(x, mask)
         y = self.post_attention_layernorm(x)
         ffn: Tensor = self.moe(y) + self.share_expert(y) if self.spec.is_moe else self.mlp(y)
         return x + ffn

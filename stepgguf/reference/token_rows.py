@@ -1,0 +1,46 @@
+"""Rows of tokens, as a model reads them at once: the sequences of one length that calibration and evaluation run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+PADDING = -1  # the document of a position that holds no text
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class TokenRows:
+    """n rows of t tokens. A token sees those before it in its row that are of the same document.
+
+    tokens: [n, t] int32. documents: [n, t] int32, PADDING where a row holds no text.
+    """
+
+    tokens: NDArray[np.int32]
+    documents: NDArray[np.int32]
+
+    @classmethod
+    def of(cls, tokens: NDArray[np.int32]) -> TokenRows:
+        """Rows [n, t] that are one document each."""
+        return cls(tokens, np.zeros_like(tokens))
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of a row, padding included."""
+        return int(self.tokens.shape[1])
+
+    @property
+    def text(self) -> NDArray[np.bool_]:
+        """Where text is, and no padding, [n, t]."""
+        text: NDArray[np.bool_] = self.documents != PADDING
+        return text
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of text."""
+        return int(np.count_nonzero(self.text))
