@@ -98,7 +98,8 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(hp.head_dim, hp.rms_norm_eps)
         self.register_buffer("frequencies", rope_frequencies(layer, hp.rope_scaling), persistent=False)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def mix(self, x: Tensor, mask: Tensor) -> Tensor:
+        """What o_proj is given: the heads' gated outputs, [b, t, q_size]."""
         b, t, _ = x.shape
         # The norms are over each head's own channels, and come before the rotation.
         q = self.q_norm(self.q_proj(x).view(b, t, -1, self.head_dim))
@@ -111,7 +112,10 @@ class Attention(nn.Module):
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, enable_gqa=True
         ).transpose(1, 2)
         out = out * torch.sigmoid(self.g_proj(x))[..., None]  # one gate for each head
-        result: Tensor = self.o_proj(out.reshape(b, t, -1))
+        return out.reshape(b, t, -1)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        result: Tensor = self.o_proj(self.mix(x, mask))
         return result
 
 
@@ -133,8 +137,12 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(size, d, bias=False)
         self.clamp = clamp
 
+    def units(self, x: Tensor) -> Tensor:
+        """What down_proj is given: the hidden units."""
+        return swiglu(self.gate_proj(x), self.up_proj(x), self.clamp)
+
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), self.clamp))
+        result: Tensor = self.down_proj(self.units(x))
         return result
 
 

@@ -28,6 +28,7 @@ import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from stepgguf.model.hparams import HParams
 from stepgguf.model.layers import Layer
 from stepgguf.model.names import TensorName
 from stepgguf.reference.model import DecoderLayer, causal_mask, swiglu
@@ -103,9 +104,9 @@ class LayerStream:
         """Yield the trunk's logits, a few rows at a time: which rows, and theirs [rows, tokens, vocab]."""
         norm, output = self._reader.head()
         states = self.folder.states(self.hp.n_layer)
-        for part in _row_slices(self.rows, HEAD_TOKENS):
+        for part in row_slices(self.rows, HEAD_TOKENS):
             with self._watching({"lm_head": output}, part):
-                yield part, output(norm(self._to_device(states[part])))
+                yield part, output(norm(self._reader.to_device(states[part])))
             self._meter.add(None, output.weight.numel() * self._n_text(part))
         self.folder.write_found(HEAD, self._take())
 
@@ -134,9 +135,9 @@ class LayerStream:
         with ExitStack() as files:
             out = files.enter_context(self.folder.writing_states(layer.index + 1))
             normed = files.enter_context(self.folder.scratch("normed", shape)) if layer.is_moe else None
-            routed = [self._run_rows(module, part, out, normed) for part in _row_slices(self.rows, CHUNK_TOKENS)]
+            routed = [self._run_rows(module, part, out, normed) for part in row_slices(self.rows, CHUNK_TOKENS)]
             if normed is not None:
-                routes = _Routes(routed, self.rows.text)
+                routes = Routes(routed, self.rows.text)
                 self._run_experts(module, routes, normed, out.reshape(shape))
             self.folder.write_found(layer.index, self._take())
         if not self._keep_inputs:
@@ -147,11 +148,11 @@ class LayerStream:
     ) -> tuple[Tensor, Tensor] | None:
         """All of a layer but its routed experts, for some rows; gives the experts' ids and weights of each token."""
         layer = module.spec
-        x = self._to_device(self.folder.states(layer.index)[part])
+        x = self._reader.to_device(self.folder.states(layer.index)[part])
         with self._watching(_linears(module, layer), part):
             if layer.is_mtp:
                 x = module.combine(self._later_embeddings(part, 1 + layer.index - self.hp.n_layer), x)
-            x = module.attend(x, self._mask(layer, part))
+            x = module.attend(x, layer_mask(self.hp, layer, self.rows, part, self._reader.device))
             y = module.post_attention_layernorm(x)
             x = x + (module.share_expert(y) if layer.is_moe else module.mlp(y))
             if layer.is_mtp:
@@ -165,7 +166,7 @@ class LayerStream:
         ids, weights = module.moe.route(flat)
         return ids.cpu(), weights.cpu()
 
-    def _run_experts(self, module: DecoderLayer, routes: _Routes, normed: Floats, out: Floats) -> None:
+    def _run_experts(self, module: DecoderLayer, routes: Routes, normed: Floats, out: Floats) -> None:
         """Add what the routed experts give to out [tokens, hidden]; normed, of the same shape, is what they read."""
         layer = module.spec.index
         for expert in range(min(EXPERTS_AHEAD, self.hp.n_expert)):
@@ -179,7 +180,7 @@ class LayerStream:
             matrices = self._reader.expert(layer, expert)
             for start in range(0, len(places), CHUNK_TOKENS):
                 here = places[start : start + CHUNK_TOKENS]
-                products = run_expert(matrices, self._to_device(normed[here]), module.moe.clamp)
+                products = run_expert(matrices, self._reader.to_device(normed[here]), module.moe.clamp)
                 for role, (x, y) in zip(EXPERT_ROLES, products, strict=True):
                     self._show(expert_name(layer, role), expert, x, y)
                 added = products[-1][1] * weights[start : start + CHUNK_TOKENS, None].to(self._reader.device)
@@ -192,16 +193,7 @@ class LayerStream:
         shifted = np.concatenate([tokens[:, n:], np.repeat(tokens[:, -1:], min(n, tokens.shape[1]), axis=1)], axis=1)
         out = np.empty((*tokens.shape, self.hp.hidden_size), np.float32)
         self._reader.embed(shifted[:, : tokens.shape[1]], out)
-        return self._to_device(out)
-
-    def _mask(self, layer: Layer, part: slice) -> Tensor:
-        window = self.hp.sliding_window if layer.is_sliding else None
-        documents = self.rows.documents[part]
-        one = not (documents != documents[:, :1]).any()  # each row is one document
-        device = self._reader.device
-        return causal_mask(
-            self.rows.row_length, window, None if one else torch.from_numpy(documents).to(device), device
-        )
+        return self._reader.to_device(out)
 
     @contextmanager
     def _watching(self, modules: dict[str, nn.Linear], part: slice) -> Iterator[None]:
@@ -234,8 +226,13 @@ class LayerStream:
     def _n_text(self, part: slice) -> int:
         return int(self._text[part].sum())
 
-    def _to_device(self, values: Floats) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(self._reader.device)
+
+def layer_mask(hp: HParams, layer: Layer, rows: TokenRows, part: slice, device: torch.device) -> Tensor:
+    """What each token of some rows may see in a layer, as model.causal_mask has it."""
+    window = hp.sliding_window if layer.is_sliding else None
+    documents = rows.documents[part]
+    one = not (documents != documents[:, :1]).any()  # each row is one document
+    return causal_mask(rows.row_length, window, None if one else torch.from_numpy(documents).to(device), device)
 
 
 def run_expert(matrices: Sequence[Tensor], x: Tensor, clamp: float) -> list[tuple[Tensor, Tensor]]:
@@ -246,7 +243,7 @@ def run_expert(matrices: Sequence[Tensor], x: Tensor, clamp: float) -> list[tupl
     return [(x, gated), (x, raised), (hidden, F.linear(hidden, down))]
 
 
-class _Routes:
+class Routes:
     """Which tokens go to which expert, and with which weight. Padding goes to none."""
 
     def __init__(self, parts: Sequence[tuple[Tensor, Tensor] | None], text: NDArray[np.bool_]) -> None:
@@ -288,7 +285,7 @@ def _linears(module: DecoderLayer, layer: Layer) -> dict[str, nn.Linear]:
     }
 
 
-def _row_slices(rows: TokenRows, n_tokens: int) -> Iterator[slice]:
+def row_slices(rows: TokenRows, n_tokens: int) -> Iterator[slice]:
     """Runs of rows with about so many tokens, at least a row each."""
     step = max(1, n_tokens // rows.row_length)
     return (slice(start, min(start + step, rows.n_rows)) for start in range(0, rows.n_rows, step))
