@@ -36,10 +36,11 @@ from stepgguf.reference.stream import (
     HEAD,
     HEAD_TOKENS,
     ExpertPart,
-    ExpertRoutes,
     LayerStream,
     Meter,
     Progress,
+    Routes,
+    layer_mask,
     product_modules,
     row_cost,
     row_slices,
@@ -86,13 +87,13 @@ class BackwardStream:
         observers: Sequence[GradientObserver] = (),
         progress: Progress = lambda done: None,
     ) -> None:
-        self.stream, self.hp, self.rows = stream, stream.hp, stream.rows
+        self.stream, self.hp, self.rows, self._reader = stream, stream.hp, stream.rows, stream.reader
         self._seed, self._observers = seed, observers
         shape = (self.rows.n_rows, self.rows.row_length, self.hp.hidden_size)
         settings = {observer.name: dict(observer.settings) for observer in observers}
-        identity = stream_identity(stream.reader, self.rows) | {"seed": seed, "observers": settings}
+        identity = stream_identity(self._reader, self.rows) | {"seed": seed, "observers": settings}
         self.folder = StateFolder(stream.folder.path / "gradients", shape, identity)
-        self._meter = Meter(stream.reader, self.rows, self.hp.trunk_layers, progress)
+        self._meter = Meter(self._reader, self.rows, self.hp.trunk_layers, progress)
         self._places = np.arange(self.rows.text.size).reshape(self.rows.text.shape)
 
     def run(self) -> None:
@@ -111,13 +112,13 @@ class BackwardStream:
 
     def _run_head(self) -> None:
         if self.folder.first_states() is not None:
-            self._meter.skip_head()
+            self._meter.skip(None)
             return
-        norm, output = self.stream.reader.head()
+        norm, output = self._reader.head()
         hidden = self.stream.folder.states(self.hp.n_layer)
         with self.folder.writing_states(self.hp.n_layer) as gradients:
             for part in row_slices(self.rows, HEAD_TOKENS):
-                x = self.stream.to_device(hidden[part]).requires_grad_()
+                x = self._reader.to_device(hidden[part]).requires_grad_()
                 gradients[part] = self._head_gradient(norm, output, x, part).cpu().numpy()
                 self._meter.add(None, output.weight.numel() * int(self.rows.text[part].sum()))
             self.folder.write_found(HEAD, self._take())
@@ -131,16 +132,16 @@ class BackwardStream:
             at_logits = logits.softmax(-1)
             labels = draw_labels(at_logits, np.nonzero(predicted)[0] + part.start, self._seed)
             at_logits[torch.arange(len(labels), device=labels.device), labels] -= 1.0
-        name = self.stream.reader.name_of("lm_head.weight")
+        name = self._reader.name_of("lm_head.weight")
         self._show(name, 0, self._places[part][predicted], x.detach(), at_logits)
         (gradient,) = torch.autograd.grad(logits, hidden, at_logits)
         return gradient
 
     def _run_layer(self, layer: Layer) -> None:
         if layer.index >= (self.folder.first_states() or 0):
-            self._meter.skip(layer)
+            self._meter.skip(layer.index)
             return
-        module = self.stream.reader.layer(layer)
+        module = self._reader.layer(layer)
         above = self.folder.states(layer.index + 1)
         with ExitStack() as files:
             below = files.enter_context(self.folder.writing_states(layer.index))
@@ -157,10 +158,10 @@ class BackwardStream:
         layer, shape = module.spec, (self.rows.text.size, self.hp.hidden_size)
         normed = files.enter_context(self.folder.scratch("normed", shape))
         at_normed = files.enter_context(self.folder.scratch("at-normed", shape))
-        routes = ExpertRoutes([self._route(module, part, normed) for part in self._parts()], self.rows.text)
+        routes = Routes([self._route(module, part, normed) for part in self._parts()], self.rows.text)
         at_weights = np.zeros(self.rows.text.size * routes.n_used, np.float32)
         for part in self.stream.expert_parts(layer.index, routes):
-            x, g = (self.stream.to_device(values[part.places]) for values in (normed, above.reshape(shape)))
+            x, g = (self._reader.to_device(values[part.places]) for values in (normed, above.reshape(shape)))
             at_input, at_weights[part.slots] = self._run_expert(module, part, x, g)
             at_normed[part.places] += at_input
             self._meter.add(layer.index, part.cost)
@@ -169,7 +170,7 @@ class BackwardStream:
     def _route(self, module: DecoderLayer, part: slice, normed: Floats) -> tuple[Tensor, Tensor]:
         """The experts' ids and weights for the tokens of some rows; what experts read is written into normed."""
         x = self._input(module, part)
-        y = module.post_attention_layernorm(module.attend(x, self.stream.mask(module.spec, part))).flatten(0, 1)
+        y = module.post_attention_layernorm(module.attend(x, self._mask(module, part))).flatten(0, 1)
         normed[self._places[part].reshape(-1)] = y.cpu().numpy()
         ids, weights = module.moe.route(y)
         return ids.cpu(), weights.cpu()
@@ -179,7 +180,7 @@ class BackwardStream:
         with torch.enable_grad():
             products = run_expert(part.matrices, x.requires_grad_(), module.moe.clamp)
         (_, gated), (_, raised), (hidden, result) = products
-        at_result = g * self.stream.to_device(part.weights)[:, None]
+        at_result = g * self._reader.to_device(part.weights)[:, None]
         at_input, *at_halves = torch.autograd.grad(result, [x, gated, raised], at_result)
         inputs, gradients = (x, x, hidden), (*at_halves, at_result)
         for role, seen, gradient in zip(EXPERT_ROLES, inputs, gradients, strict=True):
@@ -190,14 +191,14 @@ class BackwardStream:
         """The gradient at what enters a layer, for some rows: through all of it but the routed experts."""
         x = self._input(module, part).requires_grad_()
         with self._watching(module, part):
-            attended = module.attend(x, self.stream.mask(module.spec, part))
+            attended = module.attend(x, self._mask(module, part))
             y = module.post_attention_layernorm(attended)
             outputs = [attended + (module.mlp(y) if experts is None else module.share_expert(y))]
             gradients = [above]
             if experts is not None:
                 outputs += [y, module.moe.route(y.flatten(0, 1))[1]]
                 gradients += [experts.at_normed[part], experts.at_weights[part].reshape(-1, module.moe.n_used)]
-            (below,) = torch.autograd.grad(outputs, x, [self.stream.to_device(values) for values in gradients])
+            (below,) = torch.autograd.grad(outputs, x, [self._reader.to_device(values) for values in gradients])
         return below
 
     def _run_embedding(self) -> None:
@@ -206,7 +207,7 @@ class BackwardStream:
         gradients, text = self.folder.states(0), self.rows.text
         for part in self._parts():
             for observer in self._observers:
-                at_embedding = self.stream.to_device(gradients[part][text[part]])
+                at_embedding = self._reader.to_device(gradients[part][text[part]])
                 observer.add_embedding(self.rows.tokens[part][text[part]], at_embedding)
         self.folder.write_found(EMBEDDING, self._take())
 
@@ -214,7 +215,7 @@ class BackwardStream:
     def _watching(self, module: DecoderLayer, part: slice) -> Iterator[None]:
         """Shows the observers the gradients that come to the products of a layer, for some rows."""
         text = self.rows.text[part].reshape(-1)
-        places, kept = self._places[part].reshape(-1)[text], torch.from_numpy(text).to(self.stream.reader.device)
+        places, kept = self._places[part].reshape(-1)[text], torch.from_numpy(text).to(self._reader.device)
 
         def watch(name: TensorName) -> Callable[[nn.Module, Any, Tensor], None]:
             def catch(module: nn.Module, args: Any, y: Tensor) -> None:
@@ -229,8 +230,7 @@ class BackwardStream:
 
         paths = product_modules(module, module.spec) if self._observers else {}
         hooks = [
-            child.register_forward_hook(watch(self.stream.reader.name_of(f"{path}.weight")))
-            for path, child in paths.items()
+            child.register_forward_hook(watch(self._reader.name_of(f"{path}.weight"))) for path, child in paths.items()
         ]
         try:
             yield
@@ -239,7 +239,10 @@ class BackwardStream:
                 hook.remove()
 
     def _input(self, module: DecoderLayer, part: slice) -> Tensor:
-        return self.stream.to_device(self.stream.folder.states(module.spec.index)[part])
+        return self._reader.to_device(self.stream.folder.states(module.spec.index)[part])
+
+    def _mask(self, module: DecoderLayer, part: slice) -> Tensor:
+        return layer_mask(self.hp, module.spec, self.rows, part, self._reader.device)
 
     def _parts(self) -> Iterator[slice]:
         return row_slices(self.rows, CHUNK_TOKENS)

@@ -28,6 +28,7 @@ import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from stepgguf.model.hparams import HParams
 from stepgguf.model.layers import Layer
 from stepgguf.model.names import TensorName
 from stepgguf.reference.model import DecoderLayer, causal_mask, swiglu
@@ -55,11 +56,15 @@ class Observer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LayerProgress:
-    """How far a stream is: `done` of `total` multiplications, in `layer` (None: the head)."""
+    """How far a stream is: `done` of `total` multiplications, in `layer` (None: the head).
+
+    earlier: of what is done, what an earlier run did.
+    """
 
     layer: int | None
     done: int
     total: int
+    earlier: int
 
 
 Progress = Callable[[LayerProgress], None]
@@ -106,7 +111,7 @@ class LayerStream:
         states = self.folder.states(self.hp.n_layer)
         for part in row_slices(self.rows, HEAD_TOKENS):
             with self._watching({"lm_head": output}, part):
-                yield part, output(norm(self.to_device(states[part])))
+                yield part, output(norm(self.reader.to_device(states[part])))
             self._meter.add(None, output.weight.numel() * self._n_text(part))
         self.folder.write_found(HEAD, self._take())
 
@@ -128,7 +133,7 @@ class LayerStream:
     @torch.no_grad()
     def _run_layer(self, layer: Layer) -> None:
         if layer.index < self.folder.last_states():
-            self._meter.skip(layer)
+            self._meter.skip(layer.index)
             return
         module = self.reader.layer(layer)
         shape = (self.rows.n_rows * self.rows.row_length, self.hp.hidden_size)
@@ -137,7 +142,7 @@ class LayerStream:
             normed = files.enter_context(self.folder.scratch("normed", shape)) if layer.is_moe else None
             routed = [self._run_rows(module, part, out, normed) for part in row_slices(self.rows, CHUNK_TOKENS)]
             if normed is not None:
-                routes = ExpertRoutes(routed, self.rows.text)
+                routes = Routes(routed, self.rows.text)
                 self._run_experts(module, routes, normed, out.reshape(shape))
             self.folder.write_found(layer.index, self._take())
         if not self._keep_inputs:
@@ -148,11 +153,11 @@ class LayerStream:
     ) -> tuple[Tensor, Tensor] | None:
         """All of a layer but its routed experts, for some rows; gives the experts' ids and weights of each token."""
         layer = module.spec
-        x = self.to_device(self.folder.states(layer.index)[part])
+        x = self.reader.to_device(self.folder.states(layer.index)[part])
         with self._watching(product_modules(module, layer), part):
             if layer.is_mtp:
                 x = module.combine(self._later_embeddings(part, 1 + layer.index - self.hp.n_layer), x)
-            x = module.attend(x, self.mask(layer, part))
+            x = module.attend(x, layer_mask(self.hp, layer, self.rows, part, self.reader.device))
             y = module.post_attention_layernorm(x)
             x = x + (module.share_expert(y) if layer.is_moe else module.mlp(y))
             if layer.is_mtp:
@@ -166,17 +171,17 @@ class LayerStream:
         ids, weights = module.moe.route(flat)
         return ids.cpu(), weights.cpu()
 
-    def _run_experts(self, module: DecoderLayer, routes: ExpertRoutes, normed: Floats, out: Floats) -> None:
+    def _run_experts(self, module: DecoderLayer, routes: Routes, normed: Floats, out: Floats) -> None:
         """Add what the routed experts give to out [tokens, hidden]; normed, of the same shape, is what they read."""
         layer = module.spec.index
         for part in self.expert_parts(layer, routes):
-            products = run_expert(part.matrices, self.to_device(normed[part.places]), module.moe.clamp)
+            products = run_expert(part.matrices, self.reader.to_device(normed[part.places]), module.moe.clamp)
             for role, (x, y) in zip(EXPERT_ROLES, products, strict=True):
                 self._show(expert_name(layer, role), part.expert, x, y)
-            out[part.places] += (products[-1][1] * self.to_device(part.weights)[:, None]).cpu().numpy()
+            out[part.places] += (products[-1][1] * self.reader.to_device(part.weights)[:, None]).cpu().numpy()
             self._meter.add(layer, part.cost)
 
-    def expert_parts(self, layer: int, routes: ExpertRoutes) -> Iterator[ExpertPart]:
+    def expert_parts(self, layer: int, routes: Routes) -> Iterator[ExpertPart]:
         """The routed experts of a layer one after the other, each with some of its tokens at a time."""
         for expert in range(min(EXPERTS_AHEAD, self.hp.n_expert)):
             self.reader.prefetch_expert(layer, expert)
@@ -196,17 +201,7 @@ class LayerStream:
         shifted = np.concatenate([tokens[:, n:], np.repeat(tokens[:, -1:], min(n, tokens.shape[1]), axis=1)], axis=1)
         out = np.empty((*tokens.shape, self.hp.hidden_size), np.float32)
         self.reader.embed(shifted[:, : tokens.shape[1]], out)
-        return self.to_device(out)
-
-    def mask(self, layer: Layer, part: slice) -> Tensor:
-        """Where tokens of some rows see each other in a layer."""
-        window = self.hp.sliding_window if layer.is_sliding else None
-        documents = self.rows.documents[part]
-        one = not (documents != documents[:, :1]).any()  # each row is one document
-        device = self.reader.device
-        return causal_mask(
-            self.rows.row_length, window, None if one else torch.from_numpy(documents).to(device), device
-        )
+        return self.reader.to_device(out)
 
     @contextmanager
     def _watching(self, modules: dict[str, nn.Linear], part: slice) -> Iterator[None]:
@@ -239,8 +234,13 @@ class LayerStream:
     def _n_text(self, part: slice) -> int:
         return int(self._text[part].sum())
 
-    def to_device(self, values: Floats) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(self.reader.device)
+
+def layer_mask(hp: HParams, layer: Layer, rows: TokenRows, part: slice, device: torch.device) -> Tensor:
+    """What each token of some rows may see in a layer, as model.causal_mask has it."""
+    window = hp.sliding_window if layer.is_sliding else None
+    documents = rows.documents[part]
+    one = not (documents != documents[:, :1]).any()  # each row is one document
+    return causal_mask(rows.row_length, window, None if one else torch.from_numpy(documents).to(device), device)
 
 
 def run_expert(matrices: Sequence[Tensor], x: Tensor, clamp: float) -> list[tuple[Tensor, Tensor]]:
@@ -271,7 +271,7 @@ class ExpertPart:
         return sum(matrix.numel() for matrix in self.matrices) * len(self.slots)
 
 
-class ExpertRoutes:
+class Routes:
     """Which tokens go to which expert, and with which weight. Padding goes to none.
 
     parts: ids and weights of the experts that each token uses, [tokens, n_used] both, of some rows after the other.
@@ -288,6 +288,11 @@ class ExpertRoutes:
         self._slots = slots[order]
         self._experts = ids.reshape(-1)[self._slots]
 
+    def of(self, expert: int) -> tuple[NDArray[np.int64], Tensor]:
+        """The expert's tokens, counted through all rows, and their weights."""
+        slots = self.slots_of(expert)
+        return slots // self.n_used, torch.from_numpy(self.weights[slots])
+
     def slots_of(self, expert: int) -> NDArray[np.int64]:
         """The expert's slots, in the tokens' order."""
         start, stop = np.searchsorted(self._experts, [expert, expert + 1])
@@ -295,23 +300,22 @@ class ExpertRoutes:
 
 
 class Meter:
-    """Counts multiplications for progress. A layer that an earlier run did counts as done."""
+    """Counts multiplications for progress, of the head and some layers."""
 
     def __init__(self, reader: WeightReader, rows: TokenRows, layers: Sequence[Layer], progress: Progress) -> None:
-        self._progress, self._done = progress, 0
-        self._costs = {layer.index: reader.layer_cost(layer) * rows.n_tokens for layer in layers}
-        self._head = reader.hp.vocab_size * reader.hp.hidden_size * rows.n_tokens
-        self._total = sum(self._costs.values()) + self._head
+        self._progress, self._done, self._earlier = progress, 0, 0
+        self._costs: dict[int | None, int] = {None: reader.hp.vocab_size * reader.hp.hidden_size}  # of a token
+        self._costs |= {layer.index: reader.layer_cost(layer) for layer in layers}
+        self._n_tokens = rows.n_tokens
 
     def add(self, layer: int | None, multiplications: int) -> None:
         self._done += multiplications
-        self._progress(LayerProgress(layer, self._done, self._total))
+        self._progress(LayerProgress(layer, self._done, self._n_tokens * sum(self._costs.values()), self._earlier))
 
-    def skip(self, layer: Layer) -> None:
-        self.add(layer.index, self._costs[layer.index])
-
-    def skip_head(self) -> None:
-        self.add(None, self._head)
+    def skip(self, layer: int | None) -> None:
+        """Count a layer, or the head, that an earlier run did."""
+        self._earlier += self._costs[layer] * self._n_tokens
+        self.add(layer, self._costs[layer] * self._n_tokens)
 
 
 def product_modules(module: DecoderLayer, layer: Layer) -> dict[str, nn.Linear]:

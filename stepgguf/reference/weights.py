@@ -37,6 +37,10 @@ class WeightReader:
         # The modules are named as checkpoints name their tensors, whatever the source calls them.
         self._names = {spec.source: spec for spec in tensor_specs(hp)}
 
+    def to_device(self, values: NDArray[np.float32]) -> Tensor:
+        """A copy of values where the model runs."""
+        return torch.tensor(values, device=self.device)
+
     def matrix(self, name: TensorName, expert: int = 0) -> Tensor:
         """A tensor, or one expert's matrix of it [rows, columns], as the source stores it."""
         per_expert = rows_per_expert(self._specs[name].shape)
