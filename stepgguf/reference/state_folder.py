@@ -45,8 +45,11 @@ class StateFolder:
 
     def last_states(self) -> int:
         """The last layer whose input is there; -1 if there is none."""
-        numbers = [int(file.name.removeprefix("states-")) for file in self.path.glob("states-*[0-9]")]
-        return max(numbers, default=-1)
+        return max(self._numbers(), default=-1)
+
+    def first_states(self) -> int | None:
+        """The first layer whose input is there; None if there is none."""
+        return min(self._numbers(), default=None)
 
     @contextmanager
     def writing_states(self, layer: int) -> Iterator[Floats]:
@@ -88,6 +91,9 @@ class StateFolder:
             return None
         with np.load(self._found(stage)) as file:
             return dict(file)
+
+    def _numbers(self) -> list[int]:
+        return [int(file.name.removeprefix("states-")) for file in self.path.glob("states-*[0-9]")]
 
     def _states(self, layer: int) -> Path:
         return self.path / f"states-{layer:03d}"

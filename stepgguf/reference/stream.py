@@ -56,11 +56,15 @@ class Observer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LayerProgress:
-    """How far a stream is: `done` of `total` multiplications, in `layer` (None: the head)."""
+    """How far a stream is: `done` of `total` multiplications, in `layer` (None: the head).
+
+    earlier: of what is done, what an earlier run did.
+    """
 
     layer: int | None
     done: int
     total: int
+    earlier: int
 
 
 Progress = Callable[[LayerProgress], None]
@@ -82,11 +86,12 @@ class LayerStream:
         keep_inputs: bool = False,
         progress: Progress = lambda done: None,
     ) -> None:
-        self.hp, self.rows = reader.hp, rows
-        self._reader, self._observers, self._keep_inputs = reader, observers, keep_inputs
+        self.hp, self.rows, self.reader = reader.hp, rows, reader
+        self._observers, self._keep_inputs = observers, keep_inputs
         shape = (rows.n_rows, rows.row_length, self.hp.hidden_size)
-        self.folder = StateFolder(folder, shape, _identity(reader, rows, observers))
-        self._meter = _Meter(reader, rows, progress)
+        names = [observer.name for observer in observers]
+        self.folder = StateFolder(folder, shape, stream_identity(reader, rows) | {"observers": names})
+        self._meter = Meter(reader, rows, reader.hp.layers, progress)
         self._text = torch.from_numpy(rows.text)
 
     def run_trunk(self) -> None:
@@ -102,11 +107,11 @@ class LayerStream:
 
     def logits(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield the trunk's logits, a few rows at a time: which rows, and theirs [rows, tokens, vocab]."""
-        norm, output = self._reader.head()
+        norm, output = self.reader.head()
         states = self.folder.states(self.hp.n_layer)
         for part in row_slices(self.rows, HEAD_TOKENS):
             with self._watching({"lm_head": output}, part):
-                yield part, output(norm(self._reader.to_device(states[part])))
+                yield part, output(norm(self.reader.to_device(states[part])))
             self._meter.add(None, output.weight.numel() * self._n_text(part))
         self.folder.write_found(HEAD, self._take())
 
@@ -123,14 +128,14 @@ class LayerStream:
     def _embed(self) -> None:
         if self.folder.last_states() < 0:
             with self.folder.writing_states(0) as states:
-                self._reader.embed(self.rows.tokens, states)
+                self.reader.embed(self.rows.tokens, states)
 
     @torch.no_grad()
     def _run_layer(self, layer: Layer) -> None:
         if layer.index < self.folder.last_states():
-            self._meter.skip(layer)
+            self._meter.skip(layer.index)
             return
-        module = self._reader.layer(layer)
+        module = self.reader.layer(layer)
         shape = (self.rows.n_rows * self.rows.row_length, self.hp.hidden_size)
         with ExitStack() as files:
             out = files.enter_context(self.folder.writing_states(layer.index + 1))
@@ -148,17 +153,17 @@ class LayerStream:
     ) -> tuple[Tensor, Tensor] | None:
         """All of a layer but its routed experts, for some rows; gives the experts' ids and weights of each token."""
         layer = module.spec
-        x = self._reader.to_device(self.folder.states(layer.index)[part])
-        with self._watching(_linears(module, layer), part):
+        x = self.reader.to_device(self.folder.states(layer.index)[part])
+        with self._watching(product_modules(module, layer), part):
             if layer.is_mtp:
                 x = module.combine(self._later_embeddings(part, 1 + layer.index - self.hp.n_layer), x)
-            x = module.attend(x, layer_mask(self.hp, layer, self.rows, part, self._reader.device))
+            x = module.attend(x, layer_mask(self.hp, layer, self.rows, part, self.reader.device))
             y = module.post_attention_layernorm(x)
             x = x + (module.share_expert(y) if layer.is_moe else module.mlp(y))
             if layer.is_mtp:
                 module.draft(x)
         out[part] = x.cpu().numpy()
-        self._meter.add(layer.index, sum(p.numel() for p in module.parameters() if p.dim() == 2) * self._n_text(part))
+        self._meter.add(layer.index, row_cost(module) * self._n_text(part))
         if normed is None:
             return None
         flat = y.flatten(0, 1)
@@ -169,31 +174,34 @@ class LayerStream:
     def _run_experts(self, module: DecoderLayer, routes: Routes, normed: Floats, out: Floats) -> None:
         """Add what the routed experts give to out [tokens, hidden]; normed, of the same shape, is what they read."""
         layer = module.spec.index
+        for part in self.expert_parts(layer, routes):
+            products = run_expert(part.matrices, self.reader.to_device(normed[part.places]), module.moe.clamp)
+            for role, (x, y) in zip(EXPERT_ROLES, products, strict=True):
+                self._show(expert_name(layer, role), part.expert, x, y)
+            out[part.places] += (products[-1][1] * self.reader.to_device(part.weights)[:, None]).cpu().numpy()
+            self._meter.add(layer, part.cost)
+
+    def expert_parts(self, layer: int, routes: Routes) -> Iterator[ExpertPart]:
+        """The routed experts of a layer one after the other, each with some of its tokens at a time."""
         for expert in range(min(EXPERTS_AHEAD, self.hp.n_expert)):
-            self._reader.prefetch_expert(layer, expert)
+            self.reader.prefetch_expert(layer, expert)
         for expert in range(self.hp.n_expert):
             if expert + EXPERTS_AHEAD < self.hp.n_expert:
-                self._reader.prefetch_expert(layer, expert + EXPERTS_AHEAD)
-            places, weights = routes.of(expert)
-            if not len(places):
-                continue
-            matrices = self._reader.expert(layer, expert)
-            for start in range(0, len(places), CHUNK_TOKENS):
-                here = places[start : start + CHUNK_TOKENS]
-                products = run_expert(matrices, self._reader.to_device(normed[here]), module.moe.clamp)
-                for role, (x, y) in zip(EXPERT_ROLES, products, strict=True):
-                    self._show(expert_name(layer, role), expert, x, y)
-                added = products[-1][1] * weights[start : start + CHUNK_TOKENS, None].to(self._reader.device)
-                out[here] += added.cpu().numpy()
-            self._meter.add(layer, sum(matrix.numel() for matrix in matrices) * len(places))
+                self.reader.prefetch_expert(layer, expert + EXPERTS_AHEAD)
+            slots = routes.slots_of(expert)
+            if len(slots):
+                matrices = self.reader.expert(layer, expert)
+                for start in range(0, len(slots), CHUNK_TOKENS):
+                    here = slots[start : start + CHUNK_TOKENS]
+                    yield ExpertPart(expert, matrices, here, here // routes.n_used, routes.weights[here])
 
     def _later_embeddings(self, part: slice, n: int) -> Tensor:
         """Of each position the embedding of the token n places on; at a row's end its last token stands in."""
         tokens = self.rows.tokens[part]
         shifted = np.concatenate([tokens[:, n:], np.repeat(tokens[:, -1:], min(n, tokens.shape[1]), axis=1)], axis=1)
         out = np.empty((*tokens.shape, self.hp.hidden_size), np.float32)
-        self._reader.embed(shifted[:, : tokens.shape[1]], out)
-        return self._reader.to_device(out)
+        self.reader.embed(shifted[:, : tokens.shape[1]], out)
+        return self.reader.to_device(out)
 
     @contextmanager
     def _watching(self, modules: dict[str, nn.Linear], part: slice) -> Iterator[None]:
@@ -201,7 +209,7 @@ class LayerStream:
         text = self._text[part].flatten()
 
         def watch(path: str) -> Callable[[nn.Module, Any, Tensor], None]:
-            name = self._reader.name_of(f"{path}.weight")
+            name = self.reader.name_of(f"{path}.weight")
 
             def show(module: nn.Module, args: Any, y: Tensor) -> None:
                 x = args[0]
@@ -243,40 +251,74 @@ def run_expert(matrices: Sequence[Tensor], x: Tensor, clamp: float) -> list[tupl
     return [(x, gated), (x, raised), (hidden, F.linear(hidden, down))]
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class ExpertPart:
+    """Some of the tokens of a routed expert: its gate, up and down matrices and, for each token, three things.
+
+    slots: where the expert stands in the ids of all tokens, [tokens, n_used] flattened. places: the token, counted
+    through all rows. weights: the router's.
+    """
+
+    expert: int
+    matrices: tuple[Tensor, Tensor, Tensor]
+    slots: NDArray[np.int64]
+    places: NDArray[np.int64]
+    weights: Floats
+
+    @property
+    def cost(self) -> int:
+        """Multiplications."""
+        return sum(matrix.numel() for matrix in self.matrices) * len(self.slots)
+
+
 class Routes:
-    """Which tokens go to which expert, and with which weight. Padding goes to none."""
+    """Which tokens go to which expert, and with which weight. Padding goes to none.
+
+    parts: ids and weights of the experts that each token uses, [tokens, n_used] both, of some rows after the other.
+    text: where rows have text, [rows, tokens].
+    """
 
     def __init__(self, parts: Sequence[tuple[Tensor, Tensor] | None], text: NDArray[np.bool_]) -> None:
         known = [part for part in parts if part is not None]
         ids, weights = (torch.cat(column).numpy() for column in zip(*known, strict=True))
-        kept = np.repeat(text.reshape(-1, 1), ids.shape[1], axis=1)
-        places = np.broadcast_to(np.arange(len(ids))[:, None], ids.shape)[kept]
-        order = np.argsort(ids[kept], kind="stable")
-        self._experts, self._places, self._weights = ids[kept][order], places[order], weights[kept][order]
+        self.n_used = ids.shape[1]
+        self.weights: Floats = weights.reshape(-1)
+        slots = np.flatnonzero(np.repeat(text.reshape(-1), self.n_used))
+        order = np.argsort(ids.reshape(-1)[slots], kind="stable")
+        self._slots = slots[order]
+        self._experts = ids.reshape(-1)[self._slots]
 
     def of(self, expert: int) -> tuple[NDArray[np.int64], Tensor]:
         """The expert's tokens, counted through all rows, and their weights."""
+        slots = self.slots_of(expert)
+        return slots // self.n_used, torch.from_numpy(self.weights[slots])
+
+    def slots_of(self, expert: int) -> NDArray[np.int64]:
+        """The expert's slots, in the tokens' order."""
         start, stop = np.searchsorted(self._experts, [expert, expert + 1])
-        return self._places[start:stop], torch.from_numpy(self._weights[start:stop])
+        return self._slots[start:stop]
 
 
-class _Meter:
-    """Counts multiplications for progress. A layer that an earlier run did counts as done."""
+class Meter:
+    """Counts multiplications for progress, of the head and some layers."""
 
-    def __init__(self, reader: WeightReader, rows: TokenRows, progress: Progress) -> None:
-        self._progress, self._done = progress, 0
-        self._costs = {layer.index: reader.layer_cost(layer) * rows.n_tokens for layer in reader.hp.layers}
-        self._total = sum(self._costs.values()) + reader.hp.vocab_size * reader.hp.hidden_size * rows.n_tokens
+    def __init__(self, reader: WeightReader, rows: TokenRows, layers: Sequence[Layer], progress: Progress) -> None:
+        self._progress, self._done, self._earlier = progress, 0, 0
+        self._costs: dict[int | None, int] = {None: reader.hp.vocab_size * reader.hp.hidden_size}  # of a token
+        self._costs |= {layer.index: reader.layer_cost(layer) for layer in layers}
+        self._n_tokens = rows.n_tokens
 
     def add(self, layer: int | None, multiplications: int) -> None:
         self._done += multiplications
-        self._progress(LayerProgress(layer, self._done, self._total))
+        self._progress(LayerProgress(layer, self._done, self._n_tokens * sum(self._costs.values()), self._earlier))
 
-    def skip(self, layer: Layer) -> None:
-        self.add(layer.index, self._costs[layer.index])
+    def skip(self, layer: int | None) -> None:
+        """Count a layer, or the head, that an earlier run did."""
+        self._earlier += self._costs[layer] * self._n_tokens
+        self.add(layer, self._costs[layer] * self._n_tokens)
 
 
-def _linears(module: DecoderLayer, layer: Layer) -> dict[str, nn.Linear]:
+def product_modules(module: DecoderLayer, layer: Layer) -> dict[str, nn.Linear]:
     """The layer's products, by their names in a checkpoint: all but the router, whose weight stays as it is."""
     return {
         f"model.layers.{layer.index}.{path}": child
@@ -285,12 +327,18 @@ def _linears(module: DecoderLayer, layer: Layer) -> dict[str, nn.Linear]:
     }
 
 
+def row_cost(module: DecoderLayer) -> int:
+    """Multiplications of a token in a layer, without its routed experts."""
+    return sum(weight.numel() for weight in module.parameters() if weight.dim() == 2)
+
+
 def row_slices(rows: TokenRows, n_tokens: int) -> Iterator[slice]:
     """Runs of rows with about so many tokens, at least a row each."""
     step = max(1, n_tokens // rows.row_length)
     return (slice(start, min(start + step, rows.n_rows)) for start in range(0, rows.n_rows, step))
 
 
-def _identity(reader: WeightReader, rows: TokenRows, observers: Sequence[Observer]) -> dict[str, object]:
+def stream_identity(reader: WeightReader, rows: TokenRows) -> dict[str, object]:
+    """What the states of a stream depend on: the model and the text."""
     digest = hashlib.sha256(rows.tokens.tobytes() + rows.documents.tobytes()).hexdigest()
-    return {"source": reader.identity(), "rows": digest, "observers": [observer.name for observer in observers]}
+    return {"source": reader.identity(), "rows": digest}

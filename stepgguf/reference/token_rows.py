@@ -41,6 +41,14 @@ class TokenRows:
         return text
 
     @property
+    def predicted(self) -> NDArray[np.bool_]:
+        """Where the next token of the row is of the same document, so that a prediction of it can be judged, [n, t]."""
+        following = np.full_like(self.documents, PADDING)
+        following[:, :-1] = self.documents[:, 1:]
+        predicted: NDArray[np.bool_] = self.text & (self.documents == following)
+        return predicted
+
+    @property
     def n_tokens(self) -> int:
         """Tokens of text."""
         return int(np.count_nonzero(self.text))
