@@ -1,62 +1,116 @@
-"""draft"""
+"""Second moments of a matrix's inputs, H = E[x x^T]: the metric in which its quantization error counts.
+
+    E |(w - q) x|^2 = (w - q) H (w - q)^T        for a row w of weights and what its blocks decode to, q
+
+encode_calibrated (calibrated.py) chooses codes in this metric. All large work is float32 matrix products.
+"""
+
 from __future__ import annotations
+
+from collections.abc import Iterator
 from dataclasses import dataclass
+
 import numpy as np
-from stepgguf.quants.kernels import choose_kernel, decoder_for
-from stepgguf.quants.lanes.descent import descend
-from stepgguf.quants.lanes.feedback import feed_back
-from stepgguf.quants.lanes.part_tiles import Rules
-from stepgguf.quants.parts import TABLE, pack, take_apart
-from stepgguf.quants.parts.blocks import empty_parts
-from stepgguf.quants.types import row_size
-STEP=256
+from numpy.typing import NDArray
 
-def rules_of(l):
-    s=l.scales; m=l.minimums
-    return Rules(l.block,l.sub,l.codes.lowest,l.codes.highest,l.codes.zero,l.uneven,s is not None, 0 if s is None else s.lowest-s.zero, 0 if s is None else s.highest-s.zero, 0 if l.minimum_factor is None else 1 if m is None else 2, 0 if m is None else m.highest)
+from stepgguf.errors import QuantError
 
-@dataclass
-class SM:
-    h: np.ndarray; lam: float; m: np.ndarray; r2: np.ndarray
-def prepare(H,damping):
-    mean=np.trace(H)/len(H)
-    h=np.ascontiguousarray(H/mean,np.float32)
-    a=h[::-1,::-1].copy(); a[np.diag_indices(len(a))]+=damping
-    L=np.linalg.cholesky(a); R=np.ascontiguousarray(L[::-1,::-1]); d=np.diagonal(R).copy(); R/=d
-    return SM(h,damping,R,d**2)
+Floats = NDArray[np.float32]
 
-def stock(t,W,imp):
-    out=np.empty((len(W),row_size(t,W.shape[1])),np.uint8); choose_kernel(t,weighted=imp is not None).encode(np.ascontiguousarray(W),out,None if imp is None else np.ascontiguousarray(imp)); return out
-def steps(l,p):
-    k=l.block//l.sub
-    return np.repeat(p.factors,k,1)*p.scales, np.repeat(p.minimum_factors,k,1)*p.minimums
+STEP = 256  # columns that are worked on together
 
-def encode(t,W,sm,imp,sweeps=3,passes=2,refit=2,fb=True,cond=False,log=None,tm=None):
-    l=TABLE[t]; rules=rules_of(l); n,c=W.shape; E=np.empty_like(W)
-    import time
-    T=tm if tm is not None else {}
-    def tick(k,t0): T[k]=T.get(k,0)+time.perf_counter()-t0
-    if fb:
-        parts=empty_parts(l,n,c)
-        for o in range(0,c,STEP):
-            w=min(STEP,c-o); t0=time.perf_counter()
-            G=W[:,o:o+w].copy()
-            if o: G+=E[:,:o]@sm.m[:o,o:o+w]
-            tick('fb gemm',t0); t0=time.perf_counter()
-            data=stock(t,G,(sm.r2 if cond else imp)[o:o+w]); tick('stock',t0); t0=time.perf_counter(); p=take_apart(t,data); a,b=steps(l,p)
-            for x,y in zip(parts.part_of(l,o,w),p): x[:]=y
-            tick('parts',t0); t0=time.perf_counter()
-            feed_back(G,W,o,np.ascontiguousarray(sm.m[o:o+w,o:o+w]),a,b,rules,parts.codes,E); tick('fb kernel',t0)
-    else:
-        data=stock(t,W,imp); parts=take_apart(t,data); parts=type(parts)(*(np.ascontiguousarray(x) for x in parts)); D=np.empty_like(W); decoder_for(t).decode(data,D); E=W-D
-    if log: log('fb',E)
-    for s in range(sweeps):
-        gains=np.zeros(n,np.float32)
-        for o in range(0,c,STEP):
-            w=min(STEP,c-o); t0=time.perf_counter()
-            G=E@sm.h[:,o:o+w]; G+=sm.lam*E[:,o:o+w]; tick('gemm',t0); t0=time.perf_counter()
-            hb=sm.h[o:o+w,o:o+w].copy(); hb[np.diag_indices(w)]+=sm.lam
-            descend(W,G,hb,*parts,rules,o,passes,refit,E,gains); tick('descend',t0)
-        if log: log(f'sweep {s} gain {gains.sum(dtype=float):.4g}',E)
-    t0=time.perf_counter(); r=pack(t,parts); tick('parts',t0)
-    return r
+
+@dataclass(frozen=True, slots=True)
+class SecondMoments:
+    """Moments made ready to quantize against. `factor_moments` gives them; matrices of the same inputs share them.
+
+    With R R^T = matrix + damping, R upper triangular:
+
+    matrix      [columns, columns]: H over the mean of its diagonal; 0 if H is
+    damping     what the diagonal of R R^T has more than the matrix's
+    pivots      [columns]: the diagonal of R
+    factor      [columns, columns]: R[k,j] / R[j,j]
+    """
+
+    matrix: Floats
+    damping: float
+    pivots: Floats
+    factor: Floats
+
+    def damped_block(self, first: int, n: int) -> Floats:
+        """Matrix + damping, of n columns from column `first` on: [n, n]."""
+        block = self.matrix[first : first + n, first : first + n].copy()
+        block.flat[:: n + 1] += self.damping
+        return block
+
+    def root_block(self, first: int, n: int) -> Floats:
+        """R of n columns from column `first` on: [n, n]."""
+        columns = slice(first, first + n)
+        root: Floats = self.factor[columns, columns] * self.pivots[columns]
+        return root
+
+
+def factor_moments(moments: Floats, damping: float = 0.05) -> SecondMoments:
+    """Make moments [columns, columns] ready: symmetric, positive semidefinite, of any magnitude.
+
+    damping: what is added to the diagonal, as a share of its mean. It grows until the matrix can be factored.
+    QuantError if the moments are not finite.
+    """
+    mean = float(np.trace(moments, dtype=np.float64)) / len(moments)
+    if not np.isfinite(moments.sum(dtype=np.float64)):
+        raise QuantError("the second moments have values that are not finite")
+    matrix = moments * np.float32(1 / mean) if mean > 0 else np.zeros_like(moments)
+    while True:
+        try:
+            return _factored(matrix, damping)
+        except np.linalg.LinAlgError:
+            damping = max(10 * damping, 1e-4)
+
+
+def _factored(matrix: Floats, damping: float) -> SecondMoments:
+    # numpy's factor is lower triangular; of the matrix with rows and columns reversed, reversed, it is upper.
+    backwards = matrix[::-1, ::-1].copy()
+    backwards.flat[:: len(matrix) + 1] += damping
+    factor = np.linalg.cholesky(backwards)[::-1, ::-1].copy()
+    pivots = factor.diagonal().copy()
+    factor /= pivots
+    return SecondMoments(matrix, damping, pivots, factor)
+
+
+def steps(columns: int) -> Iterator[tuple[int, int]]:
+    """Yield (first column, columns) of each step."""
+    return ((first, min(STEP, columns - first)) for first in range(0, columns, STEP))
+
+
+def row_errors(errors: Floats, matrix: Floats) -> NDArray[np.float64]:
+    """e M e^T of each row e of errors [rows, columns]; M is symmetric. Products in float32, sums in float64."""
+    totals = np.zeros(len(errors))
+    for first, n in steps(errors.shape[1]):
+        columns = slice(first, first + n)
+        # The other triangle has the same products.
+        products = errors[:, :first] @ matrix[:first, columns]
+        products *= 2
+        products += errors[:, columns] @ matrix[columns, columns]
+        products *= errors[:, columns]
+        totals += products.sum(1, np.float64)
+    return totals
+
+
+def output_error(weights: Floats, decoded: Floats, moments: Floats) -> float:
+    """The sum over rows of (w - q) H (w - q)^T: the mean square error of the outputs, all outputs together.
+
+    weights, decoded: [rows, columns]; moments: [columns, columns], symmetric.
+    """
+    return float(row_errors(weights - decoded, moments).sum())
+
+
+def shifted_target(weights: Floats, moments: Floats, shift: Floats, regularization: float) -> Floats:
+    """Weights [rows, columns] whose outputs on shifted inputs are nearest to those that `weights` give on the true ones.
+
+    Of true inputs x and shifted ones y: moments = E[y y^T], shift = E[(x - y) y^T], both [columns, columns]. The answer
+    is weights + weights shift (moments + r)^-1, where r is `regularization` times the mean of the moments' diagonal.
+    """
+    damped = moments.copy()
+    damped.flat[:: len(damped) + 1] += np.float32(regularization * np.trace(moments, dtype=np.float64) / len(damped))
+    correction: Floats = np.linalg.solve(damped, (weights @ shift).T).T
+    return weights + correction

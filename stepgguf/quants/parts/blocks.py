@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from stepgguf.quants.parts.layout import TABLE, Layout, Numbers
 from stepgguf.quants.types import quant_type
 
+
 Blocks = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
@@ -27,7 +28,7 @@ class Parts(NamedTuple):
     minimums: Floats  # [rows, sub-blocks]
     codes: Blocks  # [rows, columns]
 
-    def part_of(self, layout: Layout, first: int, n: int) -> Parts:
+    def columns(self, layout: Layout, first: int, n: int) -> Parts:
         """Views of n columns from column `first` on, whole blocks."""
         blocks = slice(first // layout.block, (first + n) // layout.block)
         subs = slice(first // layout.sub, (first + n) // layout.sub)
