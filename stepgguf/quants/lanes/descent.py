@@ -64,7 +64,9 @@ class StepTiles(NamedTuple):
 
 
 @inlined
-def _move(tiles: StepTiles, old: F32Lanes, wanted: F32Lanes, along: F32Lanes, curvature: F32Lanes, s: int, sub: int) -> F32Lanes:
+def _move(
+    tiles: StepTiles, old: F32Lanes, wanted: F32Lanes, along: F32Lanes, curvature: F32Lanes, s: int, sub: int
+) -> F32Lanes:
     """Old or wanted, whichever leaves the lower error, of a number along v; r follows."""
     t = wanted - old
     is_better = t * (along + along - t * curvature) > floats(0.0)

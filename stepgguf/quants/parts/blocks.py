@@ -44,18 +44,17 @@ class Parts(NamedTuple):
 def empty_parts(layout: Layout, rows: int, columns: int) -> Parts:
     """Room for the parts of rows [rows, columns]."""
     blocks, subs = (rows, columns // layout.block), (rows, columns // layout.sub)
-    return Parts(*(np.empty(shape, np.float32) for shape in (blocks, blocks, subs, subs)), np.empty((rows, columns), np.uint8))
+    return Parts(
+        *(np.empty(shape, np.float32) for shape in (blocks, blocks, subs, subs)), np.empty((rows, columns), np.uint8)
+    )
 
 
 def take_apart(ggml_type: GGMLQuantizationType, data: Blocks) -> Parts:
     """The parts of data [rows, row bytes] of a type in TABLE."""
     layout, blocks = TABLE[ggml_type], _split(ggml_type, data)
+    subs = layout.block // layout.sub
     codes = _read(blocks, layout.codes, layout.block)
-    scales = minimums = np.ones((len(data), blocks.shape[1] * (layout.block // layout.sub)), np.float32)
-    if layout.scales is not None:
-        scales = _read(blocks, layout.scales, layout.block // layout.sub).astype(np.float32) - layout.scales.zero
-    if layout.minimums is not None:
-        minimums = _read(blocks, layout.minimums, layout.block // layout.sub).astype(np.float32)
+    scales, minimums = _read_whole(blocks, layout.scales, subs), _read_whole(blocks, layout.minimums, subs)
     factors = _read_half(blocks, layout.factor)
     if layout.minimum_factor is None:
         return Parts(factors, np.zeros_like(factors), scales, minimums, codes)
@@ -105,6 +104,13 @@ def _write(blocks: Blocks, numbers: Numbers, stored: Blocks) -> None:
         bits = stored[..., field.first : field.first + field.count] >> field.left
         bits &= (1 << field.bits) - 1
         blocks[..., field.offset : field.offset + field.count] |= bits << field.right
+
+
+def _read_whole(blocks: Blocks, numbers: Numbers | None, n: int) -> Floats:
+    """The n numbers of each block, 1 where the type has none: [rows, blocks * n]."""
+    if numbers is None:
+        return np.ones((len(blocks), blocks.shape[1] * n), np.float32)
+    return _read(blocks, numbers, n).astype(np.float32) - np.float32(numbers.zero)
 
 
 def _read_half(blocks: Blocks, offset: int) -> Floats:
