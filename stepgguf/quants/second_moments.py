@@ -1,0 +1,116 @@
+"""Second moments of a matrix's inputs, H = E[x x^T]: the metric in which its quantization error counts.
+
+    E |(w - q) x|^2 = (w - q) H (w - q)^T        for a row w of weights and what its blocks decode to, q
+
+encode_calibrated (calibrated.py) chooses codes in this metric. All large work is float32 matrix products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stepgguf.errors import QuantError
+
+Floats = NDArray[np.float32]
+
+STEP = 256  # columns that are worked on together
+
+
+@dataclass(frozen=True, slots=True)
+class SecondMoments:
+    """Moments made ready to quantize against. `factor_moments` gives them; matrices of the same inputs share them.
+
+    With R R^T = matrix + damping, R upper triangular:
+
+    matrix      [columns, columns]: H over the mean of its diagonal; 0 if H is
+    damping     what the diagonal of R R^T has more than the matrix's
+    pivots      [columns]: the diagonal of R
+    factor      [columns, columns]: R[k,j] / R[j,j]
+    """
+
+    matrix: Floats
+    damping: float
+    pivots: Floats
+    factor: Floats
+
+    def damped_block(self, first: int, n: int) -> Floats:
+        """Matrix + damping, of n columns from column `first` on: [n, n]."""
+        block = self.matrix[first : first + n, first : first + n].copy()
+        block.flat[:: n + 1] += self.damping
+        return block
+
+    def root_block(self, first: int, n: int) -> Floats:
+        """R of n columns from column `first` on: [n, n]."""
+        columns = slice(first, first + n)
+        root: Floats = self.factor[columns, columns] * self.pivots[columns]
+        return root
+
+
+def factor_moments(moments: Floats, damping: float = 0.05) -> SecondMoments:
+    """Make moments [columns, columns] ready: symmetric, positive semidefinite, of any magnitude.
+
+    damping: what is added to the diagonal, as a share of its mean. It grows until the matrix can be factored.
+    QuantError if the moments are not finite.
+    """
+    mean = float(np.trace(moments, dtype=np.float64)) / len(moments)
+    if not np.isfinite(moments.sum(dtype=np.float64)):
+        raise QuantError("the second moments have values that are not finite")
+    matrix = moments * np.float32(1 / mean) if mean > 0 else np.zeros_like(moments)
+    while True:
+        try:
+            return _factored(matrix, damping)
+        except np.linalg.LinAlgError:
+            damping = max(10 * damping, 1e-4)
+
+
+def _factored(matrix: Floats, damping: float) -> SecondMoments:
+    # numpy's factor is lower triangular; of the matrix with rows and columns reversed, reversed, it is upper.
+    backwards = matrix[::-1, ::-1].copy()
+    backwards.flat[:: len(matrix) + 1] += damping
+    factor = np.linalg.cholesky(backwards)[::-1, ::-1].copy()
+    pivots = factor.diagonal().copy()
+    factor /= pivots
+    return SecondMoments(matrix, damping, pivots, factor)
+
+
+def steps(columns: int) -> Iterator[tuple[int, int]]:
+    """Yield (first column, columns) of each step."""
+    return ((first, min(STEP, columns - first)) for first in range(0, columns, STEP))
+
+
+def row_errors(errors: Floats, matrix: Floats) -> NDArray[np.float64]:
+    """e M e^T of each row e of errors [rows, columns]; M is symmetric. Products in float32, sums in float64."""
+    totals = np.zeros(len(errors))
+    for first, n in steps(errors.shape[1]):
+        columns = slice(first, first + n)
+        # The other triangle has the same products.
+        products = errors[:, :first] @ matrix[:first, columns]
+        products *= 2
+        products += errors[:, columns] @ matrix[columns, columns]
+        products *= errors[:, columns]
+        totals += products.sum(1, np.float64)
+    return totals
+
+
+def output_error(weights: Floats, decoded: Floats, moments: Floats) -> float:
+    """The sum over rows of (w - q) H (w - q)^T: the mean square error of the outputs, all outputs together.
+
+    weights, decoded: [rows, columns]; moments: [columns, columns], symmetric.
+    """
+    return float(row_errors(weights - decoded, moments).sum())
+
+
+def shifted_target(weights: Floats, moments: Floats, shift: Floats, regularization: float) -> Floats:
+    """Weights [rows, columns] whose outputs on shifted inputs are nearest to those that `weights` give on the true ones.
+
+    Of true inputs x and shifted ones y: moments = E[y y^T], shift = E[(x - y) y^T], both [columns, columns]. The answer
+    is weights + weights shift (moments + r)^-1, where r is `regularization` times the mean of the moments' diagonal.
+    """
+    damped = moments.copy()
+    damped.flat[:: len(damped) + 1] += np.float32(regularization * np.trace(moments, dtype=np.float64) / len(damped))
+    correction: Floats = np.linalg.solve(damped, (weights @ shift).T).T
+    return weights + correction
