@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from stepgguf.calibration.moments import PairMoments, TokenSample
 from stepgguf.model.names import TensorName
+from stepgguf.quants import parts
+from stepgguf.quants.calibrated import encode_calibrated
 from stepgguf.quants.kernels import Kernel
 from stepgguf.quants.types import row_size
 
@@ -19,26 +22,51 @@ Blocks = NDArray[np.uint8]
 Emit = Callable[[TensorName, int, Floats, Blocks], None]  # tensor, expert, its weights and their blocks
 
 
+SHRINKAGES = (0.0, 0.4)  # of the moments' off-diagonal values, that are tried
+
+
 class CalibratedCodes:
-    """Chooses codes of the tensors' types, and hands each matrix's blocks on. kernels: of each tensor to be quantized."""
+    """Chooses codes of the tensors' types, and hands each matrix's blocks on.
+
+    kernels: of each tensor to be quantized; others keep their values.
+    """
 
     def __init__(self, kernels: Mapping[TensorName, Kernel], emit: Emit) -> None:
         self._kernels, self._emit = kernels, emit
 
     def embed(self, values: Floats) -> Floats:
+        """What the stock codes of the embedding's rows [n, hidden] stand for."""
         kernel = self._kernels.get(TensorName("token_embd.weight"))
         return values if kernel is None else _decode(kernel, _encode(kernel, values, None), values.shape)
 
     def choose(
         self, name: TensorName, expert: int, weights: Tensor, moments: PairMoments, held_out: TokenSample
     ) -> Tensor:
+        """The values [rows, columns] of the codes with the least error on the held-out tokens; without any, stock ones."""
         kernel = self._kernels.get(name)
         if kernel is None:
             return weights
         values = weights.cpu().numpy()
-        blocks = _encode(kernel, values, moments.importance().cpu().numpy())
+        best, blocks = torch.empty(0), np.empty(0, np.uint8)
+        least = math.inf
+        for candidate in self._candidates(kernel, weights, values, moments, held_out):
+            decoded = torch.from_numpy(_decode(kernel, candidate, values.shape)).to(weights.device)
+            error = held_out.error(weights, decoded)
+            if error < least:
+                least, best, blocks = error, decoded, candidate
         self._emit(name, expert, values, blocks)
-        return torch.from_numpy(_decode(kernel, blocks, values.shape)).to(weights.device)
+        return best
+
+    def _candidates(
+        self, kernel: Kernel, weights: Tensor, values: Floats, moments: PairMoments, held_out: TokenSample
+    ) -> Iterator[Blocks]:
+        importance = moments.importance().cpu().numpy()
+        yield _encode(kernel, values, importance)
+        if kernel.ggml_type in parts.TABLE and len(held_out.weights) and moments.n:
+            target = moments.target(weights).cpu().numpy()
+            for shrinkage in SHRINKAGES:
+                factored = moments.factored(shrinkage)
+                yield encode_calibrated(kernel.ggml_type, values, factored, importance, target=target)
 
 
 def _encode(kernel: Kernel, values: Floats, importance: Floats | None) -> Blocks:

@@ -17,6 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stepgguf.quants.second_moments import SecondMoments, factor_moments
+
+DAMPING = 0.05  # of H's mean diagonal
 RIDGE = 0.1  # of H's mean diagonal, in T
 THIN = 512  # tokens at which the ridge is twice as large
 
@@ -29,6 +32,7 @@ class PairMoments:
         self.cross = torch.zeros(columns, columns, device=device)
         self.squares = torch.zeros(columns, device=device)  # of x~, every token alike: what importance is
         self.n, self.total = 0, 0.0
+        self._factored: dict[float, SecondMoments] = {}
 
     def add(self, quantized: Tensor, exact: Tensor, weights: Tensor | None) -> None:
         """Count tokens [n, columns] that weigh `weights` [n], or 1 each."""
@@ -65,11 +69,13 @@ class PairMoments:
         result.n, result.total = self.n, self.total + weight
         return result
 
-    def shrunk(self, shrinkage: float) -> Tensor:
-        """H / total with its off-diagonal values made smaller by this share."""
-        h = self.second * ((1 - shrinkage) / max(self.total, 1e-30))
-        h.diagonal().copy_(self.second.diagonal() / max(self.total, 1e-30))
-        return h
+    def factored(self, shrinkage: float) -> SecondMoments:
+        """H with its off-diagonal values made smaller by this share, ready to quantize against. Kept: matrices share it."""
+        if shrinkage not in self._factored:
+            h = self.second * (1 - shrinkage)
+            h.diagonal().copy_(self.second.diagonal())
+            self._factored[shrinkage] = factor_moments(h.cpu().numpy(), DAMPING)
+        return self._factored[shrinkage]
 
     def target(self, weights: Tensor) -> Tensor:
         """T of weights [rows, columns]."""

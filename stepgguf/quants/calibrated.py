@@ -16,7 +16,6 @@ before add. Hence the weights to aim at, w + f R^-1, and the residual, (f + e R)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np

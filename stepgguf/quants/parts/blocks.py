@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from stepgguf.quants.parts.layout import TABLE, Layout, Numbers
 from stepgguf.quants.types import quant_type
 
-
 Blocks = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
