@@ -28,11 +28,11 @@ SHRINKAGES = (0.0, 0.4)  # of the moments' off-diagonal values, that are tried
 class CalibratedCodes:
     """Chooses codes of the tensors' types, and hands each matrix's blocks on.
 
-    kernels: of each tensor to be quantized; others keep their values.
+    kernels: of each tensor to be quantized; others keep their values. end_layer: called when a layer's are chosen.
     """
 
-    def __init__(self, kernels: Mapping[TensorName, Kernel], emit: Emit) -> None:
-        self._kernels, self._emit = kernels, emit
+    def __init__(self, kernels: Mapping[TensorName, Kernel], emit: Emit, end_layer: Callable[[], None]) -> None:
+        self._kernels, self._emit, self.end_layer = kernels, emit, end_layer
 
     def embed(self, values: Floats) -> Floats:
         """What the stock codes of the embedding's rows [n, hidden] stand for."""

@@ -36,7 +36,18 @@ from stepgguf.model.layers import Layer
 from stepgguf.model.names import TensorName
 from stepgguf.reference.model import DecoderLayer, swiglu
 from stepgguf.reference.state_folder import Floats, StateFolder
-from stepgguf.reference.stream import CHUNK_TOKENS, EXPERTS_AHEAD, Routes, layer_mask, row_slices, run_expert
+from stepgguf.reference.stream import (
+    CHUNK_TOKENS,
+    EXPERTS_AHEAD,
+    Meter,
+    Progress,
+    Routes,
+    layer_mask,
+    row_cost,
+    row_slices,
+    run_expert,
+    stream_identity,
+)
 from stepgguf.reference.token_rows import TokenRows
 from stepgguf.reference.weights import EXPERT_ROLES, WeightReader, expert_name
 
@@ -44,7 +55,8 @@ HELD_OUT = 8  # one row in so many
 SAMPLE_TOKENS = 1024  # of the held-out ones, that a dense matrix is tried on
 MOMENT_TOKENS = 16384  # of an expert, at most: four for each column
 PRIOR_TOKENS = 8.0  # of the layer's moments in an expert's
-Blocks = NDArray[np.uint8]
+# Layer (None: the head) and role -> what an error at the product's output counts for each token, [rows * tokens].
+TokenWeights = Mapping[tuple[int | None, str], NDArray[np.float32]]
 Place = Callable[[DecoderLayer, Tensor, Tensor], Tensor]  # of a layer, rows of its input and a mask: what a place gets
 
 
@@ -59,6 +71,9 @@ class CodeSearch(Protocol):
     ) -> Tensor:
         """The values [rows, columns] that the chosen codes of these weights stand for."""
 
+    def end_layer(self) -> None:
+        """All codes of a layer, or of the head, are chosen: they must be safe before the pass goes on."""
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LayerPair:
@@ -71,8 +86,7 @@ class LayerPair:
 class SequentialPass:
     """Runs the trunk. A folder that holds the states of the same run is gone on with after its last whole layer.
 
-    token_weights: what an error at a place counts for each token [n_rows * row_length], by layer and role; places that
-        it lacks count all tokens alike.
+    token_weights: places that it lacks count all tokens alike.
     """
 
     def __init__(
@@ -82,22 +96,36 @@ class SequentialPass:
         folder: Path,
         search: CodeSearch,
         *,
-        identity: Mapping[str, object],
-        token_weights: Mapping[tuple[int | None, str], NDArray[np.float32]] | None = None,
+        token_weights: TokenWeights | None = None,
+        progress: Progress = lambda done: None,
     ) -> None:
         self.hp, self.rows = reader.hp, rows
         self._reader, self._search, self._weights = reader, search, token_weights or {}
-        shape = (rows.n_rows, rows.row_length, self.hp.hidden_size)
+        shape, identity = (rows.n_rows, rows.row_length, self.hp.hidden_size), stream_identity(reader, rows)
         self._exact = StateFolder(folder / "exact", shape, identity)
         self._quantized = StateFolder(folder / "quantized", shape, identity)
         held = np.arange(rows.n_rows) % HELD_OUT == HELD_OUT - 1
         self._held_out = np.repeat(held, rows.row_length)
+        self._meter = Meter(reader, rows, self.hp.trunk_layers, progress)
+
+    @property
+    def next_layer(self) -> int:
+        """The layer that comes next; n_layer if only the head is left."""
+        return max(0, min(self._exact.last_states(), self._quantized.last_states()))
+
+    def restart(self) -> None:
+        """Forget the layers that have run."""
+        self._exact.restart()
+        self._quantized.restart()
 
     def run(self) -> None:
         """Choose the codes of every quantized matrix of the trunk, its head included."""
         self._embed()
+        first = self.next_layer
         for layer in self.hp.trunk_layers:
-            if layer.index >= min(self._exact.last_states(), self._quantized.last_states()):
+            if layer.index < first:
+                self._meter.skip(layer.index)
+            else:
                 self._run_layer(layer)
         self._run_head()
 
@@ -122,8 +150,10 @@ class SequentialPass:
             pool = self._solve(pair, _ffn_in, (f"{mlp}.gate_proj", f"{mlp}.up_proj"), middle)
             self._solve(pair, _ffn_out, (f"{mlp}.down_proj",), middle)
             self._apply(pair, _resident_ffn, middle, out)
+            self._meter.add(i, row_cost(exact) * self.rows.n_tokens)
             if layer.is_moe:
                 self._run_experts(pair, pool, middle, out)
+            self._search.end_layer()
         for folder in (self._exact, self._quantized):
             folder.drop_states(i)
 
@@ -190,6 +220,7 @@ class SequentialPass:
                 chosen = self._choose_expert(layer, expert, exact, seen, pool)
                 for matrices, route, x, out in zip((exact, chosen), routes, normed, outputs, strict=True):
                     self._add_expert(matrices, route.of(expert), x, out.reshape(shape), layer.clamp)
+                self._meter.add(layer.index, sum(matrix.numel() for matrix in exact) * len(routes[0].slots_of(expert)))
 
     def _route(self, module: DecoderLayer, normed: Floats) -> Routes:
         parts = []
@@ -252,6 +283,8 @@ class SequentialPass:
             exact, quantized = (norm(self._reader.to_device(x[part])).flatten(0, 1) for x in states)
             sample.append(self._count(moments, part, exact, quantized, weights))
         self._search.choose(name, 0, output.weight, moments, _thinned(sample))
+        self._search.end_layer()
+        self._meter.add(None, output.weight.numel() * self.rows.n_tokens)
 
     def _embed(self) -> None:
         if min(self._exact.last_states(), self._quantized.last_states()) < 0:
