@@ -42,7 +42,7 @@ class CalibratedCodes:
     def choose(
         self, name: TensorName, expert: int, weights: Tensor, moments: PairMoments, held_out: TokenSample
     ) -> Tensor:
-        """The values [rows, columns] of the codes with the least error on the held-out tokens; without any, stock ones."""
+        """The values [rows, columns] of the codes that lose least on the held-out tokens; without any, stock ones."""
         kernel = self._kernels.get(name)
         if kernel is None:
             return weights

@@ -8,15 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from stepgguf.calibration.code_search import Blocks, CalibratedCodes, Floats
-from stepgguf.calibration.sequential import SequentialPass, TokenWeights
+from stepgguf.calibration.sequential import SequentialPass, TokenWeightsOf
 from stepgguf.convert.journal import FinishedUnit
 from stepgguf.convert.plan import Encode, PlannedTensor
-from stepgguf.convert.sources.source import TensorSource
 from stepgguf.convert.writer import Writer
-from stepgguf.model.hparams import HParams
 from stepgguf.model.names import TensorName
 from stepgguf.quants.kernels import Kernel
 from stepgguf.reference.stream import Progress
@@ -25,20 +21,17 @@ from stepgguf.reference.weights import WeightReader
 
 
 def calibrate_units(
-    source: TensorSource,
-    hp: HParams,
+    reader: WeightReader,
     writer: Writer,
     rows: TokenRows,
     folder: Path,
     *,
-    token_weights: TokenWeights | None = None,
-    device: torch.device,
+    token_weights: TokenWeightsOf | None = None,
     progress: Progress = lambda done: None,
 ) -> None:
     """Make the units of the trunk's quantized matrices and commit them. folder: for the states (see SequentialPass)."""
-    units = _CalibratedUnits(writer, hp.n_layer)
+    units = _CalibratedUnits(writer, reader.hp.n_layer)
     codes = CalibratedCodes(units.kernels, units.write, units.commit)
-    reader = WeightReader(source, hp, device)
     calibration = SequentialPass(reader, rows, folder, codes, token_weights=token_weights, progress=progress)
     if not units.is_finished_before(calibration.next_layer):
         calibration.restart()  # the writer was begun anew

@@ -70,7 +70,7 @@ class PairMoments:
         return result
 
     def factored(self, shrinkage: float) -> SecondMoments:
-        """H with its off-diagonal values made smaller by this share, ready to quantize against. Kept: matrices share it."""
+        """H with its off-diagonal values made smaller by this share, ready to quantize against. Matrices share it."""
         if shrinkage not in self._factored:
             h = self.second * (1 - shrinkage)
             h.diagonal().copy_(self.second.diagonal())

@@ -19,7 +19,7 @@ output error on those falls. How much the moments are trusted (SHRINKAGES) is ch
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,8 +55,9 @@ HELD_OUT = 8  # one row in so many
 SAMPLE_TOKENS = 1024  # of the held-out ones, that a dense matrix is tried on
 MOMENT_TOKENS = 16384  # of an expert, at most: four for each column
 PRIOR_TOKENS = 8.0  # of the layer's moments in an expert's
-# Layer (None: the head) and role -> what an error at the product's output counts for each token, [rows * tokens].
-TokenWeights = Mapping[tuple[int | None, str], NDArray[np.float32]]
+TokenWeightsOf = Callable[
+    [TensorName], NDArray[np.float32]
+]  # what errors at a product count for each token of all rows
 Place = Callable[[DecoderLayer, Tensor, Tensor], Tensor]  # of a layer, rows of its input and a mask: what a place gets
 
 
@@ -86,7 +87,7 @@ class LayerPair:
 class SequentialPass:
     """Runs the trunk. A folder that holds the states of the same run is gone on with after its last whole layer.
 
-    token_weights: places that it lacks count all tokens alike.
+    token_weights: without, all tokens count alike.
     """
 
     def __init__(
@@ -96,11 +97,11 @@ class SequentialPass:
         folder: Path,
         search: CodeSearch,
         *,
-        token_weights: TokenWeights | None = None,
+        token_weights: TokenWeightsOf | None = None,
         progress: Progress = lambda done: None,
     ) -> None:
         self.hp, self.rows = reader.hp, rows
-        self._reader, self._search, self._weights = reader, search, token_weights or {}
+        self._reader, self._search, self._weights = reader, search, token_weights
         shape, identity = (rows.n_rows, rows.row_length, self.hp.hidden_size), stream_identity(reader, rows)
         self._exact = StateFolder(folder / "exact", shape, identity)
         self._quantized = StateFolder(folder / "quantized", shape, identity)
@@ -162,7 +163,7 @@ class SequentialPass:
         index = pair.exact.spec.index
         names = [self._reader.name_of(f"model.layers.{index}.{path}.weight") for path in paths]
         linears = [pair.exact.get_submodule(path) for path in paths]
-        moments, held_out = self._gather(pair, place, inputs, self._token_weights(index, names))
+        moments, held_out = self._gather(pair, place, inputs, self._token_weights(names))
         for name, path, linear in zip(names, paths, linears, strict=True):
             assert isinstance(linear, nn.Linear)
             target = pair.quantized.get_submodule(path)
@@ -241,7 +242,7 @@ class SequentialPass:
     ) -> list[Tensor]:
         """The gate, up and down projections that the chosen codes of a routed expert stand for."""
         gate, up, down = names = [expert_name(layer.index, role) for role in EXPERT_ROLES]
-        weights = self._token_weights(layer.index, [gate, up])
+        weights = self._token_weights([gate, up])
         moments, held_out = seen.moments(weights)
         moments = moments.pooled_with(pool, PRIOR_TOKENS)
         chosen = [
@@ -252,9 +253,7 @@ class SequentialPass:
             swiglu(F.linear(x, g), F.linear(x, u), layer.clamp)
             for x, (g, u) in ((seen.exact, exact[:2]), (seen.quantized, chosen))
         ]
-        moments, held_out = replace(seen, exact=units[0], quantized=units[1]).moments(
-            self._token_weights(layer.index, [down])
-        )
+        moments, held_out = replace(seen, exact=units[0], quantized=units[1]).moments(self._token_weights([down]))
         return [*chosen, self._search.choose(names[2], expert, exact[2], moments.own_with(PRIOR_TOKENS), held_out)]
 
     def _add_expert(
@@ -278,7 +277,7 @@ class SequentialPass:
         states = [folder.states(self.hp.n_layer) for folder in (self._exact, self._quantized)]
         name = TensorName("output.weight")
         moments, sample = PairMoments(self.hp.hidden_size, self._reader.device), []
-        weights = self._token_weights(None, [name])
+        weights = self._token_weights([name])
         for part in row_slices(self.rows, CHUNK_TOKENS):
             exact, quantized = (norm(self._reader.to_device(x[part])).flatten(0, 1) for x in states)
             sample.append(self._count(moments, part, exact, quantized, weights))
@@ -292,10 +291,11 @@ class SequentialPass:
                 self._reader.embed(self.rows.tokens, exact)
                 quantized[:] = self._search.embed(exact.reshape(-1, self.hp.hidden_size)).reshape(exact.shape)
 
-    def _token_weights(self, layer: int | None, names: Sequence[TensorName]) -> Tensor | None:
+    def _token_weights(self, names: Sequence[TensorName]) -> Tensor | None:
         """What an error at these products counts for each token; None where all tokens count alike."""
-        found = [self._weights[layer, name.role] for name in names if (layer, name.role) in self._weights]
-        return torch.from_numpy(np.sum(found, axis=0)).to(self._reader.device) if found else None
+        if self._weights is None:
+            return None
+        return self._reader.to_device(np.sum([self._weights(name) for name in names], axis=0, dtype=np.float32))
 
 
 @dataclass(frozen=True, eq=False, slots=True)
