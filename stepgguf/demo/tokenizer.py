@@ -14,27 +14,15 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer, pre_tokenizers
+
+from stepgguf.calibration.tokenizer import pre_tokenizer as pre_tokenizer
 
 BOS, END_OF_SENTENCE, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 PROTOCOL = (
     "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>",
     "<think>", "</think>",
 )  # fmt: skip
-
-# llama.cpp's "deepseek-v3" pre-tokenizer (llama-vocab.cpp), which is that of the published tokenizer.
-SPLITS = (
-    r"\p{N}{1,3}",
-    r"[一-龥぀-ゟ゠-ヿ]+",
-    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
-    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-)
-
-
-def pre_tokenizer() -> Any:
-    """The pre-tokenizer of the published tokenizer.json, as a `tokenizers` object, which has no public type."""
-    splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in SPLITS]
-    return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
