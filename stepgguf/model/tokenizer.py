@@ -14,7 +14,7 @@ from stepgguf.files.jsonread import Value, shown
 
 TOKENIZER_MODEL = "gpt2"
 PRE_TOKENIZER = "deepseek-v3"
-# How that pre-tokenizer cuts a text into words (llama-vocab.cpp, and the published tokenizer.json): one after the other.
+# How that pre-tokenizer cuts a text into words, one after the other (llama-vocab.cpp, the published tokenizer.json).
 SPLITS = (
     r"\p{N}{1,3}",
     r"[一-龥぀-ゟ゠-ヿ]+",

@@ -82,9 +82,13 @@ class StateFolder:
         with disk.replacing(self._found(stage)) as file:
             np.savez(file, allow_pickle=False, **arrays)
 
+    def has_found(self, stage: int | str) -> bool:
+        """Whether a layer, or the head, has run."""
+        return self._found(stage).exists()
+
     def read_found(self, stage: int | str) -> dict[str, NDArray[np.generic]] | None:
         """What was found in a layer, or in the head; None if it has not run."""
-        if not self._found(stage).exists():
+        if not self.has_found(stage):
             return None
         with np.load(self._found(stage)) as file:
             return dict(file)

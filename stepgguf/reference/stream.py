@@ -55,11 +55,15 @@ class Observer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LayerProgress:
-    """How far a stream is: `done` of `total` multiplications, in `layer` (None: the head)."""
+    """How far a stream is: `done` of `total` multiplications, in `layer` (None: the head).
+
+    earlier: of what is done, what an earlier run did.
+    """
 
     layer: int | None
     done: int
     total: int
+    earlier: int
 
 
 Progress = Callable[[LayerProgress], None]
@@ -88,6 +92,22 @@ class LayerStream:
         self._meter = _Meter(reader, rows, progress)
         self._text = torch.from_numpy(rows.text)
 
+    def run_all(self) -> None:
+        """Run the trunk, the head and the MTP blocks, for what observers find; no states are kept.
+
+        What an earlier run has done is not done again.
+        """
+        if all(map(self.folder.has_found, self._stages)):
+            return
+        self.run_trunk()
+        if self.folder.has_found(HEAD):
+            self._meter.skip(None)
+        else:
+            for _ in self.logits():
+                pass
+        self.run_mtp()
+        self.folder.drop_states(len(self.hp.layers))
+
     def run_trunk(self) -> None:
         """Run the trunk's layers. After it, what leaves the last one is there for `logits` and `run_mtp`."""
         self._embed()
@@ -111,13 +131,16 @@ class LayerStream:
 
     def found(self) -> dict[str, dict[str, NDArray[np.generic]]]:
         """What the observers found in all that has run: observer -> its names -> arrays."""
-        stages: list[int | str] = [*range(len(self.hp.layers)), HEAD]
         result: dict[str, dict[str, NDArray[np.generic]]] = {observer.name: {} for observer in self._observers}
-        for stage in stages:
+        for stage in self._stages:
             for key, array in (self.folder.read_found(stage) or {}).items():
                 observer, _, name = key.partition("/")
                 result[observer][name] = array
         return result
+
+    @property
+    def _stages(self) -> list[int | str]:
+        return [*range(len(self.hp.layers)), HEAD]
 
     def _embed(self) -> None:
         if self.folder.last_states() < 0:
@@ -127,7 +150,7 @@ class LayerStream:
     @torch.no_grad()
     def _run_layer(self, layer: Layer) -> None:
         if layer.index < self.folder.last_states():
-            self._meter.skip(layer)
+            self._meter.skip(layer.index)
             return
         module = self._reader.layer(layer)
         shape = (self.rows.n_rows * self.rows.row_length, self.hp.hidden_size)
@@ -264,19 +287,22 @@ class _Routes:
 
 
 class _Meter:
-    """Counts multiplications for progress. A layer that an earlier run did counts as done."""
+    """Counts multiplications for progress."""
 
     def __init__(self, reader: WeightReader, rows: TokenRows, progress: Progress) -> None:
-        self._progress, self._done = progress, 0
-        self._costs = {layer.index: reader.layer_cost(layer) * rows.n_tokens for layer in reader.hp.layers}
-        self._total = sum(self._costs.values()) + reader.hp.vocab_size * reader.hp.hidden_size * rows.n_tokens
+        self._progress, self._done, self._earlier = progress, 0, 0
+        self._costs: dict[int | None, int] = {None: reader.hp.vocab_size * reader.hp.hidden_size}  # of a token
+        self._costs |= {layer.index: reader.layer_cost(layer) for layer in reader.hp.layers}
+        self._n_tokens = rows.n_tokens
 
     def add(self, layer: int | None, multiplications: int) -> None:
         self._done += multiplications
-        self._progress(LayerProgress(layer, self._done, self._total))
+        self._progress(LayerProgress(layer, self._done, self._n_tokens * sum(self._costs.values()), self._earlier))
 
-    def skip(self, layer: Layer) -> None:
-        self.add(layer.index, self._costs[layer.index])
+    def skip(self, layer: int | None) -> None:
+        """Count a layer, or the head, that an earlier run did."""
+        self._earlier += self._costs[layer] * self._n_tokens
+        self.add(layer, self._costs[layer] * self._n_tokens)
 
 
 def _linears(module: DecoderLayer, layer: Layer) -> dict[str, nn.Linear]:

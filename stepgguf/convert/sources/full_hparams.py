@@ -1,4 +1,4 @@
-"""All hyperparameters of an opened source, as the forward pass needs them: a checkpoint's own, or those of a GGUF's keys.
+"""All hyperparameters of an opened source, as the forward pass needs them: a checkpoint's, or those of a GGUF's keys.
 
 A GGUF says of RoPE scaling only what it divides each frequency by, which is a tensor (rope_freqs.weight), so the
 `rope_scaling` of one is None; of end tokens it knows up to three.
