@@ -15,6 +15,7 @@ A text may run in parts, each a pass through the whole model, until every expert
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,15 @@ FIRST_PART_TOKENS = 65_536  # of a balanced run; 1,820 for an expert of the publ
 
 Arrays = dict[str, NDArray[np.generic]]
 Doubles = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class ThinExpert:
+    """An expert that saw few tokens."""
+
+    layer: int
+    expert: int
+    tokens: int
 
 
 class ActivationSums:
@@ -88,19 +98,22 @@ def collect_imatrix(
     """
     sums: dict[str, Doubles] = {}
     for number, part in enumerate(parts):
-        part_rows = TokenRows(rows.tokens[part], rows.documents[part])
         observer = ActivationSums(reader.hp.n_expert)
-        stream = LayerStream(reader, part_rows, folder / f"part-{number}", observers=[observer], progress=progress)
+        stream = LayerStream(reader, rows[part], folder / f"part-{number}", observers=[observer], progress=progress)
         stream.run_all()
         for key, found in stream.found()[observer.name].items():
             sums[key] = sums.get(key, 0.0) + found.astype(np.float64)
         yield Imatrix(None, tuple(datasets), part.stop, rows.row_length, dict(_entries(sums)), reader.hp.n_mtp)
 
 
-def expert_tokens(imatrix: Imatrix) -> dict[int, NDArray[np.float32]]:
-    """How many tokens each expert of a layer saw, [n_expert]."""
-    names = {TensorName(name): entry.counts for name, entry in imatrix.entries.items()}
-    return {name.layer: n for name, n in names.items() if name.role == EXPERT_ROLES[0] and name.layer is not None}
+def experts_below(imatrix: Imatrix, n_tokens: int) -> list[ThinExpert]:
+    """The experts that saw fewer tokens than this, layer by layer."""
+    found = []
+    for name, entry in imatrix.entries.items():
+        layer = TensorName(name).layer
+        if TensorName(name).role == EXPERT_ROLES[0] and layer is not None:
+            found += [ThinExpert(layer, i, int(n)) for i, n in enumerate(entry.counts.tolist()) if n < n_tokens]
+    return sorted(found, key=lambda expert: (expert.layer, expert.expert))
 
 
 def _entries(sums: Mapping[str, Doubles]) -> Iterator[tuple[str, ImatrixEntry]]:

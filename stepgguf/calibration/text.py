@@ -88,7 +88,7 @@ class TextReader:
         for line in lines:
             tokens = self._tokenizer.tokenize(_render(template, line), parse_special=True)
             documents += _cut(tokens[len(begin) :] if tokens[:1] == begin else tokens, begin, self._length)
-        return _pack(documents, self._length)
+        return pack_documents(documents, self._length)
 
     def _begin(self) -> list[int]:
         return [] if self._tokenizer.begin is None else [self._tokenizer.begin]
@@ -116,7 +116,7 @@ def _cut(tokens: Sequence[int], begin: Sequence[int], length: int) -> Iterator[l
     return ([*begin, *tokens[start : start + step]] for start in range(0, len(tokens), step))
 
 
-def _pack(documents: Iterable[Sequence[int]], length: int) -> TokenRows:
+def pack_documents(documents: Iterable[Sequence[int]], length: int) -> TokenRows:
     """Rows of whole documents: each goes into the first of the latest rows that has room for it."""
     rows: list[list[Sequence[int]]] = []
     room: list[int] = []

@@ -19,6 +19,7 @@ from stepgguf.cli import (
     demo,
     doctor,
     help,
+    imatrix,
     inspect,
     llama_cpp_spellings,
     plan,
@@ -59,6 +60,7 @@ app = typer.Typer(
 for command in (
     convert.convert,
     quantize.quantize,
+    imatrix.imatrix,
     plan.plan,
     recipes.recipes,
     inspect.inspect,
