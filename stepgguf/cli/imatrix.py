@@ -18,7 +18,7 @@ def imatrix(
     texts: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[TEXT...]", exists=True, dir_okay=False, show_default=False,
+            metavar="[FILE...]", exists=True, dir_okay=False, show_default=False,
             help='Plain text; or dialogues as .jsonl, one a line: {"messages": [...], "tools": [...]}. Default: the '
             "texts that come with stepgguf.",
         ),
