@@ -61,8 +61,10 @@ class ActivationSums:
         # The sums of one call, of at most some thousand tokens, are float32 on the device: not each has float64.
         n_matrix = self._n_expert if name.is_expert else 1
         for kind, values in (("in_sum2", x.square().sum(0)), ("in_sum", x.sum(0)), ("counts", x.new_tensor([len(x)]))):
-            sums = self._sums.setdefault(f"{name}.{kind}", np.zeros((n_matrix, len(values))))
-            sums[expert] += values.cpu().numpy()
+            key = f"{name}.{kind}"
+            if key not in self._sums:
+                self._sums[key] = np.zeros((n_matrix, len(values)))
+            self._sums[key][expert] += values.cpu().numpy()
 
     def take(self) -> Arrays:
         found, self._sums = self._sums, {}

@@ -91,7 +91,7 @@ ImatrixFile = Annotated[
     Path | None,
     typer.Option(
         "--imatrix", exists=True, dir_okay=False, metavar="FILE",
-        help="Importance matrix from llama-imatrix (GGUF or .dat); each expert is quantized with its own row.",
+        help="Importance matrix of `stepgguf imatrix` or llama-imatrix; each expert is quantized with its own row.",
     ),
 ]  # fmt: skip
 ImatrixPriorOption = Annotated[

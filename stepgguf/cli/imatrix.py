@@ -15,18 +15,18 @@ def imatrix(
     source: Annotated[
         Path, typer.Argument(metavar="SRC", help="A checkpoint, or a GGUF of any type; of a split one any file.")
     ],
+    dest: Annotated[
+        Destination,
+        typer.Option("--output", "-o", parser=Destination, metavar="FILE.gguf", help="The importance matrix to write."),
+    ],
     texts: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[TEXT...]", exists=True, dir_okay=False, show_default=False,
+            metavar="FILE", exists=True, dir_okay=False, show_default=False,
             help='Plain text; or dialogues as .jsonl, one a line: {"messages": [...], "tools": [...]}. Default: the '
             "texts that come with stepgguf.",
         ),
     ] = None,
-    dest: Annotated[
-        Destination,
-        typer.Option("--output", "-o", parser=Destination, metavar="FILE.gguf", help="The importance matrix to write."),
-    ] = "imatrix.gguf",  # type: ignore[assignment]  # which the parser makes one
     chunk: Annotated[
         int, typer.Option(min=16, max=2**17, metavar="N", help="Tokens that are read from an empty context.")
     ] = 512,

@@ -47,7 +47,7 @@ class ImatrixRun:
         )
         output.note(
             f"about {readable_size(takes.memory)} of memory, and up to {readable_size(takes.disk)} of working files in "
-            f"{self._folder}"
+            f"{self._folder}, which the system keeps in memory as far as there is room"
         )
 
     def plan_report(self) -> dict[str, Any]:

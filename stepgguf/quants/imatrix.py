@@ -51,7 +51,7 @@ _OWN_CHANNELS = frozenset({"ffn_down_exps"})
 _SUMS, _COUNTS, _LINEAR = ".in_sum2", ".counts", ".in_sum"
 _N_MTP = "imatrix.n_layer_nextn"
 _F32, _V = GGMLQuantizationType.F32, GGUFValueType
-_HINT = "An importance matrix is what llama-imatrix writes: a GGUF, or the older .dat."
+_HINT = "An importance matrix is what `stepgguf imatrix` or llama-imatrix writes: a GGUF, or the older .dat."
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -11,6 +11,8 @@ from rich.console import Console
 
 from stepgguf.cli import output, progress
 from stepgguf.cli.progress import ProgressMeter
+from stepgguf.cli.stream_progress import StreamMeter
+from stepgguf.reference.stream import LayerProgress
 
 MB = 10**6
 
@@ -77,3 +79,19 @@ def test_the_live_line_has_no_rate_before_this_run_made_something(
         assert (task.completed, task.speed, task.time_remaining) == (500 * MB, None, None)
         at(clock, 1.0, meter, 100 * MB)
         assert (task.completed, task.time_remaining) == (600 * MB, None)
+
+
+def test_a_streams_time_left_is_by_what_this_run_did(clock: Clock, capfd: pytest.CaptureFixture[str]) -> None:
+    with StreamMeter("x") as meter:
+        meter.show(LayerProgress(2, 4_000, 10_000, 4_000))  # layers 0 to 2 were done before
+        for seconds, layer, done in ((10, 3, 5_000), (12, 3, 5_100), (20, None, 6_000)):  # the second is too soon
+            clock.now = 100.0 + seconds
+            meter.show(LayerProgress(layer, done, 10_000, 4_000))
+        meter.restart()
+        clock.now = 3800.0
+        meter.show(LayerProgress(0, 5_000, 10_000, 0))
+    assert capfd.readouterr().err.splitlines() == [
+        "x: layer 3, 50%, 0:00:50 left",
+        "x: head, 60%, 0:00:40 left",
+        "x: layer 0, 50%, 1:01:20 left",
+    ]
