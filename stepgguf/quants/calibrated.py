@@ -16,7 +16,6 @@ before add. Hence the weights to aim at, w + f R^-1, and the residual, (f + e R)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,7 +57,7 @@ def encode_calibrated(
     target: Floats | None = None,
     sweeps: int = 2,
 ) -> Blocks:
-    """Encode weights [rows, columns] as blocks [rows, row bytes], with the least output error on inputs of such moments.
+    """Encode weights [rows, columns] as blocks [rows, row bytes] that lose little of the outputs on such inputs.
 
     importance  [columns]: what ggml's encoder weighs columns with, at the start and in choosing scales; without it,
                 the mean squares that the moments have
@@ -134,16 +133,15 @@ def _stock(ggml_type: GGMLQuantizationType, weights: Floats, importance: Floats)
 def _feed_back(rows: _Rows, importance: Floats) -> None:
     """All parts, step by step; each step makes up for the errors of those before."""
     for first, n in steps(rows.target.shape[1]):
-        own, errors = rows.target[:, first : first + n], rows.errors[:, first : first + n]
-        factor = rows.moments.factor[:first, first : first + n]
-        added = rows.errors[:, :first] @ factor
-        root, pivots = rows.moments.root_block(first, n), rows.moments.pivots[first : first + n]
-        carried = added * pivots
-        _choose_scales(rows, own + carried @ np.linalg.inv(root), importance[first : first + n], first)
-        within, metric = root / pivots, root @ root.T
-        added += own
+        step = slice(first, first + n)
+        own, errors = rows.target[:, step], rows.errors[:, step]
+        root = rows.moments.root[step, step]
+        carried = rows.errors[:, :first] @ rows.moments.root[:first, step]
+        _choose_scales(rows, own + carried @ np.linalg.inv(root), importance[step], first)
+        pivots, metric = root.diagonal(), root @ root.T
+        aims, factor = own + carried / pivots, root / pivots
         for _ in range(ROUNDS):
-            feed_back(rows.target, added, within, *rows.parts, rows.rules, first, rows.errors)
+            feed_back(rows.target, aims, factor, *rows.parts, rows.rules, first, rows.errors)
             residuals = (carried + errors @ root) @ root.T
             descend(rows.target, residuals, metric, *rows.parts, rows.rules, first, ROUND_PASSES, rows.errors)
 
@@ -152,8 +150,7 @@ def _choose_scales(rows: _Rows, target: Floats, importance: Floats, first: int) 
     """The parts of the step from column `first` on as ggml chooses them for the target [rows, columns of the step]."""
     chosen = take_apart(rows.ggml_type, _stock(rows.ggml_type, target, importance))
     part = rows.parts.columns(TABLE[rows.ggml_type], first, target.shape[1])
-    for numbers, new in zip(part, chosen, strict=True):
-        numbers[:] = new
+    part.fill(chosen)
 
 
 def _sweep(rows: _Rows) -> None:
