@@ -20,11 +20,10 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
+from stepgguf.quants import lanes
 from stepgguf.quants.calibrated import encode_calibrated
-from stepgguf.quants.kernels import choose_kernel, decoder_for
-from stepgguf.quants.parts import TABLE
 from stepgguf.quants.second_moments import factor_moments, output_error
-from stepgguf.quants.types import row_size
+from stepgguf.quants.step_encoder import decode, encode_as_ggml
 
 EXPERTS, LAYERS, CORES = 288, 42, 20
 Floats = NDArray[np.float32]
@@ -91,20 +90,12 @@ def predict(types: list[GGMLQuantizationType], wide: dict[str, float], tall: dic
         print(f"{ggml_type.name:8} a layer {layer:.0f} s of one core; {LAYERS} layers on {CORES} cores {model:.2f} h")
 
 
-def encode_stock(ggml_type: GGMLQuantizationType, weights: Floats, importance: Floats) -> NDArray[np.uint8]:
-    out = np.empty((len(weights), row_size(ggml_type, weights.shape[1])), np.uint8)
-    choose_kernel(ggml_type, weighted=True).encode(weights, out, importance)
-    return out
-
-
 def error_ratio(ggml_type: GGMLQuantizationType, weights: Floats, moments: Floats, damping: float) -> float:
     def lost(blocks: NDArray[np.uint8]) -> float:
-        decoded = np.empty_like(weights)
-        decoder_for(ggml_type).decode(blocks, decoded)
-        return output_error(weights, decoded, moments)
+        return output_error(weights, decode(ggml_type, blocks, weights.shape[1]), moments)
 
     ours = encode_calibrated(ggml_type, weights, factor_moments(moments, damping))
-    return lost(ours) / lost(encode_stock(ggml_type, weights, moments.diagonal().copy()))
+    return lost(ours) / lost(encode_as_ggml(ggml_type, weights, moments.diagonal().copy()))
 
 
 def print_errors(types: list[GGMLQuantizationType]) -> None:
@@ -136,7 +127,7 @@ def main() -> None:
     wide = time_shape(types, args.rows, args.columns, args.cores)
     tall = time_shape(types, args.columns, args.rows, args.cores)
     predict(types, wide, tall)
-    print_errors(list(TABLE))
+    print_errors([GGMLQuantizationType[name] for name in lanes.NAMES])
 
 
 if __name__ == "__main__":

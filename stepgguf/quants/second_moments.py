@@ -33,10 +33,10 @@ class SecondMoments:
     damping: float
     root: Floats
 
-    def damped_block(self, first: int, n: int) -> Floats:
-        """Matrix + damping, of n columns from column `first` on: [n, n]."""
-        block: Floats = self.matrix[first : first + n, first : first + n].copy()
-        block.flat[:: n + 1] += self.damping
+    def damped_block(self, step: slice) -> Floats:
+        """Matrix + damping of a step's columns: [n, n]."""
+        block: Floats = self.matrix[step, step].copy()
+        block.flat[:: len(block) + 1] += self.damping
         return block
 
 
@@ -63,33 +63,32 @@ def _root(matrix: Floats, damping: float) -> Floats:
     By blocks, so that all but little is matrix products: three times as fast as LAPACK through numpy.
     """
     root = np.zeros_like(matrix)
-    for first, n in reversed(list(steps(len(matrix)))):
-        stop = first + n
-        columns = matrix[:stop, first:stop] - root[:stop, stop:] @ root[first:stop, stop:].T
+    for step in reversed(list(steps(len(matrix)))):
+        first, stop = step.start, step.stop
+        columns = matrix[:stop, step] - root[:stop, stop:] @ root[step, stop:].T
         own = columns[first:]
-        own.flat[:: n + 1] += damping
+        own.flat[:: len(own) + 1] += damping
         # numpy's factor is lower triangular: of rows and columns reversed, reversed, it is upper.
         own = np.linalg.cholesky(own[::-1, ::-1])[::-1, ::-1]
-        root[first:stop, first:stop] = own
-        root[:first, first:stop] = columns[:first] @ np.linalg.inv(own).T
+        root[step, step] = own
+        root[:first, step] = columns[:first] @ np.linalg.inv(own).T
     return root
 
 
-def steps(columns: int) -> Iterator[tuple[int, int]]:
-    """Yield (first column, columns) of each step."""
-    return ((first, min(STEP, columns - first)) for first in range(0, columns, STEP))
+def steps(columns: int) -> Iterator[slice]:
+    """Yield the columns of each step."""
+    return (slice(first, min(first + STEP, columns)) for first in range(0, columns, STEP))
 
 
 def row_errors(errors: Floats, matrix: Floats) -> NDArray[np.float64]:
     """e M e^T of each row e of errors [rows, columns]; M is symmetric. Products in float32, sums in float64."""
     totals = np.zeros(len(errors))
-    for first, n in steps(errors.shape[1]):
-        columns = slice(first, first + n)
-        # The other triangle has the same products.
-        products = errors[:, :first] @ matrix[:first, columns]
+    for step in steps(errors.shape[1]):
+        # What is behind the step has the same products: M is symmetric.
+        products = errors[:, : step.start] @ matrix[: step.start, step]
         products *= 2
-        products += errors[:, columns] @ matrix[columns, columns]
-        products *= errors[:, columns]
+        products += errors[:, step] @ matrix[step, step]
+        products *= errors[:, step]
         totals += products.sum(1, np.float64)
     return totals
 

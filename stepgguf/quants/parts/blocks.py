@@ -27,16 +27,16 @@ class Parts(NamedTuple):
     minimums: Floats  # [rows, sub-blocks]
     codes: Blocks  # [rows, columns]
 
-    def columns(self, layout: Layout, first: int, n: int) -> Parts:
-        """Views of n columns from column `first` on, whole blocks."""
-        blocks = slice(first // layout.block, (first + n) // layout.block)
-        subs = slice(first // layout.sub, (first + n) // layout.sub)
+    def columns(self, layout: Layout, columns: slice) -> Parts:
+        """Views of columns that are whole blocks."""
+        blocks = slice(columns.start // layout.block, columns.stop // layout.block)
+        subs = slice(columns.start // layout.sub, columns.stop // layout.sub)
         return Parts(
             self.factors[:, blocks],
             self.minimum_factors[:, blocks],
             self.scales[:, subs],
             self.minimums[:, subs],
-            self.codes[:, first : first + n],
+            self.codes[:, columns],
         )
 
     def fill(self, other: Parts) -> None:
