@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import gguf.quants
@@ -61,10 +62,7 @@ def importance_of(moments: Any) -> Any:
 
 
 @ALL_KINDS
-@pytest.mark.parametrize(
-    ("make", "size"),
-    [(correlated, 1e-12), (correlated, 1e12), (diagonal, 1.0), (rank_one, 1.0), (with_dead_columns, 1.0), (zero, 1.0)],
-)
+@pytest.mark.parametrize(("make", "size"), [(correlated, 1e-12), (with_dead_columns, 1e12), (rank_one, 1.0)])
 def test_no_row_is_worse_than_ggmls(ggml_type: T, make: Any, size: float) -> None:
     weights, moments = mixed(512), make(512) * np.float32(size)
     importance = importance_of(make(512))
@@ -150,6 +148,13 @@ def test_the_same_call_gives_the_same_bytes() -> None:
     np.testing.assert_array_equal(*(encode_calibrated(T.Q3_K, weights, ready) for _ in range(2)))
 
 
+def test_threads_encode_side_by_side() -> None:
+    weights, ready = [normal(40, 512, seed) for seed in range(4)], factor_moments(correlated(512))
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda matrix: encode_calibrated(T.Q4_K, matrix, ready), weights))
+    np.testing.assert_array_equal(together, [encode_calibrated(T.Q4_K, matrix, ready) for matrix in weights])
+
+
 def test_more_rows_than_are_worked_on_together(monkeypatch: pytest.MonkeyPatch) -> None:
     weights, moments = normal(70, 256), correlated(256)
     whole = decode(T.Q4_K, encode_calibrated(T.Q4_K, weights, factor_moments(moments)))
@@ -179,9 +184,9 @@ SOME = pytest.mark.parametrize("ggml_type", [T.Q4_K, T.Q3_K, T.IQ4_XS, T.Q5_1, T
 
 def values_of_codes(ggml_type: T) -> Any:
     layout = TABLE[ggml_type]
-    codes, one = np.arange(layout.codes.highest + 1), np.ones((len(range(layout.codes.highest + 1)), 1))
-    ladder = Parts(one, 0 * one, one, one, codes[:, None])
-    return decoded(ggml_type, ladder)[:, 0]
+    codes = np.arange(layout.codes.highest + 1)[:, None]
+    one = np.ones(codes.shape)
+    return decoded(ggml_type, Parts(one, 0 * one, one, one, codes))[:, 0]
 
 
 def damped(moments: Any, share: float) -> Any:
