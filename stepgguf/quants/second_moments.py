@@ -24,30 +24,20 @@ STEP = 256  # columns that are worked on together
 class SecondMoments:
     """Moments made ready to quantize against. `factor_moments` gives them; matrices of the same inputs share them.
 
-    With R R^T = matrix + damping, R upper triangular:
-
     matrix      [columns, columns]: H over the mean of its diagonal; 0 if H is
-    damping     what the diagonal of R R^T has more than the matrix's
-    pivots      [columns]: the diagonal of R
-    factor      [columns, columns]: R[k,j] / R[j,j]
+    damping     added to the diagonal of the matrix where codes are chosen
+    root        [columns, columns]: R, upper triangular, with R R^T = matrix + damping
     """
 
     matrix: Floats
     damping: float
-    pivots: Floats
-    factor: Floats
+    root: Floats
 
-    def damped_block(self, first: int, n: int) -> Floats:
-        """Matrix + damping, of n columns from column `first` on: [n, n]."""
-        block = self.matrix[first : first + n, first : first + n].copy()
-        block.flat[:: n + 1] += self.damping
+    def damped_block(self, step: slice) -> Floats:
+        """Matrix + damping of a step's columns: [n, n]."""
+        block: Floats = self.matrix[step, step].copy()
+        block.flat[:: len(block) + 1] += self.damping
         return block
-
-    def root_block(self, first: int, n: int) -> Floats:
-        """R of n columns from column `first` on: [n, n]."""
-        columns = slice(first, first + n)
-        root: Floats = self.factor[columns, columns] * self.pivots[columns]
-        return root
 
 
 def factor_moments(moments: Floats, damping: float = 0.05) -> SecondMoments:
@@ -56,42 +46,49 @@ def factor_moments(moments: Floats, damping: float = 0.05) -> SecondMoments:
     damping: what is added to the diagonal, as a share of its mean. It grows until the matrix can be factored.
     QuantError if the moments are not finite.
     """
-    mean = float(np.trace(moments, dtype=np.float64)) / len(moments)
     if not np.isfinite(moments.sum(dtype=np.float64)):
         raise QuantError("the second moments have values that are not finite")
+    mean = float(np.trace(moments, dtype=np.float64)) / len(moments)
     matrix = moments * np.float32(1 / mean) if mean > 0 else np.zeros_like(moments)
     while True:
         try:
-            return _factored(matrix, damping)
+            return SecondMoments(matrix, damping, _root(matrix, damping))
         except np.linalg.LinAlgError:
             damping = max(10 * damping, 1e-4)
 
 
-def _factored(matrix: Floats, damping: float) -> SecondMoments:
-    # numpy's factor is lower triangular; of the matrix with rows and columns reversed, reversed, it is upper.
-    backwards = matrix[::-1, ::-1].copy()
-    backwards.flat[:: len(matrix) + 1] += damping
-    factor = np.linalg.cholesky(backwards)[::-1, ::-1].copy()
-    pivots = factor.diagonal().copy()
-    factor /= pivots
-    return SecondMoments(matrix, damping, pivots, factor)
+def _root(matrix: Floats, damping: float) -> Floats:
+    """The upper triangular R of matrix + damping, its last columns first. LinAlgError if it is not positive.
+
+    By blocks, so that all but little is matrix products: three times as fast as LAPACK through numpy.
+    """
+    root = np.zeros_like(matrix)
+    for step in reversed(list(steps(len(matrix)))):
+        first, stop = step.start, step.stop
+        columns = matrix[:stop, step] - root[:stop, stop:] @ root[step, stop:].T
+        own = columns[first:]
+        own.flat[:: len(own) + 1] += damping
+        # numpy's factor is lower triangular: of rows and columns reversed, reversed, it is upper.
+        own = np.linalg.cholesky(own[::-1, ::-1])[::-1, ::-1]
+        root[step, step] = own
+        root[:first, step] = columns[:first] @ np.linalg.inv(own).T
+    return root
 
 
-def steps(columns: int) -> Iterator[tuple[int, int]]:
-    """Yield (first column, columns) of each step."""
-    return ((first, min(STEP, columns - first)) for first in range(0, columns, STEP))
+def steps(columns: int) -> Iterator[slice]:
+    """Yield the columns of each step."""
+    return (slice(first, min(first + STEP, columns)) for first in range(0, columns, STEP))
 
 
 def row_errors(errors: Floats, matrix: Floats) -> NDArray[np.float64]:
     """e M e^T of each row e of errors [rows, columns]; M is symmetric. Products in float32, sums in float64."""
     totals = np.zeros(len(errors))
-    for first, n in steps(errors.shape[1]):
-        columns = slice(first, first + n)
-        # The other triangle has the same products.
-        products = errors[:, :first] @ matrix[:first, columns]
+    for step in steps(errors.shape[1]):
+        # What is behind the step has the same products: M is symmetric.
+        products = errors[:, : step.start] @ matrix[: step.start, step]
         products *= 2
-        products += errors[:, columns] @ matrix[columns, columns]
-        products *= errors[:, columns]
+        products += errors[:, step] @ matrix[step, step]
+        products *= errors[:, step]
         totals += products.sum(1, np.float64)
     return totals
 
@@ -105,7 +102,7 @@ def output_error(weights: Floats, decoded: Floats, moments: Floats) -> float:
 
 
 def shifted_target(weights: Floats, moments: Floats, shift: Floats, regularization: float) -> Floats:
-    """Weights [rows, columns] whose outputs on shifted inputs are nearest to those that `weights` give on the true ones.
+    """Weights [rows, columns] whose outputs on shifted inputs are nearest to those of `weights` on the true inputs.
 
     Of true inputs x and shifted ones y: moments = E[y y^T], shift = E[(x - y) y^T], both [columns, columns]. The answer
     is weights + weights shift (moments + r)^-1, where r is `regularization` times the mean of the moments' diagonal.

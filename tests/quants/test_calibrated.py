@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import gguf.quants
@@ -10,8 +11,9 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from stepgguf.errors import QuantError
-from stepgguf.quants import calibrated
-from stepgguf.quants.calibrated import encode_calibrated
+from stepgguf.quants import calibrated, code_encoder
+from stepgguf.quants.calibrated import begin_steps, encode_calibrated, improve_steps, new_encoder
+from stepgguf.quants.code_encoder import CodeEncoder
 from stepgguf.quants.kernels import choose_kernel
 from stepgguf.quants.lanes.descent import descend
 from stepgguf.quants.parts import TABLE, Parts, pack, take_apart
@@ -24,7 +26,10 @@ pytestmark = pytest.mark.slow
 
 T = GGMLQuantizationType
 EPS = 2.0**-24
+# Types whose codes are chosen one by one, and those that only ggml's encoder knows how to choose.
+LATTICES = (T.IQ2_XXS, T.IQ2_XS, T.IQ2_S, T.IQ3_XXS, T.IQ3_S, T.MXFP4)
 KINDS = pytest.mark.parametrize("ggml_type", TABLE, ids=lambda kind: kind.name)
+ALL_KINDS = pytest.mark.parametrize("ggml_type", [*TABLE, *LATTICES], ids=lambda kind: kind.name)
 
 
 def normal(rows: int, columns: int, seed: int = 0) -> Any:
@@ -56,9 +61,8 @@ def importance_of(moments: Any) -> Any:
 # the whole ------------------------------------------------------------------------------------------------------
 
 
-@KINDS
-@pytest.mark.parametrize("make", [correlated, diagonal, rank_one, with_dead_columns, zero])
-@pytest.mark.parametrize("size", [1e-12, 1e12])
+@ALL_KINDS
+@pytest.mark.parametrize(("make", "size"), [(correlated, 1e-12), (with_dead_columns, 1e12), (rank_one, 1.0)])
 def test_no_row_is_worse_than_ggmls(ggml_type: T, make: Any, size: float) -> None:
     weights, moments = mixed(512), make(512) * np.float32(size)
     importance = importance_of(make(512))
@@ -71,14 +75,14 @@ def test_no_row_is_worse_than_ggmls(ggml_type: T, make: Any, size: float) -> Non
     assert (error(weights - ours, moments) <= error(weights - theirs, moments) + slack).all()
 
 
-# Measured at most: 0.19 (Q2_K); on other seeds within 0.01 of it.
-@KINDS
+# Measured: at most 0.19 where codes are chosen one by one, 0.38 to 0.45 for whole blocks; other seeds move it by 0.01.
+@ALL_KINDS
 def test_correlated_inputs_leave_a_fraction_of_the_error(ggml_type: T) -> None:
     weights, moments = normal(64, 512), correlated(512)
     theirs = decode(ggml_type, stock(ggml_type, weights, importance_of(moments)))
     ours = decode(ggml_type, encode_calibrated(ggml_type, weights, factor_moments(moments, 0.01)))
     ratio = error(weights - ours, moments).sum() / error(weights - theirs, moments).sum()
-    assert ratio < 0.25
+    assert ratio < (0.25 if ggml_type in TABLE else 0.55), ratio
 
 
 @pytest.mark.parametrize("columns", [32, 96, 288, 544])
@@ -101,7 +105,7 @@ def test_with_independent_inputs_each_code_is_the_nearest(ggml_type: T) -> None:
 
 
 def test_with_independent_inputs_a_block_is_close_to_the_best_of_all_scales() -> None:
-    """Q4_0: every FP16 factor is tried, each with its nearest codes. Half of the rows reach the best of them exactly."""
+    """Q4_0: every FP16 factor is tried, each with its nearest codes. Half of the rows reach the best of them."""
     weights, moments = normal(40, 32), diagonal(32)
     importance = moments.diagonal().astype(np.float64)
     ours = decode(T.Q4_0, encode_calibrated(T.Q4_0, weights, factor_moments(moments, 1e-6)))
@@ -133,9 +137,22 @@ def test_codes_follow_a_target_that_is_not_the_weights() -> None:
     assert lost(followed) < lost(stock(T.Q4_K, weights, importance_of(moments)))
 
 
+def test_inputs_that_were_never_seen_leave_ggmls_blocks() -> None:
+    weights = normal(33, 256)
+    ours = encode_calibrated(T.Q4_K, weights, factor_moments(zero(256)))
+    np.testing.assert_array_equal(ours, stock(T.Q4_K, weights, np.full(256, 0.05, np.float32)))
+
+
 def test_the_same_call_gives_the_same_bytes() -> None:
     weights, ready = normal(40, 512), factor_moments(correlated(512))
     np.testing.assert_array_equal(*(encode_calibrated(T.Q3_K, weights, ready) for _ in range(2)))
+
+
+def test_threads_encode_side_by_side() -> None:
+    weights, ready = [normal(40, 512, seed) for seed in range(4)], factor_moments(correlated(512))
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda matrix: encode_calibrated(T.Q4_K, matrix, ready), weights))
+    np.testing.assert_array_equal(together, [encode_calibrated(T.Q4_K, matrix, ready) for matrix in weights])
 
 
 def test_more_rows_than_are_worked_on_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,9 +165,9 @@ def test_more_rows_than_are_worked_on_together(monkeypatch: pytest.MonkeyPatch) 
     assert error(weights - parted, moments).sum() == pytest.approx(error(weights - whole, moments).sum(), rel=0.01)
 
 
-def test_lattice_types_are_refused() -> None:
-    with pytest.raises(QuantError, match="codes of IQ2_S cannot be chosen against second moments"):
-        encode_calibrated(T.IQ2_S, normal(1, 256), factor_moments(correlated(256)))
+def test_floats_are_refused() -> None:
+    with pytest.raises(QuantError, match="BF16 has no blocks to choose against second moments"):
+        encode_calibrated(T.BF16, normal(1, 256), factor_moments(correlated(256)))
 
 
 def test_weights_that_are_not_finite_are_refused() -> None:
@@ -167,9 +184,9 @@ SOME = pytest.mark.parametrize("ggml_type", [T.Q4_K, T.Q3_K, T.IQ4_XS, T.Q5_1, T
 
 def values_of_codes(ggml_type: T) -> Any:
     layout = TABLE[ggml_type]
-    codes, one = np.arange(layout.codes.highest + 1), np.ones((len(range(layout.codes.highest + 1)), 1))
-    ladder = Parts(one, 0 * one, one, one, codes[:, None])
-    return decoded(ggml_type, ladder)[:, 0]
+    codes = np.arange(layout.codes.highest + 1)[:, None]
+    one = np.ones(codes.shape)
+    return decoded(ggml_type, Parts(one, 0 * one, one, one, codes))[:, 0]
 
 
 def damped(moments: Any, share: float) -> Any:
@@ -196,9 +213,9 @@ def gptq(weights: Any, moments: Any, step: Any, lowered: Any, values: Any) -> tu
 def test_feedback_is_gptq(ggml_type: T, monkeypatch: pytest.MonkeyPatch) -> None:
     weights, moments = normal(48, 512), correlated(512)
     importance = importance_of(moments)
-    monkeypatch.setattr(calibrated, "descend", lambda *_: None)
-    rows = calibrated._new_rows(ggml_type, weights, factor_moments(moments, 0.05))
-    calibrated._feed_back(rows, importance)
+    monkeypatch.setattr(code_encoder, "descend", lambda *_: None)
+    rows = CodeEncoder(ggml_type, weights, factor_moments(moments, 0.05), importance)
+    begin_steps(rows)
     layout, none = TABLE[ggml_type], rows.parts._replace(codes=np.zeros_like(rows.parts.codes))
     zero_value = values_of_codes(ggml_type)[0]
     subs = layout.block // layout.sub
@@ -269,7 +286,7 @@ def test_descent_moves_one_number_at_a_time_to_its_best(ggml_type: T) -> None:
     wanted = plain_descent(ggml_type, weights, moments, parts, 2)
     errors = weights - decoded(ggml_type, parts)
     single = moments.astype(np.float32)
-    descend(weights, errors @ single, single, *parts, calibrated._rules(TABLE[ggml_type]), 0, 2, errors)
+    descend(weights, errors @ single, single, *parts, code_encoder.rules_of(TABLE[ggml_type]), 0, 2, errors)
     np.testing.assert_allclose(errors, weights - decoded(ggml_type, parts), atol=1e-7)
     np.testing.assert_array_equal(take_apart(ggml_type, pack(ggml_type, parts)).factors, parts.factors)
     same = [(ours == theirs).all(1) for ours, theirs in zip(parts, wanted, strict=True)]
@@ -278,17 +295,17 @@ def test_descent_moves_one_number_at_a_time_to_its_best(ggml_type: T) -> None:
     assert reached == pytest.approx(best, rel=0.01)
 
 
-@KINDS
+@ALL_KINDS
 def test_no_sweep_raises_the_error(ggml_type: T) -> None:
     weights, moments = normal(40, 512), correlated(512)
     metric = damped(moments, 0.01)
-    rows = calibrated._new_rows(ggml_type, weights, factor_moments(moments, 0.01))
-    calibrated._feed_back(rows, importance_of(moments))
-    now = error(rows.errors, metric)
+    rows = new_encoder(ggml_type, weights, factor_moments(moments, 0.01), importance_of(moments))
+    begin_steps(rows)
+    now = begun = error(rows.errors, metric)
     for _ in range(3):
-        calibrated._sweep(rows)
+        improve_steps(rows)
         before, now = now, error(rows.errors, metric)
         # Gains are computed from float32 residuals: a gain that is none costs no more than their rounding.
         assert (now <= before * (1 + 512 * EPS)).all()
-        assert now.sum() < before.sum()
-        np.testing.assert_array_equal(rows.errors, weights - decode(ggml_type, pack(ggml_type, rows.parts)))
+        np.testing.assert_array_equal(rows.errors, weights - decode(ggml_type, rows.blocks()))
+    assert now.sum() < begun.sum()

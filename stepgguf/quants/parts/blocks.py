@@ -27,25 +27,29 @@ class Parts(NamedTuple):
     minimums: Floats  # [rows, sub-blocks]
     codes: Blocks  # [rows, columns]
 
-    def columns(self, layout: Layout, first: int, n: int) -> Parts:
-        """Views of n columns from column `first` on, whole blocks."""
-        blocks = slice(first // layout.block, (first + n) // layout.block)
-        subs = slice(first // layout.sub, (first + n) // layout.sub)
+    def columns(self, layout: Layout, columns: slice) -> Parts:
+        """Views of columns that are whole blocks."""
+        blocks = slice(columns.start // layout.block, columns.stop // layout.block)
+        subs = slice(columns.start // layout.sub, columns.stop // layout.sub)
         return Parts(
             self.factors[:, blocks],
             self.minimum_factors[:, blocks],
             self.scales[:, subs],
             self.minimums[:, subs],
-            self.codes[:, first : first + n],
+            self.codes[:, columns],
         )
+
+    def fill(self, other: Parts) -> None:
+        """Copy other parts of the same shape into these arrays."""
+        self.factors[:], self.minimum_factors[:] = other.factors, other.minimum_factors
+        self.scales[:], self.minimums[:], self.codes[:] = other.scales, other.minimums, other.codes
 
 
 def empty_parts(layout: Layout, rows: int, columns: int) -> Parts:
     """Room for the parts of rows [rows, columns]."""
-    blocks, subs = (rows, columns // layout.block), (rows, columns // layout.sub)
-    return Parts(
-        *(np.empty(shape, np.float32) for shape in (blocks, blocks, subs, subs)), np.empty((rows, columns), np.uint8)
-    )
+    factors, minimum_factors = np.empty((2, rows, columns // layout.block), np.float32)
+    scales, minimums = np.empty((2, rows, columns // layout.sub), np.float32)
+    return Parts(factors, minimum_factors, scales, minimums, np.empty((rows, columns), np.uint8))
 
 
 def take_apart(ggml_type: GGMLQuantizationType, data: Blocks) -> Parts:
@@ -86,9 +90,9 @@ def _read(blocks: Blocks, numbers: Numbers, n: int) -> Blocks:
     """The n numbers of each block, as stored without a sign: [rows, blocks * n]."""
     out = np.zeros((*blocks.shape[:2], n), np.uint8)
     for field in numbers.fields:
-        bits = blocks[..., field.offset : field.offset + field.count] >> field.right
+        bits = blocks[..., field.offset : field.offset + field.n] >> field.right
         bits &= (1 << field.bits) - 1
-        out[..., field.first : field.first + field.count] |= bits << field.left
+        out[..., field.first : field.first + field.n] |= bits << field.left
     if numbers.signed:
         out ^= 0x80
     return out.reshape(len(out), -1)
@@ -98,23 +102,27 @@ def _write(blocks: Blocks, numbers: Numbers, stored: Blocks) -> None:
     """The inverse of _read, into blocks whose bits are 0."""
     stored = stored.reshape(*blocks.shape[:2], -1)
     if numbers.signed:
-        stored = stored ^ 0x80
+        stored = stored ^ np.uint8(0x80)
     for field in numbers.fields:
-        bits = stored[..., field.first : field.first + field.count] >> field.left
+        bits = stored[..., field.first : field.first + field.n] >> field.left
         bits &= (1 << field.bits) - 1
-        blocks[..., field.offset : field.offset + field.count] |= bits << field.right
+        blocks[..., field.offset : field.offset + field.n] |= bits << field.right
 
 
 def _read_whole(blocks: Blocks, numbers: Numbers | None, n: int) -> Floats:
     """The n numbers of each block, 1 where the type has none: [rows, blocks * n]."""
     if numbers is None:
         return np.ones((len(blocks), blocks.shape[1] * n), np.float32)
-    return _read(blocks, numbers, n).astype(np.float32) - np.float32(numbers.zero)
+    whole: Floats = _read(blocks, numbers, n).astype(np.float32)
+    whole -= numbers.zero
+    return whole
 
 
 def _read_half(blocks: Blocks, offset: int) -> Floats:
     """The FP16 number at a byte offset of each block: [rows, blocks]."""
-    return np.ascontiguousarray(blocks[..., offset : offset + 2]).view(np.float16)[..., 0].astype(np.float32)
+    halves = np.ascontiguousarray(blocks[..., offset : offset + 2]).view(np.float16)
+    numbers: Floats = halves[..., 0].astype(np.float32)
+    return numbers
 
 
 def _write_half(blocks: Blocks, offset: int, numbers: Floats) -> None:

@@ -20,10 +20,13 @@ T = GGMLQuantizationType
 
 
 class Field(NamedTuple):
-    """`count` bytes from `offset` on: bits right to right + bits - 1 of each are bits left.. of numbers first, first + 1, ..."""
+    """Bits of numbers that stand side by side: byte offset + i has some of number first + i, for i below n.
+
+    They are the byte's bits from `right` on, and the number's from `left` on.
+    """
 
     offset: int
-    count: int
+    n: int
     right: int
     bits: int
     first: int
