@@ -1,0 +1,36 @@
+"""The head of llama-perplexity's base file (--kl-divergence-base), which holds one column in rows of 16-bit codes.
+
+    "_logits_" | n_ctx int32 | n_vocab int32 | n_chunk int32 | tokens int32 [n_chunk, n_ctx]
+    then for each chunk the rows (coded_rows.py) of the predictions at n_ctx / 2 to n_ctx - 2
+
+All little endian, without padding. The tokens are those of the text: the one that begins a sequence is not in them.
+llama-perplexity reads so many rows as the head says, and nothing behind them.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import BinaryIO
+
+import numpy as np
+
+from stepgguf.evaluation.columns import Column, Tokens
+from stepgguf.evaluation.reading import read_exactly, read_tokens, refuse_damaged
+
+MAGIC = b"_logits_"
+_NUMBERS = struct.Struct("<3i")
+
+
+def encode_head(column: Column, n_vocab: int) -> bytes:
+    """Return the head for a column whose rows have one length and count in their second half."""
+    tokens = np.stack(column.rows).astype("<i4")
+    return MAGIC + _NUMBERS.pack(column.n_ctx, n_vocab, len(column.rows)) + tokens.tobytes()
+
+
+def read_head(file: BinaryIO) -> tuple[Column, int]:
+    """Read what follows the magic: the column and n_vocab. EvaluationError if it is damaged."""
+    n_ctx, n_vocab, n_chunk = _NUMBERS.unpack(read_exactly(file, _NUMBERS.size))
+    if n_ctx < 4 or n_vocab < 1 or n_chunk < 1:
+        raise refuse_damaged(file, f"a context of {n_ctx}, {n_vocab} tokens in the vocabulary, {n_chunk} chunks")
+    rows: Tokens = read_tokens(file, n_ctx * n_chunk, n_vocab).reshape(n_chunk, n_ctx)
+    return Column(f"text, context {n_ctx}", tuple(rows), second_half=True), n_vocab
