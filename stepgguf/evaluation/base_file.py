@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from stepgguf.evaluation.columns import Column, Tokens
+from stepgguf.evaluation.columns import Column, Tokens, text_name
 from stepgguf.evaluation.reading import read_exactly, read_tokens, refuse_damaged
 
 MAGIC = b"_logits_"
@@ -33,4 +33,4 @@ def read_head(file: BinaryIO) -> tuple[Column, int]:
     if n_ctx < 4 or n_vocab < 1 or n_chunk < 1:
         raise refuse_damaged(file, f"a context of {n_ctx}, {n_vocab} tokens in the vocabulary, {n_chunk} chunks")
     rows: Tokens = read_tokens(file, n_ctx * n_chunk, n_vocab).reshape(n_chunk, n_ctx)
-    return Column(f"text, context {n_ctx}", tuple(rows), second_half=True), n_vocab
+    return Column(text_name(n_ctx), tuple(rows), second_half=True), n_vocab

@@ -58,6 +58,11 @@ class Column:
         return max(map(len, self.rows), default=0)
 
     @property
+    def is_text(self) -> bool:
+        """Whether it is a text in pieces of one length."""
+        return self.name == text_name(self.n_ctx)
+
+    @property
     def targets(self) -> Tokens:
         """The tokens that are predicted, [n_scored]."""
         return np.concatenate([row[self.first(row) + 1 :] for row in self.rows])
@@ -79,6 +84,11 @@ class Column:
         return replace(self, rows=self.rows[:n_rows])
 
 
+def text_name(n_ctx: int) -> str:
+    """Return the name of the column of a text in pieces of n_ctx."""
+    return f"text, context {n_ctx}"
+
+
 def text_column(tokens: Sequence[int], n_ctx: int) -> Column:
     """Cut the tokens of a text into rows as llama-perplexity does. EvaluationError if they are fewer than 2 n_ctx."""
     if len(tokens) < 2 * n_ctx:
@@ -88,7 +98,7 @@ def text_column(tokens: Sequence[int], n_ctx: int) -> Column:
         )
     n_rows = len(tokens) // n_ctx
     rows = np.array(tokens[: n_rows * n_ctx], np.int32).reshape(n_rows, n_ctx)
-    return Column(f"text, context {n_ctx}", tuple(rows), second_half=True)
+    return Column(text_name(n_ctx), tuple(rows), second_half=True)
 
 
 def random_column(n_vocab: int, n_ctx: int, n_rows: int) -> Column:

@@ -1,11 +1,11 @@
 """llama-perplexity's statistics over the scores of all predictions (tools/perplexity, kl_divergence).
 
-    mean x              sum x / n                                       error   sqrt((E[x^2] - E[x]^2) / (n - 1)); 0 for n <= 10
-    perplexity          exp(mean nll)                                           perplexity * error of the mean
-    ln ratio            mean nll - mean nll_base                                sqrt(a^2 + b^2 - 2 cov): both saw the same text
-    RMS of delta p      sqrt(mean delta_p^2)                                    0.5 / RMS * error of the mean
-    same top            share s                                                 sqrt(s (1 - s) / (n - 1))
-    quantile f          between the two values around place f (n - 1), linearly, in float32
+    mean x           sum x / n                    error  sqrt((E[x^2] - E[x]^2) / (n - 1)); 0 for n <= 10
+    perplexity       exp(mean nll)                       perplexity * error of the mean
+    ln ratio         mean nll - mean nll_base            sqrt(a^2 + b^2 - 2 cov), since both saw the same text
+    RMS of delta p   sqrt(mean delta_p^2)                0.5 / RMS * error of the mean
+    same top         share s                             sqrt(s (1 - s) / (n - 1))
+    quantile f       between the two values around place f (n - 1), linearly, in float32
 
 Squares and products of float32 scores are taken in float32 and summed in float64, as llama-perplexity does.
 """
@@ -35,7 +35,8 @@ class Estimate:
 class Divergence:
     """How far a file is from the reference, over n predictions. kld and ln_ratio are in nats.
 
-    ppl, ppl_base: of the file and of the reference. ln_ratio: ln(ppl / ppl_base). correlation: of the two mean nll.
+    ppl, ppl_base: of the file and of the reference. ln_ratio: ln(ppl / ppl_base).
+    correlation: of the two mean nll; None if one does not vary.
     kld_quantiles: by the share of predictions below. delta_p_rms, same_top: shares of 1.
     """
 
@@ -43,7 +44,7 @@ class Divergence:
     ppl: Estimate
     ppl_base: Estimate
     ln_ratio: Estimate
-    correlation: float
+    correlation: float | None
     kld: Estimate
     kld_min: float
     kld_median: float
@@ -65,7 +66,7 @@ def divergence(scores: Scores) -> Divergence:
         ppl=_exponential(nll),
         ppl_base=_exponential(nll_base),
         ln_ratio=Estimate(nll.value - nll_base.value, math.sqrt(max(0.0, variance))),
-        correlation=covariance / (nll.error * nll_base.error) if nll.error and nll_base.error else math.nan,
+        correlation=covariance / (nll.error * nll_base.error) if nll.error and nll_base.error else None,
         kld=_mean_of_wide(scores.kld),
         kld_min=float(kld[0]),
         kld_median=float(np.float32(0.5) * (kld[n // 2] + kld[(n - 1) // 2])),

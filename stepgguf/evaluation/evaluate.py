@@ -25,7 +25,7 @@ def keep_reference(
     begin: int | None,
     progress: Progress,
 ) -> None:
-    """Write what a source says of the columns to a file. begin: the token that begins a sequence, where there is one."""
+    """Write what a source says of the columns to a file. begin: the token that begins a sequence, if there is one."""
     if source.n_vocab != form.n_vocab:
         raise _another_vocabulary(source.name, source.n_vocab, form.n_vocab)
     for n in write_reference(file, columns, form, _finite_logits(source, columns, begin)):

@@ -1,7 +1,7 @@
 """What a reference said, kept in a file: columns behind each other, each with a head and a row for each prediction.
 
-    head of the first column   rows        llama-perplexity's base file, if the rows are coded and the column is its kind
-    head of the next           rows        stepgguf's own (column_file.py)
+    head of the first column | rows     llama-perplexity's base file, if rows are coded and the column is of its kind
+    head of the next         | rows     stepgguf's own (column_file.py)
     ...
 
 So a reference with all its logits is a file that llama-perplexity reads: it stops where its own column ends. Rows have
@@ -149,7 +149,8 @@ class ReferenceFile:
             column, n_vocab, top_k = column_file.read_head(self._file)
         else:
             raise EvaluationError(
-                f"{self._file.name}: no reference: {magic!r} where {base_file.MAGIC!r} or {column_file.MAGIC!r} begins one",
+                f"{self._file.name}: no reference: a column begins with {magic!r}, expected {base_file.MAGIC!r} or "
+                f"{column_file.MAGIC!r}",
                 hint="Give a checkpoint, a GGUF, or what `--base` or llama-perplexity wrote.",
             )
         return KeptColumn(self._file, column, row_form(n_vocab, top_k), self._file.tell())
