@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "quants": {"files", "model"},
     "convert": {"files", "model", "quants"},
     "reference": {"model", "quants", "convert"},
-    "evaluation": {"files", "model", "convert", "reference", "runtime.llama", "chat.template"},
+    "evaluation": {"files", "model", "convert", "reference", "runtime.llama", "chat"},
     "runtime": {"files", "model.hparams"},
     "fit": {"files", "model", "quants", "convert", "runtime.engine", "runtime.llama_build"},
     "grammar": set(),

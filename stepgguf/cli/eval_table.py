@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-from rich.table import Table
-from rich.text import Text
 
 from stepgguf.cli import output
 from stepgguf.files.byte_sizes import readable_size
@@ -31,21 +28,22 @@ _ROWS: tuple[tuple[str, Callable[[ColumnFigures], str]], ...] = (
 
 def print_table(result: Mapping[str, Any]) -> None:
     """Write the figures of a result to stdout, and below what is to be known about them."""
-    title = f"{result['file']}, {readable_size(result['bytes'])}, {result['bpw']:.3f} bpw, against {result['against']}"
-    table = Table(title=Text(title), title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
-    table.add_column("")
-    for column in result["columns"]:
-        table.add_column(Text(column["name"]), justify="right")
-    for name, cell in _ROWS:
-        table.add_row(name, *(cell(column) for column in result["columns"]))
-    output.stdout.print(table)
+    columns = result["columns"]
+    rows = [["", *(column["name"] for column in columns)]]
+    rows += [[name, *(cell(column) for column in columns)] for name, cell in _ROWS]
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    size = f"{readable_size(result['bytes'])}, {result['bpw']:.3f} bpw without MTP blocks"
+    output.print_lines([f"{result['file']} ({size}) against {result['against']}", ""])
+    output.print_lines(_line(row, widths) for row in rows)
     if result["top_k"]:
-        output.print_lines(
-            [
-                f"KL divergence over the {result['top_k']} likeliest tokens and one bin for the rest: never more than "
-                "over all tokens."
-            ]
-        )
+        bins = f"the {result['top_k']} likeliest tokens and one bin for the rest"
+        output.print_lines(["", f"KL divergence is over {bins}: it may be a little too low, and is never too high."])
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """A line is never broken, however narrow the terminal."""
+    figures = (f"{cell:>{width}}" for cell, width in zip(cells[1:], widths[1:], strict=True))
+    return "  ".join([f"{cells[0]:<{widths[0]}}", *figures])
 
 
 def _estimate(estimate: Mapping[str, float], form: str, scale: int = 1) -> str:

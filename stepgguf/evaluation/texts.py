@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from stepgguf.chat.messages import normalize_messages
 from stepgguf.chat.template import ChatTemplate
-from stepgguf.errors import EvaluationError
+from stepgguf.errors import EvaluationError, TemplateRefused
 from stepgguf.evaluation.columns import Column, dialogue_column, random_column, require_predictions, text_column
 from stepgguf.files import json_lines, textfile
 from stepgguf.runtime.llama.model import LlamaModel
@@ -73,4 +74,7 @@ def _render_chats(template: ChatTemplate, path: Path) -> Iterator[str]:
         chat = line.parse(EvaluationError, _CHAT_HINT)
         messages, tools = [message.object() for message in chat["messages"].array()], chat.get("tools")
         offered = [tool.object() for tool in tools.array()] if tools is not None else None
-        yield template.render(messages, tools=offered, add_generation_prompt=False)
+        try:
+            yield template.render(normalize_messages(messages), tools=offered, add_generation_prompt=False)
+        except TemplateRefused as error:
+            raise EvaluationError(f"{chat.document}: {error.message}", hint=_CHAT_HINT) from error
