@@ -10,12 +10,11 @@ llama-perplexity reads so many rows as the head says, and nothing behind them.
 from __future__ import annotations
 
 import struct
-from typing import BinaryIO
 
 import numpy as np
 
 from stepgguf.evaluation.columns import Column, Tokens, text_name
-from stepgguf.evaluation.reading import read_exactly, read_tokens, refuse_damaged
+from stepgguf.evaluation.reading import MOST_TOKENS, HeadReader
 
 MAGIC = b"_logits_"
 _NUMBERS = struct.Struct("<3i")
@@ -27,10 +26,10 @@ def encode_head(column: Column, n_vocab: int) -> bytes:
     return MAGIC + _NUMBERS.pack(column.n_ctx, n_vocab, len(column.rows)) + tokens.tobytes()
 
 
-def read_head(file: BinaryIO) -> tuple[Column, int]:
+def read_head(reader: HeadReader) -> tuple[Column, int]:
     """Read what follows the magic: the column and n_vocab. EvaluationError if it is damaged."""
-    n_ctx, n_vocab, n_chunk = _NUMBERS.unpack(read_exactly(file, _NUMBERS.size))
-    if n_ctx < 4 or n_vocab < 1 or n_chunk < 1:
-        raise refuse_damaged(file, f"a context of {n_ctx}, {n_vocab} tokens in the vocabulary, {n_chunk} chunks")
-    rows: Tokens = read_tokens(file, n_ctx * n_chunk, n_vocab).reshape(n_chunk, n_ctx)
+    n_ctx, n_vocab, n_chunk = _NUMBERS.unpack(reader.take(_NUMBERS.size))
+    if n_ctx < 4 or not 1 <= n_vocab <= MOST_TOKENS or n_chunk < 1:
+        raise reader.damaged(f"a context of {n_ctx}, {n_vocab} tokens in the vocabulary, {n_chunk} chunks")
+    rows: Tokens = reader.tokens(n_ctx * n_chunk, n_vocab).reshape(n_chunk, n_ctx)
     return Column(text_name(n_ctx), tuple(rows), second_half=True), n_vocab

@@ -12,12 +12,11 @@ of the first of a row when a model reads it.
 from __future__ import annotations
 
 import struct
-from typing import BinaryIO
 
 import numpy as np
 
 from stepgguf.evaluation.columns import Column
-from stepgguf.evaluation.reading import read_exactly, read_numbers, read_tokens, refuse_damaged
+from stepgguf.evaluation.reading import MOST_TOKENS, HeadReader
 
 MAGIC = b"stepeval"
 VERSION = 1
@@ -33,17 +32,18 @@ def encode_head(column: Column, n_vocab: int, top_k: int) -> bytes:
     return MAGIC + numbers + name + lengths.tobytes() + tokens.tobytes()
 
 
-def read_head(file: BinaryIO) -> tuple[Column, int, int]:
+def read_head(reader: HeadReader) -> tuple[Column, int, int]:
     """Read what follows the magic: the column, n_vocab and top_k. EvaluationError if it is damaged."""
-    version, n_vocab, top_k, second_half, n_rows, n_name = _NUMBERS.unpack(read_exactly(file, _NUMBERS.size))
+    version, n_vocab, top_k, second_half, n_rows, n_name = _NUMBERS.unpack(reader.take(_NUMBERS.size))
     if version != VERSION:
-        raise refuse_damaged(file, f"version {version}, and this stepgguf reads version {VERSION}")
-    if n_vocab < 1 or not 0 <= top_k <= n_vocab or second_half not in (0, 1) or n_rows < 1 or n_name > _MOST_NAME:
-        raise refuse_damaged(file, f"{n_rows} rows of the {top_k} most likely of {n_vocab} tokens")
-    name = read_exactly(file, n_name).decode(errors="replace")
-    lengths = read_numbers(file, n_rows)
+        raise reader.damaged(f"version {version}, and this stepgguf reads version {VERSION}")
+    sizes_can_be = 1 <= n_vocab <= MOST_TOKENS and 0 <= top_k <= n_vocab and n_rows >= 1 and n_name <= _MOST_NAME
+    if not sizes_can_be or second_half not in (0, 1):
+        raise reader.damaged(f"{n_rows} rows of the {top_k} most likely of {n_vocab} tokens")
+    name = reader.take(n_name).decode(errors="replace")
+    lengths = reader.numbers(n_rows)
     if lengths.min() < 2:
-        raise refuse_damaged(file, f"a row of {lengths.min()} tokens")
-    tokens = read_tokens(file, int(lengths.sum(dtype=np.int64)), n_vocab)
+        raise reader.damaged(f"a row of {lengths.min()} tokens")
+    tokens = reader.tokens(int(lengths.sum(dtype=np.int64)), n_vocab)
     rows = np.split(tokens, np.cumsum(lengths)[:-1])
     return Column(name, tuple(rows), second_half=bool(second_half)), n_vocab, top_k

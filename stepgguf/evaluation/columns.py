@@ -23,6 +23,7 @@ Tokens = npt.NDArray[np.int32]
 
 MIN_PREDICTIONS = 100  # llama-perplexity's own limit: fewer say nothing about quantiles
 RANDOM_SEED = 20261127
+RANDOM = "random tokens"
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -104,7 +105,7 @@ def text_column(tokens: Sequence[int], n_ctx: int) -> Column:
 def random_column(n_vocab: int, n_ctx: int, n_rows: int) -> Column:
     """Draw n_rows rows of token ids, each id of the vocabulary with the same probability; the same at every call."""
     rows = np.random.default_rng(RANDOM_SEED).integers(n_vocab, size=(n_rows, n_ctx), dtype=np.int32)
-    return Column("random tokens", tuple(rows), second_half=True)
+    return Column(RANDOM, tuple(rows), second_half=True)
 
 
 def dialogue_column(dialogues: Iterable[Sequence[int]]) -> Column:

@@ -38,7 +38,7 @@ def score_columns(
     """Yield the scores of a source against each column of a reference. EvaluationError if the vocabularies differ."""
     for column in kept:
         if source.n_vocab != column.form.n_vocab:
-            raise _another_vocabulary(column.file.name, column.form.n_vocab, source.n_vocab)
+            raise _another_vocabulary(str(column.path), column.form.n_vocab, source.n_vocab)
     logits = _finite_logits(source, [column.column for column in kept], begin)
     for column in kept:
         yield Scores.joined(list(_score_column(column, logits, progress)))

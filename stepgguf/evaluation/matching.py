@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from stepgguf.errors import EvaluationError
-from stepgguf.evaluation.columns import Column, require_predictions
+from stepgguf.evaluation.columns import RANDOM, Column, require_predictions
 from stepgguf.evaluation.reference_file import KeptColumn
 
 _MAKE_HINT = "Make a reference of what you ask for with --against MODEL --base FILE, or ask for what it has."
@@ -20,22 +20,25 @@ def columns_of_contexts(kept: Sequence[KeptColumn], contexts: Sequence[int]) -> 
     missing = [n_ctx for n_ctx in contexts if n_ctx not in texts]
     if missing:
         raise EvaluationError(
-            f"{kept[0].file.name}: has no text of context {missing[0]}, but of {_listed(sorted(texts))}",
+            f"{kept[0].path}: has no text of context {missing[0]}, but of {_listed(sorted(texts))}",
             hint=_MAKE_HINT,
         )
     return [column for column in kept if not column.column.is_text or column.column.n_ctx in contexts]
 
 
 def columns_of_text(kept: Sequence[KeptColumn], wanted: Sequence[Column]) -> list[KeptColumn]:
-    """Return the columns that are among the wanted ones. EvaluationError if their tokens differ, or there is none."""
-    by_name = {column.name: column for column in wanted}
+    """Return the columns that are among the wanted ones, and the random tokens, which are of no text.
+
+    EvaluationError if their tokens differ, or there is none.
+    """
+    by_name = {column.name: column for column in wanted if column.name != RANDOM}
     found = [column for column in kept if column.column.name in by_name]
     if not found:
         names = ", ".join(column.column.name for column in kept)
-        raise EvaluationError(f"{kept[0].file.name}: has none of the columns asked for, but {names}", hint=_MAKE_HINT)
+        raise EvaluationError(f"{kept[0].path}: has none of the columns asked for, but {names}", hint=_MAKE_HINT)
     for column in found:
         _require_same_tokens(column, by_name[column.column.name])
-    return found
+    return found + [column for column in kept if column.column.name == RANDOM]
 
 
 def cut_columns(kept: Sequence[KeptColumn], n_rows: int | None) -> list[KeptColumn]:
@@ -54,7 +57,7 @@ def _require_same_tokens(kept: KeptColumn, wanted: Column) -> None:
         place = next((i for i, (a, b) in enumerate(zip(has, expected, strict=False)) if a != b), None)
         found = f"token {place} of row {number} is {has[place]}, and of the text it is {expected[place]}"
         raise EvaluationError(
-            f"{kept.file.name}: {kept.column.name}: {found if place is not None else 'rows of other lengths'}",
+            f"{kept.path}: {kept.column.name}: {found if place is not None else 'rows of other lengths'}",
             hint="It is of another text or of another tokenizer. Give that text with --text, or none.",
         )
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -10,37 +12,47 @@ import numpy.typing as npt
 
 from stepgguf.errors import EvaluationError
 
+MOST_TOKENS = 2**22  # of a vocabulary that is believed
 _AGAIN = "Make it again, with `stepgguf eval ... --base FILE` or llama-perplexity."
 
 
-def read_exactly(file: BinaryIO, n: int) -> bytes:
-    """Read n bytes. EvaluationError if the file has fewer, before memory is taken for them."""
-    left = os.fstat(file.fileno()).st_size - file.tell()
-    if n < 0 or n > left:
-        raise refuse_truncated(file, file.tell() + n)
-    return file.read(n)
+@dataclass(frozen=True, eq=False, slots=True)
+class HeadReader:
+    """Reads from an open file; what it finds wrong is an EvaluationError that names the path."""
 
+    file: BinaryIO
+    path: Path
 
-def read_numbers(file: BinaryIO, n: int) -> npt.NDArray[np.int32]:
-    """Read n int32."""
-    return np.frombuffer(read_exactly(file, 4 * n), "<i4").astype(np.int32)
+    @property
+    def size(self) -> int:
+        """The bytes of the file."""
+        return os.fstat(self.file.fileno()).st_size
 
+    def take(self, n: int) -> bytes:
+        """Read n bytes. If the file has fewer, that is said before memory is taken for them."""
+        end = self.file.tell() + n
+        if n < 0:
+            raise self.damaged(f"a length of {n} bytes")
+        if end > self.size:
+            raise self.truncated(end)
+        return self.file.read(n)
 
-def read_tokens(file: BinaryIO, n: int, n_vocab: int) -> npt.NDArray[np.int32]:
-    """Read n token ids. EvaluationError if one is not in the vocabulary."""
-    tokens = read_numbers(file, n)
-    if tokens.min() < 0 or tokens.max() >= n_vocab:
-        wrong = tokens[(tokens < 0) | (tokens >= n_vocab)][0]
-        raise refuse_damaged(file, f"token {wrong} in a vocabulary of {n_vocab}")
-    return tokens
+    def numbers(self, n: int) -> npt.NDArray[np.int32]:
+        """Read n int32."""
+        return np.frombuffer(self.take(4 * n), "<i4").astype(np.int32)
 
+    def tokens(self, n: int, n_vocab: int) -> npt.NDArray[np.int32]:
+        """Read n token ids of a vocabulary."""
+        tokens = self.numbers(n)
+        wrong = tokens[(tokens < 0) | (tokens >= n_vocab)]
+        if len(wrong):
+            raise self.damaged(f"token {wrong[0]} in a vocabulary of {n_vocab}")
+        return tokens
 
-def refuse_truncated(file: BinaryIO, expected: int) -> EvaluationError:
-    """Return the error of a file that ends before `expected` bytes."""
-    found = os.fstat(file.fileno()).st_size
-    return EvaluationError(f"{file.name}: truncated, {found:,} bytes, expected {expected:,}", hint=_AGAIN)
+    def truncated(self, expected: int) -> EvaluationError:
+        """Return the error of a file that ends before `expected` bytes."""
+        return EvaluationError(f"{self.path}: truncated, {self.size:,} bytes, expected {expected:,}", hint=_AGAIN)
 
-
-def refuse_damaged(file: BinaryIO, found: str) -> EvaluationError:
-    """Return the error of a file that says what cannot be."""
-    return EvaluationError(f"{file.name}: no reference that can be read: it says {found}", hint=_AGAIN)
+    def damaged(self, found: str) -> EvaluationError:
+        """Return the error of a file that says what cannot be."""
+        return EvaluationError(f"{self.path}: no reference that can be read: it says {found}", hint=_AGAIN)

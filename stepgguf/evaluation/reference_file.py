@@ -22,7 +22,7 @@ from stepgguf.errors import EvaluationError
 from stepgguf.evaluation import base_file, column_file
 from stepgguf.evaluation.coded_rows import CodedRows, Records
 from stepgguf.evaluation.columns import Column, Tokens
-from stepgguf.evaluation.reading import refuse_truncated
+from stepgguf.evaluation.reading import HeadReader
 from stepgguf.evaluation.scores import Scores
 from stepgguf.evaluation.softmax import Floats
 from stepgguf.evaluation.top_rows import TopRows
@@ -87,9 +87,10 @@ def _encode_head(column: Column, form: RowForm, *, is_first: bool) -> bytes:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class KeptColumn:
-    """A column of a reference file: its rows begin at byte `offset`."""
+    """A column of the reference file at `path`: its rows begin at byte `offset`."""
 
     file: BinaryIO
+    path: Path
     column: Column
     form: RowForm
     offset: int
@@ -103,7 +104,7 @@ class KeptColumn:
         """Read the rows of n predictions from number `start` on."""
         size = self.form.dtype.itemsize
         buffer = bytearray(n * size)
-        disk.read_at(self.file.fileno(), buffer, self.offset + start * size, self.file.name, EvaluationError)
+        disk.read_at(self.file.fileno(), buffer, self.offset + start * size, str(self.path), EvaluationError)
         return np.frombuffer(buffer, self.form.dtype)
 
 
@@ -117,7 +118,7 @@ class ReferenceFile:
         except OSError as error:
             raise EvaluationError(f"{path}: {error.strerror}", hint="Give a reference that can be read.") from error
         try:
-            self.columns = tuple(self._read_columns(path))
+            self.columns = tuple(_read_columns(HeadReader(self._file, path)))
         except BaseException:
             self._file.close()
             raise
@@ -131,29 +132,29 @@ class ReferenceFile:
     ) -> None:
         self._file.close()
 
-    def _read_columns(self, path: Path) -> Iterator[KeptColumn]:
-        size = path.stat().st_size
-        while not (position := self._file.tell()) or position < size:
-            kept = self._read_column()
-            if kept.end > size:
-                raise refuse_truncated(self._file, kept.end)
-            yield kept
-            self._file.seek(kept.end)
 
-    def _read_column(self) -> KeptColumn:
-        magic = self._file.read(len(base_file.MAGIC))
-        top_k = 0
-        if magic == base_file.MAGIC:
-            column, n_vocab = base_file.read_head(self._file)
-        elif magic == column_file.MAGIC:
-            column, n_vocab, top_k = column_file.read_head(self._file)
-        else:
-            raise EvaluationError(
-                f"{self._file.name}: no reference: a column begins with {magic!r}, expected {base_file.MAGIC!r} or "
-                f"{column_file.MAGIC!r}",
-                hint="Give a checkpoint, a GGUF, or what `--base` or llama-perplexity wrote.",
-            )
-        return KeptColumn(self._file, column, row_form(n_vocab, top_k), self._file.tell())
+def _read_columns(reader: HeadReader) -> Iterator[KeptColumn]:
+    while not (position := reader.file.tell()) or position < reader.size:
+        kept = _read_column(reader)
+        if kept.end > reader.size:
+            raise reader.truncated(kept.end)
+        yield kept
+        reader.file.seek(kept.end)
+
+
+def _read_column(reader: HeadReader) -> KeptColumn:
+    magic, top_k = reader.file.read(len(base_file.MAGIC)), 0
+    if magic == base_file.MAGIC:
+        column, n_vocab = base_file.read_head(reader)
+    elif magic == column_file.MAGIC:
+        column, n_vocab, top_k = column_file.read_head(reader)
+    else:
+        raise EvaluationError(
+            f"{reader.path}: no reference: a column begins with {magic!r}, expected {base_file.MAGIC!r} or "
+            f"{column_file.MAGIC!r}",
+            hint="Give a checkpoint, a GGUF, or what `--base` or llama-perplexity wrote.",
+        )
+    return KeptColumn(reader.file, reader.path, column, row_form(n_vocab, top_k), reader.file.tell())
 
 
 def is_reference(path: Path) -> bool:
