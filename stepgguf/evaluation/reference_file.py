@@ -5,7 +5,7 @@
     ...
 
 So a reference with all its logits is a file that llama-perplexity reads: it stops where its own column ends. Rows have
-one size, and are read and written a few at a time: of the real vocabulary one row of codes has 257,804 bytes.
+one size, and are read and written a few at a time: of the real vocabulary one row of codes has 257,800 bytes.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ function frontierPlot() {
   const line = draw("path", { d: best.map((point, i) => `${i ? "L" : "M"}${at(point).join(" ")}`).join("") });
   const dots = drawn.map((point) => {
     const [left, top] = at(point), words = `${point.file}: ${bytes(point.bytes)}, ${kldWords(point.kld[view.column])}`;
-    const className = point.file === shownFile ? "dot this" : "dot";
+    const className = `dot${point.file === shownFile ? " this" : ""}${left > 50 ? " before" : ""}`;
     return set(make("span", { className, title: words }, `${point.file} · ${digits(point.value)}`), { x: `${left}%`, y: `${top}%` });
   });
   const svg = draw("svg", { viewBox: "0 0 100 100", preserveAspectRatio: "none", "aria-hidden": "true" }, line);

@@ -119,6 +119,14 @@ def test_a_reference_of_another_context_is_refused(folder: Path, capfd: pytest.C
     assert "f32.base: has no text of context 128, but of 64" in said
 
 
+def test_of_a_reference_with_several_contexts_one_is_enough(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(folder, "f32.gguf", "--against", "f32.gguf", "--base", "two.base", "--ctx", "160") == 0
+    capfd.readouterr()
+    assert run(folder, "q4.gguf", "--against", "two.base", "--json") == 0
+    columns = result(capfd)["columns"]  # random tokens are read in the first context
+    assert [(c["name"], c["context"]) for c in columns] == [("text, context 64", 64), ("random tokens", 160)]
+
+
 def test_a_truncated_reference_is_refused(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (folder / "cut.base").write_bytes((folder / "f32.base").read_bytes()[:-1])
     assert "cut.base: truncated" in refused(folder, capfd, "--against", "cut.base", text=None)
