@@ -54,7 +54,7 @@ ONLY_IN = {
     "llama_cpp": ("runtime/llama/", "runtime/llama_build.py"),
     "numba": ("quants/lanes/",),
     "llvmlite": ("quants/lanes/",),
-    "torch": ("reference/", "evaluation/checkpoint_logits.py", "demo/train.py"),
+    "torch": ("reference/", "evaluation/stream_logits.py", "demo/train.py"),
     "safetensors": ("demo/train.py",),
     "tokenizers": ("demo/",),
     "jinja2": ("chat/renderer.py",),

@@ -67,7 +67,8 @@ def eval(
     """Measure the perplexity of a file and its KL divergence from the original, as llama-perplexity defines them.
 
     Columns: the text in each context, random tokens, dialogues. Random tokens are drawn uniformly from the vocabulary,
-    always the same: a column unlike all that calibration shows.
+    always the same: a column unlike all that calibration shows. A checkpoint is read layer by layer and need not fit in
+    memory; with --base, the same command goes on after an interruption.
 
     Examples:
 

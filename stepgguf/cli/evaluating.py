@@ -7,7 +7,6 @@ The original runs first and alone, since two models may not fit in memory at onc
 
 from __future__ import annotations
 
-import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -25,11 +24,14 @@ from stepgguf.files.byte_sizes import readable_size
 
 if TYPE_CHECKING:
     from stepgguf.evaluation.columns import Column
-    from stepgguf.evaluation.reference_file import KeptColumn, RowForm
+    from stepgguf.evaluation.evaluate import Progress
+    from stepgguf.evaluation.reference_file import KeptColumn
     from stepgguf.evaluation.sources import LogitSource
+    from stepgguf.reference.stream import LayerProgress
     from stepgguf.runtime.llama.model import LlamaModel
 
 CONTEXTS = (512, 2048)
+STATES = 3  # hidden states of all tokens that a stream has on the disk at once
 Choose = Callable[["Sequence[KeptColumn]"], "list[KeptColumn]"]
 
 
@@ -89,69 +91,87 @@ def kept_at(base: Path | None) -> Iterator[Path]:
 def keep(path: Path, against: Path, kept: Path, columns: Sequence[Column], top_k: int, options: ModelOptions) -> None:
     """Write what the original says of the columns."""
     from stepgguf.evaluation.evaluate import keep_reference
-    from stepgguf.evaluation.reference_file import row_form
+    from stepgguf.evaluation.reference_file import reference_bytes, row_form
     from stepgguf.files import disk
 
     with closing(_vocabulary(path)) as model:
         begin, form = model.begin, row_form(model.n_vocab, top_k)
-    _require_space(kept, columns, form)
-    total = sum(column.n_scored for column in columns)
-    n_ctx = max(column.n_ctx for column in columns)
+    _require_space(kept, reference_bytes(columns, form), "the reference")
+    states = kept.with_name(f"{kept.name}.states")
     with (
-        _open_source(against, n_ctx, options) as source,
+        _open_original(against, columns, states, options) as (source, progress),
         disk.disk_errors(kept),
         disk.replacing(kept) as file,
-        CountMeter(against.name, total, "predictions", quiet=options.quiet) as meter,
     ):
-        keep_reference(file, source, columns, form, begin, meter.add)
+        keep_reference(file, source, columns, form, begin, progress)
+    shutil.rmtree(states, ignore_errors=True)  # of a run that was interrupted they stay, and the next goes on with them
     if not options.quiet:
-        output.note(f"{against.name}: {total:,} predictions kept, {readable_size(kept.stat().st_size)}")
+        n = sum(column.n_scored for column in columns)
+        output.note(f"{against.name}: {n:,} predictions kept, {readable_size(kept.stat().st_size)}")
 
 
-def _require_space(kept: Path, columns: Sequence[Column], form: RowForm) -> None:
-    """DoesNotFit if the reference would fill the disk."""
-    from stepgguf.evaluation.reference_file import reference_bytes
-
-    needed, free = reference_bytes(columns, form), shutil.disk_usage(kept.parent).free
+def _require_space(place: Path, needed: int, what: str) -> None:
+    """DoesNotFit if something would fill the disk."""
+    free = shutil.disk_usage(place.parent).free
     if needed > free:
         raise DoesNotFit(
-            f"{kept.parent}: the reference takes {readable_size(needed)}, and {readable_size(free)} are free",
+            f"{place.parent}: {what} would take {readable_size(needed)}, and {readable_size(free)} are free",
             hint="Keep less with --top-k 256 or --chunks, or choose another place with --base.",
         )
 
 
 @contextmanager
-def _open_source(path: Path, n_ctx: int, options: ModelOptions) -> Iterator[LogitSource]:
-    """What gives logits for a GGUF or a checkpoint."""
+def _open_original(
+    path: Path, columns: Sequence[Column], folder: Path, options: ModelOptions
+) -> Iterator[tuple[LogitSource, Progress]]:
+    """What gives logits for the original, and what is told how many are done.
+
+    A GGUF runs in the engine. A checkpoint is streamed, its hidden states in a folder, and shows the layers itself.
+    """
     from stepgguf.convert.sources.opening import is_gguf
 
-    if not is_gguf(path):
-        yield _load_checkpoint(path)
+    if is_gguf(path):
+        with _open_gguf(path, columns, options) as opened:
+            yield opened
         return
+    from stepgguf.convert.sources.checkpoint import Checkpoint
+    from stepgguf.evaluation.stream_logits import StreamLogits
+
+    with Checkpoint(path) as checkpoint:
+        n_tokens = sum(len(row) for column in columns for row in column.rows)
+        _require_space(folder, STATES * 4 * checkpoint.hparams.hidden_size * n_tokens, "the streamed hidden states")
+        n_layer = checkpoint.hparams.n_layer
+        with CountMeter(checkpoint.name, n_layer, "layers", quiet=options.quiet) as meter:
+            yield StreamLogits(checkpoint, folder, options.threads, _count_layers(meter)), lambda n: None
+
+
+def _count_layers(meter: CountMeter) -> Callable[[LayerProgress], None]:
+    """What a stream tells its progress, to show how many layers are done."""
+    done = 0
+
+    def show(progress: LayerProgress) -> None:
+        nonlocal done
+        reached = meter.total if progress.layer is None else progress.layer
+        meter.add(reached - done)
+        done = reached
+
+    return show
+
+
+@contextmanager
+def _open_gguf(path: Path, columns: Sequence[Column], options: ModelOptions) -> Iterator[tuple[LogitSource, Progress]]:
+    """What gives logits for a GGUF, and what shows how many are done."""
     from stepgguf.evaluation.engine_logits import EngineLogits
     from stepgguf.fit.machine import probe_machine
 
     threads = options.threads or probe_machine().cores
+    n_ctx = max(column.n_ctx for column in columns)
     with loading.open_layers(
         path, n_ctx, gpu_layers=options.gpu_layers, force=options.force, command="eval", quiet=options.quiet
     ) as model:
-        yield EngineLogits(model, threads)
-
-
-def _load_checkpoint(path: Path) -> LogitSource:
-    """DoesNotFit for a checkpoint that is larger than the memory."""
-    from stepgguf.convert.sources.checkpoint import Checkpoint
-    from stepgguf.evaluation.checkpoint_logits import CheckpointLogits
-    from stepgguf.fit.machine import probe_machine
-
-    with Checkpoint(path) as checkpoint:
-        needed = sum(4 * math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
-        if needed > probe_machine().ram_available > 0:
-            raise DoesNotFit(
-                f"{path}: in float32 it takes {readable_size(needed)}, more than there is free memory",
-                hint="Convert it to a type that fits, e.g. Q8_0, and give that file to --against.",
-            )
-        return CheckpointLogits(checkpoint)
+        total = sum(column.n_scored for column in columns)
+        with CountMeter(path.name, total, "predictions", quiet=options.quiet) as meter:
+            yield EngineLogits(model, threads), meter.add
 
 
 def compare(
@@ -164,18 +184,16 @@ def compare(
     """The figures of a file against a kept reference, in the columns that are chosen."""
     from stepgguf.evaluation.divergence import divergence
     from stepgguf.evaluation.evaluate import score_columns
+    from stepgguf.evaluation.matching import require_vocabulary
     from stepgguf.evaluation.reference_file import ReferenceFile
     from stepgguf.evaluation.result import result_of
 
     with ReferenceFile(kept) as reference:
         chosen = choose(reference.columns)
         columns = [column.column for column in chosen]
-        total, n_ctx = sum(column.n_scored for column in columns), max(column.n_ctx for column in columns)
         with closing(_vocabulary(path)) as model:
+            require_vocabulary(chosen, model.n_vocab)
             begin = model.begin
-        with (
-            _open_source(path, n_ctx, options) as source,
-            CountMeter(path.name, total, "predictions", quiet=options.quiet) as meter,
-        ):
-            found = [divergence(scores) for scores in score_columns(source, chosen, begin, meter.add)]
+        with _open_gguf(path, columns, options) as (source, progress):
+            found = [divergence(scores) for scores in score_columns(source, chosen, begin, progress)]
         return result_of(path, against, chosen[0].form.top_k, columns, found)

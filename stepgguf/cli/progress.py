@@ -120,7 +120,7 @@ class CountMeter:
     """
 
     def __init__(self, title: str, total: int, noun: str, *, quiet: bool = False) -> None:
-        self._title, self._total, self._noun, self._quiet = title, total, noun, quiet
+        self._title, self.total, self._noun, self._quiet = title, total, noun, quiet
         columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn(noun + ", ETA"))
         shown = not quiet and output.stderr.is_terminal
         self._live = Progress(*columns, TimeRemainingColumn(), console=output.stderr, transient=True, disable=not shown)
@@ -142,12 +142,12 @@ class CountMeter:
         self._done += n
         self._live.update(self._task, completed=self._done)
         now = time.monotonic()
-        if self._quiet or output.stderr.is_terminal or now - self._last_line < PLAIN_SECONDS:
+        if self._quiet or output.stderr.is_terminal or not self._done or now - self._last_line < PLAIN_SECONDS:
             return
         self._last_line = now
-        left = (now - self._started) / self._done * (self._total - self._done)
+        left = (now - self._started) / self._done * (self.total - self._done)
         output.note(
-            f"{self._title}: {self._done / self._total:.0%} of {self._total:,} {self._noun}, "
+            f"{self._title}: {self._done / self.total:.0%} of {self.total:,} {self._noun}, "
             f"{int(left // 60)}:{int(left % 60):02d} left"
         )
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from stepgguf.errors import EvaluationError
 from stepgguf.evaluation.columns import Column, ScoredRow
+from stepgguf.evaluation.matching import another_vocabulary
 from stepgguf.evaluation.reference_file import KeptColumn, RowForm, slabs, write_reference
 from stepgguf.evaluation.scores import Scores
 from stepgguf.evaluation.softmax import Floats
@@ -27,7 +28,7 @@ def keep_reference(
 ) -> None:
     """Write what a source says of the columns to a file. begin: the token that begins a sequence, if there is one."""
     if source.n_vocab != form.n_vocab:
-        raise _another_vocabulary(source.name, source.n_vocab, form.n_vocab)
+        raise another_vocabulary(source.name, source.n_vocab, form.n_vocab)
     for n in write_reference(file, columns, form, _finite_logits(source, columns, begin)):
         progress(n)
 
@@ -35,10 +36,7 @@ def keep_reference(
 def score_columns(
     source: LogitSource, kept: Sequence[KeptColumn], begin: int | None, progress: Progress
 ) -> Iterator[Scores]:
-    """Yield the scores of a source against each column of a reference. EvaluationError if the vocabularies differ."""
-    for column in kept:
-        if source.n_vocab != column.form.n_vocab:
-            raise _another_vocabulary(str(column.path), column.form.n_vocab, source.n_vocab)
+    """Yield the scores of a source against each column of a reference of the same vocabulary."""
     logits = _finite_logits(source, [column.column for column in kept], begin)
     for column in kept:
         yield Scores.joined(list(_score_column(column, logits, progress)))
@@ -65,10 +63,3 @@ def _finite_logits(source: LogitSource, columns: Sequence[Column], begin: int | 
                 hint="Check the file with `stepgguf verify`.",
             )
         yield block
-
-
-def _another_vocabulary(name: str, found: int, expected: int) -> EvaluationError:
-    return EvaluationError(
-        f"{name}: a vocabulary of {found:,} tokens, and the evaluated file has {expected:,}",
-        hint="Give a reference of the same model.",
-    )

@@ -14,6 +14,21 @@ from stepgguf.evaluation.reference_file import KeptColumn
 _MAKE_HINT = "Make a reference of what you ask for with --against MODEL --base FILE, or ask for what it has."
 
 
+def require_vocabulary(kept: Sequence[KeptColumn], n_vocab: int) -> None:
+    """Raise EvaluationError if a column is of another vocabulary than the evaluated file's."""
+    for column in kept:
+        if column.form.n_vocab != n_vocab:
+            raise another_vocabulary(str(column.path), column.form.n_vocab, n_vocab)
+
+
+def another_vocabulary(name: str, found: int, expected: int) -> EvaluationError:
+    """Return the error of a reference `name` whose vocabulary is not the evaluated file's."""
+    return EvaluationError(
+        f"{name}: a vocabulary of {found:,} tokens, and the evaluated file has {expected:,}",
+        hint="Give a reference of the same model.",
+    )
+
+
 def columns_of_contexts(kept: Sequence[KeptColumn], contexts: Sequence[int]) -> list[KeptColumn]:
     """Return the columns with these contexts and those that are no text. EvaluationError if a context is not there."""
     texts = {column.column.n_ctx for column in kept if column.column.is_text}
@@ -55,9 +70,11 @@ def _require_same_tokens(kept: KeptColumn, wanted: Column) -> None:
         if np.array_equal(has, expected):
             continue
         place = next((i for i, (a, b) in enumerate(zip(has, expected, strict=False)) if a != b), None)
-        found = f"token {place} of row {number} is {has[place]}, and of the text it is {expected[place]}"
+        found = f"row {number} has {len(has)} tokens, and of the text it has {len(expected)}"
+        if place is not None:
+            found = f"token {place} of row {number} is {has[place]}, and of the text it is {expected[place]}"
         raise EvaluationError(
-            f"{kept.path}: {kept.column.name}: {found if place is not None else 'rows of other lengths'}",
+            f"{kept.path}: {kept.column.name}: {found}",
             hint="It is of another text or of another tokenizer. Give that text with --text, or none.",
         )
 

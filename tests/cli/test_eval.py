@@ -46,7 +46,8 @@ def result(capfd: pytest.CaptureFixture[str]) -> dict[str, Any]:
 def test_a_file_against_a_checkpoint_with_dialogues(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     options = ["--against", str(CHECKPOINT), "--text", str(folder / "chats.jsonl"), "--json"]
     capfd.readouterr()
-    assert run(folder, "q4.gguf", *options) == 0
+    assert run(folder, "q4.gguf", *options, "--base", "checkpoint.base") == 0
+    assert not list(folder.glob("*.states"))
     found = result(capfd)
     assert [c["name"] for c in found["columns"]] == ["text, context 64", "random tokens", "dialogues"]
     assert [c["predictions"] for c in found["columns"][:2]] == [4 * 31, 4 * 31]

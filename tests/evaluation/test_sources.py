@@ -13,13 +13,14 @@ from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.demo import CHECKPOINT
 from stepgguf.errors import EvaluationError
 from stepgguf.evaluation import engine_logits
-from stepgguf.evaluation.checkpoint_logits import CheckpointLogits
 from stepgguf.evaluation.columns import Column, ScoredRow, dialogue_column
 from stepgguf.evaluation.engine_logits import EngineLogits
-from stepgguf.evaluation.evaluate import keep_reference, score_columns
+from stepgguf.evaluation.evaluate import keep_reference
+from stepgguf.evaluation.matching import require_vocabulary
 from stepgguf.evaluation.reference_file import ReferenceFile, row_form
 from stepgguf.evaluation.softmax import Floats
 from stepgguf.evaluation.sources import LogitSource
+from stepgguf.evaluation.stream_logits import StreamLogits, group_rows, token_rows
 from stepgguf.runtime.llama.model import LlamaModel
 
 SENTENCE = "<|im_start|>user\nHow many 'r's are in strawberry?<|im_end|>\n<|im_start|>assistant\n<think>\n"
@@ -35,30 +36,34 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaModel]:
 
 
 @pytest.fixture(scope="module")
-def reference() -> CheckpointLogits:
-    with Checkpoint(CHECKPOINT) as checkpoint:
-        return CheckpointLogits(checkpoint)
-
-
-@pytest.fixture(scope="module")
 def rows(model: LlamaModel) -> list[ScoredRow]:
-    """A row of which the second half counts and one of which all does; both longer than the window of 64."""
-    tokens = np.array(model.tokenize(SENTENCE * 3, add_special=True), np.int32)
-    assert len(tokens) > 100
-    return [ScoredRow(tokens[:96], 48), ScoredRow(tokens, 0)]
+    """A row of which the second half counts, one of which all does, both longer than the window of 64, and a short
+    one."""
+    tokens = np.array(model.tokenize(SENTENCE * 4, add_special=True), np.int32)
+    assert len(tokens) > 140
+    return [ScoredRow(tokens[:96], 48), ScoredRow(tokens[:20], 0), ScoredRow(tokens, 0)]
 
 
 def joined(source: LogitSource, rows: Sequence[ScoredRow]) -> Floats:
     return np.concatenate([block.copy() for block in source.logits(rows)])
 
 
-def test_the_engine_and_the_reference_agree_row_by_row(
-    model: LlamaModel, reference: CheckpointLogits, rows: list[ScoredRow]
-) -> None:
-    found, expected = joined(EngineLogits(model, 1), rows), joined(reference, rows)
+def test_the_engine_and_the_streamed_reference_agree(model: LlamaModel, rows: list[ScoredRow], tmp_path: Path) -> None:
+    with Checkpoint(CHECKPOINT) as checkpoint:
+        expected = joined(StreamLogits(checkpoint, tmp_path / "states", None, lambda at: None), rows)
+    found = joined(EngineLogits(model, 1), rows)
     assert found.shape == expected.shape == (sum(row.n_scored for row in rows), model.n_vocab)
     # Of logits up to 35: llama.cpp keeps keys and values as float16, whose step is 2 ** -11 of the value.
     assert np.abs(found - expected).max() < 35 * 2**-11
+
+
+def test_rows_are_packed_in_their_order(rows: list[ScoredRow]) -> None:
+    groups = group_rows(rows)
+    assert [[len(row.tokens) for row in group] for group in groups] == [[96, 20], [len(rows[2].tokens)]]
+    packed = token_rows(groups)
+    assert packed.n_tokens == sum(len(row.tokens) for row in rows)
+    assert packed.documents[0, [0, 95, 96, 115, 116]].tolist() == [0, 0, 1, 1, -1]
+    assert np.array_equal(packed.tokens[0, 96:116], rows[1].tokens)
 
 
 def test_a_row_longer_than_a_decode_is_read_in_parts(
@@ -96,4 +101,4 @@ def test_another_vocabulary_is_refused_on_both_sides(tmp_path: Path, column: Col
     with (tmp_path / "x").open("wb") as file:
         keep_reference(file, EngineLogits(model, 1), [column], row_form(768, 2), None, lambda n: None)
     with ReferenceFile(tmp_path / "x") as kept, pytest.raises(EvaluationError, match=r"768 tokens, .* file has 8"):
-        list(score_columns(Broken(), kept.columns, None, lambda n: None))
+        require_vocabulary(kept.columns, 8)
