@@ -25,7 +25,8 @@ def eval(
         list[Path] | None,
         typer.Option(
             metavar="FILE",
-            help="A text, or chats as .jsonl; may be repeated. Needed unless --against is a BASE, which has its own.",
+            help="A text, or chats as .jsonl; may be repeated. Default: those of a BASE, else a short text and "
+            "dialogues that come with stepgguf and are in no text for calibration.",
         ),
     ] = None,
     ctx: Annotated[
@@ -72,7 +73,7 @@ def eval(
 
     Examples:
 
-    - `stepgguf eval step-q4_k_s.gguf --against Step-3.5-Flash/ --text wiki.txt --base step.base`
+    - `stepgguf eval step-q4_k_s.gguf --against Step-3.5-Flash/ --base step.base`
     - `stepgguf eval step-q3_k_m.gguf --against step.base -o q3_k_m.json`
     - `stepgguf eval step-q4_k_s.gguf --against step-q8_0.gguf --text wiki.txt --text chats.jsonl --top-k 256`
     """
@@ -89,7 +90,7 @@ def eval(
         choose = evaluating.chooser(path, text, ctx, chunks)
         figures = evaluating.compare(path, against, str(against), choose, options)
     else:
-        columns = evaluating.read_columns(path, text or [], ctx or evaluating.CONTEXTS, chunks)
+        columns = evaluating.read_columns(path, text, ctx or evaluating.CONTEXTS, chunks)
         with evaluating.kept_at(base) as kept:
             evaluating.keep(path, against, kept, columns, top_k or 0, options)
             figures = evaluating.compare(path, kept, str(against), list, options)

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 from stepgguf.cli import loading, output
 from stepgguf.cli.progress import CountMeter
 from stepgguf.errors import DoesNotFit
@@ -53,14 +51,14 @@ def _vocabulary(path: Path) -> LlamaModel:
     return LlamaModel(split_files(path)[0], gpu_layers=0, mtp=False, mmap=True, progress=None, vocab_only=True)
 
 
-def read_columns(path: Path, texts: Sequence[Path], contexts: Sequence[int], chunks: int | None) -> tuple[Column, ...]:
-    """What to evaluate, in the tokens of a GGUF."""
-    from stepgguf.evaluation.texts import make_columns
+def read_columns(
+    path: Path, texts: Sequence[Path] | None, contexts: Sequence[int], chunks: int | None
+) -> tuple[Column, ...]:
+    """What to evaluate, in the tokens of a GGUF. texts None: those that come with the package."""
+    from stepgguf.evaluation.texts import default_texts, make_columns
 
-    if not texts:
-        raise typer.BadParameter("a text is needed: --against is no BASE that has one", param_hint="--text")
     with closing(_vocabulary(path)) as model:
-        return make_columns(model, texts, contexts, chunks)
+        return make_columns(model, texts or default_texts(), contexts, chunks)
 
 
 def chooser(path: Path, texts: Sequence[Path] | None, contexts: Sequence[int] | None, chunks: int | None) -> Choose:

@@ -22,7 +22,7 @@ from stepgguf.reference.weights import WeightReader
 
 
 class StreamLogits:
-    """The logits of a checkpoint. folder: for hidden states, which stay there: what was interrupted goes on with them."""
+    """The logits of a checkpoint. folder: for hidden states, which stay, so that what was interrupted goes on."""
 
     def __init__(self, checkpoint: Checkpoint, folder: Path, threads: int | None, progress: Progress) -> None:
         if threads is not None:

@@ -18,9 +18,15 @@ from stepgguf.evaluation.columns import Column, dialogue_column, random_column, 
 from stepgguf.files import json_lines, textfile
 from stepgguf.runtime.llama.model import LlamaModel
 
+HELD_OUT = Path(__file__).parent / "texts"  # written for this project, and in no text for calibration
 RANDOM_ROWS = 8
 _MOST_BYTES = 2**30
 _CHAT_HINT = 'A line is a chat: {"messages": [{"role": "user", "content": "..."}, ...], "tools": [...]}.'
+
+
+def default_texts() -> list[Path]:
+    """Return the texts that come with the package: prose in ten languages, code, mathematics, dialogues with tools."""
+    return sorted(HELD_OUT.iterdir())
 
 
 def make_columns(
