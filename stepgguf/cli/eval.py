@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from stepgguf.cli import arguments, eval_table, evaluating, loading, output
-from stepgguf.errors import OutputError
 
 
 def eval(
@@ -81,8 +80,8 @@ def eval(
     from stepgguf.files import disk
 
     for target in (base, result):
-        if target is not None and target.exists() and not overwrite:
-            raise OutputError(f"{target} exists", hint="Choose another name, or replace it with --overwrite.")
+        if target is not None:
+            evaluating.require_free(target, overwrite)
     options = evaluating.ModelOptions(gpu_layers, threads, force, quiet)
     if is_reference(against):
         if base is not None or top_k is not None:

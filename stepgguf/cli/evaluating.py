@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepgguf.cli import loading, output
 from stepgguf.cli.progress import CountMeter
-from stepgguf.errors import DoesNotFit
+from stepgguf.errors import DoesNotFit, OutputError
 from stepgguf.files.byte_sizes import readable_size
 
 if TYPE_CHECKING:
@@ -41,6 +41,14 @@ class ModelOptions:
     threads: int | None
     force: bool
     quiet: bool
+
+
+def require_free(target: Path, overwrite: bool) -> None:
+    """Raise OutputError before anything runs if a file cannot be written later."""
+    if target.exists() and not overwrite:
+        raise OutputError(f"{target} exists", hint="Choose another name, or replace it with --overwrite.")
+    if not target.parent.is_dir():
+        raise OutputError(f"{target.parent}: no such folder", hint="Choose another folder, or make this one.")
 
 
 def _vocabulary(path: Path) -> LlamaModel:
@@ -172,13 +180,7 @@ def _open_gguf(path: Path, columns: Sequence[Column], options: ModelOptions) -> 
             yield EngineLogits(model, threads), meter.add
 
 
-def compare(
-    path: Path,
-    kept: Path,
-    against: str,
-    choose: Choose,
-    options: ModelOptions,
-) -> dict[str, Any]:
+def compare(path: Path, kept: Path, against: str, choose: Choose, options: ModelOptions) -> dict[str, Any]:
     """The figures of a file against a kept reference, in the columns that are chosen."""
     from stepgguf.evaluation.divergence import divergence
     from stepgguf.evaluation.evaluate import score_columns

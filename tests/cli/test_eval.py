@@ -150,6 +150,14 @@ def test_too_little_text_and_what_is_no_text_are_refused(folder: Path, capfd: py
     assert "No such file" in refused(folder, capfd, "--against", "f32.gguf", text="nowhere.txt")
 
 
+def test_a_place_that_cannot_be_written_is_refused_before_anything_runs(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for option in ("--base", "-o"):
+        place = str(folder / "nowhere" / "x.json")
+        assert "nowhere: no such folder" in refused(folder, capfd, "--against", "f32.gguf", option, place)
+
+
 def test_wrong_usage_has_exit_code_2(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run(folder, "q4.gguf", "--against", "f32.base", "--top-k", "3") == 2
     assert "--against is a BASE already" in capfd.readouterr().err
