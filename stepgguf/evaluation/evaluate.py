@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from typing import BinaryIO
 
 import numpy as np
@@ -29,17 +30,18 @@ def keep_reference(
     """Write what a source says of the columns to a file. begin: the token that begins a sequence, if there is one."""
     if source.n_vocab != form.n_vocab:
         raise another_vocabulary(source.name, source.n_vocab, form.n_vocab)
-    for n in write_reference(file, columns, form, _finite_logits(source, columns, begin)):
-        progress(n)
+    with closing(_finite_logits(source, columns, begin)) as logits:
+        for n in write_reference(file, columns, form, logits):
+            progress(n)
 
 
 def score_columns(
     source: LogitSource, kept: Sequence[KeptColumn], begin: int | None, progress: Progress
 ) -> Iterator[Scores]:
     """Yield the scores of a source against each column of a reference of the same vocabulary."""
-    logits = _finite_logits(source, [column.column for column in kept], begin)
-    for column in kept:
-        yield Scores.joined(list(_score_column(column, logits, progress)))
+    with closing(_finite_logits(source, [column.column for column in kept], begin)) as logits:
+        for column in kept:
+            yield Scores.joined(list(_score_column(column, logits, progress)))
 
 
 def _score_column(kept: KeptColumn, logits: Iterator[Floats], progress: Progress) -> Iterator[Scores]:
@@ -53,8 +55,11 @@ def _score_column(kept: KeptColumn, logits: Iterator[Floats], progress: Progress
         progress(len(block))
 
 
-def _finite_logits(source: LogitSource, columns: Sequence[Column], begin: int | None) -> Iterator[Floats]:
-    """A source's logits of all columns, block after block. EvaluationError if one is no number."""
+def _finite_logits(source: LogitSource, columns: Sequence[Column], begin: int | None) -> Generator[Floats, None, None]:
+    """A source's logits of all columns, block after block. EvaluationError if one is no number.
+
+    To be closed before the source: an engine's context must not outlive its model.
+    """
     rows: list[ScoredRow] = [row for column in columns for row in column.scored_rows(begin)]
     for block in source.logits(rows):
         if not np.isfinite(block).all():
