@@ -21,6 +21,7 @@
     ├── QuantError               ggml refused
     ├── ImatrixError             an importance matrix: damaged, or of another model
     ├── TextError                a text to calibrate with: unreadable, too short, a line that is no dialogue
+    ├── EvaluationError          a reference or a text to evaluate on: damaged, of another model, too short
     ├── DoesNotFit               a byte budget below what the smallest types need
     ├── OutputError              the destination: exists, differs, no space
     ├── VerifyError              bytes are not what the manifest or the source says
@@ -128,6 +129,10 @@ class ImatrixError(StepggufError):
 
 
 class TextError(StepggufError):
+    pass
+
+
+class EvaluationError(StepggufError):
     pass
 
 

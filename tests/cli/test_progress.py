@@ -68,6 +68,21 @@ def test_a_kernel_that_is_compiled_on_the_way_stops_the_clock(clock: Clock, capf
     assert {line.split(", ")[1] for line in capfd.readouterr().err.splitlines() if "left" in line} == {"100 MB/s"}
 
 
+def test_what_is_counted_has_a_share_and_a_time_left(clock: Clock, capfd: pytest.CaptureFixture[str]) -> None:
+    with progress.CountMeter("x.gguf", 4_000, "predictions") as meter:
+        for now in (100.5, 110.0, 110.5, 130.0):
+            clock.now = now
+            meter.add(500)
+    assert capfd.readouterr().err.splitlines() == [
+        "x.gguf: 25% of 4,000 predictions, 0:30 left",
+        "x.gguf: 50% of 4,000 predictions, 0:30 left",
+    ]
+    with progress.CountMeter("x.gguf", 10, "predictions", quiet=True) as meter:
+        clock.now = 200.0
+        meter.add(5)
+    assert capfd.readouterr().err == ""
+
+
 def test_the_live_line_has_no_rate_before_this_run_made_something(
     clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
