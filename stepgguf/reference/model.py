@@ -187,7 +187,7 @@ class MoE(nn.Module):
         matrices = zip(self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight, strict=True)
         results = [
             F.linear(swiglu(F.linear(seen, gate), F.linear(seen, up), self.clamp), down)
-            for seen, (gate, up, down) in zip(x[rows].split(counts), matrices, strict=True)
+            for seen, (gate, up, down) in zip(torch.split(x[rows], counts), matrices, strict=True)
         ]
         return torch.zeros_like(x).index_add(0, rows, (torch.cat(results) * weights[:, None]).to(x.dtype))
 

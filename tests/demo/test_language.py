@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.language import BOS_ID, language_config, quicken, rows
+from benchmarks.language_rows import BOS_ID, rows
 from benchmarks.language_text import HANDBOOK_LANGUAGES, Document, at_least_one, debian_handbook
+from benchmarks.language_training import language_config, quicken
 from stepgguf.errors import StepggufError
 from stepgguf.model.hparams import HParams
 from stepgguf.reference.model import Step35
