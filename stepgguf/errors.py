@@ -20,6 +20,7 @@
     │   └── UnknownType          there is no such type; `near` names those that may be meant
     ├── QuantError               ggml refused
     ├── ImatrixError             an importance matrix: damaged, or of another model
+    ├── CostsError               a file of types' costs: damaged, of another model, or without what is asked of it
     ├── DoesNotFit               a byte budget below what the smallest types need
     ├── OutputError              the destination: exists, differs, no space
     ├── VerifyError              bytes are not what the manifest or the source says
@@ -123,6 +124,10 @@ class QuantError(StepggufError):
 
 
 class ImatrixError(StepggufError):
+    pass
+
+
+class CostsError(StepggufError):
     pass
 
 
