@@ -22,6 +22,7 @@
     ├── ImatrixError             an importance matrix: damaged, or of another model
     ├── TextError                a text to calibrate with: unreadable, too short, a line that is no dialogue
     ├── EvaluationError          a reference or a text to evaluate on: damaged, of another model, too short
+    ├── CostsError               a file of types' costs: damaged, of another model, or without what is asked of it
     ├── DoesNotFit               a byte budget below what the smallest types need
     ├── OutputError              the destination: exists, differs, no space
     ├── VerifyError              bytes are not what the manifest or the source says
@@ -133,6 +134,10 @@ class TextError(StepggufError):
 
 
 class EvaluationError(StepggufError):
+    pass
+
+
+class CostsError(StepggufError):
     pass
 
 

@@ -68,7 +68,7 @@ ONLY_IN = {
     "prompt_toolkit": ("cli/",),
     "typer": ("cli/",),
     "rich": ("cli/",),
-    "gguf": ("files/gguf_header.py", "quants/", "convert/", "calibration/tokenizer.py"),
+    "gguf": ("files/gguf_header.py", "quants/", "convert/", "calibration/"),
     "platformdirs": ("files/folders.py",),
     "yaml": ("convert/card.py",),
 }

@@ -1,6 +1,7 @@
 """A budget instead of a type: what a model may take, what a token may read, and the types that lose least within both.
 
     draft plan -> tensors --measure--> errors of each type --objective--> costs --allocate--> types -> plan
+                         or: costs from a file (cost_file.py), which calibration has made
     smallest and largest plan: known without measuring, they say whether there is anything to choose
 
 The rules of a recipe stand: what one fixes is paid from the budget first, a floor bounds the choice. So are the MTP
@@ -18,6 +19,7 @@ from pathlib import Path
 from gguf import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType
 
 from stepgguf.convert import measure, objective
+from stepgguf.convert.cost_file import TypeCosts
 from stepgguf.convert.measure import Progress
 from stepgguf.convert.pipeline import Compiling
 from stepgguf.convert.plan import Options, Plan, PlannedTensor
@@ -237,22 +239,30 @@ def price_trunk(
     dest: Path,
     options: Options,
     *,
+    costs: TypeCosts | None = None,
     threads: int | None = None,
     progress: Progress = lambda tensor, kept: None,
     compiling: Compiling = lambda name: None,
 ) -> PricedTrunk:
-    """Measure what each type would cost each tensor, where the options leave more than one."""
+    """What each type would cost each tensor, where the options leave more than one: `costs`, or else it is measured.
+
+    CostsError if the costs lack some of them.
+    """
     model = take_inventory(source)
     draft = _draft_plan(model, source, dest, options)
     names, importance = {t.name for t in model.tensors if not t.is_mtp}, options.importance
     quantizable = {t.name for t in model.matrices}
     trunk = [tensor for tensor in draft.files[0].tensors if tensor.name in names]
     matrices = [tensor for tensor in trunk if tensor.name in quantizable]
-    cache = measure.cache_path(source, importance)
-    measured = measure.measure_errors(
-        source, matrices, cache, importance=importance, threads=threads, progress=progress, compiling=compiling
-    )
-    priced = {item.name: item for item in objective.weigh_options(matrices, measured, model.routing, importance)}
+    if costs is not None:
+        weighed = objective.options_at_costs(matrices, costs, model.routing, importance)
+    else:
+        cache = measure.cache_path(source, importance)
+        measured = measure.measure_errors(
+            source, matrices, cache, importance=importance, threads=threads, progress=progress, compiling=compiling
+        )
+        weighed = objective.weigh_options(matrices, measured, model.routing, importance)
+    priced = {item.name: item for item in weighed}
     # A tensor whose type a rule fixes is an item all the same: its bytes are paid from the same budget.
     floors = {t.name: options.recipe.floor_type(t, model.facts) for t in _undecided_tensors(model, options)}
     items = [

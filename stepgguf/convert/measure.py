@@ -136,18 +136,22 @@ def possible_types(
 
 def _sample_rows(tensor: PlannedTensor, importance: Importance | None) -> list[_SampledRows]:
     """The sample: `count` runs in each expert, evenly spaced, shifted from expert to expert."""
-    n, rows = tensor.n_experts, tensor.rows_per_expert
-    shares = _token_shares(tensor, importance)
-    length, count = _sample_size(rows, n)
-    spacing = rows / count
-    result = []
-    for expert in range(n):
-        # At other rows in each expert, or all 288 would be judged by a matrix's first rows.
-        shift = expert * _GOLDEN % 1 * (spacing - length)
-        for i in range(count):
-            start = expert * rows + int(i * spacing + shift)
-            result.append(_SampledRows(tensor, start, start + length, shares[expert] * rows / (count * length)))
+    shares, result = _token_shares(tensor, importance), []
+    for expert in range(tensor.n_experts):
+        runs = sample_runs(tensor.shape, expert)
+        weight = shares[expert] * tensor.rows_per_expert / sum(stop - start for start, stop in runs)
+        result += [_SampledRows(tensor, start, stop, weight) for start, stop in runs]
     return result
+
+
+def sample_runs(shape: tuple[int, ...], expert: int) -> list[tuple[int, int]]:
+    """The [start, stop) of the runs that are sampled of an expert's rows; of a dense tensor's with expert 0."""
+    rows = rows_per_expert(shape)
+    length, count = _sample_size(rows, math.prod(shape[:-2]))
+    spacing = rows / count
+    # At other rows in each expert, or all 288 would be judged by a matrix's first rows.
+    first = expert * rows + expert * _GOLDEN % 1 * (spacing - length)
+    return [(start, start + length) for start in (int(first + i * spacing) for i in range(count))]
 
 
 def count_sampled_values(shape: tuple[int, ...]) -> int:

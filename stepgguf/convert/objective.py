@@ -34,9 +34,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from stepgguf.convert.cost_file import TypeCosts
 from stepgguf.convert.importance import Importance
-from stepgguf.convert.measure import TensorErrors
+from stepgguf.convert.measure import TensorErrors, possible_types
 from stepgguf.convert.plan import PlannedTensor
+from stepgguf.errors import CostsError
 from stepgguf.model.names import TensorName
 from stepgguf.quants.allocate import TensorOptions, TypeOption
 
@@ -76,6 +78,30 @@ def weigh_options(
             read_share(tensor, routing),
         )
         for tensor in tensors
+    ]
+
+
+def options_at_costs(
+    tensors: Sequence[PlannedTensor], costs: TypeCosts, routing: Routing, importance: Importance | None
+) -> list[TensorOptions]:
+    """The same with costs that are known (cost_file.py). CostsError where they lack a type that a tensor can have."""
+    types = {t.name: sorted(possible_types(t.name, t.shape, importance)) for t in tensors}
+    missing = [f"{name} as {g.name}" for name, each in types.items() for g in each if g not in costs.get(name, {})]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise CostsError(
+            f"the costs say nothing of {', '.join(missing[:3])}{more}",
+            hint="Make the costs again, from the same source and with the same importance matrix.",
+        )
+    return [
+        TensorOptions(
+            t.name,
+            tuple(
+                TypeOption(ggml_type, t.bytes_as(ggml_type), costs[t.name][ggml_type]) for ggml_type in types[t.name]
+            ),
+            read_share(t, routing),
+        )
+        for t in tensors
     ]
 
 
