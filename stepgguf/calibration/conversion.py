@@ -6,8 +6,6 @@ that is not finished. The pass and the writer go on together: a layer's units ar
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from stepgguf.calibration.code_search import Blocks, CalibratedCodes, Floats
 from stepgguf.calibration.sequential import SequentialPass, TokenWeightsOf
 from stepgguf.convert.journal import FinishedUnit
@@ -15,24 +13,20 @@ from stepgguf.convert.plan import Encode, PlannedTensor
 from stepgguf.convert.writer import Writer
 from stepgguf.model.names import TensorName
 from stepgguf.quants.kernels import Kernel
-from stepgguf.reference.stream import Progress
-from stepgguf.reference.token_rows import TokenRows
-from stepgguf.reference.weights import WeightReader
+from stepgguf.reference.stream import LayerStream, Progress
 
 
 def calibrate_units(
-    reader: WeightReader,
+    stream: LayerStream,
     writer: Writer,
-    rows: TokenRows,
-    folder: Path,
     *,
     token_weights: TokenWeightsOf | None = None,
     progress: Progress = lambda done: None,
 ) -> None:
-    """Make the units of the trunk's quantized matrices and commit them. folder: for the states (see SequentialPass)."""
-    units = _CalibratedUnits(writer, reader.hp.n_layer)
+    """Make the units of the trunk's quantized matrices and commit them. stream: see SequentialPass."""
+    units = _CalibratedUnits(writer, stream.hp.n_layer)
     codes = CalibratedCodes(units.kernels, units.write, units.commit)
-    calibration = SequentialPass(reader, rows, folder, codes, token_weights=token_weights, progress=progress)
+    calibration = SequentialPass(stream, codes, token_weights=token_weights, progress=progress)
     if not units.is_finished_before(calibration.next_layer):
         calibration.restart()  # the writer was begun anew
     calibration.run()

@@ -1,7 +1,7 @@
 """One pass that quantizes: each layer's codes are chosen for what the quantized layers before it give.
 
-Two streams of hidden states run side by side: the exact model's, and that of the model as it is quantized so far. In
-each layer, place by place,
+Beside the states that a stream of the exact model has kept, the model runs as it is quantized so far. In each layer,
+place by place,
 
     attention in   q k v gate      what both streams give to it -> moments -> codes -> the quantized layer's weights
     attention out  o
@@ -22,8 +22,7 @@ import copy
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -39,6 +38,7 @@ from stepgguf.reference.state_folder import Floats, StateFolder
 from stepgguf.reference.stream import (
     CHUNK_TOKENS,
     EXPERTS_AHEAD,
+    LayerStream,
     Meter,
     Progress,
     Routes,
@@ -48,12 +48,12 @@ from stepgguf.reference.stream import (
     run_expert,
     stream_identity,
 )
-from stepgguf.reference.token_rows import TokenRows
-from stepgguf.reference.weights import EXPERT_ROLES, WeightReader, expert_name
+from stepgguf.reference.weights import EXPERT_ROLES, expert_name
 
 HELD_OUT = 8  # one row in so many
 SAMPLE_TOKENS = 1024  # of the held-out ones, that a dense matrix is tried on
 MOMENT_TOKENS = 16384  # of an expert, at most: four for each column
+ATTENTION_IN = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.g_proj")
 PRIOR_TOKENS = 8.0  # of the layer's moments in an expert's
 TokenWeightsOf = Callable[
     [TensorName], NDArray[np.float32]
@@ -76,8 +76,7 @@ class CodeSearch(Protocol):
         """All codes of a layer, or of the head, are chosen: they must be safe before the pass goes on."""
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class LayerPair:
+class LayerPair(NamedTuple):
     """The exact layer, and the one whose weights are replaced by what their codes stand for."""
 
     exact: DecoderLayer
@@ -85,38 +84,35 @@ class LayerPair:
 
 
 class SequentialPass:
-    """Runs the trunk. A folder that holds the states of the same run is gone on with after its last whole layer.
+    """Goes through the trunk that `stream` ran with keep_inputs, in the folder "quantized" inside the stream's.
 
-    token_weights: without, all tokens count alike.
+    What an interrupted pass has done is gone on with after its last whole layer. token_weights: without, all tokens
+    count alike.
     """
 
     def __init__(
         self,
-        reader: WeightReader,
-        rows: TokenRows,
-        folder: Path,
+        stream: LayerStream,
         search: CodeSearch,
         *,
         token_weights: TokenWeightsOf | None = None,
         progress: Progress = lambda done: None,
     ) -> None:
-        self.hp, self.rows = reader.hp, rows
-        self._reader, self._search, self._weights = reader, search, token_weights
-        shape, identity = (rows.n_rows, rows.row_length, self.hp.hidden_size), stream_identity(reader, rows)
-        self._exact = StateFolder(folder / "exact", shape, identity)
-        self._quantized = StateFolder(folder / "quantized", shape, identity)
+        self.hp, self.rows, self._reader = stream.hp, stream.rows, stream.reader
+        self._search, self._weights, self._exact = search, token_weights, stream.folder
+        rows, shape = stream.rows, (*stream.rows.tokens.shape, stream.hp.hidden_size)
+        self._quantized = StateFolder(self._exact.path / "quantized", shape, stream_identity(self._reader, rows))
         held = np.arange(rows.n_rows) % HELD_OUT == HELD_OUT - 1
         self._held_out = np.repeat(held, rows.row_length)
-        self._meter = Meter(reader, rows, self.hp.trunk_layers, progress)
+        self._meter = Meter(self._reader, rows, self.hp.trunk_layers, progress)
 
     @property
     def next_layer(self) -> int:
         """The layer that comes next; n_layer if only the head is left."""
-        return max(0, min(self._exact.last_states(), self._quantized.last_states()))
+        return max(0, self._quantized.last_states())
 
     def restart(self) -> None:
         """Forget the layers that have run."""
-        self._exact.restart()
         self._quantized.restart()
 
     def run(self) -> None:
@@ -134,29 +130,24 @@ class SequentialPass:
     def _run_layer(self, layer: Layer) -> None:
         exact = self._reader.layer(layer)
         pair = LayerPair(exact, copy.deepcopy(exact))
-        i, shape = layer.index, (self.rows.n_rows, self.rows.row_length, self.hp.hidden_size)
-        states = self._exact.states(i), self._quantized.states(i)
+        shape = (*self.rows.tokens.shape, self.hp.hidden_size)
+        states = self._exact.states(layer.index), self._quantized.states(layer.index)
         with ExitStack() as files:
-            out = tuple(files.enter_context(f.writing_states(i + 1)) for f in (self._exact, self._quantized))
-            middle = tuple(files.enter_context(f.scratch("middle", shape)) for f in (self._exact, self._quantized))
-            self._solve(
-                pair,
-                _attention_in,
-                ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.g_proj"),
-                states,
-            )
+            out = files.enter_context(self._quantized.writing_states(layer.index + 1))
+            middle = [files.enter_context(f.scratch("middle", shape)) for f in (self._exact, self._quantized)]
+            self._solve(pair, _attention_in, ATTENTION_IN, states)
             self._solve(pair, _attention_out, ("self_attn.o_proj",), states)
-            self._apply(pair, _attend, states, middle)
+            for module, x, y in zip(pair, states, middle, strict=True):
+                self._apply(module, _attend, x, y)
             mlp = "share_expert" if layer.is_moe else "mlp"
             pool = self._solve(pair, _ffn_in, (f"{mlp}.gate_proj", f"{mlp}.up_proj"), middle)
             self._solve(pair, _ffn_out, (f"{mlp}.down_proj",), middle)
-            self._apply(pair, _resident_ffn, middle, out)
-            self._meter.add(i, row_cost(exact) * self.rows.n_tokens)
+            self._apply(pair.quantized, _resident_ffn, middle[1], out)
+            self._meter.add(layer.index, row_cost(exact) * self.rows.n_tokens)
             if layer.is_moe:
                 self._run_experts(pair, pool, middle, out)
             self._search.end_layer()
-        for folder in (self._exact, self._quantized):
-            folder.drop_states(i)
+        self._quantized.drop_states(layer.index)
 
     def _solve(self, pair: LayerPair, place: Place, paths: Sequence[str], inputs: Sequence[Floats]) -> PairMoments:
         """Choose the codes of the matrices at a place; gives the moments there."""
@@ -198,30 +189,27 @@ class SequentialPass:
         moments.add(quantized[seen], exact[seen], w[seen])
         return TokenSample(quantized[tried], exact[tried], w[tried])
 
-    def _apply(self, pair: LayerPair, step: Place, inputs: Sequence[Floats], outputs: Sequence[Floats]) -> None:
+    def _apply(self, module: DecoderLayer, step: Place, states: Floats, out: Floats) -> None:
         for part in row_slices(self.rows, CHUNK_TOKENS):
-            mask = layer_mask(self.hp, pair.exact.spec, self.rows, part, self._reader.device)
-            for module, states, out in zip((pair.exact, pair.quantized), inputs, outputs, strict=True):
-                out[part] = step(module, self._reader.to_device(states[part]), mask).cpu().numpy()
+            mask = layer_mask(self.hp, module.spec, self.rows, part, self._reader.device)
+            out[part] = step(module, self._reader.to_device(states[part]), mask).cpu().numpy()
 
-    def _run_experts(
-        self, pair: LayerPair, pool: PairMoments, inputs: Sequence[Floats], outputs: Sequence[Floats]
-    ) -> None:
-        """Choose the codes of the routed experts, and add what the experts give to both outputs."""
-        layer, shape = pair.exact.spec, (self.rows.n_rows * self.rows.row_length, self.hp.hidden_size)
+    def _run_experts(self, pair: LayerPair, pool: PairMoments, inputs: Sequence[Floats], out: Floats) -> None:
+        """Choose the codes of the routed experts, and add to out what they give."""
+        layer, shape = pair.exact.spec, (self.rows.tokens.size, self.hp.hidden_size)
         with ExitStack() as files:
             normed = [files.enter_context(f.scratch("normed", shape)) for f in (self._exact, self._quantized)]
-            self._apply(pair, _ffn_in, inputs, [n.reshape(outputs[0].shape) for n in normed])
-            routes = [self._route(pair.exact, n) for n in normed]  # the router keeps its weights
+            for module, x, y in zip(pair, inputs, normed, strict=True):
+                self._apply(module, _ffn_in, x, y.reshape(out.shape))
+            routes = self._route(pair.quantized, normed[1])
             for expert in range(self.hp.n_expert):
                 for ahead in range(expert, min(expert + EXPERTS_AHEAD, self.hp.n_expert)):
                     self._reader.prefetch_expert(layer.index, ahead)
                 exact = self._reader.expert(layer.index, expert)
-                seen = self._expert_tokens(layer, routes[1].of(expert)[0], normed)
-                chosen = self._choose_expert(layer, expert, exact, seen, pool)
-                for matrices, route, x, out in zip((exact, chosen), routes, normed, outputs, strict=True):
-                    self._add_expert(matrices, route.of(expert), x, out.reshape(shape), layer.clamp)
-                self._meter.add(layer.index, sum(matrix.numel() for matrix in exact) * len(routes[0].slots_of(expert)))
+                places, weights = routes.of(expert)
+                chosen = self._choose_expert(layer, expert, exact, self._expert_tokens(places, normed), pool)
+                self._add_expert(chosen, places, weights, normed[1], out.reshape(shape), layer.clamp)
+                self._meter.add(layer.index, sum(matrix.numel() for matrix in exact) * len(places))
 
     def _route(self, module: DecoderLayer, normed: Floats) -> Routes:
         parts = []
@@ -230,7 +218,7 @@ class SequentialPass:
             parts.append((ids.cpu(), weights.cpu()))
         return Routes(parts, self.rows.text)
 
-    def _expert_tokens(self, layer: Layer, places: NDArray[np.int64], normed: Sequence[Floats]) -> _ExpertTokens:
+    def _expert_tokens(self, places: NDArray[np.int64], normed: Sequence[Floats]) -> _ExpertTokens:
         """What both streams have for the tokens of an expert, at most MOMENT_TOKENS of them, evenly picked."""
         places = places[:: max(1, -(-len(places) // MOMENT_TOKENS))]
         exact, quantized = (self._reader.to_device(x[places]) for x in normed)
@@ -259,13 +247,13 @@ class SequentialPass:
     def _add_expert(
         self,
         matrices: Sequence[Tensor],
-        route: tuple[NDArray[np.int64], Tensor],
+        places: NDArray[np.int64],
+        weights: Tensor,
         normed: Floats,
         out: Floats,
         clamp: float,
     ) -> None:
         """Add a routed expert's weighted output to that of its tokens."""
-        places, weights = route
         for start in range(0, len(places), CHUNK_TOKENS):
             here = places[start : start + CHUNK_TOKENS]
             _, y = run_expert(matrices, self._reader.to_device(normed[here]), clamp)[-1]
@@ -286,16 +274,17 @@ class SequentialPass:
         self._meter.add(None, output.weight.numel() * self.rows.n_tokens)
 
     def _embed(self) -> None:
-        if min(self._exact.last_states(), self._quantized.last_states()) < 0:
-            with self._exact.writing_states(0) as exact, self._quantized.writing_states(0) as quantized:
-                self._reader.embed(self.rows.tokens, exact)
-                quantized[:] = self._search.embed(exact.reshape(-1, self.hp.hidden_size)).reshape(exact.shape)
+        if self._quantized.last_states() < 0:
+            with self._quantized.writing_states(0) as states:
+                exact = self._exact.states(0)
+                states[:] = self._search.embed(exact.reshape(-1, self.hp.hidden_size)).reshape(exact.shape)
 
     def _token_weights(self, names: Sequence[TensorName]) -> Tensor | None:
         """What an error at these products counts for each token; None where all tokens count alike."""
         if self._weights is None:
             return None
-        return self._reader.to_device(np.sum([self._weights(name) for name in names], axis=0, dtype=np.float32))
+        total: NDArray[np.float32] = np.sum([self._weights(name) for name in names], axis=0, dtype=np.float32)
+        return self._reader.to_device(total)
 
 
 @dataclass(frozen=True, eq=False, slots=True)

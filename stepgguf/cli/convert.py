@@ -56,9 +56,10 @@ def convert(
     - `stepgguf convert Step-3.5-Flash-FP8/ models/ --type IQ4_XS --split-max-size 50G`
     - `stepgguf convert Step-3.5-Flash/ step-128gb.gguf --type 128gb --imatrix imatrix.gguf`
     - `stepgguf convert Step-3.5-Flash/ step.gguf --fit 104GiB --imatrix imatrix.gguf --dry-run`
+    - `stepgguf convert Step-3.5-Flash/ step.gguf --type Q3_K_M --imatrix imatrix.gguf --calibrate default`
     """
     from stepgguf.chat.template import ChatTemplate, read_template
-    from stepgguf.cli.converting import RunOptions, carry_out, choose_recipe, make_plan, read_calibration
+    from stepgguf.cli.converting import RunOptions, calibrating, carry_out, choose_recipe, make_plan
     from stepgguf.convert.metadata import CHAT_TEMPLATE
     from stepgguf.convert.plan import Options
     from stepgguf.convert.sources.checkpoint import Checkpoint
@@ -80,10 +81,10 @@ def convert(
     )
     with Checkpoint(source) as checkpoint:
         file = dest.file_path(f"{name or checkpoint.name}-{recipe.name}")
-        calibration = read_calibration(checkpoint, calibrate, calibrate_tokens, device, how)
-        options = replace(options, calibration=None if calibration is None else calibration.label)
-        plan = make_plan(checkpoint, file, options, limits, how)
-        carried = [key.value for key in plan.files[0].keys if key.name == CHAT_TEMPLATE]
-        if carried and chat_template is None:
-            ChatTemplate(carried[0]).probe()
-        carry_out(plan, checkpoint, dest, how, calibration)
+        with calibrating(checkpoint, calibrate, calibrate_tokens, device, file, how) as calibration:
+            options = replace(options, calibration=None if calibration is None else calibration.label)
+            plan = make_plan(checkpoint, file, options, limits, how, calibration)
+            carried = [key.value for key in plan.files[0].keys if key.name == CHAT_TEMPLATE]
+            if carried and chat_template is None:
+                ChatTemplate(carried[0]).probe()
+            carry_out(plan, checkpoint, dest, how, calibration)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import resource
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,8 +63,17 @@ def choose_recipe(
             raise other if isinstance(other, UnknownType) else error from None  # one thing at a time
 
 
-def make_plan(source: TensorSource, dest: Path, options: Options, limits: Limits | None, how: RunOptions) -> Plan:
+def make_plan(
+    source: TensorSource,
+    dest: Path,
+    options: Options,
+    limits: Limits | None,
+    how: RunOptions,
+    calibration: CalibrationRun | None = None,
+) -> Plan:
     """Plan a file; within a budget after measuring what each type loses, if there is a choice.
+
+    With a calibration it is the gradients that say it. A dry run measures as without, which takes minutes.
 
     A destination that is taken, and may not be, is refused before anything is measured.
     """
@@ -74,7 +84,10 @@ def make_plan(source: TensorSource, dest: Path, options: Options, limits: Limits
         return plan
     if not (how.dry_run or how.overwrite) and is_taken(dest):
         raise name_taken(dest)
-    trunk = price_trunk(source, dest, options, threads=how.threads, quiet=how.quiet)
+    if calibration is None or how.dry_run:
+        trunk = price_trunk(source, dest, options, threads=how.threads, quiet=how.quiet)
+    else:
+        trunk = budget.price_trunk(source, dest, options, costs=calibration.find_costs(options.importance))
     return budget.plan_within(limits, source, dest, options, trunk)
 
 
@@ -98,18 +111,27 @@ def price_trunk(
         raise typer.Exit(130) from None
 
 
-def read_calibration(
-    source: TensorSource, texts: Sequence[str] | None, n_tokens: int | None, device: DeviceName, how: RunOptions
-) -> CalibrationRun | None:
-    """What --calibrate says; None without it. Says what it takes."""
+@contextmanager
+def calibrating(
+    source: TensorSource,
+    texts: Sequence[str] | None,
+    n_tokens: int | None,
+    device: DeviceName,
+    dest: Path,
+    how: RunOptions,
+) -> Iterator[CalibrationRun | None]:
+    """What --calibrate says, for the block in which its file is planned and made; None without it."""
     if not texts:
-        return None
+        yield None
+        return
     from stepgguf.cli.calibrating import CalibrationRun
 
-    calibration = CalibrationRun(source, texts, n_tokens, device, how.threads)
-    if not how.quiet:
-        calibration.say_what_it_takes()
-    return calibration
+    with CalibrationRun(
+        source, texts, n_tokens, dest, device=device, threads=how.threads, quiet=how.quiet
+    ) as calibration:
+        if not how.quiet:
+            calibration.say_what_it_takes()
+        yield calibration
 
 
 def carry_out(
@@ -160,7 +182,7 @@ class Conversion:
             if resumed and not how.quiet:
                 output.note(f"resuming: {resumed} of {len(writer.units)} units are done")
             if self.calibration is not None:
-                self.calibration.make_units(writer, quiet=how.quiet)
+                self.calibration.make_units(writer)
             meter = self._write(writer)
         seconds = time.monotonic() - started
         if how.json:
