@@ -27,6 +27,8 @@ import torch
 
 from benchmarks.copies import reorder
 from benchmarks.quality import Reference, held_out, reference_logits, scores, summary
+from stepgguf.calibration.imatrix import collect_imatrix, whole_text
+from stepgguf.calibration.text import pack_documents
 from stepgguf.cli.main import main as stepgguf
 from stepgguf.convert import budget, pipeline
 from stepgguf.convert.importance import Importance
@@ -40,19 +42,20 @@ from stepgguf.demo.train import Encoder
 from stepgguf.files import folders
 from stepgguf.quants.imatrix import Imatrix, write_imatrix
 from stepgguf.quants.recipe_files import load_recipe
-from stepgguf.reference.imatrix import collect_imatrix
-from stepgguf.reference.load import load_reference
+from stepgguf.reference.weights import WeightReader
 
 TYPES = ["Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M"]
 CALIBRATION = 300
 
 
 def calibrate() -> Imatrix:
-    """The importance matrix of the first conversations that seed 1000 makes, each run on its own."""
+    """The importance matrix of the first conversations that seed 1000 makes, none of which sees another."""
     rng, encoder = random.Random(1000), Encoder((CHECKPOINT / "tokenizer.json").read_text())
     conversations = [encoder.encode_example(*tasks.random_conversation(rng))[0] for _ in range(CALIBRATION)]
-    with Checkpoint(CHECKPOINT) as checkpoint:
-        return collect_imatrix(load_reference(checkpoint), (torch.tensor([tokens]) for tokens in conversations))[0]
+    rows = pack_documents(conversations, max(map(len, conversations)))
+    with Checkpoint(CHECKPOINT) as checkpoint, tempfile.TemporaryDirectory() as folder:
+        reader = WeightReader(checkpoint, checkpoint.hparams, torch.device("cpu"))
+        return next(collect_imatrix(reader, rows, whole_text(rows), Path(folder)))
 
 
 class ModelCopy:

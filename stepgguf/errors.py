@@ -21,6 +21,8 @@
     ├── QuantError               ggml refused
     ├── ImatrixError             an importance matrix: damaged, or of another model
     ├── CostsError               a file of types' costs: damaged, of another model, or without what is asked of it
+    ├── TextError                a text to calibrate with: unreadable, too short, a line that is no dialogue
+    ├── EvaluationError          a reference or a text to evaluate on: damaged, of another model, too short
     ├── DoesNotFit               a byte budget below what the smallest types need
     ├── OutputError              the destination: exists, differs, no space
     ├── VerifyError              bytes are not what the manifest or the source says
@@ -128,6 +130,14 @@ class ImatrixError(StepggufError):
 
 
 class CostsError(StepggufError):
+    pass
+
+
+class TextError(StepggufError):
+    pass
+
+
+class EvaluationError(StepggufError):
     pass
 
 

@@ -6,7 +6,7 @@ import math
 import re
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -91,7 +91,7 @@ ImatrixFile = Annotated[
     Path | None,
     typer.Option(
         "--imatrix", exists=True, dir_okay=False, metavar="FILE",
-        help="Importance matrix from llama-imatrix (GGUF or .dat); each expert is quantized with its own row.",
+        help="Importance matrix of `stepgguf imatrix` or llama-imatrix; each expert is quantized with its own row.",
     ),
 ]  # fmt: skip
 ImatrixPriorOption = Annotated[
@@ -104,6 +104,20 @@ ImatrixPriorOption = Annotated[
 Kernel = Annotated[
     KernelName,
     typer.Option(help="Who encodes: stepgguf's kernels or ggml's; on x86 the bytes are the same."),
+]
+Calibrate = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--calibrate", metavar="FILE",
+        help="Choose each matrix's codes by what calibration text gives to it: less loss in the same types and bytes, "
+        "at three passes over the model. Plain text, dialogues as .jsonl, or `default`; may be repeated.",
+    ),
+]  # fmt: skip
+CalibrateTokens = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="With --calibrate: at most about N tokens of the text.")
+]
+Device = Annotated[
+    Literal["cpu", "cuda", "mps"], typer.Option(help="With --calibrate: where the model's products are computed.")
 ]
 SplitMaxSize = Annotated[
     int | None,

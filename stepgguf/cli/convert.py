@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +32,9 @@ def convert(
     ] = None,
     imatrix: arguments.ImatrixFile = None,
     imatrix_prior: arguments.ImatrixPriorOption = "pooled",
+    calibrate: arguments.Calibrate = None,
+    calibrate_tokens: arguments.CalibrateTokens = None,
+    device: arguments.Device = "cpu",
     kernel: arguments.Kernel = "lanes",
     split_max_size: arguments.SplitMaxSize = None,
     threads: arguments.Threads = None,
@@ -54,7 +58,7 @@ def convert(
     - `stepgguf convert Step-3.5-Flash/ step.gguf --fit 104GiB --imatrix imatrix.gguf --dry-run`
     """
     from stepgguf.chat.template import ChatTemplate, read_template
-    from stepgguf.cli.converting import RunOptions, carry_out, choose_recipe, make_plan
+    from stepgguf.cli.converting import RunOptions, carry_out, choose_recipe, make_plan, read_calibration
     from stepgguf.convert.metadata import CHAT_TEMPLATE
     from stepgguf.convert.plan import Options
     from stepgguf.convert.sources.checkpoint import Checkpoint
@@ -76,8 +80,10 @@ def convert(
     )
     with Checkpoint(source) as checkpoint:
         file = dest.file_path(f"{name or checkpoint.name}-{recipe.name}")
+        calibration = read_calibration(checkpoint, calibrate, calibrate_tokens, device, how)
+        options = replace(options, calibration=None if calibration is None else calibration.label)
         plan = make_plan(checkpoint, file, options, limits, how)
         carried = [key.value for key in plan.files[0].keys if key.name == CHAT_TEMPLATE]
         if carried and chat_template is None:
             ChatTemplate(carried[0]).probe()
-        carry_out(plan, checkpoint, dest, how)
+        carry_out(plan, checkpoint, dest, how, calibration)

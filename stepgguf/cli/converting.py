@@ -5,9 +5,10 @@ from __future__ import annotations
 import resource
 import shlex
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.text import Text
@@ -28,6 +29,10 @@ from stepgguf.convert.writer import Writer, is_taken, name_taken
 from stepgguf.errors import StepggufError, UnknownType
 from stepgguf.files.byte_sizes import readable_size
 from stepgguf.quants.recipe import Recipe
+
+if TYPE_CHECKING:
+    from stepgguf.cli.calibrating import CalibrationRun
+    from stepgguf.reference.device import DeviceName
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +98,25 @@ def price_trunk(
         raise typer.Exit(130) from None
 
 
-def carry_out(plan: Plan, source: TensorSource, dest: Destination, how: RunOptions) -> None:
+def read_calibration(
+    source: TensorSource, texts: Sequence[str] | None, n_tokens: int | None, device: DeviceName, how: RunOptions
+) -> CalibrationRun | None:
+    """What --calibrate says; None without it. Says what it takes."""
+    if not texts:
+        return None
+    from stepgguf.cli.calibrating import CalibrationRun
+
+    calibration = CalibrationRun(source, texts, n_tokens, device, how.threads)
+    if not how.quiet:
+        calibration.say_what_it_takes()
+    return calibration
+
+
+def carry_out(
+    plan: Plan, source: TensorSource, dest: Destination, how: RunOptions, calibration: CalibrationRun | None = None
+) -> None:
     """Show the plan (--dry-run), or make its files and say what to do with them."""
-    conversion = Conversion(plan, source, how)
+    conversion = Conversion(plan, source, how, calibration)
     if how.dry_run:
         conversion.show_plan()
         return
@@ -108,8 +129,10 @@ def carry_out(plan: Plan, source: TensorSource, dest: Destination, how: RunOptio
 class Conversion:
     """A plan with its source: shown, or carried out."""
 
-    def __init__(self, plan: Plan, source: TensorSource, how: RunOptions) -> None:
-        self.plan, self.source, self.how = plan, source, how
+    def __init__(
+        self, plan: Plan, source: TensorSource, how: RunOptions, calibration: CalibrationRun | None = None
+    ) -> None:
+        self.plan, self.source, self.how, self.calibration = plan, source, how, calibration
         output.warn(plan.warnings)
 
     def plan_text(self) -> str:
@@ -136,6 +159,8 @@ class Conversion:
             resumed = len(writer.finished)
             if resumed and not how.quiet:
                 output.note(f"resuming: {resumed} of {len(writer.units)} units are done")
+            if self.calibration is not None:
+                self.calibration.make_units(writer, quiet=how.quiet)
             meter = self._write(writer)
         seconds = time.monotonic() - started
         if how.json:

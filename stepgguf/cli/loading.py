@@ -1,4 +1,4 @@
-"""From command-line options to a running engine: what chat, serve and bench share."""
+"""From command-line options to a running engine: what chat, serve and bench share, and eval in part."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from stepgguf.runtime.engine import DEFAULT_CACHE_RAM, DEFAULT_CTX, Engine
 if TYPE_CHECKING:
     from stepgguf.fit.machine import Machine
     from stepgguf.fit.model_file import ModelFile
+    from stepgguf.runtime.llama.model import LlamaModel
 
 IN_PROCESS = "llama-cpp-python"
 LLAMA_SERVER = "llama-server"
@@ -129,6 +130,32 @@ def open_engine(path: Path, options: EngineOptions, *, command: str, quiet: bool
         yield opened
     finally:
         opened.close()
+
+
+@contextmanager
+def open_layers(
+    path: Path, n_ctx: int, *, gpu_layers: int, force: bool, command: str, quiet: bool
+) -> Iterator[LlamaModel]:
+    """Open a file without its MTP blocks, to be asked for logits in one context of n_ctx tokens. See open_engine."""
+    from stepgguf.fit.machine import probe_machine, use_mmap
+    from stepgguf.fit.model_file import read_model_file
+    from stepgguf.runtime.llama.model import LlamaModel
+
+    options = EngineOptions(ctx=n_ctx, gpu_layers=gpu_layers, draft=0, cache_ram=0)
+    machine, file = probe_machine(), read_model_file(path, command=command)
+    if not force:
+        _require_fit(machine, file, options, served=False)
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        with _progress_bar(path.name, quiet) as progress:
+            mmap = use_mmap(machine, options.mmap)
+            model = LlamaModel(file.path, gpu_layers=gpu_layers, mtp=False, mmap=mmap, progress=progress)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    try:
+        yield model
+    finally:
+        model.close()
 
 
 def _check_options(options: EngineOptions) -> None:

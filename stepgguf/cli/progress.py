@@ -1,4 +1,4 @@
-"""Progress over a known number of bytes.
+"""Progress over a known number of bytes, or of anything else that is counted.
 
 On a terminal: two live lines, the whole (bytes, rate, time left) and the current layer. Piped: a plain line now and
 then. --quiet: neither.
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     TaskID,
     TextColumn,
@@ -109,6 +110,45 @@ class ProgressMeter:
         output.note(
             f"{self._title}: {self.bytes_done / self._total:.0%} of {readable_size(self._total)}, "
             f"{rate / 1e6:.0f} MB/s, {int(left // 60)}:{int(left % 60):02d} left"
+        )
+
+
+class CountMeter:
+    """Progress over a known number of things of one kind. Use as a context manager; call `add`.
+
+    noun: what is counted, as "predictions".
+    """
+
+    def __init__(self, title: str, total: int, noun: str, *, quiet: bool = False) -> None:
+        self._title, self.total, self._noun, self._quiet = title, total, noun, quiet
+        columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn(noun + ", ETA"))
+        shown = not quiet and output.stderr.is_terminal
+        self._live = Progress(*columns, TimeRemainingColumn(), console=output.stderr, transient=True, disable=not shown)
+        self._task = self._live.add_task(title, total=total)
+        self._started = self._last_line = time.monotonic()
+        self._done = 0
+
+    def __enter__(self) -> CountMeter:
+        self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+
+    def add(self, n: int) -> None:
+        """Count n more that are done. Piped, that is a line at most every PLAIN_SECONDS."""
+        self._done += n
+        self._live.update(self._task, completed=self._done)
+        now = time.monotonic()
+        if self._quiet or output.stderr.is_terminal or not self._done or now - self._last_line < PLAIN_SECONDS:
+            return
+        self._last_line = now
+        left = (now - self._started) / self._done * (self.total - self._done)
+        output.note(
+            f"{self._title}: {self._done / self.total:.0%} of {self.total:,} {self._noun}, "
+            f"{int(left // 60)}:{int(left % 60):02d} left"
         )
 
 

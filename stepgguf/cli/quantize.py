@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -34,6 +35,9 @@ def quantize(
     ] = False,
     imatrix: arguments.ImatrixFile = None,
     imatrix_prior: arguments.ImatrixPriorOption = "pooled",
+    calibrate: arguments.Calibrate = None,
+    calibrate_tokens: arguments.CalibrateTokens = None,
+    device: arguments.Device = "cpu",
     kernel: arguments.Kernel = "lanes",
     split_max_size: arguments.SplitMaxSize = None,
     threads: arguments.Threads = None,
@@ -56,7 +60,7 @@ def quantize(
     - `stepgguf quantize Step-3.5-Flash/ step.gguf --type my-recipe.toml --dry-run`
     - `stepgguf quantize step-q8_0.gguf step-q4_k_s.gguf --type Q4_K_S --allow-requantize`
     """
-    from stepgguf.cli.converting import RunOptions, carry_out, choose_recipe, make_plan
+    from stepgguf.cli.converting import RunOptions, carry_out, choose_recipe, make_plan, read_calibration
     from stepgguf.convert.plan import Options
     from stepgguf.convert.sources.opening import open_source
 
@@ -76,8 +80,10 @@ def quantize(
         kernel=kernel,
     )
     with open_source(source) as opened:
+        calibration = read_calibration(opened, calibrate, calibrate_tokens, device, how)
+        options = replace(options, calibration=None if calibration is None else calibration.label)
         plan = make_plan(opened, dest.file_path(f"{opened.name}-{recipe.name}"), options, limits, how)
-        carry_out(plan, opened, dest, how)
+        carry_out(plan, opened, dest, how, calibration)
 
 
 def _refuse_type_as_dest(source: Path, dest: Destination) -> None:

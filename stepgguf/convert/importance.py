@@ -46,6 +46,11 @@ class Importance:
         """
         return self._rows(name, shape)
 
+    def expert_row(self, name: str, shape: Shape, expert: int) -> NDArray[np.float32] | None:
+        """E[x^2] of one expert's input channels, [columns]; None without data."""
+        rows = self.rows(name, shape)
+        return None if rows is None else rows[expert if len(rows) > 1 else 0]
+
     def counts(self, name: str, shape: Shape) -> NDArray[np.float32] | None:
         """Calibration tokens that each expert saw, [n_expert]. None if the file does not say it."""
         entry = self._entry(name, shape)

@@ -29,6 +29,7 @@ from stepgguf.quants.imatrix import Imatrix
 
 V = GGUFValueType
 CHAT_TEMPLATE = Keys.Tokenizer.CHAT_TEMPLATE
+CALIBRATION = "stepgguf.calibration"  # in words, what the codes were calibrated on
 RESERVE, RESERVE_BYTES = "stepgguf.reserve", 16384  # room for a longer chat template later: rewrite.py
 SHARED_BY_MTP_FILE = ("token_embd.weight", "output.weight", "output_norm.weight")
 
@@ -190,6 +191,7 @@ def provenance_keys(
     *,
     mtp_type: str | None = None,
     recipe: str | None = None,
+    calibration: str | None = None,
     imatrix: Imatrix | None = None,
 ) -> list[Key]:
     """Which tool made the file, how and of what; then the two keys that llama-quantize writes last."""
@@ -203,6 +205,8 @@ def provenance_keys(
         keys.append(_typed_key("stepgguf.mtp_type", mtp_type))
     if recipe is not None:
         keys.append(_typed_key("stepgguf.recipe", recipe))
+    if calibration is not None:
+        keys.append(_typed_key(CALIBRATION, calibration))
     keys.append(reserve_key(RESERVE_BYTES))
     keys.append(_typed_key(Keys.General.QUANTIZATION_VERSION, gguf.GGML_QUANT_VERSION))
     keys.append(_typed_key(Keys.General.FILE_TYPE, int(ftype)))

@@ -116,7 +116,9 @@ class RowMaker:
         values = self._source.values(action.stored.name, start, stop)
         if action.plus_one:
             values = _add_one(values)
-        importance = self._expert_importance(tensor, start) if action.weighted else None
+        importance = None
+        if action.weighted and self._importance is not None:  # an expert's rows share it
+            importance = self._importance.expert_row(tensor.name, tensor.shape, start // tensor.rows_per_expert)
         out = np.empty((stop - start, tensor.row_bytes), np.uint8)
         try:
             # Kernels only say that some value is not finite, which costs them nothing; which one it is, is looked for.
@@ -128,11 +130,6 @@ class RowMaker:
                 f"{tensor.name}{expert}: {error}", hint="Give this tensor another type in a recipe, such as BF16."
             ) from None
         return out, action.kernel.measure(values, out, importance) if tensor.is_quantized else None
-
-    def _expert_importance(self, tensor: PlannedTensor, row: int) -> NDArray[np.float32] | None:
-        """The importance of a row's columns, which its expert's rows share, [columns]."""
-        rows = None if self._importance is None else self._importance.rows(tensor.name, tensor.shape)
-        return None if rows is None else rows[row // tensor.rows_per_expert if len(rows) > 1 else 0]
 
 
 def _check_finite(tensor: PlannedTensor, start: int, runs: Iterable[tuple[int, NDArray[np.float32]]]) -> None:

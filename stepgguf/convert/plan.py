@@ -39,6 +39,7 @@ class Options:
     """What the user chose. mtp_type None: as the recipe says.
 
     allocated: types of tensors by name, chosen within a budget (budget.py); only the recipe's rules come before them.
+    calibration: in words, what the codes of the trunk's matrices are calibrated on; None if they are not.
     """
 
     recipe: Recipe
@@ -51,6 +52,7 @@ class Options:
     importance: Importance | None = None
     kernel: KernelName = "lanes"
     allocated: Mapping[str, TypeChoice] = field(default_factory=dict)
+    calibration: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +232,7 @@ class Plan:
     importance: Importance | None = None
     coverage: Coverage | None = None
     kernel: KernelName = "lanes"
+    calibration: str | None = None
 
     @property
     def type_name(self) -> str:

@@ -54,7 +54,16 @@ def plan_source(source: TensorSource, dest: Path, options: Options) -> Plan:
     if {os.path.realpath(file.path) for file in files} & set(map(os.path.realpath, source.files)):
         raise OutputError(f"{dest} is the source", hint="Write to another name.")
     warnings = (*notes, *described.warnings, *(f"imatrix: {text}" for text in (covered.warnings if covered else ())))
-    return Plan(options.recipe, options.mtp, tuple(files), warnings, options.importance, covered, options.kernel)
+    return Plan(
+        options.recipe,
+        options.mtp,
+        tuple(files),
+        warnings,
+        options.importance,
+        covered,
+        options.kernel,
+        options.calibration,
+    )
 
 
 def rule_facts(hp: AnyHParams) -> RuleFacts:
@@ -199,13 +208,14 @@ def _provenance(options: Options, facts: RuleFacts, tensors: Sequence[PlannedTen
         source,
         mtp_type=", ".join(sorted({t.ggml_type.name for t in mtp})) or None,
         recipe=recipe.text if recipe.text and not recipe.is_stock else None,
+        calibration=options.calibration,
         imatrix=options.importance.source if options.importance else None,
     )
 
 
 def _replace_keys(keys: Sequence[Key], new: Sequence[Key]) -> list[Key]:
     """The keys, then the new ones, which take the place of any of the same name."""
-    names = {key.name for key in new}
+    names = {metadata.CALIBRATION, *(key.name for key in new)}  # codes that are chosen anew are no longer calibrated
     return [*(key for key in keys if key.name not in names), *new]
 
 

@@ -19,13 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepgguf.convert.manifest import read_entries, read_manifest
+from stepgguf.convert.metadata import CALIBRATION
 from stepgguf.convert.pipeline import RowMaker
 from stepgguf.convert.plan import Plan, PlannedTensor, retype_tensors, row_ranges, unit_rows
 from stepgguf.convert.sources.source import TensorSource, rows_per_expert
 from stepgguf.convert.sources.splits import read_headers
-from stepgguf.errors import TruncatedFile
+from stepgguf.errors import TruncatedFile, VerifyError
 from stepgguf.files import disk
 from stepgguf.files.gguf_header import Header, TensorInfo
+from stepgguf.files.jsonread import shown
 from stepgguf.quants.types import row_size
 
 Bytes = NDArray[np.uint8]
@@ -92,9 +94,18 @@ def verify_manifest(path: Path, step: Step) -> Verification:
 
 
 def verify_source(path: Path, plan: Plan, source: TensorSource, share: float, step: Step) -> Verification:
-    """Make a share of each tensor's units again (at least one) and compare. `plan` gives names and sources."""
+    """Make a share of each tensor's units again (at least one) and compare. `plan` gives names and sources.
+
+    VerifyError for a file with calibrated codes, which do not follow from the source alone.
+    """
+    headers = read_headers(path)
+    if (calibration := headers[0].get(CALIBRATION)) is not None:
+        raise VerifyError(
+            f"{path}: the codes are calibrated on {shown(calibration)}, so the source alone does not give them",
+            hint="Compare it with its manifest: leave --against out.",
+        )
     report, rng, maker = Verification(step), random.Random(0), RowMaker(source, plan.importance)
-    for header in read_headers(path):
+    for header in headers:
         planned: dict[str, PlannedTensor] = {tensor.name: tensor for tensor in retype_tensors(header.tensors, plan)}
         jobs = []
         for info in header.tensors:

@@ -251,6 +251,7 @@ def _describe_run(plan: Plan, identity: Mapping[str, str]) -> dict[str, Any]:
         "source": dict(sorted(identity.items())),
         "imatrix": plan.importance.identity() if plan.importance else None,
         "kernel": plan.kernel,
+        "calibration": plan.calibration,
         "header": hashlib.sha256(b"".join(file.header for file in plan.files)).hexdigest(),
     }
 

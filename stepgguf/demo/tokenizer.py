@@ -14,7 +14,9 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer, pre_tokenizers
+
+from stepgguf.calibration.tokenizer import pre_tokenizer as pre_tokenizer
 
 BOS, END_OF_SENTENCE, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 PROTOCOL = (
@@ -22,19 +24,8 @@ PROTOCOL = (
     "<think>", "</think>",
 )  # fmt: skip
 
-# llama.cpp's "deepseek-v3" pre-tokenizer (llama-vocab.cpp), which is that of the published tokenizer.
-SPLITS = (
-    r"\p{N}{1,3}",
-    r"[一-龥぀-ゟ゠-ヿ]+",
-    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
-    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-)
-
-
-def pre_tokenizer() -> Any:
-    """The pre-tokenizer of the published tokenizer.json, as a `tokenizers` object, which has no public type."""
-    splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in SPLITS]
-    return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())  # the characters that stand for the 256 bytes
+N_FIXED = 3 + len(ALPHABET) + len(PROTOCOL)  # ids of every vocabulary
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
@@ -47,11 +38,14 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
         for part in text.split("\x00"):
             words.update(word for word, _ in pre.pre_tokenize_str(part))
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    n_merges = vocab_size - 3 - len(alphabet) - len(PROTOCOL)
-    merges = _prefix_merges(words, n_merges)
-    tokens = [BOS, END_OF_SENTENCE, PAD, *alphabet, *(a + b for a, b in merges), *PROTOCOL]
-    assert len(set(tokens)) == vocab_size == len(tokens)
+    merges = _prefix_merges(words, vocab_size - N_FIXED)
+    return tokenizer_json(merges)
+
+
+def tokenizer_json(merges: list[tuple[str, str]]) -> str:
+    """The text of tokenizer.json with these merges: N_FIXED ids and one for each merge that makes a new token."""
+    made = dict.fromkeys(a + b for a, b in merges)
+    tokens = [BOS, END_OF_SENTENCE, PAD, *ALPHABET, *made, *PROTOCOL]
     ids = {token: i for i, token in enumerate(tokens)}
     added = [
         {"id": ids[t], "content": t, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
@@ -60,7 +54,7 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
     ]  # fmt: skip
     document = json.loads(Tokenizer.from_str(json.dumps({
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
-        "pre_tokenizer": json.loads(pre.__getstate__()), "post_processor": _prepend_bos(),
+        "pre_tokenizer": json.loads(pre_tokenizer().__getstate__()), "post_processor": _prepend_bos(),
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {"type": "BPE", "vocab": {t: i for t, i in ids.items() if t not in PROTOCOL},
                   "merges": [list(m) for m in merges]},

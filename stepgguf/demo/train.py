@@ -218,6 +218,22 @@ def make_optimizer(parameters: list[nn.Parameter], lr: float) -> torch.optim.Ada
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-10, fused=True)
 
 
+def descend(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], loss: Tensor, lr: float) -> None:
+    """One step down the loss's gradient, whose norm is bounded by 1."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    loss.backward()  # type: ignore[no-untyped-call]
+    nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def balance_routers(routers: list[MoE]) -> None:
+    """Make experts that had too few tokens in the last forward pass likelier, and those that had too many less so."""
+    for router in routers:
+        router.router_bias.add_(BIAS_STEP * torch.sign(router.load.mean() - router.load))
+
+
 def train_model(model: Step35, encoder: Encoder, steps: int, lr: float, seed: int, mtp: bool) -> None:
     """Train the trunk, or with `mtp` the MTP blocks over a frozen trunk."""
     routers = [module for module in model.modules() if isinstance(module, MoE)]
@@ -225,17 +241,11 @@ def train_model(model: Step35, encoder: Encoder, steps: int, lr: float, seed: in
     optimizer = make_optimizer(parameters, lr)
     started, seen = time.time(), 0
     for step, (tokens, labels, document) in zip(range(steps), packed_batches(encoder, seed), strict=False):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * rate_at(step, steps)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = mtp_loss(model, tokens, labels, document) if mtp else trunk_loss(model, tokens, labels, document)
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        descend(optimizer, parameters, loss, lr * rate_at(step, steps))
         if not mtp:
-            for router in routers:  # experts with too few tokens become likelier, those with too many less so
-                router.router_bias.add_(BIAS_STEP * torch.sign(router.load.mean() - router.load))
+            balance_routers(routers)
         seen += tokens.numel()
         if step % 100 == 99:
             speed = seen / (time.time() - started)
@@ -257,7 +267,7 @@ def freeze_all_but(model: Step35, routers: list[MoE], mtp: bool) -> list[nn.Para
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def trunk_loss(model: Step35, tokens: Tensor, labels: Tensor, document: Tensor) -> Tensor:
+def trunk_loss(model: Step35, tokens: Tensor, labels: Tensor, document: Tensor | None = None) -> Tensor:
     """The trunk's mean loss on the next token."""
     return shifted_cross_entropy(model.logits(model.hidden(tokens, document)), labels, 1)
 
@@ -321,13 +331,15 @@ def quantize_fp8(weight: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
     return (tiles / scale).to(torch.float8_e4m3fn).view_as(weight), scale[:, :, 0, :, 0].contiguous()
 
 
-def save_checkpoint(model: Step35, settings: dict[str, Any], tokenizer_json: str, out: Path) -> None:
-    """Write the checkpoint as the published block-FP8 repositories are: three shards, no index."""
+def save_checkpoint(
+    model: Step35, settings: dict[str, Any], tokenizer_json: str, out: Path, *, fp8: bool = True
+) -> None:
+    """Write the checkpoint as the published block-FP8 repositories are: three shards, no index. Or in BF16."""
     shards: list[dict[str, Tensor]] = [{}, {}, {}]
     for name, tensor in model.state_dict().items():
         mtp, experts = TensorName(name).is_mtp(model.hp.n_layer), ".moe." in name and name.endswith("_proj.weight")
         shard = shards[2 if mtp or "layers" not in name else 1 if experts else 0]
-        if experts:
+        if experts and fp8:
             shard[name], shard[f"{name}_scale_inv"] = quantize_fp8(tensor)
         else:
             shard[name] = tensor if name.endswith("router_bias") else tensor.bfloat16()
@@ -335,7 +347,8 @@ def save_checkpoint(model: Step35, settings: dict[str, Any], tokenizer_json: str
     for i, shard in enumerate(shards):
         save_file(shard, out / f"model-{i + 1:05d}.safetensors", metadata={"format": "pt"})
     quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
-    (out / "config.json").write_text(json.dumps({**settings, "quantization_config": quantization}, indent=1) + "\n")
+    config = {**settings, "quantization_config": quantization} if fp8 else settings
+    (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     (out / "tokenizer.json").write_text(tokenizer_json + "\n")
     tokenizer_config = {
         "tokenizer_class": "LlamaTokenizerFast",

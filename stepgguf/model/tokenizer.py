@@ -14,6 +14,13 @@ from stepgguf.files.jsonread import Value, shown
 
 TOKENIZER_MODEL = "gpt2"
 PRE_TOKENIZER = "deepseek-v3"
+# How that pre-tokenizer cuts a text into words, one after the other (llama-vocab.cpp, the published tokenizer.json).
+SPLITS = (
+    r"\p{N}{1,3}",
+    r"[一-龥぀-ゟ゠-ヿ]+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's token types
 
 

@@ -31,7 +31,7 @@ class LayerCoverage:
 class Coverage:
     """What an importance matrix lacks for a model.
 
-    missing: names of tensors without data. missing_mtp: the same of MTP blocks, which no llama.cpp tool runs.
+    missing: names of tensors without data. missing_mtp: the same of MTP blocks, which few tools run.
     """
 
     layers: tuple[LayerCoverage, ...]
@@ -48,7 +48,7 @@ class Coverage:
         if self.missing:
             sentences.append(f"no data for {_list_some(self.missing)}: quantized unweighted")
         if self.missing_mtp:
-            sentences.append(f"no data for {len(self.missing_mtp)} MTP tensors: calibration tools do not run MTP")
+            sentences.append(f"no data for {len(self.missing_mtp)} MTP tensors; `stepgguf imatrix` runs MTP blocks too")
         if unseen:
             worst = max(unseen, key=lambda row: row.unseen)
             total = sum(row.unseen for row in unseen)

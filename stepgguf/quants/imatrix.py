@@ -4,8 +4,11 @@ A weight's rounding error reaches the output times its input channel: encoders w
 llama.cpp's imatrix tool sums x^2 per tensor, for routed experts per expert over the tokens routed to it. Two forms:
 
     GGUF    keys     general.type "imatrix"   imatrix.datasets [str]   imatrix.chunk_count u32   imatrix.chunk_size u32
+                     imatrix.n_layer_nextn u32 (newer: MTP blocks that were run)
             tensors  NAME.in_sum2  F32 [n_matrix, columns]  sums of x^2
                      NAME.counts   F32 [n_matrix, 1]        tokens that the matrix saw
+                     NAME.in_sum   F32 [n_matrix, columns]  sums of x (newer; written where known, and not read: nothing
+                                                            here needs them). Other suffixes are passed over
     .dat    n_entries i32
             n_entries x  length i32  NAME  n_call i32  n_values i32  values f32 = sum / count * n_call
             chunk_count i32  length i32  dataset                   (early files end before this)
@@ -45,9 +48,10 @@ THIN_TOKENS = 256
 # An expert's down projection reads its own hidden units: channel j of one expert has nothing to do with j of another.
 _OWN_CHANNELS = frozenset({"ffn_down_exps"})
 
-_SUMS, _COUNTS = ".in_sum2", ".counts"
+_SUMS, _COUNTS, _LINEAR = ".in_sum2", ".counts", ".in_sum"
+_N_MTP = "imatrix.n_layer_nextn"
 _F32, _V = GGMLQuantizationType.F32, GGUFValueType
-_HINT = "An importance matrix is what llama-imatrix writes: a GGUF, or the older .dat."
+_HINT = "An importance matrix is what `stepgguf imatrix` or llama-imatrix writes: a GGUF, or the older .dat."
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -58,19 +62,22 @@ class ImatrixEntry:
     counted: False where the tokens of each expert are unknown. counts then tell which experts were seen, and
         sums / counts is their mean all the same.
     shared: whether column j is the same channel for every expert. See `channel_importance`.
+    linear: sums of x, of the shape of the sums; None where they are unknown.
     """
 
     sums: Floats
     counts: Floats
     counted: bool = True
     shared: bool = True
+    linear: Floats | None = None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Imatrix:
     """An importance matrix. entries: GGUF tensor name -> what was recorded of it.
 
-    path: None for one that was just collected. chunk_size: 0 where the file does not say it (.dat).
+    path: None for one that was just collected. chunk_size: 0 where the file does not say it (.dat). n_mtp: MTP blocks
+    that were run; 0 where the file says nothing.
     """
 
     path: Path | None
@@ -78,6 +85,7 @@ class Imatrix:
     chunk_count: int
     chunk_size: int
     entries: Mapping[str, ImatrixEntry]
+    n_mtp: int = 0
 
     def entry_of(self, name: TensorName, shape: tuple[int, ...]) -> ImatrixEntry | None:
         """A tensor's entry, [n_matrix, columns]. None if there is none, or if it saw no token.
@@ -162,7 +170,8 @@ def _read_gguf(path: Path) -> Imatrix:
     entries = {
         name: _read_entry(f"{path}: {name}", infos.get(name + _SUMS), infos.get(name + _COUNTS), data) for name in names
     }
-    return Imatrix(path, tuple(str(name) for name in datasets if name), chunk_count, chunk_size, entries)
+    n_mtp = value_of(_N_MTP, int) if _N_MTP in header.keys else 0
+    return Imatrix(path, tuple(str(name) for name in datasets if name), chunk_count, chunk_size, entries, n_mtp)
 
 
 def _read_entry(what: str, sums: TensorInfo | None, counts: TensorInfo | None, data: NDArray[np.uint8]) -> ImatrixEntry:
@@ -228,18 +237,20 @@ def _read_dat(path: Path) -> Imatrix:
 
 def write_imatrix(imatrix: Imatrix, path: Path) -> None:
     """Write the GGUF form, tensors in imatrix.cpp's order; whole or not at all. Raises OutputError."""
-    keys = (
+    keys = [
         Key.of("general.type", "imatrix", _V.STRING),
         # llama-quantize wants this key to be there.
         Key.of(Keys.IMatrix.DATASETS, imatrix.datasets or ("",), _V.ARRAY, _V.STRING),
         Key.of(Keys.IMatrix.CHUNK_COUNT, imatrix.chunk_count, _V.UINT32),
         Key.of(Keys.IMatrix.CHUNK_SIZE, imatrix.chunk_size, _V.UINT32),
-    )
+    ]
+    if imatrix.n_mtp:
+        keys.append(Key.of(_N_MTP, imatrix.n_mtp, _V.UINT32))
     arrays: dict[str, Floats] = {}
     for name, entry in sorted(imatrix.entries.items()):
-        for suffix, values in ((_SUMS, entry.sums), (_COUNTS, entry.counts[:, None])):
-            # ggml drops outer dimensions of 1.
-            arrays[name + suffix] = np.asarray(values if len(values) > 1 else values[0], np.float32)
+        for suffix, values in ((_SUMS, entry.sums), (_COUNTS, entry.counts[:, None]), (_LINEAR, entry.linear)):
+            if values is not None:  # ggml drops outer dimensions of 1
+                arrays[name + suffix] = np.asarray(values if len(values) > 1 else values[0], np.float32)
     infos, end = [], 0
     for name, array in arrays.items():
         infos.append(TensorInfo(name, array.shape, _F32, end))

@@ -98,7 +98,8 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(hp.head_dim, hp.rms_norm_eps)
         self.register_buffer("frequencies", rope_frequencies(layer, hp.rope_scaling), persistent=False)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def mix(self, x: Tensor, mask: Tensor) -> Tensor:
+        """What o_proj is given: the heads' gated outputs, [b, t, q_size]."""
         b, t, _ = x.shape
         # The norms are over each head's own channels, and come before the rotation.
         q = self.q_norm(self.q_proj(x).view(b, t, -1, self.head_dim))
@@ -107,12 +108,18 @@ class Attention(nn.Module):
         assert isinstance(self.frequencies, Tensor)
         angles = torch.arange(t, device=x.device)[:, None] * self.frequencies
         q, k = rotate(q, angles), rotate(k, angles)
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, enable_gqa=True
-        ).transpose(1, 2)
+        out = self.attend(q, k, v, mask)
         out = out * torch.sigmoid(self.g_proj(x))[..., None]  # one gate for each head
-        result: Tensor = self.o_proj(out.reshape(b, t, -1))
+        return out.reshape(b, t, -1)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        result: Tensor = self.o_proj(self.mix(x, mask))
         return result
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """The values that each query finds by its keys, [b, t, h, e]; q [b, t, h, e], k and v [b, t, groups, e]."""
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
 
 
 def swiglu(gate: Tensor, up: Tensor, clamp: float) -> Tensor:
@@ -133,8 +140,12 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(size, d, bias=False)
         self.clamp = clamp
 
+    def units(self, x: Tensor) -> Tensor:
+        """What down_proj is given: the hidden units."""
+        return swiglu(self.gate_proj(x), self.up_proj(x), self.clamp)
+
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), self.clamp))
+        result: Tensor = self.down_proj(self.units(x))
         return result
 
 
@@ -175,18 +186,21 @@ class MoE(nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         ids, weights = self.route(flat)
         self.load = torch.bincount(ids.flatten(), minlength=len(self.router_bias)).float()
-        out = torch.zeros_like(flat)
-        for expert in self.load.nonzero().flatten().tolist():
-            rows, slot = (ids == expert).nonzero(as_tuple=True)
-            seen = flat[rows]
-            hidden = swiglu(
-                F.linear(seen, self.gate_proj.weight[expert]),
-                F.linear(seen, self.up_proj.weight[expert]),
-                self.clamp,
-            )
-            result = F.linear(hidden, self.down_proj.weight[expert]) * weights[rows, slot, None]
-            out = out.index_add(0, rows, result.to(out.dtype))
+        order = ids.flatten().argsort(stable=True)  # of the n * n_used choices, by expert
+        out = self.add_experts(flat, order // self.n_used, weights.flatten()[order], self.load.int().tolist())
         return out.view_as(x)
+
+    def add_experts(self, x: Tensor, rows: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
+        """The experts' weighted results, added up for each token; x [n, d] -> [n, d].
+
+        counts[e] of the `rows` of x and of their `weights` are expert e's; they stand in the order of experts.
+        """
+        matrices = zip(self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight, strict=True)
+        results = [
+            F.linear(swiglu(F.linear(seen, gate), F.linear(seen, up), self.clamp), down)
+            for seen, (gate, up, down) in zip(torch.split(x[rows], counts), matrices, strict=True)
+        ]
+        return torch.zeros_like(x).index_add(0, rows, (torch.cat(results) * weights[:, None]).to(x.dtype))
 
 
 class SharedHead(nn.Module):

@@ -32,10 +32,14 @@ class StateFolder:
     def __init__(self, path: Path, shape: tuple[int, int, int], identity: Mapping[str, object]) -> None:
         self.path, self._shape = path, shape
         path.mkdir(parents=True, exist_ok=True)
-        record, text = path / "stream.json", json.dumps(identity, indent=1, sort_keys=True)
-        if not record.exists() or record.read_text() != text:
-            self.clear()
-            disk.replace(record, text.encode())
+        self._record, self._identity = path / "stream.json", json.dumps(identity, indent=1, sort_keys=True)
+        if not self._record.exists() or self._record.read_text() != self._identity:
+            self.restart()
+
+    def restart(self) -> None:
+        """Begin anew, whatever the folder holds."""
+        self.clear()
+        disk.replace(self._record, self._identity.encode())
 
     def clear(self) -> None:
         """Remove what is in the folder and belongs to a stream."""
@@ -85,9 +89,13 @@ class StateFolder:
         with disk.replacing(self._found(stage)) as file:
             np.savez(file, allow_pickle=False, **arrays)
 
+    def has_found(self, stage: int | str) -> bool:
+        """Whether a layer, or the head, has run."""
+        return self._found(stage).exists()
+
     def read_found(self, stage: int | str) -> dict[str, NDArray[np.generic]] | None:
         """What was found in a layer, or in the head; None if it has not run."""
-        if not self._found(stage).exists():
+        if not self.has_found(stage):
             return None
         with np.load(self._found(stage)) as file:
             return dict(file)

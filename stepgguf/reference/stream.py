@@ -94,6 +94,22 @@ class LayerStream:
         self._meter = Meter(reader, rows, reader.hp.layers, progress)
         self._text = torch.from_numpy(rows.text)
 
+    def run_all(self) -> None:
+        """Run the trunk, the head and the MTP blocks, for what observers find; no states are kept.
+
+        What an earlier run has done is not done again.
+        """
+        if all(map(self.folder.has_found, self._stages)):
+            return
+        self.run_trunk()
+        if self.folder.has_found(HEAD):
+            self._meter.skip(None)
+        else:
+            for _ in self.logits():
+                pass
+        self.run_mtp()
+        self.folder.drop_states(len(self.hp.layers))
+
     def run_trunk(self) -> None:
         """Run the trunk's layers. After it, what leaves the last one is there for `logits` and `run_mtp`."""
         self._embed()
@@ -117,13 +133,16 @@ class LayerStream:
 
     def found(self) -> dict[str, dict[str, NDArray[np.generic]]]:
         """What the observers found in all that has run: observer -> its names -> arrays."""
-        stages: list[int | str] = [*range(len(self.hp.layers)), HEAD]
         result: dict[str, dict[str, NDArray[np.generic]]] = {observer.name: {} for observer in self._observers}
-        for stage in stages:
+        for stage in self._stages:
             for key, array in (self.folder.read_found(stage) or {}).items():
                 observer, _, name = key.partition("/")
                 result[observer][name] = array
         return result
+
+    @property
+    def _stages(self) -> list[int | str]:
+        return [*range(len(self.hp.layers)), HEAD]
 
     def _embed(self) -> None:
         if self.folder.last_states() < 0:

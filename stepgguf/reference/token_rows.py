@@ -25,6 +25,10 @@ class TokenRows:
         """Rows [n, t] that are one document each."""
         return cls(tokens, np.zeros_like(tokens))
 
+    def __getitem__(self, rows: slice) -> TokenRows:
+        """Some of the rows."""
+        return TokenRows(self.tokens[rows], self.documents[rows])
+
     @property
     def n_rows(self) -> int:
         return len(self.tokens)

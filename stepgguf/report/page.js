@@ -16,7 +16,7 @@ function provenance() {
 }
 
 const sections = {
-  experts: data.experts && experts, layers: data.errors.length && layers, worst: data.n_worst && worst,
+  frontier: data.frontier && frontier, experts: data.experts && experts, layers: data.errors.length && layers, worst: data.n_worst && worst,
   coverage: data.coverage && coverage, sizes, types: typesByLayer, made: provenance,
 };
 headline();

@@ -16,17 +16,18 @@ import html
 import json
 import re
 from importlib.resources import files
+from typing import Any
 
 from stepgguf.report import figures
 from stepgguf.report.measured import MeasuredFile
 
-SCRIPTS = ("draw.js", "file.js", "errors.js", "page.js")
+SCRIPTS = ("draw.js", "file.js", "errors.js", "frontier.js", "page.js")
 
 
-def render_page(measured: MeasuredFile) -> str:
-    """The report on a file as one HTML document."""
+def render_page(measured: MeasuredFile, frontier: dict[str, Any] | None = None) -> str:
+    """The report on a file as one HTML document. frontier: what was evaluated, of frontier.py."""
     style, script = _package_file("page.css"), "".join(map(_package_file, SCRIPTS))
-    data = {**figures.summary(measured), **figures.tensor_maps(measured)}
+    data = {**figures.summary(measured), **figures.tensor_maps(measured), "frontier": frontier}
     parts = {
         "title": html.escape(f"{measured.name} · {measured.paths[0].name}"),
         "policy": "default-src 'none'; img-src data:; "

@@ -11,6 +11,8 @@ from rich.console import Console
 
 from stepgguf.cli import output, progress
 from stepgguf.cli.progress import ProgressMeter
+from stepgguf.cli.stream_progress import StreamMeter
+from stepgguf.reference.stream import LayerProgress
 
 MB = 10**6
 
@@ -66,6 +68,21 @@ def test_a_kernel_that_is_compiled_on_the_way_stops_the_clock(clock: Clock, capf
     assert {line.split(", ")[1] for line in capfd.readouterr().err.splitlines() if "left" in line} == {"100 MB/s"}
 
 
+def test_what_is_counted_has_a_share_and_a_time_left(clock: Clock, capfd: pytest.CaptureFixture[str]) -> None:
+    with progress.CountMeter("x.gguf", 4_000, "predictions") as meter:
+        for now in (100.5, 110.0, 110.5, 130.0):
+            clock.now = now
+            meter.add(500)
+    assert capfd.readouterr().err.splitlines() == [
+        "x.gguf: 25% of 4,000 predictions, 0:30 left",
+        "x.gguf: 50% of 4,000 predictions, 0:30 left",
+    ]
+    with progress.CountMeter("x.gguf", 10, "predictions", quiet=True) as meter:
+        clock.now = 200.0
+        meter.add(5)
+    assert capfd.readouterr().err == ""
+
+
 def test_the_live_line_has_no_rate_before_this_run_made_something(
     clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,3 +94,19 @@ def test_the_live_line_has_no_rate_before_this_run_made_something(
         assert (task.completed, task.speed, task.time_remaining) == (500 * MB, None, None)
         at(clock, 1.0, meter, 100 * MB)
         assert (task.completed, task.time_remaining) == (600 * MB, None)
+
+
+def test_a_streams_time_left_is_by_what_this_run_did(clock: Clock, capfd: pytest.CaptureFixture[str]) -> None:
+    with StreamMeter("x") as meter:
+        meter.show(LayerProgress(2, 4_000, 10_000, 4_000))  # layers 0 to 2 were done before
+        for seconds, layer, done in ((10, 3, 5_000), (12, 3, 5_100), (20, None, 6_000)):  # the second is too soon
+            clock.now = 100.0 + seconds
+            meter.show(LayerProgress(layer, done, 10_000, 4_000))
+        meter.restart()
+        clock.now = 3800.0
+        meter.show(LayerProgress(0, 5_000, 10_000, 0))
+    assert capfd.readouterr().err.splitlines() == [
+        "x: layer 3, 50%, 0:00:50 left",
+        "x: head, 60%, 0:00:40 left",
+        "x: layer 0, 50%, 1:01:20 left",
+    ]

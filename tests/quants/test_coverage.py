@@ -39,7 +39,7 @@ def test_tensors_without_data_are_told_apart() -> None:
     assert found == Coverage((), missing=("output.weight",), missing_mtp=("blk.45.attn_q.weight",))
     assert found.warnings == (
         "no data for output.weight: quantized unweighted",
-        "no data for 1 MTP tensors: calibration tools do not run MTP",
+        "no data for 1 MTP tensors; `stepgguf imatrix` runs MTP blocks too",
     )
 
 

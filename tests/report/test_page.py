@@ -59,10 +59,15 @@ def made(tmp_path: Path) -> Made:
     return made
 
 
-def show(page: Page, made: Made, change: Callable[[dict[str, Any]], None] = lambda _: None) -> None:
+def show(
+    page: Page,
+    made: Made,
+    change: Callable[[dict[str, Any]], None] = lambda _: None,
+    frontier: dict[str, Any] | None = None,
+) -> None:
     made.rewrite(change)
     file = made.path.with_suffix(".html")
-    file.write_text(render_page(measured.read_file(made.path)), encoding="utf-8")
+    file.write_text(render_page(measured.read_file(made.path), frontier), encoding="utf-8")
     page.ask_driver("POST", "url", url=file.as_uri())
 
 
@@ -131,6 +136,32 @@ def test_the_headline_and_the_sizes_are_those_of_the_file(made: Made, page: Page
 def test_the_page_opens_on_the_errors(made: Made, page: Page) -> None:
     show(page, made)
     assert page.run(SECTIONS) == ["experts", "layers", "worst", "coverage", "sizes", "types", "made"]
+
+
+def evaluated(name: str, n_bytes: int, *klds: float) -> dict[str, Any]:
+    return {"file": name, "bytes": n_bytes, "bpw": 4.0, "kld": [[kld, kld / 10] for kld in klds]}
+
+
+def test_evaluated_files_are_drawn_by_size_and_divergence(made: Made, page: Page) -> None:
+    files = [
+        evaluated("small.gguf", 1000, 0.4, 0.4), evaluated("worse.gguf", 1500, 0.5, 0.1),
+        evaluated("step.gguf", 2000, 0.1, 0.2), evaluated("same.gguf", 9000, 0.0, 0.01),
+    ]  # fmt: skip
+    show(page, made, frontier={"columns": ["text, context 512", "random tokens"], "top_k": 64, "files": files})
+    assert page.run(SECTIONS)[0] == "frontier"
+    assert "Over the 64 likeliest tokens and one bin" in page.text("#frontier-lead")
+    assert [row[0] for row in rows(page, "frontier-table")] == [file["file"] for file in files]
+    assert rows(page, "frontier-table")[3][3] == "0.00 ± 0.00"
+    dots = "return [...document.querySelectorAll('.dot')].map(e => [e.textContent, e.offsetLeft, e.offsetTop])"
+    (small, *at_small), (worse, *at_worse), (own, *at_own) = page.run(dots)  # 0 has no place on a log scale
+    assert [small, worse, own] == ["small.gguf · 0.400", "worse.gguf · 0.500", "step.gguf · 0.100"]
+    assert at_small[0] < at_worse[0] < at_own[0]
+    assert at_worse[1] < at_small[1] < at_own[1]
+    assert page.text(".dot.this") == own
+    path = "return document.querySelector('#frontier-plot path').getAttribute('d').match(/[ML]/g).join('')"
+    assert page.run(path) == "ML"  # small, then step: the other is larger and worse than small
+    page.click("#frontier-controls label:has([value='1'])")
+    assert page.run(path) == "MLL"  # of random tokens: small, worse, same
 
 
 def test_experts_that_stand_out_are_named_and_only_they(made: Made, page: Page) -> None:

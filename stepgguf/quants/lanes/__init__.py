@@ -11,6 +11,7 @@ closest, direct the search for a grid's point   iq_blocks       what IQ2 and IQ3
 encoder         the loop around an encoder      decoder         around a decoder, and the error between the two
 lane_kernels    a type: all three, made into kernels
 plain, k_mins, k_scales, iq4, iq3, iq2          the families
+part_tiles      blocks taken apart              feedback, descent   their codes, against second moments
 """
 
 from __future__ import annotations

@@ -45,13 +45,13 @@ from stepgguf.quants.lanes.vector import (
 )
 
 _GUESSES = 7  # to each side: the largest value becomes level VALUES[0] +- this
-_VALUES = np.array(IQ4_NL.kvalues, np.float32)
+VALUES = np.array(IQ4_NL.kvalues, np.float32)
 # best_index_int8 compares the distances to both neighbours: exact differences there, so that is the middle.
-_MIDDLES = (_VALUES[:-1] + _VALUES[1:]) / np.float32(2)
+_MIDDLES = (VALUES[:-1] + VALUES[1:]) / np.float32(2)
 
 
 @inlined
-def _nearest_level(v: F32Lanes) -> I32Lanes:
+def nearest_level(v: F32Lanes) -> I32Lanes:
     """The level whose value is nearest to v; of two as near, the higher. NaN gets the last."""
     level = ints(15)
     for i in range(14, -1, -1):
@@ -61,10 +61,10 @@ def _nearest_level(v: F32Lanes) -> I32Lanes:
 
 @inlined
 def _nearest_value(v: F32Lanes) -> F32Lanes:
-    """The value of _nearest_level(v)."""
-    value = floats(_VALUES[15])
+    """The value of nearest_level(v)."""
+    value = floats(VALUES[15])
     for i in range(14, -1, -1):
-        value = where(v < floats(_MIDDLES[i]), floats(_VALUES[i]), value)
+        value = where(v < floats(_MIDDLES[i]), floats(VALUES[i]), value)
     return value
 
 
@@ -87,11 +87,11 @@ def _search_scale(x: F32Tile, w: F32Tile, first: int) -> F32Lanes:
     zero = floats(0.0)
     extreme = signed_extreme(x, first, 32)
     # ggml's first guess is an inverse of a quotient, the others are quotients: they round differently.
-    sum_vx, sum_v2 = _sum_products(x, w, first, floats(1.0) / (extreme / floats(-_VALUES[0])))
+    sum_vx, sum_v2 = _sum_products(x, w, first, floats(1.0) / (extreme / floats(-VALUES[0])))
     scale = where(sum_v2 > zero, sum_vx / sum_v2, zero)
     best = scale * sum_vx
     for guess in range(-_GUESSES, _GUESSES + 1):
-        sum_vx, sum_v2 = _sum_products(x, w, first, floats(guess + _VALUES[0]) / extreme)
+        sum_vx, sum_v2 = _sum_products(x, w, first, floats(guess + VALUES[0]) / extreme)
         _, scale, best = improve_scale(sum_vx, sum_v2, scale, best)
     return where(absolute(extreme) < floats(GROUP_MAX_EPS), zero, scale)
 
@@ -100,7 +100,7 @@ def _search_scale(x: F32Tile, w: F32Tile, first: int) -> F32Lanes:
 def _store_levels(x: F32Tile, y: ByteTile, first: int, place: int, inverse: F32Lanes) -> None:
     """Pack the levels of the 32 values from vector `first` of x on into 16 bytes: levels i and i + 16 share one."""
     for i in range(16):
-        low, high = _nearest_level(inverse * load(x, first + i)), _nearest_level(inverse * load(x, first + 16 + i))
+        low, high = nearest_level(inverse * load(x, first + i)), nearest_level(inverse * load(x, first + 16 + i))
         store_bytes(y, place + i, nibbles(low, high))
 
 
@@ -109,8 +109,8 @@ def _load_levels(y: ByteTile, place: int, scale: F32Lanes, z: F32Tile, first: in
     """Decode the 32 levels in 16 bytes from y[place] on, times the scale, to z from vector `first` on."""
     for i in range(16):
         levels = load_bytes(y, place + i)
-        store(z, first + i, scale * gather(_VALUES, bit_field(levels, 0, 4)))
-        store(z, first + 16 + i, scale * gather(_VALUES, levels >> ints(4)))
+        store(z, first + i, scale * gather(VALUES, bit_field(levels, 0, 4)))
+        store(z, first + 16 + i, scale * gather(VALUES, levels >> ints(4)))
 
 
 # IQ4_NL ---------------------------------------------------------------------------------------------------------

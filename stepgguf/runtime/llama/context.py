@@ -126,6 +126,12 @@ class LlamaContext:
         pointer = llama_cpp.llama_get_logits_ith(self.handle, row)
         return np.ctypeslib.as_array(pointer, (self._n_vocab,))
 
+    def logits_of(self, row: int, n: int) -> Floats:
+        """Return the logits of n rows of the last decode, from this one on, [n, n_vocab]. All of them must have some.
+        They are a view, until the next decode."""
+        pointer = llama_cpp.llama_get_logits_ith(self.handle, row)
+        return np.ctypeslib.as_array(pointer, (n, self._n_vocab))
+
     def hidden_states(self, row: int, n: int) -> Floats:
         """Return the hidden states before the final norm of n rows from this one on, [n, n_embd]. They are a view,
         until the next decode."""

@@ -1,0 +1,105 @@
+"""Second moments of what a product is given, in a quantized model beside the exact one.
+
+A layer behind quantized layers is given x~ where the exact model has x. Its weights W are to be chosen as q, so that
+q x~ comes near W x. Over the calibration tokens, each weighing w,
+
+    sum w |W x - q x~|^2 = (T - q) H (T - q)^T + const      H = sum w x~ x~^T
+                                                            T = W + W C H^-1,   C = sum w (x - x~) x~^T
+
+so two sums are all that is needed of any number of tokens. T is taken with a ridge added to H, more where there are few
+tokens: with few, C is mostly chance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stepgguf.quants.second_moments import SecondMoments, factor_moments
+
+DAMPING = 0.05  # of H's mean diagonal
+RIDGE = 0.1  # of H's mean diagonal, in T
+THIN = 512  # tokens at which the ridge is twice as large
+
+
+class PairMoments:
+    """The sums H and C [columns, columns] over tokens; n tokens, which weigh `total` together."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.second = torch.zeros(columns, columns, device=device)
+        self.cross = torch.zeros(columns, columns, device=device)
+        self.squares = torch.zeros(columns, device=device)  # of x~, every token alike: what importance is
+        self.n, self.total = 0, 0.0
+        self._factored: dict[float, SecondMoments] = {}
+
+    def add(self, quantized: Tensor, exact: Tensor, weights: Tensor | None) -> None:
+        """Count tokens [n, columns] that weigh `weights` [n], or 1 each."""
+        weighted = quantized if weights is None else quantized * weights[:, None]
+        self.second += weighted.T @ quantized
+        self.cross += (exact - quantized).T @ weighted
+        self.squares += quantized.square().sum(0)
+        self.n += len(quantized)
+        self.total += len(quantized) if weights is None else float(weights.sum())
+
+    def pooled_with(self, pool: PairMoments, n_tokens: float) -> PairMoments:
+        """These moments and n_tokens more of a pool's."""
+        return self._plus(pool.second / max(pool.total, 1e-30), pool.squares / max(pool.n, 1), n_tokens)
+
+    def own_with(self, n_tokens: float) -> PairMoments:
+        """These moments and n_tokens more whose channels are independent, for what no other expert has.
+
+        Of such tokens the own diagonal is believed as far as own tokens made it, and its mean for the rest.
+        """
+        mine = self.second.diagonal() / max(self.total, 1e-30)
+        share = self.n / (self.n + n_tokens)
+        mean_squares = self.squares / max(self.n, 1)
+        return self._plus(
+            torch.diag(mine * share + mine.mean() * (1 - share)),
+            mean_squares * share + mean_squares.mean() * (1 - share),
+            n_tokens,
+        )
+
+    def _plus(self, mean_second: Tensor, mean_squares: Tensor, n_tokens: float) -> PairMoments:
+        result = PairMoments(0, self.second.device)
+        weight = n_tokens * (self.total / self.n if self.n else 1.0)
+        result.second, result.cross = self.second + weight * mean_second, self.cross
+        result.squares = self.squares + n_tokens * mean_squares
+        result.n, result.total = self.n, self.total + weight
+        return result
+
+    def factored(self, shrinkage: float) -> SecondMoments:
+        """H with its off-diagonal values made smaller by this share, ready to quantize against. Matrices share it."""
+        if shrinkage not in self._factored:
+            h = self.second * (1 - shrinkage)
+            h.diagonal().copy_(self.second.diagonal())
+            self._factored[shrinkage] = factor_moments(h.cpu().numpy(), DAMPING)
+        return self._factored[shrinkage]
+
+    def target(self, weights: Tensor) -> Tensor:
+        """T of weights [rows, columns]."""
+        if not self.n:
+            return weights
+        h = self.second.clone()
+        h.diagonal().add_(RIDGE * (1 + THIN / self.n) * h.diagonal().mean() + 1e-30)
+        correction: Tensor = torch.linalg.solve(h, weights @ self.cross, left=False)
+        return weights + correction
+
+    def importance(self) -> Tensor:
+        """The mean x~^2 of each channel."""
+        return self.squares / max(self.n, 1)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class TokenSample:
+    """Tokens that were held out of the moments: x~ and x [n, columns], and what they weigh, [n]."""
+
+    quantized: Tensor
+    exact: Tensor
+    weights: Tensor
+
+    def error(self, weights: Tensor, q: Tensor) -> float:
+        """sum w |W x - q x~|^2 for weights and their quantized values [rows, columns]."""
+        difference = self.exact @ weights.T - self.quantized @ q.T
+        return float((difference.square().sum(1) * self.weights).sum())
