@@ -15,9 +15,9 @@ few frequent ids have nearly all of the gradient, so they are drawn by that.
 Experts that no token reached add nothing. What no gradient sees is a token whose experts change: of small errors that
 is most of the divergence, so a file of well-chosen types has more than is predicted, a large file several times more.
 
-Measured on the embedded model through llama.cpp (python -m benchmarks.allocation --fisher), its first copy, in bytes of
-stock Q2_K, Q3_K_M, Q4_K_S, Q5_K_M: types by these costs have 0.10, 0.29, 0.37, 0.68 of stock's KL divergence, by
-objective.py's 0.22, 0.46, 0.66, 0.89.
+Measured on two copies of the embedded model through llama.cpp (python -m benchmarks.allocation --fisher --copies 2), in
+the bytes of stock Q2_K, Q3_K_M, Q4_K_S, Q5_K_M: types by these costs have 0.12 ± 0.02, 0.35 ± 0.06, 0.61 ± 0.24 and
+0.52 ± 0.16 of stock's KL divergence; by objective.py's 0.24, 0.51, 0.81 and 0.76.
 """
 
 from __future__ import annotations
