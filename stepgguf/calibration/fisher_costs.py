@@ -12,7 +12,12 @@ A few rows are encoded of each expert, the runs that `measure` takes too; the su
 ones, scaled by the squared gradient of all rows against theirs. The embedding's rows are not alike at all: those of a
 few frequent ids have nearly all of the gradient, so they are drawn by that.
 
-Experts that no token reached add nothing.
+Experts that no token reached add nothing. What no gradient sees is a token whose experts change: of small errors that
+is most of the divergence, so a file of well-chosen types has more than is predicted, a large file several times more.
+
+Measured on two copies of the embedded model through llama.cpp (python -m benchmarks.allocation --fisher --copies 2), in
+the bytes of stock Q2_K, Q3_K_M, Q4_K_S, Q5_K_M: types by these costs have 0.12 ± 0.02, 0.35 ± 0.06, 0.61 ± 0.24 and
+0.52 ± 0.16 of stock's KL divergence; by objective.py's 0.24, 0.51, 0.81 and 0.76.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ Like the stream it has in memory one expert, or some rows in one layer. What ent
 the stream; what lies in mapped files here is in the folder "gradients" inside the stream's, where "states-007" is the
 gradient of what enters layer 7. A pass that was interrupted goes on before the last whole layer.
 
-Gradients are summed over nothing: an observer sees those of each token. Where a document's text ends nothing is
-predicted, and padding has no gradient. MTP blocks take no part, for an error in them costs speed and no answer.
+Observers see the gradients of each token. A document's last token predicts nothing, and padding has no gradient. MTP
+blocks take no part, for an error in them costs speed and no answer.
 """
 
 from __future__ import annotations
