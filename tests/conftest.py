@@ -1,11 +1,16 @@
-"""Fixtures that many tests share."""
+"""Fixtures that many tests share. Before anything loads numpy or torch: one thread for each product, since several
+processes run tests at a time, and threads that wait for each other by spinning take the time of all."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
+os.environ["OPENBLAS_NUM_THREADS"] = os.environ.get("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "convert": {"files", "model", "quants"},
     "reference": {"files", "model", "quants", "convert"},
     "calibration": {"files", "model", "quants", "convert", "reference", "chat.template", "chat.messages"},
-    "evaluation": {"files", "model", "convert", "reference", "runtime.llama", "chat"},
+    "evaluation": {"files", "model", "quants", "convert", "reference", "calibration", "runtime.llama"},
     "runtime": {"files", "model.hparams"},
     "fit": {"files", "model", "quants", "convert", "runtime.engine", "runtime.llama_build"},
     "grammar": set(),

@@ -1,4 +1,4 @@
-"""What a stream with an importance matrix will take, said before it starts: memory, and files in its working folder."""
+"""What a stream will take, said before it starts: memory, and files in its working folder."""
 
 from __future__ import annotations
 
@@ -23,14 +23,20 @@ class Footprint:
     memory: int
 
 
-def estimate_footprint(hp: HParams, rows: TokenRows) -> Footprint:
-    """What running these rows through a model takes, all observed."""
+def stream_footprint(hp: HParams, rows: TokenRows) -> Footprint:
+    """What running these rows through a model takes."""
     states = rows.n_rows * rows.row_length * hp.hidden_size * _FLOAT
-    sums = _DOUBLE * sum(_n_sums(spec) for spec in tensor_specs(hp) if spec.is_quantizable)
     head = hp.vocab_size * hp.hidden_size + HEAD_TOKENS * hp.vocab_size
     largest = max([head, *(_layer_values(hp, layer, rows.row_length) for layer in hp.layers)])
-    # Three states: what enters a layer, what leaves it, what its experts read. Sums: all so far, and those of a part.
-    return Footprint(disk=3 * states + sums, memory=_PROCESS + _FLOAT * largest + 2 * sums)
+    # Three states: what enters a layer, what leaves it, what its experts read.
+    return Footprint(disk=3 * states, memory=_PROCESS + _FLOAT * largest)
+
+
+def imatrix_footprint(hp: HParams, rows: TokenRows) -> Footprint:
+    """The same with an importance matrix of all products: its sums so far, and those of a part."""
+    stream = stream_footprint(hp, rows)
+    sums = _DOUBLE * sum(_n_sums(spec) for spec in tensor_specs(hp) if spec.is_quantizable)
+    return Footprint(disk=stream.disk + sums, memory=stream.memory + 2 * sums)
 
 
 def _n_sums(spec: TensorSpec) -> int:

@@ -32,9 +32,14 @@ _READ = frozenset(
 
 @dataclass(frozen=True, eq=False, slots=True)
 class TextTokenizer:
-    """A model's tokenizer. begin: the id that llama.cpp puts before every text; None where it puts none."""
+    """A model's tokenizer, of n_vocab tokens.
 
+    begin: the id that llama.cpp puts before every text, None where it puts none; begin_text is its token, or "".
+    """
+
+    n_vocab: int
     begin: int | None
+    begin_text: str
     _plain: Tokenizer
     _marked: Tokenizer
 
@@ -56,7 +61,13 @@ class TextTokenizer:
         )
         adds = said.get(tok.ADD_BOS)
         begin = said[tok.BOS_ID].integer(0, len(vocabulary.tokens) - 1) if adds is not None and adds.flag() else None
-        return cls(begin, _build(vocabulary, {USER_DEFINED}), _build(vocabulary, {USER_DEFINED, CONTROL}))
+        return cls(
+            n_vocab=len(vocabulary.tokens),
+            begin=begin,
+            begin_text="" if begin is None else vocabulary.tokens[begin],
+            _plain=_build(vocabulary, {USER_DEFINED}),
+            _marked=_build(vocabulary, {USER_DEFINED, CONTROL}),
+        )
 
     def tokenize(self, text: str, *, parse_special: bool) -> list[int]:
         """The ids of a text, without `begin`. parse_special: control tokens written in it become their ids."""

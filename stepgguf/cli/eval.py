@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from json import dumps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from stepgguf.cli import arguments, eval_table, evaluating, loading, output
+from stepgguf.cli import arguments, eval_table, evaluating, loading, logit_sources, output
 
 
 def eval(
@@ -58,6 +58,15 @@ def eval(
         typer.Option("--output", "-o", metavar="RESULT.json", help="Write the figures here, for report --eval."),
     ] = None,
     overwrite: arguments.Overwrite = False,
+    engine: Annotated[
+        logit_sources.EngineName | None,
+        typer.Option(
+            show_default="llama-cpp-python, if installed",
+            help="What runs a GGUF: llama.cpp; or a stream, layer by layer in float32, as checkpoints always are: it "
+            "shows what the weights lose, without llama.cpp's 8-bit activations, and the file need not fit in memory.",
+        ),
+    ] = None,
+    device: Annotated[Literal["cpu", "cuda", "mps"], typer.Option(help="Where a stream computes.")] = "cpu",
     gpu_layers: loading.GpuLayers = -1,
     threads: arguments.Threads = None,
     force: loading.Force = False,
@@ -68,12 +77,13 @@ def eval(
 
     Columns: the text in each context, random tokens, dialogues. Random tokens are drawn uniformly from the vocabulary,
     always the same: a column unlike all that calibration shows. A checkpoint is read layer by layer and need not fit in
-    memory; with --base, the same command goes on after an interruption.
+    memory, and so is a GGUF that does not fit; with --base, the same command goes on after an interruption.
 
     Examples:
 
     - `stepgguf eval step-q4_k_s.gguf --against Step-3.5-Flash/ --base step.base`
     - `stepgguf eval step-q3_k_m.gguf --against step.base -o q3_k_m.json`
+    - `stepgguf eval step-q3_k_m.gguf --against step.base --engine stream --device cuda`
     - `stepgguf eval step-q4_k_s.gguf --against step-q8_0.gguf --text wiki.txt --text chats.jsonl --top-k 256`
     """
     from stepgguf.evaluation.reference_file import is_reference
@@ -82,21 +92,25 @@ def eval(
     for target in (base, result):
         if target is not None:
             evaluating.require_free(target, overwrite)
-    options = evaluating.ModelOptions(gpu_layers, threads, force, quiet)
-    if is_reference(against):
-        if base is not None or top_k is not None:
-            raise typer.BadParameter("--against is a BASE already", param_hint="--top-k" if base is None else "--base")
-        choose = evaluating.chooser(path, text, ctx, chunks)
-        figures = evaluating.compare(path, against, str(against), choose, options)
-    else:
-        columns = evaluating.read_columns(path, text, ctx or evaluating.CONTEXTS, chunks)
-        with evaluating.kept_at(base) as kept:
-            evaluating.keep(path, against, kept, columns, top_k or 0, options)
-            figures = evaluating.compare(path, kept, str(against), list, options)
-    if result is not None:
-        with disk.disk_errors(result):
-            disk.replace(result, (dumps(figures, indent=1) + "\n").encode())
+    tokenizer = evaluating.read_tokenizer(path)
+    chosen = logit_sources.choose_engine(engine, quiet=quiet)
+    options = logit_sources.RunOptions(chosen, device, gpu_layers, threads, force, quiet)
+    with logit_sources.place_at(result) as file_place:
+        if is_reference(against):
+            if base is not None or top_k is not None:
+                option = "--top-k" if base is None else "--base"
+                raise typer.BadParameter("--against is a BASE already", param_hint=option)
+            choose = evaluating.chooser(tokenizer, text, ctx, chunks)
+            figures = evaluating.compare(path, file_place, against, str(against), choose, tokenizer, options)
+        else:
+            columns = evaluating.read_columns(tokenizer, text, ctx, chunks)
+            with logit_sources.place_at(base) as kept:
+                evaluating.keep(against, kept, columns, tokenizer, top_k or 0, options)
+                figures = evaluating.compare(path, file_place, kept.file, str(against), list, tokenizer, options)
     if json:
         output.print_json(figures)
     else:
         eval_table.print_table(figures)
+    if result is not None:  # a full disk then loses no figures
+        with disk.disk_errors(result):
+            disk.replace(result, (dumps(figures, indent=1) + "\n").encode())

@@ -10,12 +10,15 @@ from stepgguf.files.byte_sizes import readable_size
 
 ColumnFigures = Mapping[str, Any]  # a member of "columns" in the result
 
+_ENGINES = {"llama-cpp-python": "run by llama.cpp", "stream": "weights only, in float32"}
+
 _ROWS: tuple[tuple[str, Callable[[ColumnFigures], str]], ...] = (
     ("predictions", lambda c: f"{c['predictions']:,}"),
     ("perplexity", lambda c: _estimate(c["ppl"], ".4f")),
     ("  of the original", lambda c: _estimate(c["ppl_base"], ".4f")),
     ("ln of their ratio", lambda c: _estimate(c["ln_ratio"], ".5f")),
     ("KL divergence", lambda c: _estimate(c["kld"], ".6f")),
+    ("  by whole dialogues", lambda c: f"± {c['errors_by_row']['kld']:.6f}" if "errors_by_row" in c else ""),
     ("  median", lambda c: f"{c['kld_median']:.6f}"),
     ("  90 %", lambda c: f"{c['kld_quantiles']['0.9']:.6f}"),
     ("  99 %", lambda c: f"{c['kld_quantiles']['0.99']:.6f}"),
@@ -31,9 +34,10 @@ def print_table(result: Mapping[str, Any]) -> None:
     columns = result["columns"]
     rows = [["", *(column["name"] for column in columns)]]
     rows += [[name, *(cell(column) for column in columns)] for name, cell in _ROWS]
+    rows = [row for row in rows if any(row[1:])]
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     size = f"{readable_size(result['bytes'])}, {result['bpw']:.3f} bpw without MTP blocks"
-    output.print_lines([f"{result['file']} ({size}) against {result['against']}", ""])
+    output.print_lines([f"{result['file']} ({size}), {_ENGINES[result['engine']]}, against {result['against']}", ""])
     output.print_lines(_line(row, widths) for row in rows)
     if result["top_k"]:
         bins = f"the {result['top_k']} likeliest tokens and one bin for the rest"

@@ -109,7 +109,7 @@ class ProgressMeter:
         left = (self._total - self.bytes_done) / rate
         output.note(
             f"{self._title}: {self.bytes_done / self._total:.0%} of {readable_size(self._total)}, "
-            f"{rate / 1e6:.0f} MB/s, {int(left // 60)}:{int(left % 60):02d} left"
+            f"{rate / 1e6:.0f} MB/s, {clock(left)} left"
         )
 
 
@@ -146,10 +146,14 @@ class CountMeter:
             return
         self._last_line = now
         left = (now - self._started) / self._done * (self.total - self._done)
-        output.note(
-            f"{self._title}: {self._done / self.total:.0%} of {self.total:,} {self._noun}, "
-            f"{int(left // 60)}:{int(left % 60):02d} left"
-        )
+        output.note(f"{self._title}: {self._done / self.total:.0%} of {self.total:,} {self._noun}, {clock(left)} left")
+
+
+def clock(seconds: float) -> str:
+    """A time as m:ss, or as h:mm:ss from an hour on."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours = f"{minutes // 60}:" if minutes >= 60 else ""
+    return f"{hours}{minutes % 60:0{2 if hours else 1}d}:{rest:02d}"
 
 
 def layer_name(tensor: str) -> str:

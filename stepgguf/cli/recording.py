@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from stepgguf.calibration.footprint import estimate_footprint
+from stepgguf.calibration.footprint import imatrix_footprint
 from stepgguf.calibration.imatrix import ThinExpert, collect_imatrix, experts_below, growing_parts, whole_text
 from stepgguf.calibration.work_folder import work_folder
 from stepgguf.cli import output
@@ -35,7 +35,7 @@ class ImatrixRun:
     ) -> None:
         self._reader, self._rows, self._datasets, self._target, self._quiet = reader, rows, datasets, target, quiet
         self._folder = target.with_name(f"{target.name}.stream")
-        self._footprint = estimate_footprint(reader.hp, rows)
+        self._footprint = imatrix_footprint(reader.hp, rows)
 
     def say_what_it_takes(self) -> None:
         """Say what will run, and the memory and the room on the disk that it will take."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.progress import BarColumn, Progress, TextColumn
 
 from stepgguf.cli import output
-from stepgguf.cli.progress import PLAIN_SECONDS
+from stepgguf.cli.progress import PLAIN_SECONDS, clock
 
 if TYPE_CHECKING:
     from stepgguf.reference.stream import LayerProgress
@@ -54,7 +54,7 @@ class StreamMeter:
         now, done = time.monotonic(), at.done - at.earlier
         self.share = at.done / at.total
         layer = "head" if at.layer is None else f"layer {at.layer}"
-        left = f"{_clock((at.total - at.done) / done * (now - self._started))} left" if done else ""
+        left = f"{clock((at.total - at.done) / done * (now - self._started))} left" if done else ""
         self._live.update(
             self._task, total=at.total, completed=at.done, description=f"{self._title}: {layer}", left=left
         )
@@ -62,9 +62,3 @@ class StreamMeter:
             return
         self._last_line = now
         output.note(f"{self._title}: {layer}, {self.share:.0%}, {left}")
-
-
-def _clock(seconds: float) -> str:
-    """A time as h:mm:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

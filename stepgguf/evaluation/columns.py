@@ -51,7 +51,7 @@ class Column:
     @property
     def n_scored(self) -> int:
         """How many predictions count, in all rows."""
-        return sum(len(row) - 1 - self.first(row) for row in self.rows)
+        return sum(self.row_lengths)
 
     @property
     def n_ctx(self) -> int:
@@ -80,6 +80,11 @@ class Column:
                 read[0] = begin
             yield ScoredRow(read, self.first(row))
 
+    @property
+    def row_lengths(self) -> list[int]:
+        """How many predictions count in each row."""
+        return [len(row) - 1 - self.first(row) for row in self.rows]
+
     def cut(self, n_rows: int | None) -> Column:
         """Return the column with its first n_rows rows; None is all."""
         return replace(self, rows=self.rows[:n_rows])
@@ -94,7 +99,7 @@ def text_column(tokens: Sequence[int], n_ctx: int) -> Column:
     """Cut the tokens of a text into rows as llama-perplexity does. EvaluationError if they are fewer than 2 n_ctx."""
     if len(tokens) < 2 * n_ctx:
         raise EvaluationError(
-            f"the text has {len(tokens)} tokens, and a context of {n_ctx} needs at least {2 * n_ctx}",
+            f"the text has {len(tokens):,} tokens, and a context of {n_ctx:,} needs at least {2 * n_ctx:,}",
             hint="Give more text with --text, or a smaller --ctx.",
         )
     n_rows = len(tokens) // n_ctx

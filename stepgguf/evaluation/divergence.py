@@ -5,7 +5,12 @@
     ln ratio         mean nll - mean nll_base            sqrt(a^2 + b^2 - 2 cov), since both saw the same text
     RMS of delta p   sqrt(mean delta_p^2)                0.5 / RMS * error of the mean
     same top         share s                             sqrt(s (1 - s) / (n - 1))
+    by rows          sum over rows r of (sum over r of x - n_r mean x)^2 = v:    sqrt(v R / (R - 1)) / n
     quantile f       between the two values around place f (n - 1), linearly, in float32
+
+llama-perplexity takes predictions as independent, but those of one dialogue share what it is about. `error_by_rows` is
+what resampling whole rows, R of them, comes to (for a mean of all, the linearized form): what another set of dialogues
+may differ by. It is ours, and llama-perplexity has nothing like it.
 
 Squares and products of float32 scores are taken in float32 and summed in float64, as llama-perplexity does.
 """
@@ -13,6 +18,7 @@ Squares and products of float32 scores are taken in float32 and summed in float6
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,6 +81,16 @@ def divergence(scores: Scores) -> Divergence:
         delta_p_rms=_root_mean_square(scores.delta_p),
         same_top=_share(scores.same_top),
     )
+
+
+def error_by_rows(values: Floats, lengths: Sequence[int]) -> float:
+    """Return the standard error of the mean of values [n] that come from rows of these lengths; 0 for one row."""
+    n_rows, n = len(lengths), len(values)
+    if n_rows < 2:
+        return 0.0
+    excess = values - values.mean(dtype=np.float64)
+    by_row = np.bincount(np.repeat(np.arange(n_rows), lengths), excess)
+    return math.sqrt(np.square(by_row).sum() * n_rows / (n_rows - 1)) / n
 
 
 def _estimate(total: float, squares: float, n: int) -> Estimate:

@@ -34,10 +34,8 @@ def columns_of_contexts(kept: Sequence[KeptColumn], contexts: Sequence[int]) -> 
     texts = {column.column.n_ctx for column in kept if column.column.is_text}
     missing = [n_ctx for n_ctx in contexts if n_ctx not in texts]
     if missing:
-        raise EvaluationError(
-            f"{kept[0].path}: has no text of context {missing[0]}, but of {_listed(sorted(texts))}",
-            hint=_MAKE_HINT,
-        )
+        others = f", but of {' and '.join(map(str, sorted(texts)))}" if texts else ", and none of another"
+        raise EvaluationError(f"{kept[0].path}: has no text of context {missing[0]}{others}", hint=_MAKE_HINT)
     return [column for column in kept if not column.column.is_text or column.column.n_ctx in contexts]
 
 
@@ -53,7 +51,7 @@ def columns_of_text(kept: Sequence[KeptColumn], wanted: Sequence[Column]) -> lis
         raise EvaluationError(f"{kept[0].path}: has none of the columns asked for, but {names}", hint=_MAKE_HINT)
     for column in found:
         _require_same_tokens(column, by_name[column.column.name])
-    return found + [column for column in kept if column.column.name == RANDOM]
+    return [column for column in kept if column in found or column.column.name == RANDOM]
 
 
 def cut_columns(kept: Sequence[KeptColumn], n_rows: int | None) -> list[KeptColumn]:
@@ -77,7 +75,3 @@ def _require_same_tokens(kept: KeptColumn, wanted: Column) -> None:
             f"{kept.path}: {kept.column.name}: {found}",
             hint="It is of another text or of another tokenizer. Give that text with --text, or none.",
         )
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    return " and ".join(map(str, numbers)) or "none"

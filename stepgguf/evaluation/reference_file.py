@@ -1,6 +1,6 @@
 """What a reference said, kept in a file: columns behind each other, each with a head and a row for each prediction.
 
-    head of the first column | rows     llama-perplexity's base file, if rows are coded and the column is of its kind
+    head of the first column | rows     llama-perplexity's base file, if rows are coded and the column is a text
     head of the next         | rows     stepgguf's own (column_file.py)
     ...
 
@@ -79,8 +79,7 @@ def write_reference(
 
 
 def _encode_head(column: Column, form: RowForm, *, is_first: bool) -> bytes:
-    fits_llama = column.second_half and len(set(map(len, column.rows))) == 1
-    if is_first and fits_llama and not form.top_k:
+    if is_first and column.is_text and not form.top_k:  # what it reads is a text, which has no name there
         return base_file.encode_head(column, form.n_vocab)
     return column_file.encode_head(column, form.n_vocab, form.top_k)
 

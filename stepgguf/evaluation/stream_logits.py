@@ -1,8 +1,11 @@
-"""Logits of a checkpoint in float32, read layer by layer, so that it need not fit in memory.
+"""Logits of a checkpoint or a GGUF in float32, read layer by layer, so that it need not fit in memory.
 
 Rows of any length go into token rows of the longest one's, in their order, as documents that do not see each other:
 
     rows of 512, 512, 2048, 300      ->      [512 | 512 | padding], [2048], [300 | padding]
+
+Of a quantized GGUF that is what its weights lose: activations stay as they are, where llama.cpp makes 8-bit blocks of
+them for each product.
 """
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from stepgguf.convert.sources.checkpoint import Checkpoint
+from stepgguf.convert.sources.full_hparams import full_hparams
+from stepgguf.convert.sources.source import TensorSource
 from stepgguf.evaluation.columns import ScoredRow
 from stepgguf.evaluation.softmax import Floats
 from stepgguf.reference.stream import LayerStream, Progress
@@ -22,23 +26,22 @@ from stepgguf.reference.weights import WeightReader
 
 
 class StreamLogits:
-    """The logits of a checkpoint. folder: for hidden states, which stay, so that what was interrupted goes on."""
+    """The logits of an opened source. folder: for hidden states, which stay, so that what was interrupted goes on."""
 
-    def __init__(self, checkpoint: Checkpoint, folder: Path, threads: int | None, progress: Progress) -> None:
-        if threads is not None:
-            torch.set_num_threads(threads)
-        self._reader = WeightReader(checkpoint, checkpoint.hparams, torch.device("cpu"))
+    def __init__(self, source: TensorSource, device: torch.device, folder: Path, progress: Progress) -> None:
+        self.hp = full_hparams(source).without_mtp()
+        self._reader = WeightReader(source, self.hp, device)
         self._folder, self._progress = folder, progress
-        self.name, self.n_vocab = checkpoint.name, checkpoint.hparams.vocab_size
+        self.name, self.n_vocab = str(source.path), self.hp.vocab_size
 
     def logits(self, rows: Sequence[ScoredRow]) -> Iterator[Floats]:
-        """See LogitSource. One block for each row, when all layers have run."""
+        """See LogitSource. Nothing is yielded before all layers have run."""
         groups = group_rows(rows)
         stream = LayerStream(self._reader, token_rows(groups), self._folder, progress=self._progress)
         stream.run_trunk()
-        for part, block in stream.logits():
-            for group, logits in zip(groups[part], block, strict=True):
-                yield from _scored(group, logits.numpy())
+        for (some_rows, tokens), block in stream.logits():
+            for group, logits in zip(groups[some_rows], block, strict=True):
+                yield from _scored(group, tokens.start, logits.cpu().numpy())
 
 
 def group_rows(rows: Sequence[ScoredRow]) -> list[list[ScoredRow]]:
@@ -67,9 +70,12 @@ def token_rows(groups: Sequence[Sequence[ScoredRow]]) -> TokenRows:
     return TokenRows(tokens, documents)
 
 
-def _scored(group: Sequence[ScoredRow], logits: Floats) -> Iterator[Floats]:
-    """The predictions that count of each row of a group, of its logits [tokens, n_vocab]."""
-    start = 0
+def _scored(group: Sequence[ScoredRow], at: int, logits: Floats) -> Iterator[Floats]:
+    """The predictions that count of each row of a group, of the logits [n, n_vocab] of its tokens from `at` on."""
+    begin = 0
     for row in group:
-        yield logits[start + row.first : start + len(row.tokens) - 1]
-        start += len(row.tokens)
+        start, stop = begin + row.first, begin + len(row.tokens) - 1
+        here = logits[max(0, start - at) : max(0, stop - at)]
+        if len(here):
+            yield here
+        begin += len(row.tokens)

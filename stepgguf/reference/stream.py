@@ -40,6 +40,7 @@ CHUNK_TOKENS = 4096  # that pass attention, or an expert, at a time
 HEAD_TOKENS = 1024  # whose logits are in memory at a time: 0.5 GB at real size
 EXPERTS_AHEAD = 4  # that the system reads while one runs
 HEAD = "head"
+Part = tuple[slice, slice]  # rows, and tokens of each
 
 
 class Observer(Protocol):
@@ -121,11 +122,11 @@ class LayerStream:
         for layer in self.hp.layers[self.hp.n_layer :]:
             self._run_layer(layer)
 
-    def logits(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the trunk's logits, a few rows at a time: which rows, and theirs [rows, tokens, vocab]."""
+    def logits(self) -> Iterator[tuple[Part, Tensor]]:
+        """Yield the trunk's logits, some tokens of some rows at a time: which, and theirs [rows, tokens, vocab]."""
         norm, output = self.reader.head()
         states = self.folder.states(self.hp.n_layer)
-        for part in row_slices(self.rows, HEAD_TOKENS):
+        for part in head_parts(self.rows):
             with self._watching({"lm_head": output}, part):
                 yield part, output(norm(self.reader.to_device(states[part])))
             self._meter.add(None, output.weight.numel() * self._n_text(part))
@@ -223,7 +224,7 @@ class LayerStream:
         return self.reader.to_device(out)
 
     @contextmanager
-    def _watching(self, modules: dict[str, nn.Linear], part: slice) -> Iterator[None]:
+    def _watching(self, modules: dict[str, nn.Linear], part: slice | Part) -> Iterator[None]:
         """Shows the observers what these modules, by their names in a checkpoint, are given and give for some rows."""
         text = self._text[part].flatten()
 
@@ -250,7 +251,7 @@ class LayerStream:
     def _take(self) -> dict[str, NDArray[np.generic]]:
         return {f"{o.name}/{name}": array for o in self._observers for name, array in o.take().items()}
 
-    def _n_text(self, part: slice) -> int:
+    def _n_text(self, part: slice | Part) -> int:
         return int(self._text[part].sum())
 
 
@@ -355,6 +356,13 @@ def row_slices(rows: TokenRows, n_tokens: int) -> Iterator[slice]:
     """Runs of rows with about so many tokens, at least a row each."""
     step = max(1, n_tokens // rows.row_length)
     return (slice(start, min(start + step, rows.n_rows)) for start in range(0, rows.n_rows, step))
+
+
+def head_parts(rows: TokenRows) -> Iterator[Part]:
+    """About HEAD_TOKENS tokens at a time: whole rows, or where one has more tokens, pieces of it."""
+    for some_rows in row_slices(rows, HEAD_TOKENS):
+        for start in range(0, rows.row_length, HEAD_TOKENS):
+            yield some_rows, slice(start, min(start + HEAD_TOKENS, rows.row_length))
 
 
 def stream_identity(reader: WeightReader, rows: TokenRows) -> dict[str, object]:

@@ -63,6 +63,21 @@ function viridis(t) {
 }
 const swatch = (colour) => set(make("span", { className: "swatch" }), { key: colour });
 
+// ---- scales --------------------------------------------------------------------------------------------------------
+
+/** Numbers to write at a logarithmic scale from low to high. */
+function logSteps(low, high) {
+  const most = Math.ceil(Math.log10(high)), fine = high / low < 8 ? [1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8] : [1, 2, 5];
+  return upTo(10).flatMap((power) => fine.map((k) => k * 10 ** (most - power))).filter((x) => x > low && x < high);
+}
+
+/** Numbers to write at a linear scale: about n of them. */
+function linearSteps(low, high, n) {
+  const rough = (high - low) / n, power = 10 ** Math.floor(Math.log10(rough));
+  const step = power * [1, 2, 5, 10].find((k) => k * power >= rough), first = Math.ceil(low / step);
+  return upTo(Math.floor(high / step) - first + 1).map((i) => (first + i) * step);
+}
+
 // ---- tables --------------------------------------------------------------------------------------------------------
 
 // Columns are [title, class]. The first cell of a row is its name; `foot` is one more row.

@@ -128,9 +128,7 @@ function layerMap() {
   const n = data.n_layer, all = data.errors.flatMap((line) => Object.values(byLayer(line))).filter((x) => x > 0);
   const low = Math.min(...all) / 1.15, high = Math.max(...all) * 1.15;
   const height = (x) => 1 - Math.log(x / low) / Math.log(high / low);
-  const most = Math.ceil(Math.log10(high)), fine = high / low < 8 ? [1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8] : [1, 2, 5];
-  const rungs = upTo(10).flatMap((power) => fine.map((k) => k * 10 ** (most - power)));
-  const steps = rungs.filter((x) => x > low && x < high);
+  const steps = logSteps(low, high);
   const path = (line) => {
     const values = byLayer(line), point = (layer) => `${100 * (layer + 0.5) / n} ${100 * height(values[layer])}`;
     const points = upTo(n).map((layer) => (values[layer] > 0 ? point(layer) : ""));

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from stepgguf.reference.stream import LayerStream
 from tests.generate import Shape, write_checkpoint
 from tests.reference.test_backward import EMBEDDED, Recorder, rows, streamed
 
+pytestmark = pytest.mark.slow
 T = GGMLQuantizationType
 TESTED_TYPES = (T.IQ2_XS, T.Q4_K, T.Q8_0)  # each type's kernel is compiled once on a new machine
 N_PREDICTED = int(rows().predicted.sum())
@@ -52,14 +54,14 @@ def stream(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield opened
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def source(checkpoint: Path) -> Iterator[Checkpoint]:
     with Checkpoint(checkpoint) as opened:
         yield opened
 
 
-@pytest.fixture
-def importance(source: Checkpoint, tmp_path: Path) -> Importance:
+@pytest.fixture(scope="module")
+def importance(source: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Importance:
     """Of all products, but not of the embedding."""
     rng, entries = np.random.default_rng(0), {}
     for spec in take_inventory(source).matrices:
@@ -67,8 +69,9 @@ def importance(source: Checkpoint, tmp_path: Path) -> Importance:
             n = spec.shape[0] if len(spec.shape) == 3 else 1
             sums = rng.gamma(1.0, 50.0, (n, spec.shape[-1])).astype(np.float32)
             entries[spec.name] = ImatrixEntry(sums, np.full(n, 50, np.float32))
-    write_imatrix(Imatrix(None, ("made up",), 1, 1, entries), tmp_path / "imatrix.gguf")
-    return Importance.read(tmp_path / "imatrix.gguf")
+    path = tmp_path_factory.mktemp("importance") / "imatrix.gguf"
+    write_imatrix(Imatrix(None, ("made up",), 1, 1, entries), path)
+    return Importance.read(path)
 
 
 def run(stream: LayerStream, *observers: GradientObserver) -> tuple[BackwardStream, Recorder]:
@@ -80,6 +83,7 @@ def run(stream: LayerStream, *observers: GradientObserver) -> tuple[BackwardStre
     return backward, recorder
 
 
+@functools.cache  # several tests ask for the same ones
 def matrix_errors(
     source: Checkpoint, spec: TensorSpec, expert: int, ggml_type: GGMLQuantizationType, importance: Importance
 ) -> NDArray[np.float64]:

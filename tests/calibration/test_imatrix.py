@@ -31,6 +31,7 @@ from stepgguf.reference.token_rows import TokenRows
 from stepgguf.reference.weights import WeightReader
 from tests.generate import Shape, write_checkpoint
 
+pytestmark = pytest.mark.slow
 # Of the row's mean. Two float32 forward passes: at most 6e-5 measured over four seeds, in channels that few tokens
 # drive; one token more or less of the 240 would be 4e-3.
 LIMIT = 5e-4

@@ -148,7 +148,7 @@ GOOD = json.dumps({"messages": [QUESTION]}).encode()
     ("name", "data", "message"),
     [
         ("latin.txt", "é".encode("latin-1") * 99, r"latin\.txt: not UTF-8 text, byte 0 is 0xe9"),
-        ("empty.txt", b"", r"empty\.txt: the file is empty, and a chunk has 64 tokens"),
+        ("empty.txt", b"", r"empty\.txt: the file is empty"),
         ("short.txt", b"2+3", r"short\.txt: 4 tokens, and a chunk has 64 tokens"),
         ("empty.jsonl", b" \n\n", r"empty\.jsonl: no dialogues"),
         ("bad.jsonl", GOOD + b"\n{", r"bad\.jsonl: line 2: not valid JSON"),

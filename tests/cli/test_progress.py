@@ -106,7 +106,7 @@ def test_a_streams_time_left_is_by_what_this_run_did(clock: Clock, capfd: pytest
         clock.now = 3800.0
         meter.show(LayerProgress(0, 5_000, 10_000, 0))
     assert capfd.readouterr().err.splitlines() == [
-        "x: layer 3, 50%, 0:00:50 left",
-        "x: head, 60%, 0:00:40 left",
+        "x: layer 3, 50%, 0:50 left",
+        "x: head, 60%, 0:40 left",
         "x: layer 0, 50%, 1:01:20 left",
     ]

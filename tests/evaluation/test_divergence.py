@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from stepgguf.evaluation.divergence import QUANTILES, Divergence, divergence
+from stepgguf.evaluation.divergence import QUANTILES, Divergence, divergence, error_by_rows
 from stepgguf.evaluation.scores import Scores
 
 RNG = np.random.default_rng(0)
@@ -56,3 +56,22 @@ def test_an_identical_file_has_no_error_to_divide_by() -> None:
     d: Divergence = divergence(Scores(flat, flat, 0 * flat, 0 * flat, flat == 1))
     assert (d.correlation, d.delta_p_rms.value, d.delta_p_rms.error, d.ln_ratio.error) == (None, 0.0, 0.0, 0.0)
     assert (d.same_top.value, d.same_top.error) == (1.0, 0.0)
+
+
+def test_the_error_by_rows_is_what_resampling_whole_rows_gives() -> None:
+    lengths = RNG.integers(20, 200, 50)
+    rows = [np.exp(RNG.normal(0, 1)) * RNG.exponential(0.1, n) for n in lengths]  # what a row is about moves all of it
+    values = np.concatenate(rows).astype(np.float32)
+    sums = np.array([row.sum() for row in rows])
+    drawn = RNG.integers(50, size=(4000, 50))
+    resampled = (sums[drawn].sum(axis=1) / lengths[drawn].sum(axis=1)).std()
+    found = error_by_rows(values, lengths.tolist())
+    # 4,000 draws give a deviation within 1 / sqrt(8000) = 1.1 %; of 50 rows what is linearized is about 1 / 50.
+    assert found == pytest.approx(resampled, rel=3 * 0.011 + 1 / 50)
+    assert found > 2 * values.std() / np.sqrt(len(values))
+
+
+def test_of_rows_of_one_value_it_is_the_error_of_the_mean() -> None:
+    values = RNG.normal(0, 1, N).astype(np.float32)
+    assert error_by_rows(values, [1] * N) == pytest.approx(values.std(ddof=1, dtype=float) / np.sqrt(N))
+    assert error_by_rows(values, [N]) == 0.0

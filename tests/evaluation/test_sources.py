@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from stepgguf.cli.main import main
-from stepgguf.convert.sources.checkpoint import Checkpoint
+from stepgguf.convert.sources.opening import open_source
 from stepgguf.demo import CHECKPOINT
 from stepgguf.errors import EvaluationError
 from stepgguf.evaluation import engine_logits
@@ -21,9 +22,13 @@ from stepgguf.evaluation.reference_file import ReferenceFile, row_form
 from stepgguf.evaluation.softmax import Floats
 from stepgguf.evaluation.sources import LogitSource
 from stepgguf.evaluation.stream_logits import StreamLogits, group_rows, token_rows
+from stepgguf.reference import stream
 from stepgguf.runtime.llama.model import LlamaModel
 
 SENTENCE = "<|im_start|>user\nHow many 'r's are in strawberry?<|im_end|>\n<|im_start|>assistant\n<think>\n"
+
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +53,33 @@ def joined(source: LogitSource, rows: Sequence[ScoredRow]) -> Floats:
     return np.concatenate([block.copy() for block in source.logits(rows)])
 
 
-def test_the_engine_and_the_streamed_reference_agree(model: LlamaModel, rows: list[ScoredRow], tmp_path: Path) -> None:
-    with Checkpoint(CHECKPOINT) as checkpoint:
-        expected = joined(StreamLogits(checkpoint, tmp_path / "states", None, lambda at: None), rows)
+def streamed(path: Path, rows: Sequence[ScoredRow], folder: Path) -> Floats:
+    with open_source(path) as source:
+        return joined(StreamLogits(source, torch.device("cpu"), folder, lambda at: None), rows)
+
+
+@pytest.fixture(scope="module")
+def expected(rows: list[ScoredRow], tmp_path_factory: pytest.TempPathFactory) -> Floats:
+    """The checkpoint's logits."""
+    return streamed(CHECKPOINT, rows, tmp_path_factory.mktemp("checkpoint") / "states")
+
+
+def test_the_engine_and_the_streamed_reference_agree(
+    model: LlamaModel, rows: list[ScoredRow], expected: Floats
+) -> None:
     found = joined(EngineLogits(model, 1), rows)
     assert found.shape == expected.shape == (sum(row.n_scored for row in rows), model.n_vocab)
     # Of logits up to 35: llama.cpp keeps keys and values as float16, whose step is 2 ** -11 of the value.
     assert np.abs(found - expected).max() < 35 * 2**-11
+
+
+def test_a_gguf_streams_to_the_logits_of_its_checkpoint_a_few_tokens_at_a_time(
+    model: LlamaModel, rows: list[ScoredRow], expected: Floats, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces of a row begin before, in and behind what counts of its documents."""
+    monkeypatch.setattr(stream, "HEAD_TOKENS", 17)
+    found = streamed(model.path, rows, tmp_path / "states")
+    assert found == pytest.approx(expected, abs=35 * 2**-18)  # norms are 1 + w here and w there: 6 bits are spare
 
 
 def test_rows_are_packed_in_their_order(rows: list[ScoredRow]) -> None:

@@ -192,6 +192,7 @@ def test_gradients_at_every_product_are_those_of_autograd(
     assert 0.05 < float((cut[cut.any(-1)] == 0).float().mean()) < 0.95  # a clamp lets no gradient through
 
 
+@pytest.mark.slow
 def test_a_pass_that_was_killed_goes_on_and_ends_with_the_same_bytes(checkpoint: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run_backward(checkpoint, whole)
@@ -220,6 +221,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return result
 
 
+@pytest.mark.slow
 def test_another_seed_begins_anew_and_the_same_one_has_nothing_left_to_do(checkpoint: Path, tmp_path: Path) -> None:
     first = run_backward(checkpoint, tmp_path)
     again = run_backward(checkpoint, tmp_path)

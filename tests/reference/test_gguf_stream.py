@@ -17,6 +17,7 @@ from stepgguf.reference.stream import LayerStream
 from stepgguf.reference.token_rows import TokenRows
 from stepgguf.reference.weights import WeightReader
 
+pytestmark = pytest.mark.slow
 ROWS = TokenRows.of(np.random.default_rng(0).integers(3, 700, (2, 90)).astype(np.int32))
 
 
@@ -41,17 +42,25 @@ def run(path: Path, folder: Path) -> tuple[torch.Tensor, np.ndarray]:
         return logits, running.folder.states(8).copy()
 
 
-def test_an_f32_gguf_gives_the_checkpoints_logits_and_states(small: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def expected(small: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.Tensor, np.ndarray]:
+    """What the checkpoint gives."""
+    return run(small, tmp_path_factory.mktemp("expected"))
+
+
+def test_an_f32_gguf_gives_the_checkpoints_logits_and_states(
+    small: Path, expected: tuple[torch.Tensor, np.ndarray], tmp_path: Path
+) -> None:
     """The weights are the same numbers, so only float32 rounding of RoPE's factors can differ."""
-    logits, states = run(small, tmp_path / "a")
+    logits, states = expected
     again, states_again = run(convert(small, tmp_path, "F32"), tmp_path / "b")
     assert (again - logits).abs().max() <= 1e-5 * logits.abs().max()
     assert np.abs(states_again - states).max() <= 1e-5 * np.abs(states).max()
 
 
-def test_a_quantized_gguf_is_near_them(small: Path, tmp_path: Path) -> None:
+def test_a_quantized_gguf_is_near_them(small: Path, expected: tuple[torch.Tensor, np.ndarray], tmp_path: Path) -> None:
     """Q8_0 has a rounding error of 0.4 % of a block's largest weight; another tensor or row would be 100 % off."""
-    states = run(small, tmp_path / "a")[1]
+    states = expected[1]
     found = run(convert(small, tmp_path, "Q8_0"), tmp_path / "b")[1]
     assert 0 < np.square(found - states).mean() < 0.01 * np.square(states).mean()
 

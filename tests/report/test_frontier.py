@@ -14,7 +14,9 @@ from stepgguf.report.frontier import read_frontier
 
 def result(name: str, n_bytes: int, kld: float, **changes: Any) -> dict[str, Any]:
     column = {"name": "text, context 512", "tokens": "abc", "kld": {"value": kld, "error": kld / 10}}
-    return {"file": name, "bytes": n_bytes, "bpw": 4.5, "top_k": 0, "columns": [column], **changes}
+    random = {"name": "random tokens", "tokens": "def", "kld": {"value": 2 * kld, "error": kld / 5}}
+    whole = {"file": name, "is_stock": name == "big.gguf", "engine": "stream", "bytes": n_bytes, "bpw": 4.5, "top_k": 0}
+    return {**whole, "columns": [column, random], **changes}
 
 
 def write(folder: Path, *results: object) -> list[Path]:
@@ -27,11 +29,13 @@ def write(folder: Path, *results: object) -> list[Path]:
 def test_files_are_ordered_by_size(tmp_path: Path) -> None:
     found = read_frontier(write(tmp_path, result("big.gguf", 900, 0.01), result("small.gguf", 500, 0.2)))
     assert found == {
-        "columns": ["text, context 512"],
+        "columns": ["text, context 512", "random tokens"],
+        "off": 1,
         "top_k": 0,
+        "engine": "stream",
         "files": [
-            {"file": "small.gguf", "bytes": 500, "bpw": 4.5, "kld": [[0.2, 0.02]]},
-            {"file": "big.gguf", "bytes": 900, "bpw": 4.5, "kld": [[0.01, 0.001]]},
+            {"file": "small.gguf", "is_stock": False, "bytes": 500, "bpw": 4.5, "kld": [[0.2, 0.02], [0.4, 0.04]]},
+            {"file": "big.gguf", "is_stock": True, "bytes": 900, "bpw": 4.5, "kld": [[0.01, 0.001], [0.02, 0.002]]},
         ],
     }
     assert read_frontier([]) is None
@@ -41,6 +45,8 @@ def test_files_are_ordered_by_size(tmp_path: Path) -> None:
     ("second", "words"),
     [
         (result("b", 1, 1.0, top_k=64), "another --top-k"),
+        (result("b", 1, 1.0, engine="llama-cpp-python"), "another --engine"),
+        (result("b", 1, 1.0, columns=result("b", 1, 1.0)["columns"][::-1]), "other columns or another text"),
         (result("b", 1, 1.0, columns=[]), "other columns or another text"),
         (
             result("b", 1, 1.0, columns=[{**result("b", 1, 1.0)["columns"][0], "tokens": "abd"}]),

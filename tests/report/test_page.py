@@ -138,30 +138,110 @@ def test_the_page_opens_on_the_errors(made: Made, page: Page) -> None:
     assert page.run(SECTIONS) == ["experts", "layers", "worst", "coverage", "sizes", "types", "made"]
 
 
-def evaluated(name: str, n_bytes: int, *klds: float) -> dict[str, Any]:
-    return {"file": name, "bytes": n_bytes, "bpw": 4.0, "kld": [[kld, kld / 10] for kld in klds]}
+def evaluated(name: str, n_bytes: int, *klds: float, is_stock: bool = True) -> dict[str, Any]:
+    kld = [[value, value / 10] for value in klds]
+    return {"file": name, "is_stock": is_stock, "bytes": n_bytes, "bpw": 4.0, "kld": kld}
+
+
+def frontier(*files: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    columns = ["text, context 512", "random tokens"]
+    return {"columns": columns, "off": 1, "top_k": 0, "engine": "stream", "files": list(files), **changes}
+
+
+# Of the marks of the column that is shown, or of random tokens beside it: what each says, and where its middle is.
+MARKS = """
+  return [...document.querySelectorAll(arguments[0])].map(e => {
+    const box = e.getBoundingClientRect();
+    return [e.title, box.x + box.width / 2, box.y + box.height / 2];
+  })
+"""
+SHOWN, AWAY = "#frontier-plot .plot .dot:not(.away)", "#frontier-plot .plot .dot.away"
+LABELS = "return [...document.querySelectorAll('.label:not(.hidden)')].map(e => e.textContent)"
 
 
 def test_evaluated_files_are_drawn_by_size_and_divergence(made: Made, page: Page) -> None:
     files = [
-        evaluated("small.gguf", 1000, 0.4, 0.4), evaluated("worse.gguf", 1500, 0.5, 0.1),
-        evaluated("step.gguf", 2000, 0.1, 0.2), evaluated("same.gguf", 9000, 0.0, 0.01),
+        evaluated("x-small.gguf", 1000, 0.4, 0.4), evaluated("x-worse.gguf", 1500, 0.5, 0.1),
+        evaluated("step.gguf", 2000, 0.1, 0.2, is_stock=False), evaluated("x-same.gguf", 9000, 0.0, 0.01),
     ]  # fmt: skip
-    show(page, made, frontier={"columns": ["text, context 512", "random tokens"], "top_k": 64, "files": files})
+    show(page, made, frontier=frontier(*files, top_k=64))
     assert page.run(SECTIONS)[0] == "frontier"
+    assert "Of the weights alone" in page.text("#frontier-lead")
     assert "Over the 64 likeliest tokens and one bin" in page.text("#frontier-lead")
-    assert [row[0] for row in rows(page, "frontier-table")] == [file["file"] for file in files]
-    assert rows(page, "frontier-table")[3][3] == "0.00 ± 0.00"
-    dots = "return [...document.querySelectorAll('.dot')].map(e => [e.textContent, e.offsetLeft, e.offsetTop])"
-    (small, *at_small), (worse, *at_worse), (own, *at_own) = page.run(dots)  # 0 has no place on a log scale
-    assert [small, worse, own] == ["small.gguf · 0.400", "worse.gguf · 0.500", "step.gguf · 0.100"]
+    assert [row[:2] for row in rows(page, "frontier-table")] == [
+        [file["file"], "stock" if file["is_stock"] else ""] for file in files
+    ]
+    assert rows(page, "frontier-table")[3][4] == "0.00 ± 0.00"
+    marks = page.run(MARKS, SHOWN)  # 0 has no place on a log scale
+    (small, *at_small), (worse, *at_worse), (own, *at_own) = marks
+    assert [small, worse] == ["x-small.gguf: 1.00 kB, 0.400 ± 0.0400", "x-worse.gguf: 1.50 kB, 0.500 ± 0.0500"]
     assert at_small[0] < at_worse[0] < at_own[0]
     assert at_worse[1] < at_small[1] < at_own[1]
-    assert page.text(".dot.this") == own
+    assert page.run(MARKS, f"{SHOWN}.this") == page.run(MARKS, f"{SHOWN}.ours") == [[own, *at_own]]
     path = "return document.querySelector('#frontier-plot path').getAttribute('d').match(/[ML]/g).join('')"
     assert page.run(path) == "ML"  # small, then step: the other is larger and worse than small
     page.click("#frontier-controls label:has([value='1'])")
     assert page.run(path) == "MLL"  # of random tokens: small, worse, same
+
+
+def test_random_tokens_stand_beside_every_other_column(made: Made, page: Page) -> None:
+    show(page, made, frontier=frontier(evaluated("a.gguf", 1000, 0.4, 0.8), evaluated("b.gguf", 2000, 0.1, 0.05)))
+    (_, x, y), (_, x_b, y_b) = page.run(MARKS, SHOWN)
+    (words, x_away, y_away), (_, x_b_away, y_b_away) = page.run(MARKS, AWAY)
+    assert words == "a.gguf: 1.00 kB, random tokens 0.800 ± 0.0800"
+    assert [x_away, x_b_away] == pytest.approx([x, x_b], abs=0.5)
+    assert y_away < y  # more divergence is further up
+    assert y_b_away > y_b
+    page.click("#frontier-controls label:has([value='1'])")
+    assert page.count(AWAY) == 0
+
+
+def test_marks_stand_where_the_axes_say(made: Made, page: Page) -> None:
+    """Lengths between ticks are those between marks with the ticks' values."""
+    show(page, made, frontier=frontier(evaluated("a.gguf", 1000, 0.1, 0.2), evaluated("b.gguf", 3000, 0.01, 0.02)))
+    ticks = """
+      return [...document.querySelectorAll(arguments[0])].map(e => {
+        const box = e.getBoundingClientRect();
+        return [e.textContent, box.x + box.width / 2, box.y + box.height / 2];
+      })
+    """
+    [(_, x_a, y_a), (_, x_b, y_b)] = page.run(MARKS, SHOWN)
+    across = {word: x for word, x, _ in page.run(ticks, "#frontier-plot .ticks span")}
+    up = {word: y for word, _, y in page.run(ticks, "#frontier-plot .names span")}
+    assert [across["1 kB"], across["3 kB"]] == pytest.approx([x_a, x_b], abs=1)  # pixels are rounded
+    assert [up["0.1"], up["0.01"]] == pytest.approx([y_a, y_b], abs=1)
+    assert up["0.05"] == pytest.approx(y_a + (y_b - y_a) * np.log(0.1 / 0.05) / np.log(10), abs=1)
+
+
+@pytest.mark.parametrize("width", [360, 1200])
+def test_names_of_files_cover_nothing(width: int, made: Made, page: Page) -> None:
+    """Twelve files, four of them nearly in one place; the page's own is always named."""
+    page.show_width(width)
+    many = [evaluated(f"m-Q{i}.gguf", 1000 + 150 * i, 0.5 / 1.5**i, 0.5, is_stock=False) for i in range(8)]
+    close = [evaluated(f"m-close-{i}.gguf", 1600 + i, 0.11 + i / 1000, 0.5) for i in range(4)]
+    show(page, made, frontier=frontier(*many, *close, evaluated("step.gguf", 1605, 0.112, 0.3)))
+    page.until("document.querySelector('.label').style.getPropertyValue('--dx')")
+    boxes = """
+      const plot = document.querySelector("#frontier-plot .plot").getBoundingClientRect();
+      return [...document.querySelectorAll(".label:not(.hidden):not(.this), #frontier-plot .plot .dot")].map(e => {
+        const { left, right, top, bottom } = e.getBoundingClientRect();
+        return [e.textContent, left - plot.left, right - plot.left, top - plot.top, bottom - plot.top, plot.width];
+      })
+    """
+    found = page.run(boxes)
+    named = [box for box in found if box[0]]
+    assert len(named) >= 4
+    assert "step" in page.run(LABELS)
+    for name, left, right, top, bottom, plot in named:
+        assert 0 <= left < right <= plot
+        for other in found:
+            apart = right <= other[1] or other[2] <= left or bottom <= other[3] or other[4] <= top
+            assert apart or other[0] == name, (name, other)
+
+
+def test_where_no_file_differs_that_is_said(made: Made, page: Page) -> None:
+    show(page, made, frontier=frontier(evaluated("a.gguf", 1000, 0.0, 0.1)))
+    assert "no file differs from the original here" in page.text("#frontier-plot")
 
 
 def test_experts_that_stand_out_are_named_and_only_they(made: Made, page: Page) -> None:
@@ -334,7 +414,8 @@ def test_the_page_asks_nobody_and_runs_nothing_else(made: Made, page: Page) -> N
 def test_all_text_has_the_contrast_that_wcag_asks_for(made: Made, page: Page, theme: str) -> None:
     """4.5 : 1 is level AA for text of any size (WCAG 2.2, 1.4.3)."""
     page.show_theme(theme)
-    show(page, made, lambda manifest: manifest.update(recipe="default = 'Q4_K'"))
+    files = evaluated("step.gguf", 1000, 0.4, 0.8, is_stock=False), evaluated("b.gguf", 2000, 0.1, 0.05)
+    show(page, made, lambda manifest: manifest.update(recipe="default = 'Q4_K'"), frontier(*files))
     is_dark = page.run("return getComputedStyle(document.body).backgroundColor") == "rgb(24, 23, 22)"
     assert is_dark == (theme == "dark")
     found = page.contrasts()

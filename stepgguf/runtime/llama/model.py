@@ -26,19 +26,12 @@ class LlamaModel:
     """
 
     def __init__(
-        self,
-        path: Path,
-        *,
-        gpu_layers: int,
-        mtp: bool,
-        mmap: bool,
-        progress: Callable[[float], None] | None,
-        vocab_only: bool = False,
+        self, path: Path, *, gpu_layers: int, mtp: bool, mmap: bool, progress: Callable[[float], None] | None
     ) -> None:
         """Load a file. BadMagic, ModelLoadFailed or UnsupportedModel say why not.
 
         mtp: load the MTP blocks too, if the file has them. mmap False reads the file instead of mapping it. progress is
-        told the share that is loaded, 0 to 1. vocab_only: without weights, for its tokenizer and metadata.
+        told the share that is loaded, 0 to 1.
         """
         self.path = path
         self.log = _process_log()
@@ -46,7 +39,6 @@ class LlamaModel:
         _check_magic(path)
         llama_cpp.llama_backend_init()
         params = _model_params(gpu_layers, mtp=mtp, mmap=mmap)
-        params.vocab_only = vocab_only
         if progress is not None:  # llama.cpp keeps a pointer to the callback, so it must live as long as the model
             params.progress_callback = self._progress = _progress_callback(progress)
         handle = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
@@ -102,11 +94,6 @@ class LlamaModel:
             ids += self._tokenize(passage, False, parse_special)
         bos = llama_cpp.llama_vocab_bos(self.vocab)  # a template may write it itself, and then it stands there twice
         return ids[1:] if add_special and ids[:2] == [bos, bos] else ids
-
-    @property
-    def begin(self) -> int | None:
-        """The token that begins a sequence, if the vocabulary asks for one."""
-        return int(llama_cpp.llama_vocab_bos(self.vocab)) if llama_cpp.llama_vocab_get_add_bos(self.vocab) else None
 
     def _tokenize(self, passage: str, add_special: bool, parse_special: bool) -> list[int]:
         data = passage.encode("utf-8", errors="replace")
