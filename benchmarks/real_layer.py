@@ -37,10 +37,10 @@ REAL = Shape(
 WHOLE = 196.8e9  # weights of the 45 layers
 
 
-def write(path: Path) -> None:
+def write(path: Path, shape: Shape = REAL) -> None:
     """The checkpoint, one shard a tensor where it is large; experts are cut from one pool of random numbers."""
     path.mkdir(parents=True)
-    settings = config(REAL)
+    settings = config(shape)
     (path / "config.json").write_text(json.dumps(settings))
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(CHECKPOINT / name, path)

@@ -1,9 +1,16 @@
-"""python -m stepgguf, and the console script: Ctrl+C ends it quietly also while it starts."""
+"""python -m stepgguf, and the console script: Ctrl+C ends it quietly also while it starts.
 
+numpy's matrix products get one thread, because work is shared out among threads above them: units, experts, rows. So
+--threads is what it says, and bytes do not depend on how a product was cut up. torch has threads of its own.
+"""
+
+import os
 import sys
 
 
 def run() -> None:
+    for library in ("OPENBLAS", "VECLIB"):  # numpy reads it when it is loaded; macOS has the second
+        os.environ.setdefault(f"{library}_NUM_THREADS", "1")
     try:
         from stepgguf.cli.main import run as command
 

@@ -12,6 +12,7 @@ tokens: with few, C is mostly chance.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -20,28 +21,34 @@ from torch import Tensor
 from stepgguf.quants.second_moments import SecondMoments, factor_moments
 
 DAMPING = 0.05  # of H's mean diagonal
-RIDGE = 0.1  # of H's mean diagonal, in T
+RIDGE = 0.5  # of H's mean diagonal, in T: with 0.1, tokens unlike the text lose more
+FLOOR = 1e-6  # of the mean importance, to each channel's
 THIN = 512  # tokens at which the ridge is twice as large
 
 
 class PairMoments:
-    """The sums H and C [columns, columns] over tokens; n tokens, which weigh `total` together."""
+    """The sums H and C [columns, columns] over n tokens, which weigh `total` together. Threads may share it.
+
+    n counts tokens of a pool, too, where there are some (pooled_with, own_with); n_own does not.
+    """
 
     def __init__(self, columns: int, device: torch.device) -> None:
         self.second = torch.zeros(columns, columns, device=device)
         self.cross = torch.zeros(columns, columns, device=device)
         self.squares = torch.zeros(columns, device=device)  # of x~, every token alike: what importance is
-        self.n, self.total = 0, 0.0
+        self.n, self.n_own, self.total = 0.0, 0, 0.0
+        self._lock = threading.Lock()
         self._factored: dict[float, SecondMoments] = {}
+        self._ridge_root: Tensor | None = None
 
-    def add(self, quantized: Tensor, exact: Tensor, weights: Tensor | None) -> None:
-        """Count tokens [n, columns] that weigh `weights` [n], or 1 each."""
-        weighted = quantized if weights is None else quantized * weights[:, None]
+    def add(self, quantized: Tensor, exact: Tensor, weights: Tensor) -> None:
+        """Count tokens [n, columns] that weigh `weights` [n]."""
+        weighted = quantized * weights[:, None]
         self.second += weighted.T @ quantized
         self.cross += (exact - quantized).T @ weighted
         self.squares += quantized.square().sum(0)
-        self.n += len(quantized)
-        self.total += len(quantized) if weights is None else float(weights.sum())
+        self.n, self.n_own = self.n + len(quantized), self.n_own + len(quantized)
+        self.total += float(weights.sum())
 
     def pooled_with(self, pool: PairMoments, n_tokens: float) -> PairMoments:
         """These moments and n_tokens more of a pool's."""
@@ -50,11 +57,12 @@ class PairMoments:
     def own_with(self, n_tokens: float) -> PairMoments:
         """These moments and n_tokens more whose channels are independent, for what no other expert has.
 
-        Of such tokens the own diagonal is believed as far as own tokens made it, and its mean for the rest.
+        Of such tokens the own diagonal is believed as far as own tokens made it, and its mean for the rest. Without
+        any own tokens all channels are alike.
         """
         mine = self.second.diagonal() / max(self.total, 1e-30)
         share = self.n / (self.n + n_tokens)
-        mean_squares = self.squares / max(self.n, 1)
+        mean_squares = self.importance()
         return self._plus(
             torch.diag(mine * share + mine.mean() * (1 - share)),
             mean_squares * share + mean_squares.mean() * (1 - share),
@@ -66,29 +74,35 @@ class PairMoments:
         weight = n_tokens * (self.total / self.n if self.n else 1.0)
         result.second, result.cross = self.second + weight * mean_second, self.cross
         result.squares = self.squares + n_tokens * mean_squares
-        result.n, result.total = self.n, self.total + weight
+        result.n, result.n_own, result.total = self.n + n_tokens, self.n_own, self.total + weight
         return result
 
     def factored(self, shrinkage: float) -> SecondMoments:
         """H with its off-diagonal values made smaller by this share, ready to quantize against. Matrices share it."""
-        if shrinkage not in self._factored:
-            h = self.second * (1 - shrinkage)
-            h.diagonal().copy_(self.second.diagonal())
-            self._factored[shrinkage] = factor_moments(h.cpu().numpy(), DAMPING)
-        return self._factored[shrinkage]
+        with self._lock:
+            if shrinkage not in self._factored:
+                h = self.second * (1 - shrinkage)
+                h.diagonal().copy_(self.second.diagonal())
+                self._factored[shrinkage] = factor_moments(h.cpu().numpy(), DAMPING)
+            return self._factored[shrinkage]
 
     def target(self, weights: Tensor) -> Tensor:
-        """T of weights [rows, columns]."""
-        if not self.n:
+        """T of weights [rows, columns]; the weights themselves where no token was counted."""
+        if not self.n_own:
             return weights
-        h = self.second.clone()
-        h.diagonal().add_(RIDGE * (1 + THIN / self.n) * h.diagonal().mean() + 1e-30)
-        correction: Tensor = torch.linalg.solve(h, weights @ self.cross, left=False)
-        return weights + correction
+        with self._lock:
+            if self._ridge_root is None:
+                h = self.second.clone()
+                h.diagonal().add_(RIDGE * (1 + THIN / self.n_own) * h.diagonal().mean() + 1e-30)
+                self._ridge_root = torch.linalg.cholesky(h)
+        return weights + torch.cholesky_solve((weights @ self.cross).T, self._ridge_root).T
 
     def importance(self) -> Tensor:
-        """The mean x~^2 of each channel."""
-        return self.squares / max(self.n, 1)
+        """The mean x~^2 of each channel, and a little: encoders make zeros of a block that weighs nothing."""
+        if not self.squares.any():
+            return torch.ones_like(self.squares)
+        mean = self.squares / self.n
+        return mean + FLOOR * mean.mean()
 
 
 @dataclass(frozen=True, eq=False, slots=True)

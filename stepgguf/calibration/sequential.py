@@ -1,43 +1,48 @@
 """One pass that quantizes: each layer's codes are chosen for what the quantized layers before it give.
 
-Beside the states that a stream of the exact model has kept, the model runs as it is quantized so far. In each layer,
-place by place,
+The exact model has run, and what enters each of its layers is kept. Beside it run the hidden states of the model as it
+is quantized so far. In each layer, place by place,
 
     attention in   q k v gate      what both streams give to it -> moments -> codes -> the quantized layer's weights
     attention out  o
     ffn in         gate up         of the MLP, or of the shared expert
     ffn out        down
-    experts        one at a time: gate up, then down, by the tokens that the quantized stream routes to it
+    experts        gate up, then down, by the tokens that the quantized stream routes to each
 
 so that everything behind sees what it will see when the file runs. A place costs a pass of all rows through the layer
-up to it; an expert only its tokens.
+up to it; an expert only its tokens. Experts do not depend on each other: each is worked on by one thread, and what they
+give is added in their order.
 
-Guards: one row of tokens in HELD_OUT is left out of the moments, and a matrix keeps its stock codes unless its weighted
-output error on those falls. How much the moments are trusted (SHRINKAGES) is chosen by them too.
+Guards: some tokens (held_out_tokens) are left out of the moments, and a matrix keeps its stock codes unless its
+weighted output error on those falls. How much the moments are trusted is chosen by them too.
+
+The codes depend on the source, the text, the device, and on how sums are rounded: by the processor, torch, numpy's BLAS
+and the number of threads that torch has. All these the same, so are the codes, interrupted or not.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from stepgguf.calibration import places
+from stepgguf.calibration.code_search import CodeSearch
+from stepgguf.calibration.expert_codes import ExpertCodes
+from stepgguf.calibration.held_out import held_out_tokens, thinned
 from stepgguf.calibration.moments import PairMoments, TokenSample
+from stepgguf.calibration.places import LayerPair, Place
 from stepgguf.model.layers import Layer
 from stepgguf.model.names import TensorName
-from stepgguf.reference.model import DecoderLayer, swiglu
+from stepgguf.reference.model import DecoderLayer
 from stepgguf.reference.state_folder import Floats, StateFolder
 from stepgguf.reference.stream import (
     CHUNK_TOKENS,
-    EXPERTS_AHEAD,
     LayerStream,
     Meter,
     Progress,
@@ -45,75 +50,58 @@ from stepgguf.reference.stream import (
     layer_mask,
     row_cost,
     row_slices,
-    run_expert,
     stream_identity,
 )
 from stepgguf.reference.weights import EXPERT_ROLES, expert_name
 
-HELD_OUT = 8  # one row in so many
 SAMPLE_TOKENS = 1024  # of the held-out ones, that a dense matrix is tried on
-MOMENT_TOKENS = 16384  # of an expert, at most: four for each column
-ATTENTION_IN = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.g_proj")
-PRIOR_TOKENS = 8.0  # of the layer's moments in an expert's
-TokenWeightsOf = Callable[
-    [TensorName], NDArray[np.float32]
-]  # what errors at a product count for each token of all rows
-Place = Callable[[DecoderLayer, Tensor, Tensor], Tensor]  # of a layer, rows of its input and a mask: what a place gets
-
-
-class CodeSearch(Protocol):
-    """Chooses the codes of a matrix."""
-
-    def embed(self, values: Floats) -> Floats:
-        """What the codes of the embedding's rows [n, hidden] stand for."""
-
-    def choose(
-        self, name: TensorName, expert: int, weights: Tensor, moments: PairMoments, held_out: TokenSample
-    ) -> Tensor:
-        """The values [rows, columns] that the chosen codes of these weights stand for."""
-
-    def end_layer(self) -> None:
-        """All codes of a layer, or of the head, are chosen: they must be safe before the pass goes on."""
-
-
-class LayerPair(NamedTuple):
-    """The exact layer, and the one whose weights are replaced by what their codes stand for."""
-
-    exact: DecoderLayer
-    quantized: DecoderLayer
+PLACE_TOKENS = 65536  # of the others, at most, that its moments are made of: five for each of up to 12,288 columns
+TokenWeightsOf = Callable[[TensorName], NDArray[np.float32]]  # what errors at a product count, of each token
 
 
 class SequentialPass:
-    """Goes through the trunk that `stream` ran with keep_inputs, in the folder "quantized" inside the stream's.
+    """Goes through the trunk that `exact` ran with keep_inputs, in the folder "quantized" inside that stream's.
 
-    What an interrupted pass has done is gone on with after its last whole layer. token_weights: without, all tokens
-    count alike.
+    What an interrupted pass of this identity has done is gone on with after its last whole layer; what enters layers
+    that are done is removed. token_weights: [n_rows * row_length] for a tensor.
     """
 
     def __init__(
         self,
-        stream: LayerStream,
+        exact: LayerStream,
         search: CodeSearch,
+        token_weights: TokenWeightsOf,
         *,
-        token_weights: TokenWeightsOf | None = None,
+        identity: Mapping[str, object],
+        n_threads: int,
         progress: Progress = lambda done: None,
     ) -> None:
-        self.hp, self.rows, self._reader = stream.hp, stream.rows, stream.reader
-        self._search, self._weights, self._exact = search, token_weights, stream.folder
-        rows, shape = stream.rows, (*stream.rows.tokens.shape, stream.hp.hidden_size)
-        self._quantized = StateFolder(self._exact.path / "quantized", shape, stream_identity(self._reader, rows))
-        held = np.arange(rows.n_rows) % HELD_OUT == HELD_OUT - 1
-        self._held_out = np.repeat(held, rows.row_length)
-        self._meter = Meter(self._reader, rows, self.hp.trunk_layers, progress)
+        self.hp, self.rows = exact.hp, exact.rows
+        self._reader, self._search, self._weights_of, self._n_threads = exact.reader, search, token_weights, n_threads
+        self._exact = exact.folder
+        shape = (self.rows.n_rows, self.rows.row_length, self.hp.hidden_size)
+        self._folder = StateFolder(
+            exact.folder.path / "quantized", shape, {**stream_identity(self._reader, self.rows), **identity}
+        )
+        held = held_out_tokens(self.rows)
+        self._seen, self._held_out = thinned((self.rows.text & ~held).ravel(), PLACE_TOKENS), held.ravel()
+        self._tried = thinned(self._held_out, SAMPLE_TOKENS)
+        self._meter = Meter(self._reader, self.rows, self.hp.trunk_layers, progress)
 
     @property
     def next_layer(self) -> int:
         """The layer that comes next; n_layer if only the head is left."""
-        return max(0, self._quantized.last_states())
+        return max(0, self._folder.last_states())
+
+    @property
+    def has_inputs(self) -> bool:
+        """Whether the exact states that the next layer needs are there: those of layers before it are removed."""
+        first = self._exact.first_states()
+        return first is not None and first <= self.next_layer
 
     def restart(self) -> None:
         """Forget the layers that have run."""
-        self._quantized.restart()
+        self._folder.restart()
 
     def run(self) -> None:
         """Choose the codes of every quantized matrix of the trunk, its head included."""
@@ -126,28 +114,40 @@ class SequentialPass:
                 self._run_layer(layer)
         self._run_head()
 
+    def _embed(self) -> None:
+        if self._folder.last_states() >= 0:
+            return
+        exact, name = self._exact.states(0), self._reader.name_of("model.embed_tokens.weight")
+        with self._folder.writing_states(0) as states:
+            for part in row_slices(self.rows, CHUNK_TOKENS):
+                states[part] = self._search.embed(name, exact[part].reshape(-1, self.hp.hidden_size)).reshape(
+                    exact[part].shape
+                )
+
     @torch.no_grad()
     def _run_layer(self, layer: Layer) -> None:
         exact = self._reader.layer(layer)
         pair = LayerPair(exact, copy.deepcopy(exact))
-        shape = (*self.rows.tokens.shape, self.hp.hidden_size)
-        states = self._exact.states(layer.index), self._quantized.states(layer.index)
+        i, shape = layer.index, (self.rows.n_rows, self.rows.row_length, self.hp.hidden_size)
+        states = self._exact.states(i), self._folder.states(i)
         with ExitStack() as files:
-            out = files.enter_context(self._quantized.writing_states(layer.index + 1))
-            middle = [files.enter_context(f.scratch("middle", shape)) for f in (self._exact, self._quantized)]
-            self._solve(pair, _attention_in, ATTENTION_IN, states)
-            self._solve(pair, _attention_out, ("self_attn.o_proj",), states)
-            for module, x, y in zip(pair, states, middle, strict=True):
-                self._apply(module, _attend, x, y)
+            out = files.enter_context(self._folder.writing_states(i + 1))
+            middle = [files.enter_context(self._folder.scratch(name, shape)) for name in ("exact-middle", "middle")]
+            projections = [f"self_attn.{name}_proj" for name in "qkvg"]
+            self._solve(pair, places.attention_in, projections, states)
+            self._solve(pair, places.attention_out, ["self_attn.o_proj"], states)
+            for module, values, result in zip((pair.exact, pair.quantized), states, middle, strict=True):
+                self._apply(module, places.attend, values, result)
             mlp = "share_expert" if layer.is_moe else "mlp"
-            pool = self._solve(pair, _ffn_in, (f"{mlp}.gate_proj", f"{mlp}.up_proj"), middle)
-            self._solve(pair, _ffn_out, (f"{mlp}.down_proj",), middle)
-            self._apply(pair.quantized, _resident_ffn, middle[1], out)
-            self._meter.add(layer.index, row_cost(exact) * self.rows.n_tokens)
+            pool = self._solve(pair, places.ffn_in, [f"{mlp}.gate_proj", f"{mlp}.up_proj"], middle)
+            self._solve(pair, places.ffn_out, [f"{mlp}.down_proj"], middle)
+            self._apply(pair.quantized, places.resident_ffn, middle[1], out)
+            self._meter.add(i, row_cost(exact) * self.rows.n_tokens)
             if layer.is_moe:
-                self._run_experts(pair, pool, middle, out)
+                self._run_experts(pair, pool, middle, out.reshape(-1, self.hp.hidden_size))
             self._search.end_layer()
-        self._quantized.drop_states(layer.index)
+        for folder in (self._exact, self._folder):
+            folder.drop_states(i)
 
     def _solve(self, pair: LayerPair, place: Place, paths: Sequence[str], inputs: Sequence[Floats]) -> PairMoments:
         """Choose the codes of the matrices at a place; gives the moments there."""
@@ -162,54 +162,64 @@ class SequentialPass:
         return moments
 
     def _gather(
-        self, pair: LayerPair, place: Place, inputs: Sequence[Floats], weights: Tensor | None
+        self, pair: LayerPair, place: Place, inputs: Sequence[Floats], weights: Tensor
     ) -> tuple[PairMoments, TokenSample]:
         """The moments of what a place is given by all tokens, and a sample of those that are held out."""
-        moments: PairMoments | None = None
-        sample = []
-        for part in row_slices(self.rows, CHUNK_TOKENS):
-            mask = layer_mask(self.hp, pair.exact.spec, self.rows, part, self._reader.device)
-            exact, quantized = (
+
+        def inputs_of(part: slice) -> list[Tensor]:
+            mask = self._mask(pair.exact, part)
+            return [
                 place(module, self._reader.to_device(states[part]), mask).flatten(0, 1)
                 for module, states in zip((pair.exact, pair.quantized), inputs, strict=True)
-            )
-            moments = moments or PairMoments(exact.shape[-1], exact.device)
-            sample.append(self._count(moments, part, exact, quantized, weights))
-        assert moments is not None
-        return moments, _thinned(sample)
+            ]
+
+        return self._count(inputs_of, weights)
 
     def _count(
-        self, moments: PairMoments, part: slice, exact: Tensor, quantized: Tensor, weights: Tensor | None
-    ) -> TokenSample:
-        """Count some rows' tokens [n, columns] in the moments; gives those that are held out. Padding is neither."""
-        flat = slice(part.start * self.rows.row_length, part.stop * self.rows.row_length)
-        w = torch.ones(len(exact)) if weights is None else weights[flat]
-        text, held = torch.from_numpy(self.rows.text.ravel()[flat]), torch.from_numpy(self._held_out[flat])
-        seen, tried = text & ~held, text & held
-        moments.add(quantized[seen], exact[seen], w[seen])
-        return TokenSample(quantized[tried], exact[tried], w[tried])
-
-    def _apply(self, module: DecoderLayer, step: Place, states: Floats, out: Floats) -> None:
+        self, inputs_of: Callable[[slice], Sequence[Tensor]], weights: Tensor
+    ) -> tuple[PairMoments, TokenSample]:
+        """Moments and sample of what some rows' tokens have, exact and quantized [n, columns]."""
+        moments: PairMoments | None = None
+        samples = []
         for part in row_slices(self.rows, CHUNK_TOKENS):
-            mask = layer_mask(self.hp, module.spec, self.rows, part, self._reader.device)
-            out[part] = step(module, self._reader.to_device(states[part]), mask).cpu().numpy()
+            exact, quantized = inputs_of(part)
+            flat = slice(part.start * self.rows.row_length, part.stop * self.rows.row_length)
+            seen, tried, w = torch.from_numpy(self._seen[flat]), torch.from_numpy(self._tried[flat]), weights[flat]
+            moments = moments or PairMoments(exact.shape[-1], exact.device)
+            moments.add(quantized[seen], exact[seen], w[seen])
+            samples.append((quantized[tried], exact[tried], w[tried]))
+        assert moments is not None
+        return moments, TokenSample(*(torch.cat(values) for values in zip(*samples, strict=True)))
+
+    def _apply(self, module: DecoderLayer, step: Place, inputs: Floats, outputs: Floats) -> None:
+        for part in row_slices(self.rows, CHUNK_TOKENS):
+            x = self._reader.to_device(inputs[part])
+            outputs[part] = step(module, x, self._mask(module, part)).cpu().numpy()
+
+    def _mask(self, module: DecoderLayer, part: slice) -> Tensor:
+        return layer_mask(self.hp, module.spec, self.rows, part, self._reader.device)
 
     def _run_experts(self, pair: LayerPair, pool: PairMoments, inputs: Sequence[Floats], out: Floats) -> None:
-        """Choose the codes of the routed experts, and add to out what they give."""
-        layer, shape = pair.exact.spec, (self.rows.tokens.size, self.hp.hidden_size)
+        """Choose the codes of the routed experts, and add what they give to out [tokens, hidden]."""
+        layer = pair.exact.spec
         with ExitStack() as files:
-            normed = [files.enter_context(f.scratch("normed", shape)) for f in (self._exact, self._quantized)]
-            for module, x, y in zip(pair, inputs, normed, strict=True):
-                self._apply(module, _ffn_in, x, y.reshape(out.shape))
-            routes = self._route(pair.quantized, normed[1])
-            for expert in range(self.hp.n_expert):
-                for ahead in range(expert, min(expert + EXPERTS_AHEAD, self.hp.n_expert)):
-                    self._reader.prefetch_expert(layer.index, ahead)
-                exact = self._reader.expert(layer.index, expert)
-                places, weights = routes.of(expert)
-                chosen = self._choose_expert(layer, expert, exact, self._expert_tokens(places, normed), pool)
-                self._add_expert(chosen, places, weights, normed[1], out.reshape(shape), layer.clamp)
-                self._meter.add(layer.index, sum(matrix.numel() for matrix in exact) * len(places))
+            normed = [files.enter_context(self._folder.scratch(name, out.shape)) for name in ("exact-normed", "normed")]
+            for module, values, result in zip((pair.exact, pair.quantized), inputs, normed, strict=True):
+                self._apply(module, places.ffn_in, values, result.reshape(values.shape))
+            routes = self._route(pair.exact, normed[1])  # the router keeps its weights
+            experts = ExpertCodes(
+                self._reader,
+                self._search,
+                layer,
+                routes,
+                normed,
+                pool,
+                *self._expert_weights(layer),
+                self._held_out,
+            )
+            for tokens, given in experts.choose_all(self._n_threads):
+                out[tokens] += given
+                self._meter.add(layer.index, 3 * self.hp.expert_size * self.hp.hidden_size * len(tokens))
 
     def _route(self, module: DecoderLayer, normed: Floats) -> Routes:
         parts = []
@@ -218,127 +228,24 @@ class SequentialPass:
             parts.append((ids.cpu(), weights.cpu()))
         return Routes(parts, self.rows.text)
 
-    def _expert_tokens(self, places: NDArray[np.int64], normed: Sequence[Floats]) -> _ExpertTokens:
-        """What both streams have for the tokens of an expert, at most MOMENT_TOKENS of them, evenly picked."""
-        places = places[:: max(1, -(-len(places) // MOMENT_TOKENS))]
-        exact, quantized = (self._reader.to_device(x[places]) for x in normed)
-        held = torch.from_numpy(self._held_out[places])
-        return _ExpertTokens(exact, quantized, held, places)
-
-    def _choose_expert(
-        self, layer: Layer, expert: int, exact: Sequence[Tensor], seen: _ExpertTokens, pool: PairMoments
-    ) -> list[Tensor]:
-        """The gate, up and down projections that the chosen codes of a routed expert stand for."""
-        gate, up, down = names = [expert_name(layer.index, role) for role in EXPERT_ROLES]
-        weights = self._token_weights([gate, up])
-        moments, held_out = seen.moments(weights)
-        moments = moments.pooled_with(pool, PRIOR_TOKENS)
-        chosen = [
-            self._search.choose(name, expert, matrix, moments, held_out)
-            for name, matrix in zip((gate, up), exact, strict=False)
-        ]
-        units = [
-            swiglu(F.linear(x, g), F.linear(x, u), layer.clamp)
-            for x, (g, u) in ((seen.exact, exact[:2]), (seen.quantized, chosen))
-        ]
-        moments, held_out = replace(seen, exact=units[0], quantized=units[1]).moments(self._token_weights([down]))
-        return [*chosen, self._search.choose(names[2], expert, exact[2], moments.own_with(PRIOR_TOKENS), held_out)]
-
-    def _add_expert(
-        self,
-        matrices: Sequence[Tensor],
-        places: NDArray[np.int64],
-        weights: Tensor,
-        normed: Floats,
-        out: Floats,
-        clamp: float,
-    ) -> None:
-        """Add a routed expert's weighted output to that of its tokens."""
-        for start in range(0, len(places), CHUNK_TOKENS):
-            here = places[start : start + CHUNK_TOKENS]
-            _, y = run_expert(matrices, self._reader.to_device(normed[here]), clamp)[-1]
-            out[here] += (y * weights[start : start + CHUNK_TOKENS, None].to(y.device)).cpu().numpy()
+    def _expert_weights(self, layer: Layer) -> tuple[Tensor, Tensor]:
+        """What errors count for each token at the experts' gates and ups, and at their downs."""
+        gate, up, down = (expert_name(layer.index, role) for role in EXPERT_ROLES)
+        return self._token_weights([gate, up]), self._token_weights([down])
 
     @torch.no_grad()
     def _run_head(self) -> None:
         norm, output = self._reader.head()
-        states = [folder.states(self.hp.n_layer) for folder in (self._exact, self._quantized)]
-        name = TensorName("output.weight")
-        moments, sample = PairMoments(self.hp.hidden_size, self._reader.device), []
-        weights = self._token_weights([name])
-        for part in row_slices(self.rows, CHUNK_TOKENS):
-            exact, quantized = (norm(self._reader.to_device(x[part])).flatten(0, 1) for x in states)
-            sample.append(self._count(moments, part, exact, quantized, weights))
-        self._search.choose(name, 0, output.weight, moments, _thinned(sample))
+        states = [folder.states(self.hp.n_layer) for folder in (self._exact, self._folder)]
+        name = self._reader.name_of("lm_head.weight")
+
+        def inputs_of(part: slice) -> list[Tensor]:
+            return [norm(self._reader.to_device(x[part])).flatten(0, 1) for x in states]
+
+        self._search.choose(name, 0, output.weight, *self._count(inputs_of, self._token_weights([name])))
         self._search.end_layer()
         self._meter.add(None, output.weight.numel() * self.rows.n_tokens)
 
-    def _embed(self) -> None:
-        if self._quantized.last_states() < 0:
-            with self._quantized.writing_states(0) as states:
-                exact = self._exact.states(0)
-                states[:] = self._search.embed(exact.reshape(-1, self.hp.hidden_size)).reshape(exact.shape)
-
-    def _token_weights(self, names: Sequence[TensorName]) -> Tensor | None:
-        """What an error at these products counts for each token; None where all tokens count alike."""
-        if self._weights is None:
-            return None
-        total: NDArray[np.float32] = np.sum([self._weights(name) for name in names], axis=0, dtype=np.float32)
-        return self._reader.to_device(total)
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class _ExpertTokens:
-    """What both streams have for an expert's tokens, [n, columns]; which are held out; their places in all rows."""
-
-    exact: Tensor
-    quantized: Tensor
-    held_out: Tensor
-    places: NDArray[np.int64]
-
-    def moments(self, weights: Tensor | None) -> tuple[PairMoments, TokenSample]:
-        """The moments of those that are not held out, and the others. weights: of all tokens of all rows."""
-        moments = PairMoments(self.exact.shape[-1], self.exact.device)
-        w = torch.ones(len(self.exact)) if weights is None else weights[torch.from_numpy(self.places)]
-        seen = ~self.held_out
-        moments.add(self.quantized[seen], self.exact[seen], w[seen])
-        return moments, TokenSample(self.quantized[self.held_out], self.exact[self.held_out], w[self.held_out])
-
-
-def _thinned(parts: Sequence[TokenSample]) -> TokenSample:
-    """At most SAMPLE_TOKENS of all parts together, evenly picked."""
-    quantized, exact, weights = (
-        torch.cat(column) for column in zip(*((p.quantized, p.exact, p.weights) for p in parts), strict=True)
-    )
-    step = max(1, -(-len(weights) // SAMPLE_TOKENS))
-    return TokenSample(quantized[::step], exact[::step], weights[::step])
-
-
-def _attention_in(layer: DecoderLayer, x: Tensor, mask: Tensor) -> Tensor:
-    normed: Tensor = layer.input_layernorm(x)
-    return normed
-
-
-def _attention_out(layer: DecoderLayer, x: Tensor, mask: Tensor) -> Tensor:
-    return layer.self_attn.mix(layer.input_layernorm(x), mask)
-
-
-def _attend(layer: DecoderLayer, x: Tensor, mask: Tensor) -> Tensor:
-    return layer.attend(x, mask)
-
-
-def _ffn_in(layer: DecoderLayer, x: Tensor, mask: Tensor) -> Tensor:
-    normed: Tensor = layer.post_attention_layernorm(x)
-    return normed
-
-
-def _ffn_out(layer: DecoderLayer, x: Tensor, mask: Tensor) -> Tensor:
-    mlp = layer.share_expert if layer.spec.is_moe else layer.mlp
-    return mlp.units(layer.post_attention_layernorm(x))
-
-
-def _resident_ffn(layer: DecoderLayer, x: Tensor, mask: Tensor) -> Tensor:
-    """All that the layer gives but its routed experts' part."""
-    mlp = layer.share_expert if layer.spec.is_moe else layer.mlp
-    result: Tensor = x + mlp(layer.post_attention_layernorm(x))
-    return result
+    def _token_weights(self, names: Sequence[TensorName]) -> Tensor:
+        """What an error at these products counts for each token."""
+        return self._reader.to_device(np.sum([self._weights_of(name) for name in names], axis=0, dtype=np.float32))

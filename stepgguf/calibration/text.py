@@ -46,7 +46,7 @@ class TextReader:
         if n == 0:
             raise TextError(
                 f"{path}: {len(tokens)} tokens, and a chunk has {self._length} tokens",
-                hint="Give a longer text, or a smaller --chunk.",
+                hint="Give a longer text; `stepgguf imatrix` takes a smaller --chunk, too.",
             )
         rows = np.array(tokens[: n * self._length], np.int32).reshape(n, self._length)
         rows[:, : len(begin)] = begin

@@ -42,10 +42,9 @@ def work_folder(path: Path, n_bytes: int) -> Iterator[Path]:
 
 
 def _check_room(path: Path, n_bytes: int) -> None:
-    there = sum(file.stat().st_blocks * 512 for file in path.rglob("*") if file.is_file())
-    free = shutil.disk_usage(path).free
+    there, free = disk.used_bytes(path), shutil.disk_usage(path).free
     if free + there < n_bytes:
         raise OutputError(
             f"{path.parent}: {readable_size(free)} free, and working files take up to {readable_size(n_bytes)}",
-            hint="Write to another disk, or use fewer --chunks.",
+            hint="Write to another disk, or use less text.",
         )

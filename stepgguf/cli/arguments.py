@@ -130,7 +130,8 @@ Memory = Annotated[
         parser=parse_size,
         metavar="SIZE",
         show_default="2GiB",
-        help="Memory for tensors in flight, whatever the model's size.",
+        help="Memory for tensors in flight, whatever the model's size. With --calibrate also for experts in work, else "
+        "one for each thread.",
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]

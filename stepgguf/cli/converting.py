@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.text import Text
 
+from stepgguf.calibration.work_folder import work_folder
 from stepgguf.cli import output
 from stepgguf.cli.destinations import Destination
 from stepgguf.cli.progress import ProgressMeter, layer_name
@@ -120,14 +121,23 @@ def calibrating(
     dest: Path,
     how: RunOptions,
 ) -> Iterator[CalibrationRun | None]:
-    """What --calibrate says, for the block in which its file is planned and made; None without it."""
+    """What --calibrate says, for the block in which its file is planned and made; None without it.
+
+    What an interrupted calibration left is removed first if the run is to start anew.
+    """
+    folder = dest.with_name(f"{dest.name}.calibration")
+    if how.restart and not how.dry_run and folder.is_dir():
+        with work_folder(folder, 0):
+            pass
     if not texts:
+        if n_tokens is not None:
+            raise typer.BadParameter("it needs --calibrate, which says of what text", param_hint="--calibrate-tokens")
         yield None
         return
     from stepgguf.cli.calibrating import CalibrationRun
 
     with CalibrationRun(
-        source, texts, n_tokens, dest, device=device, threads=how.threads, quiet=how.quiet
+        source, texts, n_tokens, folder, device=device, threads=how.threads, memory=how.memory, quiet=how.quiet
     ) as calibration:
         if not how.quiet:
             calibration.say_what_it_takes()
@@ -177,7 +187,13 @@ class Conversion:
         """Make the files and say what was made. Ctrl+C commits what is done and exits with 130."""
         started = time.monotonic()
         how = self.how
-        with Writer(self.plan, self.source.identity(), restart=how.restart, overwrite=how.overwrite) as writer:
+        with Writer(
+            self.plan,
+            self.source.identity(),
+            restart=how.restart,
+            overwrite=how.overwrite,
+            working_bytes=0 if self.calibration is None else self.calibration.missing_bytes,
+        ) as writer:
             resumed = len(writer.finished)
             if resumed and not how.quiet:
                 output.note(f"resuming: {resumed} of {len(writer.units)} units are done")
@@ -237,7 +253,8 @@ class Conversion:
         return [*output.tensor_table(self._lines()), Text(total, "bold")]
 
     def _report(self) -> dict[str, Any]:
-        return {
+        calibration = {} if self.calibration is None else {"calibration": self.calibration.report()}
+        return calibration | {
             "type": self.plan.type_name,
             "files": [{"path": str(file.path), "bytes": file.size} for file in self.plan.files],
             "tensors": len(self.plan.tensors),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ import typer
 
 from stepgguf.calibration.footprint import imatrix_footprint
 from stepgguf.calibration.imatrix import ThinExpert, collect_imatrix, experts_below, growing_parts, whole_text
+from stepgguf.calibration.work import Speed, imatrix_work, measure_speed
 from stepgguf.calibration.work_folder import work_folder
 from stepgguf.cli import output
 from stepgguf.cli.converting import peak_rss
+from stepgguf.cli.progress import clock
 from stepgguf.cli.stream_progress import StreamMeter
 from stepgguf.files.byte_sizes import readable_size
 from stepgguf.model.tensors import tensor_specs
@@ -35,15 +38,19 @@ class ImatrixRun:
     ) -> None:
         self._reader, self._rows, self._datasets, self._target, self._quiet = reader, rows, datasets, target, quiet
         self._folder = target.with_name(f"{target.name}.stream")
-        self._footprint = imatrix_footprint(reader.hp, rows)
+        self._footprint, self._work = imatrix_footprint(reader.hp, rows), imatrix_work(reader.hp, rows)
 
     def say_what_it_takes(self) -> None:
-        """Say what will run, and the memory and the room on the disk that it will take."""
+        """Say what will run, and the time, the memory and the room on the disk that it will take."""
         rows, hp, takes = self._rows, self._reader.hp, self._footprint
         output.note(
             f"{rows.n_tokens:,} tokens of {output.counted(len(self._datasets), 'text')} in "
             f"{output.counted(rows.n_rows, 'chunk')} of {rows.row_length}, through "
             f"{output.counted(hp.n_layer, 'layer')} and {output.counted(hp.n_mtp, 'MTP block')}"
+        )
+        output.note(
+            f"about {clock(self._speed.seconds(self._work))} of computing on this machine, which multiplies matrices "
+            f"at {2e-9 * self._speed.device:,.0f} GFLOP/s now"
         )
         output.note(
             f"about {readable_size(takes.memory)} of memory, and up to {readable_size(takes.disk)} of working files in "
@@ -58,9 +65,15 @@ class ImatrixRun:
             "tokens": self._rows.n_tokens,
             "chunks": self._rows.n_rows,
             "chunk_size": self._rows.row_length,
+            "flop": self._work.flop,
+            "predicted_seconds": round(self._speed.seconds(self._work), 1),
             "memory_bytes": self._footprint.memory,
             "disk_bytes": self._footprint.disk,
         }
+
+    @cached_property
+    def _speed(self) -> Speed:
+        return measure_speed(self._reader.device)
 
     def record(self, balance: int | None) -> Recorded:
         """Run the text and write the file; with `balance`, until each expert has seen so many tokens.

@@ -119,17 +119,25 @@ class RowMaker:
         importance = None
         if action.weighted and self._importance is not None:  # an expert's rows share it
             importance = self._importance.expert_row(tensor.name, tensor.shape, start // tensor.rows_per_expert)
-        out = np.empty((stop - start, tensor.row_bytes), np.uint8)
-        try:
-            # Kernels only say that some value is not finite, which costs them nothing; which one it is, is looked for.
-            if not action.kernel.encode(values, out, importance):
-                _check_finite(tensor, start, widened_runs(values))
-        except QuantError as error:
-            expert = f", expert {start // tensor.rows_per_expert}" if tensor.n_experts > 1 else ""
-            raise QuantError(
-                f"{tensor.name}{expert}: {error}", hint="Give this tensor another type in a recipe, such as BF16."
-            ) from None
+        out = encode_values(tensor, action.kernel, values, start, importance)
         return out, action.kernel.measure(values, out, importance) if tensor.is_quantized else None
+
+
+def encode_values(
+    tensor: PlannedTensor, kernel: Kernel, values: Values, start: int, importance: NDArray[np.float32] | None
+) -> NDArray[np.uint8]:
+    """The blocks [n, row bytes] of rows [start, start + n) of a tensor. Raises as RowMaker.make_rows does."""
+    out = np.empty((values.shape[0], tensor.row_bytes), np.uint8)
+    try:
+        # Kernels only say that some value is not finite, which costs them nothing; which one it is, is looked for.
+        if not kernel.encode(values, out, importance):
+            _check_finite(tensor, start, widened_runs(values))
+    except QuantError as error:
+        expert = f", expert {start // tensor.rows_per_expert}" if tensor.n_experts > 1 else ""
+        raise QuantError(
+            f"{tensor.name}{expert}: {error}", hint="Give this tensor another type in a recipe, such as BF16."
+        ) from None
+    return out
 
 
 def _check_finite(tensor: PlannedTensor, start: int, runs: Iterable[tuple[int, NDArray[np.float32]]]) -> None:

@@ -44,17 +44,26 @@ _VERSION = 3
 
 
 class Writer:
-    """The output of one plan. `finished` holds its finished units by number, also those of an interrupted run."""
+    """The output of one plan. `finished` holds its finished units by number, also those of an interrupted run.
+
+    working_bytes: what other files need of the disk while it is made. label: what must be the same to be resumed.
+    """
 
     def __init__(
-        self, plan: Plan, identity: Mapping[str, str], *, restart: bool = False, overwrite: bool = False
+        self,
+        plan: Plan,
+        identity: Mapping[str, str],
+        *,
+        restart: bool = False,
+        overwrite: bool = False,
+        working_bytes: int = 0,
     ) -> None:
         self.plan = plan
         self.units = list(plan.units())
         self.finished: dict[int, FinishedUnit] = {}
         self._folder = plan.files[0].path.parent
-        self._overwrite = overwrite
-        self._label = _describe_run(plan, identity)
+        self._overwrite, self._working_bytes = overwrite, working_bytes
+        self.label = _describe_run(plan, identity)
         self._journal: Journal | None = None
         self._parts: list[int] = []  # descriptors, one for each file
         self._renamed: set[int] = set()  # numbers of files that an interrupted run had finished
@@ -100,9 +109,9 @@ class Writer:
         if found is None:
             return False
         label, finished = found
-        changed = [key for key in self._label if label.get(key) != self._label[key]]
+        changed = [key for key in self.label if label.get(key) != self.label[key]]
         if changed:
-            difference = _first_difference(changed, label, self._label)
+            difference = _first_difference(changed, label, self.label)
             raise OutputError(
                 f"{self._journal.path} is of an interrupted run with another {difference}",
                 hint="Repeat that command to finish it, or start anew with --restart.",
@@ -139,11 +148,13 @@ class Writer:
     def _check_space(self) -> None:
         # What an earlier run left is cleared next, so its blocks are free.
         held = sum(os.fstat(fd).st_blocks * 512 for fd in self._parts)
-        need, free = self.plan.file_bytes, shutil.disk_usage(self._folder).free + held
+        need, free = self.plan.file_bytes + self._working_bytes, shutil.disk_usage(self._folder).free + held
         if need > free:
+            working = f", {readable_size(self._working_bytes)} of it for working files" if self._working_bytes else ""
             raise OutputError(
-                f"{self._folder} has {readable_size(free)} free, the output needs {readable_size(need)}",
-                hint="Free some space, choose another disk or a smaller type.",
+                f"{self._folder} has {readable_size(free)} free, the output needs {readable_size(need)}{working}",
+                hint="Free some space, choose another disk or a smaller type"
+                + (", or fewer --calibrate-tokens." if self._working_bytes else "."),
             )
 
     def _clear(self) -> None:
@@ -159,7 +170,7 @@ class Writer:
         for file, fd in zip(self.plan.files, self._parts, strict=True):
             os.ftruncate(fd, file.size)
             disk.write_at(fd, file.header, 0)
-        self._journal.begin(self._label)
+        self._journal.begin(self.label)
 
     # writing ----------------------------------------------------------------------------------------------------
 

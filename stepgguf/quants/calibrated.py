@@ -33,6 +33,7 @@ def encode_calibrated(
     importance: Floats | None = None,
     *,
     target: Floats | None = None,
+    stock: Blocks | None = None,
     sweeps: int = 2,
 ) -> Blocks:
     """Encode weights [rows, columns] as blocks [rows, row bytes] that lose little of the outputs on such inputs.
@@ -40,6 +41,7 @@ def encode_calibrated(
     importance  [columns]: what ggml's encoder weighs columns with, at the start and in choosing scales; without it,
                 the damped diagonal of the moments
     target      [rows, columns]: what the decoded values should be instead of the weights (shifted_target)
+    stock       [rows, row bytes]: ggml's blocks of the weights, where they are known
 
     No row's error (target - q) H (target - q)^T is higher than that of ggml's blocks of its weights. QuantError if the
     type has no blocks, or the weights are not finite or too large for it.
@@ -54,7 +56,8 @@ def encode_calibrated(
         begin_steps(encoder)
         for _ in range(sweeps):
             improve_steps(encoder)
-        out[rows] = _better_rows(encoder, encode_as_ggml(ggml_type, weights[rows], importance))
+        start = encode_as_ggml(ggml_type, weights[rows], importance) if stock is None else stock[rows]
+        out[rows] = _better_rows(encoder, start)
     return out
 
 

@@ -94,6 +94,8 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert main(command(CHECKPOINT, tmp_path / "absent" / "x.gguf", "--dry-run", "--json")) == 0
     report = json.loads(capfd.readouterr().out)
     assert report["disk_bytes"] > 3 * 1024 * 256 * 4  # three states
+    assert report["flop"] > 0
+    assert report["predicted_seconds"] >= 0
     assert list(tmp_path.iterdir()) == []
 
 
