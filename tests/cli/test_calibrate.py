@@ -16,6 +16,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from stepgguf import __main__
 from stepgguf.calibration.conversion import CalibratedUnits
 from stepgguf.cli import calibrating
 from stepgguf.cli.main import main
@@ -23,6 +24,8 @@ from stepgguf.convert import writer
 from stepgguf.convert.sources.full_hparams import full_hparams
 from stepgguf.convert.sources.opening import open_source
 from stepgguf.files import disk
+from stepgguf.model.layers import Layer
+from stepgguf.reference.model import DecoderLayer
 from stepgguf.reference.stream import LayerStream
 from stepgguf.reference.token_rows import TokenRows
 from stepgguf.reference.weights import WeightReader
@@ -313,3 +316,32 @@ def test_llama_cpp_computes_what_the_streams_do(whole: Path, tmp_path: Path) -> 
         ours = torch.cat([part for _, part in stream.logits()])[0]
     # llama.cpp rounds what enters a product to 8 bits: 0.09 of the norm on stock codes of this model, 0.06 on these.
     assert (theirs - ours).norm() < 0.15 * ours.norm()
+
+
+def test_a_damaged_weight_is_said_before_gradients_are_computed(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layer = WeightReader.layer
+
+    def damaged(reader: WeightReader, spec: Layer) -> DecoderLayer:
+        module = layer(reader, spec)
+        module.self_attn.o_proj.weight[3, 4] = torch.nan
+        return module
+
+    monkeypatch.setattr(WeightReader, "layer", damaged)
+    assert main(command(checkpoint, tmp_path / "out.gguf", text)) != 0
+    assert "hidden states are not finite" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_number_of_tokens_needs_a_text(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [*OPTIONS, "--calibrate-tokens", "100"]
+    assert main(["convert", str(checkpoint), str(tmp_path / "out.gguf"), *options]) == 2
+    assert "it needs --calibrate" in " ".join(capsys.readouterr().err.split())
+
+
+def test_numpy_s_products_get_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On two busy cores, OpenBLAS's two threads take three to seven times as long as one: they wait by spinning."""
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    monkeypatch.setattr("stepgguf.cli.main.run", lambda: None)
+    __main__.run()
+    assert os.environ.pop("OPENBLAS_NUM_THREADS") == "1"
