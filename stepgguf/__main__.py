@@ -9,8 +9,8 @@ import sys
 
 
 def run() -> None:
-    for library in ("OPENBLAS", "VECLIB"):  # numpy reads it when it is loaded; macOS has the second
-        os.environ.setdefault(f"{library}_NUM_THREADS", "1")
+    for variable in ("OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):  # numpy reads one when it is loaded
+        os.environ.setdefault(variable, "1")
     try:
         from stepgguf.cli.main import run as command
 
