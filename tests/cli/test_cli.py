@@ -31,7 +31,9 @@ def _no_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
 
 
-COMMANDS = "convert quantize imatrix plan recipes inspect verify report template chat serve doctor bench demo".split()
+COMMANDS = (
+    "convert quantize imatrix plan recipes inspect verify eval report template chat serve doctor bench demo".split()
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

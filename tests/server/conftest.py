@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +83,12 @@ def running(chat: ChatModel, config: ServerConfig) -> Iterator[Server]:
         server.should_exit = True
         thread.join(timeout=20)
         listener.close()
-        assert not thread.is_alive()
+        assert not thread.is_alive(), stack_of(thread)
+
+
+def stack_of(thread: threading.Thread) -> str:
+    """Where a thread is that does not end."""
+    return "".join(traceback.format_stack(sys._current_frames()[thread.ident or 0]))
 
 
 Serve = Callable[..., contextlib.AbstractContextManager[Server]]
