@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
-from stepgguf.cli import output, progress
+from stepgguf.cli import output, progress, stream_progress
 from stepgguf.cli.progress import ProgressMeter
 from stepgguf.cli.stream_progress import StreamMeter
 from stepgguf.reference.stream import LayerProgress
@@ -27,7 +28,9 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
     clock = Clock()
-    monkeypatch.setattr(progress.time, "monotonic", clock)
+    # Not time.monotonic itself: the event loops of servers that run in this process would sleep by this clock.
+    for module in (progress, stream_progress):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=clock))
     monkeypatch.setattr(progress, "PLAIN_SECONDS", 1.0)
     return clock  # type: ignore[return-value]
 
