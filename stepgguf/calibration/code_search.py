@@ -84,7 +84,11 @@ class CalibratedCodes:
         importance = moments.importance().cpu().numpy()
         stock = self._units.encode(name, expert, values, importance)
         best, blocks, least = torch.empty(0), stock, math.inf
-        for candidate in self._candidates(name, weights, stock, moments, held_out):
+        candidates = [stock]
+        if ggml_type not in FLOATS and len(held_out.weights) and moments.n_own:
+            target = moments.target(weights).cpu().numpy()
+            candidates += self._calibrated(name, ggml_type, values, target, stock, moments, importance)
+        for candidate in candidates:
             decoded = torch.from_numpy(_decode(ggml_type, candidate, values)).to(weights.device)
             error = held_out.error(weights, decoded)
             if error < least:
@@ -95,15 +99,17 @@ class CalibratedCodes:
     def end_layer(self) -> None:
         self._units.commit()
 
-    def _candidates(
-        self, name: TensorName, weights: Tensor, stock: Blocks, moments: PairMoments, held_out: TokenSample
+    def _calibrated(
+        self,
+        name: TensorName,
+        ggml_type: GGMLQuantizationType,
+        values: Floats,
+        target: Floats,
+        stock: Blocks,
+        moments: PairMoments,
+        importance: Floats,
     ) -> Iterator[Blocks]:
-        yield stock
-        ggml_type = self._units.type_of(name)
-        if ggml_type is None or ggml_type in FLOATS or not len(held_out.weights) or not moments.n_own:
-            return
-        values, target = weights.cpu().numpy(), moments.target(weights).cpu().numpy()
-        importance = moments.importance().cpu().numpy()
+        """Blocks that are chosen against the moments, for each shrinkage."""
 
         def encode(shrinkage: float, rows: slice) -> Blocks:
             factored = moments.factored(shrinkage)

@@ -19,8 +19,6 @@ from stepgguf.quants.kernels import Kernel
 from stepgguf.quants.types import F32
 from stepgguf.reference.stream import LayerStream, Progress
 
-_EMBEDDING = TensorName("token_embd.weight")
-
 
 class CalibratedUnits:
     """The units of a writer that hold the trunk's matrices: what the pass makes."""

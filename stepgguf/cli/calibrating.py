@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,6 +18,7 @@ from stepgguf.calibration.token_weights import TokenWeights, read_token_weights
 from stepgguf.calibration.work_folder import work_folder
 from stepgguf.cli import output
 from stepgguf.cli.calibration_estimate import CalibrationEstimate
+from stepgguf.cli.progress import say_compiling
 from stepgguf.cli.stream_progress import StreamMeter
 from stepgguf.convert.cost_file import TypeCosts
 from stepgguf.convert.importance import Importance
@@ -61,9 +61,8 @@ class CalibrationRun:
         self._reader = WeightReader(source, self._hp, open_device(device, threads))
         length = min(ROW_TOKENS, self._hp.max_position)
         self._rows = TextReader(source, length).read(paths)[: n_tokens and max(1, n_tokens // length)]
-        digest = hashlib.sha256(self._rows.tokens.tobytes() + self._rows.documents.tobytes()).hexdigest()
         names = ", ".join(path.name for path in paths)
-        self.label = f"{self._rows.n_tokens} tokens of {names} (sha256 {digest[:16]})"
+        self.label = f"{self._rows.n_tokens} tokens of {names} (sha256 {self._rows.digest[:16]})"
         self._estimate = CalibrationEstimate(source, self._reader, self._rows, threads, memory)
         self._weights = TokenWeights(self._rows.text.size, self._hp.vocab_size)
         self._costs: FisherCosts | None = None
@@ -146,7 +145,7 @@ class CalibrationRun:
 
     def _note_compiling(self, name: str) -> None:
         if not self._quiet:
-            output.note(f"compiling the {name} kernel (once on this machine)")
+            say_compiling(name)
 
     def __enter__(self) -> CalibrationRun:
         return self

@@ -82,7 +82,7 @@ class ProgressMeter:
         """Say that a kernel is about to be compiled, and stop the clock until the next unit is done."""
         self._compiling = self._compiling or time.monotonic()
         if not self._quiet:
-            output.note(f"compiling the {name} kernel (once on this machine)")
+            say_compiling(name)
 
     def add_bytes(self, n_bytes: int, *, earlier: bool = False) -> None:
         """Count bytes that are done; `earlier`: by an earlier run, so that they say nothing of this one's rate."""
@@ -147,6 +147,11 @@ class CountMeter:
         self._last_line = now
         left = (now - self._started) / self._done * (self.total - self._done)
         output.note(f"{self._title}: {self._done / self.total:.0%} of {self.total:,} {self._noun}, {clock(left)} left")
+
+
+def say_compiling(name: str) -> None:
+    """Say that a type's kernel is about to be compiled."""
+    output.note(f"compiling the {name} kernel (once on this machine)")
 
 
 def clock(seconds: float) -> str:

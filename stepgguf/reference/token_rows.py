@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +38,11 @@ class TokenRows:
     def row_length(self) -> int:
         """Tokens of a row, padding included."""
         return int(self.tokens.shape[1])
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of tokens and documents."""
+        return hashlib.sha256(self.tokens.tobytes() + self.documents.tobytes()).hexdigest()
 
     @property
     def text(self) -> NDArray[np.bool_]:
