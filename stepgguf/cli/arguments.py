@@ -6,12 +6,13 @@ import math
 import re
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from stepgguf.cli.destinations import Destination
 from stepgguf.quants import ImatrixPrior, KernelName
+from stepgguf.reference import DeviceName
 
 if TYPE_CHECKING:
     from stepgguf.convert.budget import Limits
@@ -116,9 +117,7 @@ Calibrate = Annotated[
 CalibrateTokens = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="With --calibrate: at most about N tokens of the text.")
 ]
-Device = Annotated[
-    Literal["cpu", "cuda", "mps"], typer.Option(help="With --calibrate: where the model's products are computed.")
-]
+Device = Annotated[DeviceName, typer.Option(help="With --calibrate: where the model's products are computed.")]
 SplitMaxSize = Annotated[
     int | None,
     typer.Option(parser=parse_size, metavar="SIZE", help="Write llama.cpp splits of at most this size, e.g. 50G."),

@@ -27,8 +27,9 @@ from stepgguf.convert.sources.source import TensorSource
 from stepgguf.convert.writer import Writer
 from stepgguf.errors import CorruptTensor
 from stepgguf.files import disk
+from stepgguf.reference import DeviceName
 from stepgguf.reference.backward import BackwardStream, GradientObserver
-from stepgguf.reference.device import DeviceName, open_device
+from stepgguf.reference.device import open_device
 from stepgguf.reference.stream import LayerStream
 from stepgguf.reference.weights import WeightReader
 

@@ -34,7 +34,7 @@ from stepgguf.quants.recipe import Recipe
 
 if TYPE_CHECKING:
     from stepgguf.cli.calibrating import CalibrationRun
-    from stepgguf.reference.device import DeviceName
+    from stepgguf.reference import DeviceName
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from json import dumps
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from stepgguf.cli import arguments, eval_table, evaluating, loading, logit_sources, output
+from stepgguf.reference import DeviceName
 
 
 def eval(
@@ -66,7 +67,7 @@ def eval(
             "shows what the weights lose, without llama.cpp's 8-bit activations, and the file need not fit in memory.",
         ),
     ] = None,
-    device: Annotated[Literal["cpu", "cuda", "mps"], typer.Option(help="Where a stream computes.")] = "cpu",
+    device: Annotated[DeviceName, typer.Option(help="Where a stream computes.")] = "cpu",
     gpu_layers: loading.GpuLayers = -1,
     threads: arguments.Threads = None,
     force: loading.Force = False,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from stepgguf.cli import arguments, output
 from stepgguf.cli.destinations import Destination
+from stepgguf.reference import DeviceName
 
 
 def imatrix(
@@ -39,7 +40,7 @@ def imatrix(
             "the model once.",
         ),
     ] = None,
-    device: Annotated[Literal["cpu", "cuda", "mps"], typer.Option(help="Where products are computed.")] = "cpu",
+    device: Annotated[DeviceName, typer.Option(help="Where products are computed.")] = "cpu",
     threads: arguments.Threads = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it takes, and run nothing.")] = False,
     overwrite: arguments.Overwrite = False,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from stepgguf.evaluation.evaluate import Progress
     from stepgguf.evaluation.sources import LogitSource
     from stepgguf.evaluation.stream_logits import StreamLogits
-    from stepgguf.reference.device import DeviceName
+    from stepgguf.reference import DeviceName
 
 EngineName = Literal["llama-cpp-python", "stream"]
 Opened = tuple["LogitSource", "Progress"]  # and what is to be told how many predictions are done

@@ -1,0 +1,3 @@
+from typing import Literal
+
+DeviceName = Literal["cpu", "cuda", "mps"]  # where torch computes

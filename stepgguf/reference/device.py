@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 
 from stepgguf.errors import RequestError
-
-DeviceName = Literal["cpu", "cuda", "mps"]
+from stepgguf.reference import DeviceName
 
 
 def open_device(name: DeviceName, n_threads: int | None = None) -> torch.device:

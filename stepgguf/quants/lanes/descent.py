@@ -31,7 +31,7 @@ from stepgguf.quants.lanes.part_tiles import (
     limited,
     nearest_code,
     part_tiles,
-    read_numbers,
+    read_parts,
     step_of,
     value_at,
     value_of,
@@ -196,10 +196,7 @@ def descend(
         fill_row_starts(rows, row, columns, first, starts)
         read_tile(flat_weights, starts, None, w, n)
         read_bytes(flat_codes, starts, parts.codes, n)
-        read_numbers(factors, row, first // rules.block, parts.factors)
-        read_numbers(minimum_factors, row, first // rules.block, parts.minimum_factors)
-        read_numbers(scales, row, first // sub, parts.scales)
-        read_numbers(minimums, row, first // sub, parts.minimums)
+        read_parts(factors, minimum_factors, scales, minimums, row, first, rules, parts)
         _begin_step(tiles, parts, n, rules)
         for turn in range(passes):
             for s in range(n // sub):

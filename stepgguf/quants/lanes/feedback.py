@@ -24,7 +24,7 @@ from stepgguf.quants.lanes.part_tiles import (
     add_products,
     nearest_code,
     part_tiles,
-    read_numbers,
+    read_parts,
     step_of,
     value_at,
 )
@@ -81,10 +81,7 @@ def feed_back(
         fill_row_starts(rows, row, columns, first, starts)
         read_tile(flat_weights, starts, None, w, n)
         read_bytes(flat_codes, starts, parts.codes, n)
-        read_numbers(factors, row, first // rules.block, parts.factors)
-        read_numbers(minimum_factors, row, first // rules.block, parts.minimum_factors)
-        read_numbers(scales, row, first // rules.sub, parts.scales)
-        read_numbers(minimums, row, first // rules.sub, parts.minimums)
+        read_parts(factors, minimum_factors, scales, minimums, row, first, rules, parts)
         for group in range(0, n, GROUP):
             add_products(e, 0, group, factor, group, t)
             _choose_codes(group, factor, parts, rules, t, w, e)

@@ -84,6 +84,24 @@ def read_numbers(numbers: Floats, row: int, first: int, tile: F32Tile) -> None:
 
 
 @inlined
+def read_parts(
+    factors: Floats,
+    minimum_factors: Floats,
+    scales: Floats,
+    minimums: Floats,
+    row: int,
+    first: int,
+    rules: Rules,
+    parts: PartTiles,
+) -> None:
+    """Fill tiles with the parts, but for codes, of LANES rows from column `first` on."""
+    read_numbers(factors, row, first // rules.block, parts.factors)
+    read_numbers(minimum_factors, row, first // rules.block, parts.minimum_factors)
+    read_numbers(scales, row, first // rules.sub, parts.scales)
+    read_numbers(minimums, row, first // rules.sub, parts.minimums)
+
+
+@inlined
 def write_numbers(tile: F32Tile, row: int, first: int, numbers: Floats) -> None:
     """The inverse of read_numbers."""
     for r in range(min(LANES, len(numbers) - row)):
