@@ -40,7 +40,7 @@ def encode_calibrated(
 
     importance  [columns]: what ggml's encoder weighs columns with, at the start and in choosing scales; without it,
                 the damped diagonal of the moments
-    target      [rows, columns]: what the decoded values should be instead of the weights (shifted_target)
+    target      [rows, columns]: what the decoded values should be instead of the weights (calibration/moments.py)
     stock       [rows, row bytes]: ggml's blocks of the weights, where they are known
 
     No row's error (target - q) H (target - q)^T is higher than that of ggml's blocks of its weights. QuantError if the

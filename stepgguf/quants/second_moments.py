@@ -99,15 +99,3 @@ def output_error(weights: Floats, decoded: Floats, moments: Floats) -> float:
     weights, decoded: [rows, columns]; moments: [columns, columns], symmetric.
     """
     return float(row_errors(weights - decoded, moments).sum())
-
-
-def shifted_target(weights: Floats, moments: Floats, shift: Floats, regularization: float) -> Floats:
-    """Weights [rows, columns] whose outputs on shifted inputs are nearest to those of `weights` on the true inputs.
-
-    Of true inputs x and shifted ones y: moments = E[y y^T], shift = E[(x - y) y^T], both [columns, columns]. The answer
-    is weights + weights shift (moments + r)^-1, where r is `regularization` times the mean of the moments' diagonal.
-    """
-    damped = moments.copy()
-    damped.flat[:: len(damped) + 1] += np.float32(regularization * np.trace(moments, dtype=np.float64) / len(damped))
-    correction: Floats = np.linalg.solve(damped, (weights @ shift).T).T
-    return weights + correction
