@@ -117,6 +117,14 @@ Calibrate = Annotated[
 CalibrateTokens = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="With --calibrate: at most about N tokens of the text.")
 ]
+Costs = Annotated[
+    Path | None,
+    typer.Option(
+        "--costs", dir_okay=False, metavar="FILE",
+        help="With --fit: what each type costs each tensor. Read where the file is there; else --calibrate writes it, "
+        "for other sizes.",
+    ),
+]  # fmt: skip
 Device = Annotated[DeviceName, typer.Option(help="With --calibrate: where the model's products are computed.")]
 SplitMaxSize = Annotated[
     int | None,

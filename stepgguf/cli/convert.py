@@ -34,6 +34,7 @@ def convert(
     imatrix_prior: arguments.ImatrixPriorOption = "pooled",
     calibrate: arguments.Calibrate = None,
     calibrate_tokens: arguments.CalibrateTokens = None,
+    costs: arguments.Costs = None,
     device: arguments.Device = "cpu",
     kernel: arguments.Kernel = "lanes",
     split_max_size: arguments.SplitMaxSize = None,
@@ -66,7 +67,7 @@ def convert(
 
     if chat_template is not None:
         read_template(chat_template)  # tried before anything is written
-    how = RunOptions(threads, memory, dry_run, restart, overwrite, quiet, json)
+    how = RunOptions(threads, memory, dry_run, restart, overwrite, quiet, json, costs)
     limits = arguments.read_budget(fit, target_bpw, min_tps, bandwidth)
     recipe, limits = choose_recipe(type, limits, source, arguments.DEFAULT_TYPE)
     options = Options(

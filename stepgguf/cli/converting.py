@@ -20,14 +20,16 @@ from stepgguf.cli.destinations import Destination
 from stepgguf.cli.progress import ProgressMeter, layer_name
 from stepgguf.convert import budget, pipeline
 from stepgguf.convert.budget import Limits, PricedTrunk
+from stepgguf.convert.cost_file import TypeCosts, read_costs, write_costs
 from stepgguf.convert.fold import FoldedLine, fold_tensors
+from stepgguf.convert.importance import Importance
 from stepgguf.convert.measure import count_sampled_values
 from stepgguf.convert.plan import Options, Plan
 from stepgguf.convert.planner import plan_source
 from stepgguf.convert.sizes import take_inventory, with_near_sizes
 from stepgguf.convert.sources.opening import open_source
 from stepgguf.convert.sources.source import TensorSource
-from stepgguf.convert.writer import Writer, is_taken, name_taken
+from stepgguf.convert.writer import Writer, is_taken, name_taken, require_same_calibration
 from stepgguf.errors import StepggufError, UnknownType
 from stepgguf.files.byte_sizes import readable_size
 from stepgguf.quants.recipe import Recipe
@@ -39,7 +41,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """How a plan is carried out. threads None: all cores; memory None: the pipeline's default."""
+    """How a plan is carried out. threads None: all cores; memory None: the pipeline's default.
+
+    costs: file of what types cost, for a budget.
+    """
 
     threads: int | None = None
     memory: int | None = None
@@ -48,6 +53,7 @@ class RunOptions:
     overwrite: bool = False
     quiet: bool = False
     json: bool = False
+    costs: Path | None = None
 
 
 def choose_recipe(
@@ -74,22 +80,47 @@ def make_plan(
 ) -> Plan:
     """Plan a file; within a budget after measuring what each type loses, if there is a choice.
 
-    With a calibration it is the gradients that say it. A dry run measures as without, which takes minutes.
+    With a file of costs, or a calibration that finds them, it is the gradients that say it. A dry run of a calibration
+    measures as without, which takes minutes.
 
     A destination that is taken, and may not be, is refused before anything is measured.
     """
     if limits is None:
+        if how.costs is not None:
+            raise typer.BadParameter(
+                "it needs a budget, such as --fit, for which types are chosen", param_hint="--costs"
+            )
         return plan_source(source, dest, options)
     plan = budget.plan_without_measuring(limits, source, dest, options)
     if plan is not None:
         return plan
     if not (how.dry_run or how.overwrite) and is_taken(dest):
         raise name_taken(dest)
-    if calibration is None or how.dry_run:
+    costs = _known_costs(source, dest, options.importance, how, calibration)
+    if costs is None:
         trunk = price_trunk(source, dest, options, threads=how.threads, quiet=how.quiet)
     else:
-        trunk = budget.price_trunk(source, dest, options, costs=calibration.find_costs(options.importance))
+        trunk = budget.price_trunk(source, dest, options, costs=costs)
     return budget.plan_within(limits, source, dest, options, trunk)
+
+
+def _known_costs(
+    source: TensorSource, dest: Path, importance: Importance | None, how: RunOptions, calibration: CalibrationRun | None
+) -> TypeCosts | None:
+    """What types cost by gradients: of the file, or found now and kept there. None where neither is to be had.
+
+    CostsError for a file that is none of this source, or is lacking without a calibration that would make it.
+    """
+    if how.costs is not None and (how.costs.exists() or calibration is None):
+        return read_costs(how.costs, source, importance)
+    if calibration is None or how.dry_run:
+        return None
+    if not how.restart:
+        require_same_calibration(dest, calibration.label)  # the passes would clear what that run has kept
+    costs = calibration.find_costs(importance)
+    if how.costs is not None:
+        write_costs(how.costs, costs, source, importance)
+    return costs
 
 
 def price_trunk(
@@ -239,6 +270,18 @@ class Conversion:
             f"{self.plan.bpw:.3f} bpw, {working:.1f} s{compiled}, {rate:.0f} MB/s out, "
             f"peak memory {readable_size(peak_rss())}"
         )
+        for line in self._prediction():
+            output.note(line)
+
+    def _prediction(self) -> list[str]:
+        """A line that says what is expected of types chosen by gradients; none of others."""
+        predicted = self.plan.predicted_kld
+        if predicted is None:
+            return []
+        codes = "" if self.calibration is None else "; calibrated codes should have less"
+        return [
+            f"predicted KL divergence {predicted:.4f} nats a token with stock codes{codes} (stepgguf eval measures it)"
+        ]
 
     def _lines(self) -> list[FoldedLine]:
         return fold_tensors((t.name, t.ggml_type.name, t.n_bytes, t.n_values, t.reason) for t in self.plan.tensors)
@@ -250,7 +293,7 @@ class Conversion:
             f"{len(plan.tensors)} tensors in {files}, {readable_size(plan.n_bytes)} ({plan.n_bytes / 1e9:.2f} GB), "
             f"{plan.bpw:.3f} bpw"
         )
-        return [*output.tensor_table(self._lines()), Text(total, "bold")]
+        return [*output.tensor_table(self._lines()), Text(total, "bold"), *map(Text, self._prediction())]
 
     def _report(self) -> dict[str, Any]:
         calibration = {} if self.calibration is None else {"calibration": self.calibration.report()}
@@ -260,6 +303,7 @@ class Conversion:
             "tensors": len(self.plan.tensors),
             "tensor_bytes": self.plan.n_bytes,
             "bpw": round(self.plan.bpw, 4),
+            "predicted_kld": self.plan.predicted_kld,
             "warnings": list(self.plan.warnings),
         }
 

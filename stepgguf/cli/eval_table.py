@@ -39,6 +39,9 @@ def print_table(result: Mapping[str, Any]) -> None:
     size = f"{readable_size(result['bytes'])}, {result['bpw']:.3f} bpw without MTP blocks"
     output.print_lines([f"{result['file']} ({size}), {_ENGINES[result['engine']]}, against {result['against']}", ""])
     output.print_lines(_line(row, widths) for row in rows)
+    if (predicted := result["predicted_kld"]) is not None:
+        words = "when the types were chosen, for stock codes on the calibration text"
+        output.print_lines(["", f"KL divergence predicted {words}: {predicted:.6f}."])
     if result["top_k"]:
         bins = f"the {result['top_k']} likeliest tokens and one bin for the rest"
         output.print_lines(["", f"KL divergence is over {bins}: it may be a little too low, and is never too high."])

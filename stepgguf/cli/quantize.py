@@ -37,6 +37,7 @@ def quantize(
     imatrix_prior: arguments.ImatrixPriorOption = "pooled",
     calibrate: arguments.Calibrate = None,
     calibrate_tokens: arguments.CalibrateTokens = None,
+    costs: arguments.Costs = None,
     device: arguments.Device = "cpu",
     kernel: arguments.Kernel = "lanes",
     split_max_size: arguments.SplitMaxSize = None,
@@ -68,7 +69,7 @@ def quantize(
     if positional_type is not None and type is not None and positional_type != type:
         raise typer.BadParameter(f"{type} and {positional_type}: give one type", param_hint="--type")
     threads = threads or positional_threads or None
-    how = RunOptions(threads, memory, dry_run, restart, overwrite, quiet, json)
+    how = RunOptions(threads, memory, dry_run, restart, overwrite, quiet, json, costs)
     limits = arguments.read_budget(fit, target_bpw, min_tps, bandwidth)
     recipe, limits = choose_recipe(type or positional_type, limits, source, arguments.DEFAULT_TYPE)
     options = Options(

@@ -88,11 +88,13 @@ class PricedTrunk:
     """What each type would cost each tensor of the trunk.
 
     items: for the allocator, in the plan's order. draft: the plan that was measured. n_bytes: of its trunk.
+    in_nats: whether costs are KL divergence, in nats a token; else they only order types.
     """
 
     items: Sequence[TensorOptions]
     draft: Plan
     n_bytes: int
+    in_nats: bool
 
     @property
     def other_bytes(self) -> int:
@@ -144,7 +146,8 @@ def plan_within(limits: Limits, source: TensorSource, dest: Path, options: Optio
     while True:
         types = trunk.choose_types(room, math.inf if limits.read_bytes is None else limits.read_bytes)
         allocated = {name: TypeChoice(ggml_type, REASON) for name, ggml_type in types.items()}
-        plan = plan_source(source, dest, replace(options, allocated=allocated))
+        predicted = trunk.predicted_loss(types) if trunk.in_nats else None
+        plan = plan_source(source, dest, replace(options, allocated=allocated, predicted_kld=predicted))
         excess = 0 if limits.n_bytes is None else plan.file_bytes - limits.n_bytes
         if excess <= 0:
             break
@@ -271,7 +274,7 @@ def price_trunk(
         else _as_fixed(t, priced.get(t.name), objective.read_share(t, model.routing))
         for t in trunk
     ]
-    return PricedTrunk(items, draft, sum(tensor.n_bytes for tensor in trunk))
+    return PricedTrunk(items, draft, sum(tensor.n_bytes for tensor in trunk), in_nats=costs is not None)
 
 
 def _limit_to_floor(item: TensorOptions, floor: GGMLQuantizationType | None, tensor: PlannedTensor) -> TensorOptions:

@@ -31,7 +31,7 @@ _OTHERS = {  # what is wrong where a part of the label is another
     "source": "these costs were made with another source, or it has changed since",
     "importance": "these costs were made with another importance matrix, or with one where now is none, or without",
 }
-_HINT = "Make the costs again, from the same source and with the same importance matrix."
+_HINT = "Make the costs (again) with --calibrate, from the same source and with the same importance matrix."
 
 
 def write_costs(path: Path, costs: TypeCosts, source: TensorSource, importance: Importance | None) -> None:

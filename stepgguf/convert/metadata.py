@@ -30,6 +30,7 @@ from stepgguf.quants.imatrix import Imatrix
 V = GGUFValueType
 CHAT_TEMPLATE = Keys.Tokenizer.CHAT_TEMPLATE
 CALIBRATION = "stepgguf.calibration"  # in words, what the codes were calibrated on
+PREDICTED_KLD = "stepgguf.predicted_kld"  # nats a token, of the chosen types with stock codes
 RESERVE, RESERVE_BYTES = "stepgguf.reserve", 16384  # room for a longer chat template later: rewrite.py
 SHARED_BY_MTP_FILE = ("token_embd.weight", "output.weight", "output_norm.weight")
 
@@ -192,6 +193,7 @@ def provenance_keys(
     mtp_type: str | None = None,
     recipe: str | None = None,
     calibration: str | None = None,
+    predicted_kld: float | None = None,
     imatrix: Imatrix | None = None,
 ) -> list[Key]:
     """Which tool made the file, how and of what; then the two keys that llama-quantize writes last."""
@@ -207,6 +209,8 @@ def provenance_keys(
         keys.append(_typed_key("stepgguf.recipe", recipe))
     if calibration is not None:
         keys.append(_typed_key(CALIBRATION, calibration))
+    if predicted_kld is not None:
+        keys.append(_typed_key(PREDICTED_KLD, predicted_kld))
     keys.append(reserve_key(RESERVE_BYTES))
     keys.append(_typed_key(Keys.General.QUANTIZATION_VERSION, gguf.GGML_QUANT_VERSION))
     keys.append(_typed_key(Keys.General.FILE_TYPE, int(ftype)))

@@ -40,6 +40,7 @@ class Options:
 
     allocated: types of tensors by name, chosen within a budget (budget.py); only the recipe's rules come before them.
     calibration: in words, what the codes of the trunk's matrices are calibrated on; None if they are not.
+    predicted_kld: KL divergence that the allocated types are to have with stock codes, in nats a token; None: not known.
     """
 
     recipe: Recipe
@@ -53,6 +54,7 @@ class Options:
     kernel: KernelName = "lanes"
     allocated: Mapping[str, TypeChoice] = field(default_factory=dict)
     calibration: str | None = None
+    predicted_kld: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,10 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Encode:
-    """The stored numbers are encoded. plus_one: norms, stored less one. weighted: the imatrix has this tensor."""
+    """The stored numbers are encoded.
+
+    plus_one: norms, stored less one. weighted: the imatrix has this tensor, or calibration finds its importance.
+    """
 
     stored: SourceTensor
     kernel: Kernel
@@ -90,12 +95,13 @@ def choose_action(
     importance: Importance | None,
     *,
     plus_one: bool = False,
+    is_calibrated: bool = False,
     wish: KernelName = "lanes",
 ) -> Copy | Encode:
     """How a stored tensor becomes `name` of this type. QuantError if nothing here can encode it."""
     if stored.ggml_type == ggml_type and not plus_one:
         return Copy(stored, decoder_for(ggml_type))
-    weighted = importance is not None and importance.has(name, stored.shape)
+    weighted = is_calibrated or (importance is not None and importance.has(name, stored.shape))
     return Encode(stored, choose_kernel(ggml_type, wish, weighted=weighted), plus_one, weighted)
 
 
@@ -233,6 +239,7 @@ class Plan:
     coverage: Coverage | None = None
     kernel: KernelName = "lanes"
     calibration: str | None = None
+    predicted_kld: float | None = None
 
     @property
     def type_name(self) -> str:

@@ -63,6 +63,7 @@ def plan_source(source: TensorSource, dest: Path, options: Options) -> Plan:
         covered,
         options.kernel,
         options.calibration,
+        options.predicted_kld,
     )
 
 
@@ -105,7 +106,7 @@ def choose_file_types(
 
 def _choose_by_rules(specs: Sequence[TensorSpec], facts: RuleFacts, options: Options) -> dict[str, TypeChoice]:
     """Name -> type and reason, by the recipe; of MTP tensors by --mtp-type if that is given."""
-    has_imatrix = options.importance is not None
+    has_imatrix = options.importance is not None or options.calibration is not None
     choices = options.recipe.choose_types(specs, facts, has_imatrix=has_imatrix, allocated=options.allocated)
     result: dict[str, TypeChoice] = {spec.name: choice for spec, choice in zip(specs, choices, strict=True)}
     if options.mtp_type is None:
@@ -154,6 +155,7 @@ def _check_importance(encoded: Sequence[tuple[TensorSpec, GGMLQuantizationType]]
         for spec, ggml_type in encoded
         if mixtures.requires_imatrix(base, spec, ggml_type)
         and not (importance and importance.has(spec.name, spec.shape))
+        and not _is_calibrated(spec, options)
     ]
     if not lacking:
         return
@@ -161,11 +163,16 @@ def _check_importance(encoded: Sequence[tuple[TensorSpec, GGMLQuantizationType]]
     types = " and ".join(sorted({ggml_type.name for _, ggml_type in lacking}))
     if importance is None:
         message = "need an importance matrix"
-        hint = "Give one with --imatrix, or use a type from IQ3_S or Q3_K_S upwards."
+        hint = "Give one with --imatrix, use --calibrate, or a type from IQ3_S or Q3_K_S upwards."
     else:
         message = f"need importance, and {importance.path.name} has none for them"
         hint = "Give these tensors another type in a recipe, or calibrate again."
     raise RecipeError(f"{options.recipe.name}: {len(lacking)} tensors of type {types} {message}: {names}", hint=hint)
+
+
+def _is_calibrated(spec: TensorSpec, options: Options) -> bool:
+    """Whether it is a matrix of the trunk's layers, whose importance calibration finds by itself."""
+    return options.calibration is not None and spec.name.layer is not None and spec.is_quantizable and not spec.is_mtp
 
 
 # files ----------------------------------------------------------------------------------------------------------
@@ -180,7 +187,13 @@ def _plan_tensors(chosen: Sequence[Chosen], source: TensorSource, options: Optio
     for spec, choice in chosen:
         stored = source.tensors[spec.source]
         action = choose_action(
-            spec.name, stored, choice.ggml_type, options.importance, plus_one=spec.plus_one, wish=options.kernel
+            spec.name,
+            stored,
+            choice.ggml_type,
+            options.importance,
+            plus_one=spec.plus_one,
+            is_calibrated=_is_calibrated(spec, options),
+            wish=options.kernel,
         )
         tensors.append(PlannedTensor(spec.name, spec.shape, choice.ggml_type, choice.reason, action))
     return sorted(tensors, key=lambda tensor: tensor.name.file_order)
@@ -209,13 +222,15 @@ def _provenance(options: Options, facts: RuleFacts, tensors: Sequence[PlannedTen
         mtp_type=", ".join(sorted({t.ggml_type.name for t in mtp})) or None,
         recipe=recipe.text if recipe.text and not recipe.is_stock else None,
         calibration=options.calibration,
+        predicted_kld=options.predicted_kld,
         imatrix=options.importance.source if options.importance else None,
     )
 
 
 def _replace_keys(keys: Sequence[Key], new: Sequence[Key]) -> list[Key]:
     """The keys, then the new ones, which take the place of any of the same name."""
-    names = {metadata.CALIBRATION, *(key.name for key in new)}  # codes that are chosen anew are no longer calibrated
+    # What was said of other codes and types holds no longer.
+    names = {metadata.CALIBRATION, metadata.PREDICTED_KLD, *(key.name for key in new)}
     return [*(key for key in keys if key.name not in names), *new]
 
 

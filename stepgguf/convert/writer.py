@@ -95,9 +95,7 @@ class Writer:
             for file in self.plan.files:
                 self._parts.append(disk.hold(_part_path(file), make=True))
         except BlockingIOError:
-            raise OutputError(
-                f"{self.plan.files[0].path} is in use: another stepgguf is writing it", hint="Wait for it to end."
-            ) from None
+            raise _in_use(self.plan.files[0].path) from None
 
     def _resume(self) -> bool:
         """Whether the journal is of an interrupted run of this plan; then its finished units count.
@@ -111,11 +109,7 @@ class Writer:
         label, finished = found
         changed = [key for key in self.label if label.get(key) != self.label[key]]
         if changed:
-            difference = _first_difference(changed, label, self.label)
-            raise OutputError(
-                f"{self._journal.path} is of an interrupted run with another {difference}",
-                hint="Repeat that command to finish it, or start anew with --restart.",
-            )
+            raise _of_another_run(self._journal.path, changed[0], label, self.label)
         # A file that is not at its .part was renamed, which comes after the last unit, or somebody removed it.
         missing = {i for i, file in enumerate(self.plan.files) if not _is_planned_file(file, self._parts[i])}
         if missing and not (len(finished) == len(self.units) and all(map(self._has_final_name, missing))):
@@ -235,6 +229,25 @@ def is_taken(path: Path) -> bool:
     return os.path.lexists(path) and not _with_suffix(path, ".journal").exists()
 
 
+def require_same_calibration(dest: Path, calibration: str) -> None:
+    """OutputError if an interrupted run that makes `dest` has another calibration, or another process makes it now."""
+    path = _with_suffix(dest, ".journal")
+    if not path.exists():
+        return
+    try:
+        journal = Journal(path)
+    except BlockingIOError:
+        raise _in_use(dest) from None
+    found = journal.read_finished(0)
+    journal.close()
+    if found is not None and found[0].get("calibration") != calibration:
+        raise _of_another_run(path, "calibration", found[0], {"calibration": calibration})
+
+
+def _in_use(path: Path) -> OutputError:
+    return OutputError(f"{path} is in use: another stepgguf is writing it", hint="Wait for it to end.")
+
+
 def _with_suffix(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
@@ -267,9 +280,16 @@ def _describe_run(plan: Plan, identity: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _first_difference(changed: Iterable[str], found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """The first difference between two runs, in words."""
-    key = next(iter(changed))
+def _of_another_run(path: Path, key: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> OutputError:
+    """The error for a journal whose run is another one. key: where the labels differ."""
+    return OutputError(
+        f"{path} is of an interrupted run with another {_difference(key, found, wanted)}",
+        hint="Repeat that command to finish it, or start anew with --restart.",
+    )
+
+
+def _difference(key: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """How two runs' labels differ, in words."""
     if key == "source":
         before, now = found.get(key), wanted[key]
         before = before if isinstance(before, dict) else {}

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from stepgguf.convert.metadata import CALIBRATION
+from stepgguf.convert.metadata import CALIBRATION, PREDICTED_KLD
 from stepgguf.convert.sources.splits import read_headers
 from stepgguf.evaluation.columns import Column
 from stepgguf.evaluation.divergence import divergence, error_by_rows
@@ -33,6 +33,7 @@ def result_of(
         "engine": engine,
         "bytes": n_bytes,
         "bpw": round(8 * n_bytes / n_values, 4),
+        "predicted_kld": headers[0].get(PREDICTED_KLD),
         "against": against,
         "top_k": top_k,
         "columns": [_column_result(column, found) for column, found in zip(columns, scores, strict=True)],

@@ -23,7 +23,7 @@ from stepgguf.cli.main import main
 from stepgguf.convert import writer
 from stepgguf.convert.sources.full_hparams import full_hparams
 from stepgguf.convert.sources.opening import open_source
-from stepgguf.files import disk
+from stepgguf.files import disk, gguf_header
 from stepgguf.model.layers import Layer
 from stepgguf.reference.model import DecoderLayer
 from stepgguf.reference.stream import LayerStream
@@ -38,6 +38,7 @@ pytestmark = pytest.mark.slow
 
 ROW = 64
 OPTIONS = ("-t", "Q4_K_S", "--name", "x", "--threads", "1", "-q")
+FIT = ("--target-bpw", "4.6", "--name", "x", "--threads", "1", "-q")
 # A process that kills itself when a function is called for the n-th time.
 KILLED = f"""
 import os, shutil, signal, sys
@@ -167,7 +168,9 @@ def test_ctrl_c_says_how_to_go_on(
     assert dest.read_bytes() == whole.read_bytes()
 
 
-@pytest.mark.parametrize("options", [("--calibrate-tokens", "200"), ()], ids=["fewer tokens", "another text"])
+@pytest.mark.parametrize(
+    "options", [("--calibrate-tokens", "200"), (), FIT], ids=["fewer tokens", "text", "with types"]
+)
 def test_other_text_does_not_go_on_with_a_run(
     options: tuple[str, ...],
     checkpoint: Path,
@@ -177,9 +180,9 @@ def test_other_text_does_not_go_on_with_a_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     dest = tmp_path / "out.gguf"
-    interrupt(monkeypatch, command(checkpoint, dest, text))
-    other = text if options else write_text(tmp_path / "other.txt", seed=1)
-    again = command(checkpoint, dest, other, *OPTIONS, *options)
+    interrupt(monkeypatch, command(checkpoint, dest, text, *(options if options == FIT else OPTIONS)))
+    other = text if "--calibrate-tokens" in options else write_text(tmp_path / "other.txt", seed=1)
+    again = command(checkpoint, dest, other, *(options if options == FIT else (*OPTIONS, *options)))
     assert main(again) != 0
     said = " ".join(capsys.readouterr().err.split())
     assert "is of an interrupted run with another calibration:" in said
@@ -287,10 +290,14 @@ def test_quantize_makes_nearly_the_same_codes_of_a_gguf(
     assert differ < 0.02
 
 
-def test_types_that_need_an_importance_matrix_are_made_with_one(checkpoint: Path, text: Path, tmp_path: Path) -> None:
-    matrix, dest = tmp_path / "imatrix.gguf", tmp_path / "out.gguf"
-    assert main(["imatrix", str(checkpoint), str(text), "-o", str(matrix), "--chunk", "64", "-q"]) == 0
-    options = ("-t", "IQ2_XS", "--imatrix", str(matrix), "-q")
+@pytest.mark.parametrize("with_matrix", [True, False])
+def test_types_that_need_importance_take_a_matrix_or_what_calibration_finds(
+    checkpoint: Path, text: Path, tmp_path: Path, with_matrix: bool
+) -> None:
+    matrix, dest, options = tmp_path / "imatrix.gguf", tmp_path / "out.gguf", ["-t", "IQ2_XS", "-q"]
+    if with_matrix:
+        assert main(["imatrix", str(checkpoint), str(text), "-o", str(matrix), "--chunk", "64", "-q"]) == 0
+        options += ["--imatrix", str(matrix)]
     assert main(command(checkpoint, dest, text, *options)) == 0
     assert main(["verify", str(dest), "-q"]) == 0
 
@@ -337,6 +344,39 @@ def test_a_number_of_tokens_needs_a_text(checkpoint: Path, tmp_path: Path, capsy
     options = [*OPTIONS, "--calibrate-tokens", "100"]
     assert main(["convert", str(checkpoint), str(tmp_path / "out.gguf"), *options]) == 2
     assert "it needs --calibrate" in " ".join(capsys.readouterr().err.split())
+
+
+def test_costs_are_kept_for_other_sizes(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    costs, first = tmp_path / "model.costs", tmp_path / "first.gguf"
+    assert main(command(checkpoint, first, text, *FIT, "--costs", str(costs))) == 0
+    monkeypatch.setattr("stepgguf.convert.measure.measure_errors", None)
+    monkeypatch.setattr(LayerStream, "run_trunk", None)
+    types: list[list[str]] = []
+    predicted: list[float] = []
+    for bpw in ("4.6", "6"):
+        dest = tmp_path / f"{bpw}.gguf"
+        options = ("--target-bpw", bpw, "--name", "x", "--costs", str(costs))
+        capsys.readouterr()
+        assert main(["convert", str(checkpoint), str(dest), *options, "--json"]) == 0
+        predicted.append(json.loads(capsys.readouterr().out)["predicted_kld"])
+        header = gguf_header.read(dest)
+        types.append([tensor.ggml_type.name for tensor in header.tensors])
+        assert header.get("stepgguf.predicted_kld") == pytest.approx(predicted[-1])
+    assert types[0] == [tensor.ggml_type.name for tensor in gguf_header.read(first).tensors]
+    assert 0 < predicted[1] < predicted[0]
+    assert gguf_header.read(first).get("stepgguf.predicted_kld") == pytest.approx(predicted[0])
+
+
+def test_costs_that_are_not_there_are_named(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["convert", str(checkpoint), str(tmp_path / "out.gguf"), "--costs", str(tmp_path / "none")]
+    assert main([*arguments, *FIT]) == 1
+    assert "none: No such file" in " ".join(capsys.readouterr().err.split())
+    assert main([*arguments, *OPTIONS]) == 2
+    assert "it needs a budget" in " ".join(capsys.readouterr().err.split())
 
 
 def test_numpy_s_products_get_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
