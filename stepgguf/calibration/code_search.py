@@ -6,10 +6,8 @@ whatever the number of threads. Routed experts are worked on side by side by the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import starmap
 from typing import Protocol
 
 import numpy as np
@@ -18,7 +16,8 @@ from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stepgguf.calibration.moments import PairMoments, TokenSample
+from stepgguf.calibration.held_out import HeldOut
+from stepgguf.calibration.moments import PairMoments
 from stepgguf.model.names import TensorName
 from stepgguf.quants.calibrated import encode_calibrated
 from stepgguf.quants.kernels import decoder_for
@@ -27,7 +26,7 @@ from stepgguf.quants.types import FLOATS
 Floats = NDArray[np.float32]
 Blocks = NDArray[np.uint8]
 
-SHRINKAGES = (0.0, 0.4)  # of the moments' off-diagonal values, that are tried
+N_TRIES = 2  # besides stock codes
 PART_ROWS = 1024  # of a dense matrix, that are worked on together
 
 
@@ -37,7 +36,7 @@ class MatrixUnits(Protocol):
     def type_of(self, name: TensorName) -> GGMLQuantizationType | None:
         """What a tensor is encoded to; None if it keeps its values."""
 
-    def encode(self, name: TensorName, expert: int, values: Floats, importance: Floats | None) -> Blocks:
+    def encode(self, name: TensorName, expert: int, values: Floats, importance: Floats) -> Blocks:
         """Stock blocks [rows, row bytes] of a matrix's values [rows, columns], or of some rows of it."""
 
     def write(self, name: TensorName, expert: int, values: Floats, blocks: Blocks) -> None:
@@ -50,16 +49,11 @@ class MatrixUnits(Protocol):
 class CodeSearch(Protocol):
     """Chooses the codes of a matrix."""
 
-    def embed(self, name: TensorName, values: Floats) -> Floats:
-        """What the codes of some of the embedding's rows [n, hidden] stand for."""
-
-    def choose(
-        self, name: TensorName, expert: int, weights: Tensor, moments: PairMoments, held_out: TokenSample
-    ) -> Tensor:
+    def choose(self, name: TensorName, expert: int, weights: Tensor, moments: PairMoments, held_out: HeldOut) -> Tensor:
         """The values [rows, columns] that the chosen codes of these weights stand for. Called from many threads."""
 
     def end_layer(self) -> None:
-        """All codes of a layer, or of the head, are chosen: they must be safe before the pass goes on."""
+        """All codes of a layer, the embedding or the head are chosen: they must be safe before the pass goes on."""
 
 
 class CalibratedCodes:
@@ -68,67 +62,62 @@ class CalibratedCodes:
     def __init__(self, units: MatrixUnits, n_threads: int) -> None:
         self._units, self._n_threads = units, n_threads
 
-    def embed(self, name: TensorName, values: Floats) -> Floats:
-        """What the stock codes of some of the embedding's rows [n, hidden] stand for."""
-        ggml_type = self._units.type_of(name)
-        return values if ggml_type is None else _decode(ggml_type, self._units.encode(name, 0, values, None), values)
-
-    def choose(
-        self, name: TensorName, expert: int, weights: Tensor, moments: PairMoments, held_out: TokenSample
-    ) -> Tensor:
-        """The values [rows, columns] of the codes that lose least on the held-out tokens; without any, stock ones."""
+    def choose(self, name: TensorName, expert: int, weights: Tensor, moments: PairMoments, held_out: HeldOut) -> Tensor:
+        """The values [rows, columns] of the codes that lose least on what is held out, and no more than stock codes
+        where it guards. Without moments, or text to try them on, stock codes."""
         ggml_type = self._units.type_of(name)
         if ggml_type is None:
             return weights
         values = weights.cpu().numpy()
         importance = moments.importance().cpu().numpy()
-        stock = self._units.encode(name, expert, values, importance)
-        best, blocks, least = torch.empty(0), stock, math.inf
-        candidates = [stock]
-        if ggml_type not in FLOATS and len(held_out.weights) and moments.n_own:
-            target = moments.target(weights).cpu().numpy()
-            candidates += self._calibrated(name, ggml_type, values, target, stock, moments, importance)
-        for candidate in candidates:
-            decoded = torch.from_numpy(_decode(ggml_type, candidate, values)).to(weights.device)
-            error = held_out.error(weights, decoded)
-            if error < least:
-                least, best, blocks = error, decoded, candidate
+        blocks = stock = self._units.encode(name, expert, values, importance)
+        best = self._decoded(ggml_type, stock, weights)
+        if ggml_type not in FLOATS and len(held_out.text.weights) and moments.n_own:
+            least, bound = (sample.error(weights, best) for sample in (held_out.text, held_out.guard))
+            for tried in self._try(name, ggml_type, weights, stock, moments, importance, held_out):
+                decoded = self._decoded(ggml_type, tried, weights)
+                error = held_out.text.error(weights, decoded)
+                if error < least and held_out.guard.error(weights, decoded) <= bound:
+                    least, best, blocks = error, decoded, tried
         self._units.write(name, expert, values, blocks)
         return best
 
     def end_layer(self) -> None:
         self._units.commit()
 
-    def _calibrated(
+    def _try(
         self,
         name: TensorName,
         ggml_type: GGMLQuantizationType,
-        values: Floats,
-        target: Floats,
+        weights: Tensor,
         stock: Blocks,
         moments: PairMoments,
         importance: Floats,
+        held_out: HeldOut,
     ) -> Iterator[Blocks]:
-        """Blocks that are chosen against the moments, for each shrinkage."""
+        """Blocks that are chosen against the moments: such as make up for the errors of layers before, and plain ones.
 
-        def encode(shrinkage: float, rows: slice) -> Blocks:
-            factored = moments.factored(shrinkage)
-            return encode_calibrated(
-                ggml_type, values[rows], factored, importance, target=target[rows], stock=stock[rows]
-            )
+        The first aim at the moments' target, as far as held-out text bears it out; the others at the weights.
+        """
+        values, factored = weights.cpu().numpy(), moments.factored()
+        target = held_out.text.believed(weights, moments.target(weights)).cpu().numpy()
+        for aim in (target, values):
 
-        ranges = [slice(start, start + PART_ROWS) for start in range(0, len(values), PART_ROWS)]
-        jobs = [(shrinkage, rows) for shrinkage in SHRINKAGES for rows in ranges]
-        made = list(starmap(encode, jobs)) if name.is_expert else self._on_threads(encode, jobs)
-        for first in range(0, len(made), len(ranges)):
-            yield np.concatenate(made[first : first + len(ranges)])
+            def encode(rows: slice, aim: Floats = aim) -> Blocks:
+                return encode_calibrated(
+                    ggml_type, values[rows], factored, importance, target=aim[rows], stock=stock[rows]
+                )
 
-    def _on_threads(self, encode: Callable[[float, slice], Blocks], jobs: list[tuple[float, slice]]) -> list[Blocks]:
+            parts = [slice(start, start + PART_ROWS) for start in range(0, len(values), PART_ROWS)]
+            yield np.concatenate(list(map(encode, parts)) if name.is_expert else self._on_threads(encode, parts))
+
+    def _on_threads(self, encode: Callable[[slice], Blocks], parts: list[slice]) -> list[Blocks]:
         with ThreadPoolExecutor(self._n_threads) as pool:
-            return list(pool.map(lambda job: encode(*job), jobs))
+            return list(pool.map(encode, parts))
 
-
-def _decode(ggml_type: GGMLQuantizationType, blocks: Blocks, values: Floats) -> Floats:
-    decoded = np.empty(values.shape, np.float32)
-    decoder_for(ggml_type).decode(blocks, decoded)
-    return decoded
+    @staticmethod
+    def _decoded(ggml_type: GGMLQuantizationType, blocks: Blocks, weights: Tensor) -> Tensor:
+        """The values that blocks stand for, where the weights are."""
+        decoded = np.empty(weights.shape, np.float32)
+        decoder_for(ggml_type).decode(blocks, decoded)
+        return torch.from_numpy(decoded).to(weights.device)

@@ -1,15 +1,17 @@
 """A conversion whose codes are calibrated: the writer's units of the trunk's matrices are made by the sequential pass.
 
-What else the file holds (norms, the router, the embedding, MTP blocks) is left to the pipeline, which makes every unit
+What else the file holds (norms, the router, MTP blocks) is left to the pipeline, which makes every unit
 that is not finished. The pass and the writer go on together: a layer's units are committed before its states are kept.
 """
 
 from __future__ import annotations
 
+import math
+
 from gguf import GGMLQuantizationType
 
 from stepgguf.calibration.code_search import Blocks, CalibratedCodes, Floats
-from stepgguf.calibration.sequential import SequentialPass, TokenWeightsOf
+from stepgguf.calibration.sequential import EMBEDDING, SequentialPass, TokenWeightsOf
 from stepgguf.convert.journal import FinishedUnit
 from stepgguf.convert.pipeline import encode_values
 from stepgguf.convert.plan import Encode, PlannedTensor
@@ -21,7 +23,7 @@ from stepgguf.reference.stream import LayerStream, Progress
 
 
 class CalibratedUnits:
-    """The units of a writer that hold the trunk's matrices: what the pass makes."""
+    """The units of a writer that hold the trunk's matrices, embedding and head included: what the pass makes."""
 
     def __init__(self, writer: Writer, n_layer: int) -> None:
         self._writer, self._n_layer = writer, n_layer
@@ -44,7 +46,7 @@ class CalibratedUnits:
         return all(
             self._writer.finished.keys() >= set(numbers)
             for (name, _), numbers in self._units.items()
-            if layer is None or (name.layer is not None and name.layer < layer)
+            if layer is None or _layer_of(name) < layer
         )
 
     def type_of(self, name: TensorName) -> GGMLQuantizationType | None:
@@ -52,11 +54,9 @@ class CalibratedUnits:
         tensor = self._tensors.get(name)
         return None if tensor is None else tensor.ggml_type
 
-    def encode(self, name: TensorName, expert: int, values: Floats, importance: Floats | None) -> Blocks:
+    def encode(self, name: TensorName, expert: int, values: Floats, importance: Floats) -> Blocks:
         """Stock blocks [rows, row bytes] of rows of a matrix. CorruptTensor, QuantError: see RowMaker.make_rows."""
         tensor = self._tensors[name]
-        if importance is None:
-            importance = self._importance(tensor, expert)
         return encode_values(tensor, _kernel(tensor), values, expert * tensor.rows_per_expert, importance)
 
     def write(self, name: TensorName, expert: int, values: Floats, blocks: Blocks) -> None:
@@ -82,7 +82,7 @@ class CalibratedUnits:
         return None if importance is None else importance.expert_row(tensor.name, tensor.shape, expert)
 
     def _is_calibrated(self, name: TensorName) -> bool:
-        return name == "output.weight" or (name.layer is not None and name.layer < self._n_layer)
+        return name.layer is None or name.layer < self._n_layer
 
 
 def calibrate_units(
@@ -90,6 +90,7 @@ def calibrate_units(
     writer: Writer,
     exact: LayerStream,
     token_weights: TokenWeightsOf,
+    at_embedding: Floats,
     *,
     n_threads: int,
     progress: Progress = lambda done: None,
@@ -97,13 +98,26 @@ def calibrate_units(
     """Make the writer's calibrated units and commit them. See SequentialPass for the rest."""
     codes = CalibratedCodes(units, n_threads)
     calibration = SequentialPass(
-        exact, codes, token_weights, identity={"run": writer.label}, n_threads=n_threads, progress=progress
+        exact,
+        codes,
+        token_weights,
+        at_embedding,
+        identity={"run": writer.label},
+        n_threads=n_threads,
+        progress=progress,
     )
     if not units.are_finished_before(calibration.next_layer) or not calibration.has_inputs:
         calibration.restart()  # journal or folder was damaged: all layers again
         exact.folder.restart()
         exact.run_trunk()
     calibration.run()
+
+
+def _layer_of(name: TensorName) -> float:
+    """When its codes are chosen: the embedding's before all layers, the head's after them."""
+    if name.layer is not None:
+        return name.layer
+    return EMBEDDING if name.role == "token_embd" else math.inf
 
 
 def _is_encoded(tensor: PlannedTensor) -> bool:

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stepgguf.calibration.code_search import CodeSearch
-from stepgguf.calibration.held_out import Mask
-from stepgguf.calibration.moments import PairMoments, TokenSample
+from stepgguf.calibration.held_out import HeldOut, Mask
+from stepgguf.calibration.moments import PairMoments
 from stepgguf.model.layers import Layer
 from stepgguf.reference.model import swiglu
 from stepgguf.reference.state_folder import Floats
@@ -37,7 +37,7 @@ class ExpertCodes:
     """The routed experts of a layer and what they are given.
 
     normed: what they read, exact and quantized, [tokens, hidden]. pool: moments of all tokens. weights_in, weights_out:
-    what errors count for each token, [tokens], at gates and ups, and at downs. held_out: [tokens].
+    what errors count for each token, [tokens], at gates and ups, and at downs. held_out: of the text, guard: [tokens].
     """
 
     reader: WeightReader
@@ -49,6 +49,7 @@ class ExpertCodes:
     weights_in: Tensor
     weights_out: Tensor
     held_out: Mask
+    guard: Mask
 
     def choose_all(self, n_threads: int) -> Iterator[tuple[Places, Floats]]:
         """Choose the codes of all experts; yield what each then gives, in their order.
@@ -87,15 +88,15 @@ class ExpertCodes:
         matrices = self.reader.expert(self.layer.index, expert)
         places = self._places(expert)
         exact, quantized = (self.reader.to_device(x[places]) for x in self.normed)
-        moments, sample = self._split(places, exact, quantized, self.weights_in)
+        moments, held_out = self._split(places, exact, quantized, self.weights_in)
         moments = moments.pooled_with(self.pool, PRIOR_TOKENS)
         chosen = [
-            self.search.choose(name, expert, matrix, moments, sample)
+            self.search.choose(name, expert, matrix, moments, held_out)
             for name, matrix in zip((gate, up), matrices, strict=False)
         ]
         exact, quantized = self._units(exact, matrices), self._units(quantized, chosen)
-        moments, sample = self._split(places, exact, quantized, self.weights_out)
-        return [*chosen, self.search.choose(down, expert, matrices[2], moments.own_with(PRIOR_TOKENS), sample)]
+        moments, held_out = self._split(places, exact, quantized, self.weights_out)
+        return [*chosen, self.search.choose(down, expert, matrices[2], moments.own_with(PRIOR_TOKENS), held_out)]
 
     def _places(self, expert: int) -> Places:
         """The expert's tokens, counted through all rows: at most MOMENT_TOKENS of them, evenly picked."""
@@ -106,14 +107,13 @@ class ExpertCodes:
         gate, up = matrices[:2]
         return swiglu(F.linear(x, gate), F.linear(x, up), self.layer.clamp)
 
-    def _split(
-        self, places: Places, exact: Tensor, quantized: Tensor, weights: Tensor
-    ) -> tuple[PairMoments, TokenSample]:
+    def _split(self, places: Places, exact: Tensor, quantized: Tensor, weights: Tensor) -> tuple[PairMoments, HeldOut]:
         """The moments of the tokens that are not held out, and the others."""
         moments = PairMoments(exact.shape[-1], exact.device)
-        held, w = torch.from_numpy(self.held_out[places]), weights[torch.from_numpy(places)]
-        moments.add(quantized[~held], exact[~held], w[~held])
-        return moments, TokenSample(quantized[held], exact[held], w[held])
+        held, guard = (torch.from_numpy(mask[places]) for mask in (self.held_out, self.guard))
+        seen, w = ~(held | guard), weights[torch.from_numpy(places)]
+        moments.add(quantized[seen], exact[seen], w[seen])
+        return moments, HeldOut.of(quantized, exact, w, held, guard)
 
 
 @contextmanager

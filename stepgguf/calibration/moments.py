@@ -13,6 +13,7 @@ tokens: with few, C is mostly chance.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +39,7 @@ class PairMoments:
         self.squares = torch.zeros(columns, device=device)  # of x~, every token alike: what importance is
         self.n, self.n_own, self.total = 0.0, 0, 0.0
         self._lock = threading.Lock()
-        self._factored: dict[float, SecondMoments] = {}
+        self._factored: SecondMoments | None = None
         self._ridge_root: Tensor | None = None
 
     def add(self, quantized: Tensor, exact: Tensor, weights: Tensor) -> None:
@@ -77,14 +78,12 @@ class PairMoments:
         result.n, result.n_own, result.total = self.n + n_tokens, self.n_own, self.total + weight
         return result
 
-    def factored(self, shrinkage: float) -> SecondMoments:
-        """H with its off-diagonal values made smaller by this share, ready to quantize against. Matrices share it."""
+    def factored(self) -> SecondMoments:
+        """H, ready to quantize against. Matrices share it."""
         with self._lock:
-            if shrinkage not in self._factored:
-                h = self.second * (1 - shrinkage)
-                h.diagonal().copy_(self.second.diagonal())
-                self._factored[shrinkage] = factor_moments(h.cpu().numpy(), DAMPING)
-            return self._factored[shrinkage]
+            if self._factored is None:
+                self._factored = factor_moments(self.second.cpu().numpy(), DAMPING)
+            return self._factored
 
     def target(self, weights: Tensor) -> Tensor:
         """T of weights [rows, columns]; the weights themselves where no token was counted."""
@@ -112,6 +111,23 @@ class TokenSample:
     quantized: Tensor
     exact: Tensor
     weights: Tensor
+
+    @classmethod
+    def joined(cls, samples: Sequence[TokenSample]) -> TokenSample:
+        """All their tokens."""
+        columns = zip(*((sample.quantized, sample.exact, sample.weights) for sample in samples), strict=True)
+        return cls(*(torch.cat(values) for values in columns))
+
+    def believed(self, weights: Tensor, target: Tensor) -> Tensor:
+        """As far from the weights [rows, columns] to their target as these tokens would have it, before any rounding.
+
+        The point on the way between the two that has the least error.
+        """
+        missing = (self.exact - self.quantized) @ weights.T
+        moved = self.quantized @ (target - weights).T
+        most = float((moved.square().sum(1) * self.weights).sum())
+        share = float(((missing * moved).sum(1) * self.weights).sum()) / most if most else 0.0
+        return torch.lerp(weights, target, min(1.0, max(0.0, share)))
 
     def error(self, weights: Tensor, q: Tensor) -> float:
         """sum w |W x - q x~|^2 for weights and their quantized values [rows, columns]."""

@@ -13,8 +13,11 @@ so that everything behind sees what it will see when the file runs. A place cost
 up to it; an expert only its tokens. Experts do not depend on each other: each is worked on by one thread, and what they
 give is added in their order.
 
-Guards: some tokens (held_out_tokens) are left out of the moments, and a matrix keeps its stock codes unless its
-weighted output error on those falls. How much the moments are trusted is chosen by them too.
+Before all this, the codes of the embedding are chosen for the gradients that the exact model has there: an error e in
+a token's embedding costs the square of g e, so the moments of g are to the embedding what those of x are to a matrix.
+
+Guards: some of the text is left out of the moments (held_out.py), and other tokens run beside it (guard.py). A matrix
+keeps its stock codes unless its error falls on the former, and does not rise on the latter.
 
 The codes depend on the source, the text, the device, and on how sums are rounded: by the processor, torch, numpy's BLAS
 and the number of threads that torch has. All these the same, so are the codes, interrupted or not.
@@ -34,8 +37,8 @@ from torch import Tensor, nn
 from stepgguf.calibration import places
 from stepgguf.calibration.code_search import CodeSearch
 from stepgguf.calibration.expert_codes import ExpertCodes
-from stepgguf.calibration.held_out import held_out_tokens, thinned
-from stepgguf.calibration.moments import PairMoments, TokenSample
+from stepgguf.calibration.held_out import HeldOut, held_out_tokens, thinned
+from stepgguf.calibration.moments import PairMoments
 from stepgguf.calibration.places import LayerPair, Place
 from stepgguf.model.layers import Layer
 from stepgguf.model.names import TensorName
@@ -54,8 +57,9 @@ from stepgguf.reference.stream import (
 )
 from stepgguf.reference.weights import EXPERT_ROLES, expert_name
 
-SAMPLE_TOKENS = 1024  # of the held-out ones, that a dense matrix is tried on
+SAMPLE_TOKENS = 1024  # of the held-out ones, and of guard tokens, that a dense matrix is tried on
 PLACE_TOKENS = 65536  # of the others, at most, that its moments are made of: five for each of up to 12,288 columns
+EMBEDDING = -1  # as a layer's number
 TokenWeightsOf = Callable[[TensorName], NDArray[np.float32]]  # what errors at a product count, of each token
 
 
@@ -63,7 +67,8 @@ class SequentialPass:
     """Goes through the trunk that `exact` ran with keep_inputs, in the folder "quantized" inside that stream's.
 
     What an interrupted pass of this identity has done is gone on with after its last whole layer; what enters layers
-    that are done is removed. token_weights: [n_rows * row_length] for a tensor.
+    that are done is removed. token_weights: [n_rows * row_length] for a tensor. at_embedding: gradients of the loss at
+    what enters the first layer, [rows, tokens, hidden].
     """
 
     def __init__(
@@ -71,6 +76,7 @@ class SequentialPass:
         exact: LayerStream,
         search: CodeSearch,
         token_weights: TokenWeightsOf,
+        at_embedding: Floats,
         *,
         identity: Mapping[str, object],
         n_threads: int,
@@ -78,26 +84,27 @@ class SequentialPass:
     ) -> None:
         self.hp, self.rows = exact.hp, exact.rows
         self._reader, self._search, self._weights_of, self._n_threads = exact.reader, search, token_weights, n_threads
-        self._exact = exact.folder
+        self._exact, self._at_embedding = exact.folder, at_embedding
         shape = (self.rows.n_rows, self.rows.row_length, self.hp.hidden_size)
         self._folder = StateFolder(
             exact.folder.path / "quantized", shape, {**stream_identity(self._reader, self.rows), **identity}
         )
         held = held_out_tokens(self.rows)
-        self._seen, self._held_out = thinned((self.rows.text & ~held).ravel(), PLACE_TOKENS), held.ravel()
-        self._tried = thinned(self._held_out, SAMPLE_TOKENS)
+        self._held_out, self._guard = held.ravel(), self.rows.guard.ravel()
+        self._seen = thinned(self.rows.text.ravel() & ~(self._held_out | self._guard), PLACE_TOKENS)
+        self._tried = [thinned(mask, SAMPLE_TOKENS) for mask in (self._held_out, self._guard)]
         self._meter = Meter(self._reader, self.rows, self.hp.trunk_layers, progress)
 
     @property
     def next_layer(self) -> int:
-        """The layer that comes next; n_layer if only the head is left."""
-        return max(0, self._folder.last_states())
+        """The layer that comes next; n_layer if only the head is left, EMBEDDING if nothing is done."""
+        return self._folder.last_states()
 
     @property
     def has_inputs(self) -> bool:
         """Whether the exact states that the next layer needs are there: those of layers before it are removed."""
         first = self._exact.first_states()
-        return first is not None and first <= self.next_layer
+        return first is not None and first <= max(0, self.next_layer)
 
     def restart(self) -> None:
         """Forget the layers that have run."""
@@ -105,7 +112,8 @@ class SequentialPass:
 
     def run(self) -> None:
         """Choose the codes of every quantized matrix of the trunk, its head included."""
-        self._embed()
+        if self.next_layer == EMBEDDING:
+            self._run_embedding()
         first = self.next_layer
         for layer in self.hp.trunk_layers:
             if layer.index < first:
@@ -114,15 +122,18 @@ class SequentialPass:
                 self._run_layer(layer)
         self._run_head()
 
-    def _embed(self) -> None:
-        if self._folder.last_states() >= 0:
-            return
-        exact, name = self._exact.states(0), self._reader.name_of("model.embed_tokens.weight")
+    @torch.no_grad()
+    def _run_embedding(self) -> None:
+        def inputs_of(part: slice) -> list[Tensor]:
+            return 2 * [self._reader.to_device(self._at_embedding[part]).flatten(0, 1)]
+
+        name = self._reader.name_of("model.embed_tokens.weight")
+        alike = torch.ones(self.rows.text.size, device=self._reader.device)  # the gradients say what tokens weigh
+        chosen = self._search.choose(name, 0, self._reader.matrix(name), *self._count(inputs_of, alike))
+        self._search.end_layer()
         with self._folder.writing_states(0) as states:
             for part in row_slices(self.rows, CHUNK_TOKENS):
-                states[part] = self._search.embed(name, exact[part].reshape(-1, self.hp.hidden_size)).reshape(
-                    exact[part].shape
-                )
+                states[part] = chosen[torch.from_numpy(self.rows.tokens[part]).to(chosen.device)].cpu().numpy()
 
     @torch.no_grad()
     def _run_layer(self, layer: Layer) -> None:
@@ -163,7 +174,7 @@ class SequentialPass:
 
     def _gather(
         self, pair: LayerPair, place: Place, inputs: Sequence[Floats], weights: Tensor
-    ) -> tuple[PairMoments, TokenSample]:
+    ) -> tuple[PairMoments, HeldOut]:
         """The moments of what a place is given by all tokens, and a sample of those that are held out."""
 
         def inputs_of(part: slice) -> list[Tensor]:
@@ -175,21 +186,20 @@ class SequentialPass:
 
         return self._count(inputs_of, weights)
 
-    def _count(
-        self, inputs_of: Callable[[slice], Sequence[Tensor]], weights: Tensor
-    ) -> tuple[PairMoments, TokenSample]:
+    def _count(self, inputs_of: Callable[[slice], Sequence[Tensor]], weights: Tensor) -> tuple[PairMoments, HeldOut]:
         """Moments and sample of what some rows' tokens have, exact and quantized [n, columns]."""
         moments: PairMoments | None = None
         samples = []
         for part in row_slices(self.rows, CHUNK_TOKENS):
             exact, quantized = inputs_of(part)
             flat = slice(part.start * self.rows.row_length, part.stop * self.rows.row_length)
-            seen, tried, w = torch.from_numpy(self._seen[flat]), torch.from_numpy(self._tried[flat]), weights[flat]
+            seen, *tried = (torch.from_numpy(mask[flat]) for mask in (self._seen, *self._tried))
+            w = weights[flat]
             moments = moments or PairMoments(exact.shape[-1], exact.device)
             moments.add(quantized[seen], exact[seen], w[seen])
-            samples.append((quantized[tried], exact[tried], w[tried]))
+            samples.append(HeldOut.of(quantized, exact, w, *tried))
         assert moments is not None
-        return moments, TokenSample(*(torch.cat(values) for values in zip(*samples, strict=True)))
+        return moments, HeldOut.joined(samples)
 
     def _apply(self, module: DecoderLayer, step: Place, inputs: Floats, outputs: Floats) -> None:
         for part in row_slices(self.rows, CHUNK_TOKENS):
@@ -216,6 +226,7 @@ class SequentialPass:
                 pool,
                 *self._expert_weights(layer),
                 self._held_out,
+                self._guard,
             )
             for tokens, given in experts.choose_all(self._n_threads):
                 out[tokens] += given

@@ -37,7 +37,7 @@ class TextReader:
 
     def read(self, paths: Sequence[Path]) -> TokenRows:
         """The rows of some files. TextError, which names file and line, for what cannot be used."""
-        return _alternate([self._dialogues(p) if p.suffix == DIALOGUES else self._plain_text(p) for p in paths])
+        return alternate([self._dialogues(p) if p.suffix == DIALOGUES else self._plain_text(p) for p in paths])
 
     def _plain_text(self, path: Path) -> TokenRows:
         begin = self._tokenizer.begin_ids
@@ -85,7 +85,7 @@ def pack_documents(documents: Iterable[Sequence[int]], length: int) -> TokenRows
     return TokenRows(tokens, numbers)
 
 
-def _alternate(parts: Sequence[TokenRows]) -> TokenRows:
+def alternate(parts: Sequence[TokenRows]) -> TokenRows:
     """The rows of several texts in one order, each text's spread evenly over all."""
     places = np.concatenate([(np.arange(part.n_rows) + 0.5) / part.n_rows for part in parts])
     order = np.argsort(places, kind="stable")

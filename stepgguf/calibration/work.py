@@ -4,9 +4,9 @@
     gradients       the same, some of it again, and back: attention 2 + 3.3, resident products 3, experts 2
     codes           streams   the layers' places in the exact and the quantized model; attention four times
                     moments   H and C of what matrices are given          2 columns^2 a token
-                    factors   of H: two shrinkages, and the ridge         columns^3 / 2
+                    factors   of H, and of H with its ridge               columns^3 / 3
                     targets   of matrices                                 2 rows columns^2
-                    search    feedback, two sweeps and guards             3.5 rows columns^2 a candidate, and kernels
+                    search    feedback, two sweeps and guards             3.5 rows columns^2 a try, and kernels
 
 Most of it is matrix products in float32, so their number over a machine's speed is the time, with a share for copies,
 norms and the like: OVERHEAD, taken from one run of a layer of the published widths, whose passes are then within 3 %.
@@ -24,7 +24,7 @@ from operator import add
 
 import torch
 
-from stepgguf.calibration.code_search import SHRINKAGES
+from stepgguf.calibration.code_search import N_TRIES
 from stepgguf.calibration.expert_codes import MOMENT_TOKENS
 from stepgguf.calibration.held_out import HELD_OUT
 from stepgguf.calibration.sequential import PLACE_TOKENS, SAMPLE_TOKENS
@@ -35,20 +35,20 @@ from stepgguf.reference.model import QUERY_BLOCK
 from stepgguf.reference.token_rows import TokenRows
 
 # Measured on one core of a 2024 server (benchmarks/second_moments, benchmarks/real_layer_calibration):
-KERNEL_SECONDS = 0.18e-6  # of one core, for a weight and a candidate: all of encode_calibrated but its large products
+KERNEL_SECONDS = 0.18e-6  # of one core, for a weight and a try: all of encode_calibrated but its large products
 ATTENTION_SLOWNESS = 1.5  # of a multiplication in attention, against one in a matrix product
 ATTENTION_BACK = 3.3  # times what attention takes forward
 OVERHEAD = 1.23  # of all that is no product; 1.25, 1.22 and 1.22 in the three passes
 
 SPEED_SECONDS = 0.5  # that measuring a speed takes
-SEARCH_PRODUCTS = 3.5  # rows * columns^2 of a candidate
+SEARCH_PRODUCTS = 3.5  # rows * columns^2 of a try
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
     """products: multiplications of matrix products, on the device. factors: on the processor, whatever the device.
 
-    kernels: weights that kernels choose codes for, counted for each candidate.
+    kernels: weights that kernels choose codes for, counted for each try.
     """
 
     products: float = 0.0
@@ -109,7 +109,7 @@ def calibration_work(hp: HParams, rows: TokenRows) -> dict[str, Parts]:
     layers = [_LayerWork(hp, layer, rows.row_length) for layer in hp.trunk_layers]
     n = rows.n_tokens
     head = hp.vocab_size * hp.hidden_size
-    codes = [_code_work(layer, n) for layer in layers] + [_head_work(hp, n)]
+    codes = [_vocabulary_work(hp, n), *(_code_work(layer, n) for layer in layers), _vocabulary_work(hp, n)]
     return {
         "exact model": {"streams": Work(n * sum(layer.forward for layer in layers))},
         "gradients": {"streams": Work(n * (2 * head + sum(layer.backward for layer in layers)))},
@@ -183,7 +183,8 @@ def _code_work(layer: _LayerWork, n_tokens: int) -> Parts:
     return {"streams": Work(n_tokens * layer.streams), **_sum_parts(parts)}
 
 
-def _head_work(hp: HParams, n_tokens: int) -> Parts:
+def _vocabulary_work(hp: HParams, n_tokens: int) -> Parts:
+    """Of the embedding, or of the head."""
     return _place_work([(hp.vocab_size, hp.hidden_size)], _seen(n_tokens), SAMPLE_TOKENS)
 
 
@@ -196,13 +197,12 @@ def _seen(n_tokens: int) -> float:
 def _place_work(shapes: Sequence[tuple[int, ...]], seen: float, tried: float) -> dict[str, Work]:
     """Of matrices [rows, columns] that share what they are given: moments of `seen` tokens, errors of `tried`."""
     columns, rows = shapes[0][1], sum(shape[0] for shape in shapes)
-    candidates = len(SHRINKAGES)
     products = rows * columns**2
     return {
-        "moments": Work(2 * seen * columns**2 + 2 * (1 + candidates) * tried * rows * columns),
-        "factors": Work(columns**3 / 6, candidates * columns**3 / 6),
+        "moments": Work(2 * seen * columns**2 + 2 * (2 + N_TRIES) * tried * rows * columns),
+        "factors": Work(columns**3 / 6, columns**3 / 6),
         "targets": Work(2 * products),
-        "search": Work(factors=candidates * SEARCH_PRODUCTS * products, kernels=candidates * rows * columns),
+        "search": Work(factors=N_TRIES * SEARCH_PRODUCTS * products, kernels=N_TRIES * rows * columns),
     }
 
 

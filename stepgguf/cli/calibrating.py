@@ -13,6 +13,7 @@ import typer
 
 from stepgguf.calibration.conversion import CalibratedUnits, calibrate_units
 from stepgguf.calibration.fisher_costs import FisherCosts
+from stepgguf.calibration.guard import with_guard
 from stepgguf.calibration.text import TextReader, default_texts
 from stepgguf.calibration.token_weights import TokenWeights, read_token_weights
 from stepgguf.calibration.work_folder import work_folder
@@ -61,9 +62,10 @@ class CalibrationRun:
         self._hp = full_hparams(source).without_mtp()
         self._reader = WeightReader(source, self._hp, open_device(device, threads))
         length = min(ROW_TOKENS, self._hp.max_position)
-        self._rows = TextReader(source, length).read(paths)[: n_tokens and max(1, n_tokens // length)]
+        text = TextReader(source, length).read(paths)[: n_tokens and max(1, n_tokens // length)]
+        self._rows = with_guard(text, self._hp.vocab_size)
         names = ", ".join(path.name for path in paths)
-        self.label = f"{self._rows.n_tokens} tokens of {names} (sha256 {self._rows.digest[:16]})"
+        self.label = f"{text.n_tokens} tokens of {names} (sha256 {self._rows.digest[:16]})"
         self._estimate = CalibrationEstimate(source, self._reader, self._rows, threads, memory)
         self._weights = TokenWeights(self._rows.text.size, self._hp.vocab_size)
         self._costs: FisherCosts | None = None
@@ -118,6 +120,7 @@ class CalibrationRun:
                 writer,
                 backward.stream,
                 lambda name: read_token_weights(backward, name),
+                backward.folder.states(0),
                 n_threads=self._estimate.n_threads,
                 progress=meter.show,
             )

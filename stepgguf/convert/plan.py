@@ -40,7 +40,7 @@ class Options:
 
     allocated: types of tensors by name, chosen within a budget (budget.py); only the recipe's rules come before them.
     calibration: in words, what the codes of the trunk's matrices are calibrated on; None if they are not.
-    predicted_kld: KL divergence that the allocated types are to have with stock codes, in nats a token; None: not known.
+    predicted_kld: what the allocated types are to have with stock codes, in nats a token; None if nothing is known.
     """
 
     recipe: Recipe

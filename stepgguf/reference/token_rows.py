@@ -8,14 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-PADDING = -1  # the document of a position that holds no text
+PADDING = -1  # the document of a position that holds nothing
+GUARD = -2  # the document of tokens beside the text (calibration/guard.py): they run, and their predictions are no loss
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class TokenRows:
     """n rows of t tokens. A token sees those before it in its row that are of the same document.
 
-    tokens: [n, t] int32. documents: [n, t] int32, PADDING where a row holds no text.
+    tokens: [n, t] int32. documents: [n, t] int32; PADDING where a row holds nothing, GUARD where it holds no text.
     """
 
     tokens: NDArray[np.int32]
@@ -46,16 +47,22 @@ class TokenRows:
 
     @property
     def text(self) -> NDArray[np.bool_]:
-        """Where text is, and no padding, [n, t]."""
+        """Where tokens are, and no padding, [n, t]."""
         text: NDArray[np.bool_] = self.documents != PADDING
         return text
+
+    @property
+    def guard(self) -> NDArray[np.bool_]:
+        """Where tokens are that are no text, [n, t]."""
+        guard: NDArray[np.bool_] = self.documents == GUARD
+        return guard
 
     @property
     def predicted(self) -> NDArray[np.bool_]:
         """Where the next token of the row is of the same document, so that a prediction of it can be judged, [n, t]."""
         following = np.full_like(self.documents, PADDING)
         following[:, :-1] = self.documents[:, 1:]
-        predicted: NDArray[np.bool_] = self.text & (self.documents == following)
+        predicted: NDArray[np.bool_] = self.text & ~self.guard & (self.documents == following)
         return predicted
 
     @property

@@ -25,7 +25,7 @@ from stepgguf.model.names import TensorName
 from stepgguf.quants.recipe_files import load_recipe
 from stepgguf.reference.backward import BackwardStream, GradientObserver
 from stepgguf.reference.stream import LayerStream
-from stepgguf.reference.token_rows import PADDING, TokenRows
+from stepgguf.reference.token_rows import GUARD, PADDING, TokenRows
 from stepgguf.reference.weights import WeightReader
 from tests.generate import Shape, write_checkpoint
 
@@ -46,11 +46,12 @@ def checkpoint(folder: Path, shape: Shape = SHAPE) -> Path:
 
 
 def rows(n: int = N_ROWS, seed: int = 0) -> TokenRows:
-    """Rows of tokens; the second holds two documents and padding."""
+    """Rows of tokens; the second holds two documents and padding, the third guard tokens and padding."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(3, 700, (n, ROW)).astype(np.int32)
     documents = np.zeros((n, ROW), np.int32)
     documents[1, 20:35], documents[1, 35:] = 1, PADDING
+    documents[2, :40], documents[2, 40:] = GUARD, PADDING
     return TokenRows(tokens, documents)
 
 
@@ -61,6 +62,10 @@ class ExactPasses:
     source: TensorSource
     exact: LayerStream
     backward: BackwardStream
+
+    @property
+    def at_embedding(self) -> NDArray[np.float32]:
+        return self.backward.folder.states(0)
 
     def weights_of(self, name: TensorName) -> NDArray[np.float32]:
         return read_token_weights(self.backward, name)
@@ -96,7 +101,7 @@ def run_codes(
 ) -> NDArray[np.float32]:
     """The codes, then the rest of the file."""
     units = units or CalibratedUnits(writer, passes.exact.hp.n_layer)
-    calibrate_units(units, writer, passes.exact, passes.weights_of, n_threads=n_threads)
+    calibrate_units(units, writer, passes.exact, passes.weights_of, passes.at_embedding, n_threads=n_threads)
     states = last_states(passes.exact)
     assert units.are_finished
     pipeline.make_files(passes.source, writer)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stepgguf.calibration import code_search
 from stepgguf.calibration.code_search import Blocks, CalibratedCodes, Floats
+from stepgguf.calibration.held_out import HeldOut
 from stepgguf.calibration.moments import PairMoments, TokenSample
 from stepgguf.model.names import TensorName
 from stepgguf.quants import ggml
@@ -33,7 +34,7 @@ class Units:
     def type_of(self, name: TensorName) -> GGMLQuantizationType | None:
         return self._type
 
-    def encode(self, name: TensorName, expert: int, values: Floats, importance: Floats | None) -> Blocks:
+    def encode(self, name: TensorName, expert: int, values: Floats, importance: Floats) -> Blocks:
         return stock_blocks(self._type, values, importance)
 
     def write(self, name: TensorName, expert: int, values: Floats, blocks: Blocks) -> None:
@@ -77,10 +78,16 @@ def sample_of(x: Tensor) -> TokenSample:
 
 
 def choose(
-    ggml_type: GGMLQuantizationType | None, seen: Tensor, held_out: Tensor, name: TensorName = EXPERT, rows: int = 16
+    ggml_type: GGMLQuantizationType | None,
+    seen: Tensor,
+    text: Tensor,
+    guard: Tensor | None = None,
+    name: TensorName = EXPERT,
+    rows: int = 16,
 ) -> tuple[Tensor, Units]:
     units = Units(ggml_type)
-    q = CalibratedCodes(units, 2).choose(name, 3, weights(rows), moments_of(seen), sample_of(held_out))
+    held_out = HeldOut(sample_of(text), sample_of(tokens(0, 0) if guard is None else guard))
+    q = CalibratedCodes(units, 2).choose(name, 3, weights(rows), moments_of(seen), held_out)
     return q, units
 
 
@@ -110,6 +117,19 @@ def test_codes_that_serve_only_the_tokens_they_were_chosen_for_are_not(ggml_type
     np.testing.assert_array_equal(units.written[0][2], stock(ggml_type, seen))
 
 
+@pytest.mark.parametrize("ggml_type", [T.Q2_K, T.Q4_K, T.IQ4_XS], ids=lambda kind: kind.name)
+def test_codes_that_are_bought_with_other_tokens_are_not_taken(ggml_type: GGMLQuantizationType) -> None:
+    """They would serve the text better, as the test above has it, and lose on what guards."""
+    seen, text, guard = tokens(600, 1), tokens(60, 7), tokens(200, 7, subspace(1))
+    bought, _ = choose(ggml_type, seen, text)
+    _, units = choose(ggml_type, seen, text, guard)
+    np.testing.assert_array_equal(units.written[0][2], stock(ggml_type, seen))
+    plain = np.empty((16, COLUMNS), np.float32)
+    code_search.decoder_for(ggml_type).decode(stock(ggml_type, seen), plain)
+    error = sample_of(guard).error
+    assert error(weights(), bought) > error(weights(), torch.from_numpy(plain))
+
+
 @pytest.mark.parametrize(("n_seen", "n_held_out"), [(600, 0), (0, 60), (0, 0)])
 def test_without_tokens_on_either_side_stock_codes_stay(n_seen: int, n_held_out: int) -> None:
     seen = tokens(600, 1)[:n_seen]
@@ -137,8 +157,8 @@ def test_floats_are_rounded() -> None:
 def test_a_dense_matrix_is_made_in_parts_of_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows depend on each other only by how BLAS rounds products of different sizes."""
     seen, held_out = tokens(600, 1), tokens(60, 7)
-    whole, _ = choose(T.Q4_K, seen, held_out, DENSE, rows=64)
+    whole, _ = choose(T.Q4_K, seen, held_out, name=DENSE, rows=64)
     monkeypatch.setattr(code_search, "PART_ROWS", 24)
-    parted, units = choose(T.Q4_K, seen, held_out, DENSE, rows=64)
+    parted, units = choose(T.Q4_K, seen, held_out, name=DENSE, rows=64)
     assert len(units.written[0][2]) == 64
     assert (parted != whole).float().mean() < 0.01

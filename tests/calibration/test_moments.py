@@ -126,13 +126,22 @@ def test_tokens_of_independent_channels_change_the_diagonal_only() -> None:
     np.testing.assert_allclose(prior.numpy(), torch.diag(expected).numpy(), rtol=0, atol=1e-5)
 
 
-def test_shrinkage_takes_from_what_is_off_the_diagonal() -> None:
+def test_matrices_share_the_factors() -> None:
     moments = Tokens().moments()
-    whole, shrunk = moments.factored(0.0), moments.factored(0.4)
-    off = ~np.eye(COLUMNS, dtype=bool)
-    np.testing.assert_allclose(shrunk.matrix[off], 0.6 * whole.matrix[off], rtol=1e-5)
-    np.testing.assert_allclose(shrunk.matrix.diagonal(), whole.matrix.diagonal(), rtol=1e-6)
-    assert moments.factored(0.4) is shrunk
+    assert moments.factored() is moments.factored()
+
+
+@pytest.mark.parametrize("share", [-0.5, 0.0, 0.3, 1.0, 1.7])
+def test_a_target_is_believed_as_far_as_it_serves_the_sample(share: float) -> None:
+    """What the exact model gives lies so far on the way from the weights to the target, and codes go no further."""
+    tokens, target = Tokens(), matrix() + 0.1 * matrix().flip(0)
+    between = torch.lerp(matrix(), target, share)
+    sample = TokenSample(tokens.quantized, tokens.quantized, tokens.weights)
+    # x with W x = between x~: of the same tokens, since all of it is linear.
+    exact = tokens.quantized @ between.T @ torch.linalg.pinv(matrix().T)
+    sample = TokenSample(tokens.quantized, exact, tokens.weights)
+    expected = torch.lerp(matrix(), target, min(1.0, max(0.0, share)))
+    torch.testing.assert_close(sample.believed(matrix(), target), expected, rtol=0, atol=2e-3)
 
 
 def test_no_channel_weighs_nothing() -> None:
@@ -145,7 +154,7 @@ def test_no_channel_weighs_nothing() -> None:
 def test_tokens_that_weigh_nothing_are_no_error() -> None:
     moments = Tokens().moments(weights=torch.zeros(TOKENS))
     assert torch.equal(moments.target(matrix()), matrix())
-    assert not moments.factored(0.0).matrix.any()
+    assert not moments.factored().matrix.any()
 
 
 def test_a_sample_s_error_is_the_weighted_square_of_the_outputs_difference() -> None:

@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stepgguf.calibration import expert_codes, sequential
-from stepgguf.calibration.code_search import Floats
-from stepgguf.calibration.held_out import held_out_tokens, thinned
-from stepgguf.calibration.moments import PairMoments, TokenSample
+from stepgguf.calibration.held_out import HeldOut, held_out_tokens, thinned
+from stepgguf.calibration.moments import PairMoments
 from stepgguf.calibration.sequential import SequentialPass
 from stepgguf.model.names import TensorName
 from stepgguf.reference.token_rows import PADDING, TokenRows
 from tests.calibration import passes
 from tests.calibration.passes import SHAPE, ExactPasses, exact_passes
 
+EMBEDDING = "token_embd.weight"
 PRIOR = expert_codes.PRIOR_TOKENS
 
 
@@ -52,16 +52,10 @@ class Keeper:
     """A code search that keeps the weights, and what it was given to choose by."""
 
     def __init__(self) -> None:
-        self.seen: dict[tuple[str, int], tuple[PairMoments, TokenSample]] = {}
+        self.seen: dict[tuple[str, int], tuple[PairMoments, HeldOut]] = {}
         self.layers = 0
 
-    def embed(self, name: TensorName, values: Floats) -> Floats:
-        assert name == "token_embd.weight"
-        return values
-
-    def choose(
-        self, name: TensorName, expert: int, weights: Tensor, moments: PairMoments, held_out: TokenSample
-    ) -> Tensor:
+    def choose(self, name: TensorName, expert: int, weights: Tensor, moments: PairMoments, held_out: HeldOut) -> Tensor:
         assert (name, expert) not in self.seen
         self.seen[name, expert] = moments, held_out
         return weights
@@ -87,7 +81,9 @@ def run(exact: ExactPasses, n_threads: int = 1) -> Keeper:
     keeper = Keeper()
     drop, exact.exact.folder.drop_states = exact.exact.folder.drop_states, lambda layer: None  # type: ignore[method-assign]
     try:
-        passed = SequentialPass(exact.exact, keeper, exact.weights_of, identity={}, n_threads=n_threads)
+        passed = SequentialPass(
+            exact.exact, keeper, exact.weights_of, exact.at_embedding, identity={}, n_threads=n_threads
+        )
         passed.restart()
         passed.run()
     finally:
@@ -111,11 +107,11 @@ def test_every_matrix_of_the_trunk_is_chosen_once(exact: ExactPasses, keeper: Ke
     expected = {
         (spec.name, expert)
         for spec in exact.source.specs
-        if spec.is_quantizable and not spec.is_mtp and spec.name != "token_embd.weight"
+        if spec.is_quantizable and not spec.is_mtp
         for expert in range(spec.shape[0] if len(spec.shape) == 3 else 1)
     }
     assert keeper.seen.keys() == expected
-    assert keeper.layers == SHAPE.n_layer + 1
+    assert keeper.layers == 1 + SHAPE.n_layer + 1
 
 
 def weights_of(exact: ExactPasses, name: TensorName) -> Any:
@@ -131,20 +127,24 @@ def test_moments_are_of_text_that_is_not_held_out_as_tokens_weigh(
     exact: ExactPasses, keeper: Keeper, recorder: InputRecorder
 ) -> None:
     """Streams that agree give the exact model's inputs; the pass backwards has shown them, token by token."""
-    held = held_out_tokens(passes.rows()).ravel()
+    held, guard = held_out_tokens(passes.rows()).ravel(), passes.rows().guard.ravel()
     assert held.sum() == passes.ROW  # one row
     thin = 0
-    for (name, expert), (moments, sample) in keeper.seen.items():
+    for (name, expert), (moments, tried) in keeper.seen.items():
+        if name == EMBEDDING:
+            continue
+        sample = tried.text
         places, x = recorder.inputs(name, expert, len(moments.second))
         w = weights_of(exact, TensorName(name))[places]
-        seen = ~held[places]
+        out, beside = held[places], guard[places]
+        seen = ~(out | beside)
         h = np.einsum("t,ti,tj->ij", w[seen], x[seen], x[seen])
         total, n = w[seen].sum(), seen.sum()
         if TensorName(name).is_expert:
             thin += n < 10
             h, total = h + prior(keeper, TensorName(name), h, total, n), total + PRIOR * (total / n if n else 1.0)
         if name == "output.weight":  # a document's last token predicts nothing, and weighs nothing
-            assert moments.n_own == (passes.rows().text.ravel() & ~held).sum()
+            assert moments.n_own == (passes.rows().text.ravel() & ~(held | guard)).sum()
         else:
             assert moments.n_own == n
         assert moments.total == pytest.approx(total, rel=1e-4)
@@ -152,11 +152,27 @@ def test_moments_are_of_text_that_is_not_held_out_as_tokens_weigh(
         np.testing.assert_allclose(moments.second.numpy(), h, rtol=0, atol=1e-4 * np.abs(h).max())
         assert not moments.cross.any()
         weighs = sample.weights > (0 if name == "output.weight" else -1)
-        np.testing.assert_allclose(sample.weights[weighs].numpy(), w[~seen], rtol=1e-4)
-        if (~seen).any():
-            np.testing.assert_allclose(sample.exact[weighs].numpy(), x[~seen], rtol=0, atol=1e-4 * np.abs(x).max())
+        np.testing.assert_allclose(sample.weights[weighs].numpy(), w[out], rtol=1e-4)
+        if out.any():
+            np.testing.assert_allclose(sample.exact[weighs].numpy(), x[out], rtol=0, atol=1e-4 * np.abs(x).max())
         assert torch.equal(sample.exact, sample.quantized)
+        if name != "output.weight" and beside.any():  # nothing is predicted of guard tokens, so the head shows none
+            np.testing.assert_allclose(tried.guard.exact.numpy(), x[beside], rtol=0, atol=1e-4 * np.abs(x).max())
+        assert (tried.guard.weights == 1).all()
     assert thin  # the shape has experts that hardly any token goes to
+
+
+def test_the_embedding_is_chosen_for_the_gradients_there(exact: ExactPasses, keeper: Keeper) -> None:
+    moments, tried = keeper.seen[EMBEDDING, 0]
+    text, held = passes.rows().text.ravel(), held_out_tokens(passes.rows()).ravel()
+    g = np.array(exact.at_embedding).reshape(len(text), -1).astype(np.float64)
+    assert g[passes.rows().predicted.ravel()].any(1).all()
+    assert not g[passes.rows().guard.ravel()].any()
+    seen = g[text & ~held]
+    np.testing.assert_allclose(moments.second.numpy(), seen.T @ seen, rtol=0, atol=1e-5 * np.square(seen).sum(0).max())
+    assert not moments.cross.any()
+    np.testing.assert_array_equal(tried.text.exact.numpy(), g[held].astype(np.float32))
+    assert (tried.text.weights == 1).all()
 
 
 def prior(keeper: Keeper, name: TensorName, h: Any, total: float, n: int) -> Any:
@@ -171,10 +187,11 @@ def prior(keeper: Keeper, name: TensorName, h: Any, total: float, n: int) -> Any
 
 
 def test_threads_choose_by_the_same_moments(exact: ExactPasses, keeper: Keeper) -> None:
-    for key, (moments, sample) in run(exact, n_threads=3).seen.items():
-        other, other_sample = keeper.seen[key]
+    for key, (moments, tried) in run(exact, n_threads=3).seen.items():
+        other, other_tried = keeper.seen[key]
         assert torch.equal(moments.second, other.second)
-        assert torch.equal(sample.exact, other_sample.exact)
+        assert torch.equal(tried.text.exact, other_tried.text.exact)
+        assert torch.equal(tried.guard.exact, other_tried.guard.exact)
 
 
 def test_an_expert_with_many_tokens_is_chosen_by_some_of_them_evenly(
@@ -182,20 +199,21 @@ def test_an_expert_with_many_tokens_is_chosen_by_some_of_them_evenly(
 ) -> None:
     monkeypatch.setattr(expert_codes, "MOMENT_TOKENS", 10)
     monkeypatch.setattr(sequential, "SAMPLE_TOKENS", 5)
-    for (name, expert), (moments, sample) in run(exact).seen.items():
-        before, before_sample = keeper.seen[name, expert]
+    for (name, expert), (moments, tried) in run(exact).seen.items():
+        before, before_tried = keeper.seen[name, expert]
         if TensorName(name).is_expert:
-            most = before.n_own + len(before_sample.weights)
+            most = before.n_own + len(before_tried.text.weights) + len(before_tried.guard.weights)
             step = max(1, -(-most // 10))
-            assert moments.n_own + len(sample.weights) == -(-most // step)
+            assert moments.n_own + len(tried.text.weights) + len(tried.guard.weights) == -(-most // step)
         else:
             assert moments.n_own == before.n_own
-            assert torch.equal(sample.exact, before_sample.exact[::10])
+            assert torch.equal(tried.text.exact, before_tried.text.exact[::10])
+            assert torch.equal(tried.guard.exact, before_tried.guard.exact[::8])
 
 
 def test_what_enters_layers_that_are_done_is_removed(tmp_path: Path) -> None:
     with exact_passes(passes.checkpoint(tmp_path), passes.rows(), tmp_path) as opened:
-        SequentialPass(opened.exact, Keeper(), opened.weights_of, identity={}, n_threads=1).run()
+        SequentialPass(opened.exact, Keeper(), opened.weights_of, opened.at_embedding, identity={}, n_threads=1).run()
     for folder in ("exact", "exact/quantized"):
         kept = sorted(path.name for path in (tmp_path / folder).glob("s*-*"))
         assert kept == [f"states-{SHAPE.n_layer:03d}"]
