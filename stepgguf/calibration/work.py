@@ -109,7 +109,7 @@ def calibration_work(hp: HParams, rows: TokenRows) -> dict[str, Parts]:
     layers = [_LayerWork(hp, layer, rows.row_length) for layer in hp.trunk_layers]
     n = rows.n_tokens
     head = hp.vocab_size * hp.hidden_size
-    codes = [_vocabulary_work(hp, n), *(_code_work(layer, n) for layer in layers), _vocabulary_work(hp, n)]
+    codes = [_code_work(layer, n) for layer in layers] + 2 * [_vocabulary_work(hp, n)]
     return {
         "exact model": {"streams": Work(n * sum(layer.forward for layer in layers))},
         "gradients": {"streams": Work(n * (2 * head + sum(layer.backward for layer in layers)))},

@@ -248,7 +248,7 @@ class BackwardStream:
         return row_slices(self.rows, CHUNK_TOKENS)
 
     def _show(self, name: TensorName, expert: int, places: NDArray[np.int64], x: Tensor, g: Tensor) -> None:
-        for observer in self._observers:
+        for observer in self._observers if len(places) else ():  # rows of guard tokens predict nothing
             observer.add_product(name, expert, places, x, g)
 
     def _take(self) -> dict[str, NDArray[np.generic]]:

@@ -51,7 +51,7 @@ def rows(n: int = N_ROWS, seed: int = 0) -> TokenRows:
     tokens = rng.integers(3, 700, (n, ROW)).astype(np.int32)
     documents = np.zeros((n, ROW), np.int32)
     documents[1, 20:35], documents[1, 35:] = 1, PADDING
-    documents[2, :40], documents[2, 40:] = GUARD, PADDING
+    documents[2:3, :40], documents[2:3, 40:] = GUARD, PADDING
     return TokenRows(tokens, documents)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import llama_cpp
 import numpy as np
@@ -17,6 +18,7 @@ from stepgguf.cli.main import main
 from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.reference.load import load_reference
 from stepgguf.reference.model import Step35
+from stepgguf.runtime.llama_build import probe_build
 from tests.generate import Shape, write_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -62,7 +64,10 @@ def _mtp_prefixes(model: Step35) -> tuple[str, ...]:
 def llama_logits(path: Path, tokens: list[int]) -> torch.Tensor:
     """llama.cpp on a GGUF, float32 KV cache."""
     options: dict[str, Any] = {"n_ctx": 512, "n_batch": 512, "logits_all": True, "verbose": False, "swa_full": False}
-    llama = llama_cpp.Llama(str(path), **options, type_k=0, type_v=0)
+    params = llama_cpp.llama_model_default_params()
+    params.use_extra_bufts = not probe_build().amx_is_broken  # which Llama has no argument for
+    with mock.patch.object(llama_cpp.llama_cpp, "llama_model_default_params", lambda: params):
+        llama = llama_cpp.Llama(str(path), **options, type_k=0, type_v=0)
     try:
         llama.eval(tokens)
         return torch.from_numpy(np.array(llama.scores[: len(tokens)]))
