@@ -66,7 +66,7 @@ def llama_logits(path: Path, tokens: list[int]) -> torch.Tensor:
     options: dict[str, Any] = {"n_ctx": 512, "n_batch": 512, "logits_all": True, "verbose": False, "swa_full": False}
     params = llama_cpp.llama_model_default_params()
     params.use_extra_bufts = not probe_build().amx_is_broken  # which Llama has no argument for
-    with mock.patch.object(llama_cpp.llama_cpp, "llama_model_default_params", lambda: params):
+    with mock.patch.object(llama_cpp.llama_cpp, "llama_model_default_params", return_value=params):
         llama = llama_cpp.Llama(str(path), **options, type_k=0, type_v=0)
     try:
         llama.eval(tokens)
