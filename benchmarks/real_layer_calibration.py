@@ -32,6 +32,7 @@ from benchmarks.real_layer import REAL, write
 from stepgguf.__main__ import run
 from stepgguf.calibration import code_search, expert_codes, moments, sequential
 from stepgguf.calibration.footprint import calibration_footprint
+from stepgguf.calibration.guard import with_guard
 from stepgguf.calibration.work import Speed, calibration_work, product_speed
 from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.convert.sources.full_hparams import full_hparams
@@ -66,6 +67,7 @@ PARTS: list[tuple[Any, str, str]] = [
     (moments.TokenSample, "error", "held-out errors"),
     (moments.PairMoments, "factored", "factors"),
     (moments.PairMoments, "target", "targets"),
+    (moments.TokenSample, "believed", "targets"),
     (code_search, "encode_calibrated", "search"),
     (kernels.Kernel, "encode", "stock codes"),
     (kernels.Decoder, "decode", "decoding"),
@@ -170,8 +172,9 @@ def calibrate(checkpoint: Path, target: Path, tokens: int, type_name: str) -> Cl
 
 def print_measured(clock: Clock, speed: Speed, tokens: int) -> dict[str, float]:
     """Print seconds by pass and part, and by pass what was counted; gives what was measured over that, by pass."""
-    rows = TokenRows.of(np.zeros((tokens // ROW, ROW), np.int32))
-    counted = calibration_work(HParams.from_config(config(LAYER)), rows)
+    hp = HParams.from_config(config(LAYER))
+    rows = with_guard(TokenRows.of(np.zeros((tokens // ROW, ROW), np.int32)), hp.vocab_size)
+    counted = calibration_work(hp, rows)
     ratios = {}
     print(f"{speed.processor * 2e-9:.0f} GFLOP/s of one core; {tokens} tokens; seconds of processor time")
     for name, parts in counted.items():
@@ -183,7 +186,7 @@ def print_measured(clock: Clock, speed: Speed, tokens: int) -> dict[str, float]:
             print(f"    {part:16} {seconds:7.1f}")
         print(f"    {'other':16} {taken - sum(here.values()):7.1f}")
         print("    counted: " + ", ".join(f"{part} {speed.seconds(work):.1f}" for part, work in parts.items()))
-    takes, peak = calibration_footprint(HParams.from_config(config(LAYER)), rows, 1), max(clock.memory.values())
+    takes, peak = calibration_footprint(hp, rows, 1), max(clock.memory.values())
     print(f"most memory {peak / 1e9:.2f} GB, predicted {takes.memory / 1e9:.2f}")
     return ratios
 
@@ -193,7 +196,7 @@ def print_model(speed: Speed, ratios: dict[str, float]) -> None:
     hp = HParams.from_config(config(MODEL))
     cores = Speed(CORES * speed.device, CORES * speed.processor, CORES)
     for tokens in (131072, 524288):
-        rows = TokenRows.of(np.zeros((tokens // ROW, ROW), np.int32))
+        rows = with_guard(TokenRows.of(np.zeros((tokens // ROW, ROW), np.int32)), hp.vocab_size)
         takes = calibration_footprint(hp, rows, CORES)
         hours = {
             name: sum(map(cores.seconds, parts.values())) * ratios[name] / 3600
