@@ -13,6 +13,7 @@ with --weights-only of the decoded weights. Columns:
     other       the language model: text of another kind (dictionary, fortunes, manual pages in German and French)
     shuffled    the tokens of what is held out, in another order: what is bought with behaviour off the calibration
     random      text shows here, and on random tokens
+    predicted   by the gradients, on the calibration text, for stock codes of the types that were chosen
 
 One file has luck: how its rounding errors fall changes its divergence by 10 to 25 %. So each comparison is made on
 several copies of the model (benchmarks/copies.py); at the end stands the mean of the ratios with its standard error.
@@ -38,8 +39,9 @@ from benchmarks.language import held_out_rows
 from benchmarks.language_text import documents
 from benchmarks.quality import Dialogue, Scores, decoded, held_out, kld_ratio, reference_logits, scores, summary
 from stepgguf.cli.main import main as stepgguf
+from stepgguf.convert.metadata import PREDICTED_KLD
 from stepgguf.demo import CHECKPOINT, tasks
-from stepgguf.files import folders
+from stepgguf.files import folders, gguf_header
 from stepgguf.quants.imatrix import read_imatrix, write_imatrix
 
 TYPES = ["Q2_K", "Q3_K_M", "Q4_K_S", "Q5_K_M"]
@@ -142,6 +144,8 @@ class Comparison:
             ratio, error = kld_ratio(column, self._stock[name])
             self._ratios.setdefault(method, {}).setdefault(name, []).append(ratio)
             parts.append(f"{name} {summary(column).kld:.5f} ({ratio:.3f} ± {error:.3f})")
+        predicted = gguf_header.read(path).get(PREDICTED_KLD)
+        parts += [] if predicted is None else [f"predicted {predicted:.5f}"]
         print(f"{self.type_name:7} {method:16} {path.stat().st_size / 1e6:7.2f} MB  {'  '.join(parts)}", flush=True)
 
     def print_means(self) -> None:
