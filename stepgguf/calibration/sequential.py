@@ -60,6 +60,9 @@ from stepgguf.reference.weights import EXPERT_ROLES, expert_name
 SAMPLE_TOKENS = 1024  # of the held-out ones, and of guard tokens, that a dense matrix is tried on
 PLACE_TOKENS = 65536  # of the others, at most, that its moments are made of: five for each of up to 12,288 columns
 EMBEDDING = -1  # as a layer's number
+EMBEDDING_PRIOR = (
+    4  # tokens of independent channels for each channel: one text's gradients are for all tokens there are
+)
 TokenWeightsOf = Callable[[TensorName], NDArray[np.float32]]  # what errors at a product count, of each token
 
 
@@ -129,7 +132,9 @@ class SequentialPass:
 
         name = self._reader.name_of("model.embed_tokens.weight")
         alike = torch.ones(self.rows.text.size, device=self._reader.device)  # the gradients say what tokens weigh
-        chosen = self._search.choose(name, 0, self._reader.matrix(name), *self._count(inputs_of, alike))
+        moments, held_out = self._count(inputs_of, alike)
+        moments = moments.own_with(EMBEDDING_PRIOR * self.hp.hidden_size)
+        chosen = self._search.choose(name, 0, self._reader.matrix(name), moments, held_out)
         self._search.end_layer()
         with self._folder.writing_states(0) as states:
             for part in row_slices(self.rows, CHUNK_TOKENS):

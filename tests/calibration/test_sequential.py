@@ -168,8 +168,13 @@ def test_the_embedding_is_chosen_for_the_gradients_there(exact: ExactPasses, kee
     g = np.array(exact.at_embedding).reshape(len(text), -1).astype(np.float64)
     assert g[passes.rows().predicted.ravel()].any(1).all()
     assert not g[passes.rows().guard.ravel()].any()
-    seen = g[text & ~held]
-    np.testing.assert_allclose(moments.second.numpy(), seen.T @ seen, rtol=0, atol=1e-5 * np.square(seen).sum(0).max())
+    seen = g[text & ~(held | passes.rows().guard.ravel())]
+    h = seen.T @ seen
+    share, n_prior = len(seen) / (len(seen) + 4 * len(h)), 4 * len(h)
+    mean = h.diagonal() / len(seen)
+    h += n_prior * np.diag(share * mean + (1 - share) * mean.mean())
+    np.testing.assert_allclose(moments.second.numpy(), h, rtol=0, atol=1e-5 * h.diagonal().max())
+    assert moments.n_own == len(seen)
     assert not moments.cross.any()
     np.testing.assert_array_equal(tried.text.exact.numpy(), g[held].astype(np.float32))
     assert (tried.text.weights == 1).all()
