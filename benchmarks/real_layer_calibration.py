@@ -140,12 +140,12 @@ def compare_with_resident(checkpoint: Path, folder: Path) -> None:
             weights.WeightReader(source, full_hparams(source), torch.device("cpu")), rows, folder
         )
         layers.run_trunk()
-        (_, logits), *_ = layers.logits()
+        part, logits = next(layers.logits())
         states = torch.from_numpy(np.array(layers.folder.states(LAYER.n_layer)))
         resident = load_reference(source)
         with torch.no_grad():
             hidden = resident.hidden(torch.from_numpy(rows.tokens).long())
-            exact = resident.logits(hidden[: len(logits)])
+            exact = resident.logits(hidden[part])
         print(
             f"stream against resident model, {rows.n_tokens} tokens: states differ by at most "
             f"{float((states - hidden).abs().max()):.1e} of {float(hidden.abs().max()):.1f}, logits by "
