@@ -14,6 +14,7 @@ import typer
 from stepgguf import __version__
 from stepgguf.cli import (
     bench,
+    card,
     chat,
     convert,
     demo,
@@ -27,10 +28,12 @@ from stepgguf.cli import (
     quantize,
     recipes,
     report,
+    rm,
     serve,
     template,
     verify,
 )
+from stepgguf.cli import list as listing
 from stepgguf.errors import StepggufError
 from stepgguf.files import installed
 
@@ -68,6 +71,9 @@ for command in (
     verify.verify,
     eval.eval,
     report.report,
+    card.card,
+    listing.list,
+    rm.rm,
     template.template,
     chat.chat,
     serve.serve,

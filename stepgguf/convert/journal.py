@@ -53,22 +53,10 @@ class Journal:
         """
         content = bytearray(min(os.fstat(self.fd).st_size, _MAX_HEAD + n_units * RECORD_BYTES))
         disk.read_at(self.fd, content, 0, str(self.path), OutputError)
-        head, newline, records = bytes(content).partition(b"\n")
-        try:
-            label = jsonread.parse(head, str(self.path), OutputError).object()
-        except OutputError:
+        found = parse_journal(bytes(content), self.path, n_units)
+        if found is None:
             return None
-        if not newline:
-            return None
-        self._end = len(head) + 1
-        finished: dict[int, FinishedUnit] = {}
-        whole = len(records) // RECORD_BYTES * RECORD_BYTES  # a kill may have cut the last one
-        for number, check, unit in _RECORD.iter_unpack(records[:whole]):
-            if check != zlib.crc32(unit, number) or number >= n_units:
-                break
-            digest, *sums = _UNIT.unpack(unit)
-            finished[number] = FinishedUnit(digest, None if math.isnan(sums[0]) else Loss(*sums))
-            self._end += RECORD_BYTES
+        label, finished, self._end = found
         return label, finished
 
     def begin(self, label: Mapping[str, Any]) -> None:
@@ -103,6 +91,32 @@ class Journal:
     def _sync(self) -> None:
         os.fsync(self.fd)
         disk.sync_folder(self.path.parent)
+
+
+def parse_journal(
+    content: bytes, path: Path, n_units: int = 2**32
+) -> tuple[dict[str, Any], dict[int, FinishedUnit], int] | None:
+    """The first line, the units that were entered, and where the last whole entry ends; None without a first line.
+
+    n_units: an entry of a unit beyond these is a damaged one. path: for messages alone.
+    """
+    head, newline, records = content.partition(b"\n")
+    try:
+        label = jsonread.parse(head, str(path), OutputError).object()
+    except OutputError:
+        return None
+    if not newline:
+        return None
+    finished: dict[int, FinishedUnit] = {}
+    end = len(head) + 1
+    whole = len(records) // RECORD_BYTES * RECORD_BYTES  # a kill may have cut the last one
+    for number, check, unit in _RECORD.iter_unpack(records[:whole]):
+        if check != zlib.crc32(unit, number) or number >= n_units:
+            break
+        digest, *sums = _UNIT.unpack(unit)
+        finished[number] = FinishedUnit(digest, None if math.isnan(sums[0]) else Loss(*sums))
+        end += RECORD_BYTES
+    return label, finished, end
 
 
 def _encode_record(number: int, unit: FinishedUnit) -> bytes:

@@ -1,6 +1,6 @@
 """FILE.gguf.manifest.json: digests and losses of what was made, beside the file, for `stepgguf verify` and `report`.
 
-{"made_by", "file", "bytes", "type", "recipe"?, "header_sha256", "imatrix"?,
+{"made_by", "file", "bytes", "type", "recipe"?, "header_sha256", "sha256"? (see file_sha256), "imatrix"?,
  "tensors": {name: {"type", "shape", "rows_per_unit", "sha256": [one of each unit], "ledger"?}}}
 """
 
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from stepgguf.convert.journal import FinishedUnit
 from stepgguf.convert.plan import Plan, Unit
 from stepgguf.errors import VerifyError
 from stepgguf.files import disk, jsonread
+from stepgguf.files.gguf_header import Header
 from stepgguf.files.jsonread import Value
 
 _CHANGED = "The manifest was changed or is damaged: fetch it again."
@@ -88,6 +90,31 @@ def read_entries(file: Path, manifest: Mapping[str, Any]) -> tuple[str, dict[str
     """The header's digest, and the tensors by name. Raises VerifyError for a manifest of another shape."""
     document = Value(manifest, str(manifest_path(file)), VerifyError, _CHANGED)
     return document["header_sha256"].text(), {name: _read_entry(entry) for name, entry in document["tensors"].members()}
+
+
+def header_sha256(header: Header) -> str:
+    """The SHA-256 of a file's header, in hex."""
+    with header.path.open("rb") as file:
+        return hashlib.sha256(file.read(header.data_start)).hexdigest()
+
+
+def file_sha256(header: Header, step: Callable[[int], None]) -> str:
+    """The SHA-256 of a whole finished file, in hex; its manifest, if it has one, keeps it for the next time.
+
+    step: called with the bytes that are done. Raises VerifyError for a damaged manifest.
+    """
+    file, n_bytes = header.path, header.path.stat().st_size
+    manifest = read_manifest(file, _CHANGED) if manifest_path(file).exists() else {}
+    is_own = manifest.get("bytes") == n_bytes and manifest.get("header_sha256") == header_sha256(header)
+    known = manifest.get("sha256")
+    if is_own and isinstance(known, str):
+        step(n_bytes)
+        return known
+    digest = disk.sha256(file, step)
+    if is_own:
+        with suppress(OSError):  # in a folder that is read-only it is computed each time
+            write_manifest(file, manifest | {"sha256": digest})
+    return digest
 
 
 def _read_entry(entry: Value) -> ManifestEntry:

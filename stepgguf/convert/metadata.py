@@ -20,15 +20,17 @@ from stepgguf.convert.card import ModelCard, read_card
 from stepgguf.convert.sources.hub import ModelOrigin
 from stepgguf.errors import BadConfig
 from stepgguf.files import jsonread, textfile
-from stepgguf.files.gguf_header import Key
+from stepgguf.files.gguf_header import Header, Key
 from stepgguf.files.jsonread import Value
 from stepgguf.model.hparams import ARCHITECTURE, HParams
 from stepgguf.model.names import TensorName
 from stepgguf.model.tokenizer import PRE_TOKENIZER, TOKENIZER_MODEL, Vocabulary, read_vocabulary
 from stepgguf.quants.imatrix import Imatrix
+from stepgguf.quants.mixtures import file_type_name
 
 V = GGUFValueType
 CHAT_TEMPLATE = Keys.Tokenizer.CHAT_TEMPLATE
+_VERSION, TYPE = "stepgguf.version", "stepgguf.type"
 CALIBRATION = "stepgguf.calibration"  # in words, what the codes were calibrated on
 PREDICTED_KLD = "stepgguf.predicted_kld"  # nats a token, of the chosen types with stock codes
 RESERVE, RESERVE_BYTES = "stepgguf.reserve", 16384  # room for a longer chat template later: rewrite.py
@@ -199,8 +201,8 @@ def provenance_keys(
     """Which tool made the file, how and of what; then the two keys that llama-quantize writes last."""
     keys = [
         _typed_key(Keys.General.QUANTIZED_BY, f"stepgguf {__version__}"),
-        _typed_key("stepgguf.version", __version__),
-        _typed_key("stepgguf.type", type_name),
+        _typed_key(_VERSION, __version__),
+        _typed_key(TYPE, type_name),
         _typed_key("stepgguf.source", source),
     ]
     if mtp_type is not None:
@@ -220,6 +222,20 @@ def provenance_keys(
         keys.append(_typed_key("quantize.imatrix.entries_count", len(imatrix.entries)))
         keys.append(_typed_key("quantize.imatrix.chunks_count", imatrix.chunk_count))
     return keys
+
+
+def made_here(header: Header) -> bool:
+    """Whether a file has the keys of this program; llama-quantize copies them from its source."""
+    return _VERSION in header.keys
+
+
+def recorded_type(header: Header) -> str | None:
+    """What a file says that it is made as: llama.cpp's name of its mixture, or else the type of its conversion.
+
+    Our own key comes last, since llama-quantize copies it from its source.
+    """
+    number, own = header.get(Keys.General.FILE_TYPE), header.get(TYPE)
+    return (file_type_name(number) if isinstance(number, int) else None) or (own if isinstance(own, str) else None)
 
 
 def reserve_key(n: int) -> Key:

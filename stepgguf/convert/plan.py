@@ -167,7 +167,7 @@ class PlannedTensor:
     @property
     def rows_per_unit(self) -> int:
         """Rows of a unit; the last one of an expert may have fewer."""
-        return min(self.rows_per_expert, max(1, UNIT_VALUES // self.shape[-1]))
+        return rows_per_unit(self.shape)
 
     @property
     def unit_memory(self) -> int:
@@ -273,6 +273,11 @@ class Plan:
         for f, file in enumerate(self.files):
             for t, tensor in enumerate(file.tensors):
                 yield from (Unit(f, t, start, stop) for start, stop in unit_rows(tensor))
+
+
+def rows_per_unit(shape: tuple[int, ...]) -> int:
+    """Rows of a unit of a tensor of this shape; the last one of an expert may have fewer."""
+    return min(rows_per_expert(shape), max(1, UNIT_VALUES // shape[-1]))
 
 
 def unit_rows(tensor: PlannedTensor) -> Iterator[tuple[int, int]]:

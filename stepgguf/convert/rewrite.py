@@ -88,7 +88,8 @@ def _rewrite(path: Path, change: Callable[[dict[str, Key]], None]) -> None:
         backup.unlink(missing_ok=True)
         if manifest is not None:
             changes = {"header_sha256": hashlib.sha256(new).hexdigest(), "bytes": path.stat().st_size}
-            write_manifest(path, manifest | changes)
+            kept = {key: value for key, value in manifest.items() if key != "sha256"}  # the whole file's, which changed
+            write_manifest(path, kept | changes)
 
 
 @contextmanager

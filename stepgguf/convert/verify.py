@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from stepgguf.convert.manifest import read_entries, read_manifest
+from stepgguf.convert.manifest import header_sha256, read_entries, read_manifest
 from stepgguf.convert.metadata import CALIBRATION
 from stepgguf.convert.pipeline import RowMaker
 from stepgguf.convert.plan import Plan, PlannedTensor, retype_tensors, row_ranges, unit_rows
@@ -76,7 +76,7 @@ def verify_manifest(path: Path, step: Step) -> Verification:
     for header in read_headers(path):
         file = header.path
         digest, tensors = read_entries(file, read_manifest(file, "Verify against the checkpoint: --against DIRECTORY."))
-        if _header_digest(header) != digest:
+        if header_sha256(header) != digest:
             report.problems.append(f"{file.name}: the header (metadata or tensor list) is not the one that was written")
         infos = {tensor.name: tensor for tensor in header.tensors}
         jobs = []
@@ -135,8 +135,3 @@ def _describe_rows(info: TensorInfo, start: int, stop: int) -> str:
     rows = rows_per_expert(info.shape)
     expert = f" expert {start // rows}" if len(info.shape) == 3 else ""
     return f"{info.name}{expert} rows {start % rows}-{(stop - 1) % rows}"
-
-
-def _header_digest(header: Header) -> str:
-    with header.path.open("rb") as file:
-        return hashlib.sha256(file.read(header.data_start)).hexdigest()

@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from stepgguf.errors import OutputError, StepggufError
 
+_PIECE = 16 * 2**20  # bytes that are read at a time
 _RESUME = "Repeat the command; it resumes."
 _HINTS = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some space and repeat the command; it resumes."),
@@ -69,6 +71,31 @@ def release(fd: int, path: Path) -> None:
     if os.fstat(fd).st_size == 0 and is_at(fd, path):
         path.unlink()
     os.close(fd)
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process holds a file now; False if there is none. The look itself holds it for a moment, shared."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def sha256(path: Path, step: Callable[[int], None]) -> str:
+    """The SHA-256 of a whole file, in hex. step: called with the size of each piece that is read."""
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+            step(len(piece))
+    return digest.hexdigest()
 
 
 def used_bytes(folder: Path) -> int:

@@ -23,12 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepgguf.convert.manifest import manifest_path, read_manifest
+from stepgguf.convert.metadata import recorded_type
 from stepgguf.convert.sources.splits import read_headers
 from stepgguf.errors import UnsupportedModel, VerifyError
 from stepgguf.files.gguf_header import Header, TensorInfo
 from stepgguf.model.hparams import ARCHITECTURE, HParams
 from stepgguf.model.names import TensorName
-from stepgguf.quants.mixtures import file_type_name
 
 Floats = NDArray[np.float64]
 ROUTED, SHARED, ATTENTION, DENSE = "routed experts", "shared experts", "attention", "dense FFN"
@@ -133,7 +133,7 @@ def read_file(path: Path) -> MeasuredFile:
         ),
         without_manifest=tuple(h.path for h, manifest in zip(headers, manifests, strict=True) if manifest is None),
         made_by=_text_member(how, "made_by"),
-        type=_text_member(how, "type") or _mixture_name(first),
+        type=_text_member(how, "type") or recorded_type(first),
         source=_text_or_none(first.get("stepgguf.source")),
         recipe=_text_member(how, "recipe"),
         imatrix=_manifest_imatrix(how.get("imatrix")) or _header_imatrix(first),
@@ -208,12 +208,6 @@ def _header_imatrix(header: Header) -> ImatrixOrigin | None:
     """Where the importance came from, as llama-quantize notes it in the header."""
     file, dataset = (_text_or_none(header.get(f"quantize.imatrix.{key}")) for key in ("file", "dataset"))
     return None if file is None else ImatrixOrigin(file, None, (dataset,) if dataset else ())
-
-
-def _mixture_name(header: Header) -> str | None:
-    """The mixture's name. Our own key comes last, since llama-quantize copies it from its source."""
-    number = header.get("general.file_type")
-    return (file_type_name(number) if isinstance(number, int) else None) or _text_or_none(header.get("stepgguf.type"))
 
 
 def _text_member(fields: dict[str, Any], key: str) -> str | None:

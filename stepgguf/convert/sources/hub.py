@@ -90,8 +90,14 @@ def _find_folder(path: Path) -> Path:
 def hub_id(path: Path) -> str | None:
     """The Hub id that a path or an address may be meant as: two words, and no folder of the first."""
     parts = path.parts[2:4] if path.parts[:2] == ("https:", "huggingface.co") else path.parts
-    is_id = len(parts) == 2 and all(_WORD.fullmatch(part) for part in parts) and not Path(parts[0]).exists()
-    return "/".join(parts) if is_id else None
+    name = "/".join(parts)
+    return name if is_hub_id(name) and not Path(parts[0]).exists() else None
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a text is ORG/NAME."""
+    words = text.split("/")
+    return len(words) == 2 and all(_WORD.fullmatch(word) for word in words)
 
 
 def unfinished_downloads(folder: Path) -> list[Path]:

@@ -58,6 +58,12 @@ def model_stem(path: Path) -> str:
     return match[1] if match else path.stem
 
 
+def first_file(path: Path) -> Path:
+    """The name of the first file of a GGUF: of a split one that of part 1, of a whole one its own."""
+    match = _NAME.fullmatch(path.name)
+    return split_path(path.with_name(f"{match[1]}.gguf"), 0, int(match[3])) if match else path
+
+
 def split_path(path: Path, index: int, count: int) -> Path:
     """llama.cpp's name of split `index` (from 0) of `count`."""
     return path.with_name(f"{path.stem}-{index + 1:05d}-of-{count:05d}.gguf")
