@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stepgguf.cli.destinations import Destination
+from stepgguf.files.byte_sizes import GIB
 from stepgguf.quants import ImatrixPrior, KernelName
 from stepgguf.reference import DeviceName
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from stepgguf.convert.importance import Importance
 
 _SIZE = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
+_CARDS = re.compile(r"\s*([0-9.]+\s*[KMGT]?i?B?)\s*(?:\*\s*([1-9][0-9]?))?\s*", re.IGNORECASE)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -40,6 +42,27 @@ def parse_size(text: str | int) -> int:
 def parse_bandwidth(text: str | int) -> int:
     """Read "233GB/s" in bytes per second; the "/s" may be left out."""
     return parse_size(text.removesuffix("/s") if isinstance(text, str) else text)
+
+
+def parse_memory(text: str) -> int:
+    """Read the size of RAM or of a card's memory, which is made in powers of two: "24GB" is 24 * 2^30 bytes."""
+    n_bytes = parse_size(re.sub(r"(?<=[KMGT])B?$", "iB", text.strip(), flags=re.IGNORECASE))
+    if n_bytes < GIB:
+        raise typer.BadParameter(f"{text!r} is less than 1 GiB; write for example 24GB")
+    return n_bytes
+
+
+class Cards(tuple[int, ...]):
+    """Bytes of memory of each card: "24GB*2" is two cards with 24 GiB each."""
+
+    __slots__ = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Cards:
+        match = _CARDS.fullmatch(text)
+        if match is None:
+            raise typer.BadParameter(f"{text!r} names no cards; write for example 24GB, or 24GB*2 for two of them")
+        return cls((parse_memory(match[1]),) * int(match[2] or 1))
 
 
 DEFAULT_TYPE = "Q4_K_S"

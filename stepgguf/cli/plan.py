@@ -22,14 +22,35 @@ def plan(
         typer.Argument(metavar="SRC", help="A checkpoint directory, or a GGUF (of a split one, any of its files)."),
     ],
     machine: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--machine",
             "-m",
             metavar="NAME",
-            help="spark, strix-128, mac-128, ... (a wrong name lists them); auto is this one.",
+            show_default="auto",
+            help="spark, strix-128, mac-128, cuda-24-128, ... (a wrong name lists them); auto is this one.",
         ),
-    ] = "auto",
+    ] = None,
+    gpu: Annotated[
+        arguments.Cards | None,
+        typer.Option(
+            parser=arguments.Cards.parse,
+            metavar="SIZE[*N]",
+            help="A box that is in no list: the memory of its card, or of N such cards, e.g. 24GB*2; with --ram.",
+        ),
+    ] = None,
+    ram: Annotated[
+        int | None,
+        typer.Option(parser=arguments.parse_memory, metavar="SIZE", help="RAM of such a box, e.g. 128GB."),
+    ] = None,
+    bandwidth: Annotated[
+        int | None,
+        typer.Option(
+            parser=arguments.parse_bandwidth,
+            metavar="SIZE/s",
+            help="What such a box reads from its RAM, e.g. 90GB/s, for a ceiling of tok/s.",
+        ),
+    ] = None,
     ctx: Annotated[
         int, typer.Option(min=64, max=2**24, help="Context in tokens, for all requests together.")
     ] = DEFAULT_CTX,
@@ -55,6 +76,8 @@ def plan(
     - **longest**: the longest context with which it fits; "-" if none does
     - **GB/token**: weights that one token reads: all dense ones, but 8 of 288 experts
     - **tok/s, full**: predicted for one request without MTP, with an empty and with a full context
+    - **cards, RAM, cpu-moe**, of boxes with cards: GiB on the cards (all weights but routed experts, and the KV cache)
+      and in RAM; how many layers' experts are there (`--n-cpu-moe` of llama.cpp), at least; "no" if it does not fit
     - **MTP**: how many times as fast it is with two drafted tokens, at an empty context, by published acceptance
     - **loss**, with --measure: what --fit minimises, the predicted error of what the layers add; no KLD, but it orders
 
@@ -64,6 +87,7 @@ def plan(
     Examples:
 
     - `stepgguf plan Step-3.5-Flash/ --machine spark --ctx 131072`
+    - `stepgguf plan Step-3.5-Flash/ --gpu 24GB*2 --ram 128GB --bandwidth 80GB/s`
     - `stepgguf plan Step-3.5-Flash/ --machine mac-128 --types Q4_K_S,IQ4_XS,mine.toml`
     - `stepgguf plan Step-3.5-Flash/ --machine strix-128 --measure --imatrix imatrix.gguf`
     - `stepgguf plan step-q4_k_s.gguf --machine strix-128 --parallel 4 --json`
@@ -80,7 +104,7 @@ def plan(
     if imatrix is not None and not measure:
         raise typer.BadParameter("an importance matrix counts only with --measure", param_hint="--imatrix")
     options = Options(recipe_without_rules("fit"), mtp, importance=arguments.read_importance(imatrix, imatrix_prior))
-    context, target = ContextParams(ctx, parallel, mtp=mtp == "include"), _find_machine(machine)
+    context, target = ContextParams(ctx, parallel, mtp=mtp == "include"), _find_target(machine, gpu, ram, bandwidth)
     with open_source(source) as opened:
         output.warn(opened.notes)
         price = (lambda: price_trunk(opened, Path("plan.gguf"), options, threads=threads)) if measure else None
@@ -93,7 +117,7 @@ def plan(
         output.print_json(json_report(result))
         return
     output.print_lines([str(source), *plan_text.budget_lines(result), ""])
-    output.print_texts(plan_text.row_table(result.rows, result.best))
+    output.print_texts(plan_text.row_table(result))
     output.print_lines(["", *plan_text.closing_notes(result)])
     if result.best is not None:
         output.note(f"next: {plan_text.next_command(source, result, result.best)}")
@@ -107,6 +131,24 @@ def _split_names(types: str | None) -> list[str] | None:
     if not names:
         raise typer.BadParameter(f"{types!r} names no type", param_hint="--types")
     return names
+
+
+def _find_target(
+    machine: str | None, gpu: arguments.Cards | None, ram: int | None, bandwidth: int | None
+) -> TargetMachine:
+    """The machine that --machine names, or the box that --ram, --gpu and --bandwidth describe."""
+    from stepgguf.fit.planning import THIS_MACHINE, described_box
+
+    given = [name for name, value in (("--gpu", gpu), ("--ram", ram), ("--bandwidth", bandwidth)) if value is not None]
+    if not given:
+        return _find_machine(machine or THIS_MACHINE)
+    if machine is not None:
+        message = f"{machine} has its own memory and cards; leave out --machine, or {' and '.join(given)}"
+        raise typer.BadParameter(message, param_hint="--machine")
+    if ram is None:
+        message = f"{' and '.join(given)} without --ram: give the box's RAM, too, e.g. --ram 128GB"
+        raise typer.BadParameter(message, param_hint="--ram")
+    return described_box(gpu or (), ram, bandwidth)
 
 
 def _find_machine(name: str) -> TargetMachine:
@@ -132,11 +174,14 @@ def json_report(result: MachinePlan) -> dict[str, Any]:
             "title": target.title,
             "ram": target.machine.ram,
             "capacity": target.capacity(context),
+            "devices": target.devices,
             "bandwidth": target.listed and target.listed.bandwidth,
+            "card_bandwidth": target.listed and target.listed.card_bandwidth,
             "measured": [asdict(m) for m in target.listed.measured] if target.listed else [],
         },
         "context": asdict(context),
         "need": asdict(result.need),
+        "unusable": result.unusable,
         "room": result.room,
         "rows": [asdict(row) for row in result.rows],
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 from rich.text import Text
@@ -12,10 +13,11 @@ from rich.text import Text
 from stepgguf.cli.output import counted
 from stepgguf.convert.sources.opening import is_gguf
 from stepgguf.files.byte_sizes import GIB, MIB, readable_size
-from stepgguf.fit.catalogue import ListedMachine
-from stepgguf.fit.memory import memory_need, saved_state_bytes
+from stepgguf.fit.catalogue import PublishedSpeed
+from stepgguf.fit.memory import ContextParams, memory_need, saved_state_bytes
+from stepgguf.fit.placement import Placement
 from stepgguf.fit.planning import OWN_TYPES, GenerationSpeed, MachinePlan, PlanRow, TargetMachine
-from stepgguf.fit.speed import ACCEPTED, DRAFTED
+from stepgguf.fit.speed import ACCEPTED, DRAFTED, SOURCE_ERROR
 
 
 def budget_lines(result: MachinePlan) -> Iterator[str]:
@@ -25,17 +27,20 @@ def budget_lines(result: MachinePlan) -> Iterator[str]:
     n_sliding, n_mtp = len(model.trunk_layers) - len(full), len(model.mtp_layers)
     full_kv, saved_state = memory_need(replace(model, layers=full), context).kv, saved_state_bytes(model)
     requests = counted(context.n_parallel, "request")
+    each = f", on each of {len(target.devices)}" * (len(target.devices) > 1)
     parts = [
         (full_kv, f"KV cache of {len(full)} full layers, by context"),
         (needed.kv - full_kv, f"KV cache of {n_sliding} sliding layers, by their window of {model.sliding_window}"),
         (needed.mtp, f"MTP: cache and buffers of {n_mtp} blocks"),
-        (needed.compute, "buffers (estimate)"),
+        (needed.compute, f"buffers (estimate){each}"),
         (needed.cache, f"kept conversations, with {needed.cache // saved_state} saved states of "
                        f"{readable_size(saved_state)} at most"),
+        (result.unusable, "what whole layers leave free, and a matrix on its way (estimate)" if target.has_cards
+                          else "what whole layers leave free (estimate)"),
     ]  # fmt: skip
     yield f"on {target.title}, {context.n_ctx:,} tokens of context, {requests} at a time"
     yield ""
-    yield f"  {_gib_column(target.capacity(context))}  {_capacity_text(target)}"
+    yield from _capacity_lines(target, context)
     yield from (f"- {_gib_column(n_bytes)}  {text}" for n_bytes, text in parts if n_bytes)
     yield f"= {_gib_column(result.room)}  for weights: {_suggest_budget(result)}"
 
@@ -56,7 +61,9 @@ def next_command(source: Path, result: MachinePlan, row: PlanRow) -> str:
     """The command that makes the row's file, or uses the one that is there."""
     path, drops_mtp = shlex.quote(str(source)), result.footprint.has_mtp and not result.context.mtp
     if row.type == OWN_TYPES:
-        return f"stepgguf chat {path} --ctx {result.context.n_ctx}{' --draft 0' * drops_mtp}"
+        return (
+            f"stepgguf {_run_words(result.target, row)} {path} --ctx {result.context.n_ctx}{' --draft 0' * drops_mtp}"
+        )
     choice = row.type.replace("fit ", "--fit ") if row.type.startswith("fit ") else f"--type {shlex.quote(row.type)}"
     weighted = " --imatrix FILE" * row.needs_imatrix
     if is_gguf(source):  # quantize keeps what its source has
@@ -65,20 +72,28 @@ def next_command(source: Path, result: MachinePlan, row: PlanRow) -> str:
     return f"stepgguf convert {path} models/ {choice}{weighted}{' --mtp drop' * drops_mtp}"
 
 
-def row_table(rows: Sequence[PlanRow], best: PlanRow | None) -> Iterator[Text]:
+def _run_words(target: TargetMachine, row: PlanRow) -> str:
+    """The command that runs a file: llama-server where experts are in RAM or other machines help."""
+    if row.placement is None or (target.has_cards and not row.placement.n_cpu_moe):
+        return "chat"
+    return "serve --engine llama-server" + " --rpc HOST:50052" * (not target.has_cards)
+
+
+def row_table(result: MachinePlan) -> Iterator[Text]:
     """A line for each row, after the heads of the columns: the best stands out, what does not fit is dim."""
-    is_measured = any(row.loss is not None for row in rows)
-    last = "loss" if is_measured else "MTP"
-    heads = ("type", "GiB", "bpw", "total", "fits", "longest", "GB/token", "tok/s", "full", last)
+    rows, best, target = result.rows, result.best, result.target
+    is_measured, has_cards = any(row.loss is not None for row in rows), target.has_cards
+    places = ("cards", "RAM", "cpu-moe") if has_cards else ("total", "fits")
+    read = () if has_cards else ("GB/token",)
+    heads = ("type", "GiB", "bpw", *places, "longest", *read, "tok/s", "full", "loss" if is_measured else "MTP")
     cells = [
         (
             row.type + "*" * row.needs_imatrix,
             f"{row.weights / GIB:.1f}",
             f"{row.bpw:.2f}",
-            f"{row.total / GIB:.1f}",
-            "yes" if row.fits else "no",
+            *(_place_cells(row.placement) if has_cards else (f"{row.total / GIB:.1f}", "yes" if row.fits else "no")),
             f"{row.n_ctx:,}" if row.n_ctx else "-",
-            f"{row.empty.read / 1e9:.2f}",
+            *(() if has_cards else (f"{row.empty.read / 1e9:.2f}",)),
             _tps_text(row.empty),
             _tps_text(row.full),
             _loss_text(row.loss) if is_measured else f"x{_range_text(*row.mtp_gain, 1)}" if row.mtp_gain else "-",
@@ -92,43 +107,91 @@ def row_table(rows: Sequence[PlanRow], best: PlanRow | None) -> Iterator[Text]:
         yield Text(f"{line[0]:<{widths[0]}}{others}", style)
 
 
+def _place_cells(placement: Placement | None) -> tuple[str, str, str]:
+    if placement is None:
+        return "-", "-", "no"
+    return f"{sum(placement.cards) / GIB:.1f}", f"{placement.ram / GIB:.1f}", str(placement.n_cpu_moe)
+
+
 def closing_notes(result: MachinePlan) -> Iterator[str]:
     """What to take, and what the figures rest on, line by line."""
     what = "least predicted loss" if result.best and result.best.loss is not None else "largest"
     yield f"The {what} that fits is {result.best.type}." if result.best else "None of these fits."
+    if result.best is not None and result.best.placement is not None:
+        yield from _server_lines(result.best.placement, result.context)
     if any(row.needs_imatrix for row in result.rows):
         yield "* needs an importance matrix."
     if any(row.mtp_gain for row in result.rows):
         share = " to ".join(f"{share:.0%}" for share in ACCEPTED)
         yield f"MTP: {DRAFTED} drafted tokens, of which {share} are accepted (llama.cpp #24340)."
-    yield from _speed_notes(result.target.listed)
+    yield from _speed_notes(result.target)
 
 
-def _speed_notes(listed: ListedMachine | None) -> Iterator[str]:
+def _server_lines(placement: Placement, context: ContextParams) -> Iterator[str]:
+    """The command with which llama-server places a model so."""
+    options = f"-c {context.n_ctx} -ngl 999 --cache-ram {context.cache_ram // MIB}"
+    if context.n_parallel > 1:
+        options += f" -np {context.n_parallel} --kv-unified"
+    places = [f"--n-cpu-moe {placement.n_cpu_moe}"] if placement.n_cpu_moe else []
+    if len(placement.split) > 1:
+        places.append(f"--tensor-split {','.join(map(str, placement.split))}")
+    yield "llama.cpp places it so:"
+    yield f"  llama-server -m FILE {options}" + " \\" * bool(places)
+    if places:
+        yield f"    {' '.join(places)}"
+
+
+def _speed_notes(target: TargetMachine) -> Iterator[str]:
     """What the speeds are made of: bandwidth, and the published speeds with their sources."""
+    listed = target.listed
     if listed is None:
         yield "tok/s is unknown: how fast this machine reads memory is not in the list."
+        yield "Where --ram and --gpu describe a box, --bandwidth gives a ceiling."
         return
     if not listed.measured:
-        yield "tok/s is a ceiling, bandwidth / bytes read a token, and is not reached:"
-        yield "no measurement of this model is published for this chip."
+        yield "tok/s is a ceiling, by bandwidth and bytes read a token, and is not reached:"
+        yield "no measurement of this model is published for such a machine."
+        if target.has_cards and listed.card_bandwidth is None:
+            yield "What the cards read is not counted in it."
     else:
-        yield "tok/s is an estimate: bandwidth / bytes read a token x efficiency, which is from"
-        yield f"{counted(len(listed.measured), 'published measurement')} of this model on this chip, without MTP:"
-    yield f"  {listed.bandwidth / 1e9:>4g} GB/s   {listed.bandwidth_source}"
-    for m in listed.measured:
-        yield f"  {m.tps:>4g} tok/s  {m.tps * m.read / listed.bandwidth:.0%}: {m.file}"
-        yield f"{'':14}{m.source}"
-    yield f"Setup: {listed.setup}"
+        yield "tok/s is an estimate: bandwidth / bytes read a token x efficiency, in the range"
+        yield f"of what was published for this chip, at least {SOURCE_ERROR:.0%} about its median, which is"
+        yield "the error from one source to another. Without MTP:"
+    yield f"  {listed.bandwidth / 1e9:>10g} GB/s   {listed.bandwidth_source}"
+    if listed.card_bandwidth is not None:
+        yield f"  {listed.card_bandwidth / 1e9:>10g} GB/s   {listed.card_bandwidth_source}"
+    for (file, source), run in groupby(listed.measured, lambda m: (m.file, m.source)):
+        yield from _run_lines(file, source, list(run), listed.bandwidth)
+    if listed.setup:
+        yield f"Setup: {listed.setup}"
 
 
-def _capacity_text(target: TargetMachine) -> str:
-    if target.machine.kind == "gpu":
-        return f"for the model, in GPUs ({readable_size(target.budget.limit)}) and RAM"
-    if target.budget.limit < target.budget.ceiling:
-        return f"for the model: {readable_size(target.budget.limit)} that the GPU may have, and other RAM"
-    ram, reserve = readable_size(target.machine.ram), readable_size(target.budget.reserve)
-    return f"for the model: of {ram}, {reserve} are the system's"
+def _run_lines(file: str, source: str, run: Sequence[PublishedSpeed], bandwidth: float) -> Iterator[str]:
+    """A published run: its speeds, efficiencies and contexts."""
+    first, last = run[0], run[-1]
+    speeds = f"{first.tps:g}" if first is last else f"{first.tps:g}-{last.tps:g}"
+    shares = [100 * m.efficiency(bandwidth) for m in run]
+    contexts = f"{first.depth:,} to {last.depth:,} tokens" if first is not last else f"{first.depth:,} tokens"
+    yield f"  {speeds:>10} tok/s  {_range_text(min(shares), max(shares))}%: {file}"
+    yield f"{'':13}{contexts if last.depth else 'empty context'}; {source}"
+
+
+def _capacity_lines(target: TargetMachine, context: ContextParams) -> Iterator[str]:
+    """What there is for the model, place by place."""
+    have, reserve = target.machine.ram, readable_size(target.budget.reserve)
+    if target.has_cards:
+        where = f"on {counted(len(target.devices), 'card')}, {reserve} of each left free"
+        yield f"  {_gib_column(sum(target.devices))}  {where}"
+        systems = readable_size(have - target.ram)
+        yield f"+ {_gib_column(target.ram)}  in RAM: of {readable_size(have)}, {systems} are the system's"
+        return
+    capacity = _gib_column(target.capacity(context))
+    if target.devices:
+        yield f"  {capacity}  for the model: {readable_size(target.devices[0])} on each of {len(target.devices)}"
+    elif target.budget.limit < target.budget.ceiling:
+        yield f"  {capacity}  for the model: {readable_size(target.budget.limit)} that the GPU may have, and other RAM"
+    else:
+        yield f"  {capacity}  for the model: of {readable_size(have)}, {reserve} are the system's"
 
 
 def _tps_text(speed: GenerationSpeed) -> str:

@@ -86,6 +86,11 @@ class Inventory:
         """MTP blocks that are there."""
         return len({tensor.layer for tensor in self.tensors if tensor.is_mtp})
 
+    @property
+    def n_expert_layers(self) -> int:
+        """Layers with routed experts."""
+        return len({tensor.layer for tensor in self.tensors if tensor.name.is_expert})
+
     def sizes_with(self, types: Types, *, mtp: bool = True, needs_imatrix: bool = False) -> Sizes:
         """With such types; the others are F32."""
         all_types: dict[str, GGMLQuantizationType] = {t.name: types.get(t.name, F32) for t in self.tensors}

@@ -16,7 +16,8 @@ Tests hold the KV caches and the estimate against what llama.cpp itself reports 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from stepgguf.files.byte_sizes import GIB
@@ -144,11 +145,17 @@ def memory_need(model: Footprint, context: ContextParams) -> MemoryNeed:
     mtp_buffer = _compute_buffer_bytes(model, context, sliding, 3 * model.n_ff, context.n_parallel)
     return MemoryNeed(
         weights=model.weights,
-        kv=_kv_cache_bytes(model, model.trunk_layers, context),
-        mtp=_kv_cache_bytes(model, mtp_layers, context) + mtp_buffer if mtp_layers else 0,
+        kv=kv_cache_bytes(model, model.trunk_layers, context),
+        mtp=kv_cache_bytes(model, mtp_layers, context) + mtp_buffer if mtp_layers else 0,
         compute=_compute_buffer_bytes(model, context, context.cells + sliding, width, n_outputs),
         cache=context.cache_ram,
     )
+
+
+def kv_cache_bytes(model: Footprint, layers: Sequence[LayerFootprint], context: ContextParams) -> int:
+    """Bytes of the KV caches of these layers."""
+    sliding = context.sliding_cells(model.sliding_window)
+    return sum(_kv_cell_bytes(model, layer) * (sliding if layer.is_sliding else context.cells) for layer in layers)
 
 
 def saved_state_bytes(model: Footprint) -> int:
@@ -156,13 +163,22 @@ def saved_state_bytes(model: Footprint) -> int:
     return sum(_kv_cell_bytes(model, layer) * model.sliding_window for layer in model.trunk_layers if layer.is_sliding)
 
 
+def longest_context(n_ctx_train: int, fits: Callable[[int], bool]) -> int | None:
+    """The longest context that fits, in steps of 1024 tokens from n_ctx_train down; None if none does.
+
+    fits: whether a context of so many tokens does. Of two contexts the shorter one fits if the longer one does.
+    """
+    # What a context takes is not in proportion to it (padding, a window that is full), so it is tried and not solved.
+    lengths = range(n_ctx_train, 0, -1024)
+    i = bisect_left(lengths, True, key=fits)
+    return lengths[i] if i < len(lengths) else None
+
+
 def largest_context(model: Footprint, context: ContextParams, n_bytes: int) -> int | None:
-    """The longest context, in steps of 1024 tokens, with which the model needs at most n_bytes; None if none does."""
-    # The need grows with n_ctx, but not in proportion (padding, a window that is full), so it is tried and not solved.
-    for n_ctx in range(model.n_ctx_train, 0, -1024):
-        if memory_need(model, replace(context, n_ctx=n_ctx)).total <= n_bytes:
-            return n_ctx
-    return None
+    """The longest context with which the model needs at most n_bytes; None if none does."""
+    return longest_context(
+        model.n_ctx_train, lambda n_ctx: memory_need(model, replace(context, n_ctx=n_ctx)).total <= n_bytes
+    )
 
 
 def layers_that_fit(model: Footprint, needed: MemoryNeed, n_bytes: int) -> int:
@@ -190,10 +206,15 @@ def memory_budget(machine: Machine, gpus: Sequence[Gpu] = ()) -> MemoryBudget:
         return MemoryBudget(limit, ceiling + machine.amd.vram, free, reserve)
     cards = [gpu for gpu in (gpus or machine.gpus) if gpu.total] if kind != "spark" else []
     if cards:  # what they cannot hold stays in RAM
-        limit = sum(max(0, (gpu.total or 0) - GPU_RESERVE) for gpu in cards)
+        limit = sum(card_budgets(cards))
         free = sum(max(0, (gpu.free or 0) - GPU_RESERVE) for gpu in cards)
         return MemoryBudget(limit, limit + ceiling, free, GPU_RESERVE)
     return MemoryBudget(ceiling, ceiling, min(ceiling, available), reserve)
+
+
+def card_budgets(gpus: Sequence[Gpu]) -> tuple[int, ...]:
+    """Bytes that a model may take of each GPU with memory of its own, in their order."""
+    return tuple(max(0, gpu.total - GPU_RESERVE) for gpu in gpus if gpu.total)
 
 
 def wired_limit(machine: Machine) -> int:
@@ -206,11 +227,6 @@ def wired_limit(machine: Machine) -> int:
 def _kv_cell_bytes(model: Footprint, layer: LayerFootprint) -> int:
     """Bytes of K and V of one token in one layer."""
     return layer.n_head_kv * (model.key_length + model.value_length) * F16
-
-
-def _kv_cache_bytes(model: Footprint, layers: Sequence[LayerFootprint], context: ContextParams) -> int:
-    sliding = context.sliding_cells(model.sliding_window)
-    return sum(_kv_cell_bytes(model, layer) * (sliding if layer.is_sliding else context.cells) for layer in layers)
 
 
 def _compute_buffer_bytes(model: Footprint, context: ContextParams, masked: int, width: int, n_outputs: int) -> int:

@@ -8,20 +8,52 @@
     with MTP a step is n drafted tokens and one more: the heads' weights once per draft, then a step of n + 1 tokens,
     which yields 1 + n x (accepted share) tokens
 
-Efficiency is the machine's, from published speeds (machines.toml). With one figure for a machine the model meets both
-speeds published for the M1 Ultra, at 0 and at 100,000 tokens, within 2 %; a test holds it to that.
+Where there are cards, a step reads in two places, one after the other, each with its bandwidth.
+
+Efficiency is the machine's, from published speeds (machines.toml). One figure explains how speed falls with the
+context; files and builds differ in it. `python -m benchmarks.speed_model` prints what was measured and predicted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
 
 from stepgguf.fit.memory import ContextParams, Footprint, memory_need, saved_state_bytes
 from stepgguf.model.names import TensorName
 
 # Drafts of a step and the share of them that was accepted, lowest and highest, with all three heads (llama.cpp #24340).
 DRAFTED, ACCEPTED = 2, (0.65, 0.91)
+# The median error of published speeds predicted by what others published for its chip (benchmarks.speed_model).
+SOURCE_ERROR = 0.28
+
+
+@dataclass(frozen=True, slots=True)
+class StepBytes:
+    """What a step reads, in bytes: of RAM, or of the one memory that there is, and of cards."""
+
+    ram: float
+    cards: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.ram + self.cards
+
+    def seconds(self, bandwidth: float, card_bandwidth: float | None) -> float | None:
+        """The least time that reading takes, in seconds; None for cards alone of unknown bandwidth.
+
+        Cards of unknown bandwidth beside RAM are not counted. Bandwidth in bytes per second.
+        """
+        if card_bandwidth is None:
+            return self.ram / bandwidth if self.ram else None
+        return self.ram / bandwidth + self.cards / card_bandwidth
+
+
+def efficiency_range(measured: Sequence[float]) -> tuple[float, float]:
+    """Least and most of a chip's efficiency: all that was measured, and at least SOURCE_ERROR around its median."""
+    middle = median(measured)
+    return min(*measured, middle * (1 - SOURCE_ERROR)), max(*measured, middle * (1 + SOURCE_ERROR))
 
 
 def expert_share(n_used: int, n_expert: int, n_tokens: int = 1) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from gguf import GGMLQuantizationType as T
 
-from stepgguf.cli.arguments import parse_size
+from stepgguf.cli.arguments import Cards, parse_size
 from stepgguf.cli.main import main
 from stepgguf.cli.plan_text import next_command
 from stepgguf.convert import measure
@@ -23,9 +23,10 @@ from stepgguf.convert.sources.gguf_file import GGUFSource
 from stepgguf.convert.sources.opening import open_source
 from stepgguf.errors import DoesNotFit
 from stepgguf.files import folders
+from stepgguf.files.byte_sizes import GIB, MIB
 from stepgguf.fit import catalogue, planning
 from stepgguf.fit.memory import ContextParams
-from stepgguf.fit.planning import plan_for_machine, target_machine
+from stepgguf.fit.planning import TargetMachine, described_box, plan_for_machine, target_machine
 from tests.cli.test_cli import sparse_checkpoint
 
 CTX = 131072
@@ -48,7 +49,9 @@ def run(capfd: pytest.CaptureFixture[str], *arguments: object) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("machine", catalogue.load_catalogue())
 def test_the_table_fits_a_terminal_of_80_columns(machine: str, real: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    first, *lines = run(capfd, real, "--machine", machine, "--ctx", CTX, "--parallel", 4).splitlines()
+    types = "IQ2_XXS,MXFP4_MOE,Q4_K_S,Q8_0"  # long names, small and large sizes
+    options = "--ctx", CTX, "--parallel", 4, "--types", types
+    first, *lines = run(capfd, real, "--machine", machine, *options).splitlines()
     assert first == str(real)
     assert max(map(len, lines)) <= 80
     assert any(line.startswith("Q4_K_S ") for line in lines)
@@ -60,6 +63,63 @@ def test_the_lines_above_the_table_add_up(real: Path, capfd: pytest.CaptureFixtu
     assert lines[-1].startswith("= ")
     assert have - sum(parts) == pytest.approx(left, abs=0.005 * len(lines))  # each line is rounded to 0.01
     assert f"--fit {int(left * 10) / 10}GiB" in lines[-1]
+
+
+def test_a_box_with_cards_has_lines_that_add_up_and_the_options_that_place_the_model(
+    real: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = "--gpu", "24GB*2", "--ram", "128GB", "--bandwidth", "80GB/s", "--types", "Q4_K_S", "--parallel", 2
+    text = run(capfd, real, *options)
+    lines = text.splitlines()
+    assert lines[1] == "on 2 x 24 GiB, 128 GiB RAM, 32,768 tokens of context, 2 requests at a time"
+    cards, ram, *parts, left = (float(line[1:].split()[0]) for line in lines[3:12])
+    assert (cards, ram, lines[3][0], lines[4][0], lines[11][0]) == (46.0, 121.44, " ", "+", "=")
+    assert cards + ram - sum(parts) == pytest.approx(left, abs=0.05)
+    assert max(map(len, lines[1:])) <= 80
+    report = json.loads(run(capfd, real, *options, "--json"))
+    placement = report["rows"][0]["placement"]
+    assert report["machine"]["devices"] == [23 * 2**30] * 2
+    assert f" -np 2 --kv-unified \\\n    --n-cpu-moe {placement['n_cpu_moe']} --tensor-split " in text
+    assert sum(placement["split"]) == 49
+    assert "What the cards read is not counted in it." in text
+
+
+def test_a_box_without_a_bandwidth_has_no_speed(real: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    text = run(capfd, real, "--gpu", "96GB", "--ram", "64 GiB", "--types", "Q4_K_S")
+    assert "tok/s is unknown" in text
+    assert "--bandwidth gives a ceiling." in text
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (
+            ["-m", "spark", "--gpu", "24GB", "--ram", "64GB"],
+            "spark has its own memory and cards; leave out --machine, or",
+        ),
+        (["-m", "auto", "--ram", "64GB"], "auto has its own memory and cards; leave out --machine, or --ram"),
+        (["--gpu", "24GB"], "--gpu without --ram: give the box's RAM, too"),
+        (["--bandwidth", "90GB/s"], "--bandwidth without --ram: give the box's RAM, too"),
+        (["--gpu", "24GBx2", "--ram", "64GB"], "'24GBx2' names no cards; write for example 24GB, or 24GB*2"),
+        (["--gpu", "24GB*0", "--ram", "64GB"], "'24GB*0' names no cards"),
+        (["--gpu", "*2", "--ram", "64GB"], "'*2' names no cards"),
+        (["--gpu", "24", "--ram", "64GB"], "'24' is less than 1 GiB; write for example 24GB"),
+        (["--gpu", "24GB", "--ram", "much"], "'much' is not a size"),
+        (["--gpu", "24GB", "--ram", "64GB", "--bandwidth", "fast"], "'fast' is not a size"),
+    ],
+)
+def test_a_box_that_is_described_wrongly_is_wrong_usage(
+    options: list[str], text: str, small: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(small), *options]) == 2
+    assert text in " ".join(capfd.readouterr().err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("text", "gib"), [("24GB", [24]), ("24gib * 2", [24, 24]), ("1.5G", [1.5]), ("2048MB*3", [2, 2, 2])]
+)
+def test_memory_is_made_in_powers_of_two(text: str, gib: list[float]) -> None:
+    assert list(Cards.parse(text)) == [n * 2**30 for n in gib]
 
 
 @pytest.mark.slow
@@ -142,6 +202,23 @@ def test_what_is_suggested_for_a_gguf_has_only_options_that_there_are(mtp: bool,
     assert commands[planning.OWN_TYPES] == f"stepgguf chat {demo_gguf} --ctx 1024{draft}"
 
 
+@pytest.mark.parametrize(
+    ("target", "command"),
+    [
+        (target_machine("spark-2"), "serve --engine llama-server --rpc HOST:50052"),
+        (target_machine("cuda-24-64"), "chat"),
+        (described_box((GIB + 26 * MIB,), 8 * GIB, None), "serve --engine llama-server"),
+    ],
+    ids=["machines", "card", "small card"],
+)
+def test_a_gguf_is_run_where_it_is_placed(target: TargetMachine, command: str, demo_gguf: Path) -> None:
+    with open_source(demo_gguf) as source:
+        result = plan_for_machine(source, target, ContextParams(512), ["Q8_0"])
+    own = next(row for row in result.rows if row.type == planning.OWN_TYPES)
+    assert own.fits
+    assert next_command(demo_gguf, result, own) == f"stepgguf {command} {demo_gguf} --ctx 512"
+
+
 def test_a_checkpoint_is_converted_without_its_mtp_blocks(small: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(small), "--ctx", "1024", "--types", "Q8_0", "--mtp", "drop"]) == 0
     assert f"next: stepgguf convert {small} models/ --type Q8_0 --mtp drop\n" in capfd.readouterr().err
@@ -166,7 +243,7 @@ def test_an_unknown_machine_gets_the_nearest_and_the_list(real: Path, capfd: pyt
     assert main(["plan", str(real), "--machine", "Spark1"]) == 2
     text = " ".join(capfd.readouterr().err.replace("│", " ").split())
     assert (
-        "'Spark1' is not in the list of machines. Did you mean spark? Choose one of: auto, spark, strix-128, mac-128,"
+        "'Spark1' is not in the list of machines. Did you mean spark? Choose one of: auto, spark, spark-2, strix-128,"
         in text
     )
 

@@ -16,7 +16,15 @@ from stepgguf.convert.sources.opening import open_source
 from stepgguf.files.byte_sizes import GIB
 from stepgguf.fit.footprint import footprint_of
 from stepgguf.fit.memory import ContextParams, memory_budget, memory_need
-from stepgguf.fit.planning import OWN_TYPES, MachinePlan, PlanRow, TargetMachine, plan_for_machine, target_machine
+from stepgguf.fit.planning import (
+    OWN_TYPES,
+    MachinePlan,
+    PlanRow,
+    TargetMachine,
+    described_box,
+    plan_for_machine,
+    target_machine,
+)
 from stepgguf.quants.recipe_files import load_recipe
 from tests.cli.test_cli import sparse_checkpoint
 from tests.fit.machines import CARD, MAC
@@ -130,6 +138,74 @@ def test_kept_conversations_are_beside_what_a_mac_gives_its_gpu(wired: int, capa
 def test_a_gpu_of_its_own_leaves_the_rest_in_ram() -> None:
     target = TargetMachine("cards", CARD, memory_budget(CARD), None)
     assert target.capacity(ContextParams(4096)) == (80 - 1 + 256 - 4) * GIB
+    assert (target.devices, target.ram) == ((79 * GIB,), 252 * GIB)
+
+
+# cards and several machines -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("machine", ["cuda-24-64", "cuda-32-128", "cuda-48-256", "cuda-96-64"])
+def test_a_row_of_a_box_with_a_card_is_placed_or_does_not_fit(machine: str, real: Path) -> None:
+    target, context = target_machine(machine), ContextParams(32768)
+    result = plan(real, target, context, "64gb", "IQ4_XS", "Q4_K_S", "Q8_0")
+    (card,) = target.devices
+    for row in result.rows:
+        assert row.fits == (row.placement is not None) == (row.n_ctx is not None and row.n_ctx >= context.n_ctx)
+        assert row.fits or row.weights > result.room
+        if row.placement is not None:
+            assert row.placement.cards[0] <= card
+            assert row.placement.ram <= target.ram
+            assert row.total == row.placement.cards[0] + row.placement.ram
+            assert row.weights < row.total
+            assert row.empty.tps is None
+            assert row.empty.ceiling_tps is not None
+    assert result.rows[0].fits
+
+
+@pytest.mark.slow
+def test_the_longest_context_of_a_card_fits_and_a_longer_one_does_not(real: Path) -> None:
+    n_ctx = rows(real, "cuda-24-128", "Q5_K_M", ctx=32768)["Q5_K_M"].n_ctx
+    assert n_ctx is not None
+    assert 32768 < n_ctx < 262144
+    assert rows(real, "cuda-24-128", "Q5_K_M", ctx=n_ctx)["Q5_K_M"].fits
+    assert not rows(real, "cuda-24-128", "Q5_K_M", ctx=n_ctx + 1024)["Q5_K_M"].fits
+
+
+def test_a_token_is_read_from_the_card_and_from_ram_one_after_the_other(real: Path, tmp_path: Path) -> None:
+    """By hand, all in Q4_K: 8 of 288 experts, with those of N - 3 layers in RAM (the first three have none)."""
+    (tmp_path / "q4.toml").write_text('default = "Q4_K"\n')
+    row = rows(real, "cuda-24-128", str(tmp_path / "q4.toml"), ctx=32768)[str(tmp_path / "q4.toml")]
+    assert row.placement is not None
+    in_ram = (row.placement.n_cpu_moe - 3) * 3 * 8 * 1280 * 4096 * 144 / 256
+    assert row.empty.ceiling_tps == pytest.approx(1 / (in_ram / 89.6e9 + (row.empty.read - in_ram) / 936e9))
+    cache = row.full.read - row.empty.read
+    assert cache == (12 * 32768 + 33 * 512) * 4096
+    assert row.full.ceiling_tps == pytest.approx(1 / (1 / row.empty.ceiling_tps + cache / 936e9))
+
+
+def test_two_sparks_hold_twice_as_much_and_are_no_faster_than_one(real: Path) -> None:
+    one, two = (rows(real, name, "Q4_K_S", "Q8_0") for name in ("spark", "spark-2"))
+    assert (one["Q8_0"].fits, two["Q8_0"].fits) == (False, True)
+    placement = two["Q8_0"].placement
+    assert placement is not None
+    assert (placement.n_cpu_moe, placement.ram, sum(placement.split)) == (0, 0, 49)
+    assert max(placement.cards) <= 117.7 * GIB
+    assert two["Q4_K_S"].empty.tps is None, "no speed of two is published"
+    assert two["Q4_K_S"].empty.ceiling_tps == one["Q4_K_S"].empty.ceiling_tps
+
+
+def test_of_a_box_that_nobody_listed_the_cards_are_not_counted_in_the_ceiling(real: Path) -> None:
+    cards, context = (24 * GIB, 24 * GIB), ContextParams(32768)
+    (known,) = plan(real, described_box(cards, 128 * GIB, 90e9), context, "Q4_K_S").rows
+    (unknown,) = plan(real, described_box(cards, 128 * GIB, None), context, "Q4_K_S").rows
+    assert known.placement is not None
+    assert known.placement == unknown.placement
+    in_ram = sum(known.placement.n_cpu_moe > i for i in range(3, 45))
+    assert known.empty.ceiling_tps == known.full.ceiling_tps
+    assert known.empty.ceiling_tps is not None
+    assert 90e9 / known.empty.ceiling_tps == pytest.approx(in_ram * 8 / 288 * 2.55e9, rel=0.03)  # a layer's: 2.55 GB
+    assert (unknown.empty.ceiling_tps, unknown.mtp_gain, known.mtp_gain) == (None, None, None)
 
 
 # speed --------------------------------------------------------------------------------------------------------------
@@ -142,15 +218,15 @@ def test_a_published_speed_is_predicted_where_it_was_published(real: Path, tmp_p
     assert row.empty.tps[1] == pytest.approx(23.7, rel=0.0001)  # its bytes are in the list with 4 digits
     at_100k = rows(real, "mac-128", "IQ4_XS", ctx=100_000)["IQ4_XS"]
     assert at_100k.full.tps is not None
-    assert at_100k.full.tps[0] == pytest.approx(20, rel=0.0001)
+    assert sum(at_100k.full.tps) / 2 == pytest.approx(20, rel=0.02)
 
 
 @pytest.mark.slow
 def test_where_nothing_is_published_there_is_a_ceiling_and_no_prediction(real: Path) -> None:
-    row = rows(real, "strix-128", "Q4_K_S")["Q4_K_S"]
+    row = rows(real, "mac-192", "Q4_K_S")["Q4_K_S"]
     assert (row.empty.tps, row.full.tps) == (None, None)
-    assert row.empty.ceiling_tps == pytest.approx(212e9 / row.empty.read)
-    text = "\n".join(closing_notes(plan(real, target_machine("strix-128"), ContextParams(CTX), "Q4_K_S")))
+    assert row.empty.ceiling_tps == pytest.approx(800e9 / row.empty.read)
+    text = "\n".join(closing_notes(plan(real, target_machine("mac-192"), ContextParams(CTX), "Q4_K_S")))
     assert "no measurement of this model is published" in text
     assert "estimate" not in text
 

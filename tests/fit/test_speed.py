@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import pytest
 
+from benchmarks.speed_model import Prediction, median_error, predictions
 from stepgguf.convert.sizes import Inventory, Sizes, take_inventory
 from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.fit import catalogue
 from stepgguf.fit.footprint import footprint_of
-from stepgguf.fit.speed import expert_share, kv_read_bytes, mtp_gain, read_bytes, step_bytes
+from stepgguf.fit.memory import memory_budget
+from stepgguf.fit.planning import TargetMachine
+from stepgguf.fit.speed import (
+    SOURCE_ERROR,
+    StepBytes,
+    efficiency_range,
+    expert_share,
+    kv_read_bytes,
+    mtp_gain,
+    read_bytes,
+    step_bytes,
+)
 from stepgguf.model.names import TensorName
 from tests.cli.test_cli import sparse_checkpoint
 
@@ -88,32 +101,88 @@ def test_bytes_and_speeds_are_those_of_an_independent_table(row: Published, flas
     assert tuple(round(gain, 2) for gain in gains) == row.mtp
 
 
-@pytest.mark.parametrize(
-    ("machine", "number", "recipe", "depth"),
-    [
-        ("spark", 0, "Q8_0/IQ3_S/IQ3_S/IQ4_XS", 0),
-        ("spark", 1, "Q4_K_S", 0),
-        ("mac-128", 0, "IQ4_XS", 0),
-        ("mac-128", 1, "IQ4_XS", 100_000),
-    ],
-)
+F16, Q8_0 = 1.0, 34 / 64  # of the KV cache's bytes, as F16 counts them
+AES = "Q8_0/IQ3_S/IQ3_S/IQ4_XS"
+# The file of each published run, in the list's order, and its KV cache.
+RUNS = {
+    "spark": [(AES, F16)] + [("Q4_K_S", F16)] + [("Q4_K_S", Q8_0)] * 7,
+    "strix-128": [("IQ4_XS", F16)] * 2 + [("Q4_K_S", F16)],
+    "mac-128": [("IQ4_XS", F16)] * 2 + [("Q4_K_S", F16)],
+    "mac-128-m4-max": [("Q4_K_S", F16)] * 6,
+}
+
+
+@pytest.mark.parametrize("machine", RUNS)
 def test_the_bytes_of_a_published_speed_are_those_of_its_file(
-    machine: str, number: int, recipe: str, depth: int, real: Checkpoint, flash: Inventory, tmp_path: Path
+    machine: str, real: Checkpoint, flash: Inventory, tmp_path: Path
 ) -> None:
-    read = step(sizes(flash, recipe, tmp_path)) + kv_read_bytes(footprint_of(real), depth)
-    assert catalogue.load_catalogue()[machine].measured[number].read == round(read / 1e9, 3) * 1e9
+    model = footprint_of(real)
+    for (recipe, cache), published in zip(RUNS[machine], catalogue.load_catalogue()[machine].measured, strict=True):
+        read = step(sizes(flash, recipe, tmp_path)) + cache * kv_read_bytes(model, published.depth)
+        assert published.read == round(read / 1e9, 3) * 1e9
 
 
 def test_every_published_speed_has_its_bytes_checked() -> None:
-    counts = {name: len(machine.measured) for name, machine in catalogue.load_catalogue().items() if machine.measured}
-    assert counts == {"spark": 2, "mac-128": 2, "mac-64": 2}
+    measured = {machine.measured for machine in catalogue.load_catalogue().values() if machine.measured}
+    assert sum(map(len, measured)) == sum(map(len, RUNS.values())) == len(predictions()) == 21
+
+
+@pytest.mark.parametrize("prediction", predictions(), ids=lambda p: f"{p.machine.name}-{p.published.tps:g}")
+def test_every_published_speed_is_in_the_range_that_is_printed_for_it(prediction: Prediction) -> None:
+    machine, published = prediction.machine, prediction.published
+    speed = TargetMachine("", machine.machine, memory_budget(machine.machine), machine).generation_speed(
+        StepBytes(published.read)
+    )
+    assert speed.tps is not None
+    low, high = speed.tps
+    assert low <= published.tps * (1 + 1e-12)
+    assert published.tps <= high * (1 + 1e-12)
+    assert high - low >= 2 * SOURCE_ERROR * machine.bandwidth * median(machine.efficiencies) / published.read * 0.999
+
+
+def test_the_stated_errors_are_those_of_the_list() -> None:
+    found = predictions()
+    assert round(median_error(p.source_error for p in found), 2) == SOURCE_ERROR
+    depth_errors = [p.depth_error for p in found if p.depth_error is not None]
+    assert len(depth_errors) == 17
+    assert round(median_error(depth_errors), 3) == 0.025
+    assert max(map(abs, depth_errors)) == pytest.approx(0.24, abs=0.005)
+    assert max(abs(p.source_error) for p in found if p.source_error is not None) == pytest.approx(0.59, abs=0.005)
+
+
+def test_a_prediction_does_not_know_what_it_predicts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A figure that is twice as fast is predicted as before: by the others of its run, and by other sources."""
+    entries = catalogue.load_catalogue()
+    machine = entries["mac-128"]
+    first, *others = machine.measured
+    twice = replace(machine, measured=(replace(first, tps=2 * first.tps), *others))
+    before = predictions()
+    monkeypatch.setattr("benchmarks.speed_model.load_catalogue", lambda: {"mac-128": twice})
+    after = next(p for p in predictions() if p.published.depth == first.depth)
+    assert after.published.tps == 72
+    assert [(p.by_depth, p.by_source) for p in before if p.published is first or p.published == first] == [
+        (after.by_depth, after.by_source)
+    ]
 
 
 def test_one_efficiency_explains_an_empty_and_a_long_context() -> None:
     """36 tok/s and, after 100,000 tokens, 20 were measured on an M1 Ultra; the KV cache makes the difference."""
-    empty, long = catalogue.load_catalogue()["mac-128"].measured
+    empty, long, _ = catalogue.load_catalogue()["mac-128"].measured
     predicted = empty.tps * empty.read / long.read
     assert predicted == pytest.approx(long.tps, rel=0.02)  # 20 is published without decimals: 19.5 to 20.5 is 2.5 %
+
+
+def test_two_places_are_read_one_after_the_other() -> None:
+    step = StepBytes(ram=4e9, cards=9e9)
+    assert step.total == 13e9
+    assert step.seconds(80e9, 900e9) == pytest.approx(0.05 + 0.01)
+    assert step.seconds(80e9, None) == pytest.approx(0.05), "an unknown place takes no less than nothing"
+    assert StepBytes(ram=0.0, cards=9e9).seconds(80e9, None) is None
+
+
+def test_the_range_is_what_was_measured_and_at_least_the_error_of_sources() -> None:
+    assert efficiency_range((0.5,)) == pytest.approx((0.5 * (1 - SOURCE_ERROR), 0.5 * (1 + SOURCE_ERROR)))
+    assert efficiency_range((0.2, 0.5, 0.9)) == (0.2, 0.9)
 
 
 @pytest.mark.slow
