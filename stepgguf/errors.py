@@ -10,7 +10,8 @@
     │   ├── TensorNotFound       the architecture needs it, no shard has it
     │   ├── UnexpectedTensor     a shard has it, the architecture does not know it (or has it twice)
     │   ├── ShapeMismatch        the shape or dtype is not the one that config.json implies
-    │   └── CorruptTensor        non-finite values
+    │   ├── CorruptTensor        non-finite values
+    │   └── HubError             the Hugging Face Hub: not reached, refuses, has changed
     ├── UnsupportedModel         a checkpoint of another architecture
     ├── GGUFError                the GGUF side
     │   ├── BadMagic             not a GGUF
@@ -88,6 +89,10 @@ class ShapeMismatch(CheckpointError):
 
 
 class CorruptTensor(CheckpointError):
+    pass
+
+
+class HubError(CheckpointError):
     pass
 
 

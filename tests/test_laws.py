@@ -66,6 +66,8 @@ ONLY_IN = {
     "uvicorn": ("server/",),
     "prometheus_client": ("server/metrics.py",),
     "prompt_toolkit": ("cli/",),
+    "huggingface_hub": ("convert/sources/hub_repository.py", "convert/sources/remote_file.py"),
+    "httpx2": ("convert/sources/hub_repository.py", "convert/sources/remote_file.py"),
     "typer": ("cli/",),
     "rich": ("cli/",),
     "gguf": ("files/gguf_header.py", "quants/", "convert/", "calibration/"),
@@ -105,7 +107,12 @@ def test_a_module_imports_only_what_its_package_may(path: Path) -> None:
 
 
 # what is imported under another name than it is installed by
-INSTALLED_AS = {"llama_cpp": "llama-cpp-python", "markdown_it": "markdown-it-py", "yaml": "pyyaml"}
+INSTALLED_AS = {
+    "huggingface_hub": "huggingface_hub",
+    "llama_cpp": "llama-cpp-python",
+    "markdown_it": "markdown-it-py",
+    "yaml": "pyyaml",
+}
 
 
 @pytest.mark.slow
@@ -116,7 +123,8 @@ def test_what_is_imported_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     declared = {
-        re.split(r"[^\w.-]", line)[0] for line in [*project["dependencies"], *extras["run"], *extras["reference"]]
+        re.split(r"[^\w.-]", line)[0]
+        for line in [*project["dependencies"], *extras["run"], *extras["hub"], *extras["reference"]]
     }
     imported = {name.partition(".")[0] for path in modules() for name in imports(path)}
     foreign = imported - sys.stdlib_module_names - {"stepgguf", "pydantic_core"}  # pydantic's own other half

@@ -13,7 +13,12 @@ from stepgguf.convert import MtpMode
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Directory with config.json and *.safetensors.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SRC", help="Directory with config.json and *.safetensors, or hf:ORG/NAME[@REVISION] on the Hub."
+        ),
+    ],
     dest: arguments.Dest,
     type: arguments.Type = None,
     fit: arguments.Fit = None,
@@ -49,13 +54,15 @@ def convert(
     """Convert a published Step-3.5 / Step-3.7 checkpoint (BF16 or FP8) to a quantized GGUF in one pass.
 
     No intermediate file is written. Interrupt it as you like: the same command goes on where it stopped, and the
-    result is the same to the byte.
+    result is the same to the byte. From the Hugging Face Hub the weights are read as they are needed: 394 GB pass
+    through the network and none of them through the disk.
 
     Examples:
 
     - `stepgguf convert Step-3.5-Flash/ step-q4_k_s.gguf --type Q4_K_S`
     - `stepgguf convert Step-3.5-Flash-FP8/ models/ --type IQ4_XS --split-max-size 50G`
     - `stepgguf convert Step-3.5-Flash/ step-128gb.gguf --type 128gb --imatrix imatrix.gguf`
+    - `stepgguf convert hf:stepfun-ai/Step-3.5-Flash step.gguf --type Q4_K_S`
     - `stepgguf convert Step-3.5-Flash/ step.gguf --fit 104GiB --imatrix imatrix.gguf --dry-run`
     - `stepgguf convert Step-3.5-Flash/ step.gguf --type Q3_K_M --imatrix imatrix.gguf --calibrate default`
     """

@@ -60,8 +60,10 @@ Tensors = list[tuple[str, str, int, int, str]]  # name, type, bytes, values, and
 
 
 def _is_checkpoint(path: Path) -> bool:
-    from stepgguf.convert.sources.hub import hub_id, is_part
+    from stepgguf.convert.sources.hub import hub_id, is_hub_address, is_part
 
+    if is_hub_address(path):
+        return True
     return path.is_dir() or is_part(path) or (not path.exists() and path.suffix != ".gguf" and hub_id(path) is not None)
 
 

@@ -39,6 +39,8 @@ from stepgguf.files import installed
 
 # Packages that come with an extra and not with stepgguf itself.
 EXTRAS = {
+    "httpx2": "hub",
+    "huggingface_hub": "hub",
     "fastapi": "run",
     "jinja2": "run",
     "llama_cpp": "run",

@@ -114,6 +114,9 @@ def measure_errors(
             for tensor, group in by_tensor:
                 known.add(tensor.name, _weigh_losses(group))
                 progress(tensor, False)
+        except BaseException:
+            source.stop_waiting()
+            raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
         return {tensor.name: known.measured[tensor.name] for tensor in tensors}

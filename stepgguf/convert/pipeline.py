@@ -5,7 +5,8 @@
     journal thread  every few seconds: fdatasync, then the journal
 
 A worker holds one unit: its bytes as stored, and its blocks if it is encoded. The number of workers is cut so that all
-of them together stay below the memory limit. Nothing else grows with the model, but an importance matrix's mapped file.
+of them together stay below the memory limit. Nothing else grows with the model, but an importance matrix's mapped file;
+what is read ahead of a network stays below 256 MiB (sources/read_ahead.py).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from stepgguf.quants.values import Values, widen, widened_runs
 
 DEFAULT_MEMORY = 2 * GIB
 COMMIT_SECONDS = 2.0
+UNITS_AHEAD = 16  # at least: a network answers late, on as many connections as there are units
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,8 +195,9 @@ class _UnitPool:
             self._committer.commit_if_due()
 
     def _submit(self, todo: Iterator[int]) -> None:
-        """Keep the workers busy: one unit each, and as many waiting whose bytes are on their way from the disk."""
-        while len(self._running) < 2 * self._workers and (number := next(todo, None)) is not None:
+        """Keep the workers busy: one unit each, and others waiting whose bytes are on their way."""
+        most = self._workers + max(self._workers, UNITS_AHEAD)
+        while len(self._running) < most and (number := next(todo, None)) is not None:
             tensor, unit = _tensor_and_unit(self._writer, number)
             if tensor.source is not None:
                 self._source.prefetch(tensor.source, unit.start, unit.stop)
@@ -209,6 +212,8 @@ class _UnitPool:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        if exc[0] is not None:
+            self._source.stop_waiting()
         self._pool.shutdown(wait=True, cancel_futures=True)
         # What was written while the error came is as good as the rest.
         for future, number in self._running.items():

@@ -1,18 +1,18 @@
 """A safetensors checkpoint as a TensorSource.
 
-    folder -hub-> the snapshot -diagnosis-> shards -shards-> stored tensors -spelling-> published names
+    path -place-> files -diagnosis-> shards -shards-> stored tensors -spelling-> published names
            -encodings, layout, contents-> stored matrices of each tensor of the table
 
 Everything that can be wrong with names, shapes, dtypes and sizes is found before a value is read.
 
-Data is read with pread into buffers of our own and not through a mapping: memory stays bounded by what is in flight,
-and a disk error is an OSError with a name instead of a SIGBUS.
+Data is read by position (random_access) into buffers of our own and not through a mapping: memory stays bounded by what
+is in flight, and a disk error is an OSError with a name instead of a SIGBUS.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,12 +23,13 @@ from stepgguf.convert.metadata import CheckpointMetadata, read_metadata
 from stepgguf.convert.sources import diagnosis
 from stepgguf.convert.sources.contents import CheckpointContents
 from stepgguf.convert.sources.encodings import widen_scales
-from stepgguf.convert.sources.hub import checkpoint_folder, model_origin
+from stepgguf.convert.sources.hub import model_origin
 from stepgguf.convert.sources.layout import StoredMatrix
+from stepgguf.convert.sources.place import open_place
 from stepgguf.convert.sources.shards import StoredTensor, read_shard
 from stepgguf.convert.sources.source import SourceTensor, rows_per_expert
-from stepgguf.errors import BadConfig, TruncatedShard
-from stepgguf.files import disk, jsonread
+from stepgguf.errors import BadConfig
+from stepgguf.files import jsonread
 from stepgguf.model.hparams import HParams
 from stepgguf.model.rope import ROPE_FREQS, rope_freqs
 from stepgguf.model.tensors import TensorSpec
@@ -40,28 +41,35 @@ Number = TypeVar("Number", np.uint8, np.float32)
 class Checkpoint:
     """An opened and checked checkpoint. `warnings` are for the user; `hparams` and `specs` are what it can give.
 
-    `path` may be its directory, one of its files, a cache folder of the Hub or a Hub id that was downloaded. Raises
-    CheckpointError, which says what the folder is if it is something else, or UnsupportedModel.
+    `path` may be its directory, one of its files, a cache folder of the Hub, a id that was downloaded, or (to read it
+    from the Hub) hf:ORG/NAME[@REVISION]. Raises CheckpointError, which says what the folder is if it is something else,
+    or UnsupportedModel.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = checkpoint_folder(path)
-        self.origin = model_origin(self.path)
-        paths = diagnosis.check_files(self.path)
-        document = jsonread.read(self.path / "config.json", BadConfig, "The checkpoint directory must hold this file.")
-        self.config = document.object()
-        # Before the shards: another architecture shall be called that, and not a checkpoint with strange tensors.
-        described = HParams.from_config(self.config, document.document)
-        shards = [read_shard(shard) for shard in paths]
-        self._digests = {shard.path.name: shard.digest for shard in shards}
-        self._contents = CheckpointContents(self.path, described, shards, document)
-        self.hparams, self.specs = self._contents.hparams, self._contents.specs
-        self.warnings, self._matrices = self._contents.warnings, self._contents.matrices
-        self.tensors = {spec.source: self._source_tensor(spec) for spec in self.specs}
-        freqs = rope_freqs(self.hparams)
-        self.constants = {} if freqs is None else {ROPE_FREQS: freqs}
-        self.own_types = None  # nothing is of a GGUF's type yet
-        self._files = {shard: os.open(shard, os.O_RDONLY) for shard in paths}
+        with ExitStack() as opened:
+            place = opened.enter_context(closing(open_place(path)))
+            self._place, self.path, self._folder = place, place.path, place.folder
+            self.origin = model_origin(self._folder)
+            paths = diagnosis.check_files(self.path, place.list_files())
+            document = jsonread.read(
+                self._folder / "config.json", BadConfig, "The checkpoint directory must hold this file."
+            )
+            self.config = document.object()
+            # Before the shards: another architecture shall be called that, and not a checkpoint with strange tensors.
+            described = HParams.from_config(self.config, document.document)
+            files = [opened.enter_context(closing(place.open_file(path))) for path in paths]
+            self._files = {file.path: file for file in files}
+            shards = [read_shard(file) for file in files]
+            self._digests = {shard.path.name: shard.digest for shard in shards}
+            self._contents = CheckpointContents(self._folder, described, shards, document)
+            self.hparams, self.specs = self._contents.hparams, self._contents.specs
+            self.warnings, self._matrices = self._contents.warnings, self._contents.matrices
+            self.tensors = {spec.source: self._source_tensor(spec) for spec in self.specs}
+            freqs = rope_freqs(self.hparams)
+            self.constants = {} if freqs is None else {ROPE_FREQS: freqs}
+            self.own_types = None  # nothing is of a GGUF's type yet
+            self._opened = opened.pop_all()
 
     @property
     def name(self) -> str:
@@ -81,12 +89,13 @@ class Checkpoint:
 
     def metadata(self, name: str | None, chat_template: Path | None) -> CheckpointMetadata:
         """What the files beside the shards say. BadConfig for what cannot be used."""
-        return read_metadata(self.path, self.config, self.origin, self.hparams, name=name, template=chat_template)
+        return read_metadata(self._folder, self.config, self.origin, self.hparams, name=name, template=chat_template)
+
+    def stop_waiting(self) -> None:
+        self._place.stop_waiting()
 
     def close(self) -> None:
-        for fd in self._files.values():
-            os.close(fd)
-        self._files.clear()
+        self._opened.close()
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -118,13 +127,13 @@ class Checkpoint:
     # rows -------------------------------------------------------------------------------------------------------
 
     def identity(self) -> dict[str, str]:
-        return dict(self._digests)
+        return {**self._place.identity, **self._digests}
 
     def prefetch(self, name: str, start: int, stop: int) -> None:
         for matrix, first, n in self._split_at_experts(name, start, stop):
             row_bytes = matrix.data.row_bytes
             # Without the scales: of FP8 blocks they are few, and in memory once a neighbour has read them.
-            disk.prefetch_at(self._files[matrix.data.shard], n * row_bytes, matrix.offset + first * row_bytes)
+            self._files[matrix.data.shard].prefetch_at(n * row_bytes, matrix.offset + first * row_bytes)
 
     def raw(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
         return _join_runs(
@@ -164,7 +173,7 @@ class Checkpoint:
 
     def _read_rows(self, stored: StoredTensor, offset: int, n: int) -> NDArray[np.uint8]:
         data = np.empty(n * stored.row_bytes, np.uint8)
-        disk.read_at(self._files[stored.shard], data.data, offset, stored.name, TruncatedShard)
+        self._files[stored.shard].read_at(data.data, offset, stored.name)
         return data.reshape(n, -1)
 
 

@@ -69,9 +69,8 @@ _MARKS = re.compile("|".join(f"(?:{pattern})" for pattern, _ in QUANTIZED))
 _METHODS = {"gptq": "a GPTQ", "awq": "an AWQ", "auto-round": "an AutoRound", "auto_round": "an AutoRound"}
 
 
-def check_files(folder: Path) -> list[Path]:
-    """The shards of a checkpoint's folder. UnsupportedCheckpoint if its files are those of something else."""
-    files = _list_folder(folder)
+def check_files(folder: Path, files: Sequence[Path]) -> list[Path]:
+    """The shards among a folder's files. UnsupportedCheckpoint if its files are those of something else."""
     names = [path.name for path in files if not path.name.startswith(".")]
     shards = [path for path in files if path.suffix == ".safetensors" and not path.name.startswith(".")]
     weights = [path for path in shards if not path.name.startswith("adapter_model.")]
@@ -176,13 +175,6 @@ def missing_tensors_error(
         "are missing)",
         hint="config.json describes more than the shards hold; take both from the same repository.",
     )
-
-
-def _list_folder(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder.iterdir())
-    except OSError as error:
-        raise CheckpointError(f"{folder}: {error.strerror}", hint="Check its permissions.") from error
 
 
 def _numbering_gaps(names: Collection[str]) -> list[str]:

@@ -100,6 +100,9 @@ class GGUFSource:
         assert chat_template is None
         return GGUFMetadata(tuple(self.keys.values()))
 
+    def stop_waiting(self) -> None:
+        """Nothing waits."""
+
     def close(self) -> None:
         for fd in self._files.values():
             os.close(fd)

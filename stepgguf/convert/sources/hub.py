@@ -5,6 +5,7 @@ models--ORG--NAME/            the Hub's cache folder of a model: its snapshot is
     snapshots/HASH/               the files, links into blobs/
     blobs/SHA256[.incomplete]
 ORG/NAME                      a Hub id, where no such folder is: its cache folder, if it was downloaded
+hf:ORG/NAME[@REVISION]        a repository on the Hub, whose weights stay there (hub_repository.py)
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from stepgguf.errors import CheckpointError, UnsupportedCheckpoint
 HUB = "https://huggingface.co"
 _CACHE_FOLDER = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 _WORD = re.compile(r"[A-Za-z0-9][\w.-]{0,95}")
+_ADDRESS = re.compile(r"hf:/?([^/@]+/[^/@]+)(?:@(.+))?")  # Path makes one slash of the two of hf://
 _GIVE_FOLDER = "Give the directory that holds config.json and the *.safetensors."
 _PARTS = ("config.json", ".safetensors", ".safetensors.index.json")  # ends of the names of a checkpoint's own files
 
@@ -35,6 +37,37 @@ class ModelOrigin:
     def hub_id(self) -> str | None:
         """ORG/NAME; None where the path does not say whose it is."""
         return f"{self.organization}/{self.name}" if self.organization else None
+
+
+@dataclass(frozen=True, slots=True)
+class HubAddress:
+    """A repository on the Hub, ORG/NAME, at a branch, a tag or a commit; None: its main branch."""
+
+    hub_id: str
+    revision: str | None = None
+
+    @property
+    def path(self) -> Path:
+        """The address as it is written on a command line."""
+        return Path(f"hf:{self.hub_id}" + (f"@{self.revision}" if self.revision else ""))
+
+
+def hub_address(path: Path) -> HubAddress | None:
+    """The address that begins with hf:, None for any other path. CheckpointError for one that names no repository."""
+    if not is_hub_address(path):
+        return None
+    match = _ADDRESS.fullmatch(str(path))
+    if match is None or not is_hub_id(match[1]):
+        raise CheckpointError(
+            f"{path}: not the address of a model on the Hugging Face Hub",
+            hint="Write hf:ORG/NAME or hf:ORG/NAME@REVISION, such as hf:stepfun-ai/Step-3.5-Flash",
+        )
+    return HubAddress(match[1], match[2])
+
+
+def is_hub_address(path: Path) -> bool:
+    """Whether a path is meant as an address on the Hub."""
+    return str(path).startswith("hf:")
 
 
 def model_origin(folder: Path) -> ModelOrigin:
@@ -83,7 +116,8 @@ def _find_folder(path: Path) -> Path:
         return snapshot_folder(cached)
     raise CheckpointError(
         f"{path}: there is no such directory; it looks like a model on the Hugging Face Hub",
-        hint=f"Download it first: hf download {found} --local-dir {found.split('/')[1]}",
+        hint=f"Give hf:{found} to read it from there, or download it first: hf download {found} --local-dir "
+        f"{found.split('/')[1]}",
     )
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from stepgguf.errors import CheckpointError, CorruptShard, MissingShard, TruncatedShard
-from stepgguf.files import disk, jsonread
+from stepgguf.convert.sources.random_access import AGAIN, RandomAccessFile
+from stepgguf.errors import CorruptShard, TruncatedShard
+from stepgguf.files import jsonread
 from stepgguf.files.jsonread import Value
 
 _MAX_HEADER = 100_000_000  # safetensors' own limit
@@ -24,14 +24,13 @@ DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
     "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
-_AGAIN = "Download the shard again."
 
 # What has a shard's name and is something else, by its first bytes.
 _FOREIGN = (
     (b"version https://git-lfs", "is a git-lfs pointer", "Fetch the real file with: git lfs pull"),
     (b"GGUF", "is a GGUF file", "Give it its right name, and to `stepgguf quantize`."),
     (b"PK\x03\x04", "is a PyTorch pickle", "Save the model with transformers' save_pretrained, as safetensors."),
-    (b"<", "is a web page, which the download got in the shard's place", _AGAIN),
+    (b"<", "is a web page, which the download got in the shard's place", AGAIN),
     (b"\0" * 8, "begins with zeros: its download has not finished", "Finish the download."),
 )
 
@@ -55,7 +54,7 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A shard's tensors, the format that its metadata names ("pt", "mlx"), and a digest of size, time and header."""
+    """A shard's tensors, the format that its metadata names ("pt", "mlx"), and a digest of version and header."""
 
     path: Path
     tensors: tuple[StoredTensor, ...]
@@ -63,43 +62,35 @@ class Shard:
     digest: str
 
 
-def read_shard(path: Path) -> Shard:
-    """Read a shard's header. MissingShard, TruncatedShard or CorruptShard, each naming the file and what is wrong."""
-    try:
-        with disk.open_regular(path) as file:
-            status = os.fstat(file.fileno())
-            start = file.read(64)  # enough to tell what is no shard, before its "length" is believed
-            length = _header_length(path, start, status.st_size)
-            text = start[8 : 8 + length] + file.read(max(0, length - 56))
-    except disk.NotAFile as error:
-        raise CorruptShard(f"{path}: not a file", hint=_AGAIN) from error
-    except PermissionError as error:  # safetensors makes files that only their owner may read
-        raise CheckpointError(f"{path}: {error.strerror}", hint="Check its permissions.") from error
-    except OSError as error:
-        broken = path.is_symlink() and not path.exists()
-        problem = "a link to a file that is not there" if broken else error.strerror
-        raise MissingShard(f"{path}: {problem}", hint=_AGAIN) from error
-    header = jsonread.parse(text, f"{path}, header", CorruptShard, _AGAIN)
+def read_shard(file: RandomAccessFile) -> Shard:
+    """Read a shard's header. TruncatedShard or CorruptShard, each naming the file and what is wrong."""
+    path = file.path
+    start = bytearray(min(64, file.size))  # enough to tell what is no shard, before its "length" is believed
+    file.read_at(start, 0, f"{path}, header")
+    length = _header_length(path, start, file.size)
+    text = bytearray(length)
+    file.read_at(text, 8, f"{path}, header")
+    header = jsonread.parse(bytes(text), f"{path}, header", CorruptShard, AGAIN)
     tensors = tuple(
         _stored_tensor(path, name, value, 8 + length) for name, value in header.members() if name != "__metadata__"
     )
-    _check_offsets(path, tensors, 8 + length, status.st_size)
+    _check_offsets(path, tensors, 8 + length, file.size)
     metadata = header.get("__metadata__")
     format_name = metadata.object().get("format") if metadata is not None else None
-    digest = hashlib.sha256(text + f"{status.st_size} {status.st_mtime_ns}".encode()).hexdigest()
+    digest = hashlib.sha256(text + file.version.encode()).hexdigest()
     return Shard(path, tensors, format_name if isinstance(format_name, str) else None, digest)
 
 
-def _header_length(path: Path, start: bytes, size: int) -> int:
+def _header_length(path: Path, start: bytearray, size: int) -> int:
     """The header's bytes, which a file of this size can hold; what is no shard at all is named."""
     for magic, what, hint in _FOREIGN:
         if start.startswith(magic):
             raise CorruptShard(f"{path}: {what}", hint=hint)
     length = int(struct.unpack("<Q", start[:8])[0]) if len(start) >= 8 else 0
     if not 2 <= length <= _MAX_HEADER:
-        raise CorruptShard(f"{path}: a header of {length} bytes, expected 2 to {_MAX_HEADER}", hint=_AGAIN)
+        raise CorruptShard(f"{path}: a header of {length} bytes, expected 2 to {_MAX_HEADER}", hint=AGAIN)
     if length > size - 8:
-        raise TruncatedShard(f"{path}: {size} bytes, but its header alone has {length}", hint=_AGAIN)
+        raise TruncatedShard(f"{path}: {size} bytes, but its header alone has {length}", hint=AGAIN)
     return length
 
 
@@ -112,7 +103,7 @@ def _stored_tensor(path: Path, name: str, value: Value, data_start: int) -> Stor
     size = DTYPE_BYTES.get(dtype)  # None: a dtype that is not known, and so not read
     if end < begin or (size is not None and end - begin != math.prod(shape) * size):
         raise CorruptShard(
-            f"{path}: {name}, {dtype} {list(shape)}, lies at {begin} to {end}, which is not its size", hint=_AGAIN
+            f"{path}: {name}, {dtype} {list(shape)}, lies at {begin} to {end}, which is not its size", hint=AGAIN
         )
     return StoredTensor(name, path, dtype, shape, data_start + begin, end - begin)
 
@@ -123,10 +114,10 @@ def _check_offsets(path: Path, tensors: tuple[StoredTensor, ...], data_start: in
     for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.n_bytes)):
         if tensor.offset != end:
             raise CorruptShard(
-                f"{path}: {tensor.name} lies at {tensor.offset - data_start}, expected {end - data_start}", hint=_AGAIN
+                f"{path}: {tensor.name} lies at {tensor.offset - data_start}, expected {end - data_start}", hint=AGAIN
             )
         end += tensor.n_bytes
     if size < end:
-        raise TruncatedShard(f"{path}: {size:,} bytes, but its header promises {end:,}", hint=_AGAIN)
+        raise TruncatedShard(f"{path}: {size:,} bytes, but its header promises {end:,}", hint=AGAIN)
     if size > end:
-        raise CorruptShard(f"{path}: {size:,} bytes, but its header accounts for {end:,}", hint=_AGAIN)
+        raise CorruptShard(f"{path}: {size:,} bytes, but its header accounts for {end:,}", hint=AGAIN)

@@ -122,6 +122,9 @@ class TensorSource(Protocol):
     def values(self, name: str, start: int, stop: int) -> Values:
         """Rows [start, stop) as numbers, BF16 and FP8 not widened, [n, columns]."""
 
+    def stop_waiting(self) -> None:
+        """Have reads that wait for a network fail at once: what they give is wanted no longer."""
+
     def close(self) -> None: ...
 
     def __enter__(self) -> TensorSource: ...

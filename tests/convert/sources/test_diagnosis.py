@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from stepgguf.cli.main import main
 from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.convert.sources.diagnosis import QUANTIZED
+from stepgguf.convert.sources.random_access import LocalFile
 from stepgguf.convert.sources.shard_index import INDEX
-from stepgguf.convert.sources.shards import read_shard
 from stepgguf.errors import CheckpointError, MissingShard, StepggufError, UnsupportedCheckpoint
 from stepgguf.model.hparams import HParams
 from stepgguf.model.tensors import tensor_specs
@@ -327,7 +327,7 @@ def test_a_shard_that_may_not_be_read_need_not_be_downloaded_again(copy: Path) -
             if user == 0:  # root may read everything
                 os.seteuid(65534)
             with pytest.raises(CheckpointError, match="Permission denied") as caught:
-                read_shard(moved)
+                LocalFile(moved)
         finally:
             os.seteuid(user)
     assert caught.value.hint == "Check its permissions."

@@ -98,7 +98,10 @@ def test_a_hub_id_is_the_model_in_the_cache(
             assert checkpoint.name == "Step-3.5-Flash"
     with pytest.raises(CheckpointError, match="looks like a model on the Hugging Face Hub") as caught:
         Checkpoint(Path("stepfun-ai/Step-3.7-Flash"))
-    assert caught.value.hint == ("Download it first: hf download stepfun-ai/Step-3.7-Flash --local-dir Step-3.7-Flash")
+    assert caught.value.hint == (
+        "Give hf:stepfun-ai/Step-3.7-Flash to read it from there, or download it first: "
+        "hf download stepfun-ai/Step-3.7-Flash --local-dir Step-3.7-Flash"
+    )
 
 
 def test_what_can_be_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
