@@ -13,9 +13,15 @@ import pytest
 
 from stepgguf.cli.main import main
 from stepgguf.cli.stream_progress import StreamMeter
+from stepgguf.convert.cost_file import write_costs
+from stepgguf.convert.measure import possible_types
+from stepgguf.convert.sizes import take_inventory
+from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.demo import CHECKPOINT
 from stepgguf.demo.tasks import HELD_OUT, ask_weather, count_letters
+from stepgguf.files import gguf_header
 from stepgguf.fit.machine import probe_machine
+from stepgguf.quants.types import bits_per_weight
 from stepgguf.reference.stream import LayerProgress
 from tests.generate import Shape, write_checkpoint
 
@@ -132,6 +138,26 @@ def test_types_that_were_chosen_are_no_stock_mixture(folder: Path, capfd: pytest
         capfd.readouterr()
         assert run(folder, name, "--against", "f32.base", "--json", text=None) == 0
         assert result(capfd)["is_stock"] is is_stock
+
+
+def test_what_was_predicted_stands_beside_what_is_measured(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    costs, dest = folder / "model.costs", folder / "fit.gguf"
+    with Checkpoint(CHECKPOINT) as source:
+        matrices = take_inventory(source).matrices
+        made_up = {
+            m.name: {g: 2.0 ** -bits_per_weight(g) for g in possible_types(m.name, m.shape, None)} for m in matrices
+        }
+        write_costs(costs, made_up, source, None)
+    options = ("--target-bpw", "5", "--costs", str(costs), "--mtp", "drop", "-q")
+    assert main(["convert", str(CHECKPOINT), str(dest), *options]) == 0
+    predicted = gguf_header.read(dest).get("stepgguf.predicted_kld")
+    assert 0.1 < predicted < len(made_up)
+    capfd.readouterr()
+    assert run(folder, "fit.gguf", "--against", "f32.base", text=None) == 0
+    said = (
+        f"KL divergence predicted when the types were chosen, for stock codes on the calibration text: {predicted:.6f}."
+    )
+    assert said in capfd.readouterr().out.splitlines()
 
 
 def test_the_frontier_of_several_results_is_in_the_report(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -41,7 +41,7 @@ Number = TypeVar("Number", np.uint8, np.float32)
 class Checkpoint:
     """An opened and checked checkpoint. `warnings` are for the user; `hparams` and `specs` are what it can give.
 
-    `path` may be its directory, one of its files, a cache folder of the Hub, a id that was downloaded, or (to read it
+    `path` may be its directory, one of its files, a cache folder of the Hub, an id that was downloaded, or (to read it
     from the Hub) hf:ORG/NAME[@REVISION]. Raises CheckpointError, which says what the folder is if it is something else,
     or UnsupportedModel.
     """
