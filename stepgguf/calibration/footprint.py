@@ -3,10 +3,10 @@
 Of a calibration, memory is the largest of what these hold at once:
 
     gradients       a layer, or the head, and the activations of a chunk of tokens with what their gradients need
-    dense matrices  both models' layer, seven times columns^2 of moments and their factors, a matrix five times
+    dense matrices  both models' layer, eight times columns^2 of moments and their factors, a matrix five times
     experts         the same of one expert, and its tokens, for each thread
 
-At the published widths 7.24 GB were measured and 7.86 said (benchmarks/real_layer_calibration).
+At the published widths 6.80 GB were measured and 7.26 said (benchmarks/real_layer_calibration).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PROCESS = 400 * 2**20  # Python with torch and what it loads
 _FLOAT, _DOUBLE = 4, 8  # bytes
 _HEAD_COPIES = 3  # of logits: with probabilities and their gradients
 _MATRIX_COPIES = 5  # its values, their target, the best decoded one and the next, and one on the way
-_MOMENT_COPIES = 7  # H and C, H with its ridge and the root of that; H again, scaled, and its root
+_MOMENT_COPIES = 8  # H and C, H with its ridge and the root of that; H again, scaled, and its root; one on the way
 
 
 @dataclass(frozen=True, slots=True)
