@@ -192,6 +192,8 @@ def _load(path: Path, options: EngineOptions, *, command: str, quiet: bool) -> E
         _make_cache_folder(options.cache_folder)
     if not options.force:
         _require_fit(machine, model, options, served=not in_process)
+    if in_process and options.gpu_layers and not quiet:
+        _warn_of_idle_gpu(machine)
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         with _progress_bar(path.name, quiet) as progress:
@@ -231,6 +233,15 @@ def _require_fit(machine: Machine, model: ModelFile, options: EngineOptions, *, 
     elif not served:
         found.append(check_memory(machine, probe_build(), model, replace(context, mtp=options.draft != 0)))
     refuse_to_load(model, (f for f in found if f.level == "fail" or (f.level == "warn" and not served)))
+
+
+def _warn_of_idle_gpu(machine: Machine) -> None:
+    """Say in a line that this machine has a GPU that will not be used, and what mends it."""
+    from stepgguf.fit.examine import engine_findings
+    from stepgguf.runtime.llama_build import probe_build
+
+    found = [finding for finding in engine_findings(machine, probe_build()) if finding.level == "fail"]
+    output.warn(f"{finding.message}; to mend it: {finding.fix}" for finding in found)
 
 
 def _load_in_process(

@@ -43,7 +43,7 @@ def examine(
     """All findings on a machine, an engine and a model in a context; None stands for what there is not."""
     yield _machine_finding(machine)
     if build is not None:
-        yield from _engine_findings(machine, build)
+        yield from engine_findings(machine, build)
     if build is None or not build.gpus:
         yield from _processor_findings(machine, build)
     if model is not None and context is not None:
@@ -73,7 +73,7 @@ def _machine_finding(machine: Machine) -> Finding:
     return Finding("ok", "machine", ", ".join(parts))
 
 
-def _engine_findings(machine: Machine, build: LlamaBuild) -> Iterator[Finding]:
+def engine_findings(machine: Machine, build: LlamaBuild) -> Iterator[Finding]:
     """Whether llama-cpp-python uses the GPU, and whether it can draft."""
     name, backend = f"llama-cpp-python {build.version}", _BACKENDS.get(machine.kind)
     if build.gpus:

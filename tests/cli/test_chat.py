@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import pty
@@ -15,6 +16,7 @@ import sys
 import termios
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,9 @@ import pytest
 
 from stepgguf.cli.main import main
 from stepgguf.conversation.transcript import SavedSession, list_sessions, read_session
+from stepgguf.files.byte_sizes import GIB
+from stepgguf.fit.machine import probe_machine
+from stepgguf.runtime.llama_build import Gpu, probe_build
 from tests.conftest import INTERRUPTIBLE
 from tests.generate import Shape, write_checkpoint
 
@@ -313,6 +318,22 @@ def test_the_answer_alone_goes_to_stdout(demo_gguf: Path, thinking: str | None) 
     assert ("2+3=5" in result.stderr) == (thinking == "full")
     assert "\x1b" not in result.stderr
     assert re.search(r"\d+ think \+ \d+ answer · [\d.]+ t/s · .* · ctx \d+/4,096", result.stderr)
+
+
+def test_a_gpu_that_stays_idle_is_said_once(
+    demo_gguf: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    machine = replace(probe_machine(), system="Linux", gpus=(Gpu("NVIDIA GeForce RTX 3090", 24 * GIB, 23 * GIB),))
+    monkeypatch.setattr("stepgguf.fit.machine.probe_machine", lambda: machine)
+    build = replace(probe_build(), gpu_offload=False, gpus=())
+    monkeypatch.setattr("stepgguf.runtime.llama_build.probe_build", lambda: build)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    ask = ["chat", str(demo_gguf), "-p", "How many e in cheese?", "--threads", "1"]
+    for options, times in (([], 1), (["--gpu-layers", "0"], 0), (["-q"], 0)):
+        capfd.readouterr()
+        assert main([*ask, *options]) == 0
+        said = " ".join(capfd.readouterr().err.split())
+        assert said.count("is built without CUDA and leaves the GPU idle; to mend it: CMAKE_ARGS") == times
 
 
 def test_quiet_is_silent(demo_gguf: Path) -> None:
