@@ -264,9 +264,8 @@ def test_sums_of_parts_add_up(reader: WeightReader, rows: TokenRows, collected: 
     assert (first.chunk_count, both.chunk_count) == (1, 3)
     for name, entry in collected.entries.items():
         assert np.array_equal(both.entries[name].counts, entry.counts)
-        np.testing.assert_allclose(
-            both.entries[name].sums, entry.sums, rtol=1e-5
-        )  # rows are multiplied in other groups
+        # Rows are multiplied in other groups: an input differs by the float32 error of its layer's largest.
+        np.testing.assert_allclose(both.entries[name].sums, entry.sums, rtol=1e-5, atol=1e-6 * entry.sums.max())
 
 
 def test_experts_below_a_number_of_tokens_are_named(collected: Imatrix) -> None:

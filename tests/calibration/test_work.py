@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,12 @@ class FlopCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @pytest.fixture
-def stream(tmp_path: Path) -> LayerStream:
+def stream(tmp_path: Path) -> Iterator[LayerStream]:
     """Of two rows that are longer than a block of queries, through full and sliding attention."""
-    source = Checkpoint(write_checkpoint(tmp_path / "checkpoint", Shape(window=64, n_mtp=1)))
-    rows = TokenRows.of(np.random.default_rng(0).integers(0, 768, (2, 640), np.int32))
-    reader = WeightReader(source, full_hparams(source), torch.device("cpu"))
-    return LayerStream(reader, rows, tmp_path / "states", keep_inputs=True)
+    with Checkpoint(write_checkpoint(tmp_path / "checkpoint", Shape(window=64, n_mtp=1))) as source:
+        rows = TokenRows.of(np.random.default_rng(0).integers(0, 768, (2, 640), np.int32))
+        reader = WeightReader(source, full_hparams(source), torch.device("cpu"))
+        yield LayerStream(reader, rows, tmp_path / "states", keep_inputs=True)
 
 
 @pytest.fixture
