@@ -24,7 +24,7 @@ from stepgguf.calibration.held_out import HeldOut
 from stepgguf.calibration.moments import PairMoments
 from stepgguf.model.names import TensorName
 from stepgguf.quants.calibrated import encode_calibrated
-from stepgguf.quants.kernels import decoder_for
+from stepgguf.quants.step_encoder import decode
 from stepgguf.quants.types import FLOATS
 
 Floats = NDArray[np.float32]
@@ -125,6 +125,4 @@ class CalibratedCodes:
     @staticmethod
     def _decoded(ggml_type: GGMLQuantizationType, blocks: Blocks, weights: Tensor) -> Tensor:
         """The values that blocks stand for, where the weights are."""
-        decoded = np.empty(weights.shape, np.float32)
-        decoder_for(ggml_type).decode(blocks, decoded)
-        return torch.from_numpy(decoded).to(weights.device)
+        return torch.from_numpy(decode(ggml_type, blocks, weights.shape[1])).to(weights.device)

@@ -16,6 +16,7 @@ from stepgguf.calibration.held_out import HeldOut
 from stepgguf.calibration.moments import PairMoments, TokenSample
 from stepgguf.model.names import TensorName
 from stepgguf.quants import ggml
+from stepgguf.quants.kernels import decoder_for
 from stepgguf.quants.types import row_size
 
 T = GGMLQuantizationType
@@ -102,9 +103,9 @@ def test_codes_that_serve_held_out_tokens_better_are_taken(ggml_type: GGMLQuanti
     [(name, expert, blocks)] = units.written
     assert (name, expert) == (EXPERT, 3)
     decoded = np.empty((16, COLUMNS), np.float32)
-    code_search.decoder_for(ggml_type).decode(blocks, decoded)
+    decoder_for(ggml_type).decode(blocks, decoded)
     np.testing.assert_array_equal(q.numpy(), decoded)
-    code_search.decoder_for(ggml_type).decode(stock(ggml_type, seen), decoded)
+    decoder_for(ggml_type).decode(stock(ggml_type, seen), decoded)
     sample = sample_of(held_out)
     assert sample.error(weights(), q) < 0.8 * sample.error(weights(), torch.from_numpy(decoded))
 
@@ -125,7 +126,7 @@ def test_codes_that_are_bought_with_other_tokens_are_not_taken(ggml_type: GGMLQu
     _, units = choose(ggml_type, seen, text, guard)
     np.testing.assert_array_equal(units.written[0][2], stock(ggml_type, seen))
     plain = np.empty((16, COLUMNS), np.float32)
-    code_search.decoder_for(ggml_type).decode(stock(ggml_type, seen), plain)
+    decoder_for(ggml_type).decode(stock(ggml_type, seen), plain)
     error = sample_of(guard).error
     assert error(weights(), bought) > error(weights(), torch.from_numpy(plain))
 
