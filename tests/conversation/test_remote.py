@@ -86,7 +86,7 @@ def test_an_interruption_frees_the_server(server: Server, remote: RemoteBackend)
     assert any(isinstance(update, Delta) for update in updates)  # reads up to the first
     started = time.monotonic()
     updates.close()
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 10
     assert server.idle_within(2)
     assert session.entries[-1].interrupted
     assert session.usage.finish_reason == "cancelled"

@@ -299,7 +299,7 @@ def test_ctrl_c_does_not_wait_for_a_dead_network(hub: Hub, out: Path, tmp_path: 
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "repeat the command to go on from there" in err
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 10
 
 
 def test_without_the_extra_it_says_what_to_install(tmp_path: Path) -> None:
