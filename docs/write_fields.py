@@ -28,8 +28,8 @@ HEAD = """# Every field of every request
 
 This page is written from the types by which the server checks requests (`python docs/write_fields.py`). A field that is
 not here is ignored, with a line in the log; if its name is close to one that is here, the request is refused, and the
-error says what was probably meant. `null` is the same as leaving a field out. Fields without effect are accepted because
-clients send them, and the reason for each is said.
+error says what was probably meant. `null` is the same as leaving a field out. Fields without effect are accepted
+because clients send them, and the reason for each is said.
 
 An *effort* is one of `none`, `minimal`, `low`, `medium`, `high`, `xhigh`, `max`. It says how much the model may think:
 `none` and `minimal` not at all, `low` and `medium` as many tokens as `--effort-low` and `--effort-medium` of

@@ -62,14 +62,16 @@ class FormatFields(CheckedObject):
         "ebnf": "there is no EBNF here; use grammar, in GBNF",
         "structural_tag": "there are no structural tags here; use tools or response_format",
     }
-    response_format: PlainTextFormat | JsonObjectFormat | JsonSchemaFormat | None = Field(None, discriminator="type")
+    response_format: PlainTextFormat | JsonObjectFormat | JsonSchemaFormat | None = Field(
+        None, discriminator="type", description="text, json_object or json_schema; a schema is kept to."
+    )
     json_schema: dict[str, Any] | bool | None = Field(None, description="llama.cpp's: the answer is such JSON.")
     grammar: str | None = Field(None, description="llama.cpp's: the answer as GBNF.")
-    structured_outputs: StructuredOutputs | None = None
+    structured_outputs: StructuredOutputs | None = Field(None, description="vLLM's: json, choice or grammar.")
     guided_json: dict[str, Any] | bool | None = Field(None, description="NVIDIA's and once vLLM's json_schema.")
     guided_choice: list[str] | None = Field(None, description="NVIDIA's and once vLLM's: one of these texts.")
     guided_grammar: str | None = Field(None, description="NVIDIA's and once vLLM's grammar, here in GBNF.")
-    nvext: Nvext | None = None
+    nvext: Nvext | None = Field(None, description="NVIDIA's: its guided_ fields and max_thinking_tokens.")
 
     def answer_format(self) -> AnswerFormat | None:
         """Return the format that is asked for, None if none is. RequestError: two fields ask for one."""

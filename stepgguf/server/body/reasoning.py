@@ -138,7 +138,7 @@ class ReasoningFields(ReasoningAmounts):
         description="StepFun's, llama.cpp's, Groq's. The thinking is always sent under both names, reasoning and "
         "reasoning_content; hidden: not at all.",
     )
-    nvext: Nvext | None = None
+    nvext: Nvext | None = Field(None, description="NVIDIA's: its guided_ fields and max_thinking_tokens.")
 
     def spellings(self) -> Iterator[Spelling]:
         yield from super().spellings()

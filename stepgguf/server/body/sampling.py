@@ -47,8 +47,12 @@ class SamplingFields(CheckedObject):
     top_p: float | None = Field(None, ge=0, le=1, description="1 is off.")
     top_k: int | None = Field(None, ge=-1, description="0 and -1 are off.")
     min_p: float | None = Field(None, ge=0, le=1, description="0 is off.")
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(
+        None, ge=-2, le=2, description="Taken off a token's logit for each time that the answer has it; 0 is off."
+    )
+    presence_penalty: float | None = Field(
+        None, ge=-2, le=2, description="Taken off a token's logit if the answer has it; 0 is off."
+    )
     repetition_penalty: float | None = Field(None, ge=0.01, le=2, description="1 is off.")
     repeat_penalty: float | None = Field(None, ge=0.01, le=2, description="llama.cpp's name of repetition_penalty.")
     logit_bias: Annotated[dict[str, Bias] | list[tuple[int, Bias]] | None, BeforeValidator(_check_bias_size)] = Field(

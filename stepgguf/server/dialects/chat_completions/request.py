@@ -175,24 +175,28 @@ class ChatBody(SamplingFields, ReasoningFields, FormatFields, ExtraBody, HostedS
         "instructions": "here it is a message of role system",
     }
     messages: list[ChatInputMessage] = Field(
-        min_length=1, examples=[[{"role": "user", "content": "How many 'r's are in the word strawberry?"}]]
+        min_length=1,
+        description="The conversation: messages of system, developer, user, assistant and tool.",
+        examples=[[{"role": "user", "content": "How many 'r's are in the word strawberry?"}]],
     )
     model: str | None = Field(
         None, description="Any id: one model is served. Default: its own.", examples=["step-3.5-flash"]
     )
-    stream: bool | None = None
+    stream: bool | None = Field(None, description="Send the answer in events as it comes.")
     stream_options: StreamOptions | None = Field(None, description="Only with stream: true.")
     max_completion_tokens: AnswerTokens | None = Field(
         None, description="Thinking counts. Default, and -1: what the context holds."
     )
     max_tokens: AnswerTokens | None = Field(None, description="The old name of max_completion_tokens.")
     tools: list[ChatTool] | None = Field(None, description="Functions that the client runs; other types are left out.")
-    tool_choice: ChatToolChoice | None = None
-    parallel_tool_calls: bool | None = None
+    tool_choice: ChatToolChoice | None = Field(
+        None, description="Whether a tool is called: none, auto, required, one by its name, or one of allowed_tools."
+    )
+    parallel_tool_calls: bool | None = Field(None, description="false: one call in an answer at most.")
     n: int | None = Field(None, ge=1, description="Answers to make.")
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
-    modalities: list[Literal["text"]] | None = None
+    logprobs: bool | None = Field(None, description="The log probability of each token of the answer.")
+    top_logprobs: int | None = Field(None, ge=0, le=20, description="So many alternatives to each token.")
+    modalities: list[Literal["text"]] | None = Field(None, description="The model writes text only.")
 
     def chat_request(self, service: Service) -> ChatRequest:
         """Return what is asked of the model. RequestError: the fields do not go together."""

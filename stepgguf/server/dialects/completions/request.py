@@ -27,9 +27,11 @@ class CompletionBody(SamplingFields, FormatFields, ExtraBody, HostedServiceField
         **FormatFields.elsewhere,
         "messages": "messages belong to /v1/chat/completions",
     }
-    prompt: str | list[str] | list[int] | list[list[int]] = Field(examples=["Once upon a time"])
+    prompt: str | list[str] | list[int] | list[list[int]] = Field(
+        description="What is to be continued: a text or token ids, or several of them.", examples=["Once upon a time"]
+    )
     model: str | None = Field(None, description="Any id: one model is served. Default: its own.")
-    stream: bool | None = None
+    stream: bool | None = Field(None, description="Send the answer in events as it comes.")
     stream_options: StreamOptions | None = Field(None, description="Only with stream: true.")
     max_tokens: AnswerTokens | None = Field(
         None, description=f"Default: {MAX_TOKENS}, as OpenAI's. -1: what the context holds."

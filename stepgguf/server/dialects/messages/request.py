@@ -93,12 +93,18 @@ class OutputConfig(CheckedObject):
 class MessagesPrompt(ReasoningAmounts):
     """The fields of both routes: those that make the prompt, which count_tokens counts, and those without effect."""
 
-    model: str | None = None
-    messages: list[Turn] = Field(min_length=1)
-    system: Texts | None = None
-    tools: list[MessagesAnyTool] | None = None
-    tool_choice: MessagesToolChoice | None = None
-    output_config: OutputConfig | None = None
+    model: str | None = Field(None, description="Any id: one model is served. Default: its own.")
+    messages: list[Turn] = Field(min_length=1, description="The conversation; the last message is the user's.")
+    system: Texts | None = Field(None, description="The system prompt.")
+    tools: list[MessagesAnyTool] | None = Field(
+        None, description="Tools that the client runs; those that Anthropic defines are left out."
+    )
+    tool_choice: MessagesToolChoice | None = Field(
+        None, description="Whether a tool is called: auto, any, none, or one by its name."
+    )
+    output_config: OutputConfig | None = Field(
+        None, description="effort: how much to think; format: the JSON schema of the answer."
+    )
     output_format: MessagesJsonFormat | None = Field(None, description="The old name of output_config.format.")
 
     cache_control: object = ignored("every prefix is found without marks")
@@ -165,7 +171,7 @@ class MessagesBody(MessagesPrompt, SamplingFields):
     elsewhere: ClassVar = {"thread": "nothing is stored here: send the whole conversation as `messages`"}
     max_tokens: AnswerTokens = Field(description=f"Thinking counts. {UNLIMITED}: what the context holds.")
     stop_sequences: list[str] | None = Field(None, description="Texts that end the answer.")
-    stream: bool | None = None
+    stream: bool | None = Field(None, description="Send the answer in events as it comes.")
 
     metadata: object = ignored("nothing is stored")
     service_tier: object = ignored("there is one tier")

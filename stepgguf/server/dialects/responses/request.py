@@ -94,17 +94,23 @@ class PreparedResponse:
 class ResponsesPrompt(ReasoningFields, HostedServiceFields):
     """The fields that make the prompt. /v1/responses/input_tokens takes these alone."""
 
-    model: str | None = None
-    input: Items | None = None
-    instructions: str | None = None
-    tools: list[ResponsesTool] | None = None
-    tool_choice: ResponsesToolChoice | None = None
-    parallel_tool_calls: bool | None = None
-    text: TextOptions | None = None
-    previous_response_id: str | None = None
+    model: str | None = Field(None, description="Any id: one model is served. Default: its own.")
+    input: Items | None = Field(None, description="A text, or the items of the conversation.")
+    instructions: str | None = Field(None, description="The system prompt. It holds for this answer alone.")
+    tools: list[ResponsesTool] | None = Field(
+        None, description="Functions and custom tools that the client runs, also in namespaces; others are left out."
+    )
+    tool_choice: ResponsesToolChoice | None = Field(
+        None, description="Whether a tool is called: none, auto, required, or one by its name."
+    )
+    parallel_tool_calls: bool | None = Field(None, description="false: one call in an answer at most.")
+    text: TextOptions | None = Field(None, description="format: text, a JSON object, or a JSON schema.")
+    previous_response_id: str | None = Field(
+        None, description="The conversation goes on behind this answer, which must still be stored."
+    )
 
-    conversation: Annotated[None, _must_be_absent(NO_CONVERSATIONS)] = None
-    prompt: Annotated[None, _must_be_absent(SEND_TEXT)] = None
+    conversation: Annotated[None, _must_be_absent(NO_CONVERSATIONS)] = Field(None, description="Refused.")
+    prompt: Annotated[None, _must_be_absent(SEND_TEXT)] = Field(None, description="Refused: send the text.")
 
     truncation: object = ignored("a prompt that does not fit is refused, not cut")
     personality: object = ignored("the model has no such switch; ask for it in `instructions`")
@@ -142,11 +148,13 @@ class ResponsesBody(ResponsesPrompt, SamplingFields):
     max_output_tokens: AnswerTokens | None = Field(
         None, description="Thinking counts. Default, and -1: what the context holds."
     )
-    include: Annotated[list[str] | None, BeforeValidator(_without_logprobs)] = None
-    stream: bool | None = None
+    include: Annotated[list[str] | None, BeforeValidator(_without_logprobs)] = Field(
+        None, description="reasoning.encrypted_content: reasoning that a client may send back."
+    )
+    stream: bool | None = Field(None, description="Send the answer in events as it comes.")
     store: bool | None = Field(None, description="false: forget the answer when it is finished.")
     background: bool | None = Field(None, description="The answer goes on when the client leaves; it must be stored.")
-    top_logprobs: Annotated[None, _must_be_absent(NO_LOGPROBS)] = None
+    top_logprobs: Annotated[None, _must_be_absent(NO_LOGPROBS)] = Field(None, description="Refused.")
 
     metadata: object = ignored("it is repeated in the answer")
     stream_options: object = ignored("it only pads events")
