@@ -45,9 +45,9 @@ def test_every_command_has_help_with_examples(command: str, capfd: pytest.Captur
     assert f"stepgguf {command}" in text or command == "chat"
 
 
-def test_the_readme_lists_every_command() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    assert re.findall(r"^\| `stepgguf (\w+)", readme, re.MULTILINE) == COMMANDS
+def test_the_page_of_commands_lists_each_in_the_order_of_help() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "commands.md").read_text()
+    assert re.findall(r"^\| `stepgguf (\w+)", page, re.MULTILINE) == COMMANDS
 
 
 def test_version(capfd: pytest.CaptureFixture[str]) -> None:
