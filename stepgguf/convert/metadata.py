@@ -32,6 +32,7 @@ V = GGUFValueType
 CHAT_TEMPLATE = Keys.Tokenizer.CHAT_TEMPLATE
 _VERSION, TYPE = "stepgguf.version", "stepgguf.type"
 CALIBRATION = "stepgguf.calibration"  # in words, what the codes were calibrated on
+IMATRIX_FILE = "quantize.imatrix.file"
 PREDICTED_KLD = "stepgguf.predicted_kld"  # nats a token, of the chosen types with stock codes
 RESERVE, RESERVE_BYTES = "stepgguf.reserve", 16384  # room for a longer chat template later: rewrite.py
 SHARED_BY_MTP_FILE = ("token_embd.weight", "output.weight", "output_norm.weight")
@@ -217,7 +218,7 @@ def provenance_keys(
     keys.append(_typed_key(Keys.General.QUANTIZATION_VERSION, gguf.GGML_QUANT_VERSION))
     keys.append(_typed_key(Keys.General.FILE_TYPE, int(ftype)))
     if imatrix is not None and imatrix.path is not None:  # as llama-quantize names them
-        keys.append(_typed_key("quantize.imatrix.file", imatrix.path.name))
+        keys.append(_typed_key(IMATRIX_FILE, imatrix.path.name))
         keys.append(_typed_key("quantize.imatrix.dataset", ", ".join(imatrix.datasets)))
         keys.append(_typed_key("quantize.imatrix.entries_count", len(imatrix.entries)))
         keys.append(_typed_key("quantize.imatrix.chunks_count", imatrix.chunk_count))

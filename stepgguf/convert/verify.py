@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepgguf.convert.manifest import header_sha256, read_entries, read_manifest
-from stepgguf.convert.metadata import CALIBRATION
+from stepgguf.convert.metadata import CALIBRATION, IMATRIX_FILE
 from stepgguf.convert.pipeline import RowMaker
 from stepgguf.convert.plan import Plan, PlannedTensor, retype_tensors, row_ranges, unit_rows
 from stepgguf.convert.sources.source import TensorSource, rows_per_expert
@@ -96,13 +96,19 @@ def verify_manifest(path: Path, step: Step) -> Verification:
 def verify_source(path: Path, plan: Plan, source: TensorSource, share: float, step: Step) -> Verification:
     """Make a share of each tensor's units again (at least one) and compare. `plan` gives names and sources.
 
-    VerifyError for a file with calibrated codes, which do not follow from the source alone.
+    VerifyError for a file whose bytes do not follow from the source alone: with calibrated codes, or made with an
+    importance matrix while the plan has none.
     """
     headers = read_headers(path)
     if (calibration := headers[0].get(CALIBRATION)) is not None:
         raise VerifyError(
             f"{path}: the codes are calibrated on {shown(calibration)}, so the source alone does not give them",
             hint="Compare it with its manifest: leave --against out.",
+        )
+    if plan.importance is None and (imatrix := headers[0].get(IMATRIX_FILE)) is not None:
+        raise VerifyError(
+            f"{path}: it was made with the importance matrix {shown(imatrix)}, which is not given",
+            hint="Give it with --imatrix, or compare the file with its manifest: leave --against out.",
         )
     report, rng, maker = Verification(step), random.Random(0), RowMaker(source, plan.importance)
     for header in headers:

@@ -206,9 +206,12 @@ def test_a_checkpoint_may_be_quantized_without_a_gguf_between(small: Path, tmp_p
     assert (tmp_path / "convert.gguf").read_bytes() == (tmp_path / "quantize.gguf").read_bytes()
 
 
-def test_verify_makes_weighted_tensors_again(trunk: Path, calibrated: Path, tmp_path: Path) -> None:
+def test_verify_makes_weighted_tensors_again(
+    trunk: Path, calibrated: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "o.gguf"
     assert main(["quantize", str(trunk), str(path), "-t", "Q4_K_S", "--imatrix", str(calibrated), "-q"]) == 0
     verify = ["verify", str(path), "--against", str(trunk), "--all", "-q"]
     assert main([*verify, "--imatrix", str(calibrated)]) == 0
     assert main(verify) == 1
+    assert f"it was made with the importance matrix '{calibrated.name}', which is not given" in capfd.readouterr().err

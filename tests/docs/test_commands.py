@@ -21,6 +21,7 @@ import pytest
 
 from stepgguf.cli.main import main
 from stepgguf.demo import CHECKPOINT
+from stepgguf.files import folders
 from tests.conftest import INTERRUPTIBLE
 from tests.convert.hub_server import Hub, serving
 from tests.convert.test_remote import set_endpoint
@@ -77,6 +78,7 @@ def desk(pantry: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     folder = tmp_path / "desk"
     shutil.copytree(pantry, folder)
     monkeypatch.chdir(folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folders.cache().parent))  # compiled kernels are the machine's
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     set_endpoint(monkeypatch, hub.url)
@@ -102,9 +104,9 @@ def type_command(
     if program != "stepgguf" or arguments[0] in ("setup", "launch"):
         assert program in OTHERS | {"stepgguf"}, f"a program that is not known: {' '.join(words)}"
         return
-    make_room(arguments, desk)
     for word in tuple(arguments):
         arguments += SHORTER.get(word, []) if "--dry-run" not in arguments else []
+    make_room(arguments, desk)
     import time
 
     print(f"TYPED {time.time() % 1000:.1f}", words, file=open("/tmp/typed.txt", "a"), flush=True)
