@@ -13,7 +13,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -107,9 +106,6 @@ def type_command(
     for word in tuple(arguments):
         arguments += SHORTER.get(word, []) if "--dry-run" not in arguments else []
     make_room(arguments, desk)
-    import time
-
-    print(f"TYPED {time.time() % 1000:.1f}", words, file=open("/tmp/typed.txt", "a"), flush=True)
     monkeypatch.setattr("sys.stdin", io.StringIO("What is 347 + 286?\n"))
     shown = " ".join(words)
     if arguments[0] == "serve":
