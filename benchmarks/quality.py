@@ -36,6 +36,7 @@ from stepgguf.files import gguf_header as header
 from stepgguf.model.names import TensorName
 from stepgguf.runtime.llama.context import DecodeRows, LlamaContext
 from stepgguf.runtime.llama.model import LlamaModel
+from stepgguf.runtime.placement import Placement
 
 Doubles = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -114,7 +115,7 @@ def _dialogue(encoder: Encoder, messages: list[tasks.Message], tools: list[dict[
 def log_probs(path: Path, dialogues: Sequence[Dialogue], threads: int) -> Iterator[Doubles]:
     """llama.cpp's log-probabilities of each dialogue, [t - 1, vocabulary]: entry i is for token i + 1."""
     longest = max(len(dialogue.tokens) for dialogue in dialogues)
-    model = LlamaModel(path, gpu_layers=0, mtp=False, mmap=True, progress=None)
+    model = LlamaModel(path, Placement(gpu_layers=0), mtp=False, mmap=True, progress=None)
     context = LlamaContext(model, n_ctx=longest, n_seq=1, n_batch=longest, n_outputs=longest, threads=threads)
     try:
         for dialogue in dialogues:

@@ -28,6 +28,7 @@ from pathlib import Path
 
 from stepgguf.cli.main import main as stepgguf
 from stepgguf.runtime.llama.model import LlamaModel
+from stepgguf.runtime.placement import Placement
 from tests.generate import Shape, write_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -153,7 +154,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = options.model or make_model(Path(folder))
-        loaded = LlamaModel(model, gpu_layers=0, mtp=False, mmap=True, progress=None)
+        loaded = LlamaModel(model, Placement(gpu_layers=0), mtp=False, mmap=True, progress=None)
         ends = sorted(loaded.ends)
         loaded.close()
         ours = [sys.executable, "-m", "stepgguf", "serve", str(model), "--quiet", "--queue", "64"]

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "calibration": {"files", "model", "quants", "convert", "reference", "chat.template", "chat.messages"},
     "evaluation": {"files", "model", "quants", "convert", "reference", "calibration", "runtime.llama"},
     "runtime": {"files", "model.hparams"},
-    "fit": {"files", "model", "quants", "convert", "runtime.engine", "runtime.llama_build"},
+    "fit": {"files", "model", "quants", "convert", "runtime.engine", "runtime.llama_build", "runtime.placement"},
     "grammar": set(),
     "chat": {"files", "grammar", "runtime.engine"},
     "conversation": {"files", "chat", "runtime.engine", "runtime.http_events"},

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stepgguf.cli import arguments, loading
+from stepgguf.cli import arguments, loading, memory_options
 
 if TYPE_CHECKING:
     from stepgguf.runtime.engine import Timings
@@ -51,7 +51,16 @@ def bench(
             "--repetitions", "-r", min=1, metavar="N", help="How many times each is measured: mean ± deviation."
         ),
     ] = 3,
-    gpu_layers: loading.GpuLayers = -1,
+    gpu_layers: memory_options.GpuLayers = None,
+    n_cpu_moe: memory_options.CpuMoe = None,
+    override_tensor: memory_options.OverrideTensor = None,
+    tensor_split: memory_options.TensorSplit = None,
+    split_mode: memory_options.SplitMode = "layer",
+    main_gpu: memory_options.MainGpu = 0,
+    cache_type_k: memory_options.CacheTypeK = "f16",
+    cache_type_v: memory_options.CacheTypeV = "f16",
+    flash_attn: memory_options.FlashAttn = "auto",
+    ubatch: memory_options.Ubatch = None,
     threads: arguments.Threads = None,
     mtp_file: loading.MtpFile = None,
     mmap: loading.Mmap = None,
@@ -78,7 +87,11 @@ def bench(
     options = loading.EngineOptions(
         ctx=ctx,
         parallel=most,
-        gpu_layers=gpu_layers,
+        placement=memory_options.read_placement(
+            gpu_layers, n_cpu_moe, override_tensor, tensor_split, split_mode, main_gpu
+        ),
+        attention=memory_options.read_attention(cache_type_k, cache_type_v, flash_attn),
+        ubatch=ubatch,
         threads=threads,
         mmap=mmap,
         cache_ram=0,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from stepgguf.cli import arguments, loading
+from stepgguf.cli import arguments, loading, memory_options
 
 if TYPE_CHECKING:
     from stepgguf.cli.terminal.screen import Screen
@@ -38,8 +38,18 @@ def chat(
     continue_: Annotated[bool, typer.Option("--continue", "-c", help="Go on with the last session.")] = False,
     system: Annotated[str | None, typer.Option(metavar="MESSAGE", help="A system message.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, thinking included.")] = None,
-    ctx: loading.Ctx = None,
-    gpu_layers: loading.GpuLayers = -1,
+    ctx: memory_options.Ctx = None,
+    gpu_layers: memory_options.GpuLayers = None,
+    n_cpu_moe: memory_options.CpuMoe = None,
+    override_tensor: memory_options.OverrideTensor = None,
+    tensor_split: memory_options.TensorSplit = None,
+    split_mode: memory_options.SplitMode = "layer",
+    main_gpu: memory_options.MainGpu = 0,
+    cache_type_k: memory_options.CacheTypeK = "f16",
+    cache_type_v: memory_options.CacheTypeV = "f16",
+    flash_attn: memory_options.FlashAttn = "auto",
+    batch: memory_options.Batch = None,
+    ubatch: memory_options.Ubatch = None,
     threads: arguments.Threads = None,
     draft: loading.Draft = None,
     mtp_file: loading.MtpFile = None,
@@ -111,7 +121,12 @@ def chat(
     options = loading.EngineOptions(
         ctx=ctx,
         queue=0,
-        gpu_layers=gpu_layers,
+        placement=memory_options.read_placement(
+            gpu_layers, n_cpu_moe, override_tensor, tensor_split, split_mode, main_gpu
+        ),
+        attention=memory_options.read_attention(cache_type_k, cache_type_v, flash_attn),
+        batch=batch,
+        ubatch=ubatch,
         threads=threads,
         draft=draft,
         mmap=mmap,

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stepgguf.cli import arguments, loading
+from stepgguf.cli import arguments, loading, memory_options
 from stepgguf.errors import BadMetadata, StepggufError
-from stepgguf.runtime.engine import DEFAULT_CTX
+from stepgguf.runtime.engine import DEFAULT_CACHE_RAM
 
 if TYPE_CHECKING:
     from stepgguf.fit.capacity import Finding
@@ -27,32 +27,52 @@ def doctor(
     path: Annotated[
         Path | None, typer.Argument(metavar="FILE.gguf", help="The model to run; of a split one, any of its files.")
     ] = None,
-    ctx: Annotated[
-        int | None,
-        typer.Option(min=64, metavar="TOKENS", help=f"Context. Default: the model's, at most {DEFAULT_CTX}."),
-    ] = None,
+    ctx: memory_options.Ctx = None,
     parallel: Annotated[int, typer.Option(min=1, metavar="N", help="Requests at the same time.")] = 1,
     mtp_file: loading.MtpFile = None,
+    gpu_layers: memory_options.GpuLayers = None,
+    n_cpu_moe: memory_options.CpuMoe = None,
+    override_tensor: memory_options.OverrideTensor = None,
+    tensor_split: memory_options.TensorSplit = None,
+    split_mode: memory_options.SplitMode = "layer",
+    main_gpu: memory_options.MainGpu = 0,
+    cache_type_k: memory_options.CacheTypeK = "f16",
+    cache_type_v: memory_options.CacheTypeV = "f16",
+    flash_attn: memory_options.FlashAttn = "auto",
+    ubatch: memory_options.Ubatch = None,
+    cache_ram: loading.CacheRam = DEFAULT_CACHE_RAM,
     json: arguments.Json = False,
 ) -> None:
     """Say whether this machine can run a model well, and how to fix what is in the way.
 
-    The exit code is 0 unless something fails.
+    With options of chat and serve it says whether they would load the model so. The exit code is 0 unless something
+    fails.
 
     Examples:
 
     - `stepgguf doctor`
     - `stepgguf doctor step-q4_k_s.gguf`
     - `stepgguf doctor step-q4_k_s.gguf --ctx 131072 --parallel 2`
+    - `stepgguf doctor step-q4_k_s.gguf --ctx auto --cache-type-k q8_0 --cache-type-v q8_0`
     """
     from stepgguf.cli import output
     from stepgguf.fit.capacity import Finding
+    from stepgguf.fit.choice import choose
     from stepgguf.fit.examine import examine, examine_folders
     from stepgguf.fit.machine import probe_machine
-    from stepgguf.fit.memory import ContextParams
     from stepgguf.fit.model_file import read_model_file
     from stepgguf.runtime.llama_build import probe_build
 
+    options = loading.EngineOptions(
+        ctx=ctx,
+        parallel=parallel,
+        placement=memory_options.read_placement(
+            gpu_layers, n_cpu_moe, override_tensor, tensor_split, split_mode, main_gpu
+        ),
+        attention=memory_options.read_attention(cache_type_k, cache_type_v, flash_attn),
+        ubatch=ubatch,
+        cache_ram=cache_ram,
+    )
     failures: list[Finding] = []  # what could not be probed is a finding too, and the rest is still examined
     machine, build, model, context, prompt_end = probe_machine(), None, None, None, None
     try:
@@ -64,7 +84,12 @@ def doctor(
     except StepggufError as error:
         failures.append(Finding("fail", "file", error.message, error.hint))
     if model is not None:
-        context = ContextParams(ctx or model.default_ctx, parallel, mtp=build is None or build.mtp)
+        draft = None if build is None or build.mtp else 0  # it could not
+        asked = replace(options, draft=draft)
+        choice = choose(
+            machine, build, model, loading.context_params(model, asked), longest=ctx == memory_options.LONGEST
+        )
+        context = choice.context
         prompt_end = find_prompt_end(model.template)
     findings = [*examine(machine, build, model, context, prompt_end), examine_folders(), *failures]
     if json:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from stepgguf.cli import arguments, eval_table, evaluating, loading, logit_sources, output
+from stepgguf.cli import arguments, eval_table, evaluating, loading, logit_sources, memory_options, output
 from stepgguf.reference import DeviceName
 
 
@@ -68,7 +68,7 @@ def eval(
         ),
     ] = None,
     device: Annotated[DeviceName, typer.Option(help="Where a stream computes.")] = "cpu",
-    gpu_layers: loading.GpuLayers = -1,
+    gpu_layers: memory_options.GpuLayers = None,
     threads: arguments.Threads = None,
     force: loading.Force = False,
     quiet: arguments.Quiet = False,

@@ -42,7 +42,26 @@ _CONVERTING = _QUANTIZING | {
     "--mtp-only": "--mtp separate",
     "--no-mtp": "--mtp drop",
 }
-OPTIONS = {"convert": _CONVERTING, "quantize": _QUANTIZING}
+_RUNNING = {
+    "--ctx-size": "--ctx N",
+    "-ngl": "--gpu-layers N",
+    "--n-gpu-layers": "--gpu-layers N",
+    "-ncmoe": "--n-cpu-moe N",
+    "-cmoe": "--n-cpu-moe 999",
+    "--cpu-moe": "--n-cpu-moe 999",
+    "-ot": "--override-tensor REGEX=BUFFER",
+    "-ts": "--tensor-split N,N",
+    "-sm": "--split-mode none|layer|row|tensor",
+    "-mg": "--main-gpu N",
+    "-ctk": "--cache-type-k TYPE",
+    "-ctv": "--cache-type-v TYPE",
+    "-fa": "--flash-attn auto|on|off",
+    "-ub": "--ubatch N",
+    "--ubatch-size": "--ubatch N",
+    "--batch-size": "--batch N with --engine llama-server, --ubatch N without",
+    "--fit": "nothing: what is not set is chosen so that it fits",
+}
+OPTIONS = {"convert": _CONVERTING, "quantize": _QUANTIZING, "chat": _RUNNING, "serve": _RUNNING}
 
 
 def explain_spelling(arguments: Sequence[str]) -> tuple[str, str] | None:

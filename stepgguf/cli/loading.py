@@ -5,32 +5,28 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from stepgguf.cli import arguments, output
+from stepgguf.cli.memory_options import LONGEST
 from stepgguf.errors import EngineError
 from stepgguf.files.byte_sizes import size_word
-from stepgguf.runtime.engine import DEFAULT_CACHE_RAM, DEFAULT_CTX, Engine
+from stepgguf.runtime.engine import DEFAULT_CACHE_RAM, Engine
+from stepgguf.runtime.placement import DEFAULT_UBATCH, Attention, Placement
 
 if TYPE_CHECKING:
     from stepgguf.fit.machine import Machine
+    from stepgguf.fit.memory import ContextParams
     from stepgguf.fit.model_file import ModelFile
     from stepgguf.runtime.llama.model import LlamaModel
 
 IN_PROCESS = "llama-cpp-python"
 LLAMA_SERVER = "llama-server"
 
-Ctx = Annotated[
-    int | None,
-    typer.Option(
-        min=64, help=f"Tokens of context, for all requests together. Default: the model's, at most {DEFAULT_CTX}."
-    ),
-]
-GpuLayers = Annotated[int, typer.Option(help="Layers on the GPU; -1 is all.")]
 Draft = Annotated[
     int | None,
     typer.Option(
@@ -83,12 +79,18 @@ Rpc = Annotated[
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """What the options above were set to. trained: refuse a context that is longer than the model was trained for."""
+    """What the options above and those of memory_options.py were set to.
+
+    ctx: LONGEST is the longest that fits. trained: refuse one that is longer than the model was trained for.
+    """
 
     ctx: int | None = None
+    placement: Placement = field(default_factory=Placement)
+    attention: Attention = field(default_factory=Attention)
+    batch: int | None = None
+    ubatch: int | None = None
     parallel: int = 1
     queue: int = 64
-    gpu_layers: int = -1
     threads: int | None = None
     draft: int | None = None
     mmap: bool | None = None
@@ -117,6 +119,12 @@ class EngineOptions:
         where = self.engine.partition("=")[2]
         return where if "://" in where else ""
 
+    @property
+    def has_memory_options(self) -> bool:
+        """Whether any of memory_options.py is set, --ctx aside."""
+        chosen = (self.placement, self.attention, self.batch, self.ubatch)
+        return chosen != (Placement(), Attention(), None, None)
+
 
 @contextmanager
 def open_engine(path: Path, options: EngineOptions, *, command: str, quiet: bool) -> Iterator[Engine]:
@@ -134,22 +142,21 @@ def open_engine(path: Path, options: EngineOptions, *, command: str, quiet: bool
 
 @contextmanager
 def open_layers(
-    path: Path, n_ctx: int, *, gpu_layers: int, force: bool, command: str, quiet: bool
+    path: Path, n_ctx: int, *, gpu_layers: int | None, force: bool, command: str, quiet: bool
 ) -> Iterator[LlamaModel]:
     """Open a file without its MTP blocks, to be asked for logits in one context of n_ctx tokens. See open_engine."""
     from stepgguf.fit.machine import probe_machine, use_mmap
     from stepgguf.fit.model_file import read_model_file
     from stepgguf.runtime.llama.model import LlamaModel
 
-    options = EngineOptions(ctx=n_ctx, gpu_layers=gpu_layers, draft=0, cache_ram=0)
+    options = EngineOptions(ctx=n_ctx, placement=Placement(gpu_layers=gpu_layers), draft=0, cache_ram=0, force=force)
     machine, file = probe_machine(), read_model_file(path, command=command)
-    if not force:
-        _require_fit(machine, file, options, served=False)
+    context = _plan_load(machine, file, options, quiet=quiet)
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         with _progress_bar(path.name, quiet) as progress:
             mmap = use_mmap(machine, options.mmap)
-            model = LlamaModel(file.path, gpu_layers=gpu_layers, mtp=False, mmap=mmap, progress=progress)
+            model = LlamaModel(file.path, context.placement, mtp=False, mmap=mmap, progress=progress)
     finally:
         signal.signal(signal.SIGINT, before)
     try:
@@ -170,6 +177,15 @@ def _check_options(options: EngineOptions) -> None:
         raise typer.BadParameter("only a llama-server that is started here uses other machines", param_hint="--rpc")
     if options.mtp_file is not None and options.server_url:
         raise typer.BadParameter("the server at this URL has loaded what it runs", param_hint="--mtp-file")
+    if options.has_memory_options and options.server_url:
+        raise typer.BadParameter(
+            "the server at this URL has loaded its model: where it goes is set where that server is started",
+            param_hint="--engine",
+        )
+    if options.batch is not None and name == IN_PROCESS:
+        raise typer.BadParameter(
+            "this engine decodes what it takes from requests at once: give --ubatch alone", param_hint="--batch"
+        )
 
 
 def _attach(path: Path, options: EngineOptions) -> Engine:
@@ -190,15 +206,15 @@ def _load(path: Path, options: EngineOptions, *, command: str, quiet: bool) -> E
     machine, model = probe_machine(), read_model_file(path, options.mtp_file, command=command)
     if options.cache_folder is not None:
         _make_cache_folder(options.cache_folder)
-    if not options.force:
-        _require_fit(machine, model, options, served=not in_process)
-    if in_process and options.gpu_layers and not quiet:
+    context = _plan_load(machine, model, options, quiet=quiet)
+    if in_process and options.placement.gpu_layers != 0 and not quiet:
         _warn_of_idle_gpu(machine)
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         with _progress_bar(path.name, quiet) as progress:
-            start = _load_in_process if in_process else _start_server
-            return start(model, machine, options, progress)
+            if in_process:
+                return _load_in_process(model, machine, options, context, progress)
+            return _start_server(model, options, progress)
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -215,24 +231,60 @@ def _make_cache_folder(folder: Path) -> None:
         ) from error
 
 
-def _require_fit(machine: Machine, model: ModelFile, options: EngineOptions, *, served: bool) -> None:
-    """Ask what doctor asks, and raise DoesNotFit for what stands against loading.
+def _plan_load(machine: Machine, model: ModelFile, options: EngineOptions, *, quiet: bool) -> ContextParams:
+    """Choose what the options leave open, say so in a line, and ask what doctor asks: DoesNotFit says why not.
 
-    served: by a llama-server, which has a context of this length for each request, and puts into the memory of other
+    A llama-server has a context of this length for each request, chooses by itself, and puts into the memory of other
     machines (--rpc), or into RAM, what the GPU has no room for.
     """
     from stepgguf.fit.capacity import check_context_length, check_memory, refuse_to_load
-    from stepgguf.fit.memory import ContextParams
+    from stepgguf.fit.choice import choose
     from stepgguf.runtime.llama_build import probe_build
 
-    n_ctx, n_parallel = options.ctx or model.default_ctx, options.parallel
-    found = [check_context_length(model, n_ctx)] if options.trained else []
-    context = ContextParams(n_ctx, n_parallel, cache_ram=options.cache_ram, gpu_layers=options.gpu_layers)
-    if served and not options.rpc:
-        found.append(check_memory(machine, None, model, replace(context, n_ctx=n_ctx * n_parallel, cache_ram=0)))
-    elif not served:
-        found.append(check_memory(machine, probe_build(), model, replace(context, mtp=options.draft != 0)))
-    refuse_to_load(model, (f for f in found if f.level == "fail" or (f.level == "warn" and not served)))
+    served = options.engine_name == LLAMA_SERVER
+    context = context_params(model, options)
+    words = ""
+    if served:
+        context = replace(context, n_ctx=context.n_ctx * options.parallel, cache_ram=0, mtp=True)
+    else:
+        choice = choose(machine, probe_build(), model, context, longest=options.ctx == LONGEST)
+        context, words = choice.context, choice.words
+        _check_ubatch(model, context)
+    if not options.force:
+        n_ctx = context.n_ctx // options.parallel if served else context.n_ctx
+        found = [check_context_length(model, n_ctx)] if options.trained else []
+        if not (served and options.rpc):
+            found.append(check_memory(machine, None if served else probe_build(), model, context))
+        refuse_to_load(model, (f for f in found if f.level == "fail" or (f.level == "warn" and not served)))
+    if words and not quiet:
+        output.note(words)
+    return context
+
+
+def context_params(model: ModelFile, options: EngineOptions) -> ContextParams:
+    """What the options ask for, in the terms of the arithmetic of memory."""
+    from stepgguf.fit.memory import ContextParams
+
+    return ContextParams(
+        options.ctx or model.default_ctx,
+        options.parallel,
+        options.ubatch or DEFAULT_UBATCH,
+        cache_ram=options.cache_ram,
+        mtp=options.draft != 0,
+        attention=options.attention,
+        placement=options.placement,
+    )
+
+
+def _check_ubatch(model: ModelFile, context: ContextParams) -> None:
+    """typer.BadParameter for batches that cannot hold a token of each request with what is drafted for it."""
+    n_drafted = len(model.footprint.mtp_layers) if context.mtp else 0
+    needed, there = context.n_parallel * (1 + n_drafted), min(context.n_ubatch, context.n_ctx)
+    if there < needed:
+        raise typer.BadParameter(
+            f"{context.n_parallel} requests decode up to {needed} tokens at a time, a batch holds {there}",
+            param_hint="--ubatch",
+        )
 
 
 def _warn_of_idle_gpu(machine: Machine) -> None:
@@ -245,15 +297,21 @@ def _warn_of_idle_gpu(machine: Machine) -> None:
 
 
 def _load_in_process(
-    model: ModelFile, machine: Machine, options: EngineOptions, progress: Callable[[float], None]
+    model: ModelFile,
+    machine: Machine,
+    options: EngineOptions,
+    context: ContextParams,
+    progress: Callable[[float], None],
 ) -> Engine:
     from stepgguf.fit.machine import use_mmap
     from stepgguf.runtime.llama import LlamaEngine, LlamaOptions
 
     llama = LlamaOptions(
-        n_ctx=options.ctx,
+        n_ctx=context.n_ctx,
+        ubatch=context.n_ubatch,
         n_parallel=options.parallel,
-        gpu_layers=options.gpu_layers,
+        placement=context.placement,
+        attention=context.attention,
         threads=options.threads or machine.cores,  # hyper-threads only get in each other's way
         draft=options.draft if model.footprint.has_mtp else 0,
         mtp_file=model.mtp_file,
@@ -265,16 +323,17 @@ def _load_in_process(
     return LlamaEngine(model.path, llama, progress=progress)
 
 
-def _start_server(
-    model: ModelFile, machine: Machine, options: EngineOptions, progress: Callable[[float], None]
-) -> Engine:
+def _start_server(model: ModelFile, options: EngineOptions, progress: Callable[[float], None]) -> Engine:
     from stepgguf.runtime.llamaserver import LlamaServerEngine, ServerOptions
 
     server = ServerOptions(
         binary=options.server_binary or None,
-        n_ctx=options.ctx,
+        n_ctx=options.ctx or None,  # it finds the longest that fits by itself
         n_parallel=options.parallel,
-        gpu_layers=options.gpu_layers,
+        placement=options.placement,
+        attention=options.attention,
+        batch=options.batch,
+        ubatch=options.ubatch,
         threads=options.threads,
         mtp=options.draft != 0 and model.footprint.has_mtp,
         mtp_file=model.mtp_file,

@@ -35,7 +35,7 @@ class RunOptions:
 
     engine: EngineName
     device: DeviceName
-    gpu_layers: int
+    gpu_layers: int | None
     threads: int | None
     force: bool
     quiet: bool

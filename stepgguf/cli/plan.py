@@ -77,7 +77,7 @@ def plan(
     - **GB/token**: weights that one token reads: all dense ones, but 8 of 288 experts
     - **tok/s, full**: predicted for one request without MTP, with an empty and with a full context
     - **cards, RAM, cpu-moe**, of boxes with cards: GiB on the cards (all weights but routed experts, and the KV cache)
-      and in RAM; how many layers' experts are there (`--n-cpu-moe` of llama.cpp), at least; "no" if it does not fit
+      and in RAM; how many layers' experts are there at least, which is --n-cpu-moe; "no" if it does not fit
     - **MTP**: how many times as fast it is with two drafted tokens, at an empty context, by published acceptance
     - **loss**, with --measure: what --fit minimises, the predicted error of what the layers add; no KLD, but it orders
 

@@ -15,7 +15,7 @@ from stepgguf.convert.sources.opening import is_gguf
 from stepgguf.files.byte_sizes import GIB, MIB, readable_size
 from stepgguf.fit.catalogue import PublishedSpeed
 from stepgguf.fit.memory import ContextParams, memory_need, saved_state_bytes
-from stepgguf.fit.placement import Placement
+from stepgguf.fit.placement import PlacedModel
 from stepgguf.fit.planning import OWN_TYPES, GenerationSpeed, MachinePlan, PlanRow, TargetMachine
 from stepgguf.fit.speed import ACCEPTED, DRAFTED, SOURCE_ERROR
 
@@ -25,7 +25,10 @@ def budget_lines(result: MachinePlan) -> Iterator[str]:
     model, context, target, needed = result.footprint, result.context, result.target, result.need
     full = tuple(layer for layer in model.trunk_layers if not layer.is_sliding)
     n_sliding, n_mtp = len(model.trunk_layers) - len(full), len(model.mtp_layers)
-    full_kv, saved_state = memory_need(replace(model, layers=full), context).kv, saved_state_bytes(model)
+    full_kv, saved_state = (
+        memory_need(replace(model, layers=full), context).kv,
+        saved_state_bytes(model, context.attention),
+    )
     requests = counted(context.n_parallel, "request")
     each = f", on each of {len(target.devices)}" * (len(target.devices) > 1)
     parts = [
@@ -73,10 +76,9 @@ def next_command(source: Path, result: MachinePlan, row: PlanRow) -> str:
 
 
 def _run_words(target: TargetMachine, row: PlanRow) -> str:
-    """The command that runs a file: llama-server where experts are in RAM or other machines help."""
-    if row.placement is None or (target.has_cards and not row.placement.n_cpu_moe):
-        return "chat"
-    return "serve --engine llama-server" + " --rpc HOST:50052" * (not target.has_cards)
+    """The command that runs a file. chat places it on cards itself; other machines need a llama-server."""
+    has_nodes = row.placed is not None and not target.has_cards
+    return "serve --engine llama-server --rpc HOST:50052" if has_nodes else "chat"
 
 
 def row_table(result: MachinePlan) -> Iterator[Text]:
@@ -91,7 +93,7 @@ def row_table(result: MachinePlan) -> Iterator[Text]:
             row.type + "*" * row.needs_imatrix,
             f"{row.weights / GIB:.1f}",
             f"{row.bpw:.2f}",
-            *(_place_cells(row.placement) if has_cards else (f"{row.total / GIB:.1f}", "yes" if row.fits else "no")),
+            *(_place_cells(row.placed) if has_cards else (f"{row.total / GIB:.1f}", "yes" if row.fits else "no")),
             f"{row.n_ctx:,}" if row.n_ctx else "-",
             *(() if has_cards else (f"{row.empty.read / 1e9:.2f}",)),
             _tps_text(row.empty),
@@ -107,18 +109,18 @@ def row_table(result: MachinePlan) -> Iterator[Text]:
         yield Text(f"{line[0]:<{widths[0]}}{others}", style)
 
 
-def _place_cells(placement: Placement | None) -> tuple[str, str, str]:
-    if placement is None:
+def _place_cells(placed: PlacedModel | None) -> tuple[str, str, str]:
+    if placed is None:
         return "-", "-", "no"
-    return f"{sum(placement.cards) / GIB:.1f}", f"{placement.ram / GIB:.1f}", str(placement.n_cpu_moe)
+    return f"{sum(placed.cards) / GIB:.1f}", f"{placed.ram / GIB:.1f}", str(placed.n_cpu_moe)
 
 
 def closing_notes(result: MachinePlan) -> Iterator[str]:
     """What to take, and what the figures rest on, line by line."""
     what = "least predicted loss" if result.best and result.best.loss is not None else "largest"
     yield f"The {what} that fits is {result.best.type}." if result.best else "None of these fits."
-    if result.best is not None and result.best.placement is not None:
-        yield from _server_lines(result.best.placement, result.context)
+    if result.best is not None and result.best.placed is not None:
+        yield from _server_lines(result.target, result.best.placed, result.context)
     if any(row.needs_imatrix for row in result.rows):
         yield "* needs an importance matrix."
     if any(row.mtp_gain for row in result.rows):
@@ -127,15 +129,18 @@ def closing_notes(result: MachinePlan) -> Iterator[str]:
     yield from _speed_notes(result.target)
 
 
-def _server_lines(placement: Placement, context: ContextParams) -> Iterator[str]:
+def _server_lines(target: TargetMachine, placed: PlacedModel, context: ContextParams) -> Iterator[str]:
     """The command with which llama-server places a model so."""
     options = f"-c {context.n_ctx} -ngl 999 --cache-ram {context.cache_ram // MIB}"
     if context.n_parallel > 1:
         options += f" -np {context.n_parallel} --kv-unified"
-    places = [f"--n-cpu-moe {placement.n_cpu_moe}"] if placement.n_cpu_moe else []
-    if len(placement.split) > 1:
-        places.append(f"--tensor-split {','.join(map(str, placement.split))}")
-    yield "llama.cpp places it so:"
+    places = [f"--n-cpu-moe {placed.n_cpu_moe}"] if placed.n_cpu_moe else []
+    if len(placed.counts) > 1:
+        places.append(f"--tensor-split {','.join(map(str, placed.counts))}")
+    if target.has_cards:
+        yield "chat and serve place it so themselves, by what is free then. llama.cpp's server:"
+    else:
+        yield "llama.cpp places it so:"
     yield f"  llama-server -m FILE {options}" + " \\" * bool(places)
     if places:
         yield f"    {' '.join(places)}"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stepgguf.chat.template import CLOSING_WORDS
-from stepgguf.cli import arguments, loading
+from stepgguf.cli import arguments, loading, memory_options
 from stepgguf.runtime.engine import DEFAULT_CACHE_RAM
 
 if TYPE_CHECKING:
@@ -50,8 +50,18 @@ def serve(
     queue: Annotated[
         int, typer.Option(min=0, help="Requests that may wait for their turn; more are refused with 429.")
     ] = 64,
-    ctx: loading.Ctx = None,
-    gpu_layers: loading.GpuLayers = -1,
+    ctx: memory_options.Ctx = None,
+    gpu_layers: memory_options.GpuLayers = None,
+    n_cpu_moe: memory_options.CpuMoe = None,
+    override_tensor: memory_options.OverrideTensor = None,
+    tensor_split: memory_options.TensorSplit = None,
+    split_mode: memory_options.SplitMode = "layer",
+    main_gpu: memory_options.MainGpu = 0,
+    cache_type_k: memory_options.CacheTypeK = "f16",
+    cache_type_v: memory_options.CacheTypeV = "f16",
+    flash_attn: memory_options.FlashAttn = "auto",
+    batch: memory_options.Batch = None,
+    ubatch: memory_options.Ubatch = None,
     threads: arguments.Threads = None,
     draft: loading.Draft = None,
     mtp_file: loading.MtpFile = None,
@@ -98,7 +108,12 @@ def serve(
         ctx=ctx,
         parallel=parallel,
         queue=queue,
-        gpu_layers=gpu_layers,
+        placement=memory_options.read_placement(
+            gpu_layers, n_cpu_moe, override_tensor, tensor_split, split_mode, main_gpu
+        ),
+        attention=memory_options.read_attention(cache_type_k, cache_type_v, flash_attn),
+        batch=batch,
+        ubatch=ubatch,
         threads=threads,
         draft=draft,
         mmap=mmap,

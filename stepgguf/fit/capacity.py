@@ -12,23 +12,24 @@ from typing import Literal
 
 from stepgguf.errors import DoesNotFit
 from stepgguf.files.byte_sizes import GIB, MIB, readable_size
-from stepgguf.fit.machine import SHARED_MEMORY, Machine
+from stepgguf.fit.choice import Room, describe, engine_budget, free_room, whole_room
+from stepgguf.fit.machine import Machine
 from stepgguf.fit.memory import (
     GPU_RESERVE,
     LINUX_RESERVE,
     ContextParams,
     MemoryBudget,
     MemoryNeed,
-    largest_context,
-    layers_that_fit,
-    memory_budget,
     memory_need,
     saved_state_bytes,
 )
 from stepgguf.fit.model_file import ModelFile
+from stepgguf.fit.placement import PlacedModel
 from stepgguf.runtime.engine import DEFAULT_CACHE_RAM
 from stepgguf.runtime.llama_build import LlamaBuild
+from stepgguf.runtime.placement import Attention, Placement
 
+_SMALL_CACHE = "--cache-type-k q8_0 --cache-type-v q8_0"
 _SHORT_CTX = 4096  # a context below this is no help: the reasoning alone takes more
 
 
@@ -60,36 +61,63 @@ def check_context_length(model: ModelFile, n_ctx: int) -> Finding:
 def check_memory(machine: Machine, build: LlamaBuild | None, model: ModelFile, context: ContextParams) -> Finding:
     """Weigh what the model takes against what there is. fail: the machine lacks it; warn: it is not free now.
 
-    build None: what the engine can use is not known, so the machine's own figures count.
+    What the context's placement leaves open is chosen so that it fits, if it can be; see choice.py. build None: what
+    the engine can use is not known, so the machine's own figures count.
     """
-    if machine.kind == "gpu" and build is not None and not build.gpus:
-        machine = replace(machine, gpus=())  # this engine does not use them
-    needed, have = memory_need(model.footprint, context), memory_budget(machine, build.gpus if build else ())
-    device = needed.device - _left_in_ram(machine, model, context, needed)
+    needed, have = memory_need(model.footprint, context), engine_budget(machine, build)
     message = _memory_sum(model, context, needed)
     reserve = f"{readable_size(have.reserve)} is left to the system"
     limit, free = readable_size(have.limit), readable_size(have.free)
     if not machine.ram:
         return Finding("ok", "memory", f"{message}; how much memory this system has is not known")
+    whole, now = whole_room(machine, build), free_room(machine, build)
     if needed.total > have.ceiling:  # whatever is set up and closed, it cannot fit
         message += f"; there is {readable_size(have.ceiling)} ({reserve})"
-        return Finding("fail", "memory", message, _suggest_smaller(model, context, needed, have))
-    if device > have.limit:  # where CPU and GPU share their memory the rest of it is out of the model's reach
-        level: Literal["warn", "fail"] = "fail" if machine.kind in SHARED_MEMORY else "warn"
+        return Finding("fail", "memory", message, _suggest_smaller(model, context, needed, whole))
+    if whole.cards:
+        return _check_cards(model, context, message, whole, now)
+    if needed.device > have.limit:  # where CPU and GPU share their memory the rest of it is out of the model's reach
         message += f"; the GPU may have {limit}"
-        return Finding(level, "memory", message, _suggest_larger_limit(machine, model, needed, have))
-    if device > have.free:
+        return Finding("fail", "memory", message, _suggest_larger_limit(machine, needed, have))
+    if needed.device > have.free:
         message += f"; of {limit} only {free} is free now"
-        return Finding("warn", "memory", message, _suggest_closing_programs(machine, model, context, needed, have))
+        return Finding("warn", "memory", message, _suggest_closing_programs(model, context, now))
     return Finding("ok", "memory", f"{message}; there is {limit} ({reserve})")
+
+
+def _check_cards(model: ModelFile, context: ContextParams, message: str, whole: Room, now: Room) -> Finding:
+    """check_memory where cards have memory of their own, and RAM beside it takes what they cannot hold."""
+    placed = now.place(model, context)
+    if placed is not None:
+        where = ", ".join(describe(placed, model))
+        there = f"{readable_size(sum(now.cards))} free on cards and {readable_size(now.ram)} in RAM"
+        return Finding("ok", "memory", f"{message}; there is {there}: {where}")
+    if whole.fits(model, context):
+        message += f"; of {readable_size(sum(whole.cards))} on cards only {readable_size(sum(now.cards))} is free now"
+        return Finding("warn", "memory", message, _suggest_closing_programs(model, context, now))
+    message += f"; there is {readable_size(sum(whole.cards))} on cards and {readable_size(whole.ram)} in RAM"
+    placed = whole.place(model, _unplaced(context))
+    if placed is None:
+        needed = memory_need(model.footprint, context)
+        return Finding("fail", "memory", message, _suggest_smaller(model, context, needed, whole))
+    return Finding("fail", "memory", f"{message}, but not where it was to go", _with_placement(model, placed))
+
+
+def _unplaced(context: ContextParams) -> ContextParams:
+    """The same with every choice of what goes where left open, but for tensors that were named."""
+    return replace(context, placement=Placement(overrides=context.placement.overrides))
+
+
+def _with_placement(model: ModelFile, placed: PlacedModel) -> str:
+    return model.command_with(" ".join(replace(placed.placement, overrides=()).arguments()))
 
 
 def _memory_sum(model: ModelFile, context: ContextParams, needed: MemoryNeed) -> str:
     """ "110.2 GiB = 106.2 GiB weights + ...". MTP has a part where there are MTP blocks."""
-    saved_state = readable_size(saved_state_bytes(model.footprint))
+    saved_state = readable_size(saved_state_bytes(model.footprint, context.attention))
     parts = [
         (needed.weights, "weights"),
-        (needed.kv, f"KV cache for {context.n_ctx:,} tokens"),
+        (needed.kv, f"KV cache for {context.n_ctx:,} tokens{_cache_types(context.attention)}"),
         *([(needed.mtp, "MTP")] if needed.mtp else []),
         (needed.compute, "buffers (estimate)"),
         (needed.cache, f"conversation cache ({saved_state} a saved state)"),
@@ -97,53 +125,54 @@ def _memory_sum(model: ModelFile, context: ContextParams, needed: MemoryNeed) ->
     return f"{readable_size(needed.total)} = " + " + ".join(f"{readable_size(n)} {what}" for n, what in parts)
 
 
-def _left_in_ram(machine: Machine, model: ModelFile, context: ContextParams, needed: MemoryNeed) -> int:
-    """Bytes of the layers that --gpu-layers keeps off a GPU with memory of its own. Layers count as equally large."""
-    n_layers = len(model.footprint.layers)
-    if machine.kind != "gpu" or not 0 <= context.gpu_layers < n_layers:
-        return 0
-    return (needed.weights + needed.kv) * (n_layers - context.gpu_layers) // n_layers
+def _cache_types(attention: Attention) -> str:
+    """ " in q8_0 and q4_0" for keys and values; nothing of F16."""
+    types = dict.fromkeys((attention.cache_type_k, attention.cache_type_v))
+    return "" if list(types) == ["f16"] else f" in {' and '.join(types)}"
 
 
-def _suggest_smaller(model: ModelFile, context: ContextParams, needed: MemoryNeed, have: MemoryBudget) -> str:
-    """A smaller conversation cache if it was made larger, else a shorter context, else the largest type that fits."""
-    room = have.ceiling - needed.device
+def _suggest_smaller(model: ModelFile, context: ContextParams, needed: MemoryNeed, whole: Room) -> str:
+    """A smaller conversation cache if it was made larger, else a shorter context, or a longer one in fewer bits, else
+    the largest type that fits."""
+    room = whole.total - needed.device
     if context.cache_ram > DEFAULT_CACHE_RAM and room >= 0:
         return model.command_with(f"--ctx {context.n_ctx} --cache-ram {room // MIB}MiB")
-    n_ctx = largest_context(model.footprint, context, have.ceiling)
-    if n_ctx is not None and n_ctx >= _SHORT_CTX:
-        return model.command_with(f"--ctx {n_ctx}")
+    n_ctx = whole.longest_context(model, context) or 0
+    n_small = min(whole.longest_context(model, _with_small_cache(context)) or 0, context.n_ctx)
+    if n_ctx >= _SHORT_CTX:
+        longer = f"  # or --ctx {n_small} {_SMALL_CACHE}" if n_small > n_ctx else ""
+        return model.command_with(f"--ctx {n_ctx}") + longer
+    if n_small >= _SHORT_CTX:
+        return model.command_with(f"--ctx {n_small} {_SMALL_CACHE}")
     for name, n_bytes in model.sizes_by_type:
-        if needed.total - needed.weights + n_bytes <= have.ceiling:
+        if needed.total - needed.weights + n_bytes <= whole.total:
             return f"stepgguf convert Step-3.5-Flash/ . --type {name}  # {readable_size(n_bytes)}"
     return "This machine is too small for this model, whatever its type."
 
 
-def _suggest_closing_programs(
-    machine: Machine, model: ModelFile, context: ContextParams, needed: MemoryNeed, have: MemoryBudget
-) -> str:
+def _with_small_cache(context: ContextParams) -> ContextParams:
+    """The context with keys and values in 8 bits, if they have more and flash attention is not switched off."""
+    attention = replace(context.attention, cache_type_k="q8_0", cache_type_v="q8_0")
+    is_smaller = context.attention.is_plain and attention.is_possible
+    return replace(context, attention=attention) if is_smaller else context
+
+
+def _suggest_closing_programs(model: ModelFile, context: ContextParams, now: Room) -> str:
     """What to do where the model fits the memory, but not the part of it that is free now."""
-    if machine.kind == "gpu":
-        return f"Close other programs, or: {_with_fewer_gpu_layers(model, needed, have)}"
-    # The conversation cache is in the total and grows later: only what runs the model has to be free now.
-    n_ctx = largest_context(model.footprint, context, have.free + needed.cache)
+    if now.cards and (placed := now.place(model, _unplaced(context))) is not None:
+        return f"Close other programs, or: {_with_placement(model, placed)}"
+    n_ctx = now.longest_context(model, context)
     if n_ctx is None or n_ctx < _SHORT_CTX:
         return "Close other programs."
     return f"Close other programs, or: {model.command_with(f'--ctx {n_ctx}')}"
 
 
-def _suggest_larger_limit(machine: Machine, model: ModelFile, needed: MemoryNeed, have: MemoryBudget) -> str:
+def _suggest_larger_limit(machine: Machine, needed: MemoryNeed, have: MemoryBudget) -> str:
     """What to do where the model fits the memory, but not the part of it that the GPU may use."""
     if machine.kind == "mac":
         wanted = -(-(needed.device + GPU_RESERVE) // GIB) * GIB
         return f"sudo sysctl iogpu.wired_limit_mb={min(wanted, have.ceiling) // MIB}  # until the next start"
-    if machine.kind == "strix":
-        installed = -(-machine.ram // (16 * GIB)) * 16 * GIB  # /proc/meminfo leaves out what the kernel took first
-        mapped = installed - LINUX_RESERVE
-        parameters = f"amdgpu.gttsize={mapped // MIB} ttm.pages_limit={mapped // 4096}"
-        return f"Add to the kernel's command line and restart: {parameters}"
-    return _with_fewer_gpu_layers(model, needed, have)
-
-
-def _with_fewer_gpu_layers(model: ModelFile, needed: MemoryNeed, have: MemoryBudget) -> str:
-    return model.command_with(f"--gpu-layers {layers_that_fit(model.footprint, needed, have.free)}")
+    installed = -(-machine.ram // (16 * GIB)) * 16 * GIB  # /proc/meminfo leaves out what the kernel took first
+    mapped = installed - LINUX_RESERVE
+    parameters = f"amdgpu.gttsize={mapped // MIB} ttm.pages_limit={mapped // 4096}"
+    return f"Add to the kernel's command line and restart: {parameters}"

@@ -49,9 +49,9 @@ def _stored_bytes(source: TensorSource) -> int:
 def _layers(source: TensorSource) -> tuple[LayerFootprint, ...]:
     """The layers whose tensors are there, in order: a GGUF of the trunk or of MTP blocks has keys for all of them."""
     names = {spec.name for spec in source.specs}
-    kv_heads, sliding_layers = source.hparams.kv_heads, source.hparams.sliding_layers
+    hp = source.hparams
     return tuple(
-        LayerFootprint(n_head_kv, is_sliding, f"blk.{i}.nextn.eh_proj.weight" in names)
-        for i, (n_head_kv, is_sliding) in enumerate(zip(kv_heads, sliding_layers, strict=False))
+        LayerFootprint(n_head, n_head_kv, is_sliding, f"blk.{i}.nextn.eh_proj.weight" in names)
+        for i, (n_head, n_head_kv, is_sliding) in enumerate(zip(hp.heads, hp.kv_heads, hp.sliding_layers, strict=False))
         if f"blk.{i}.attn_norm.weight" in names
     )

@@ -1,6 +1,6 @@
 """What this machine is: processor, memory, GPUs and the limits that the system puts on them.
 
-    Linux    /proc/{cpuinfo,meminfo,mounts}  /proc/self/cgroup  /sys/fs/cgroup/**/memory.max
+    Linux    /proc/{cpuinfo,meminfo,mounts}  /proc/self/cgroup  /sys/fs/cgroup/**/memory.{max,limit_in_bytes}
              amdgpu: /sys/class/drm/card*/device/mem_info_{vram,gtt}_total  /sys/module/ttm/parameters/pages_limit
     macOS    sysctl -n NAME  vm_stat
     NVIDIA   nvidia-smi --query-gpu=name,memory.total,memory.free
@@ -28,6 +28,7 @@ SHARED_MEMORY = {"spark": "DGX Spark", "mac": "Mac", "strix": "Strix Halo"}  # k
 
 _NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits")
 _PAGE = 4096  # of ttm.pages_limit
+_NO_LIMIT = 2**62  # cgroup v1 says the most that it can count
 _NETWORK = frozenset(("nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "glusterfs", "lustre", "fuse.sshfs", "fuse.rclone"))
 
 
@@ -41,7 +42,7 @@ class AmdMemory:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Sizes in bytes. container_limit: the least memory.max of the cgroups; wired_limit: macOS, 0 is its default."""
+    """Sizes in bytes. container_limit: the least memory limit of the cgroups; wired_limit: macOS, 0 is its default."""
 
     system: str
     architecture: str
@@ -160,16 +161,21 @@ def amd_memory(root: Path) -> AmdMemory | None:
 
 
 def container_limit(root: Path) -> int | None:
-    """The memory.max that holds for this process, in bytes; None if no cgroup sets one.
+    """The memory limit that holds for this process, in bytes; None if no cgroup sets one.
 
-    In cgroup v2 every group from the process's own up to the root may set a limit, and the least one holds.
+    Every group from the process's own up to the root may set one, and the least holds. In cgroup v2 it is in
+    memory.max; in v1, which older systems have, in memory.limit_in_bytes of a tree of its own.
     """
-    own = re.search(r"^0::(/.*)$", _read_text(root / "proc/self/cgroup"), re.MULTILINE)
-    if own is None:
-        return None
-    group = Path(own[1].lstrip("/"))
-    limits = [_read_number(root / "sys/fs/cgroup" / g / "memory.max") for g in (group, *group.parents)]
-    return min((limit for limit in limits if limit is not None), default=None)
+    text, folder = _read_text(root / "proc/self/cgroup"), root / "sys/fs/cgroup"
+    limits: list[int | None] = []
+    for pattern, tree, file in (
+        (r"^0::/(.*)$", folder, "memory.max"),
+        (r"^\d+:(?:.*,)?memory(?:,.*)?:/(.*)$", folder / "memory", "memory.limit_in_bytes"),
+    ):
+        if (own := re.search(pattern, text, re.MULTILINE)) is not None:
+            group = Path(own[1])
+            limits += [_read_number(tree / g / file) for g in (group, *group.parents)]
+    return min((limit for limit in limits if limit is not None and limit < _NO_LIMIT), default=None)
 
 
 def network_filesystem(path: Path, root: Path = Path("/")) -> str | None:

@@ -1,12 +1,14 @@
 """How much memory a model takes in llama.cpp, and how much a machine has for it. Pure arithmetic.
 
     weights       the tensors of the file
-    KV cache      per layer: cells x n_head_kv x (key_length + value_length) x 2 bytes (F16)
+    KV cache      per layer: cells x n_head_kv x (key_length, value_length), in F16 or in blocks of the types that
+                  --cache-type-k and --cache-type-v name (q8_0: 34 bytes for 32 values)
                   cells of a full-attention layer   n_ctx, shared by all sequences
                   cells of a sliding layer          window x n_parallel + n_ubatch, at most n_ctx
                   both rounded up to 256 (llama-kv-cache-iswa.cpp, llama-context.cpp)
-    MTP           a context of its own: the MTP blocks' cache and compute buffer
-    compute       an estimate: what a batch of n_ubatch tokens needs inside a layer, and its logits
+    MTP           a context of its own: the MTP blocks' cache, in F16, and compute buffer
+    compute       an estimate: what a batch of n_ubatch tokens needs inside a layer, and its logits; without flash
+                  attention also the scores of all heads, for each token over all cells
     cache         conversations and saved states that the engine keeps in RAM, up to a limit of its own; a saved state
                   is a copy of the sliding layers' window for a sequence to go back to (llama_state_seq_get_data_ext)
 
@@ -15,29 +17,34 @@ Tests hold the KV caches and the estimate against what llama.cpp itself reports 
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from stepgguf.files.byte_sizes import GIB
+from stepgguf.files.byte_sizes import GIB, MIB
 from stepgguf.fit.machine import Machine
 from stepgguf.runtime.engine import DEFAULT_CACHE_RAM
 from stepgguf.runtime.llama_build import Gpu
+from stepgguf.runtime.placement import DEFAULT_UBATCH, Attention, CacheType, Placement
 
 F16, F32 = 2, 4
+_CACHE_BLOCKS: dict[CacheType, tuple[int, int]] = {  # values of a block, and its bytes
+    "f32": (1, 4), "f16": (1, 2), "bf16": (1, 2), "q8_0": (32, 34), "q5_1": (32, 24), "q5_0": (32, 22),
+    "q4_1": (32, 20), "q4_0": (32, 18), "iq4_nl": (32, 18),
+}  # fmt: skip
 CELLS = 256  # the cache grows in steps of so many cells
 
-# What is left to the system, of a small memory an eighth. Linux: what the 124 of 128 GiB that Strix Halo is set up
-# for leave. macOS: its window server and its own wired pages. A GPU of its own: what llama.cpp's --fit leaves
-# (common.h, fit_params_target).
-LINUX_RESERVE, MACOS_RESERVE, GPU_RESERVE = 4 * GIB, 8 * GIB, 1 * GIB
+# What is left to the system, of a small memory an eighth, and at least what this program itself takes. Linux: what the
+# 124 of 128 GiB that Strix Halo is set up for leave. macOS: its window server and its own wired pages. A GPU of its
+# own: what llama.cpp's --fit leaves (common.h, fit_params_target).
+LINUX_RESERVE, MACOS_RESERVE, GPU_RESERVE, LEAST_RESERVE = 4 * GIB, 8 * GIB, 1 * GIB, 192 * MIB
 
 
 @dataclass(frozen=True, slots=True)
 class LayerFootprint:
-    """What a layer's KV cache depends on."""
+    """What a layer's KV cache depends on, and the scores of its attention."""
 
+    n_head: int
     n_head_kv: int
     is_sliding: bool
     is_mtp: bool = False
@@ -78,16 +85,16 @@ class Footprint:
 class ContextParams:
     """How the model is run, in llama.cpp's terms: n_parallel sequences in n_ctx cells, batches of n_ubatch tokens.
 
-    cache_ram: bytes for conversations that are kept beside the context. gpu_layers: how many layers go to a GPU with
-    memory of its own; -1 is all.
+    cache_ram: bytes for conversations that are kept beside the context. placement: what is set of where tensors go.
     """
 
     n_ctx: int
     n_parallel: int = 1
-    n_ubatch: int = 512
+    n_ubatch: int = DEFAULT_UBATCH
     cache_ram: int = DEFAULT_CACHE_RAM
     mtp: bool = True
-    gpu_layers: int = -1
+    attention: Attention = field(default_factory=Attention)
+    placement: Placement = field(default_factory=Placement)
 
     @property
     def cells(self) -> int:
@@ -142,25 +149,32 @@ def memory_need(model: Footprint, context: ContextParams) -> MemoryNeed:
     width = max(experts, 3 * model.n_ff)
     n_outputs = context.n_parallel * (1 + len(mtp_layers))  # the next token's and each guess's
     # An MTP block is dense and sliding, and guesses one token for each sequence.
-    mtp_buffer = _compute_buffer_bytes(model, context, sliding, 3 * model.n_ff, context.n_parallel)
+    mtp_buffer = _compute_buffer_bytes(model, context, mtp_layers, sliding, 3 * model.n_ff, context.n_parallel)
     return MemoryNeed(
         weights=model.weights,
         kv=kv_cache_bytes(model, model.trunk_layers, context),
-        mtp=kv_cache_bytes(model, mtp_layers, context) + mtp_buffer if mtp_layers else 0,
-        compute=_compute_buffer_bytes(model, context, context.cells + sliding, width, n_outputs),
+        mtp=mtp_cache_bytes(model, context) + mtp_buffer if mtp_layers else 0,
+        compute=_compute_buffer_bytes(model, context, model.trunk_layers, context.cells + sliding, width, n_outputs),
         cache=context.cache_ram,
     )
 
 
 def kv_cache_bytes(model: Footprint, layers: Sequence[LayerFootprint], context: ContextParams) -> int:
     """Bytes of the KV caches of these layers."""
-    sliding = context.sliding_cells(model.sliding_window)
-    return sum(_kv_cell_bytes(model, layer) * (sliding if layer.is_sliding else context.cells) for layer in layers)
+    return sum(
+        _kv_cell_bytes(model, layer, context.attention) * _layer_cells(model, layer, context) for layer in layers
+    )
 
 
-def saved_state_bytes(model: Footprint) -> int:
+def mtp_cache_bytes(model: Footprint, context: ContextParams) -> int:
+    """Bytes of the KV caches of the MTP blocks."""
+    return kv_cache_bytes(model, model.mtp_layers, replace(context, attention=context.attention.of_mtp))
+
+
+def saved_state_bytes(model: Footprint, attention: Attention) -> int:
     """Bytes of a saved state (llama.cpp: checkpoint) of a sequence: the window of all sliding layers of the trunk."""
-    return sum(_kv_cell_bytes(model, layer) * model.sliding_window for layer in model.trunk_layers if layer.is_sliding)
+    sliding = (layer for layer in model.trunk_layers if layer.is_sliding)
+    return sum(_kv_cell_bytes(model, layer, attention) * model.sliding_window for layer in sliding)
 
 
 def longest_context(n_ctx_train: int, fits: Callable[[int], bool]) -> int | None:
@@ -181,12 +195,6 @@ def largest_context(model: Footprint, context: ContextParams, n_bytes: int) -> i
     )
 
 
-def layers_that_fit(model: Footprint, needed: MemoryNeed, n_bytes: int) -> int:
-    """How many layers fit a GPU with n_bytes, the compute buffers always being there. Layers count as equally large."""
-    layer_bytes = math.ceil((needed.weights + needed.kv) / len(model.layers))
-    return max(0, (n_bytes - needed.compute - needed.mtp) // layer_bytes)
-
-
 def memory_budget(machine: Machine, gpus: Sequence[Gpu] = ()) -> MemoryBudget:
     """How much of a machine's memory a model may take.
 
@@ -194,7 +202,7 @@ def memory_budget(machine: Machine, gpus: Sequence[Gpu] = ()) -> MemoryBudget:
     """
     kind = machine.kind
     ram = min(machine.ram, machine.container_limit or machine.ram)
-    reserve = min(MACOS_RESERVE if kind == "mac" else LINUX_RESERVE, ram // 8)
+    reserve = min(MACOS_RESERVE if kind == "mac" else LINUX_RESERVE, max(ram // 8, LEAST_RESERVE))
     ceiling = ram - reserve
     available = machine.ram_available or machine.ram  # a system that does not tell is taken for idle
     if kind == "mac":  # the GPU may wire a part of the RAM: as Metal says where it runs, else by the system's rule
@@ -207,7 +215,7 @@ def memory_budget(machine: Machine, gpus: Sequence[Gpu] = ()) -> MemoryBudget:
     cards = [gpu for gpu in (gpus or machine.gpus) if gpu.total] if kind != "spark" else []
     if cards:  # what they cannot hold stays in RAM
         limit = sum(card_budgets(cards))
-        free = sum(max(0, (gpu.free or 0) - GPU_RESERVE) for gpu in cards)
+        free = sum(free_on_cards(cards))
         return MemoryBudget(limit, limit + ceiling, free, GPU_RESERVE)
     return MemoryBudget(ceiling, ceiling, min(ceiling, available), reserve)
 
@@ -217,6 +225,11 @@ def card_budgets(gpus: Sequence[Gpu]) -> tuple[int, ...]:
     return tuple(max(0, gpu.total - GPU_RESERVE) for gpu in gpus if gpu.total)
 
 
+def free_on_cards(gpus: Sequence[Gpu]) -> tuple[int, ...]:
+    """The same of what is free on each now."""
+    return tuple(max(0, (gpu.free or 0) - GPU_RESERVE) for gpu in gpus if gpu.total)
+
+
 def wired_limit(machine: Machine) -> int:
     """What macOS lets the GPU have: as set, or at least this by default (newer systems give a bit more)."""
     if machine.wired_limit:
@@ -224,20 +237,48 @@ def wired_limit(machine: Machine) -> int:
     return machine.ram * 3 // 4 if machine.ram > 36 * GIB else machine.ram * 2 // 3
 
 
-def _kv_cell_bytes(model: Footprint, layer: LayerFootprint) -> int:
+def _layer_cells(model: Footprint, layer: LayerFootprint, context: ContextParams) -> int:
+    return context.sliding_cells(model.sliding_window) if layer.is_sliding else context.cells
+
+
+def _kv_cell_bytes(model: Footprint, layer: LayerFootprint, attention: Attention) -> int:
     """Bytes of K and V of one token in one layer."""
-    return layer.n_head_kv * (model.key_length + model.value_length) * F16
+    sizes = (model.key_length, attention.cache_type_k), (model.value_length, attention.cache_type_v)
+    return sum(_row_bytes(layer.n_head_kv * length, cache_type) for length, cache_type in sizes)
 
 
-def _compute_buffer_bytes(model: Footprint, context: ContextParams, masked: int, width: int, n_outputs: int) -> int:
+def _row_bytes(n_values: int, cache_type: CacheType) -> int:
+    block, n_bytes = _CACHE_BLOCKS[cache_type]
+    return -(-n_values // block) * n_bytes
+
+
+def _compute_buffer_bytes(
+    model: Footprint,
+    context: ContextParams,
+    layers: Sequence[LayerFootprint],
+    masked: int,
+    width: int,
+    n_outputs: int,
+) -> int:
     """The compute buffer: memory is reused along the graph, so one layer counts, and the logits after the last.
 
-    In a layer: attention masks over `masked` cells (F16, as flash attention takes them), two hidden states, and the
-    values that a feed-forward network has at a time: of a dense one gate, up and their product, of experts each one's
-    gate and twice its output.
+    In a layer: what attention holds beside the cache, two hidden states, and the values that a feed-forward network has
+    at a time: of a dense one gate, up and their product, of experts each one's gate and twice its output.
     """
-    in_layer = context.n_ubatch * (F16 * masked + F32 * (width + 2 * model.n_embd))
+    attention = max((_attention_bytes(model, context, layer, masked) for layer in layers), default=0)
+    in_layer = attention + context.n_ubatch * F32 * (width + 2 * model.n_embd)
     return in_layer + F32 * n_outputs * model.n_vocab
+
+
+def _attention_bytes(model: Footprint, context: ContextParams, layer: LayerFootprint, masked: int) -> int:
+    """Attention masks over `masked` cells, in F16 for flash attention, which also wants keys and values that are F32
+    converted to that. Without it masks are F32, and beside them are the scores of all heads."""
+    cells, attention = _layer_cells(model, layer, context), context.attention
+    if attention.flash_attn == "off":
+        return context.n_ubatch * F32 * (masked + layer.n_head * cells)
+    lengths = (model.key_length, attention.cache_type_k), (model.value_length, attention.cache_type_v)
+    converted = sum(layer.n_head_kv * length for length, cache_type in lengths if cache_type == "f32")
+    return F16 * (context.n_ubatch * masked + cells * converted)
 
 
 def _padded_cells(cells: int) -> int:

@@ -1,17 +1,20 @@
 """Where a model goes in several memories: cards with RAM beside them, or machines that follow one another.
 
     layers           dealt out in order, to each card as many as it holds: their weights and their KV cache
-    routed experts   of the first N layers in RAM, as llama.cpp's --n-cpu-moe N has it; N is the smallest that fits
+    routed experts   of the first N layers in RAM, as --n-cpu-moe N has it; N is the smallest that fits
     MTP blocks       follow the trunk's layers, and the output follows them
     embedding        in RAM, with the kept conversations
     buffers          on each card: what a batch needs in a layer; if experts are in RAM, also one matrix of them at a
                      time, with which the card itself computes batches of 32 tokens and more (ggml-backend.cpp)
 
---tensor-split takes the number of layers on each card, the output being one (llama-model.cpp, get_layer_buft_list).
+What a person has set is taken, and the rest is chosen around it: --gpu-layers leaves the first layers in RAM,
+--tensor-split fixes each card's share of the others. What is chosen is written in the same way: a card's share is the
+number of its layers, the output being one (llama-model.cpp, get_layer_buft_list).
 """
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
@@ -20,9 +23,12 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from stepgguf.fit.memory import ContextParams, Footprint, MemoryNeed, kv_cache_bytes, memory_need
+from stepgguf.runtime.placement import ALL_LAYERS, Placement
 
 if TYPE_CHECKING:
     from stepgguf.convert.sizes import Sizes
+
+UNPLACED = Placement()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,26 +63,37 @@ class ModelParts:
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
-    """Bytes on each card and in RAM.
+class PlacedModel:
+    """A placement with which a model fits, and its bytes on each card and in RAM.
 
-    n_cpu_moe: layers whose routed experts are in RAM. split: layers on each card, of which the output is one.
+    counts: layers on each card, the output being one. n_left: so many layers are in RAM altogether.
     """
 
-    n_cpu_moe: int
-    split: tuple[int, ...]
+    placement: Placement
+    counts: tuple[int, ...]
     cards: tuple[int, ...]
     ram: int
+    n_left: int = 0
+
+    @property
+    def n_cpu_moe(self) -> int:
+        """Layers whose routed experts are in RAM."""
+        return self.placement.n_cpu_moe or 0
 
 
-def weight_parts(sizes: Sizes, n_mtp: int) -> ModelParts:
-    """Take a model with n_mtp MTP blocks apart: its weights alone."""
+def weight_parts(sizes: Sizes, n_mtp: int, overrides: Sequence[tuple[str, str]] = ()) -> ModelParts:
+    """Take a model with n_mtp MTP blocks apart: its weights alone.
+
+    overrides: as Placement has them. Those to "CPU" count; where another one puts a tensor is not looked at.
+    """
     experts: Counter[int] = Counter()
     others: Counter[int] = Counter()
     outside: Counter[str] = Counter()
     matrix = 0
     for name, n_bytes in sizes.trunk:
-        if name.layer is None:
+        if _buffer_of(name, overrides) == "CPU":
+            outside["embedding"] += n_bytes
+        elif name.layer is None:
             outside["embedding" if name.role == "token_embd" else "output"] += n_bytes
         elif name.is_expert:
             experts[name.layer] += n_bytes
@@ -86,6 +103,10 @@ def weight_parts(sizes: Sizes, n_mtp: int) -> ModelParts:
     trunk = [LayerBytes(experts[number], others[number]) for number in sorted(others)]
     mtp = [LayerBytes(0, -(-sizes.mtp // n_mtp)) for _ in range(n_mtp)]
     return ModelParts((*trunk, *mtp), outside["output"], outside["embedding"], 0, matrix)
+
+
+def _buffer_of(name: str, overrides: Sequence[tuple[str, str]]) -> str | None:
+    return next((buffer for pattern, buffer in overrides if re.search(pattern, name)), None)
 
 
 def with_context(parts: ModelParts, model: Footprint, context: ContextParams) -> ModelParts:
@@ -102,18 +123,42 @@ def with_context(parts: ModelParts, model: Footprint, context: ContextParams) ->
     )
 
 
-def place(parts: ModelParts, cards: Sequence[int], ram: int) -> Placement | None:
+def place(parts: ModelParts, cards: Sequence[int], ram: int, wish: Placement = UNPLACED) -> PlacedModel | None:
     """Place a model on cards and in RAM with as few layers' experts in RAM as can be; None if it does not fit.
 
-    cards: bytes that each card has for the model. ram: the same of the RAM.
+    cards: bytes that each card has for the model. ram: the same of the RAM. wish: what is set already and kept.
     """
-    for n_cpu_moe in range(len(parts.layers) + 1):
-        in_ram = sum(layer.experts for layer in parts.layers[:n_cpu_moe])
-        dealt = _deal(parts, cards, n_cpu_moe, parts.buffers + (parts.matrix if in_ram else 0))
+    if wish.split_mode == "none":
+        cards = [n_bytes if i == wish.main_gpu else 0 for i, n_bytes in enumerate(cards)]
+    n_left = _layers_in_ram(parts, wish)
+    for n_cpu_moe in range(len(parts.layers) + 1) if wish.n_cpu_moe is None else (wish.n_cpu_moe,):
+        in_ram = sum(y.experts for y in parts.layers[:n_cpu_moe]) + sum(
+            y.others + (y.experts if i >= n_cpu_moe else 0) for i, y in enumerate(parts.layers[:n_left])
+        )
+        dealt = _deal(parts, cards, n_cpu_moe, n_left, wish.tensor_split)
         if dealt is not None:
+            counts, taken = dealt
+            split = tuple(map(float, counts)) if wish.tensor_split is None and len(cards) > 1 else wish.tensor_split
+            placed = replace(wish, n_cpu_moe=n_cpu_moe, tensor_split=split)
             used = parts.in_ram + in_ram
-            return Placement(n_cpu_moe, *dealt, used) if used <= ram else None
+            return PlacedModel(placed, counts, taken, used, n_left) if used <= ram else None
     return None
+
+
+def place_somehow(parts: ModelParts, cards: Sequence[int], ram: int, wish: Placement) -> PlacedModel | None:
+    """The same, with layers in RAM if not all can be on the cards: as few as can be, unless the wish says how many."""
+    placed = place(parts, cards, ram, wish)
+    if placed is not None or wish.gpu_layers is not None:
+        return placed
+    fewer = (replace(wish, gpu_layers=n) for n in range(len(parts.layers), -1, -1))
+    return next((placed for other in fewer if (placed := place(parts, cards, ram, other)) is not None), None)
+
+
+def _layers_in_ram(parts: ModelParts, wish: Placement) -> int:
+    """How many of the first layers --gpu-layers leaves in RAM."""
+    if wish.gpu_layers is None or wish.gpu_layers == ALL_LAYERS:
+        return 0
+    return max(0, len(parts.layers) + 1 - wish.gpu_layers)
 
 
 def unusable_room(needed: MemoryNeed, cards: Sequence[int], ram: int, n_expert_layers: int) -> int:
@@ -130,16 +175,32 @@ def unusable_room(needed: MemoryNeed, cards: Sequence[int], ram: int, n_expert_l
 
 
 def _deal(
-    parts: ModelParts, cards: Sequence[int], n_cpu_moe: int, buffers: int
+    parts: ModelParts, cards: Sequence[int], n_cpu_moe: int, n_left: int, split: Sequence[float] | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """How many layers each card takes, and its bytes; None if not all find room."""
+    """How many layers behind the first n_left each card takes, and its bytes; None if not all find room."""
     left = [layer.others + (layer.experts if i >= n_cpu_moe else 0) for i, layer in enumerate(parts.layers)]
-    left.append(parts.output)
+    left = [*left, parts.output][n_left:]
+    has_experts_in_ram = any(layer.experts for layer in parts.layers[: max(n_cpu_moe, n_left)])
+    buffers = parts.buffers + (parts.matrix if has_experts_in_ram else 0)
+    wanted = _split_counts(len(left), split, len(cards)) if split is not None else None
     counts, taken = [], []
-    for card in cards:
+    for i, card in enumerate(cards):
         filled = list(accumulate(left, initial=buffers))
         n = max(0, bisect_right(filled, card) - 1)
+        if wanted is not None:
+            if wanted[i] > n:
+                return None
+            n = wanted[i]
         counts.append(n)
         taken.append(filled[n] if n else 0)
         left = left[n:]
     return None if left else (tuple(counts), tuple(taken))
+
+
+def _split_counts(n_layers: int, split: Sequence[float], n_cards: int) -> list[int]:
+    """How many layers go to each card by its share, as llama.cpp deals them: layer i to the first card whose share,
+    with those before it, is above i / n_layers."""
+    shares = [*split, *[0.0] * n_cards][:n_cards]
+    points = [total / (sum(shares) or 1.0) for total in accumulate(shares)]
+    dealt = Counter(min(bisect_right(points, i / n_layers), n_cards - 1) for i in range(n_layers))
+    return [dealt[card] for card in range(n_cards)]

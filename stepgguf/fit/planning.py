@@ -4,7 +4,7 @@ source   -> Inventory (sizes by type), Footprint (what else takes memory)  --+
 weights  -> PricedTrunk: what types lose, if it is asked for
 machine  -> TargetMachine: budget, bandwidth, published speeds               +-> MachinePlan: a PlanRow for each type
 context  -> MemoryNeed, the same for all rows; what it leaves is for weights --+
-cards    -> Placement of each row: what is on them, what in RAM
+cards    -> PlacedModel of each row: what is on them, what in RAM
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from stepgguf.fit.memory import (
     memory_budget,
     memory_need,
 )
-from stepgguf.fit.placement import ModelParts, Placement, place, unusable_room, weight_parts, with_context
+from stepgguf.fit.placement import ModelParts, PlacedModel, place, unusable_room, weight_parts, with_context
 from stepgguf.fit.speed import StepBytes
 from stepgguf.model.names import TensorName
 from stepgguf.quants.recipe_files import shipped_names
@@ -86,7 +86,7 @@ class TargetMachine:
             return sum(self.devices) + self.ram
         return min(self.budget.limit + context.cache_ram, self.budget.ceiling)
 
-    def place(self, parts: ModelParts) -> Placement | None:
+    def place(self, parts: ModelParts) -> PlacedModel | None:
         """Place a model on the devices; None if it does not fit."""
         return place(parts if self.has_cards else parts.without_ram, self.devices, self.ram)
 
@@ -129,7 +129,7 @@ class PlanRow:
 
     n_ctx: the longest context that fits, None if none does. empty, full: at an empty and at a full context. mtp_gain:
     how many times as fast with MTP, None without it. loss: the allocator's cost of the types, where they were measured.
-    placement: on cards or machines, if it fits there.
+    placed: on cards or machines, if it fits there.
     """
 
     type: str
@@ -143,7 +143,7 @@ class PlanRow:
     full: GenerationSpeed
     mtp_gain: SpeedRange | None
     loss: float | None = None
-    placement: Placement | None = None
+    placed: PlacedModel | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +271,7 @@ class _Fit:
     total: int
     fits: bool
     n_ctx: int | None
-    placement: Placement | None = None
+    placed: PlacedModel | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,7 +298,7 @@ class _RowPlanner:
             full=self._speed(sizes, self.context.n_ctx, fitted),
             mtp_gain=self._mtp_gain(sizes, fitted) if sizes.mtp else None,
             loss=self.trunk.predicted_loss(sizes.types) if self.trunk is not None else None,
-            placement=fitted.placement,
+            placed=fitted.placed,
         )
 
     def _in_one_memory(self, sizes: Sizes) -> _Fit:
@@ -309,15 +309,15 @@ class _RowPlanner:
     def _on_devices(self, sizes: Sizes) -> _Fit:
         weights = weight_parts(sizes, len(self.footprint.mtp_layers) if self.context.mtp else 0)
 
-        def placed(n_ctx: int) -> Placement | None:
+        def at(n_ctx: int) -> PlacedModel | None:
             return self.target.place(with_context(weights, self.footprint, replace(self.context, n_ctx=n_ctx)))
 
-        placement = placed(self.context.n_ctx)
+        placed = at(self.context.n_ctx)
         total = sizes.total + memory_need(self.footprint, self.context).total
-        if placement is not None:
-            total = sum(placement.cards) + placement.ram
-        n_ctx = longest_context(self.footprint.n_ctx_train, lambda n_ctx: placed(n_ctx) is not None)
-        return _Fit(total, placement is not None, n_ctx, placement)
+        if placed is not None:
+            total = sum(placed.cards) + placed.ram
+        n_ctx = longest_context(self.footprint.n_ctx_train, lambda n_ctx: at(n_ctx) is not None)
+        return _Fit(total, placed is not None, n_ctx, placed)
 
     def _step_bytes(self, sizes: Sizes, n_tokens: int, fitted: _Fit) -> StepBytes:
         """The weights that a step of n_tokens reads, each where it is; of what has no place on cards, as if on them."""
@@ -325,7 +325,7 @@ class _RowPlanner:
         total = speed.step_bytes(sizes.trunk, share)
         if not self.target.has_cards:
             return StepBytes(total)
-        n_cpu_moe = fitted.placement.n_cpu_moe if fitted.placement is not None else 0
+        n_cpu_moe = fitted.placed.n_cpu_moe if fitted.placed is not None else 0
         ram = speed.step_bytes(((name, n) for name, n in sizes.trunk if _is_in_ram(name, n_cpu_moe)), share)
         return StepBytes(ram, total - ram)
 

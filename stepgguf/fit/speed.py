@@ -22,6 +22,7 @@ from statistics import median
 
 from stepgguf.fit.memory import ContextParams, Footprint, memory_need, saved_state_bytes
 from stepgguf.model.names import TensorName
+from stepgguf.runtime.placement import Attention
 
 # Drafts of a step and the share of them that was accepted, lowest and highest, with all three heads (llama.cpp #24340).
 DRAFTED, ACCEPTED = 2, (0.65, 0.91)
@@ -80,7 +81,7 @@ def kv_read_bytes(model: Footprint, depth: int) -> int:
     """
     full = replace(model, layers=tuple(layer for layer in model.trunk_layers if not layer.is_sliding))
     sliding = replace(model, sliding_window=min(model.sliding_window, depth))
-    return memory_need(full, ContextParams(depth)).kv + saved_state_bytes(sliding)
+    return memory_need(full, ContextParams(depth)).kv + saved_state_bytes(sliding, Attention())
 
 
 def mtp_gain(one: float, several: float, drafting: float, tokens: float) -> float:

@@ -110,6 +110,11 @@ class HParams:
         return self.layers[0].n_head // self.layers[0].n_head_kv
 
     @property
+    def heads(self) -> list[int]:
+        """Attention heads of each layer, MTP blocks included."""
+        return [layer.n_head for layer in self.layers]
+
+    @property
     def kv_heads(self) -> list[int]:
         """KV heads of each layer, MTP blocks included."""
         return [layer.n_head_kv for layer in self.layers]

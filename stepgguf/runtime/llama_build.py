@@ -15,7 +15,7 @@ from pathlib import Path
 from stepgguf.errors import EngineError
 from stepgguf.files import installed
 
-_GPU_TYPES = (1, 2)  # ggml_backend_dev_type: GPU, IGPU
+_GPU, _INTEGRATED_GPU = 1, 2  # ggml_backend_dev_type
 _AMX_GCC = (14, 2)
 
 
@@ -88,24 +88,56 @@ def parse_features(system_info: str) -> frozenset[str]:
 
 
 def _gpus(library: ctypes.CDLL) -> tuple[Gpu, ...]:
-    """Return the GPUs that ggml sees, with their memory now. There are none where the library lacks the functions."""
+    """Return the GPUs that llama.cpp puts models on, with their memory now: an integrated one only where it is alone.
+
+    There are none where the library lacks the functions.
+    """
     try:
-        count, get = library.ggml_backend_dev_count, library.ggml_backend_dev_get
         device_type, text = library.ggml_backend_dev_type, library.ggml_backend_dev_description
         memory = library.ggml_backend_dev_memory
     except AttributeError:
         return ()
-    count.restype = ctypes.c_size_t
-    get.argtypes, get.restype = [ctypes.c_size_t], ctypes.c_void_p
     device_type.argtypes, text.argtypes, text.restype = [ctypes.c_void_p], [ctypes.c_void_p], ctypes.c_char_p
     memory.argtypes, memory.restype = [ctypes.c_void_p, *[ctypes.POINTER(ctypes.c_size_t)] * 2], None
-    gpus = []
-    for device in (get(i) for i in range(count())):
-        if device_type(device) in _GPU_TYPES:
+    cards, integrated = [], []
+    for device in _devices(library):
+        name = text(device).decode(errors="replace")
+        if device_type(device) == _GPU:
             free, total = ctypes.c_size_t(), ctypes.c_size_t()
             memory(device, ctypes.byref(free), ctypes.byref(total))
-            gpus.append(Gpu(text(device).decode(errors="replace"), total.value, free.value))
-    return tuple(gpus)
+            cards.append(Gpu(name, total.value, free.value))
+        elif device_type(device) == _INTEGRATED_GPU:
+            integrated.append(Gpu(name, None, None))  # what it says is the system's memory
+    return tuple(cards or integrated)
+
+
+@functools.cache
+def buffer_types() -> dict[str, int]:
+    """Return each device's buffer type by its name, such as CPU or CUDA0, as llama-server's --override-tensor has them.
+
+    The values are ggml's pointers. There are none where the library lacks the functions.
+    """
+    import llama_cpp
+
+    library = llama_cpp.llama_cpp._lib
+    try:
+        of_device, name = library.ggml_backend_dev_buffer_type, library.ggml_backend_buft_name
+    except AttributeError:
+        return {}
+    of_device.argtypes, of_device.restype = [ctypes.c_void_p], ctypes.c_void_p
+    name.argtypes, name.restype = [ctypes.c_void_p], ctypes.c_char_p
+    return {name(buffer).decode(): buffer for buffer in map(of_device, _devices(library)) if buffer}
+
+
+def _devices(library: ctypes.CDLL) -> list[int]:
+    """Return ggml's pointers to its devices, in its order. There are none where the library lacks the functions."""
+    try:
+        count, get = library.ggml_backend_dev_count, library.ggml_backend_dev_get
+    except AttributeError:
+        return []
+    count.restype = ctypes.c_size_t
+    get.argtypes, get.restype = [ctypes.c_size_t], ctypes.c_void_p
+    return [get(i) for i in range(count())]
 
 
 def _compiler(folder: Path) -> tuple[str, tuple[int, ...]] | None:

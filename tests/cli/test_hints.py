@@ -119,6 +119,8 @@ def test_without_a_name_for_the_file_the_whole_command_is_said(bf16: Path, capfd
         (["quantize", "--pure", "a", "b.gguf", "Q4_K_M"], "recipe"),
         (["convert", "a", "b.gguf", "--model-name", "x"], "--name"),
         (["convert", "a", "-o", "b.gguf"], "DEST"),
+        (["chat", "a.gguf", "-ctk", "q8_0"], "--cache-type-k"),
+        (["serve", "a.gguf", "--ctx-size=4096"], "--ctx N"),
     ],
 )
 def test_other_tools_options_are_answered_with_ours(

@@ -77,10 +77,10 @@ def test_a_box_with_cards_has_lines_that_add_up_and_the_options_that_place_the_m
     assert cards + ram - sum(parts) == pytest.approx(left, abs=0.05)
     assert max(map(len, lines[1:])) <= 80
     report = json.loads(run(capfd, real, *options, "--json"))
-    placement = report["rows"][0]["placement"]
+    placed = report["rows"][0]["placed"]
     assert report["machine"]["devices"] == [23 * 2**30] * 2
-    assert f" -np 2 --kv-unified \\\n    --n-cpu-moe {placement['n_cpu_moe']} --tensor-split " in text
-    assert sum(placement["split"]) == 49
+    assert f" -np 2 --kv-unified \\\n    --n-cpu-moe {placed['placement']['n_cpu_moe']} --tensor-split " in text
+    assert sum(placed["counts"]) == sum(placed["placement"]["tensor_split"]) == 49
     assert "What the cards read is not counted in it." in text
 
 
@@ -207,7 +207,7 @@ def test_what_is_suggested_for_a_gguf_has_only_options_that_there_are(mtp: bool,
     [
         (target_machine("spark-2"), "serve --engine llama-server --rpc HOST:50052"),
         (target_machine("cuda-24-64"), "chat"),
-        (described_box((GIB + 26 * MIB,), 8 * GIB, None), "serve --engine llama-server"),
+        (described_box((GIB + 26 * MIB,), 8 * GIB, None), "chat"),
     ],
     ids=["machines", "card", "small card"],
 )

@@ -24,6 +24,7 @@ from stepgguf.evaluation.sources import LogitSource
 from stepgguf.evaluation.stream_logits import StreamLogits, group_rows, token_rows
 from stepgguf.reference import stream
 from stepgguf.runtime.llama.model import LlamaModel
+from stepgguf.runtime.placement import Placement
 
 SENTENCE = "<|im_start|>user\nHow many 'r's are in strawberry?<|im_end|>\n<|im_start|>assistant\n<think>\n"
 
@@ -35,7 +36,7 @@ pytestmark = pytest.mark.slow
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaModel]:
     path = tmp_path_factory.mktemp("f32") / "f32.gguf"
     assert main(["convert", str(CHECKPOINT), str(path), "-t", "F32", "--mtp", "drop", "-q"]) == 0
-    model = LlamaModel(path, gpu_layers=0, mtp=False, mmap=True, progress=None)
+    model = LlamaModel(path, Placement(), mtp=False, mmap=True, progress=None)
     yield model
     model.close()
 

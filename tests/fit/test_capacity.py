@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 import time
 from dataclasses import replace
@@ -13,10 +14,12 @@ import pytest
 from stepgguf.cli.main import main
 from stepgguf.errors import DoesNotFit
 from stepgguf.files.byte_sizes import GIB
-from stepgguf.fit.capacity import check_context_length, check_memory, refuse_to_load
+from stepgguf.fit.capacity import Finding, check_context_length, check_memory, refuse_to_load
 from stepgguf.fit.machine import Machine
 from stepgguf.fit.memory import ContextParams, memory_need
 from stepgguf.fit.model_file import ModelFile, find_mtp_file, read_model_file
+from stepgguf.runtime.llama_build import Gpu
+from stepgguf.runtime.placement import ALL_LAYERS, Attention, Placement
 from tests.fit.machines import CARD, CPU_BUILD, CUDA_BUILD, LINUX
 from tests.fit.test_memory import write_real
 
@@ -94,15 +97,62 @@ def test_what_is_free_now_counts_and_a_context_that_fits_into_it_is_named(flash:
     assert finding.fix == f"Close other programs, or: stepgguf chat {flash.path} --ctx 65536"
 
 
-def test_layers_that_are_kept_off_a_card_do_not_count_against_it(flash: ModelFile) -> None:
+def fix(finding: Finding) -> str:
+    assert finding.fix is not None
+    return finding.fix
+
+
+def test_what_a_card_cannot_hold_is_placed_beside_it_and_what_is_set_is_kept(flash: ModelFile) -> None:
     finding = check_memory(CARD, CUDA_BUILD, flash, ContextParams(32768))
-    assert (finding.level, finding.fix is not None) == ("warn", True)
-    n = int(str(finding.fix).rsplit(" ", 1)[1])
-    assert check_memory(CARD, CUDA_BUILD, flash, ContextParams(32768, gpu_layers=n)).level == "ok"
-    assert check_memory(CARD, CUDA_BUILD, flash, ContextParams(32768, gpu_layers=n + 2)).level == "warn"
+    assert finding.level == "ok"
+    said = re.search(r"experts of (\d+) of 45 layers in RAM, all layers on the card$", finding.message)
+    assert said is not None
+    fewest = int(said[1])
+    for n, level in ((fewest, "ok"), (fewest - 1, "fail"), (45, "ok")):
+        placement = Placement(gpu_layers=ALL_LAYERS, n_cpu_moe=n)
+        found = check_memory(CARD, CUDA_BUILD, flash, ContextParams(32768, placement=placement))
+        assert found.level == level
+        assert level == "ok" or fix(found) == f"stepgguf chat {flash.path} --n-cpu-moe {fewest}"
     assert check_memory(CARD, CPU_BUILD, flash, ContextParams(32768)).level == "ok", (
         "an engine without CUDA runs it in RAM"
     )
+
+
+def test_layers_go_into_ram_where_a_card_cannot_even_hold_what_is_beside_the_experts(flash: ModelFile) -> None:
+    build = replace(CUDA_BUILD, gpus=(Gpu("GPU", 6 * GIB, 6 * GIB),))
+    finding = check_memory(CARD, build, flash, ContextParams(32768))
+    said = re.search(r"experts of 45 of 45 layers in RAM, (\d+) whole layers in RAM$", finding.message)
+    assert finding.level == "ok"
+    assert said is not None
+    assert 5 < int(said[1]) < 45
+
+
+def test_of_a_card_that_others_use_only_what_is_free_counts(flash: ModelFile) -> None:
+    build = replace(CUDA_BUILD, gpus=(Gpu("GPU", 80 * GIB, 40 * GIB),))
+    all_free = check_memory(CARD, CUDA_BUILD, flash, ContextParams(32768)).message
+    half_free = check_memory(CARD, build, flash, ContextParams(32768)).message
+    experts = [int(text.split("experts of ")[1].split()[0]) for text in (all_free, half_free)]
+    assert experts[0] < experts[1]
+    placement = Placement(gpu_layers=ALL_LAYERS, n_cpu_moe=experts[0])
+    finding = check_memory(CARD, build, flash, ContextParams(32768, placement=placement))
+    assert finding.level == "warn"
+    assert fix(finding) == f"Close other programs, or: stepgguf chat {flash.path} --n-cpu-moe {experts[1]}"
+
+
+def test_a_cache_in_eight_bits_is_named_where_it_makes_room_for_more(flash: ModelFile) -> None:
+    machine = replace(LINUX, ram=120 * GIB, ram_available=119 * GIB)
+    finding = check_memory(machine, CPU_BUILD, flash, ContextParams(262144))
+    small = Attention("q8_0", "q8_0")
+    said = re.search(r"  # or --ctx (\d+) --cache-type-k q8_0 --cache-type-v q8_0$", fix(finding))
+    assert said is not None
+    assert int(said[1]) > int(fix(finding).split("--ctx ")[1].split()[0])
+    assert check_memory(machine, CPU_BUILD, flash, ContextParams(int(said[1]), attention=small)).level == "ok"
+    assert check_memory(machine, CPU_BUILD, flash, ContextParams(int(said[1]))).level == "fail"
+    no_flash = ContextParams(262144, attention=Attention(flash_attn="off"))
+    assert "q8_0" not in fix(check_memory(machine, CPU_BUILD, flash, no_flash))
+    assert "q8_0" not in fix(
+        check_memory(replace(machine, ram=114 * GIB), CPU_BUILD, flash, ContextParams(262144, attention=small))
+    ), "it has that already"
 
 
 def test_a_small_machine_keeps_an_eighth_for_its_system() -> None:

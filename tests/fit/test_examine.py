@@ -11,12 +11,13 @@ import pytest
 
 from stepgguf.cli.doctor import find_prompt_end
 from stepgguf.files.byte_sizes import GIB
-from stepgguf.fit.capacity import Finding
+from stepgguf.fit.capacity import Finding, check_memory
 from stepgguf.fit.examine import examine
 from stepgguf.fit.machine import AmdMemory, Machine, use_mmap
 from stepgguf.fit.memory import LINUX_RESERVE, ContextParams, memory_need
 from stepgguf.fit.model_file import ModelFile, read_model_file
 from stepgguf.runtime.llama_build import Gpu, LlamaBuild
+from stepgguf.runtime.placement import Attention
 from tests.fit.machines import CARD, CPU_BUILD, CUDA_BUILD, LINUX, MAC, SPARK, STRIX
 from tests.fit.test_memory import write_real
 
@@ -87,7 +88,7 @@ def test_strix_halo_gets_kernel_parameters(flash: ModelFile) -> None:
 def test_a_context_that_is_too_long_gets_the_longest_that_fits(flash: ModelFile) -> None:
     found = findings(SPARK, CUDA_BUILD, flash, 262144)["memory"]
     assert found.level == "fail"
-    n_ctx = int(fix(found).rsplit(" ", 1)[1])
+    n_ctx = int(fix(found).split("--ctx ")[1].split()[0])
     assert 32768 < n_ctx < 262144
     assert findings(SPARK, CUDA_BUILD, flash, n_ctx)["memory"].level != "fail"
     assert findings(SPARK, CUDA_BUILD, flash, n_ctx + 1024)["memory"].level == "fail"
@@ -109,22 +110,28 @@ def test_a_machine_that_is_too_small_gets_the_largest_type_that_fits(flash: Mode
 
 @pytest.mark.slow
 def test_a_context_too_short_to_think_in_is_no_fix(flash: ModelFile) -> None:
+    small = Attention("q8_0", "q8_0")
+    needed = memory_need(flash.footprint, ContextParams(3072, attention=small)).total
+    machine = replace(LINUX, ram=needed + LINUX_RESERVE)
+    found = check_memory(machine, CPU_BUILD, flash, ContextParams(32768, attention=small))
+    assert fix(found).startswith("stepgguf convert ")
     machine = replace(LINUX, ram=memory_need(flash.footprint, ContextParams(3072)).total + LINUX_RESERVE)
-    assert fix(findings(machine, CPU_BUILD, flash)["memory"]).startswith("stepgguf convert ")
+    eight_bits = fix(findings(machine, CPU_BUILD, flash)["memory"])
+    assert re.search(r"^stepgguf chat \S+ --ctx \d{4} --cache-type-k q8_0 --cache-type-v q8_0$", eight_bits)
     machine = replace(machine, ram=machine.ram + GIB // 8)
-    assert fix(findings(machine, CPU_BUILD, flash)["memory"]).startswith("stepgguf chat ")
+    assert fix(findings(machine, CPU_BUILD, flash)["memory"]).startswith(f"stepgguf chat {flash.path} --ctx 5120 ")
 
 
 @pytest.mark.slow
 def test_what_a_card_cannot_hold_stays_in_ram(flash: ModelFile) -> None:
     found = findings(CARD, CUDA_BUILD, flash)["memory"]
-    assert found.level == "warn"
-    layers = int(fix(found).rsplit(" ", 1)[1])
-    assert fix(found) == f"stepgguf chat {flash.path} --gpu-layers {layers}"
-    assert 30 < layers < 48
+    assert found.level == "ok"
+    assert re.search(r": experts of \d+ of 45 layers in RAM, all layers on the card$", found.message)
     assert findings(replace(CARD, ram=24 * GIB), CUDA_BUILD, flash)["memory"].level == "fail"
     two = (Gpu("NVIDIA H100", 80 * GIB, 79 * GIB),) * 2
-    assert findings(CARD, replace(CUDA_BUILD, gpus=two), flash)["memory"].level == "ok"
+    found = findings(CARD, replace(CUDA_BUILD, gpus=two), flash)["memory"]
+    assert found.level == "ok"
+    assert re.search(r"in RAM: \d+/\d+ layers on the 2 cards$", found.message)
 
 
 @pytest.mark.slow

@@ -151,8 +151,21 @@ def test_the_least_limit_of_the_cgroups_above_holds(
     assert machine.container_limit(tree(tmp_path, files | {"proc/self/cgroup": f"0::{group}\n"})) == least
 
 
-def test_cgroups_of_the_first_version_set_no_limit_here(tmp_path: Path) -> None:
-    assert machine.container_limit(tree(tmp_path, {"proc/self/cgroup": "9:name=systemd:/\n4:memory:/a\n"})) is None
+@pytest.mark.parametrize(
+    ("own", "limits", "least"),
+    [
+        ("4:memory:/a/b", {"a": "2147483648", "a/b": "9223372036854771712", "": "9223372036854771712"}, 2 << 30),
+        ("4:hugetlb,memory:/", {"": "1073741824"}, 1 << 30),
+        ("4:memory:/docker/abc", {"": "1073741824"}, 1 << 30),  # a container sees its own group at the top
+        ("4:memory:/a", {"a": "9223372036854771712"}, None),
+        ("9:name=systemd:/", {"": "1073741824"}, None),
+    ],
+)
+def test_the_limits_of_cgroups_of_the_first_version_hold_too(
+    tmp_path: Path, own: str, limits: dict[str, str], least: int | None
+) -> None:
+    files = {f"sys/fs/cgroup/memory/{name}/memory.limit_in_bytes": f"{text}\n" for name, text in limits.items()}
+    assert machine.container_limit(tree(tmp_path, files | {"proc/self/cgroup": f"{own}\n0::/\n"})) == least
 
 
 @pytest.mark.parametrize(

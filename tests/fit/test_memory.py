@@ -9,6 +9,7 @@ from pathlib import Path
 
 import llama_cpp
 import pytest
+from gguf import GGMLQuantizationType
 
 from stepgguf.cli.main import main
 from stepgguf.convert.plan import Options
@@ -23,13 +24,13 @@ from stepgguf.fit.memory import (
     Footprint,
     LayerFootprint,
     largest_context,
-    layers_that_fit,
     memory_budget,
     memory_need,
     saved_state_bytes,
 )
 from stepgguf.quants.recipe_files import load_recipe
 from stepgguf.runtime.llama_build import Gpu
+from stepgguf.runtime.placement import Attention, CacheType
 from tests.cli.test_cli import sparse_checkpoint
 from tests.oracle import silence
 
@@ -59,6 +60,10 @@ def reported(path: Path, context: ContextParams, *, mtp: bool = False, allocate:
         settings.n_batch = settings.n_ubatch = context.n_ubatch
         settings.n_outputs_max = context.n_parallel * (1 if mtp else 4)
         settings.kv_unified, settings.swa_full, settings.ctx_type = True, False, int(mtp)
+        attention = context.attention.of_mtp if mtp else context.attention
+        types = (GGMLQuantizationType[t.upper()] for t in (attention.cache_type_k, attention.cache_type_v))
+        settings.type_k, settings.type_v = types
+        settings.flash_attn_type = {"auto": -1, "off": 0, "on": 1}[attention.flash_attn]
         llama_cpp.llama_free(llama_cpp.llama_init_from_model(model, settings))
         llama_cpp.llama_model_free(model)
     finally:
@@ -100,6 +105,15 @@ CONTEXTS = [
     ContextParams(32768, n_ubatch=1024),
     ContextParams(131072, n_parallel=8),
     ContextParams(700),
+    ContextParams(32768, n_ubatch=2048),
+    ContextParams(32768, attention=Attention("q8_0", "q8_0")),
+    ContextParams(65536, n_parallel=2, attention=Attention("q8_0", "q4_0", "on")),
+    ContextParams(32768, attention=Attention("q5_1", "q5_0")),
+    ContextParams(32768, attention=Attention("iq4_nl", "q4_1")),
+    ContextParams(32768, attention=Attention("bf16", "f16")),
+    ContextParams(32768, attention=Attention("f32", "f32")),
+    ContextParams(32768, attention=Attention(flash_attn="off")),
+    ContextParams(131072, n_parallel=2, n_ubatch=256, attention=Attention("q8_0", flash_attn="off")),
 ]
 
 
@@ -108,12 +122,20 @@ CONTEXTS = [
 def test_the_real_models_caches_are_what_llama_cpp_makes(real: Path, flash: Footprint, context: ContextParams) -> None:
     theirs, ours = reported(real, context), memory_need(flash, context)
     assert ours.kv / MIB == pytest.approx(theirs.kv, abs=0.01)
-    assert theirs.compute <= ours.compute / MIB <= 1.1 * theirs.compute
+    most = 1.5 if context.attention.cache_type_k == "f32" else 1.1  # what is converted is not there with the experts
+    assert theirs.compute <= ours.compute / MIB <= most * theirs.compute
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "context", [ContextParams(32768), ContextParams(262144), ContextParams(65536, n_parallel=2)], ids=str
+    "context",
+    [
+        ContextParams(32768),
+        ContextParams(262144),
+        ContextParams(65536, n_parallel=2),
+        ContextParams(32768, n_ubatch=2048, attention=Attention("q8_0", "q8_0")),
+    ],
+    ids=str,
 )
 def test_mtp_is_a_context_of_its_own(real: Path, flash: Footprint, context: ContextParams) -> None:
     theirs = reported(real, context, mtp=True)
@@ -141,7 +163,14 @@ def small_gguf(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "context", [ContextParams(2048), ContextParams(1500, n_parallel=3), ContextParams(512, n_ubatch=64)], ids=str
+    "context",
+    [
+        ContextParams(2048),
+        ContextParams(1500, n_parallel=3),
+        ContextParams(512, n_ubatch=64),
+        ContextParams(2048, attention=Attention("q8_0", "q4_0")),
+    ],
+    ids=str,
 )
 def test_a_small_models_caches_when_they_are_really_allocated(small_gguf: Path, context: ContextParams) -> None:
     with GGUFSource(small_gguf) as source:
@@ -149,13 +178,15 @@ def test_a_small_models_caches_when_they_are_really_allocated(small_gguf: Path, 
     assert ours.kv / MIB == pytest.approx(reported(small_gguf, context, allocate=True).kv, abs=0.02)
 
 
-def test_a_checkpoint_is_the_window_of_the_sliding_layers(small_gguf: Path) -> None:
+@pytest.mark.parametrize("cache_type", ["f16", "q8_0"])
+def test_a_checkpoint_is_the_window_of_the_sliding_layers(small_gguf: Path, cache_type: CacheType) -> None:
     """llama.cpp adds a few bytes per cell and per layer to what the cells hold."""
     params = llama_cpp.llama_model_default_params()
     params.use_extra_bufts = False
     model = llama_cpp.llama_model_load_from_file(str(small_gguf).encode(), params)
     settings = llama_cpp.llama_context_default_params()
     settings.n_ctx, settings.swa_full = 1024, False
+    settings.type_k = settings.type_v = GGMLQuantizationType[cache_type.upper()]
     context = llama_cpp.llama_init_from_model(model, settings)
     tokens = (llama_cpp.llama_token * 200)(*range(3, 203))
     assert llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(tokens, 200)) == 0
@@ -163,13 +194,13 @@ def test_a_checkpoint_is_the_window_of_the_sliding_layers(small_gguf: Path) -> N
     llama_cpp.llama_free(context)
     llama_cpp.llama_model_free(model)
     with GGUFSource(small_gguf) as source:
-        ours = saved_state_bytes(footprint_of(source))
+        ours = saved_state_bytes(footprint_of(source), Attention(cache_type, cache_type))
     assert ours <= size <= 1.05 * ours
 
 
 MODEL = Footprint(
     weights=100 * GIB,
-    layers=tuple(LayerFootprint(8, i % 4 != 0) for i in range(45)),
+    layers=tuple(LayerFootprint(96 if i % 4 else 64, 8, i % 4 != 0) for i in range(45)),
     key_length=128,
     value_length=128,
     sliding_window=512,
@@ -196,14 +227,6 @@ def test_the_largest_context_fits_and_the_next_one_does_not(gib: int) -> None:
 def test_no_context_is_small_enough_for_weights_that_do_not_fit() -> None:
     assert largest_context(MODEL, ContextParams(1), 99 * GIB) is None
     assert largest_context(MODEL, ContextParams(1), 400 * GIB) == MODEL.n_ctx_train
-
-
-def test_the_layers_that_are_left_to_a_gpu_fit_it() -> None:
-    needed = memory_need(MODEL, ContextParams(32768))
-    n = layers_that_fit(MODEL, needed, 24 * GIB)
-    per_layer = (needed.weights + needed.kv) / 45
-    assert n * per_layer + needed.compute <= 24 * GIB < (n + 1) * per_layer + needed.compute + 1
-    assert layers_that_fit(MODEL, needed, 0) == 0
 
 
 def machine(ram: int, available: int, **more: object) -> Machine:

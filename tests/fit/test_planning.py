@@ -151,12 +151,12 @@ def test_a_row_of_a_box_with_a_card_is_placed_or_does_not_fit(machine: str, real
     result = plan(real, target, context, "64gb", "IQ4_XS", "Q4_K_S", "Q8_0")
     (card,) = target.devices
     for row in result.rows:
-        assert row.fits == (row.placement is not None) == (row.n_ctx is not None and row.n_ctx >= context.n_ctx)
+        assert row.fits == (row.placed is not None) == (row.n_ctx is not None and row.n_ctx >= context.n_ctx)
         assert row.fits or row.weights > result.room
-        if row.placement is not None:
-            assert row.placement.cards[0] <= card
-            assert row.placement.ram <= target.ram
-            assert row.total == row.placement.cards[0] + row.placement.ram
+        if row.placed is not None:
+            assert row.placed.cards[0] <= card
+            assert row.placed.ram <= target.ram
+            assert row.total == row.placed.cards[0] + row.placed.ram
             assert row.weights < row.total
             assert row.empty.tps is None
             assert row.empty.ceiling_tps is not None
@@ -176,8 +176,8 @@ def test_a_token_is_read_from_the_card_and_from_ram_one_after_the_other(real: Pa
     """By hand, all in Q4_K: 8 of 288 experts, with those of N - 3 layers in RAM (the first three have none)."""
     (tmp_path / "q4.toml").write_text('default = "Q4_K"\n')
     row = rows(real, "cuda-24-128", str(tmp_path / "q4.toml"), ctx=32768)[str(tmp_path / "q4.toml")]
-    assert row.placement is not None
-    in_ram = (row.placement.n_cpu_moe - 3) * 3 * 8 * 1280 * 4096 * 144 / 256
+    assert row.placed is not None
+    in_ram = (row.placed.n_cpu_moe - 3) * 3 * 8 * 1280 * 4096 * 144 / 256
     assert row.empty.ceiling_tps == pytest.approx(1 / (in_ram / 89.6e9 + (row.empty.read - in_ram) / 936e9))
     cache = row.full.read - row.empty.read
     assert cache == (12 * 32768 + 33 * 512) * 4096
@@ -187,10 +187,10 @@ def test_a_token_is_read_from_the_card_and_from_ram_one_after_the_other(real: Pa
 def test_two_sparks_hold_twice_as_much_and_are_no_faster_than_one(real: Path) -> None:
     one, two = (rows(real, name, "Q4_K_S", "Q8_0") for name in ("spark", "spark-2"))
     assert (one["Q8_0"].fits, two["Q8_0"].fits) == (False, True)
-    placement = two["Q8_0"].placement
-    assert placement is not None
-    assert (placement.n_cpu_moe, placement.ram, sum(placement.split)) == (0, 0, 49)
-    assert max(placement.cards) <= 117.7 * GIB
+    placed = two["Q8_0"].placed
+    assert placed is not None
+    assert (placed.n_cpu_moe, placed.ram, sum(placed.counts)) == (0, 0, 49)
+    assert max(placed.cards) <= 117.7 * GIB
     assert two["Q4_K_S"].empty.tps is None, "no speed of two is published"
     assert two["Q4_K_S"].empty.ceiling_tps == one["Q4_K_S"].empty.ceiling_tps
 
@@ -199,9 +199,9 @@ def test_of_a_box_that_nobody_listed_the_cards_are_not_counted_in_the_ceiling(re
     cards, context = (24 * GIB, 24 * GIB), ContextParams(32768)
     (known,) = plan(real, described_box(cards, 128 * GIB, 90e9), context, "Q4_K_S").rows
     (unknown,) = plan(real, described_box(cards, 128 * GIB, None), context, "Q4_K_S").rows
-    assert known.placement is not None
-    assert known.placement == unknown.placement
-    in_ram = sum(known.placement.n_cpu_moe > i for i in range(3, 45))
+    assert known.placed is not None
+    assert known.placed == unknown.placed
+    in_ram = sum(known.placed.n_cpu_moe > i for i in range(3, 45))
     assert known.empty.ceiling_tps == known.full.ceiling_tps
     assert known.empty.ceiling_tps is not None
     assert 90e9 / known.empty.ceiling_tps == pytest.approx(in_ram * 8 / 288 * 2.55e9, rel=0.03)  # a layer's: 2.55 GB

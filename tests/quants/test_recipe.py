@@ -341,7 +341,7 @@ def test_a_recipe_file_that_is_not_there_is_no_such_file(tmp_path: Path) -> None
 
 # the shipped recipes --------------------------------------------------------------------------------------------
 
-LAYERS = tuple(LayerFootprint(layer.n_head_kv, layer.is_sliding, layer.is_mtp) for layer in HP.layers)
+LAYERS = tuple(LayerFootprint(layer.n_head, layer.n_head_kv, layer.is_sliding, layer.is_mtp) for layer in HP.layers)
 
 
 def mac(gib: int, text: str) -> Machine:

@@ -21,6 +21,11 @@ def main() -> int:
     parser.add_argument("--ctx-size", type=int, default=0)
     parser.add_argument("--parallel", type=int, default=1)
     parser.add_argument("--gpu-layers", type=int)
+    parser.add_argument("--cache-type-k", default="f16")
+    parser.add_argument("--cache-type-v", default="f16")
+    parser.add_argument("--flash-attn", choices=["on", "off"])
+    parser.add_argument("--batch-size", type=int, default=2048)
+    parser.add_argument("--ubatch-size", type=int, default=512)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--spec-type", choices=["draft-mtp"])
     parser.add_argument("--model-draft")
@@ -38,6 +43,12 @@ def main() -> int:
     params.n_parallel = options.parallel
     if options.gpu_layers is not None:
         params.n_gpu_layers = options.gpu_layers
+    params.cache_type_k = xllamacpp.ggml_type[f"GGML_TYPE_{options.cache_type_k.upper()}"]
+    params.cache_type_v = xllamacpp.ggml_type[f"GGML_TYPE_{options.cache_type_v.upper()}"]
+    params.n_batch, params.n_ubatch = options.batch_size, options.ubatch_size
+    if options.flash_attn:
+        how = {"on": "ENABLED", "off": "DISABLED"}[options.flash_attn]
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type[f"LLAMA_FLASH_ATTN_TYPE_{how}"]
     params.ui = not options.no_webui
     params.warmup = False
     params.api_keys = [os.environ["LLAMA_API_KEY"]]

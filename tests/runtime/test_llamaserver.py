@@ -33,6 +33,7 @@ from stepgguf.runtime.llamaserver import LlamaServerEngine, ServerOptions
 from stepgguf.runtime.llamaserver.client import LlamaServerClient
 from stepgguf.runtime.llamaserver.gbnf import with_start_rule
 from stepgguf.runtime.llamaserver.process import RESTARTS
+from stepgguf.runtime.placement import Attention, Placement
 
 GREEDY = Sampling(temperature=0.0)
 QUESTION = "<|im_start|>user\nHow many 'r's are in the word strawberry?<|im_end|>\n<|im_start|>assistant\n<think>\n"
@@ -60,7 +61,7 @@ def spawn(demo_gguf: Path, binary: str) -> Iterator[Callable[..., LlamaServerEng
     engines = []
 
     def start(path: Path = demo_gguf, **changed: Any) -> LlamaServerEngine:
-        options = ServerOptions(binary=binary, n_ctx=2048, n_parallel=2, gpu_layers=0, threads=1)
+        options = ServerOptions(binary=binary, n_ctx=2048, n_parallel=2, placement=Placement(gpu_layers=0), threads=1)
         engines.append(LlamaServerEngine.spawn(path, replace(options, **changed), queue_limit=1))
         return engines[-1]
 
@@ -502,12 +503,23 @@ def test_nothing_is_left_after_close(spawn: Callable[..., LlamaServerEngine], pr
 
 
 @pytest.mark.slow
+def test_cache_types_and_batches_are_the_servers_too(
+    spawn: Callable[..., LlamaServerEngine], prompt: tuple[int, ...]
+) -> None:
+    engine = spawn(attention=Attention("q8_0", "q8_0", "on"), batch=256, ubatch=64)
+    assert text(run(engine, Request(prompt, GREEDY))[0]).endswith(ANSWER)
+    with pytest.raises(ModelLoadFailed, match="exited with code"):
+        spawn(attention=Attention("f16", "q8_0", "off"))
+
+
+@pytest.mark.slow
 def test_the_server_does_not_outlive_us_even_if_we_are_killed(demo_gguf: Path, binary: str) -> None:
     code = f"""
 import os, signal
 from pathlib import Path
 from stepgguf.runtime.llamaserver import LlamaServerEngine, ServerOptions
-options = ServerOptions(binary={binary!r}, n_ctx=256, gpu_layers=0, threads=1)
+from stepgguf.runtime.placement import Placement
+options = ServerOptions(binary={binary!r}, n_ctx=256, placement=Placement(gpu_layers=0), threads=1)
 engine = LlamaServerEngine.spawn(Path({str(demo_gguf)!r}), options, queue_limit=1)
 os.kill(os.getpid(), signal.SIGKILL)
 """

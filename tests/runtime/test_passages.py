@@ -14,6 +14,7 @@ from stepgguf.demo import CHECKPOINT
 from stepgguf.runtime import passages as module
 from stepgguf.runtime.llama.model import LlamaModel
 from stepgguf.runtime.passages import MOST_BRACKETS, MOST_CHARACTERS, passages
+from stepgguf.runtime.placement import Placement
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +27,7 @@ WORDS = st.sampled_from(
 
 @pytest.fixture(scope="module")
 def model(demo_gguf: Path) -> Iterator[LlamaModel]:
-    loaded = LlamaModel(demo_gguf, gpu_layers=0, mtp=False, mmap=True, progress=None)
+    loaded = LlamaModel(demo_gguf, Placement(), mtp=False, mmap=True, progress=None)
     yield loaded
     loaded.close()
 

@@ -19,10 +19,20 @@ import numpy.typing as npt
 
 from stepgguf.runtime.llama import mtp_api
 from stepgguf.runtime.llama.model import LlamaModel
+from stepgguf.runtime.placement import Attention, CacheType
 
 Floats = npt.NDArray[np.float32]
 
 NO_ROOM = 1  # llama_decode's code: not enough free cells; nothing has changed
+DEFAULT_ATTENTION = Attention()
+_CACHE_TYPES: dict[CacheType, int] = {  # ggml_type; llama-cpp-python does not name all of them
+    "f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2, "iq4_nl": 20,
+}  # fmt: skip
+_FLASH_ATTENTION = {
+    "auto": llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO,
+    "on": llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED,
+    "off": llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED,
+}
 _SLIDING_WINDOW_ONLY = llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 
 
@@ -53,6 +63,7 @@ class LlamaContext:
         n_batch: int,
         n_outputs: int,
         threads: int,
+        attention: Attention = DEFAULT_ATTENTION,
         drafts_for: LlamaContext | None = None,
     ) -> None:
         """Make a context with n_ctx cells. ModelLoadFailed if memory is short.
@@ -65,6 +76,8 @@ class LlamaContext:
         params.n_batch = params.n_ubatch = n_batch
         params.n_outputs_max = n_outputs
         params.kv_unified, params.swa_full = True, False
+        params.type_k, params.type_v = (_CACHE_TYPES[t] for t in (attention.cache_type_k, attention.cache_type_v))
+        params.flash_attn_type = _FLASH_ATTENTION[attention.flash_attn]
         params.n_threads = params.n_threads_batch = threads
         if drafts_for is not None:
             params.ctx_type, params.ctx_other = llama_cpp.LLAMA_CONTEXT_TYPE_MTP, drafts_for.handle

@@ -30,7 +30,6 @@ from stepgguf.runtime.llama.scheduler import DecodeFailed, Scheduler
 from stepgguf.runtime.llama.sequences import ContextSequences
 from stepgguf.runtime.llama.store import SequenceStore
 
-BATCH_ROWS = 512  # of a decode at most: so much a cancel may have to wait for
 MOST_RECOVERIES = 3  # within RECOVERY_SECONDS; after that something is wrong for good
 RECOVERY_SECONDS = 600.0
 
@@ -44,7 +43,7 @@ class LlamaEngine:
         self._draft = options.draft  # kept for the next context, if this one is lost
         mtp = options.draft != 0 and mtp_api.AVAILABLE
         inside = mtp and options.mtp_file is None
-        self._model = LlamaModel(path, gpu_layers=options.gpu_layers, mtp=inside, mmap=options.mmap, progress=progress)
+        self._model = LlamaModel(path, options.placement, mtp=inside, mmap=options.mmap, progress=progress)
         self._mtp_model = self._model  # whose MTP blocks draft
         self._n_ctx = options.n_ctx or min(self._model.n_ctx_train, DEFAULT_CTX)
         self._threads = options.threads or os.cpu_count() or 1
@@ -59,7 +58,7 @@ class LlamaEngine:
         try:
             if mtp and options.mtp_file is not None:
                 self._mtp_model = LlamaModel(
-                    options.mtp_file, gpu_layers=options.gpu_layers, mtp=True, mmap=options.mmap, progress=None
+                    options.mtp_file, options.placement, mtp=True, mmap=options.mmap, progress=None
                 )
                 self._check_mtp_file()
             self._store = SequenceStore(
@@ -233,7 +232,7 @@ class LlamaEngine:
     def _make_scheduler(self) -> Scheduler:
         """Make a new context, with nothing in it, and what goes with it. ModelLoadFailed if memory is short."""
         model, mtp_model, n_seq = self._model, self._mtp_model, self._options.n_parallel
-        n_batch = min(BATCH_ROWS, self._n_ctx)
+        n_batch = min(self._options.ubatch, self._n_ctx)
         self._context = LlamaContext(
             model,
             n_ctx=self._n_ctx,
@@ -241,9 +240,12 @@ class LlamaEngine:
             n_batch=n_batch,
             n_outputs=n_seq * (1 + mtp_model.n_mtp),
             threads=self._threads,
+            attention=self._options.attention,
         )
         if mtp_model.n_mtp:
-            self._drafter = Drafter(mtp_model, self._context, n_seq=n_seq, threads=self._threads)
+            self._drafter = Drafter(
+                mtp_model, self._context, n_seq=n_seq, threads=self._threads, attention=self._options.attention
+            )
         tuner = DepthTuner(mtp_model.n_mtp, self._draft) if self._drafter else None
         sequences = ContextSequences(self._context, self._drafter, model.n_swa)
         return Scheduler(SequenceCache(sequences, self._store), tuner, self._stats, self._end_request)
@@ -275,7 +277,9 @@ class LlamaEngine:
 
     def _fingerprint(self) -> str:
         """Return what the bytes of a saved sequence depend on."""
-        parts = [f"{llama_cpp.__version__} f16 {self._mtp_model.n_mtp}"]
+        attention = self._options.attention  # without flash attention values are stored transposed
+        cells = f"{attention.cache_type_k} {attention.cache_type_v} {attention.flash_attn}"
+        parts = [f"{llama_cpp.__version__} {cells} {self._mtp_model.n_mtp}"]
         for path in dict.fromkeys((self._model.path, self._mtp_model.path)):
             stat = path.stat()
             parts.append(f"{path.name} {stat.st_size} {stat.st_mtime_ns}")

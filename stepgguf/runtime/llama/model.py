@@ -13,8 +13,9 @@ import llama_cpp
 from stepgguf.errors import BadMagic, ModelLoadFailed, UnsupportedModel
 from stepgguf.model.hparams import ARCHITECTURE
 from stepgguf.runtime.engine import Sampling
-from stepgguf.runtime.llama_build import probe_build
+from stepgguf.runtime.llama.model_params import ModelParams
 from stepgguf.runtime.passages import passages
+from stepgguf.runtime.placement import Placement
 
 _LOG_ERROR = 4  # ggml_log_level
 
@@ -26,7 +27,7 @@ class LlamaModel:
     """
 
     def __init__(
-        self, path: Path, *, gpu_layers: int, mtp: bool, mmap: bool, progress: Callable[[float], None] | None
+        self, path: Path, placement: Placement, *, mtp: bool, mmap: bool, progress: Callable[[float], None] | None
     ) -> None:
         """Load a file. BadMagic, ModelLoadFailed or UnsupportedModel say why not.
 
@@ -38,7 +39,8 @@ class LlamaModel:
         self.log.install()
         _check_magic(path)
         llama_cpp.llama_backend_init()
-        params = _model_params(gpu_layers, mtp=mtp, mmap=mmap)
+        self._params = ModelParams(placement, mtp=mtp, mmap=mmap)
+        params = self._params.struct
         if progress is not None:  # llama.cpp keeps a pointer to the callback, so it must live as long as the model
             params.progress_callback = self._progress = _progress_callback(progress)
         handle = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
@@ -75,7 +77,7 @@ class LlamaModel:
         text = self.log.last_errors()
         memory = any(word in text.lower() for word in ("alloc", "out of memory", "oom"))
         hint = (
-            "There is not enough memory: try a smaller --ctx, fewer --gpu-layers or a smaller type."
+            "There is not enough memory: try a smaller --ctx, a larger --n-cpu-moe or a smaller type."
             if memory
             else "Check the file with `stepgguf verify`, and that llama-cpp-python is recent enough for step35."
         )
@@ -158,16 +160,6 @@ class LlamaLog:
 def _process_log() -> LlamaLog:
     """Return the one log. llama.cpp keeps a pointer to its callback, so it must never go away."""
     return LlamaLog()
-
-
-def _model_params(gpu_layers: int, *, mtp: bool, mmap: bool) -> llama_cpp.llama_model_params:
-    params: llama_cpp.llama_model_params = llama_cpp.llama_model_default_params()
-    params.n_gpu_layers = gpu_layers
-    # ggml's AMX code needs its "extra" buffer types; without them weights stay as they are and AVX-512 code runs.
-    params.use_extra_bufts = not probe_build().amx_is_broken
-    params.load_mtp = mtp
-    params.load_mode = llama_cpp.LLAMA_LOAD_MODE_AUTO if mmap else llama_cpp.LLAMA_LOAD_MODE_NONE
-    return params
 
 
 def _progress_callback(report: Callable[[float], None]) -> Callable[[float, ctypes.c_void_p], bool]:

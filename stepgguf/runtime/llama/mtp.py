@@ -24,6 +24,7 @@ import numpy as np
 from stepgguf.runtime.llama import mtp_api
 from stepgguf.runtime.llama.context import DecodeRows, Floats, LlamaContext
 from stepgguf.runtime.llama.model import LlamaModel
+from stepgguf.runtime.placement import Attention
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,7 +76,9 @@ class Drafter:
     enabled: False while the model drafts nothing; then no state is saved, for that would make them read first.
     """
 
-    def __init__(self, model: LlamaModel, target: LlamaContext, *, n_seq: int, threads: int) -> None:
+    def __init__(
+        self, model: LlamaModel, target: LlamaContext, *, n_seq: int, threads: int, attention: Attention
+    ) -> None:
         """Make the context of the MTP blocks of `model`. `target` is the context of the model whose tokens are
         guessed."""
         self._n_embd, self.n_mtp, self._n_swa = model.n_embd, model.n_mtp, model.n_swa
@@ -86,6 +89,7 @@ class Drafter:
             n_batch=target.n_batch,
             n_outputs=n_seq,
             threads=threads,
+            attention=attention.of_mtp,
             drafts_for=target,
         )
         mtp_api.keep_hidden_states(target.handle, outputs_only=False)

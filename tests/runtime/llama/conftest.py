@@ -12,8 +12,9 @@ import pytest
 from stepgguf.cli.main import main
 from stepgguf.runtime.engine import Engine, Event, Finished, Request, Sampling, Stream, Tokens
 from stepgguf.runtime.llama import LlamaEngine, LlamaOptions
-from stepgguf.runtime.llama.context import DecodeRows, LlamaContext
+from stepgguf.runtime.llama.context import DEFAULT_ATTENTION, DecodeRows, LlamaContext
 from stepgguf.runtime.llama.model import LlamaModel
+from stepgguf.runtime.placement import Attention, Placement
 from tests.generate import Shape, write_checkpoint
 
 GREEDY = Sampling(temperature=0.0)
@@ -34,9 +35,11 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class FreshContext:
     """A context that forgets everything before each prompt."""
 
-    def __init__(self, path: Path, n_ctx: int) -> None:
-        self.model = LlamaModel(path, gpu_layers=-1, mtp=False, mmap=True, progress=None)
-        self.context = LlamaContext(self.model, n_ctx=n_ctx, n_seq=1, n_batch=512, n_outputs=1, threads=1)
+    def __init__(self, path: Path, n_ctx: int, attention: Attention = DEFAULT_ATTENTION) -> None:
+        self.model = LlamaModel(path, Placement(), mtp=False, mmap=True, progress=None)
+        self.context = LlamaContext(
+            self.model, n_ctx=n_ctx, n_seq=1, n_batch=512, n_outputs=1, threads=1, attention=attention
+        )
 
     def logits(self, prompt: list[int]) -> np.ndarray:
         """After the prompt, [n_vocab]."""
