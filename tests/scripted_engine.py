@@ -12,7 +12,7 @@ A script is an iterable of parts; an endless one is an answer without end. A par
     threading.Event    waited for, unless the request is cancelled; `Pause` and `UntilEndReasoning` are such events
 
 `requests`, `prompts` and `tickets` say what was asked, in order, and `refused` what was too long for the context. `say`
-gives the next requests another script.
+gives the next requests another script. Reasoning is counted and never cut: a script is played as it is written.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from stepgguf.runtime.engine import (
     Timings,
     Tokens,
 )
+from stepgguf.runtime.reasoning_limit import ReasoningLimit
 
 Part = str | Event | StepggufError | threading.Event
 Script = Iterable[Part]
@@ -70,6 +71,7 @@ class ScriptedTicket(threading.Thread):
         self.end_reasoning_asked = threading.Event()
         self._engine, self._request, self._script, self._sink = engine, request, script, sink
         self._timings = Timings(n_prompt=len(request.prompt))
+        self._limit = ReasoningLimit(request.reasoning) if request.reasoning is not None else None
 
     def cancel(self) -> None:
         self.cancelled.set()
@@ -108,6 +110,8 @@ class ScriptedTicket(threading.Thread):
             part = Tokens((Step(self._engine.add_token(part), part.encode()),))
         if isinstance(part, Tokens):
             self._timings.n_generated += len(part.steps)
+            for step in part.steps if self._limit is not None else ():
+                self._limit.feed(step.token_id, self._timings)
         if isinstance(part, Prefill):
             self._timings.n_cached = part.n_cached
         if not isinstance(part, threading.Event | StepggufError):

@@ -8,8 +8,9 @@ folds over the same deltas.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stepgguf.chat.answer_grammar import constrain_answer
 from stepgguf.chat.messages import normalize_messages
@@ -17,7 +18,7 @@ from stepgguf.chat.output import Delta, Markers, OutputMachine
 from stepgguf.chat.request import ChatRequest, Tool
 from stepgguf.chat.template import CLOSING_WORDS, ChatTemplate, PromptEnding, closing_text, prompt_ending
 from stepgguf.errors import BadMetadata
-from stepgguf.runtime.engine import Engine, Event, Finished, Reasoning, Request, Timings, Tokens
+from stepgguf.runtime.engine import Engine, Event, Finished, Reasoning, Request, Sampling, Timings, Tokens
 
 ANSWER_SHARE = 4  # with a budget for reasoning, a quarter of what may be generated stays for the answer
 
@@ -60,7 +61,7 @@ class ChatModel:
     def prepare(self, request: ChatRequest) -> PreparedRequest:
         """Return what the engine is to do. RequestError or BadMetadata say what cannot be done."""
         prompt, ending = self.render_prompt(request)
-        tools = request.tools if request.tool_choice.mode != "none" else ()
+        tools = request.tools if request.tool_choice.mode != "none" and not request.withhold_calls else ()
         in_reasoning = ending == "reasoning"
         grammar = constrain_answer(
             self.markers,
@@ -73,7 +74,7 @@ class ChatModel:
         return PreparedRequest(
             Request(
                 prompt=tuple(prompt),
-                sampling=request.sampling,
+                sampling=self._without_calls(request.sampling) if request.withhold_calls else request.sampling,
                 max_tokens=request.max_tokens,
                 grammar=grammar,
                 reasoning=self._reasoning_limits(request, tools, ending, len(prompt)),
@@ -86,6 +87,11 @@ class ChatModel:
             tools,
             request.stops,
         )
+
+    def _without_calls(self, sampling: Sampling) -> Sampling:
+        """Return a sampling in which the token that begins a call never comes."""
+        never = () if self.markers.call is None else ((self.markers.call, -math.inf),)
+        return replace(sampling, logit_bias=(*sampling.logit_bias, *never))
 
     @property
     def _reasoning_tokens(self) -> frozenset[int]:

@@ -74,7 +74,9 @@ class ChatRequest:
     """One request. Messages are OpenAI's (role, content, reasoning_content, tool_calls, tool_call_id); see messages.py.
 
     reasoning_budget: at most so many tokens of reasoning; 0 is none, None no limit. stops: texts that end the answer;
-    they are not looked for in the reasoning.
+    they are not looked for in the reasoning. conversation: what the client calls the conversation, if it names it.
+    withhold_calls: the model is shown the tools, so that the prompt stays what the cache has, and can call none of
+    them; only with the tool choice auto.
     """
 
     messages: Sequence[ChatMessage]
@@ -87,3 +89,5 @@ class ChatRequest:
     max_tokens: int | None = None
     stops: tuple[str, ...] = ()
     top_logprobs: int | None = None
+    conversation: str = ""
+    withhold_calls: bool = False

@@ -23,6 +23,7 @@ from stepgguf.cli import (
     help,
     imatrix,
     inspect,
+    launch,
     llama_cpp_spellings,
     plan,
     quantize,
@@ -79,11 +80,13 @@ for command in (
     template.template,
     chat.chat,
     serve.serve,
+    launch.launch,
     doctor.doctor,
     bench.bench,
     demo.demo,
 ):  # in the order in which --help lists them
-    app.command(cls=help.ReadableCommand)(command)
+    theirs = launch.CONTEXT_SETTINGS if command is launch.launch else None
+    app.command(cls=help.ReadableCommand, context_settings=theirs)(command)
 
 
 def _version(value: bool) -> None:
@@ -105,8 +108,9 @@ def options(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl+C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments  # accepted anywhere on the line
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    debug = "--debug" in arguments[:end]  # accepted anywhere before --
+    arguments = [argument for argument in arguments[:end] if argument != "--debug"] + arguments[end:]
     _replace_unwritable()
     try:
         code = _run_command(arguments)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import socket
+import sys
+from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -78,6 +82,33 @@ def serve(
     loop_breaker: Annotated[
         bool, typer.Option("--loop-breaker/--no-loop-breaker", help="End thinking that repeats itself.")
     ] = True,
+    task_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens that one message of a user may cost, over all requests that an agent makes of it; more "
+            "requests are refused. Default: no limit.",
+        ),
+    ] = None,
+    task_reasoning: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Tokens of thinking among them; then the model acts and answers without. Default: no limit.",
+        ),
+    ] = None,
+    task_repeats: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="When an agent's model has made the same call N times in a row, with the same result, it must answer "
+            "in words. Default: no limit.",
+        ),
+    ] = None,
+    log: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Append the log to this file once the model is loaded, not to the terminal."),
+    ] = None,
     force: loading.Force = False,
     quiet: arguments.Quiet = False,
 ) -> None:
@@ -132,14 +163,19 @@ def serve(
         api_key=api_key,
         cors_origins=tuple(cors or ()),
         efforts={**EFFORTS, "low": low, "medium": medium},
+        task_tokens=task_tokens,
+        task_reasoning=task_reasoning,
+        task_repeats=task_repeats,
     )
-    with (
-        bind_socket(host, port) as listener,
-        loading.open_engine(path, options, command="serve", quiet=quiet) as opened,
-    ):
+    with ExitStack() as held:
+        log_file = held.enter_context(log.open("ab")) if log is not None else None
+        listener = held.enter_context(bind_socket(host, port))
+        opened = held.enter_context(loading.open_engine(path, options, command="serve", quiet=quiet))
         app = create_app(ChatModel(opened, closing_message=closing_message, break_loops=loop_breaker), config)
         if not quiet:
             _announce(opened.info, parallel, listener)
+        if log_file is not None:
+            os.dup2(log_file.fileno(), sys.stderr.fileno())  # also what llama.cpp and a crash would write
         logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(asctime)s %(message)s")
         listen.serve(app, listener, opened, host=host)
         if not opened.stats().alive:

@@ -51,6 +51,11 @@ def sessions() -> Path:
     return data() / "sessions"
 
 
+def agent(name: str) -> Path:
+    """The folder of settings and sessions of an agent, as far as `stepgguf launch` gives it one of its own."""
+    return data() / "agents" / name
+
+
 def history() -> Path:
     """The file of what was typed in `stepgguf chat`."""
     return data() / "history"

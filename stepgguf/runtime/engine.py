@@ -121,12 +121,14 @@ class Timings:
     """Counts and seconds of one request. Its engine fills it in while it runs.
 
     drafted, accepted: guesses of each MTP block, the first block first. n_steps: decodes of the model that made tokens.
+    n_reasoning: tokens of reasoning among the generated, without those that close it.
     budget_reached, loop_broken: why the reasoning was closed, if the model did not close it itself.
     """
 
     n_prompt: int = 0
     n_cached: int = 0
     n_generated: int = 0
+    n_reasoning: int = 0
     n_steps: int = 0
     queue_seconds: float = 0.0
     prompt_seconds: float = 0.0

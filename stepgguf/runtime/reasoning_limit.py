@@ -38,7 +38,7 @@ class ReasoningLimit:
     def feed(self, token_id: int, timings: Timings) -> tuple[int, ...]:
         """Take the next token, sampled or forced, and return the tokens that must come after it, usually none.
 
-        The timings are told why the reasoning was closed.
+        The timings are told how much reasoning there was, and why it was closed.
         """
         if self._waiting:
             self._waiting, self._open = False, token_id == self._reasoning.opening
@@ -49,6 +49,7 @@ class ReasoningLimit:
             self._open = False
             return ()
         self._n_tokens += 1
+        timings.n_reasoning += not self._closing
         if self._loops is not None and self._loops.feed(token_id):
             closing = self.close()
             timings.loop_broken |= bool(closing)

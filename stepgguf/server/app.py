@@ -41,6 +41,7 @@ from stepgguf.server.middleware.trace import TraceRequests
 from stepgguf.server.problem import Refusal
 from stepgguf.server.routes import health, missing, models, page, tokenizer
 from stepgguf.server.service import Service, now
+from stepgguf.server.tasks import TaskLedger
 
 DIALECTS = (CHAT_COMPLETIONS, COMPLETIONS, RESPONSES, MESSAGES)
 ROUTERS = (*(dialect.router for dialect in DIALECTS), models.router, tokenizer.router, health.router)
@@ -58,7 +59,9 @@ def create_app(chat: ChatModel, config: ServerConfig) -> FastAPI:
         redoc_url=None,
         middleware=_middleware(config, metrics),
     )
-    app.state.service = Service(chat, config, metrics, now(), UnknownFields(strict=config.strict))
+    app.state.service = Service(
+        chat, config, metrics, now(), TaskLedger(config, metrics), UnknownFields(strict=config.strict)
+    )
     app.state.answers = AnswerStore(config)
     for error_class in (HTTPException, RequestValidationError):
         app.add_exception_handler(error_class, _leave_to_middleware)

@@ -25,6 +25,10 @@ class ServerConfig:
 
     max_n: answers of one request. efforts: as EFFORTS, with all its keys. stored_*: how many answers of the Responses
     dialect are kept, and how long after their last use.
+
+    task_*: limits of what one message of a user may cost, over all requests that are made of it; None is none. tokens:
+    that the model makes; reasoning: tokens of thinking among them; repeats: so many times in a row the same calls with
+    the same results, and the next answer calls nothing. See tasks.py.
     """
 
     model_ids: tuple[str, ...]
@@ -43,6 +47,9 @@ class ServerConfig:
     stored_answers: int = 1024
     stored_bytes: int = 64 * 2**20
     stored_seconds: float = 3600.0
+    task_tokens: int | None = None
+    task_reasoning: int | None = None
+    task_repeats: int | None = None
 
     @property
     def known_ids(self) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ from stepgguf.chat.output import Delta
 from stepgguf.errors import RequestError
 from stepgguf.runtime.engine import Engine, Event, Finished, Ticket, Tokens
 from stepgguf.server.http.disconnect import on_disconnect
+from stepgguf.server.tasks import Task
 
 MOST_WAITING = 16384  # events; a token each, or some with MTP
 
@@ -56,13 +57,15 @@ class Generation:
     """The answers that the engine makes for one HTTP request: usually one, several at the same time for `n` or a list
     of prompts.
 
-    `prepared` and `replies` are theirs, in order. `n_generated` counts their tokens so far.
+    `prepared` and `replies` are theirs, in order. `n_generated` counts their tokens so far. `task` is the account that
+    they are counted in, None without one.
     """
 
-    def __init__(self, prepared: Sequence[PreparedRequest], watch: GenerationWatch) -> None:
+    def __init__(self, prepared: Sequence[PreparedRequest], watch: GenerationWatch, task: Task | None = None) -> None:
         self.prepared = tuple(prepared)
         self.replies = [Reply(p) for p in prepared]
         self.n_generated = 0
+        self.task = task
         self._watch = watch
         self._loop = asyncio.get_running_loop()  # the engine's thread has none to ask
         self._started = time.monotonic()
@@ -73,9 +76,11 @@ class Generation:
         self._overrun = False
 
     @classmethod
-    async def start(cls, engine: Engine, prepared: Sequence[PreparedRequest], watch: GenerationWatch) -> Generation:
+    async def start(
+        cls, engine: Engine, prepared: Sequence[PreparedRequest], watch: GenerationWatch, task: Task | None = None
+    ) -> Generation:
         """Submit all requests or none. Compiling a grammar takes time: it is done off the event loop."""
-        generation = cls(prepared, watch)
+        generation = cls(prepared, watch, task)
         await run_in_threadpool(generation._submit, engine)
         return generation
 
@@ -83,6 +88,12 @@ class Generation:
     def n_prompt(self) -> int:
         """Tokens of all prompts, each prompt once however many answers it has."""
         return sum(len(prompt) for prompt in {p.request.prompt for p in self.prepared})
+
+    @property
+    def counts(self) -> str:
+        """Its tokens, and what its task has cost so far, for the log."""
+        tokens = f"{self.n_prompt}+{self.n_generated} tokens"
+        return tokens if self.task is None else f"{tokens} ({self.task})"
 
     @property
     def warnings(self) -> list[str]:
@@ -165,6 +176,8 @@ class Generation:
                 self._watch.on_first_token(time.monotonic() - self._started)
         elif isinstance(event, Finished):
             self._watch.on_finished(event)
+            if self.task is not None:
+                self.task.count(event.timings)
         else:
             return  # Queued and Prefill: no dialect says how far the prompt is read
         if len(self._backlog) >= MOST_WAITING and not self._overrun:

@@ -26,6 +26,9 @@ class Metrics:
         self._answers = Counter(
             "stepgguf_answers", "Answers of the model, by how they ended.", ("reason",), registry=registry
         )
+        self._task_limits = Counter(
+            "stepgguf_task_limits", "Requests of tasks that had reached a limit.", ("limit",), registry=registry
+        )
         self._first_token = Histogram(
             "stepgguf_time_to_first_token_seconds",
             "From the request to its first token; queue and prompt included.",
@@ -41,6 +44,9 @@ class Metrics:
 
     def count_request(self, method: str, route: str, status: int) -> None:
         self._requests.labels(method, route, str(status)).inc()
+
+    def count_task_limit(self, limit: str) -> None:
+        self._task_limits.labels(limit).inc()
 
     def on_first_token(self, seconds: float) -> None:
         self._first_token.observe(seconds)

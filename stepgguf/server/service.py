@@ -19,6 +19,7 @@ from stepgguf.server.config import ServerConfig
 from stepgguf.server.generation import Generation
 from stepgguf.server.metrics import Metrics
 from stepgguf.server.problem import Refusal
+from stepgguf.server.tasks import Task, TaskLedger
 
 LONGEST_ID = 256  # characters: an id is repeated in every chunk of a stream
 
@@ -42,13 +43,14 @@ class AnswerHead:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """What a route needs to answer. started: when the server was, in seconds since the epoch. unknown: what becomes of
-    fields that are not known."""
+    """What a route needs to answer. started: when the server was, in seconds since the epoch. tasks: what the messages
+    of users have cost. unknown: what becomes of fields that are not known."""
 
     chat: ChatModel
     config: ServerConfig
     metrics: Metrics
     started: int
+    tasks: TaskLedger
     unknown: UnknownFields = field(default_factory=UnknownFields)
 
     @property
@@ -82,10 +84,15 @@ class Service:
         """Return the head of an answer that begins now, under the id that was asked for. Refusal: see `model_id`."""
         return AnswerHead(trace_id(request), now(), self.model_id(asked), self.fingerprint)
 
-    async def prepare(self, body: ChatRequestBody) -> PreparedRequest:
+    async def prepare(self, body: ChatRequestBody, request: Request) -> PreparedRequest:
         """Render and tokenize the conversation, and build its grammar. That takes time: it is done off the event
-        loop."""
-        return await run_in_threadpool(lambda: self.chat.prepare(body.chat_request(self)))
+        loop. Refusal: its task has used up what it may."""
+        return await run_in_threadpool(lambda: self.prepare_chat(body.chat_request(self), request))
+
+    def prepare_chat(self, asked: ChatRequest, request: Request) -> PreparedRequest:
+        """Do the same for what a body has asked, in this thread."""
+        admitted, request.state.task = self.tasks.admit(asked)
+        return self.chat.prepare(admitted)
 
     async def count_prompt(self, body: ChatRequestBody) -> int:
         """Return how many tokens the prompt of such a request has."""
@@ -94,9 +101,14 @@ class Service:
 
     async def start_generation(self, prepared: Sequence[PreparedRequest], request: Request) -> Generation:
         """Submit what was prepared. From here on tokens are made, unless this raises."""
-        generation = await Generation.start(self.engine, prepared, self.metrics)
+        generation = await self.start_unowned(prepared, request)
         request.state.generation = generation  # TraceRequests cancels it when the request is over, and logs its counts
         return generation
+
+    async def start_unowned(self, prepared: Sequence[PreparedRequest], request: Request) -> Generation:
+        """Do the same, and let it go on when the request is over."""
+        task: Task | None = getattr(request.state, "task", None)  # raw prompts have none
+        return await Generation.start(self.engine, prepared, self.metrics, task)
 
 
 def _comparable_id(id: str) -> str:

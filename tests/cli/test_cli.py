@@ -32,8 +32,8 @@ def _no_input(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 COMMANDS = (
-    "convert quantize imatrix plan recipes inspect verify eval report card list rm template chat serve doctor bench "
-    "demo".split()
+    "convert quantize imatrix plan recipes inspect verify eval report card list rm template chat serve launch doctor "
+    "bench demo".split()
 )
 
 

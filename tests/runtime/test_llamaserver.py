@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -262,6 +263,13 @@ def test_a_ban_holds_from_the_forced_close_on_and_not_before(
     steps, _ = run(engine, Request(prompt, sampling, max_tokens=16, reasoning=reasoning, banned=banned))
     assert [step.token_id for step in steps[:7]] == [wanted] * 4 + [other, wanted, end]
     assert wanted not in {step.token_id for step in steps[7:]}
+
+
+def test_a_token_that_never_comes(engine: LlamaServerEngine, prompt: tuple[int, ...]) -> None:
+    steps, _ = run(engine, Request(prompt, Sampling(0.0), max_tokens=8))
+    usual = steps[0].token_id
+    steps, _ = run(engine, Request(prompt, Sampling(0.0, logit_bias=((usual, -math.inf),)), max_tokens=8))
+    assert usual not in {step.token_id for step in steps}
 
 
 def test_a_budget_may_end_inside_a_character(engine: LlamaServerEngine, prompt: tuple[int, ...], end: int) -> None:

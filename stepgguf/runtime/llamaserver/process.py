@@ -2,8 +2,7 @@
 
     loading --/health--> ready --exit--> loading (at most RESTARTS times in RESTART_SECONDS) --exit--> given up
 
-The process gets a session of its own, so that Ctrl+C reaches us and not it. A shell waits on a pipe that only we hold
-open: when it closes, because we ended or were killed, the shell kills the process. So 100 GB are never left behind.
+The process gets a session of its own, so that Ctrl+C reaches us and not it, and a guard.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -24,13 +22,13 @@ from typing import Protocol
 from stepgguf.errors import EngineDied, ModelLoadFailed
 from stepgguf.runtime.llamaserver.client import LlamaServerClient
 from stepgguf.runtime.llamaserver.options import ServerOptions
+from stepgguf.runtime.process_guard import ProcessGuard, free_port
 
 RESTARTS = 3
 RESTART_SECONDS = 600.0
 LOG_LINES = 30
 _LOAD_SECONDS = 3600.0  # 200 GB from a slow disk
 _STOP_SECONDS = 5.0
-_GUARD_SCRIPT = 'read -r _; kill -KILL -"$0"'  # "$0" is the process group
 
 
 class LlamaServer(Protocol):
@@ -96,7 +94,7 @@ class LlamaProcess:
                 f"{options.binary or 'llama-server'}: there is no such program",
                 hint="Install llama.cpp, or give its path: --engine llama-server=PATH.",
             )
-        port, key = _free_port(), secrets.token_hex(16)
+        port, key = free_port(), secrets.token_hex(16)
         self.client = LlamaServerClient(f"http://127.0.0.1:{port}", key)
         self.n_recoveries = 0
         self._model = model
@@ -161,14 +159,7 @@ class LlamaProcess:
             raise ModelLoadFailed(
                 f"{self._command[0]}: {error.strerror}", hint="Give the path of the program llama-server."
             ) from error
-        # A process and not a thread: it must outlive us by a moment, also if we are killed.
-        self._guard = subprocess.Popen(
-            ["/bin/sh", "-c", _GUARD_SCRIPT, str(self._process.pid)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        self._guard = ProcessGuard(self._process.pid)
         self._log_lines.clear()
         self._reader = threading.Thread(target=self._keep_log, args=(self._process,), daemon=True)
         self._reader.start()
@@ -199,7 +190,7 @@ class LlamaProcess:
         """Wait for the process to end and start it again, in a thread of its own."""
         while True:
             self._process.wait()
-            self._end_guard()
+            self._guard.end()
             exit_report = self._describe_exit()
             with self._changed:
                 self._ready, self._exit_report = False, exit_report
@@ -243,21 +234,8 @@ class LlamaProcess:
         self._signal(signal.SIGKILL)
         self._process.wait()
         self._reader.join()
-        self._end_guard()
+        self._guard.end()
 
     def _signal(self, number: signal.Signals) -> None:
         if self._process.poll() is None:
             os.killpg(self._process.pid, number)
-
-    def _end_guard(self) -> None:
-        assert self._guard.stdin is not None
-        self._guard.kill()
-        self._guard.wait()
-        self._guard.stdin.close()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -6,7 +6,9 @@ bias, penalties, grammar, top_k, top_p, min_p, temperature, draw.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
+from typing import Literal
 
 from stepgguf.runtime.engine import Request
 from stepgguf.runtime.llamaserver.client import Json
@@ -48,8 +50,9 @@ def shared_settings(request: Request, vocabulary: ServerVocabulary, n_ctx: int) 
     return body
 
 
-def _biases(request: Request) -> list[tuple[int, float]]:
+def _biases(request: Request) -> list[tuple[int, float | Literal[False]]]:
     """Return the request's biases, and what takes back that llama-server's penalties count the prompt's tokens too.
+    False is its word for a token that never comes.
 
     That is exact for the frequency penalty. A token of the prompt never gets the presence penalty, instead of getting
     it from its first use in the answer on.
@@ -59,4 +62,4 @@ def _biases(request: Request) -> list[tuple[int, float]]:
     if sampling.frequency_penalty or sampling.presence_penalty:
         for token, n in Counter(request.prompt).items():
             bias[token] += n * sampling.frequency_penalty + sampling.presence_penalty
-    return list(bias.items())
+    return [(token, value if value > -math.inf else False) for token, value in bias.items()]

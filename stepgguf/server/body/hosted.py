@@ -8,6 +8,10 @@ from pydantic import Field, model_validator
 
 from stepgguf.server.body.objects import CheckedObject, ignored
 
+CONVERSATION = (
+    "Tells conversations apart that begin alike, for limits of what a message may cost; prefixes are found without it."
+)
+
 
 class HostedServiceFields(CheckedObject):
     """They are accepted and have no effect; the description of each says why."""
@@ -18,7 +22,6 @@ class HostedServiceFields(CheckedObject):
     service_tier: object = ignored("there is one tier")
     safety_identifier: object = ignored("nothing is reported to anyone")
     moderation: object = ignored("there is no moderation")
-    prompt_cache_key: object = ignored("every prefix is found without a key")
     prompt_cache_retention: object = ignored("the cache keeps what fits")
     prompt_cache_options: object = ignored("the cache keeps what fits")
     cache_prompt: object = ignored("prefixes are always reused")
@@ -32,7 +35,14 @@ class HostedServiceFields(CheckedObject):
     web_search_options: object = ignored("nothing is searched here; offer a tool")
     usage: object = ignored("usage is asked for by stream_options.include_usage")
     timings_per_token: object = ignored("usage is asked for by stream_options.include_usage; speeds are in /metrics")
-    session_id: object = ignored("prefixes are found by their tokens")
+    prompt_cache_key: object = Field(None, description=CONVERSATION)
+    session_id: object = Field(None, description=CONVERSATION)
+
+    @property
+    def conversation_name(self) -> str:
+        """What the client calls the conversation; empty if it does not name it."""
+        names = (self.prompt_cache_key, self.session_id)
+        return next((name for name in names if isinstance(name, str)), "")
 
 
 class ExtraBody(CheckedObject):

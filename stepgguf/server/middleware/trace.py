@@ -62,7 +62,7 @@ class TraceRequests:
             return
         line = f"{scope['method']} {scope['path']!a} {status} {seconds * 1000:.0f} ms {scope['state']['trace']}"
         if generation is not None:
-            line += f" {generation.n_prompt}+{generation.n_generated} tokens"
+            line += f" {generation.counts}"
         client_id = Headers(scope=scope).get("x-request-id", "")
         if _SANE_ID.fullmatch(client_id):
             line += f" client={client_id}"

@@ -8,23 +8,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.clients.agents.stage import KEY, MODEL, PNG, UNSEEN, Stage, call, installed, stage, thought
+from stepgguf.agents.claude import CLAUDE
+from tests.clients.agents.stage import PNG, UNSEEN, Stage, call, installed, stage, thought
 
 SUMMARY = "The notes were read up to line 750."
-QUIET = {
-    "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
-    "DISABLE_TELEMETRY": "1",
-    "DISABLE_ERROR_REPORTING": "1",
-    "DISABLE_AUTOUPDATER": "1",
-}
 
 
-def ask(scene: Stage, claude: Path, input: str, *options: str) -> list[dict[str, Any]]:
-    """The messages of one run, the result last."""
-    models = {"ANTHROPIC_MODEL": MODEL, "ANTHROPIC_DEFAULT_HAIKU_MODEL": MODEL}
-    environment = {"ANTHROPIC_BASE_URL": scene.url, "ANTHROPIC_API_KEY": KEY, **models, **QUIET}
+def ask(scene: Stage, claude: Path, input: str, *options: str, n_ctx: int | None = None) -> list[dict[str, Any]]:
+    """The messages of one run, the result last. n_ctx: how long it believes the context to be."""
     command = [claude, "-p", "--output-format", "stream-json", "--verbose", "--allowedTools", "Read", *options]
-    output = scene.run(command, environment, input)
+    output = scene.run(command, scene.settings(CLAUDE, n_ctx).environment, input)
     messages = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     if not messages or messages[-1]["type"] != "result":
         return [*messages, {"type": "result", "result": None, "is_error": True}]
@@ -79,7 +72,7 @@ def full_context(claude: Path) -> bool:
 
     with stage(answer, n_ctx=40_000) as scene:
         (scene.home / "notes.txt").write_text("the rain in Spain stays mainly in the plain\n" * 5000)
-        found = ask(scene, claude, "Read all of notes.txt")
+        found = ask(scene, claude, "Read all of notes.txt", n_ctx=200_000)
         print("        ", *(f"{message};" for message in scene.engine.refused))
         kinds = [message.get("subtype") for message in found]
         scene.check("a prompt is refused because it is too long", scene.engine.refused)

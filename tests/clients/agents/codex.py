@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from stepgguf.agents.codex import CODEX
 from tests.clients.agents.stage import MODEL, PNG, UNSEEN, Stage, call, installed, stage, thought
 
 SUMMARY = "The notes were read four times."
@@ -39,18 +40,16 @@ PATCH = """*** Begin Patch
 *** End Patch"""
 
 
-def codex(scene: Stage, program: Path, *words: str, config: str = "") -> str:
-    """What its model says last. config: more of its config.toml."""
-    folder = scene.home / "codex"
-    folder.mkdir(exist_ok=True)
-    provider = f'[model_providers.here]\nname = "here"\nbase_url = "{scene.url}/v1"\nwire_api = "responses"\n'
-    mcp = f'[mcp_servers.notes]\ncommand = "{sys.executable}"\nargs = ["-c", {json.dumps(NOTES)}]\n'
-    defaults = f'model = "{MODEL}"\nmodel_provider = "here"\n'
-    (folder / "config.toml").write_text(defaults + config + provider + mcp)
+def codex(scene: Stage, program: Path, *words: str, config: str | None = None) -> str:
+    """What its model says last. config: one more line of its configuration."""
+    settings = scene.settings(CODEX)
+    server = ["-c", f'mcp_servers.notes={{command={json.dumps(sys.executable)}, args=["-c", {json.dumps(NOTES)}]}}']
+    more = ["-c", config] if config else []
     last = scene.home / "last.txt"
     last.unlink(missing_ok=True)
     options = ["--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox", "-o", last]
-    scene.run([program, "exec", *options, *words], {"CODEX_HOME": str(folder)})
+    command = [program, *settings.arguments, *server, *more, "exec", *options, *words]
+    scene.run(command, settings.environment)
     return last.read_text().strip() if last.exists() else ""
 
 
@@ -91,7 +90,7 @@ def patch(program: Path) -> bool:
         catalog.write_text(json.dumps({"models": [{**model, "slug": MODEL}]}))
         poem = scene.home / "poem.txt"
         poem.write_text('Roses are red,\nviolets are "green".\n')
-        found = codex(scene, program, "Mend the poem.", config=f'model_catalog_json = "{catalog}"\n')
+        found = codex(scene, program, "Mend the poem.", config=f'model_catalog_json="{catalog}"')
         scene.check("the turn comes to its end", found == "Done.")
         wanted = 'Roses are red,\nviolets are "blue" \\ {not green}.\n'
         scene.check("the patch arrived as it was written", poem.read_text() == wanted)
@@ -112,7 +111,7 @@ def full_context(program: Path) -> bool:
 
     with stage(answer, n_ctx=CONTEXT) as scene:
         (scene.home / "notes.txt").write_text("the rain in Spain stays mainly in the plain\n" * 5000)
-        found = codex(scene, program, "Read notes.txt", config=f"model_context_window = {CONTEXT}\n")
+        found = codex(scene, program, "Read notes.txt")
         scene.check("it asks for a summary", any(SUMMARY in prompt for prompt in scene.engine.prompts))
         scene.check("and goes on with it", found == "The notes are about rain.")
         return scene.passed

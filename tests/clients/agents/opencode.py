@@ -6,33 +6,31 @@ import json
 import sys
 from pathlib import Path
 
-from tests.clients.agents.stage import KEY, MODEL, PNG, UNSEEN, Stage, call, installed, stage, thought
+from stepgguf.agents.opencode import OPENCODE
+from tests.clients.agents.stage import MODEL, PNG, UNSEEN, Stage, call, installed, stage, thought
 
 DIALECTS = {
     "chat completions": "@ai-sdk/openai-compatible",
     "Responses": "@ai-sdk/openai",
     "Messages": "@ai-sdk/anthropic",
 }
+CONFIG = "OPENCODE_CONFIG_CONTENT"
 OFFLINE = ("AUTOUPDATE", "MODELS_FETCH", "DEFAULT_PLUGINS", "LSP_DOWNLOAD")
 SUMMARY = "The notes were read up to line 750."
 
 
 def ask(scene: Stage, opencode: Path, package: str) -> str:
     """What it prints. It believes that the context is larger than it is, and that pictures can be seen."""
-    model = {
-        "name": MODEL,
-        "limit": {"context": 131_072, "output": 8192},
-        "attachment": True,
-        "modalities": {"input": ["text", "image"], "output": ["text"]},
-    }
-    options = {"baseURL": f"{scene.url}/v1", "apiKey": KEY}
-    provider = {"npm": package, "name": "local", "options": options, "models": {MODEL: model}}
-    settings = {"model": f"local/{MODEL}", "small_model": f"local/{MODEL}", "provider": {"local": provider}}
-    (scene.home / "opencode.json").write_text(json.dumps(settings))
+    environment = dict(scene.settings(OPENCODE, n_ctx=131_072).environment)
+    config = json.loads(environment[CONFIG])
+    provider = config["provider"]["stepgguf"]
+    provider["npm"] = package
+    provider["models"][MODEL] |= {"attachment": True, "modalities": {"input": ["text", "image"], "output": ["text"]}}
+    environment[CONFIG] = json.dumps(config)
     (scene.home / "picture.png").write_bytes(PNG)
     (scene.home / "notes.txt").write_text("the rain in Spain stays mainly in the plain\n" * 5000)
     command = [opencode, "run", "Look at picture.png and notes.txt."]
-    return scene.run(command, {f"OPENCODE_DISABLE_{name}": "1" for name in OFFLINE})
+    return scene.run(command, environment | {f"OPENCODE_DISABLE_{name}": "1" for name in OFFLINE})
 
 
 def is_about_the_title(prompt: str) -> bool:

@@ -18,14 +18,17 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from stepgguf.agents.agent import Agent, AgentSettings
+from stepgguf.agents.model_server import ModelServer
 from stepgguf.chat.exchange import ChatModel
+from stepgguf.cli.launching import prepare_folder
 from stepgguf.server.config import ServerConfig
 from tests.scripted_engine import ScriptedEngine
 from tests.server.conftest import running
 
 MODEL = "step-3.5-flash"
-KEY = "no-key-is-needed"
 NOWHERE = "http://127.0.0.1:9"  # as a proxy: what is not on this machine cannot be reached
 TIMEOUT = 180.0
 PNG = base64.b64decode(
@@ -82,6 +85,15 @@ class Stage:
         self.output = output
         return output
 
+    def settings(self, agent: Agent, n_ctx: int | None = None) -> AgentSettings:
+        """What `stepgguf launch` makes the agent use this server with, the files in its folder written. n_ctx: how long
+        it believes the context to be."""
+        server = ModelServer(self.url, MODEL, n_ctx or self.engine.info.n_ctx)
+        folder = self.home / agent.command
+        settings = agent.configure(server, folder)
+        prepare_folder(folder, settings)
+        return settings
+
     def shown(self, role: str, text: str) -> bool:
         """Whether this is a whole turn of the last prompt. Roles: user, assistant, tool_response, system."""
         return bool(self.engine.prompts) and f"<|im_start|>{role}\n{text}<|im_end|>" in self.engine.prompts[-1]
@@ -94,9 +106,10 @@ class Stage:
 
 
 @contextlib.contextmanager
-def stage(answer: Answer, n_ctx: int = 131072) -> Iterator[Stage]:
+def stage(answer: Answer, n_ctx: int = 131072, **config: Any) -> Iterator[Stage]:
+    """config: more of the server's."""
     engine = ScriptedEngine(lambda request: engine.split(answer(engine.prompts[-1])), n_ctx=n_ctx)
-    with tempfile.TemporaryDirectory() as home, running(ChatModel(engine), ServerConfig((MODEL,))) as server:
+    with tempfile.TemporaryDirectory() as home, running(ChatModel(engine), ServerConfig((MODEL,), **config)) as server:
         yield Stage(server.url, engine, Path(home))
 
 

@@ -33,6 +33,7 @@ from stepgguf.server.generation import Generation
 from stepgguf.server.http.sse import Record
 from stepgguf.server.metrics import Metrics
 from stepgguf.server.service import Service
+from stepgguf.server.tasks import TaskLedger
 from tests.server.conftest import Serve, Server
 from tests.server.dialects.answers import CALL, answer, streamed
 
@@ -252,7 +253,8 @@ def test_the_billing_line_of_claude_code_never_reaches_the_prompt() -> None:
 
 def request_of(chat: ChatModel, **fields: Any) -> ChatRequest:
     body = MessagesBody.model_validate({"max_tokens": 99, "messages": [QUESTION], **fields})
-    return body.chat_request(Service(chat, ServerConfig(("demo",)), Metrics(chat.engine), 0))
+    config, metrics = ServerConfig(("demo",)), Metrics(chat.engine)
+    return body.chat_request(Service(chat, config, metrics, 0, TaskLedger(config, metrics)))
 
 
 @pytest.mark.parametrize(

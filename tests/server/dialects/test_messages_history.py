@@ -17,6 +17,7 @@ from stepgguf.server.dialects.messages.request import MessagesBody
 from stepgguf.server.dialects.messages.turns import ToolResultBlock
 from stepgguf.server.metrics import Metrics
 from stepgguf.server.service import Service
+from stepgguf.server.tasks import TaskLedger
 from tests.server.conftest import Server
 
 pytestmark = pytest.mark.slow
@@ -58,7 +59,8 @@ CALL = assistant({"type": "tool_use", "id": "a", "name": "get_weather", "input":
 
 def request_of(chat: ChatModel, turns: list[dict[str, Any]], **fields: Any) -> ChatRequest:
     body = MessagesBody.model_validate({"max_tokens": 99, "messages": turns, **fields})
-    return body.chat_request(Service(chat, ServerConfig(("demo",)), Metrics(chat.engine), 0))
+    config, metrics = ServerConfig(("demo",)), Metrics(chat.engine)
+    return body.chat_request(Service(chat, config, metrics, 0, TaskLedger(config, metrics)))
 
 
 def shown(chat: ChatModel, *turns: dict[str, Any]) -> list[tuple[str, str]]:

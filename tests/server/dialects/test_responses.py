@@ -29,6 +29,7 @@ from stepgguf.server.generation import AnswerPart
 from stepgguf.server.metrics import Metrics
 from stepgguf.server.problem import Problem
 from stepgguf.server.service import Service
+from stepgguf.server.tasks import TaskLedger
 from tests.server.conftest import Serve, Server
 from tests.server.dialects.answers import CALL, answer, streamed
 from tests.server.test_beat import MOST_SECONDS
@@ -159,7 +160,8 @@ def test_reasoning_is_also_sealed_if_the_client_asks_for_it() -> None:
 
 def test_fields_become_those_of_the_request(chat_model: ChatModel) -> None:
     config = ServerConfig(("demo",))
-    service = Service(chat_model, config, Metrics(chat_model.engine), 0)
+    metrics = Metrics(chat_model.engine)
+    service = Service(chat_model, config, metrics, 0, TaskLedger(config, metrics))
 
     def request_of(**fields: Any) -> ChatRequest:
         return (

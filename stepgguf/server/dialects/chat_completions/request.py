@@ -212,6 +212,7 @@ class ChatBody(SamplingFields, ReasoningFields, FormatFields, ExtraBody, HostedS
             max_tokens=token_limit(self.max_completion_tokens or self.max_tokens),
             stops=self.stop_texts(),
             top_logprobs=self._top_logprobs(),
+            conversation=self.conversation_name,
         )
 
     def n_answers(self, service: Service) -> int:

@@ -24,7 +24,7 @@ async def chat_completions(body: ChatBody, request: Request, service: TheService
     """Answer a conversation; think first, call tools, keep to a form. With `stream`, as server-sent events."""
     head = service.answer_head(request, body.model)
     n, with_usage = body.n_answers(service), wants_usage(body.stream, body.stream_options)
-    prepared = await service.prepare(body)
+    prepared = await service.prepare(body, request)
     generation = await service.start_generation(copies_of(prepared, n), request)
     options = ChatOptions(
         n,

@@ -27,6 +27,7 @@ from pydantic import Discriminator, Field, Tag
 
 from stepgguf.chat.request import ChatRequest, JsonSchema, Tool, ToolChoice
 from stepgguf.errors import RequestError
+from stepgguf.server.body.hosted import CONVERSATION
 from stepgguf.server.body.objects import CheckedObject, RequestObject, ignored
 from stepgguf.server.body.reasoning import ReasoningAmounts, ReasoningMap, Spelling
 from stepgguf.server.body.sampling import UNLIMITED, AnswerTokens, Effort, SamplingFields, token_limit
@@ -173,7 +174,7 @@ class MessagesBody(MessagesPrompt, SamplingFields):
     stop_sequences: list[str] | None = Field(None, description="Texts that end the answer.")
     stream: bool | None = Field(None, description="Send the answer in events as it comes.")
 
-    metadata: object = ignored("nothing is stored")
+    metadata: object = Field(None, description=f"user_id: {CONVERSATION}")
     service_tier: object = ignored("there is one tier")
     container: object = ignored("nothing is run here")
     diagnostics: object = ignored("usage says what came from the cache")
@@ -211,7 +212,14 @@ class MessagesBody(MessagesPrompt, SamplingFields):
             sampling=self.sampling(info.sampling, info.n_vocab),
             max_tokens=token_limit(self.max_tokens),
             stops=(*self.stop_texts(), *(self.stop_sequences or ())),
+            conversation=self._conversation,
         )
+
+    @property
+    def _conversation(self) -> str:
+        """What the client calls the conversation: Claude Code's user_id holds the session's id."""
+        user = self.metadata.get("user_id") if isinstance(self.metadata, dict) else None
+        return user if isinstance(user, str) else ""
 
     def _budget(self, config: ServerConfig) -> int | None:
         budget = super()._budget(config)

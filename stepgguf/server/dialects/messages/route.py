@@ -26,7 +26,7 @@ class MessageTokenCount(TypedDict):
 async def create(body: MessagesBody, request: Request, service: TheService) -> Response:
     """Answer a conversation, as Anthropic's API does. With `stream`, as server-sent events."""
     model = service.model_id(body.model)
-    generation = await service.start_generation([await service.prepare(body)], request)
+    generation = await service.start_generation([await service.prepare(body, request)], request)
     writer = MessageWriter(
         trace_id(request), model, body.display, n_prompt=generation.n_prompt, max_tokens=token_limit(body.max_tokens)
     )

@@ -140,6 +140,7 @@ class ResponsesPrompt(ReasoningFields, HostedServiceFields):
             parallel_tool_calls=self.parallel_tool_calls is not False,
             format=self.text.format.as_format() if self.text and self.text.format else None,
             reasoning_budget=self.reasoning_limit(service.config),
+            conversation=self.conversation_name,
         )
         return PreparedResponse(request, json.dumps(items).encode(), offers)
 

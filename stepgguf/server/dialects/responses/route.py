@@ -172,9 +172,9 @@ async def end_reasoning(id: str, answers: TheAnswers) -> Response:
 async def _start_generation(
     body: ResponsesBody, asked: PreparedResponse, request: Request, service: Service
 ) -> Generation:
-    prepared = [await run_in_threadpool(service.chat.prepare, asked.request)]
+    prepared = [await run_in_threadpool(service.prepare_chat, asked.request, request)]
     if body.background:  # the store owns it, not the request
-        return await Generation.start(service.engine, prepared, service.metrics)
+        return await service.start_unowned(prepared, request)
     return await service.start_generation(prepared, request)
 
 

@@ -119,8 +119,7 @@ class Answer:
             self._log_end()
 
     def _log_end(self) -> None:
-        counts = f"{self._generation.n_prompt}+{self._generation.n_generated} tokens"
-        log.info("%s %s %s", self.id, self.writer.response["status"], counts)
+        log.info("%s %s %s", self.id, self.writer.response["status"], self._generation.counts)
         for warning in self._generation.warnings:
             log.warning("%s: %s", self.id, warning)
 
