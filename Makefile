@@ -1,15 +1,22 @@
-# Everything runs in .venv at the root. `demo` installs what running needs (llama-cpp-python is compiled once, about
-# five minutes on two cores; CMAKE_ARGS is passed on to it), `test` and `check` the development tools as well.
+# Everything runs in .venv at the root. `demo` and `test` install the package, and `stepgguf setup` then compiles
+# llama.cpp, once: five minutes on two cores. GPU=cuda, metal, vulkan, hip or none says for what, by default for what this
+# machine has. `test` and `check` install the development tools as well.
+GPU ?= auto
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+
+SETUP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/stepgguf setup --gpu $(GPU)
 
 .PHONY: install demo check quick test bench clean
 
 install: .venv/dev tests/clients/node_modules
 
-demo: .venv/run
-	$(BIN)/stepgguf demo
+demo: .venv/package
+	@echo "2/3 compiling what runs models, if it is not compiled for this GPU yet"
+	@$(SETUP)
+	@echo "3/3 converting the embedded model, and asking it a question"
+	@$(BIN)/stepgguf demo
 
 check: .venv/dev
 	$(BIN)/ruff format --check .
@@ -33,12 +40,14 @@ bench: .venv/dev
 clean:
 	rm -rf .venv tests/clients/node_modules .mypy_cache .pytest_cache .ruff_cache dist
 
-.venv/run: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) install -c constraints.txt -e '.[run]'
-	touch $@
+.venv/package: pyproject.toml constraints.txt
+	@echo "1/3 making .venv and installing stepgguf into it (half a minute)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(PIP) install -c constraints.txt -e .
+	@touch $@
 
-.venv/dev: .venv/run
+.venv/dev: .venv/package
+	$(SETUP)
 	$(PIP) install -c constraints.txt -e '.[dev]'
 	touch $@
 

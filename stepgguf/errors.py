@@ -27,6 +27,7 @@
     ├── DoesNotFit               a byte budget below what the smallest types need
     ├── OutputError              the destination: exists, differs, no space
     ├── VerifyError              bytes are not what the manifest or the source says
+    ├── SetupError               installing what runs a model: a tool is missing, a build failed
     ├── RequestError             a request that cannot be served as it is; `param` names its field
     │   ├── BadGrammar           a grammar or a JSON schema that cannot be used, or is too large
     │   └── TemplateRefused      the chat template cannot show these messages
@@ -155,6 +156,10 @@ class OutputError(StepggufError):
 
 
 class VerifyError(StepggufError):
+    pass
+
+
+class SetupError(StepggufError):
     pass
 
 

@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "evaluation": {"files", "model", "quants", "convert", "reference", "calibration", "runtime.llama"},
     "runtime": {"files", "model.hparams"},
     "fit": {"files", "model", "quants", "convert", "runtime.engine", "runtime.llama_build", "runtime.placement"},
+    "setup": {"files", "fit", "runtime.llama_build"},
     "grammar": set(),
     "chat": {"files", "grammar", "runtime.engine"},
     "conversation": {"files", "chat", "runtime.engine", "runtime.http_events"},
@@ -50,6 +51,7 @@ MAY_IMPORT = {
         "agents",
         "server",
         "demo",
+        "setup",
     },
 }
 # foreign module -> the only files that may import it

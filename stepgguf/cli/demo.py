@@ -50,8 +50,10 @@ def demo(
         with Checkpoint(CHECKPOINT) as checkpoint:
             how = RunOptions(restart=True, overwrite=True)
             conversion = Conversion(plan_source(checkpoint, path, options), checkpoint, how)
-            output.note(f"{conversion.plan_text()}\n")
+            output.note(f"The plan: what each tensor of the embedded model becomes in a {options.recipe.name} file.\n")
+            output.note(f"{conversion.plan_text()}\n\nConverting it.\n")
             conversion.execute()
+        output.note("\nLoading the file into llama.cpp, and asking the model a question.")
         with loading.open_engine(path, loading.EngineOptions(), command="chat", quiet=False) as engine:
             session = Session(InProcessBackend(ChatModel(engine)), ChatSettings({"temperature": 0.0}))
             view = open_view(reasoning_display="full")

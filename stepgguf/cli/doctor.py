@@ -132,7 +132,7 @@ def json_report(
         "ok": all(finding.level != "fail" for finding in findings),
         "findings": [asdict(finding) for finding in findings],
         "machine": {**asdict(machine), "kind": machine.kind, "features": sorted(machine.features)},
-        "engine": build and {**asdict(build), "features": sorted(build.features)},
+        "engine": build and {**asdict(build), "features": sorted(build.features), "backends": sorted(build.backends)},
         "budget": asdict(memory_budget(machine, build.gpus if build else ())),
     }
     if model is not None and context is not None:

@@ -31,6 +31,7 @@ from stepgguf.cli import (
     report,
     rm,
     serve,
+    setup,
     template,
     verify,
 )
@@ -43,7 +44,6 @@ EXTRAS = {
     "httpx2": "hub",
     "huggingface_hub": "hub",
     "fastapi": "run",
-    "jinja2": "run",
     "llama_cpp": "run",
     "prometheus_client": "run",
     "prompt_toolkit": "run",
@@ -81,6 +81,7 @@ for command in (
     chat.chat,
     serve.serve,
     launch.launch,
+    setup.setup,
     doctor.doctor,
     bench.bench,
     demo.demo,
@@ -144,7 +145,8 @@ def _explain(error: StepggufError | ModuleNotFoundError | OSError) -> int | None
         extra = EXTRAS.get(error.name or "")
         if extra is None:
             return None
-        return _show_error(f"this needs {error.name}, which is not installed", installed.extra_command(extra))
+        command = "stepgguf setup" if extra == "run" else installed.extra_command(extra)
+        return _show_error(f"this needs {error.name}, which is not installed", command)
     if error.filename is None and error.errno in (errno.EPIPE, errno.ENOSPC):  # stdout's: a file would be named
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere
         return 1 if error.errno == errno.EPIPE else _show_error(f"standard output: {error.strerror}", None)

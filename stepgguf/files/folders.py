@@ -32,6 +32,11 @@ def kernels() -> Path:
     return cache() / "kernels"
 
 
+def setup_log() -> Path:
+    """The file with the whole output of the last build of the engine."""
+    return cache() / "setup.log"
+
+
 def data() -> Path:
     """The folder of what cannot be made again: sessions, and the history of what was typed."""
     return platformdirs.user_data_path(_NAME, appauthor=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shlex
 import shutil
 import sys
 from importlib import metadata
@@ -18,19 +19,23 @@ NAME = "stepgguf"
 _CHECKOUT = Path(__file__).parents[2]
 
 
-def pip_command(arguments: str) -> str:
-    """The command line that has pip, or uv where there is no pip, do something for this interpreter."""
-    here = shutil.which("python")
-    python = "python" if here is not None and Path(here).resolve() == Path(sys.executable).resolve() else sys.executable
+def install_command() -> tuple[str, ...]:
+    """The start of the command line with which pip installs for this interpreter, or uv where there is no pip."""
     if importlib.util.find_spec("pip") is None:
-        return f"uv pip {arguments.replace('install', f'install --python {sys.executable}', 1)}"
-    return f"{python} -m pip {arguments}"
+        return ("uv", "pip", "install", "--python", sys.executable)
+    return (sys.executable, "-m", "pip", "install")
 
 
 def extra_command(extra: str, distribution: metadata.Distribution | None = None) -> str:
     """The command line that adds an extra to the package as it is installed here."""
     found = distribution or _distribution()
-    return pip_command(f"install {_requirement_with(extra, found)}")
+    return f"{shlex.join(map(_short_name, install_command()))} {_requirement_with(extra, found)}"
+
+
+def _short_name(word: str) -> str:
+    """The word, but this interpreter is called python where that is the one on the PATH."""
+    here = shutil.which("python")
+    return "python" if word == sys.executable and here and Path(here).parent == Path(word).parent else word
 
 
 def _distribution() -> metadata.Distribution | None:

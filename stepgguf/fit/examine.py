@@ -15,6 +15,7 @@ from typing import Literal
 from stepgguf.errors import StepggufError
 from stepgguf.files import folders
 from stepgguf.files.byte_sizes import GIB, readable_size
+from stepgguf.fit.backends import BACKENDS, BackendName, wanted_backend
 from stepgguf.fit.capacity import Finding, check_context_length, check_memory
 from stepgguf.fit.machine import SHARED_MEMORY, Machine
 from stepgguf.fit.memory import ContextParams, MemoryNeed, memory_need
@@ -24,9 +25,7 @@ from stepgguf.runtime.llama_build import LlamaBuild
 # Where the prompts of a chat template end (chat/template.py finds out), or what is wrong with the template.
 PromptEnd = Literal["reasoning", "answer", "start"] | StepggufError
 
-_UPGRADE = "pip install --upgrade 'llama-cpp-python>=0.3.36'"
-_REBUILD = "pip install --force-reinstall --no-cache-dir --no-binary llama-cpp-python llama-cpp-python"
-_BACKENDS = {"spark": "CUDA", "gpu": "CUDA", "mac": "METAL", "strix": "VULKAN"}  # GGML_<this>=on
+_REBUILD = "stepgguf setup --rebuild"
 _FEATURES = {  # as the kernel names them -> as llama.cpp does; those that its matrix products use
     "avx2": "AVX2", "fma": "FMA", "avx512f": "AVX512", "avx512_vnni": "AVX512_VNNI", "amx_int8": "AMX_INT8",
     "asimddp": "DOTPROD", "i8mm": "MATMUL_INT8", "sve": "SVE",
@@ -73,20 +72,25 @@ def _machine_finding(machine: Machine) -> Finding:
     return Finding("ok", "machine", ", ".join(parts))
 
 
-def engine_findings(machine: Machine, build: LlamaBuild) -> Iterator[Finding]:
-    """Whether llama-cpp-python uses the GPU, and whether it can draft."""
-    name, backend = f"llama-cpp-python {build.version}", _BACKENDS.get(machine.kind)
-    if build.gpus:
-        yield Finding("ok", "engine", f"{name} uses {', '.join(gpu.name for gpu in build.gpus)}")
-    elif backend is None:
+def engine_findings(machine: Machine, build: LlamaBuild, asked: BackendName | None = None) -> Iterator[Finding]:
+    """Whether llama-cpp-python uses the GPU, and whether it can draft.
+
+    asked: the backend that it should use the GPU through; by default the one for this machine.
+    """
+    name, backend = f"llama-cpp-python {build.version}", asked or wanted_backend(machine)
+    title = BACKENDS[backend].title
+    if build.gpus and (asked is None or asked in build.backends):
+        gpus = ", ".join(gpu.name for gpu in build.gpus)
+        yield Finding("ok", "engine", f"{name} uses {gpus}: layers can be offloaded")
+    elif backend == "none":
         yield Finding("ok", "engine", f"{name} for the CPU")
-    elif build.gpu_offload:
-        yield Finding("fail", "engine", f"{name} can use GPUs but finds none", "Check the GPU's driver.")
+    elif backend in build.backends:
+        message = f"{name} is built for GPUs ({title}) but finds none"
+        yield Finding("fail", "engine", message, "Check the GPU's driver.")
     else:
-        fix = f'CMAKE_ARGS="-DGGML_{backend}=on" {_REBUILD}'
-        yield Finding("fail", "engine", f"{name} is built without {backend} and leaves the GPU idle", fix)
+        yield Finding("fail", "engine", f"{name} is built without {title} and leaves the GPU idle", "stepgguf setup")
     if not build.mtp:
-        yield Finding("warn", "mtp", f"{name} lacks what MTP needs: tokens come one at a time", _UPGRADE)
+        yield Finding("warn", "mtp", f"{name} lacks what MTP needs: tokens come one at a time", _REBUILD)
 
 
 def _processor_findings(machine: Machine, build: LlamaBuild | None) -> Iterator[Finding]:
@@ -100,7 +104,7 @@ def _processor_findings(machine: Machine, build: LlamaBuild | None) -> Iterator[
     )  # fmt: skip
     if lacking:
         message = f"the CPU has {', '.join(lacking)}, which llama-cpp-python is built without"
-        yield Finding("warn", "cpu", message, f'CMAKE_ARGS="-DGGML_NATIVE=on" {_REBUILD}')
+        yield Finding("warn", "cpu", message, _REBUILD)
 
 
 def _file_findings(model: ModelFile, build: LlamaBuild | None, prompt_end: PromptEnd | None) -> Iterator[Finding]:

@@ -26,7 +26,6 @@ from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from stepgguf.errors import QuantError
-from stepgguf.files import installed
 from stepgguf.quants import KernelName, ggml, lanes
 from stepgguf.quants.ggml import Ggml
 from stepgguf.quants.types import BF16, F32, quant_type, row_size
@@ -224,7 +223,7 @@ def choose_kernel(ggml_type: GGMLQuantizationType, wish: KernelName = "lanes", *
         return _numpy_kernel(ggml_type)
     raise QuantError(
         f"{row.name} is encoded by ggml's library, which is not installed",
-        hint=f"It ships with llama-cpp-python: {installed.extra_command('run')}",
+        hint="It ships with llama-cpp-python: stepgguf setup",
     )
 
 

@@ -11,11 +11,12 @@ import functools
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from stepgguf.errors import EngineError
-from stepgguf.files import installed
 
 _GPU, _INTEGRATED_GPU = 1, 2  # ggml_backend_dev_type
+_GPU_BACKENDS = ("cuda", "metal", "vulkan", "hip")  # each a library of ggml's own
 _AMX_GCC = (14, 2)
 
 
@@ -32,8 +33,9 @@ class Gpu:
 class LlamaBuild:
     """What a llama-cpp-python can do on this machine.
 
-    features: of the CPU code, such as "AVX2" and "AMX_INT8". gpu_offload: whether it has code for a GPU. mtp: whether
-    it has the functions for MTP blocks. compiler: of the CPU code, as (name, version), where the library says it.
+    features: of the CPU code, such as "AVX2" and "AMX_INT8". gpu_offload: whether it has code for a GPU. backends:
+    those of "cuda", "metal", "vulkan" and "hip" that it was built with. mtp: whether it has the functions for MTP
+    blocks. compiler: of the CPU code, as (name, version), where the library says it.
     """
 
     version: str
@@ -42,6 +44,15 @@ class LlamaBuild:
     gpus: tuple[Gpu, ...]
     mtp: bool
     compiler: tuple[str, tuple[int, ...]] | None
+    backends: frozenset[str] = frozenset()
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> LlamaBuild:
+        """The build that `stepgguf doctor --json` shows as "engine"."""
+        compiler = values["compiler"]
+        sets = {name: frozenset(values[name]) for name in ("features", "backends")}
+        gpus = tuple(Gpu(**gpu) for gpu in values["gpus"])
+        return cls(**{**values, **sets, "gpus": gpus, "compiler": compiler and (compiler[0], tuple(compiler[1]))})
 
     @property
     def has_amx(self) -> bool:
@@ -63,21 +74,22 @@ def probe_build() -> LlamaBuild:
     try:
         import llama_cpp
     except ModuleNotFoundError as error:
-        raise EngineError("llama-cpp-python is not installed", hint=installed.extra_command("run")) from error
+        raise EngineError("llama-cpp-python is not installed", hint="stepgguf setup") from error
     except (OSError, RuntimeError) as error:
         raise EngineError(
-            f"llama-cpp-python cannot be loaded: {error}",
-            hint=installed.pip_command("install --force-reinstall --no-cache-dir 'llama-cpp-python>=0.3.36'"),
-        ) from error
+            f"llama-cpp-python cannot be loaded: {error}", hint="stepgguf setup --rebuild"
+        ) from error  # fmt: skip
     from stepgguf.runtime.llama import mtp_api
 
+    folder = Path(str(llama_cpp.__file__)).parent / "lib"
     return LlamaBuild(
         version=llama_cpp.__version__,
         features=parse_features(llama_cpp.llama_print_system_info().decode()),
         gpu_offload=bool(llama_cpp.llama_supports_gpu_offload()),
         gpus=_gpus(llama_cpp.llama_cpp._lib),
         mtp=mtp_api.AVAILABLE,
-        compiler=_compiler(Path(str(llama_cpp.__file__)).parent / "lib"),
+        compiler=_compiler(folder),
+        backends=frozenset(name for name in _GPU_BACKENDS if any(folder.glob(f"libggml-{name}.*"))),
     )
 
 

@@ -333,7 +333,7 @@ def test_a_gpu_that_stays_idle_is_said_once(
         capfd.readouterr()
         assert main([*ask, *options]) == 0
         said = " ".join(capfd.readouterr().err.split())
-        assert said.count("is built without CUDA and leaves the GPU idle; to mend it: CMAKE_ARGS") == times
+        assert said.count("is built without CUDA and leaves the GPU idle; to mend it: stepgguf setup") == times
 
 
 def test_quiet_is_silent(demo_gguf: Path) -> None:

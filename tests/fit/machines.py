@@ -17,4 +17,5 @@ STRIX = replace(LINUX, cpu="AMD RYZEN AI MAX+ 395 w/ Radeon 8060S", ram=13096652
 CARD = replace(LINUX, gpus=(Gpu("NVIDIA H100", 80 * GIB, 79 * GIB),))
 
 CPU_BUILD = LlamaBuild("0.3.36", frozenset({"AVX2"}), gpu_offload=False, gpus=(), mtp=True, compiler=("GCC", (12, 2)))
-CUDA_BUILD = replace(CPU_BUILD, gpu_offload=True, gpus=(Gpu("NVIDIA", 80 * GIB, 79 * GIB),))
+CUDA_BUILD = replace(CPU_BUILD, gpu_offload=True, gpus=(Gpu("NVIDIA", 80 * GIB, 79 * GIB),),
+                     backends=frozenset({"cuda"}))  # fmt: skip

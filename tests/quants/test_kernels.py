@@ -117,7 +117,7 @@ def test_types_that_only_the_library_encodes_say_what_to_install(monkeypatch: py
         choose_kernel(T.IQ1_M, weighted=False)
     with pytest.raises(QuantError, match="Q4_K is encoded by ggml's library"):
         choose_kernel(T.Q4_K, "ggml", weighted=True)
-    assert "[run]" in (caught.value.hint or "")
+    assert "stepgguf setup" in (caught.value.hint or "")
 
 
 def test_a_row_that_does_not_divide_is_named() -> None:
