@@ -65,6 +65,7 @@ class Cards(tuple[int, ...]):
         return cls((parse_memory(match[1]),) * int(match[2] or 1))
 
 
+ON_HUB = "on the Hugging Face Hub: hf:ORG/NAME[@REVISION][/FILE.gguf]"
 DEFAULT_TYPE = "Q4_K_S"
 Type = Annotated[
     str | None,
@@ -164,6 +165,14 @@ Memory = Annotated[
         "one for each thread.",
     ),
 ]
+Keep = Annotated[
+    Path | None,
+    typer.Option(
+        "--keep", file_okay=False, metavar="DIR",
+        help="With SRC on the Hub: keep its files in this folder as they are read, each byte downloaded once, and "
+        "compare each with the SHA-256 that the Hub lists.",
+    ),
+]  # fmt: skip
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
 Restart = Annotated[bool, typer.Option("--restart", help="Throw an interrupted run away and start anew.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output file.")]

@@ -45,6 +45,7 @@ def convert(
     split_max_size: arguments.SplitMaxSize = None,
     threads: arguments.Threads = None,
     memory: arguments.Memory = None,
+    keep: arguments.Keep = None,
     dry_run: arguments.DryRun = False,
     restart: arguments.Restart = False,
     overwrite: arguments.Overwrite = False,
@@ -55,7 +56,7 @@ def convert(
 
     No intermediate file is written. Interrupt it as you like: the same command goes on where it stopped, and the
     result is the same to the byte. From the Hugging Face Hub the weights are read as they are needed: 394 GB pass
-    through the network and none of them through the disk.
+    through the network and none of them through the disk, unless --keep says where they shall stay.
 
     Examples:
 
@@ -63,18 +64,21 @@ def convert(
     - `stepgguf convert Step-3.5-Flash-FP8/ models/ --type IQ4_XS --split-max-size 50G`
     - `stepgguf convert Step-3.5-Flash/ step-128gb.gguf --type 128gb --imatrix imatrix.gguf`
     - `stepgguf convert hf:stepfun-ai/Step-3.5-Flash step.gguf --type Q4_K_S`
+    - `stepgguf convert hf:stepfun-ai/Step-3.5-Flash step.gguf --type Q4_K_S --keep Step-3.5-Flash/`
     - `stepgguf convert Step-3.5-Flash/ step.gguf --fit 104GiB --imatrix imatrix.gguf --dry-run`
     - `stepgguf convert Step-3.5-Flash/ step.gguf --type Q3_K_M --imatrix imatrix.gguf --calibrate default`
     """
     from stepgguf.chat.template import ChatTemplate, read_template
-    from stepgguf.cli.converting import RunOptions, calibrating, carry_out, choose_recipe, make_plan
+    from stepgguf.cli.converting import RunOptions, calibrating, carry_out, choose_recipe, kept_folder, make_plan
     from stepgguf.convert.metadata import CHAT_TEMPLATE
     from stepgguf.convert.plan import Options
     from stepgguf.convert.sources.checkpoint import Checkpoint
+    from stepgguf.convert.sources.place import open_place
 
     if chat_template is not None:
         read_template(chat_template)  # tried before anything is written
-    how = RunOptions(threads, memory, dry_run, restart, overwrite, quiet, json, costs)
+    kept = kept_folder(keep, source, dry_run=dry_run)
+    how = RunOptions(threads, memory, dry_run, restart, overwrite, quiet, json, costs, kept)
     limits = arguments.read_budget(fit, target_bpw, min_tps, bandwidth)
     recipe, limits = choose_recipe(type, limits, source, arguments.DEFAULT_TYPE)
     options = Options(
@@ -87,7 +91,7 @@ def convert(
         importance=arguments.read_importance(imatrix, imatrix_prior),
         kernel=kernel,
     )
-    with Checkpoint(source) as checkpoint:
+    with Checkpoint(open_place(source, how.kept)) as checkpoint:
         file = dest.file_path(f"{name or checkpoint.name}-{recipe.name}")
         with calibrating(checkpoint, calibrate, calibrate_tokens, device, file, how) as calibration:
             options = replace(options, calibration=None if calibration is None else calibration.label)

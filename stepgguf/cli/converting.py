@@ -27,6 +27,8 @@ from stepgguf.convert.measure import count_sampled_values
 from stepgguf.convert.plan import Options, Plan
 from stepgguf.convert.planner import plan_source
 from stepgguf.convert.sizes import take_inventory, with_near_sizes
+from stepgguf.convert.sources.hub import hub_address
+from stepgguf.convert.sources.kept_folder import KeptFolder
 from stepgguf.convert.sources.opening import open_source
 from stepgguf.convert.sources.source import TensorSource
 from stepgguf.convert.writer import Writer, is_taken, name_taken, require_same_calibration
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
 class RunOptions:
     """How a plan is carried out. threads None: all cores; memory None: the pipeline's default.
 
-    costs: file of what types cost, for a budget.
+    costs: file of what types cost, for a budget. kept: where files of the Hub are kept as they are read.
     """
 
     threads: int | None = None
@@ -54,6 +56,19 @@ class RunOptions:
     quiet: bool = False
     json: bool = False
     costs: Path | None = None
+    kept: KeptFolder | None = None
+
+
+def kept_folder(path: Path | None, source: Path, *, dry_run: bool) -> KeptFolder | None:
+    """The folder of --keep, in which a dry run keeps nothing."""
+    if path is None:
+        return None
+    if hub_address(source) is None:
+        raise typer.BadParameter(
+            f"{source} is on this disk already; files are kept of what is read from the Hub (hf:ORG/NAME)",
+            param_hint="--keep",
+        )
+    return None if dry_run else KeptFolder(path)
 
 
 def choose_recipe(
@@ -218,12 +233,14 @@ class Conversion:
         """Make the files and say what was made. Ctrl+C commits what is done and exits with 130."""
         started = time.monotonic()
         how = self.how
+        if how.kept is not None:
+            how.kept.refuse_names([file.path for file in self.plan.files])
         with Writer(
             self.plan,
             self.source.identity(),
             restart=how.restart,
             overwrite=how.overwrite,
-            working_bytes=0 if self.calibration is None else self.calibration.missing_bytes,
+            working_bytes=self._working_bytes(),
         ) as writer:
             resumed = len(writer.finished)
             if resumed and not how.quiet:
@@ -238,6 +255,13 @@ class Conversion:
         elif not how.quiet:
             self._say_what_was_made(meter, seconds)
 
+    def _working_bytes(self) -> int:
+        """What calibrating and keeping will take of the disk that the output is on."""
+        kept, folder = self.how.kept, self.plan.files[0].path.parent
+        return (0 if self.calibration is None else self.calibration.missing_bytes) + (
+            0 if kept is None else kept.missing_bytes_on(folder)
+        )
+
     def _write(self, writer: Writer) -> ProgressMeter:
         """Run the pipeline under a progress meter; what the meter counted is for the summary."""
         layers: dict[str, int] = {}
@@ -246,7 +270,7 @@ class Conversion:
             layers[layer] = layers.get(layer, 0) + tensor.n_bytes
         try:
             with ProgressMeter(self.plan.type_name, self.plan.n_bytes, quiet=self.how.quiet, layers=layers) as meter:
-                pipeline.make_files(
+                pipeline.make_units(
                     self.source,
                     writer,
                     progress=meter.add_unit,
@@ -254,11 +278,21 @@ class Conversion:
                     threads=self.how.threads,
                     memory=self.how.memory or pipeline.DEFAULT_MEMORY,
                 )
+            if self.how.kept is not None:
+                self._complete(self.how.kept)  # first: what is made of damaged bytes shall not get its name
+            writer.finish()
         except KeyboardInterrupt:
             share = meter.bytes_done / self.plan.n_bytes
             output.note(f"interrupted at {share:.0%}; repeat the command to go on from there")
             raise typer.Exit(130) from None
         return meter
+
+    def _complete(self, kept: KeptFolder) -> None:
+        with ProgressMeter(f"checking {kept.path}", kept.unchecked_bytes, quiet=self.how.quiet) as meter:
+            kept.complete(meter.add_bytes)
+        if not (self.how.quiet or self.how.json):
+            files = output.counted(kept.n_files, "file")
+            output.note(f"kept {files} in {kept.path} ({readable_size(kept.n_bytes)}), each as the Hub lists it")
 
     def _say_what_was_made(self, meter: ProgressMeter, seconds: float) -> None:
         for file in self.plan.files:

@@ -18,7 +18,8 @@ def eval(
         Path,
         typer.Option(
             metavar="SRC|FILE|BASE",
-            help="The original: a checkpoint, a GGUF, or what --base or llama-perplexity kept of one.",
+            help="The original: a checkpoint, a GGUF, or what --base or llama-perplexity kept of one; "
+            f"{arguments.ON_HUB}.",
         ),
     ],
     text: Annotated[

@@ -14,7 +14,11 @@ from stepgguf.reference import DeviceName
 
 def imatrix(
     source: Annotated[
-        Path, typer.Argument(metavar="SRC", help="A checkpoint, or a GGUF of any type; of a split one any file.")
+        Path,
+        typer.Argument(
+            metavar="SRC",
+            help=f"A checkpoint, or a GGUF of any type; of a split one any file; {arguments.ON_HUB}.",
+        ),
     ],
     dest: Annotated[
         Destination,

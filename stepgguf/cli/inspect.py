@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,12 +14,18 @@ from stepgguf.cli import arguments
 from stepgguf.files.byte_sizes import readable_size
 
 if TYPE_CHECKING:
+    from stepgguf.convert.sources.place import Place
+    from stepgguf.files.gguf_header import Header
     from stepgguf.model.layers import Layer
 
 
 def inspect(
     path: Annotated[
-        Path, typer.Argument(metavar="FILE|DIR", help="A GGUF file (of a split one, any) or a checkpoint directory.")
+        Path,
+        typer.Argument(
+            metavar="FILE|DIR",
+            help=f"A GGUF file (of a split one, any) or a checkpoint directory; {arguments.ON_HUB}.",
+        ),
     ],
     json: arguments.Json = False,
 ) -> None:
@@ -33,7 +40,7 @@ def inspect(
     from stepgguf.cli import output
     from stepgguf.convert.fold import fold_tensors
 
-    contents, metadata, tensors = _read_checkpoint(path) if _is_checkpoint(path) else _read_gguf(path)
+    contents, metadata, tensors = _read_files(path)
     lines = fold_tensors(tensors)
     n_bytes, n_values = sum(line.n_bytes for line in lines), sum(line.n_values for line in lines)
     summary = {
@@ -59,19 +66,19 @@ def inspect(
 Tensors = list[tuple[str, str, int, int, str]]  # name, type, bytes, values, and no reason: as fold_tensors takes them
 
 
-def _is_checkpoint(path: Path) -> bool:
-    from stepgguf.convert.sources.hub import hub_id, is_hub_address, is_part
+def _read_files(path: Path) -> tuple[str, dict[str, Any], Tensors]:
+    from stepgguf.convert.sources.gguf_files import GGUFFiles
+    from stepgguf.convert.sources.opening import open_files
 
-    if is_hub_address(path):
-        return True
-    return path.is_dir() or is_part(path) or (not path.exists() and path.suffix != ".gguf" and hub_id(path) is not None)
+    found = open_files(path)
+    if not isinstance(found, GGUFFiles):
+        return _read_checkpoint(found)
+    with closing(found):
+        return _read_gguf(found.headers)
 
 
-def _read_gguf(path: Path) -> tuple[str, dict[str, Any], Tensors]:
+def _read_gguf(headers: Sequence[Header]) -> tuple[str, dict[str, Any], Tensors]:
     """What any GGUF holds, its keys and its tensors; of another architecture too."""
-    from stepgguf.convert.sources.splits import read_headers
-
-    headers = read_headers(path)
     metadata = {name: key.value for name, key in headers[0].keys.items()}
     tensors = [(t.name, t.ggml_type.name, t.n_bytes, t.n_values, "") for h in headers for t in h.tensors]
     return gguf_contents(metadata, [name for name, *_ in tensors]), metadata, tensors
@@ -97,12 +104,12 @@ def gguf_contents(metadata: Mapping[str, Any], names: Sequence[str]) -> str:
     return f"{counted(len(trunk), 'layer')} and {counted(len(mtp), 'MTP block')}"
 
 
-def _read_checkpoint(path: Path) -> tuple[str, dict[str, Any], Tensors]:
+def _read_checkpoint(place: Place) -> tuple[str, dict[str, Any], Tensors]:
     """What a checkpoint holds, its hparams and its tensors by the names that they get in a GGUF."""
     from stepgguf.cli import output
     from stepgguf.convert.sources.checkpoint import Checkpoint
 
-    with Checkpoint(path) as checkpoint:
+    with Checkpoint(place) as checkpoint:
         output.warn(checkpoint.notes)
         hp = checkpoint.hparams
         metadata: dict[str, Any] = {"name": checkpoint.name}

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 def plan(
     source: Annotated[
         Path,
-        typer.Argument(metavar="SRC", help="A checkpoint directory, or a GGUF (of a split one, any of its files)."),
+        typer.Argument(
+            metavar="SRC",
+            help=f"A checkpoint directory, or a GGUF (of a split one, any of its files); {arguments.ON_HUB}.",
+        ),
     ],
     machine: Annotated[
         str | None,

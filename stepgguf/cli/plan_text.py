@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.text import Text
 
 from stepgguf.cli.output import counted
-from stepgguf.convert.sources.opening import is_gguf
+from stepgguf.convert.sources.hub import hub_address
 from stepgguf.files.byte_sizes import GIB, MIB, readable_size
 from stepgguf.fit.catalogue import PublishedSpeed
 from stepgguf.fit.memory import ContextParams, memory_need, saved_state_bytes
@@ -63,13 +63,16 @@ def _suggest_budget(result: MachinePlan) -> str:
 def next_command(source: Path, result: MachinePlan, row: PlanRow) -> str:
     """The command that makes the row's file, or uses the one that is there."""
     path, drops_mtp = shlex.quote(str(source)), result.footprint.has_mtp and not result.context.mtp
+    address = hub_address(source)
+    if row.type == OWN_TYPES and address is not None:
+        return address.download_command
     if row.type == OWN_TYPES:
         return (
             f"stepgguf {_run_words(result.target, row)} {path} --ctx {result.context.n_ctx}{' --draft 0' * drops_mtp}"
         )
     choice = row.type.replace("fit ", "--fit ") if row.type.startswith("fit ") else f"--type {shlex.quote(row.type)}"
     weighted = " --imatrix FILE" * row.needs_imatrix
-    if is_gguf(source):  # quantize keeps what its source has
+    if any(row.type == OWN_TYPES for row in result.rows):  # a GGUF: quantize keeps what its source has
         remark = "  # keeps the MTP blocks, which this plan leaves out"
         return f"stepgguf quantize {path} models/ {choice}{weighted}{remark * drops_mtp}"
     return f"stepgguf convert {path} models/ {choice}{weighted}{' --mtp drop' * drops_mtp}"

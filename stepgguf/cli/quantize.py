@@ -15,7 +15,11 @@ from stepgguf.cli.destinations import Destination
 
 def quantize(
     source: Annotated[
-        Path, typer.Argument(metavar="SRC", help="A GGUF (of a split one, any of its files) or a checkpoint directory.")
+        Path,
+        typer.Argument(
+            metavar="SRC",
+            help=f"A GGUF (of a split one, any of its files) or a checkpoint directory; {arguments.ON_HUB}.",
+        ),
     ],
     dest: arguments.Dest,
     positional_type: Annotated[
@@ -43,6 +47,7 @@ def quantize(
     split_max_size: arguments.SplitMaxSize = None,
     threads: arguments.Threads = None,
     memory: arguments.Memory = None,
+    keep: arguments.Keep = None,
     dry_run: arguments.DryRun = False,
     restart: arguments.Restart = False,
     overwrite: arguments.Overwrite = False,
@@ -59,9 +64,10 @@ def quantize(
     - `stepgguf quantize step-bf16.gguf step-q5_k_m.gguf Q5_K_M 16`
     - `stepgguf quantize step-bf16-00001-of-00009.gguf step-iq3_xxs.gguf --type IQ3_XXS --imatrix imatrix.gguf`
     - `stepgguf quantize Step-3.5-Flash/ step.gguf --type my-recipe.toml --dry-run`
+    - `stepgguf quantize hf:stepfun-ai/Step-3.5-Flash-GGUF/step-bf16-00001-of-00009.gguf models/ --type Q4_K_M`
     - `stepgguf quantize step-q8_0.gguf step-q4_k_s.gguf --type Q4_K_S --allow-requantize`
     """
-    from stepgguf.cli.converting import RunOptions, calibrating, carry_out, choose_recipe, make_plan
+    from stepgguf.cli.converting import RunOptions, calibrating, carry_out, choose_recipe, kept_folder, make_plan
     from stepgguf.convert.plan import Options
     from stepgguf.convert.sources.opening import open_source
 
@@ -69,7 +75,8 @@ def quantize(
     if positional_type is not None and type is not None and positional_type != type:
         raise typer.BadParameter(f"{type} and {positional_type}: give one type", param_hint="--type")
     threads = threads or positional_threads or None
-    how = RunOptions(threads, memory, dry_run, restart, overwrite, quiet, json, costs)
+    kept = kept_folder(keep, source, dry_run=dry_run)
+    how = RunOptions(threads, memory, dry_run, restart, overwrite, quiet, json, costs, kept)
     limits = arguments.read_budget(fit, target_bpw, min_tps, bandwidth)
     recipe, limits = choose_recipe(type or positional_type, limits, source, arguments.DEFAULT_TYPE)
     options = Options(
@@ -80,7 +87,7 @@ def quantize(
         importance=arguments.read_importance(imatrix, imatrix_prior),
         kernel=kernel,
     )
-    with open_source(source) as opened:
+    with open_source(source, how.kept) as opened:
         file = dest.file_path(f"{opened.name}-{recipe.name}")
         with calibrating(opened, calibrate, calibrate_tokens, device, file, how) as calibration:
             options = replace(options, calibration=None if calibration is None else calibration.label)

@@ -21,7 +21,10 @@ def verify(
     path: arguments.Gguf,
     against: Annotated[
         Path | None,
-        typer.Option(metavar="SRC", help="Make the tensors again from this checkpoint or GGUF and compare."),
+        typer.Option(
+            metavar="SRC",
+            help=f"Make the tensors again from this checkpoint or GGUF and compare; {arguments.ON_HUB}.",
+        ),
     ] = None,
     all: Annotated[bool, typer.Option("--all", help="With --against: every row and not a sample.")] = False,
     sample: Annotated[

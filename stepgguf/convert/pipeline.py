@@ -58,7 +58,21 @@ def make_files(
     threads: int | None = None,
     memory: int = DEFAULT_MEMORY,
 ) -> None:
-    """Make every unit that the writer does not have yet, then finish the files.
+    """Make every unit that the writer does not have yet, then finish the files, as make_units and Writer.finish do."""
+    make_units(source, writer, progress=progress, compiling=compiling, threads=threads, memory=memory)
+    writer.finish()
+
+
+def make_units(
+    source: TensorSource,
+    writer: Writer,
+    *,
+    progress: Progress = lambda unit: None,
+    compiling: Compiling = lambda name: None,
+    threads: int | None = None,
+    memory: int = DEFAULT_MEMORY,
+) -> None:
+    """Make every unit that the writer does not have yet.
 
     On any error or Ctrl+C what is done is committed first; the same call on a new Writer goes on from there.
     """
@@ -71,7 +85,6 @@ def make_files(
     with disk_errors(writer.plan.files[0].path), _UnitPool(source, writer, maker, workers) as pool:
         for number in pool.make_units(todo):
             progress(_unit_progress(writer, number, resumed=False))
-    writer.finish()
 
 
 def count_workers(tensors: Sequence[PlannedTensor], threads: int | None, memory: int) -> int:

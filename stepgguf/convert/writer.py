@@ -148,7 +148,7 @@ class Writer:
             raise OutputError(
                 f"{self._folder} has {readable_size(free)} free, the output needs {readable_size(need)}{working}",
                 hint="Free some space, choose another disk or a smaller type"
-                + (", or fewer --calibrate-tokens." if self._working_bytes else "."),
+                + (", fewer --calibrate-tokens or no --keep." if self._working_bytes else "."),
             )
 
     def _clear(self) -> None:
@@ -180,9 +180,7 @@ class Writer:
         """Make finished units durable, then enter them in the journal."""
         assert self._journal is not None
         for index in {self.units[number].file for number in finished}:
-            fd = self._parts[index]
-            # The size was set when the file was opened, so syncing data is enough. macOS has no fdatasync.
-            os.fdatasync(fd) if hasattr(os, "fdatasync") else os.fsync(fd)
+            disk.sync_data(self._parts[index])  # the size was set when the file was opened
         self.finished.update(finished)
         self._journal.add_finished(finished)
 
@@ -282,10 +280,19 @@ def _describe_run(plan: Plan, identity: Mapping[str, str]) -> dict[str, Any]:
 
 def _of_another_run(path: Path, key: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> OutputError:
     """The error for a journal whose run is another one. key: where the labels differ."""
+    moved = _moved_repository(found, wanted) if key == "source" else None
+    commit = f" at its commit ({moved})" if moved else ""
     return OutputError(
         f"{path} is of an interrupted run with another {_difference(key, found, wanted)}",
-        hint="Repeat that command to finish it, or start anew with --restart.",
+        hint=f"Repeat that command{commit} to finish it, or start anew with --restart.",
     )
+
+
+def _moved_repository(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+    """The address on the Hub, with its commit, that an interrupted run read from; None if it is the same now."""
+    before = found.get("source")
+    addresses = [name for name in before if name.startswith("hf:")] if isinstance(before, dict) else []
+    return next((name for name in addresses if name not in wanted["source"]), None)
 
 
 def _difference(key: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

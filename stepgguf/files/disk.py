@@ -151,6 +151,12 @@ def write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
         view, offset = view[n:], offset + n
 
 
+def sync_data(fd: int) -> None:
+    """Make what was written durable, of a file whose size has not changed since it was synced."""
+    # macOS has no fdatasync.
+    os.fdatasync(fd) if hasattr(os, "fdatasync") else os.fsync(fd)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A new file to be written in the block, which then takes this path, durably.

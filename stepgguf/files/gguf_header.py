@@ -17,7 +17,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import pairwise
@@ -130,17 +130,43 @@ def read(path: Path, *, check_size: bool = True) -> Header:
         raise GGUFError(f"{path}: not a file", hint=_hint_for(b"")) from error
     except OSError as error:
         raise GGUFError(f"{path}: {error.strerror or error}", hint="Check the path.") from error
-    # Without tensors the header need not be padded, and gguf-py's are not.
-    end = max((header.data_start + t.offset + t.n_bytes for t in header.tensors), default=0)
-    if check_size and size < end:
-        raise TruncatedFile(
-            f"{path}: {size:,} bytes, but its header promises {end:,}",
-            hint="The download or the conversion was cut off; make the file again.",
-        )
+    if check_size:
+        _check_size(header, size)
     return header
 
 
-def _parse_header(path: Path, data: mmap.mmap) -> Header:
+def read_by_parts(path: Path, size: int, read_at: Callable[[bytearray, int], None]) -> Header:
+    """As `read`, of a file that is not on this disk: its first MiB, and more of it only where its header is longer.
+
+    read_at: fills a buffer with the bytes at an offset.
+    """
+    data, header = bytearray(), None
+    while header is None:
+        more = bytearray(min(size, _MAX_HEADER, max(2**20, 4 * len(data))) - len(data))
+        read_at(more, len(data))
+        data += more
+        if size < 24:
+            raise BadMagic(f"{path}: {size} bytes is too short for a GGUF header", hint=_hint_for(b""))
+        try:
+            header = _parse_header(path, bytes(data))
+        except TruncatedFile:
+            if len(data) >= min(size, _MAX_HEADER):
+                raise
+    _check_size(header, size)
+    return header
+
+
+def _check_size(header: Header, size: int) -> None:
+    # Without tensors the header need not be padded, and gguf-py's are not.
+    end = max((header.data_start + t.offset + t.n_bytes for t in header.tensors), default=0)
+    if size < end:
+        raise TruncatedFile(
+            f"{header.path}: {size:,} bytes, but its header promises {end:,}",
+            hint="The download or the conversion was cut off; make the file again.",
+        )
+
+
+def _parse_header(path: Path, data: mmap.mmap | bytes) -> Header:
     if data[:4] != b"GGUF":
         raise BadMagic(f"{path}: starts with {bytes(data[:4])!r}, not b'GGUF'", hint=_hint_for(data[:64]))
     cursor = _HeaderCursor(data, str(path), 4)

@@ -1,6 +1,6 @@
 """A stand-in for the Hugging Face Hub and the CDN behind it: two servers on the loopback that huggingface_hub talks to.
 
-hub  /api/models/ORG/NAME[/revision/REV]      commit and files
+hub  /api/models/ORG/NAME[/revision/REV]      commit and files, or a refusal
      /ORG/NAME/resolve/COMMIT/FILE            small files; for LFS files a redirect to
 cdn  /blobs/SHA256?signature=N                ranges, refused once the signature has expired
 """
@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import socket
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,10 +21,24 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import huggingface_hub
+import pytest
+
+from stepgguf.convert.journal import RECORD_BYTES
+
 HUB_ID = "stepfun-ai/Step-3.5-Flash"
 STALL = 2.0  # seconds: longer than the read timeout of whoever is tested
 # What an answer of the CDN may be in place of the bytes that were asked for.
 FAULTS = "cut short longer shifted whole stall reset 403 408 429 500 503".split()
+
+# The command in a process of its own, which commits as often as a small model needs it.
+COMMAND = [
+    sys.executable,
+    "-c",
+    "import sys, stepgguf.convert.pipeline as p, stepgguf.convert.sources.kept_file as k\n"
+    "p.COMMIT_SECONDS = k.COMMIT_SECONDS = 0.02; k.PIECE = 2**16\n"
+    "from stepgguf.cli.main import main; sys.exit(main(sys.argv[1:]))",
+]
 
 Fault = str | None
 
@@ -35,13 +51,16 @@ class Hub:
 
     def __init__(self, folder: Path, commit: str = "1f" * 20, token: str | None = None) -> None:
         self.folder, self.commit, self.token = folder, commit, token
+        self.refusal: tuple[int, dict[str, str]] | None = None
         self.fault: Callable[[int], Fault] = lambda number: None
         self.hub_fault: Callable[[str], Fault] = lambda path: None
         self.etag_suffix = ""
-        self.signature, self.ranges, self.range_bytes = 0, 0, 0
+        self.signature, self.requests, self.ranges, self.range_bytes = 0, 0, 0, 0
         self.injected: Counter[str] = Counter()
         self.cdn_authorizations: set[str | None] = set()
-        self.digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+        files = (path for path in folder.rglob("*") if path.is_file())
+        self.digests = {str(path.relative_to(folder)): digest_of(path) for path in files}
+        self.listed_digests: dict[str, str] = {}  # where they are not those of the files
         self.lock = threading.Lock()
         self.url = self.cdn_url = ""
 
@@ -60,13 +79,21 @@ class Hub:
     def described(self) -> dict[str, object]:
         files = []
         for name, digest in sorted(self.digests.items()):
-            size = (self.folder / name).stat().st_size
+            size, digest = (self.folder / name).stat().st_size, self.listed_digests.get(name, digest)
             lfs = {"sha256": digest, "size": size, "pointerSize": 134}
-            files.append(
-                {"rfilename": name, "size": size, "blobId": digest[:40]}
-                | ({"lfs": lfs} if name.endswith(".safetensors") else {})
-            )
+            blob = "0" * 40 if is_lfs(name) else digest  # of an LFS file its pointer's
+            files.append({"rfilename": name, "size": size, "blobId": blob} | ({"lfs": lfs} if is_lfs(name) else {}))
         return {"_id": "1", "id": HUB_ID, "sha": self.commit, "siblings": files, "tags": [], "private": False}
+
+
+def is_lfs(name: str) -> bool:
+    return name.endswith((".safetensors", ".gguf"))
+
+
+def digest_of(path: Path) -> str:
+    """What the Hub lists: of an LFS file its SHA-256, of others git's hash."""
+    data = path.read_bytes()
+    return (hashlib.sha256(data) if is_lfs(path.name) else hashlib.sha1(b"blob %d\0" % len(data) + data)).hexdigest()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -92,17 +119,20 @@ class HubHandler(Handler):
 
     def do_GET(self) -> None:
         hub, path = self.hub, unquote(urlsplit(self.path).path)
+        hub.requests += 1
         if hub.token is not None and self.headers.get("Authorization") != f"Bearer {hub.token}":
             return self.answer(401, X_Error_Code="GatedRepo", X_Error_Message="Access is restricted.")
+        if hub.refusal is not None:
+            return self.answer(hub.refusal[0], **hub.refusal[1])
         fault = hub.hub_fault(path)
         if fault:
             hub.count(f"hub {fault}")
             return self.answer(int(fault), Retry_After="0")
         if path.startswith("/api/"):
             return self.describe(path)
-        resolve = f"/{HUB_ID}/resolve/{hub.commit}/"
-        name = path.removeprefix(resolve)
-        if not path.startswith(resolve) or name not in hub.digests:
+        repository, _, name = path.partition("/resolve/")
+        revision, _, name = name.partition("/")
+        if repository != f"/{HUB_ID}" or revision not in ("main", hub.commit) or name not in hub.digests:
             return self.answer(404, X_Error_Code="EntryNotFound")
         return self.resolve(name)
 
@@ -117,12 +147,13 @@ class HubHandler(Handler):
 
     def resolve(self, name: str) -> None:
         hub, digest = self.hub, self.hub.digests[name]
-        if not name.endswith(".safetensors"):
+        linked = hub.listed_digests.get(name, digest)
+        if not is_lfs(name):
             data = (hub.folder / name).read_bytes()
-            return self.answer(200, data, ETag=f'"{digest[:40]}"', X_Repo_Commit=hub.commit)
+            return self.answer(200, data, ETag=f'"{digest}"', X_Repo_Commit=hub.commit)
         headers = {
             "Location": f"{hub.cdn_url}/blobs/{digest}?signature={hub.signature}",
-            "X-Linked-ETag": f'"{digest}{hub.etag_suffix}"',
+            "X-Linked-ETag": f'"{linked}{hub.etag_suffix}"',
             "X-Linked-Size": str((hub.folder / name).stat().st_size),
             "X-Repo-Commit": hub.commit,
         }
@@ -141,9 +172,11 @@ class CdnHandler(Handler):
         if "Range" not in self.headers:
             return self.answer(200, path.read_bytes())
         start, stop = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
-        hub.range_bytes += stop + 1 - start
-        etag = f'"{digest[:32]}{hub.etag_suffix}"'
-        return self.send_range(path, start, stop + 1, hub.next_fault(), etag)
+        etag, fault = f'"{digest[:32]}{hub.etag_suffix}"', hub.next_fault()
+        if fault is None:
+            with hub.lock:
+                hub.range_bytes += stop + 1 - start
+        return self.send_range(path, start, stop + 1, fault, etag)
 
     def send_range(self, path: Path, start: int, stop: int, fault: Fault, etag: str) -> None:
         length, size = stop - start, path.stat().st_size
@@ -218,3 +251,34 @@ def random_faults(seed: int, share: float, faults: list[str]) -> Callable[[int],
         return rng.choice(faults) if rng.random() < share else None
 
     return fault
+
+
+# whom the Hub is for ----------------------------------------------------------------------------------------------
+
+
+def set_endpoint(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """As HF_ENDPOINT does in a new process."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+    template = "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + template)
+
+
+def process_environment(hub: Hub, tmp_path: Path, **more: str) -> dict[str, str]:
+    return {
+        **os.environ,
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        **more,
+    }
+
+
+def journaled(journal: Path) -> int:
+    return len(journal.read_bytes().partition(b"\n")[2]) // RECORD_BYTES if journal.exists() else 0
+
+
+def assert_same_files(folder: Path, expected: Path) -> None:
+    names = sorted(path.name for path in expected.iterdir())
+    assert sorted(path.name for path in folder.iterdir()) == names
+    for name in names:
+        assert (folder / name).read_bytes() == (expected / name).read_bytes(), name

@@ -9,42 +9,40 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
 from pathlib import Path
 
-import httpx2
 import huggingface_hub
 import pytest
 
 from stepgguf.cli.main import main
 from stepgguf.convert.journal import RECORD_BYTES
-from stepgguf.convert.sources import attempts, remote_file
 from stepgguf.convert.sources.checkpoint import Checkpoint
 from stepgguf.convert.sources.hub import HubAddress, hub_address
 from stepgguf.convert.sources.opening import open_source
 from stepgguf.convert.sources.remote_file import asked_pause
 from stepgguf.errors import CheckpointError, HubError
-from stepgguf.files import installed
+from stepgguf.files import disk, installed
 from tests.conftest import INTERRUPTIBLE
-from tests.convert.hub_server import FAULTS, HUB_ID, Hub, random_faults, serving
+from tests.convert.hub_server import (
+    COMMAND,
+    FAULTS,
+    HUB_ID,
+    Hub,
+    assert_same_files,
+    digest_of,
+    journaled,
+    process_environment,
+    random_faults,
+    serving,
+    set_endpoint,
+)
 
 pytestmark = pytest.mark.slow
 
 ADDRESS = f"hf:{HUB_ID}"
 OTHER_COMMIT = "2e" * 20
-FAST_COMMITS = "import stepgguf.convert.pipeline as p; p.COMMIT_SECONDS = 0.02\n"
-COMMAND = FAST_COMMITS + "import sys; from stepgguf.cli.main import main; sys.exit(main(sys.argv[1:]))"
-
-
-@pytest.fixture(scope="module")
-def repository(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with a model card."""
-    folder = tmp_path_factory.mktemp("repository") / "files"
-    shutil.copytree(small, folder)
-    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\nA model.\n")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -57,44 +55,8 @@ def whole(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def hub(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """The Hub for this process, with an empty cache, no token, and a client that is soon out of patience."""
-    with serving(Hub(repository)) as hub:
-        set_endpoint(monkeypatch, hub.url)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-            monkeypatch.delenv(name, raising=False)
-        monkeypatch.setattr(attempts, "FIRST_PAUSE", 0.01)
-        monkeypatch.setattr(attempts, "LONGEST_PAUSE", 0.05)
-        monkeypatch.setattr(remote_file, "TIMEOUT", httpx2.Timeout(0.4, pool=None))
-        yield hub
-        huggingface_hub.close_session()
-
-
-def set_endpoint(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    """As HF_ENDPOINT does in a new process."""
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
-    template = "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + template)
-
-
 def convert(dest: Path, *options: str) -> int:
     return main(["convert", ADDRESS, str(dest), "-t", "Q4_K_S", "-q", *options])
-
-
-def assert_same_files(folder: Path, expected: Path) -> None:
-    names = sorted(path.name for path in expected.iterdir())
-    assert sorted(path.name for path in folder.iterdir()) == names
-    for name in names:
-        assert (folder / name).read_bytes() == (expected / name).read_bytes(), name
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    (tmp_path / "out").mkdir()
-    return tmp_path / "out"
 
 
 # the same bytes ---------------------------------------------------------------------------------------------------
@@ -103,8 +65,11 @@ def out(tmp_path: Path) -> Path:
 def test_the_bytes_are_a_local_conversions_and_no_weights_reach_the_disk(
     hub: Hub, repository: Path, out: Path, tmp_path: Path, whole: Path
 ) -> None:
+    used: list[int] = []
+    hub.fault = lambda number: used.append(disk.used_bytes(tmp_path))  # at each range
     assert convert(out / "out.gguf") == 0
     assert_same_files(out, whole)
+    assert max(used) <= disk.used_bytes(tmp_path)  # never more than the output, with its manifest, and the small files
     cached = {path.name for path in (tmp_path / "cache").rglob("snapshots/*/*")}
     assert cached == {path.name for path in repository.iterdir() if path.suffix != ".safetensors"}
     small = sum(path.stat().st_size for path in repository.iterdir() if path.suffix != ".safetensors")
@@ -222,6 +187,7 @@ def test_another_commit_does_not_go_on_with_an_interrupted_run(
     err = capfd.readouterr().err
     assert f"{ADDRESS}@{'1f' * 20}" in "".join(err.split())
     assert f"{ADDRESS}@{OTHER_COMMIT}" in "".join(err.split())
+    assert f"Repeat that command at its commit ({ADDRESS}@{'1f' * 20}) to finish it" in " ".join(err.split())
     hub.commit = "1f" * 20
     assert main(["convert", f"{ADDRESS}@{hub.commit}", str(out / "out.gguf"), "-t", "Q4_K_S", "-q"]) == 0
     assert_same_files(out, whole)
@@ -259,24 +225,10 @@ def test_a_shard_that_was_downloaded_is_not_read_again(hub: Hub, out: Path, whol
 # a real process ---------------------------------------------------------------------------------------------------
 
 
-def process_environment(hub: Hub, tmp_path: Path, **more: str) -> dict[str, str]:
-    return {
-        **os.environ,
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        **more,
-    }
-
-
-def journaled(journal: Path) -> int:
-    return len(journal.read_bytes().partition(b"\n")[2]) // RECORD_BYTES if journal.exists() else 0
-
-
 def test_killed_and_repeated_it_has_the_same_bytes(hub: Hub, out: Path, tmp_path: Path, whole: Path) -> None:
     hub.fault = random_faults(1, 0.02, ["cut", "reset"])
     environment = process_environment(hub, tmp_path)
-    command = [sys.executable, "-c", COMMAND, "convert", ADDRESS, str(out / "out.gguf"), "-t", "Q4_K_S", "-q"]
+    command = [*COMMAND, "convert", ADDRESS, str(out / "out.gguf"), "-t", "Q4_K_S", "-q"]
     journal = out / "out.gguf.journal"
     process = subprocess.Popen(command, env=environment)
     while process.poll() is None and journaled(journal) < 20:
@@ -318,7 +270,33 @@ def test_what_an_address_means() -> None:
     assert hub_address(Path("hf://a/b")) == HubAddress("a/b")
     assert hub_address(Path("hf:a/b@refs/pr/1")) == HubAddress("a/b", "refs/pr/1")
     assert hub_address(Path("a/b")) is None
-    for text in ("hf:", "hf:a", "hf:a/b/c.gguf", "hf:a/b@", "hf:a/..", "hf:a b/c"):
+    assert hub_address(Path("hf:a/b/q/c.gguf")) == HubAddress("a/b", None, "q/c.gguf")
+    assert hub_address(Path("hf:a/b@refs/pr/1/c.gguf")) == HubAddress("a/b", "refs/pr/1", "c.gguf")
+    branch = HubAddress("a/b", "my/branch", "c.gguf")
+    assert hub_address(Path("hf:a/b@my%2Fbranch/c.gguf")) == branch
+    assert hub_address(branch.path) == branch
+    for page in (
+        "https://huggingface.co/a/b",
+        "http://huggingface.co/a/b/",
+        "hf.co/a/b?library=x",
+        "https://hf.co/a/b#x",
+    ):
+        assert hub_address(Path(page)) == HubAddress("a/b")
+    assert hub_address(Path("https://huggingface.co/a/b/tree/v1")) == HubAddress("a/b", "v1")
+    assert hub_address(Path("https://huggingface.co/a/b/tree/refs%2Fpr%2F1")) == HubAddress("a/b", "refs/pr/1")
+    assert hub_address(Path("https://huggingface.co/a/b/tree/main/q")) == HubAddress("a/b", "main", "q")
+    for kind in ("blob", "resolve"):
+        page = f"https://huggingface.co/a/b/{kind}/main/q/c.gguf?download=true"
+        assert hub_address(Path(page)) == HubAddress("a/b", "main", "q/c.gguf")
+    for text in (
+        "hf:",
+        "hf:a",
+        "hf:a/b@",
+        "hf:a/..",
+        "hf:a b/c",
+        "https://huggingface.co/a",
+        "hf.co/a/b/discussions/1",
+    ):
         with pytest.raises(CheckpointError, match="not the address of a model on the Hugging Face Hub"):
             hub_address(Path(text))
 
@@ -336,13 +314,14 @@ def test_what_is_not_there_is_named(hub: Hub, address: str, text: str, capfd: py
 
 
 def test_a_repository_of_something_else_is_named(hub: Hub, repository: Path) -> None:
-    hub.digests = {"README.md": "0" * 64, "step-q4.gguf": "0" * 64}
-    (repository / "step-q4.gguf").write_bytes(b"GGUF")
+    hub.digests = {"README.md": "0" * 40, "pytorch_model.bin": "0" * 40}
+    (repository / "pytorch_model.bin").touch()
+    hub.digests["README.md"] = digest_of(repository / "README.md")
     try:
-        with pytest.raises(CheckpointError, match=f"{ADDRESS} holds GGUF files and no safetensors"):
+        with pytest.raises(CheckpointError, match=f"{ADDRESS} holds PyTorch pickles"):
             Checkpoint(Path(ADDRESS))
     finally:
-        (repository / "step-q4.gguf").unlink()
+        (repository / "pytorch_model.bin").unlink()
 
 
 def test_a_pause_is_asked_for_in_seconds_or_as_a_date() -> None:

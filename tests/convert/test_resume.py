@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -245,20 +244,6 @@ def test_an_existing_file_is_not_replaced_unasked(
     assert main(["convert", str(small), str(dest), "-q"]) == 1
     assert "--overwrite" in capfd.readouterr().err
     assert dest.read_text() == "precious"
-
-
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 12 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", folder], capture_output=True, check=False
-    )
-    if mount.returncode != 0:
-        pytest.skip("mounting needs root")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
 
 
 def test_too_little_space_is_found_before_the_start(small: Path, tiny_disk: Path) -> None:

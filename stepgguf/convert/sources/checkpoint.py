@@ -25,7 +25,7 @@ from stepgguf.convert.sources.contents import CheckpointContents
 from stepgguf.convert.sources.encodings import widen_scales
 from stepgguf.convert.sources.hub import model_origin
 from stepgguf.convert.sources.layout import StoredMatrix
-from stepgguf.convert.sources.place import open_place
+from stepgguf.convert.sources.place import Place, open_place
 from stepgguf.convert.sources.shards import StoredTensor, read_shard
 from stepgguf.convert.sources.source import SourceTensor, rows_per_expert
 from stepgguf.errors import BadConfig
@@ -41,14 +41,14 @@ Number = TypeVar("Number", np.uint8, np.float32)
 class Checkpoint:
     """An opened and checked checkpoint. `warnings` are for the user; `hparams` and `specs` are what it can give.
 
-    `path` may be its directory, one of its files, a cache folder of the Hub, an id that was downloaded, or (to read it
-    from the Hub) hf:ORG/NAME[@REVISION]. Raises CheckpointError, which says what the folder is if it is something else,
-    or UnsupportedModel.
+    `where` is its place, or a path: its directory, one of its files, a cache folder of the Hub, an id that was
+    downloaded, or (to read it from the Hub) hf:ORG/NAME[@REVISION]. Raises CheckpointError, which says what the folder
+    is if it is something else, or UnsupportedModel.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, where: Path | Place) -> None:
         with ExitStack() as opened:
-            place = opened.enter_context(closing(open_place(path)))
+            place = opened.enter_context(closing(open_place(where) if isinstance(where, Path) else where))
             self._place, self.path, self._folder = place, place.path, place.folder
             self.origin = model_origin(self._folder)
             paths = diagnosis.check_files(self.path, place.list_files())

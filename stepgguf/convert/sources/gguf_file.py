@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,10 +13,12 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
+from stepgguf.convert.sources.gguf_files import GGUFFiles, open_local_gguf
+from stepgguf.convert.sources.random_access import RandomAccessFile
 from stepgguf.convert.sources.source import Shape, SourceTensor
-from stepgguf.convert.sources.splits import model_stem, read_headers
-from stepgguf.errors import TruncatedFile, UnsupportedModel
-from stepgguf.files import disk, gguf_header
+from stepgguf.convert.sources.splits import model_stem
+from stepgguf.errors import UnsupportedModel
+from stepgguf.files import gguf_header
 from stepgguf.files.gguf_header import Header, Key, TensorInfo
 from stepgguf.files.jsonread import shown
 from stepgguf.model.hparams import ARCHITECTURE, HParams
@@ -42,12 +44,18 @@ class GGUFMetadata:
 class GGUFSource:
     """An opened GGUF. `keys` are those of the first file, less split.*.
 
-    For a split one, give any of its files. Raises GGUFError for files that are damaged or no parts of one model, and
-    UnsupportedModel for a model of another architecture.
+    `where` has its files, or is the path of one of them. Raises GGUFError for files that are damaged or no parts of one
+    model, and UnsupportedModel for a model of another architecture.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.headers = read_headers(path)
+    def __init__(self, where: Path | GGUFFiles) -> None:
+        with ExitStack() as opened:
+            files = opened.enter_context(closing(open_local_gguf(where) if isinstance(where, Path) else where))
+            self._read(files)
+            self._opened = opened.pop_all()
+
+    def _read(self, files: GGUFFiles) -> None:
+        self.headers, self._place = files.headers, files.place
         self.path = self.headers[0].path  # whichever part was given, the output is the same
         self.keys: dict[str, Key] = {
             name: key for name, key in self.headers[0].keys.items() if not name.startswith("split.")
@@ -55,12 +63,12 @@ class GGUFSource:
         architecture = self.headers[0].get("general.architecture")
         if architecture != ARCHITECTURE:
             raise UnsupportedModel(
-                f"{path}: general.architecture is {shown(architecture)}, expected {ARCHITECTURE!r}",
+                f"{self.path}: general.architecture is {shown(architecture)}, expected {ARCHITECTURE!r}",
                 hint="stepgguf quantizes and runs Step-3.5 and Step-3.7 only; llama.cpp's own tools run others.",
             )
         self.hparams = HParams.from_gguf(self.headers[0])
         self._where: dict[str, tuple[Header, TensorInfo]] = {t.name: (h, t) for h in self.headers for t in h.tensors}
-        self._files = {h.path: os.open(h.path, os.O_RDONLY) for h in self.headers}
+        self._files = {file.path: file for file in files.files}
         self.tensors = {name: _source_tensor(info) for name, (_, info) in self._where.items()}
         self.constants: dict[TensorName, bytes] = {}  # a GGUF has all its tensors
         self.warnings: list[str] = []
@@ -101,12 +109,10 @@ class GGUFSource:
         return GGUFMetadata(tuple(self.keys.values()))
 
     def stop_waiting(self) -> None:
-        """Nothing waits."""
+        self._place.stop_waiting()
 
     def close(self) -> None:
-        for fd in self._files.values():
-            os.close(fd)
-        self._files.clear()
+        self._opened.close()
 
     def __enter__(self) -> GGUFSource:
         return self
@@ -115,22 +121,21 @@ class GGUFSource:
         self.close()
 
     def identity(self) -> dict[str, str]:
-        result = {}
+        result = dict(self._place.identity)
         for header in self.headers:
-            status = header.path.stat()
             text = gguf_header.encode(header.keys.values(), header.tensors)
-            mark = f"{status.st_size} {status.st_mtime_ns}".encode()
+            mark = self._files[header.path].version.encode()
             result[header.path.name] = hashlib.sha256(text + mark).hexdigest()
         return result
 
     def prefetch(self, name: str, start: int, stop: int) -> None:
-        fd, offset, size = self._place_of(name, start, stop)
-        disk.prefetch_at(fd, size, offset)
+        file, offset, size = self._place_of(name, start, stop)
+        file.prefetch_at(size, offset)
 
     def raw(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
-        fd, offset, size = self._place_of(name, start, stop)
+        file, offset, size = self._place_of(name, start, stop)
         data = np.empty(size, np.uint8)
-        disk.read_at(fd, data.data, offset, name, TruncatedFile)
+        file.read_at(data.data, offset, name)
         return data.reshape(stop - start, -1)
 
     def values(self, name: str, start: int, stop: int) -> Values:
@@ -141,7 +146,7 @@ class GGUFSource:
         decoder_for(info.ggml_type).decode(data, values)
         return values
 
-    def _place_of(self, name: str, start: int, stop: int) -> tuple[int, int, int]:
+    def _place_of(self, name: str, start: int, stop: int) -> tuple[RandomAccessFile, int, int]:
         """Where rows [start, stop) lie: the open file, the offset in it, their bytes."""
         (header, info), row_bytes = self._where[name], self.tensors[name].row_bytes
         offset = header.data_start + info.offset + start * row_bytes

@@ -1,27 +1,39 @@
-"""Where a checkpoint lies and what it is called: folders, the Hugging Face Hub's cache, Hub ids.
+"""Where a model lies and what it is called: folders, the Hugging Face Hub's cache, Hub ids, addresses on the Hub.
 
 models--ORG--NAME/            the Hub's cache folder of a model: its snapshot is used, the one of refs/main first
     refs/main                     the commit's hash
     snapshots/HASH/               the files, links into blobs/
     blobs/SHA256[.incomplete]
 ORG/NAME                      a Hub id, where no such folder is: its cache folder, if it was downloaded
-hf:ORG/NAME[@REVISION]        a repository on the Hub, whose weights stay there (hub_repository.py)
+
+hf:ORG/NAME[@REVISION][/FILE]                       a repository on the Hub, which stays there (hub_repository.py)
+https://huggingface.co/ORG/NAME[/tree/REVISION]     the same, as a browser shows it
+https://huggingface.co/ORG/NAME/blob/REVISION/FILE
+
+An address is written as huggingface_hub writes it (hf://ORG/NAME@REVISION/FILE). FILE is a GGUF, of a split one any
+part, or a folder with one. Without FILE it is the checkpoint at the repository's top, or the only GGUF in it. A branch
+whose name has a slash is written with %2F; refs/pr/N may stay as it is.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from shlex import quote
+from urllib.parse import unquote
 
-from stepgguf.errors import CheckpointError, UnsupportedCheckpoint
+from stepgguf.errors import CheckpointError, HubError, UnsupportedCheckpoint
 
 HUB = "https://huggingface.co"
 _CACHE_FOLDER = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 _WORD = re.compile(r"[A-Za-z0-9][\w.-]{0,95}")
-_ADDRESS = re.compile(r"hf:/?([^/@]+/[^/@]+)(?:@(.+))?")  # Path makes one slash of the two of hf://
+# Path makes one slash of the two of hf:// and https://.
+_ADDRESS = re.compile(r"hf:/*([^/@]+/[^/@]+)(?:@(refs/(?:pr|convert)/[^/]+|[^/]+))?(?:/(.+))?")
+_PAGE = re.compile(r"(?:https?:/+)?(?:www\.)?(?:huggingface\.co|hf\.co)/+")
+_PAGE_PATH = re.compile(r"([^/]+/[^/]+)(?:/(?:tree|blob|resolve)/(refs/(?:pr|convert)/[^/]+|[^/]+)(?:/(.+))?)?/?")
+_SPLIT = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 _GIVE_FOLDER = "Give the directory that holds config.json and the *.safetensors."
 _PARTS = ("config.json", ".safetensors", ".safetensors.index.json")  # ends of the names of a checkpoint's own files
 
@@ -41,33 +53,59 @@ class ModelOrigin:
 
 @dataclass(frozen=True, slots=True)
 class HubAddress:
-    """A repository on the Hub, ORG/NAME, at a branch, a tag or a commit; None: its main branch."""
+    """What lies in a repository on the Hub, ORG/NAME, at a branch, a tag or a commit.
+
+    revision None: its main branch. file: a file or a folder in it; None: what is at its top.
+    """
 
     hub_id: str
     revision: str | None = None
+    file: str | None = None
+
+    @property
+    def repository(self) -> Path:
+        """The address of the whole repository, as it is written on a command line."""
+        return Path(f"hf:{self.hub_id}" + (f"@{self._spelled_revision}" if self.revision else ""))
 
     @property
     def path(self) -> Path:
         """The address as it is written on a command line."""
-        return Path(f"hf:{self.hub_id}" + (f"@{self.revision}" if self.revision else ""))
+        return self.repository / self.file if self.file else self.repository
+
+    @property
+    def download_command(self) -> str:
+        """The command that downloads the GGUF, all parts of a split one."""
+        file = self.file or "*.gguf"
+        pattern = _SPLIT.sub("-*.gguf", file) if file.endswith(".gguf") else f"{file}/*"
+        words = ["hf", "download", self.hub_id, "--include", pattern]
+        words += ["--revision", self.revision] if self.revision else []
+        return shlex.join([*words, "--local-dir", self.hub_id.split("/")[1]])
+
+    @property
+    def _spelled_revision(self) -> str:
+        revision = self.revision or ""
+        return revision if revision.startswith("refs/") else revision.replace("/", "%2F")
 
 
 def hub_address(path: Path) -> HubAddress | None:
-    """The address that begins with hf:, None for any other path. CheckpointError for one that names no repository."""
-    if not is_hub_address(path):
+    """The address on the Hub that is written as hf:... or as its page's; None for any other path.
+
+    CheckpointError for one that names no repository.
+    """
+    text = str(path)
+    if page := _PAGE.match(text):
+        match = _PAGE_PATH.fullmatch(re.sub(r"[?#].*", "", text[page.end() :]))
+    elif text.startswith("hf:"):
+        match = _ADDRESS.fullmatch(text)
+    else:
         return None
-    match = _ADDRESS.fullmatch(str(path))
     if match is None or not is_hub_id(match[1]):
         raise CheckpointError(
             f"{path}: not the address of a model on the Hugging Face Hub",
-            hint="Write hf:ORG/NAME or hf:ORG/NAME@REVISION, such as hf:stepfun-ai/Step-3.5-Flash",
+            hint="Write hf:ORG/NAME, hf:ORG/NAME@REVISION or hf:ORG/NAME/FILE.gguf, such as "
+            "hf:stepfun-ai/Step-3.5-Flash",
         )
-    return HubAddress(match[1], match[2])
-
-
-def is_hub_address(path: Path) -> bool:
-    """Whether a path is meant as an address on the Hub."""
-    return str(path).startswith("hf:")
+    return HubAddress(match[1], unquote(match[2]) if match[2] else None, match[3])
 
 
 def model_origin(folder: Path) -> ModelOrigin:
@@ -99,9 +137,8 @@ def _find_folder(path: Path) -> Path:
         if is_part(path):
             return path.parent
         if path.suffix.lower() == ".gguf":
-            hint = (
-                f"It is converted already; to quantize it: stepgguf quantize {quote(str(path))} DEST.gguf --type Q4_K_S"
-            )
+            command = f"stepgguf quantize {shlex.quote(str(path))} DEST.gguf --type Q4_K_S"
+            hint = f"It is converted already; to quantize it: {command}"
             raise UnsupportedCheckpoint(f"{path} is a GGUF file and no checkpoint", hint=hint)
         raise UnsupportedCheckpoint(f"{path} is a file and not a checkpoint's directory", hint=_GIVE_FOLDER)
     if path.is_dir():
@@ -111,7 +148,7 @@ def _find_folder(path: Path) -> Path:
     found = hub_id(path)
     if found is None:
         raise CheckpointError(f"{path}: no such file or directory", hint=_GIVE_FOLDER)
-    cached = _hub_cache() / f"models--{found.replace('/', '--')}"
+    cached = _cache_folder(found)
     if cached.is_dir():
         return snapshot_folder(cached)
     raise CheckpointError(
@@ -122,10 +159,9 @@ def _find_folder(path: Path) -> Path:
 
 
 def hub_id(path: Path) -> str | None:
-    """The Hub id that a path or an address may be meant as: two words, and no folder of the first."""
-    parts = path.parts[2:4] if path.parts[:2] == ("https:", "huggingface.co") else path.parts
-    name = "/".join(parts)
-    return name if is_hub_id(name) and not Path(parts[0]).exists() else None
+    """The Hub id that a path may be meant as: two words, and no folder of the first."""
+    name = "/".join(path.parts)
+    return name if is_hub_id(name) and not Path(path.parts[0]).exists() else None
 
 
 def is_hub_id(text: str) -> bool:
@@ -148,20 +184,46 @@ def snapshot_folder(folder: Path) -> Path:
         folder = folder.parent
     if not _CACHE_FOLDER.fullmatch(folder.resolve().name) or (folder / "config.json").exists():
         return folder
-    main = folder / "refs" / "main"
-    if main.is_file():
-        # What is in the file may be anything: only a hash whose folder is there is a path.
-        commit = main.read_text(encoding="utf-8", errors="replace").strip()
-        if re.fullmatch(r"[0-9a-f]{7,64}", commit) and (folder / "snapshots" / commit).is_dir():
-            return folder / "snapshots" / commit
-    snapshots = [path for path in folder.glob("snapshots/*") if path.is_dir()]
+    if (main := _snapshot_of(folder, "main")) is not None:
+        return main
+    snapshots = sorted(path for path in folder.glob("snapshots/*") if path.is_dir())
     if not snapshots:
         raise CheckpointError(
             f"{folder} is a cache folder of the Hugging Face Hub without a snapshot: nothing was downloaded into it",
             hint=f"Download the model: hf download {'/'.join(folder.resolve().name.split('--')[1:])}",
         )
-    # Of several revisions without refs/main, as `hf download --revision` leaves them, the newest.
-    return max(snapshots, key=lambda path: path.stat().st_mtime)
+    if len(snapshots) > 1:  # as `hf download --revision` leaves them
+        raise CheckpointError(
+            f"{folder} holds {len(snapshots)} snapshots, and refs/main names none of them",
+            hint=f"Give the one that is meant: {' or '.join(map(str, snapshots))}",
+        )
+    return snapshots[0]
+
+
+def cached_snapshot(address: HubAddress) -> Path:
+    """The folder in the Hub's cache that holds an address' repository. HubError if nothing of it was downloaded."""
+    folder = _cache_folder(address.hub_id)
+    if folder.is_dir():
+        found = snapshot_folder(folder) if address.revision is None else _snapshot_of(folder, address.revision)
+        if found is not None:
+            return found
+    raise HubError(
+        f"{address.repository}: HF_HUB_OFFLINE keeps from the network, and {folder} does not hold it",
+        hint="Unset HF_HUB_OFFLINE to read it from the Hub, or give a folder.",
+    )
+
+
+def _snapshot_of(folder: Path, revision: str) -> Path | None:
+    """The snapshot of a cache folder that a branch, a tag or a commit means; None if it was not downloaded."""
+    ref = folder / "refs" / revision
+    # What is in the file may be anything: only a hash whose folder is there is a path.
+    commit = ref.read_text(encoding="utf-8", errors="replace").strip() if ref.is_file() else revision
+    snapshot = folder / "snapshots" / commit
+    return snapshot if re.fullmatch(r"[0-9a-f]{7,64}", commit) and snapshot.is_dir() else None
+
+
+def _cache_folder(hub_id: str) -> Path:
+    return _hub_cache() / f"models--{hub_id.replace('/', '--')}"
 
 
 def _hub_cache() -> Path:

@@ -1,25 +1,25 @@
-"""A repository on the Hugging Face Hub as the place of a checkpoint, whose weights stay there.
+"""A repository on the Hugging Face Hub as the place of a model, whose weights stay there.
 
     revision      its commit, asked for once: whatever is pushed meanwhile, all that follows is of this commit
-    listing       size, and sha256 (LFS) or git hash, of each file at the top
+    listing       size, and sha256 (LFS) or git hash, of each file
     small files   *.json, *.jinja and the model card: downloaded by huggingface_hub into its cache
-    shards        remote_file.RemoteFile, or LocalFile where the cache holds them
+    weights       remote_file.RemoteFile, or LocalFile where the cache holds them; kept_file.KeptFile over it, if kept
 
 Endpoint (HF_ENDPOINT), cache (HF_HOME, HF_HUB_CACHE) and token (HF_TOKEN, `hf auth login`) are huggingface_hub's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from threading import Event
 from typing import TypeVar
 
 import httpx2
-from huggingface_hub import HfApi, hf_hub_url
+from huggingface_hub import HfApi, hf_hub_url, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -34,9 +34,13 @@ from huggingface_hub.utils import build_hf_headers, disable_progress_bars
 
 from stepgguf import __version__
 from stepgguf.convert.sources.attempts import AGAIN, PassingFailure, until_done
+from stepgguf.convert.sources.cached_repository import CachedRepository
 from stepgguf.convert.sources.hub import HubAddress
+from stepgguf.convert.sources.kept_folder import KeptFolder
+from stepgguf.convert.sources.listed_file import ListedFile
+from stepgguf.convert.sources.place import SHARD, Repository
 from stepgguf.convert.sources.random_access import LocalFile, RandomAccessFile
-from stepgguf.convert.sources.read_ahead import ReadAhead
+from stepgguf.convert.sources.read_ahead import BufferedFile, ReadAhead
 from stepgguf.convert.sources.remote_file import RemoteFile, RemoteVersion, asked_pause, describe_failure, is_passing
 from stepgguf.errors import HubError
 
@@ -44,6 +48,7 @@ TIMEOUT_SECONDS = 30.0
 FIRST_ATTEMPTS = 4  # while somebody looks on; about four seconds
 _SMALL_FILES = ("*.json", "*.jinja", "README.md")
 _LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN."
+_MAY_READ = "Use the token of somebody who may read it, with the permission to read such repositories (HF_TOKEN)."
 T = TypeVar("T")
 
 
@@ -54,27 +59,44 @@ class HubRepository:
     """
 
     def __init__(self, address: HubAddress) -> None:
-        self.path, self._hub_id = address.path, address.hub_id
+        self.path, self._hub_id = address.repository, address.hub_id
         self._api = HfApi(library_name="stepgguf", library_version=__version__)
         self._authorization = build_hf_headers(library_name="stepgguf", library_version=__version__)
         self._stop, self._ahead = Event(), ReadAhead()
+        self._kept: KeptFolder | None = None
         self.commit, self._files = self._describe(address.revision)
-        self.folder = self._download_small_files()
         self.identity = {f"hf:{self._hub_id}@{self.commit}": self.commit}
 
+    @property
+    def names(self) -> list[str]:
+        return list(self._files)
+
+    @cached_property
+    def folder(self) -> Path:
+        """The folder of the Hub's cache with the small files, which are downloaded when they are first asked for."""
+        names = [name for name in self._files if _is_read(name)]
+        if not names:
+            raise HubError(f"{self.path} holds no config.json", hint="Give the address of a model in safetensors.")
+        return self._download_all(names)[0].parent
+
+    def keep(self, names: Sequence[str], kept: KeptFolder) -> None:
+        is_checkpoint = any(name.endswith(SHARD) for name in names)
+        beside = [name for name, file in self._files.items() if is_checkpoint and _is_beside_shards(file)]
+        kept.begin(self.path, [self._files[name] for name in (*names, *beside)], self._stop)
+        self._kept = kept
+        for name, source in zip(beside, self._download_all(beside), strict=True):
+            kept.copy(self._files[name], source)
+
     def list_files(self) -> list[Path]:
-        return sorted(self.path / name for name in self._files)
+        return sorted(self.path / name for name in self._files if "/" not in name)
 
     def open_file(self, path: Path) -> RandomAccessFile:
-        file = self._files[path.name]
-        etag = file.lfs.sha256 if file.lfs else file.blob_id
-        assert file.size is not None  # as files_metadata asks for
-        assert etag is not None
-        url = hf_hub_url(self._hub_id, path.name, revision=self.commit, endpoint=self._api.endpoint)
-        version = RemoteVersion(url, self.commit, file.size, etag)
-        if (self.folder / path.name).is_file():  # somebody has downloaded it
-            return LocalFile(self.folder / path.name, str(version))
-        return RemoteFile(path, version, self._authorization, self._ahead, self._stop)
+        file = self._files[str(path.relative_to(self.path))]
+        if self._kept is None:
+            opened = self._open_unkept(path, file)
+        else:
+            opened = self._kept.open_file(path, file, partial(self._open_unkept, path, file))
+        return opened if isinstance(opened, LocalFile) else BufferedFile(opened, self._ahead)
 
     def stop_waiting(self) -> None:
         self._stop.set()
@@ -82,24 +104,31 @@ class HubRepository:
     def close(self) -> None:
         self.stop_waiting()
         self._ahead.close()
+        if self._kept is not None:
+            self._kept.close()
 
-    def _describe(self, revision: str | None) -> tuple[str, dict[str, RepoSibling]]:
-        """The commit of a revision, and the files at its top by their names."""
+    def _open_unkept(self, path: Path, file: ListedFile) -> RandomAccessFile:
+        """The file in the Hub's cache, if somebody has downloaded it, else on the Hub."""
+        cached = try_to_load_from_cache(self._hub_id, file.path, revision=self.commit)
+        if isinstance(cached, str):
+            return LocalFile(path, file.version, stored_at=Path(cached))
+        url = hf_hub_url(self._hub_id, file.path, revision=self.commit, endpoint=self._api.endpoint)
+        version = RemoteVersion(url, self.commit, file.size, file.digest)
+        return RemoteFile(path, version, self._authorization, self._stop)
+
+    def _describe(self, revision: str | None) -> tuple[str, dict[str, ListedFile]]:
+        """The commit of a revision, and its files by their paths."""
         ask = partial(
             self._api.model_info, self._hub_id, revision=revision, files_metadata=True, timeout=TIMEOUT_SECONDS
         )
         info = self._until_answered(ask)
         assert info.sha is not None
-        return info.sha, {file.rfilename: file for file in info.siblings or [] if "/" not in file.rfilename}
+        return info.sha, {file.rfilename: _listed(file) for file in info.siblings or []}
 
-    def _download_small_files(self) -> Path:
-        """The folder of the Hub's cache that holds them."""
-        names = [name for name in self._files if any(fnmatch(name, pattern) for pattern in _SMALL_FILES)]
-        if not names:
-            raise HubError(f"{self.path} holds no config.json", hint="Give the address of a model in safetensors.")
+    def _download_all(self, names: Sequence[str]) -> list[Path]:
+        """Where huggingface_hub has put these files in its cache."""
         with disable_progress_bars():
-            paths = [self._until_answered(partial(self._download, name)) for name in names]
-        return Path(paths[0]).parent
+            return [Path(self._until_answered(partial(self._download, name))) for name in names]
 
     def _download(self, name: str) -> str:
         return self._api.hf_hub_download(self._hub_id, name, revision=self.commit)
@@ -142,10 +171,43 @@ def _explain_answer(error: HfHubHTTPError, path: Path, endpoint: str) -> HubErro
         page = f"{endpoint}/{str(path).removeprefix('hf:').partition('@')[0]}"
         return HubError(f"{path}: its owner asks for consent", hint=f"Accept its terms at {page}. {_LOG_IN}")
     if isinstance(error, RevisionNotFoundError):
-        return HubError(f"{path}: there is no such revision", hint="Give a branch, a tag or a commit.")
+        return HubError(
+            f"{path}: there is no such revision", hint="Give a branch, a tag or a commit, with %2F for a slash in it."
+        )
     if isinstance(error, RepositoryNotFoundError):
-        return HubError(f"{path}: there is no such model at {endpoint}, or it is private", hint=_LOG_IN)
+        return HubError(
+            f"{path}: there is no such model at {endpoint}, or it is private",
+            hint=f"Check its name. If it is private: {_LOG_IN[0].lower()}{_LOG_IN[1:]}",
+        )
+    if status == 401:
+        return HubError(
+            f"{path}: {endpoint} does not accept the token that it was given",
+            hint="Log in anew with `hf auth login`, or set HF_TOKEN to a token that is valid, or unset it.",
+        )
     said = f"{endpoint} answered {status} {error.response.reason_phrase}".rstrip()
     if is_passing(status):
         return PassingFailure(said, asked_pause(error.response.headers))
-    return HubError(f"{path}: {said}", hint=_LOG_IN if status in (401, 403) else AGAIN)
+    return HubError(f"{path}: {said}", hint=_MAY_READ if status == 403 else AGAIN)
+
+
+def open_repository(address: HubAddress) -> Repository:
+    """The repository of an address: on the Hub, or with HF_HUB_OFFLINE as far as its cache holds it."""
+    return CachedRepository(address) if is_offline_mode() else HubRepository(address)
+
+
+def _listed(file: RepoSibling) -> ListedFile:
+    digest = file.lfs.sha256 if file.lfs else file.blob_id
+    assert file.size is not None  # as files_metadata asks for
+    assert digest is not None
+    return ListedFile(file.rfilename, file.size, digest, file.lfs is not None)
+
+
+def _is_beside_shards(file: ListedFile) -> bool:
+    """Whether it belongs into a checkpoint's folder, shards aside: what is read, and all that is small."""
+    is_other = not file.is_lfs and "/" not in file.path and not file.path.startswith(".")
+    return (is_other and not file.path.endswith(SHARD)) or _is_read(file.path)
+
+
+def _is_read(name: str) -> bool:
+    """Whether it is one of the files beside the shards that say what they hold."""
+    return "/" not in name and any(fnmatch(name, pattern) for pattern in _SMALL_FILES)

@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
-from functools import lru_cache
 from pathlib import Path
 from threading import Event
 from urllib.parse import urljoin, urlsplit
@@ -27,14 +26,12 @@ import httpx2
 from huggingface_hub import get_session
 
 from stepgguf.convert.sources.attempts import Attempts, PassingFailure
-from stepgguf.convert.sources.read_ahead import ReadAhead
 from stepgguf.errors import HubError
 
 # Seconds. read: between two parts of a body, which a stall is known by.
 TIMEOUT = httpx2.Timeout(connect=20.0, read=30.0, write=30.0, pool=None)
 _MOST_REDIRECTS = 5
 _EXPIRED = (401, 403, 404, 410)  # of a signed address; of the Hub's own they are final
-_SMALL, _BLOCK = 2**16, 2**18  # bytes: reads of at most _SMALL (norms, scales) are served from blocks
 _RATE_LIMIT = re.compile(r"\br=0;\s*t=(\d+)")  # requests that remain, seconds until there are more
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
@@ -48,52 +45,26 @@ class RemoteVersion:
     size: int
     etag: str
 
-    def __str__(self) -> str:
-        return f"{self.size} {self.etag}"
-
 
 class RemoteFile:
     """A file on the Hub. authorization: headers for the Hub alone. stop: set when nothing is to be tried any longer."""
 
-    def __init__(
-        self, path: Path, version: RemoteVersion, authorization: dict[str, str], ahead: ReadAhead, stop: Event
-    ) -> None:
+    def __init__(self, path: Path, version: RemoteVersion, authorization: dict[str, str], stop: Event) -> None:
         self.path, self.size = path, version.size
-        self.version = str(version)
-        self._version, self._authorization, self._ahead, self._stop = version, authorization, ahead, stop
+        self.version = f"{version.size} {version.etag}"
+        self._version, self._authorization, self._stop = version, authorization, stop
         self._signed_url: str | None = None
         self._etags: dict[str, str] = {}  # of each address, without its signature
-        self._block = lru_cache(maxsize=4)(self._read_block)
 
     def read_at(self, into: bytearray | memoryview, offset: int, name: str) -> None:
         """HubError for what does not pass, naming the file, the bytes and what happened."""
-        view = memoryview(into).cast("B")
-        if len(view) > _SMALL:
-            known = self._ahead.take((self.path, offset, len(view)))
-            if known is None:
-                self._read(view, offset, name)
-            else:
-                view[:] = known
-        elif view:
-            first, last = offset // _BLOCK, (offset + len(view) - 1) // _BLOCK
-            blocks = b"".join(map(self._block, range(first, last + 1)))
-            view[:] = blocks[offset - first * _BLOCK :][: len(view)]
+        self._read(memoryview(into).cast("B"), offset, name)
 
     def prefetch_at(self, size: int, offset: int) -> None:
-        if size > _SMALL:
-            self._ahead.start((self.path, offset, size), size, lambda: self._read_bytes(offset, size, "read ahead"))
+        """Nothing: read_ahead.BufferedFile does it."""
 
     def close(self) -> None:
-        self._block.cache_clear()
-
-    def _read_block(self, number: int) -> bytearray:
-        start = number * _BLOCK
-        return self._read_bytes(start, min(_BLOCK, self.size - start), "small tensors")
-
-    def _read_bytes(self, offset: int, n: int, name: str) -> bytearray:
-        data = bytearray(n)
-        self._read(memoryview(data), offset, name)
-        return data
+        """Nothing: connections are shared."""
 
     def _read(self, rest: memoryview, offset: int, name: str) -> None:
         """Fill `rest`; after a failure from where it stopped."""

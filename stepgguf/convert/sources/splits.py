@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from shlex import quote
 
 from gguf import Keys
 
-from stepgguf.convert.sources.hub import hub_id, snapshot_folder
+from stepgguf.convert.sources.hub import hub_address, hub_id, snapshot_folder
 from stepgguf.errors import BadMetadata, GGUFError, MissingShard
 from stepgguf.files import gguf_header
 from stepgguf.files.gguf_header import Header
@@ -22,6 +23,11 @@ def split_files(path: Path) -> list[Path]:
 
     GGUFError for what cannot be one, MissingShard if a part is not there. What is in the files is not looked at.
     """
+    if (address := hub_address(path)) is not None:
+        raise GGUFError(
+            f"{path} is on the Hub, and the file must be on this disk for this",
+            hint=f"Download it first: {address.download_command}",
+        )
     if path.is_dir():
         folder = snapshot_folder(path)
         inside = sorted([*folder.glob("*.gguf"), *folder.glob("*/*.gguf")])
@@ -32,10 +38,18 @@ def split_files(path: Path) -> list[Path]:
             hint = f"Convert it first: stepgguf convert {quote(str(path))} DEST.gguf --type Q4_K_S"
         raise GGUFError(f"{path} is a directory and not a GGUF file", hint=hint)
     if not path.exists() and (model := hub_id(path)) is not None:
-        hint = f"Download it first: hf download {model} --include '*.gguf' --local-dir {model.split('/')[1]}"
+        hint = (
+            f"Give hf:{model} to read it from there, or download it first: hf download {model} --include '*.gguf' "
+            f"--local-dir {model.split('/')[1]}"
+        )
         raise GGUFError(f"{path}: there is no such file; it looks like a model on the Hugging Face Hub", hint=hint)
+    return files_beside(path, Path.exists)
+
+
+def files_beside(path: Path, exists: Callable[[Path], bool]) -> list[Path]:
+    """All files of the GGUF that a file's name says it is of, in order. MissingShard if one does not exist."""
     match = _NAME.fullmatch(path.name)
-    if match is None:  # whole, or a part under another name: then its header says so, in read_headers
+    if match is None:  # whole, or a part under another name: then its header says so, in check_parts
         return [path]
     number, count = int(match[2]), int(match[3])
     if not 1 <= number <= count:
@@ -44,7 +58,7 @@ def split_files(path: Path) -> list[Path]:
     for i in range(count):
         file = split_path(path.with_name(match[1] + ".gguf"), i, count)
         files.append(file)
-        if not file.exists():
+        if not exists(file):
             raise MissingShard(
                 f"{file} is missing ({path.name} is one of {count} parts)",
                 hint="All parts must lie in one directory under the names that they were made with.",
@@ -71,7 +85,11 @@ def split_path(path: Path, index: int, count: int) -> Path:
 
 def read_headers(path: Path) -> list[Header]:
     """The headers of all files of a GGUF, which must be parts of one model. Raises GGUFError, MissingShard."""
-    headers = [gguf_header.read(file) for file in split_files(path)]
+    return check_parts([gguf_header.read(file) for file in split_files(path)])
+
+
+def check_parts(headers: list[Header]) -> list[Header]:
+    """The headers of a GGUF's files, which must be parts of one model. BadMetadata if they are not."""
     names: set[str] = set()
     for i, header in enumerate(headers):
         number = header.get(Keys.Split.LLM_KV_SPLIT_NO, i)
@@ -92,7 +110,8 @@ def read_headers(path: Path) -> list[Header]:
     promised = headers[0].get(Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT)
     if promised is not None and promised != len(names):
         raise BadMetadata(
-            f"{path}: {Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT} is {promised}, the files hold {len(names)} tensors",
+            f"{headers[0].path}: {Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT} is {promised}, the files hold {len(names)} "
+            "tensors",
             hint="The parts are of different models, or one is damaged.",
         )
     return headers

@@ -55,10 +55,12 @@ def test_the_snapshot_of_main_is_used_whatever_of_the_folder_is_given(
     assert header.get("stepgguf.source").startswith("Step-3.5-Flash (")
 
 
-def test_without_refs_the_newest_snapshot_is_used(cached: Path) -> None:
+def test_without_refs_the_only_snapshot_is_used_and_of_several_none(cached: Path) -> None:
     (cached / "refs" / "main").unlink()
     assert checkpoint_folder(cached).name == NEW
-    assert checkpoint_folder(later(cached)).name == OLD
+    with pytest.raises(CheckpointError, match="holds 2 snapshots, and refs/main names none of them") as caught:
+        checkpoint_folder(later(cached))
+    assert f"{cached}/snapshots/{OLD} or {cached}/snapshots/{NEW}" in (caught.value.hint or "")
 
 
 @pytest.mark.parametrize("commit", ["../../..", "", "x" * 5000, OLD])
@@ -92,10 +94,9 @@ def test_a_hub_id_is_the_model_in_the_cache(
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, str(cached.parent if variable == "HF_HUB_CACHE" else tmp_path))
-    for path in (Path("stepfun-ai/Step-3.5-Flash"), Path("https://huggingface.co/stepfun-ai/Step-3.5-Flash")):
-        with Checkpoint(path) as checkpoint:
-            assert checkpoint.path.name == NEW
-            assert checkpoint.name == "Step-3.5-Flash"
+    with Checkpoint(Path("stepfun-ai/Step-3.5-Flash")) as checkpoint:
+        assert checkpoint.path.name == NEW
+        assert checkpoint.name == "Step-3.5-Flash"
     with pytest.raises(CheckpointError, match="looks like a model on the Hugging Face Hub") as caught:
         Checkpoint(Path("stepfun-ai/Step-3.7-Flash"))
     assert caught.value.hint == (
