@@ -59,12 +59,16 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def programs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = home / "bin"
+    write_stubs(home / "bin")
+    monkeypatch.setenv("PATH", f"{home / 'bin'}:/usr/bin:/bin")
+
+
+def write_stubs(folder: Path) -> None:
+    """Make a folder with a stand-in for each agent's program."""
     folder.mkdir()
     for name in AGENTS:
         (folder / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" "{STUB}" {name} "$@"\n')
         (folder / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
 
 
 def saw(text: str) -> dict[str, Any]:

@@ -21,9 +21,10 @@ import pytest
 from stepgguf.cli.main import main
 from stepgguf.demo import CHECKPOINT
 from stepgguf.files import folders
+from tests.cli.test_launch import write_stubs
 from tests.conftest import INTERRUPTIBLE
 from tests.convert.hub_server import Hub, serving
-from tests.convert.test_remote import set_endpoint
+from tests.convert.hub_server import set_endpoint
 from tests.docs.pages import PAGES, ROOT, Block, all_blocks, blocks, commands
 
 pytestmark = pytest.mark.slow
@@ -34,7 +35,8 @@ SHORTER = {
     "imatrix": ["--chunks", "1"],
     "eval": ["--text", str(SENTENCES), "--ctx", "128", "--chunks", "2"],
     "bench": ["--depths", "0", "--batches", "1", "-n", "8", "-r", "1"],
-    "serve": ["--port", "0"],
+    "serve": ["--port", "0", "--threads", "1"],
+    "launch": ["--threads", "1"],
     "setup": ["--dry-run"],
     "--calibrate": ["--dry-run"],
 }
@@ -81,6 +83,8 @@ def desk(pantry: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     set_endpoint(monkeypatch, hub.url)
+    write_stubs(tmp_path / "bin")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     return folder
 
 
@@ -100,11 +104,12 @@ def type_command(
     while "=" in words[0]:  # VARIABLE=value before the command
         monkeypatch.setenv(*words.pop(0).split("=", 1))
     program, *arguments = (os.path.expanduser(REPLACED.get(word, word)) for word in words)
-    if program != "stepgguf" or arguments[0] in ("setup", "launch"):
-        assert program in OTHERS | {"stepgguf"}, f"a program that is not known: {' '.join(words)}"
+    if program != "stepgguf":
+        assert program in OTHERS, f"a program that is not known: {' '.join(words)}"
         return
     for word in tuple(arguments):
-        arguments += SHORTER.get(word, []) if "--dry-run" not in arguments else []
+        if "--dry-run" not in arguments:
+            arguments[1:1] = SHORTER.get(word, [])
     make_room(arguments, desk)
     monkeypatch.setattr("sys.stdin", io.StringIO("What is 347 + 286?\n"))
     shown = " ".join(words)
