@@ -41,7 +41,7 @@ def claude(env, args):
 
 def codex(env, args):
     config = {}
-    while args[0] == "-c":
+    while args[:1] == ["-c"]:
         name, _, value = args[1].partition("=")
         config[name] = json.loads(value)
         del args[:2]

@@ -21,7 +21,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 
 from stepgguf.convert.journal import RECORD_BYTES
