@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stepgguf.cli import arguments, loading, memory_options
+from stepgguf.cli import arguments, engine_options, loading, memory_options
 
 if TYPE_CHECKING:
     from stepgguf.runtime.engine import Timings
@@ -62,9 +62,9 @@ def bench(
     flash_attn: memory_options.FlashAttn = "auto",
     ubatch: memory_options.Ubatch = None,
     threads: arguments.Threads = None,
-    mtp_file: loading.MtpFile = None,
-    mmap: loading.Mmap = None,
-    force: loading.Force = False,
+    mtp_file: engine_options.MtpFile = None,
+    mmap: engine_options.Mmap = None,
+    force: engine_options.Force = False,
     json: arguments.Json = False,
     quiet: arguments.Quiet = False,
 ) -> None:
@@ -84,7 +84,7 @@ def bench(
     depth_list, batch_list = _split_numbers(depths, "--depths", 0), _split_numbers(batches, "--batches", 1)
     most = max(batch_list)
     ctx = most * (max(depth_list) + PROMPT_TOKENS + 2 * tokens + 64)
-    options = loading.EngineOptions(
+    options = engine_options.EngineOptions(
         ctx=ctx,
         parallel=most,
         placement=memory_options.read_placement(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from stepgguf.cli import arguments, loading, memory_options
+from stepgguf.cli import arguments, engine_options, loading, memory_options
 
 if TYPE_CHECKING:
     from stepgguf.cli.terminal.screen import Screen
@@ -51,12 +51,12 @@ def chat(
     batch: memory_options.Batch = None,
     ubatch: memory_options.Ubatch = None,
     threads: arguments.Threads = None,
-    draft: loading.Draft = None,
-    mtp_file: loading.MtpFile = None,
-    mmap: loading.Mmap = None,
-    cache_folder: loading.CacheFolder = None,
-    engine: loading.EngineName = loading.IN_PROCESS,
-    rpc: loading.Rpc = None,
+    draft: engine_options.Draft = None,
+    mtp_file: engine_options.MtpFile = None,
+    mmap: engine_options.Mmap = None,
+    cache_folder: engine_options.CacheFolder = None,
+    engine: engine_options.EngineName = engine_options.IN_PROCESS,
+    rpc: engine_options.Rpc = None,
     thinking: Annotated[
         Literal["full", "fold", "hide"] | None,
         typer.Option(
@@ -82,7 +82,7 @@ def chat(
         bool, typer.Option("--json", help="With -p or piped input: answer, thinking and usage as JSON on stdout.")
     ] = False,
     no_save: Annotated[bool, typer.Option("--no-save", help="Do not keep this session.")] = False,
-    force: loading.Force = False,
+    force: engine_options.Force = False,
     quiet: arguments.Quiet = False,
 ) -> None:
     """Chat with a GGUF, or with a running server. /help lists what can be done in it.
@@ -118,7 +118,7 @@ def chat(
         raise typer.BadParameter(f"there is no session in {folder}", param_hint="--continue")
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
     settings = {"system": system, "max_tokens": max_tokens, "reasoning_budget": reasoning_budget}
-    options = loading.EngineOptions(
+    options = engine_options.EngineOptions(
         ctx=ctx,
         queue=0,
         placement=memory_options.read_placement(
@@ -204,7 +204,7 @@ def _converse(session: Session, screen: Screen, folder: Path, *, save: bool, res
 
 @contextmanager
 def _open_backend(
-    path: Path | None, url: str | None, api_key: str | None, options: loading.EngineOptions, *, quiet: bool
+    path: Path | None, url: str | None, api_key: str | None, options: engine_options.EngineOptions, *, quiet: bool
 ) -> Iterator[ChatBackend]:
     if url is not None:
         from stepgguf.conversation.remote import RemoteBackend

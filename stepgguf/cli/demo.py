@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from stepgguf.cli import loading
+from stepgguf.cli import engine_options, loading
 
 QUESTION = "How many 'r's are in the word strawberry?"
 
@@ -54,7 +54,7 @@ def demo(
             output.note(f"{conversion.plan_text()}\n\nConverting it.\n")
             conversion.execute()
         output.note("\nLoading the file into llama.cpp, and asking the model a question.")
-        with loading.open_engine(path, loading.EngineOptions(), command="chat", quiet=False) as engine:
+        with loading.open_engine(path, engine_options.EngineOptions(), command="chat", quiet=False) as engine:
             session = Session(InProcessBackend(ChatModel(engine)), ChatSettings({"temperature": 0.0}))
             view = open_view(reasoning_display="full")
             output.note(f"\n> {QUESTION}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stepgguf.cli import arguments, loading, memory_options
+from stepgguf.cli import arguments, engine_options, loading, memory_options
 from stepgguf.errors import BadMetadata, StepggufError
 from stepgguf.runtime.engine import DEFAULT_CACHE_RAM
 
@@ -29,7 +29,7 @@ def doctor(
     ] = None,
     ctx: memory_options.Ctx = None,
     parallel: Annotated[int, typer.Option(min=1, metavar="N", help="Requests at the same time.")] = 1,
-    mtp_file: loading.MtpFile = None,
+    mtp_file: engine_options.MtpFile = None,
     gpu_layers: memory_options.GpuLayers = None,
     n_cpu_moe: memory_options.CpuMoe = None,
     override_tensor: memory_options.OverrideTensor = None,
@@ -40,7 +40,7 @@ def doctor(
     cache_type_v: memory_options.CacheTypeV = "f16",
     flash_attn: memory_options.FlashAttn = "auto",
     ubatch: memory_options.Ubatch = None,
-    cache_ram: loading.CacheRam = DEFAULT_CACHE_RAM,
+    cache_ram: engine_options.CacheRam = DEFAULT_CACHE_RAM,
     json: arguments.Json = False,
 ) -> None:
     """Say whether this machine can run a model well, and how to fix what is in the way.
@@ -63,7 +63,7 @@ def doctor(
     from stepgguf.fit.model_file import read_model_file
     from stepgguf.runtime.llama_build import probe_build
 
-    options = loading.EngineOptions(
+    options = engine_options.EngineOptions(
         ctx=ctx,
         parallel=parallel,
         placement=memory_options.read_placement(

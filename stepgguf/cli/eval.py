@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from stepgguf.cli import arguments, eval_table, evaluating, loading, logit_sources, memory_options, output
+from stepgguf.cli import arguments, engine_options, eval_table, evaluating, logit_sources, memory_options, output
 from stepgguf.reference import DeviceName
 
 
@@ -71,7 +71,7 @@ def eval(
     device: Annotated[DeviceName, typer.Option(help="Where a stream computes.")] = "cpu",
     gpu_layers: memory_options.GpuLayers = None,
     threads: arguments.Threads = None,
-    force: loading.Force = False,
+    force: engine_options.Force = False,
     quiet: arguments.Quiet = False,
     json: arguments.Json = False,
 ) -> None:  # fmt: skip

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import typer
 
-from stepgguf.cli import loading, output
+from stepgguf.cli import engine_options, loading, output
 from stepgguf.cli.progress import CountMeter
 from stepgguf.cli.stream_progress import StreamMeter
 from stepgguf.errors import DoesNotFit
@@ -75,7 +75,7 @@ def choose_engine(asked: EngineName | None, *, quiet: bool) -> EngineName:
     if find_spec("llama_cpp") is not None:
         return "llama-cpp-python"
     if not quiet:
-        output.note(f"{loading.IN_PROCESS} is not installed: the file is streamed, layer by layer")
+        output.note(f"{engine_options.IN_PROCESS} is not installed: the file is streamed, layer by layer")
     return "stream"
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stepgguf.chat.template import CLOSING_WORDS
-from stepgguf.cli import arguments, loading, memory_options
+from stepgguf.cli import arguments, engine_options, loading, memory_options
 from stepgguf.runtime.engine import DEFAULT_CACHE_RAM
 
 if TYPE_CHECKING:
@@ -67,13 +67,13 @@ def serve(
     batch: memory_options.Batch = None,
     ubatch: memory_options.Ubatch = None,
     threads: arguments.Threads = None,
-    draft: loading.Draft = None,
-    mtp_file: loading.MtpFile = None,
-    mmap: loading.Mmap = None,
-    cache_ram: loading.CacheRam = DEFAULT_CACHE_RAM,
-    cache_folder: loading.CacheFolder = None,
-    engine: loading.EngineName = loading.IN_PROCESS,
-    rpc: loading.Rpc = None,
+    draft: engine_options.Draft = None,
+    mtp_file: engine_options.MtpFile = None,
+    mmap: engine_options.Mmap = None,
+    cache_ram: engine_options.CacheRam = DEFAULT_CACHE_RAM,
+    cache_folder: engine_options.CacheFolder = None,
+    engine: engine_options.EngineName = engine_options.IN_PROCESS,
+    rpc: engine_options.Rpc = None,
     low: Annotated[int, typer.Option("--effort-low", min=0, help="Tokens of thinking for effort low.")] = 2048,
     medium: Annotated[int, typer.Option("--effort-medium", min=0, help="Tokens of thinking for effort medium.")] = 8192,
     closing_message: Annotated[
@@ -109,7 +109,7 @@ def serve(
         Path | None,
         typer.Option(metavar="FILE", help="Append the log to this file once the model is loaded, not to the terminal."),
     ] = None,
-    force: loading.Force = False,
+    force: engine_options.Force = False,
     quiet: arguments.Quiet = False,
 ) -> None:
     """Serve a GGUF to everything that speaks to OpenAI's, StepFun's, OpenRouter's, NVIDIA's or Anthropic's API.
@@ -135,7 +135,7 @@ def serve(
     for name in allowed_host or ():
         if not re.fullmatch(r"[\w.-]+", name):
             raise typer.BadParameter(f"expected a name such as spark.lan, found {name!r}", param_hint="--allowed-host")
-    options = loading.EngineOptions(
+    options = engine_options.EngineOptions(
         ctx=ctx,
         parallel=parallel,
         queue=queue,
