@@ -69,7 +69,8 @@ def convert(
     - `stepgguf convert Step-3.5-Flash/ step.gguf --type Q3_K_M --imatrix imatrix.gguf --calibrate default`
     """
     from stepgguf.chat.template import ChatTemplate, read_template
-    from stepgguf.cli.converting import RunOptions, calibrating, carry_out, choose_recipe, kept_folder, make_plan
+    from stepgguf.cli.conversion import RunOptions, carry_out
+    from stepgguf.cli.conversion_plan import calibrating, choose_recipe, kept_folder, make_plan
     from stepgguf.convert.metadata import CHAT_TEMPLATE
     from stepgguf.convert.plan import Options
     from stepgguf.convert.sources.checkpoint import Checkpoint

@@ -31,7 +31,7 @@ def demo(
     from stepgguf.chat.exchange import ChatModel
     from stepgguf.cli import output
     from stepgguf.cli.answering import answer_once, open_view
-    from stepgguf.cli.converting import Conversion, RunOptions
+    from stepgguf.cli.conversion import Conversion, RunOptions
     from stepgguf.cli.dialogue import Dialogue
     from stepgguf.cli.terminal.screen import Screen
     from stepgguf.conversation.inprocess import InProcessBackend

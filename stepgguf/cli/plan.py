@@ -96,7 +96,7 @@ def plan(
     - `stepgguf plan step-q4_k_s.gguf --machine strix-128 --parallel 4 --json`
     """
     from stepgguf.cli import output, plan_text
-    from stepgguf.cli.converting import price_trunk
+    from stepgguf.cli.conversion_plan import price_trunk
     from stepgguf.convert.budget import recipe_without_rules
     from stepgguf.convert.plan import Options
     from stepgguf.convert.sources.opening import open_source

@@ -67,7 +67,8 @@ def quantize(
     - `stepgguf quantize hf:stepfun-ai/Step-3.5-Flash-GGUF/step-bf16-00001-of-00009.gguf models/ --type Q4_K_M`
     - `stepgguf quantize step-q8_0.gguf step-q4_k_s.gguf --type Q4_K_S --allow-requantize`
     """
-    from stepgguf.cli.converting import RunOptions, calibrating, carry_out, choose_recipe, kept_folder, make_plan
+    from stepgguf.cli.conversion import RunOptions, carry_out
+    from stepgguf.cli.conversion_plan import calibrating, choose_recipe, kept_folder, make_plan
     from stepgguf.convert.plan import Options
     from stepgguf.convert.sources.opening import open_source
 

@@ -17,7 +17,7 @@ from stepgguf.calibration.imatrix import ThinExpert, collect_imatrix, experts_be
 from stepgguf.calibration.work import Speed, imatrix_work, measure_speed
 from stepgguf.calibration.work_folder import work_folder
 from stepgguf.cli import output
-from stepgguf.cli.converting import peak_rss
+from stepgguf.cli.conversion import peak_rss
 from stepgguf.cli.progress import clock
 from stepgguf.cli.stream_progress import StreamMeter
 from stepgguf.files.byte_sizes import readable_size
