@@ -17,6 +17,7 @@ from stepgguf.convert import budget
 from stepgguf.convert.budget import Limits, PricedTrunk
 from stepgguf.convert.cost_file import TypeCosts, read_costs, write_costs
 from stepgguf.convert.importance import Importance
+from stepgguf.convert.local_models import CALIBRATION_ENDING
 from stepgguf.convert.measure import count_sampled_values
 from stepgguf.convert.plan import Options, Plan
 from stepgguf.convert.planner import plan_source
@@ -146,7 +147,7 @@ def calibrating(
 
     What an interrupted calibration left is removed first if the run is to start anew.
     """
-    folder = dest.with_name(f"{dest.name}.calibration")
+    folder = dest.with_name(f"{dest.name}{CALIBRATION_ENDING}")
     if how.restart and not how.dry_run and folder.is_dir():
         with work_folder(folder, 0):
             pass

@@ -30,7 +30,8 @@ from stepgguf.files.gguf_header import Header, TensorInfo
 from stepgguf.files.jsonread import Value
 from stepgguf.quants.types import row_size
 
-_JOURNAL, _CALIBRATION = ".journal", ".calibration"
+CALIBRATION_ENDING = ".calibration"
+_JOURNAL = ".journal"
 _WORKING = {"lock", "states"}  # in the folder of a calibration: anything else in it is somebody's own
 
 
@@ -193,7 +194,7 @@ def _read_files(files: tuple[Path, ...]) -> tuple[Header | None, str | None]:
 
 def _is_calibration(path: Path) -> bool:
     """Whether it is the folder of a calibration's working files."""
-    if not path.name.endswith(f".gguf{_CALIBRATION}") or not path.is_dir() or path.is_symlink():
+    if not path.name.endswith(f".gguf{CALIBRATION_ENDING}") or not path.is_dir() or path.is_symlink():
         return False
     return {entry.name for entry in path.iterdir()} <= _WORKING
 
