@@ -74,7 +74,7 @@ def convert(
     from stepgguf.convert.metadata import CHAT_TEMPLATE
     from stepgguf.convert.plan import Options
     from stepgguf.convert.sources.checkpoint import Checkpoint
-    from stepgguf.convert.sources.place import open_place
+    from stepgguf.convert.sources.checkpoint_place import open_place
 
     if chat_template is not None:
         read_template(chat_template)  # tried before anything is written

@@ -21,11 +21,12 @@ from numpy.typing import NDArray
 
 from stepgguf.convert.metadata import CheckpointMetadata, read_metadata
 from stepgguf.convert.sources import diagnosis
+from stepgguf.convert.sources.checkpoint_place import open_place
 from stepgguf.convert.sources.contents import CheckpointContents
 from stepgguf.convert.sources.encodings import widen_scales
 from stepgguf.convert.sources.hub import model_origin
 from stepgguf.convert.sources.layout import StoredMatrix
-from stepgguf.convert.sources.place import Place, open_place
+from stepgguf.convert.sources.place import Place
 from stepgguf.convert.sources.shards import StoredTensor, read_shard
 from stepgguf.convert.sources.source import SourceTensor, rows_per_expert
 from stepgguf.errors import BadConfig

@@ -13,11 +13,12 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 from stepgguf.convert.sources.checkpoint import Checkpoint
+from stepgguf.convert.sources.checkpoint_place import holds_gguf_alone, keep_checkpoint, open_place
 from stepgguf.convert.sources.gguf_file import GGUFSource
 from stepgguf.convert.sources.gguf_files import GGUFFiles, open_local_gguf, open_remote_gguf
 from stepgguf.convert.sources.hub import hub_address, is_part
 from stepgguf.convert.sources.kept_folder import KeptFolder
-from stepgguf.convert.sources.place import Place, holds_gguf_alone, keep_checkpoint, open_place
+from stepgguf.convert.sources.place import Place
 from stepgguf.convert.sources.source import TensorSource
 
 
