@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,13 +82,45 @@ def open_session(
 ) -> Iterator[Session]:
     """Load a GGUF and open a conversation with it, which is saved nowhere.
 
-    settings: system message, sampling, budget of the reasoning, tools. options: context, layers on the GPU, drafts.
-    ModelLoadFailed, BadMagic and UnsupportedModel say why a file cannot be run.
+    settings: system message, sampling, budget of the reasoning, tools. options: context, placement, drafts; what they
+    leave open is chosen from what is free. DoesNotFit comes before anything is loaded; ModelLoadFailed, BadMagic and
+    UnsupportedModel say why a file cannot be run.
     """
     from stepgguf.chat.exchange import ChatModel
     from stepgguf.conversation.inprocess import InProcessBackend
     from stepgguf.conversation.session import Session
     from stepgguf.runtime.llama import LlamaEngine, LlamaOptions
 
-    with LlamaEngine(Path(path), options or LlamaOptions()) as engine:
+    with LlamaEngine(Path(path), _fitted(Path(path), options or LlamaOptions())) as engine:
         yield Session(InProcessBackend(ChatModel(engine)), settings)
+
+
+def _fitted(path: Path, options: LlamaOptions) -> LlamaOptions:
+    """The options with what this machine has room for. DoesNotFit if that is not enough."""
+    from stepgguf.fit.capacity import check_context_length, check_memory, refuse_to_load
+    from stepgguf.fit.choice import choose
+    from stepgguf.fit.machine import probe_machine, use_mmap
+    from stepgguf.fit.memory import ContextParams
+    from stepgguf.fit.model_file import read_model_file
+    from stepgguf.runtime.llama_build import probe_build
+
+    machine, build, model = probe_machine(), probe_build(), read_model_file(path, options.mtp_file)
+    wished = ContextParams(
+        options.n_ctx or model.default_ctx,
+        options.n_parallel,
+        options.ubatch,
+        cache_ram=options.cache_ram,
+        mtp=options.draft != 0,
+        attention=options.attention,
+        placement=options.placement,
+    )
+    context = choose(machine, build, model, wished, longest=False).context
+    findings = (check_context_length(model, context.n_ctx), check_memory(machine, build, model, context))
+    refuse_to_load(model, (finding for finding in findings if finding.level != "ok"))
+    return replace(
+        options,
+        n_ctx=context.n_ctx,
+        placement=context.placement,
+        mtp_file=model.mtp_file,
+        mmap=options.mmap and use_mmap(machine, None),
+    )

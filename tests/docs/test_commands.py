@@ -23,8 +23,7 @@ from stepgguf.demo import CHECKPOINT
 from stepgguf.files import folders
 from tests.cli.test_launch import write_stubs
 from tests.conftest import INTERRUPTIBLE
-from tests.convert.hub_server import Hub, serving
-from tests.convert.hub_server import set_endpoint
+from tests.convert.hub_server import Hub, serving, set_endpoint
 from tests.docs.pages import PAGES, ROOT, Block, all_blocks, blocks, commands
 
 pytestmark = pytest.mark.slow
