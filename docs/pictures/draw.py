@@ -18,6 +18,7 @@ import sys
 import tempfile
 import termios
 import time
+from itertools import groupby
 from pathlib import Path
 
 import pyte
@@ -30,14 +31,15 @@ from stepgguf.demo import CHECKPOINT
 HERE = Path(__file__).parent
 COLUMNS, ROWS = 96, 22
 QUESTIONS = ("How many 'r's are in the word strawberry?", "What is 347 + 286?")
+NAME = "The embedded model"
 STEPGGUF = [sys.executable, "-m", "stepgguf"]
-WINDOW = "1280,860"
+WINDOW = "1280,780"
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model, report = Path(folder, "step.gguf"), Path(folder, "step.html")
-        subprocess.run([*STEPGGUF, "convert", CHECKPOINT, model, "--type", "Q4_K_M", "-q"], check=True)
+        subprocess.run([*STEPGGUF, "convert", CHECKPOINT, model, "--type", "Q4_K_M", "--name", NAME, "-q"], check=True)
         draw_screen(chat(model), HERE / "chat.svg", "stepgguf chat step.gguf --thinking full")
         subprocess.run([*STEPGGUF, "report", model, "-o", report], check=True)
         photograph(report, HERE / "report.png")
@@ -76,13 +78,16 @@ def draw_screen(screen: pyte.Screen, path: Path, title: str) -> None:
     console = Console(record=True, width=COLUMNS, file=open(os.devnull, "w"))  # noqa: SIM115
     for row in range(screen.cursor.y):
         line = Text()
-        for column in range(COLUMNS):
-            cell = screen.buffer[row][column]
-            color = None if cell.fg == "default" else f"#{cell.fg}" if len(cell.fg) == 6 else cell.fg
-            line.append(cell.data, Style(color=color, bold=cell.bold, italic=cell.italics, dim=cell.italics))
+        for style, cells in groupby((screen.buffer[row][column] for column in range(COLUMNS)), _style):
+            line.append("".join(cell.data for cell in cells), style)
         line.rstrip()
         console.print(line)
     console.save_svg(str(path), title=title)
+
+
+def _style(cell: pyte.screens.Char) -> Style:
+    color = None if cell.fg == "default" else f"#{cell.fg}" if len(cell.fg) == 6 else cell.fg
+    return Style(color=color, bold=cell.bold, italic=cell.italics, dim=cell.italics)
 
 
 def photograph(page: Path, path: Path) -> None:
