@@ -10,12 +10,14 @@ from __future__ import annotations
 import io
 import itertools
 import os
+import re
 import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from stepgguf.cli.main import main
@@ -129,14 +131,17 @@ def make_room(arguments: list[str], desk: Path) -> None:
 
 
 def serves(arguments: list[str]) -> bool:
-    """Whether it announces an address, and ends when it is asked to."""
-    command = [*INTERRUPTIBLE, *arguments]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    """Whether it answers at the address that it announces, and ends when it is asked to."""
+    with subprocess.Popen([*INTERRUPTIBLE, *arguments], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        announced = any("http://" in line for line in process.stderr)
+        addresses = (re.search(r"http://[\w.]+:\d+", line) for line in process.stderr)
+        address = next((found[0] for found in addresses if found), None)
+        key = {"authorization": f"Bearer {os.environ.get('STEPGGUF_API_KEY')}"}
+        with httpx.Client(transport=httpx.HTTPTransport(retries=20)) as client:  # it listens in a moment
+            healthy = address is not None and client.get(f"{address}/health", headers=key).is_success
         process.send_signal(signal.SIGINT)
         process.stderr.read()
-    return announced and process.returncode in (0, 130)
+    return healthy and process.returncode in (0, 130)
 
 
 @pytest.mark.parametrize("block", all_blocks("sh"), ids=lambda block: block.name)

@@ -57,15 +57,19 @@ def serve(app: FastAPI, listener: socket.socket, engine: Engine, *, host: str) -
         await server.serve(sockets=[listener])
         watching.cancel()
 
-    with _signals_taken():
+    with _signals_taken(server):
         asyncio.run(serve_and_watch())
 
 
 @contextlib.contextmanager
-def _signals_taken() -> Iterator[None]:
-    """Ignore the signals during the block, for uvicorn sends itself the one that ended it again. What comes after,
-    saving conversations to disk, must still happen."""
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+def _signals_taken(server: uvicorn.Server) -> Iterator[None]:
+    """Have the signals end the server and nothing else: what comes after the block, saving conversations to disk, must
+    still happen. uvicorn takes them itself while it runs, and sends itself the one that ended it again."""
+
+    def end(number: int, _frame: object) -> None:
+        server.should_exit = True  # also before uvicorn looks for signals: it asks when it has started
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
