@@ -72,7 +72,7 @@ POINTS = {
     "in the codes of a layer": "CalibratedUnits, 'write', 14",
     "between a layer's commit and its states": "CalibratedUnits, 'commit', 2, after=True",
     "between a layer's states and their removal": "StateFolder, 'drop_states', 7",
-    "before the rest of the file": "pipeline, 'make_files', 1",
+    "before the rest of the file": "pipeline, 'make_units', 1",
     "between the manifest and the final name": "manifest, 'write_manifest', 1, after=True",
     "while the working files are removed": "shutil, 'rmtree', 1",
 }
