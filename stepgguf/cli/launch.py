@@ -66,7 +66,7 @@ def launch(
         )
     program = find_program(agent)
     with stopping(), opened_server(url, model, ServerOptions(ctx, parallel, gpu_layers, threads)) as server:
-        folder = folders.agent(name)
+        folder = folders.agents() / name
         settings = agent.configure(server, folder)
         prepare_folder(folder, settings)
         output.note(f"{name} uses {server.model} at {server.url}: {server.n_ctx:,} tokens of context")

@@ -104,6 +104,7 @@ def _own_folders() -> Iterator[dict[str, Any]]:
 
     for name, path in (
         ("sessions", folders.sessions()),
+        ("agents", folders.agents()),
         ("kernels", folders.kernels()),
         ("measured errors", folders.measurements()),
     ):

@@ -56,9 +56,9 @@ def sessions() -> Path:
     return data() / "sessions"
 
 
-def agent(name: str) -> Path:
-    """The folder of settings and sessions of an agent, as far as `stepgguf launch` gives it one of its own."""
-    return data() / "agents" / name
+def agents() -> Path:
+    """The folder with a folder of settings and sessions for each agent that `stepgguf launch` gives one."""
+    return data() / "agents"
 
 
 def history() -> Path:

@@ -58,7 +58,7 @@ def test_it_says_where_sessions_and_caches_lie(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(folders, "data", lambda: tmp_path / "d" / "stepgguf")
     monkeypatch.setattr(folders, "cache", lambda: tmp_path / "c" / "stepgguf")
     output = CliRunner().invoke(app, []).output
-    assert f"sessions and what was typed in {tmp_path}/d/stepgguf; " in output
+    assert f"sessions, also of agents, and what was typed in {tmp_path}/d/stepgguf; " in output
     assert f"kernels and measured errors in {tmp_path}/c/stepgguf" in output
     assert not list(tmp_path.iterdir()), "it only looks"
 

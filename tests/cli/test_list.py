@@ -87,7 +87,7 @@ def test_json_says_the_same_and_a_missing_folder_is_an_error(
     }  # fmt: skip
     assert report(capfd)["models"] == []
     own = {one["name"]: one for one in report(capfd)["folders"]}
-    assert list(own) == ["sessions", "kernels", "measured errors"]
+    assert list(own) == ["sessions", "agents", "kernels", "measured errors"]
     assert own["sessions"] == {"name": "sessions", "path": str(folders.sessions()), "files": 0, "bytes": 0}
     assert main(["list", "nowhere"]) == 1
     assert capfd.readouterr().err.startswith("error: nowhere is not a folder\nhint: ")
