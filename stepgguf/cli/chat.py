@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from stepgguf.cli import arguments, engine_options, loading, memory_options
+from stepgguf.runtime.engine import DEFAULT_CACHE_RAM
 
 if TYPE_CHECKING:
     from stepgguf.cli.terminal.screen import Screen
@@ -54,6 +55,7 @@ def chat(
     draft: engine_options.Draft = None,
     mtp_file: engine_options.MtpFile = None,
     mmap: engine_options.Mmap = None,
+    cache_ram: engine_options.CacheRam = DEFAULT_CACHE_RAM,
     cache_folder: engine_options.CacheFolder = None,
     engine: engine_options.EngineName = engine_options.IN_PROCESS,
     rpc: engine_options.Rpc = None,
@@ -130,6 +132,7 @@ def chat(
         threads=threads,
         draft=draft,
         mmap=mmap,
+        cache_ram=cache_ram,
         cache_folder=cache_folder,
         engine=engine,
         rpc=tuple(rpc or ()),

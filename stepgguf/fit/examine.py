@@ -54,8 +54,9 @@ def examine(
 
 def examine_folders() -> Finding:
     """Whether stepgguf may write to its folders for data and caches. No folder is made."""
-    kept = f"sessions, also of agents, and what was typed in {folders.data()}; kernels and measured errors in {folders.cache()}"
-    for folder in (folders.data(), folders.cache()):
+    own, made = folders.data(), folders.cache()
+    kept = f"sessions, also of agents, and what was typed in {own}; kernels and measured errors in {made}"
+    for folder in (own, made):
         there = next(f for f in (folder, *folder.parents) if f.exists())
         if not os.access(there, os.W_OK):
             message = f"{folder} cannot be written to ({kept})"
