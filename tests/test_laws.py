@@ -152,7 +152,7 @@ def test_no_imports_run_in_a_circle() -> None:
 def test_help_loads_nothing_heavy() -> None:
     code = (
         "import sys\nfrom stepgguf.cli.main import main\nmain(['--help'])\n"
-        "heavy = {'numpy', 'torch', 'numba', 'llama_cpp', 'gguf', 'jinja2', 'fastapi', 'prompt_toolkit'}\n"
+        "heavy = {'numpy', 'torch', 'numba', 'llama_cpp', 'gguf', 'jinja2', 'fastapi', 'prompt_toolkit', 'packaging'}\n"
         "heavy &= set(sys.modules)\n"
         "sys.exit(f'loaded: {heavy}' if heavy else 0)"
     )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stepgguf.setup.plan import GpuChoice, Step
+from stepgguf.setup import GpuChoice
+
+if TYPE_CHECKING:
+    from stepgguf.setup.plan import Step
 
 
 def setup(

@@ -10,4 +10,10 @@ engine.py         what the installed engine is, asked in a process of its own
 
 pip keeps the wheels that it has built, and CMAKE_ARGS is not in the key: what was once built for the CPU would be
 installed again when a GPU is asked for. Here the engine is always built from its source, and nothing kept is taken.
+
+The choice that the command line offers is here, where reading it loads nothing else.
 """
+
+from typing import Literal, TypeAlias
+
+GpuChoice: TypeAlias = Literal["auto", "cuda", "metal", "vulkan", "hip", "none"]  # what runs models; none is the CPU

@@ -10,19 +10,16 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 from packaging.requirements import Requirement
 
 from stepgguf.errors import SetupError
 from stepgguf.fit.backends import BACKENDS, BackendName, cmake_arguments, wanted_backend
 from stepgguf.fit.machine import Machine
-from stepgguf.setup import installer
+from stepgguf.setup import GpuChoice, installer
 from stepgguf.setup.engine import InstalledEngine
 from stepgguf.setup.requirements import are_met, engine_requirement
 from stepgguf.setup.tools import Host, find_tools
-
-GpuChoice = Literal["auto", "cuda", "metal", "vulkan", "hip", "none"]
 
 
 @dataclass(frozen=True, slots=True)
