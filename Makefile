@@ -23,7 +23,7 @@ check: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# For the loop of whoever works here: half of the tests in about a minute on two cores.
+# For the loop of whoever works here: half of the tests in a minute and a half on two cores.
 quick: .venv/dev
 	$(BIN)/python -m pytest -q -m 'not slow' -n 2 --dist loadfile --ignore tests/clients --ignore tests/server/page
 

@@ -144,9 +144,13 @@ def serves(arguments: list[str]) -> bool:
     return healthy and process.returncode in (0, 130)
 
 
-@pytest.mark.parametrize("block", all_blocks("sh"), ids=lambda block: block.name)
+NOT_RUN = [block for block in all_blocks("sh") if block.needs is not None]
+
+
+@pytest.mark.parametrize("block", NOT_RUN, ids=lambda block: block.name)
 def test_what_is_not_run_says_what_it_needs(block: Block) -> None:
-    assert block.needs is None or len(block.needs.split()) > 1
+    assert block.needs is not None
+    assert len(block.needs.split()) > 1
 
 
 def test_every_shell_block_is_marked_as_one() -> None:
